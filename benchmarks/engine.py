@@ -26,7 +26,7 @@ from lorabench.models.lora_products import use_fast_products
 from lorabench.models.vllm_support import vllm_version
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.provenance import machine_state
-from lorabench.training.rl.engine.process import EngineSettings
+from lorabench.training.rl.engine.process import EngineSettings, llm_options
 from lorabench.training.rl.engine.sampler import PolicyEngine
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
@@ -48,7 +48,8 @@ def main() -> None:
     model = add_lora(load_model(spec), RANK, "all", ALPHA, True, 0)
     use_fast_products(model)
     stop = Stop((), NEW_TOKENS)
-    settings = EngineSettings(str(folder), None, False, "bfloat16", 256, 1 << 30, 0.5, RANK, None, None, THREADS)
+    options = llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK)
+    settings = EngineSettings(options | {"gpu_memory_utilization": 0.5, "enforce_eager": True}, None, THREADS)
     with PolicyEngine(SINGLE_PROCESS) as engine:
 
         def by_engine(requests: list[Request]) -> list[Response]:

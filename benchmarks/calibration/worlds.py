@@ -199,10 +199,9 @@ def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray
     if arm.repeats == "every":
         return np.ones(len(lr), bool)
     grid_of_first = lr[seed == 0]
-    best = grid_of_first.tolist().index(
-        lowest(dict(zip(grid_of_first.tolist(), valid[seed == 0].tolist(), strict=True)))
-    )
-    kept = (seed == 0) | (lr == grid_of_first[best])
+    best_lr = lowest(dict(zip(grid_of_first.tolist(), valid[seed == 0].tolist(), strict=True)))
+    best = grid_of_first.tolist().index(best_lr)
+    kept = (seed == 0) | (lr == best_lr)
     if arm.repeats == "around":
         more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
         kept |= more & np.isin(lr, grid_of_first[max(0, best - 1) : best + 2])

@@ -57,8 +57,11 @@ class ExampleLosses:
             losses = losses @ combined
         n = len(weights)
         mean = losses.sum(0) / weights.sum()
-        # The mean is subtracted first, so that single precision suffices for the sums.
-        sums = _sums_over_resampled(name, np.column_stack([losses - np.outer(weights, mean), weights]))
+        # The mean is subtracted first, so that single precision suffices for the sums over each resampled split.
+        numbers = np.column_stack([losses - np.outer(weights, mean), weights]).astype(np.float32)
+        counts = _resampled(name, n)
+        blocks = (counts[start : start + _BLOCK].astype(np.float32) @ numbers for start in range(0, N_DRAWS, _BLOCK))
+        sums = np.concatenate(list(blocks)).astype(float)
         return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray:
@@ -72,13 +75,6 @@ class ExampleLosses:
         means = losses.sum(1, keepdims=True) / weights.sum()
         contributions: np.ndarray = (losses - means * weights) / weights.mean()
         return contributions
-
-
-def _sums_over_resampled(name: str, numbers: np.ndarray) -> np.ndarray:
-    """Return the sums of numbers by example, (examples, numbers), over each resampled split, (N_DRAWS, numbers)."""
-    counts, single = _resampled(name, len(numbers)), numbers.astype(np.float32)
-    blocks = (counts[start : start + _BLOCK].astype(np.float32) @ single for start in range(0, N_DRAWS, _BLOCK))
-    return np.concatenate(list(blocks)).astype(float)
 
 
 _BLOCK = 2**12

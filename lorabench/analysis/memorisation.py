@@ -16,13 +16,14 @@ import pandas as pd
 
 from lorabench.analysis.arms import ARM, arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 
 BITS_PER_PARAMETER = 2.0
 """Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
 
+_NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params"]
 _FIRST_EPOCH = ["first_epoch_nats", "first_epoch_scored_tokens"]
-_STORED = ["entropy_bits", "trainable_params", "bits_stored", "bits_per_parameter", "share"]
 
 
 def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -45,23 +46,13 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
             trainable_params.
 
     Returns:
-        One row per run on random facts: run_id, ARM, lr, seed, status, entropy_bits, trainable_params, bits_stored,
-        bits_per_parameter (stored bits per trainable parameter), share (stored bits over entropy). The last three are
-        NaN where a run diverged.
+        The runs on random facts, with bits_stored, and bits_per_parameter (per trainable parameter); both are NaN where
+        a run diverged.
     """
-    facts = with_arm_columns(runs[is_memorisation(runs)])
-    if facts.empty:
-        return pd.DataFrame(columns=["run_id", *ARM, "lr", "seed", "status", *_STORED])
-    numbers = {
-        name: facts[name].to_numpy(float, na_value=math.nan)
-        for name in ("entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params")
-    }
-    stored = numbers["entropy_bits"] - numbers["final_test_nll"] * numbers["test_scored_tokens"] / math.log(2)
-    return facts.assign(
-        bits_stored=stored,
-        bits_per_parameter=stored / numbers["trainable_params"],
-        share=stored / numbers["entropy_bits"],
-    )[["run_id", *ARM, "lr", "seed", "status", *_STORED]]
+    facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
+    entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
+    bits = entropy - nll * tokens / math.log(2)
+    return facts.assign(bits_stored=bits, bits_per_parameter=bits / params)
 
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
@@ -71,10 +62,9 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
         runs: columns as for `stored_bits`, and final_valid_nll.
 
     Returns:
-        One row per arm with a finished run: lr_best (nearest to the fitted optimum), at_edge, n_seeds, n_diverged,
-        entropy_bits, trainable_params; bits_stored, bits_per_parameter and share, each with its 95% interval (`_low`,
-        `_high`; NaN with one seed); run_ids (at lr_best). Where the runs determine no minimum, the NLL is the mean at
-        lr_best.
+        One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
+        bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
+        lr_best). Where the runs determine no minimum, the NLL is the mean at lr_best.
 
     Raises:
         UserError: See `check_runs`.
@@ -85,24 +75,17 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             label, chosen = arm_label(arm), comparison.at_optimum(arm)
             if chosen.empty:
                 continue
-            lr, grid = float(chosen["lr"].iloc[0]), comparison.fit.grids[label]
-            entropy, tokens, params = (
-                float(chosen[name].iloc[0]) for name in ("entropy_bits", "test_scored_tokens", "trainable_params")
-            )
+            first = chosen.iloc[0]
             at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            bits = stored(comparison.fit.minima.get(label, at_lr), entropy, tokens)
-            row = arm | {"lr_best": lr, "at_edge": grid.edge is not None, "n_seeds": len(chosen)}
-            rows_at_lr = comparison.rows[label][comparison.rows[label]["lr"] == lr]
-            row["n_diverged"] = int(rows_at_lr["status"].eq("diverged").sum())
-            row |= {"entropy_bits": entropy, "trainable_params": params, "run_ids": list(chosen["run_id"])}
-            numbers = (bits.value, *bits.interval())
-            for name, unit in (("bits_stored", 1.0), ("bits_per_parameter", params), ("share", entropy)):
-                columns = (name, f"{name}_low", f"{name}_high")
-                row |= {column: number / unit for column, number in zip(columns, numbers, strict=True)}
-            rows.append(row)
-    measured = [f"{name}{end}" for name in _STORED[2:] for end in ("", "_low", "_high")]
-    counts = ["lr_best", "at_edge", "n_seeds", "n_diverged", "entropy_bits", "trainable_params"]
-    return arm_table(rows, [*counts, *measured, "run_ids"])
+            minimum = comparison.fit.minima.get(label, at_lr)
+            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
+            low, high = bits.interval()
+            row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
+            row |= {"bits_per_parameter": bits.value / float(first["trainable_params"])}
+            row |= {"lr_best": float(first["lr"]), "n_seeds": len(chosen)}
+            rows.append(arm | row | {"trainable_params": first["trainable_params"], "run_ids": list(chosen["run_id"])})
+    bits_columns = ["bits_stored", "bits_stored_low", "bits_stored_high", "bits_per_parameter"]
+    return arm_table(rows, ["lr_best", "n_seeds", "trainable_params", *bits_columns, "run_ids"])
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +99,7 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
-        loss it is), bits (mean over seeds), nats_per_token (per scored token), n_seeds, run_ids.
+        loss it is), bits (mean over seeds), run_ids.
 
     Raises:
         UserError: See `check_runs`.
@@ -127,16 +110,13 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
         finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
         # FullFT is the first arm, and the highest rank the last.
         for arm in [comparison.fullft] if comparison.fullft in finished else finished[-1:]:
-            label = arm_label(arm)
-            chosen = comparison.rows[label]
-            chosen = chosen[chosen["status"].eq("done") & chosen["lr"].eq(grids[label].lrs[grids[label].centre])]
-            seeds = chosen.sort_values("seed").dropna(subset=_FIRST_EPOCH)
-            if seeds.empty:
-                continue
-            nats, tokens = (seeds[name].to_numpy(float) for name in _FIRST_EPOCH)
-            row = {"bits": float(nats.mean()) / math.log(2), "nats_per_token": float((nats / tokens).mean())}
-            rows.append(arm | row | {"n_seeds": len(seeds), "run_ids": list(seeds["run_id"])})
-    return arm_table(rows, ["bits", "nats_per_token", "n_seeds", "run_ids"])
+            grid, arm_runs = grids[arm_label(arm)], comparison.rows[arm_label(arm)]
+            at_best = arm_runs[arm_runs["status"].eq("done") & arm_runs["lr"].eq(grid.lrs[grid.centre])]
+            seeds = at_best.sort_values("seed").dropna(subset=_FIRST_EPOCH)
+            if len(seeds):
+                bits = float(seeds["first_epoch_nats"].to_numpy(float).mean()) / math.log(2)
+                rows.append(arm | {"bits": bits, "run_ids": list(seeds["run_id"])})
+    return arm_table(rows, ["bits", "run_ids"])
 
 
 def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Estimate:
@@ -168,14 +148,12 @@ def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
     bits = stored_bits(runs).set_index("run_id")["bits_stored"]
     scored = runs.set_index("run_id")["test_scored_tokens"]
     shares = []
-    if not curves.empty:
-        chosen = (curves["split"] == "validation") & (curves["metric"] == "nll") & (curves["step"] > 0)
-        curves = curves[chosen & curves["run_id"].isin(runs["run_id"])].dropna(subset="value").sort_values("step")
-        for run_id, curve in curves.groupby("run_id"):
-            if len(curve) < 2 or not bits[run_id] > 0:
-                continue
-            steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
-            halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
-            late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
-            shares.append(late / float(bits[run_id]))
+    points = train_curves(runs[["run_id"]], curves, split="validation")
+    for run_id, curve in points[points["step"] > 0].groupby("run_id"):
+        if len(curve) < 2 or not bits[run_id] > 0:
+            continue
+        steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
+        halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
+        late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
+        shares.append(late / float(bits[run_id]))
     return mean_over_seeds(shares, f"late growth of {', '.join(sorted(runs['run_id'].astype(str)))}")

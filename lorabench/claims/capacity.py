@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
-import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
@@ -34,6 +33,7 @@ from lorabench.analysis.optima import (
     pair_at_optimum,
     paired_departure,
     runs_at_optimum,
+    tokens_at,
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
@@ -242,15 +242,13 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
             if crossing.interval()[1] < math.log10(departure.before):
                 left_out.append(f"{name} does not leave along a line in log(step)")
                 continue
-            runs, points = runs_at_optimum(comparison, rank.arm), comparison.curves
-            points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
-            tokens = points.groupby("step")["tokens"].max().astype(float)
+            runs = runs_at_optimum(comparison, rank.arm)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": np.interp(10**crossing.value, [0, *tokens.index], [0.0, *tokens]),
+                    "tokens": tokens_at(comparison, rank.arm, 10**crossing.value),
                     "error": crossing.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }

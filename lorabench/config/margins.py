@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import yaml
 from pydantic import Field
 
 from lorabench.config.fields import PositiveFloat, Strict
+from lorabench.utils.files import WORKFLOW
 
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -26,9 +28,6 @@ class Margins(Strict):
     lr_factor: Annotated[float, Field(gt=1, allow_inf_nan=False, examples=[1.6])]
     """For optimal LRs: the factor up to which two count as the same."""
 
-
-DEFAULT_MARGINS = Margins(loss=0.02, reward=0.1, lr_factor=1.6)
-"""The margins of the shipped presets, for tables without a preset."""
 
 SHARE_OF_LOSS = 0.01
 """The margin of a loss, as a share of it, where the loss of the base is not known."""
@@ -100,13 +99,12 @@ class Predictions(Strict):
     """Of the ratio of optimal LRs, which the experiment `lr_ratio` measures."""
 
 
-DEFAULT_PREDICTIONS = Predictions(
-    lr_ratio=LrRatioPredictions(
-        movement=MovementTheory(c=2.83, u0=2.1e-3),
-        scale=ScaleTheory(c=2.25, kappa=0.2),
-        fixed_lora=FixedLoraTheory(ratio=3.76, fullft_exponent=0.78, lora_exponent=0.0),
-        constant=ConstantTheory(ratio=10.0),
-        naive=NaiveTheory(c=0.5),
-    )
+_SUITES = WORKFLOW / "presets/suites"
+
+DEFAULT_MARGINS = Margins.model_validate(yaml.safe_load((_SUITES / "margins.yaml").read_text())["margins"])
+"""The margins of the shipped presets, for tables without a preset."""
+
+DEFAULT_PREDICTIONS = Predictions.model_validate(
+    yaml.safe_load((_SUITES / "predictions.yaml").read_text())["predictions"]
 )
 """The predictions of the shipped presets, for tables without a preset and for figures."""

@@ -33,7 +33,7 @@ from lorabench.training.sweep import machine_of
 from lorabench.utils.gpus import GB, GPUS, is_called
 
 USABLE_MEMORY = 0.92
-"""Least memory of a GPU as a share of the data sheet's, of which the driver and error correction take a part."""
+"""Least memory of a GPU as a share of the data sheet's: the driver and error correction take a part."""
 
 Say = Callable[[Check], None]
 

@@ -118,7 +118,7 @@ def draw_accuracies(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw figure 6; return it, and what it plots as one tidy table, which `accuracy_rows` describes."""
     plotted = accuracy_rows(tables)
     figure, drawn = panels(plotted, strip=STRIP)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         draw_lr_panel(axes, rows, styles, ACCURACY)
     style.legends(figure, styles, lr_marks(plotted))

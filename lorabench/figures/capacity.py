@@ -73,7 +73,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     if plotted.empty:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     figure, drawn = panels(plotted, each=2)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (left, right) in drawn:
         _draw_excess(left, rows, styles)
         _draw_thresholds(right, rows, styles)
@@ -97,7 +97,7 @@ def _plotted(runs: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     slopes = [_slopes(panel) for _, panel in left.groupby(PANEL, dropna=False)]
     parts = {
         "excess": envelope,
-        "departure": departure_rows(comparisons, envelope, ["nll", "excess"]),
+        "departure": departure_rows(comparisons, envelope, ["nll", "excess", "tokens"]),
         "threshold": left,
         "stays": stays,
         # The description length is drawn where there are thresholds to compare it with.
@@ -108,7 +108,7 @@ def _plotted(runs: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     return pd.concat([tidy(parts, _COLUMNS), *slopes], ignore_index=True) if slopes else tidy(parts, _COLUMNS)
 
 
-_REACHED = [*ARM, "left", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
+_REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
 
 
 def _thresholds(comparison: Comparison) -> list[Arm]:
@@ -131,7 +131,7 @@ def _thresholds(comparison: Comparison) -> list[Arm]:
         if threshold.known:
             steps = zip(("tokens", "tokens_low", "tokens_high"), (threshold.value, *threshold.interval()), strict=True)
             at = {name: tokens_at(comparison, arm, 10**step) for name, step in steps}
-            rows.append(row | at | {"left": True, "error": threshold.seed_error})
+            rows.append(row | at | {"left": True, "step": round(10**threshold.value), "error": threshold.seed_error})
     return rows
 
 
@@ -162,7 +162,8 @@ def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     axes.set(xscale="log", xlabel="training step", ylabel="above the lowest envelope (nats / token)")
     if len(noise):
         # The axis is linear within the noise and logarithmic beyond, so that it has a place for 0 and for a whole nat.
-        axes.set_yscale("symlog", linthresh=noise["excess"].iloc[0], linscale=0.6)
+        # Noise that is next to nothing would give it many empty decades.
+        axes.set_yscale("symlog", linthresh=max(noise["excess"].iloc[0], 1e-4), linscale=0.6)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -235,17 +236,17 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
     best, seeds = best_stored(facts).rename(columns=names), stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
-    lines_of_panels = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
+    per_parameter = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
     parts = {
         "seed": seeds[seeds["run_id"].isin(at_best)],
         "stored": best,
         "diverged": diverged_runs(facts),
         "entropy": facts.groupby(PANEL, as_index=False, dropna=False).agg(bits=("entropy_bits", "max")),
-        "per_parameter": pd.concat(lines_of_panels),
+        "per_parameter": pd.concat(per_parameter) if per_parameter else pd.DataFrame(),
     }
     plotted = tidy(parts, _STORED)
     figure, drawn = panels(plotted)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         _draw_stored(axes, rows, styles)
     elements = set(plotted["element"])

@@ -50,7 +50,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     plotted = pd.concat([_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
     figure, drawn = panels(plotted, each=2)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (left, right) in drawn:
         _draw_curves(left, rows, styles)
         _draw_difference(right, rows)

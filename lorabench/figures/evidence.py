@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,18 +15,42 @@ from lorabench.sources.lr_left_out import METHODS, RULES
 from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
-_TEXT = 7.5
-_AXIS = {
-    "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
-    "loss_gap": "LoRA minus full fine-tuning, nats per token; right is worse for LoRA",
-    "gap_growth": "growth of that gap from the smallest to the largest batch, nats per token",
-    "rank_1_gap": "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA",
-}
-_TITLE = {
-    "lr_ratio": "Ratio of optimal learning rates",
-    "loss_gap": "Loss at the best LR",
-    "gap_growth": "Growth of that gap with batch size",
-    "rank_1_gap": "RL at rank 1",
+_PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
+_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
+
+
+class _Measure(NamedTuple):
+    """How a panel shows its measure: its title, the label of its axis, and how numbers are written."""
+
+    title: str
+    axis: str
+    number: str
+    is_log: bool = False
+    """Whether the numbers of the tables are logarithms of those shown."""
+
+    def shown(self, value: float) -> float:
+        return math.exp(value) if self.is_log else float(value)
+
+    def text(self, value: float, low: float, high: float) -> str:
+        written = [format(self.shown(end), self.number) for end in (value, low, high)]
+        return f"{written[0]} [{written[1]}, {written[2]}]"
+
+
+_MEASURES = {
+    "lr_ratio": _Measure(
+        "Ratio of optimal learning rates", "optimal LR of LoRA over that of full fine-tuning", ".1f", True
+    ),
+    "loss_gap": _Measure(
+        "Loss at the best LR", "LoRA minus full fine-tuning, nats per token; right is worse for LoRA", "+.4f"
+    ),
+    "gap_growth": _Measure(
+        "Growth of that gap with batch size",
+        "growth of that gap from the smallest to the largest batch, nats per token",
+        "+.4f",
+    ),
+    "rank_1_gap": _Measure(
+        "RL at rank 1", "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA", "+.3f"
+    ),
 }
 
 
@@ -39,64 +62,60 @@ def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         measured: as from `measurement_table`.
         summary: as from `summary_table`.
     """
-    names = [measure for measure in MEASURES if (measured["measure"] == measure).any()]
-    rows = {measure: measured[measured["measure"] == measure] for measure in names}
-    slots = [len(rows[measure]) + 2 for measure in names]
-    heights = [_ROW * slot + 0.8 for slot in slots]
+    rows = {name: table for name in MEASURES if len(table := measured[measured["measure"] == name])}
+    heights = [_ROW * (len(table) + 2) + 0.8 for table in rows.values()]
     figure = Figure(figsize=(_WIDTH, sum(heights)))
-    top = sum(heights)
-    for measure, height in zip(names, heights, strict=True):
-        bottom = top - height
-        box = (
-            _NAMES / _WIDTH,
-            (bottom + 0.5) / sum(heights),
-            (_WIDTH - _NAMES - _NUMBERS) / _WIDTH,
-            (height - 0.8) / sum(heights),
-        )
-        of_summary = (
-            summary[(summary["measure"] == measure) & (summary["attribute"] == "")] if len(summary) else summary
-        )
-        _panel(figure.add_axes(box), measure, rows[measure], of_summary)
-        top = bottom
+    left, width = _NAMES / _WIDTH, _PANEL_WIDTH / _WIDTH
+    for place, (measure, table) in enumerate(rows.items()):
+        bottom = sum(heights[place + 1 :])
+        box = (left, (bottom + 0.5) / sum(heights), width, (heights[place] - 0.8) / sum(heights))
+        over_all = summary
+        if len(summary):
+            over_all = summary[(summary["measure"] == measure) & (summary["attribute"] == "")]
+        _draw_measure(figure.add_axes(box), measure, table, over_all)
     return figure
 
 
-def _panel(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
-    shown = _shown(measure)
+def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Draw each measurement with its interval, then the mean as a diamond with its prediction interval in grey."""
+    look, ends = _MEASURES[measure], [_MEASURES[measure].shown(PAPER_VALUES[measure])]
     axes.set_ylim(len(rows) + 1.5, -0.7)
-    axes.axvline(shown(PAPER_VALUES[measure]), color="0.5", linestyle="--", linewidth=1, zorder=1)
-    left: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": _TEXT}
-    left["parse_math"] = False
-    right = {**left, "ha": "left"}
-    ends = [shown(PAPER_VALUES[measure])]
+    axes.axvline(ends[0], color="0.5", linestyle="--", linewidth=1, zorder=1)
+    text = {"transform": axes.get_yaxis_transform(), **_TEXT}
+    names_at = -_NAMES / _PANEL_WIDTH + 0.02
     for slot, row in enumerate(rows.sort_values(["parameters", "study", "task"], kind="stable").to_dict("records")):
-        counts = bool(row["counts"])
-        colour = "#274b8f" if row["task"] == "sft" else "#9a4a00"
-        value = row["value"]
-        ends.append(shown(value))
-        if math.isfinite(row["error"]) and counts:
-            low, high = shown(value - Z * row["error"]), shown(value + Z * row["error"])
+        counts, colour = bool(row["counts"]), "#274b8f" if row["task"] == "sft" else "#9a4a00"
+        value, half = row["value"], Z * row["error"]
+        ends.append(look.shown(value))
+        if math.isfinite(half) and counts:
+            ends += [look.shown(value - half), look.shown(value + half)]
+            axes.plot(ends[-2:], [slot, slot], color=colour, linewidth=1.4)
+        mark: dict[str, Any] = {"color": colour, "markersize": 5, "markerfacecolor": colour if counts else "white"}
+        axes.plot(look.shown(value), slot, "s" if row["task"] == "sft" else "o", **mark)
+        batch = "" if pd.isna(row["batch_size"]) or row["task"] == "rl" else f", batch {int(row['batch_size'])}"
+        name = f"{row['scale']:>5}  {row['source']}: {row['dataset']}{batch}{', RL' if row['task'] == 'rl' else ''}"
+        axes.text(names_at, slot, name, color="0.1" if counts else style.MUTED, **text)
+        numbers = look.text(value, value - half, value + half) if counts else "not counted"
+        axes.text(1.02, slot, numbers, color=colour, **text)
+    below = len(rows) + 0.6
+    for row in summary.to_dict("records"):
+        if math.isfinite(row["predicted_low"]):
+            ends += [look.shown(row["predicted_low"]), look.shown(row["predicted_high"])]
+            axes.plot(ends[-2:], [below, below], color="0.6", linewidth=3, solid_capstyle="butt", zorder=1)
+        if math.isfinite(row["low"]):
+            low, mean, high = (look.shown(row[name]) for name in ("low", "mean", "high"))
+            axes.fill([low, mean, high, mean], [below, below - 0.3, below, below + 0.3], color="0.1", zorder=3)
             ends += [low, high]
-            axes.plot([low, high], [slot, slot], color=colour, linewidth=1.4)
-        axes.plot(
-            shown(value),
-            slot,
-            "s" if row["task"] == "sft" else "o",
-            color=colour,
-            markersize=5,
-            markerfacecolor=colour if counts else "white",
-        )
-        axes.text(-_NAMES / _panel_width() + 0.02, slot, _name(row), color="0.1" if counts else style.MUTED, **left)
-        axes.text(1.02, slot, _numbers(measure, row) if counts else "not counted", color=colour, **right)
-    for of_all in summary.to_dict("records"):
-        ends += _summary(axes, measure, of_all, len(rows) + 0.6, left, right)
+        share = f"mean of {row['k']} ({row['share']:.0%} of the variation is between them)"
+        axes.text(names_at, below, share, weight="bold", **text)
+        axes.text(1.02, below, look.text(row["mean"], row["low"], row["high"]), weight="bold", **text)
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.axhline(len(rows) - 0.25, color="0.8", linewidth=0.6)
-    axes.set_title(_TITLE[measure], pad=5)
-    axes.set_xlabel(_AXIS[measure], fontsize=_TEXT)
-    if measure == "lr_ratio":
+    axes.set_title(look.title, pad=5)
+    axes.set_xlabel(look.axis, fontsize=_TEXT["fontsize"])
+    if look.is_log:
         axes.set_xscale("log")
         axes.set_xlim(max(min(ends) / 1.3, 0.3), min(max(ends) * 1.3, 3000))
         style.number_log_ticks(axes.xaxis)
@@ -105,90 +124,41 @@ def _panel(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) 
         axes.set_xlim(min(ends) - 0.05 * spread, max(ends) + 0.05 * spread)
 
 
-def _panel_width() -> float:
-    return _WIDTH - _NAMES - _NUMBERS
-
-
-def _summary(
-    axes: Axes, measure: str, row: dict[Any, Any], slot: float, left: dict[str, Any], right: dict[str, Any]
-) -> list[float]:
-    """Draw the diamond of the mean with its interval, and the prediction interval as a grey line; return their ends."""
-    shown = _shown(measure)
-    ends = []
-    if math.isfinite(row["predicted_low"]):
-        predicted = [shown(row["predicted_low"]), shown(row["predicted_high"])]
-        axes.plot(predicted, [slot, slot], color="0.6", linewidth=3, solid_capstyle="butt", zorder=1)
-        ends += predicted
-    if math.isfinite(row["low"]):
-        low, mean, high = (shown(row[name]) for name in ("low", "mean", "high"))
-        axes.fill([low, mean, high, mean], [slot, slot - 0.3, slot, slot + 0.3], color="0.1", zorder=3)
-        ends += [low, high]
-    text = f"mean of {row['k']} ({row['share']:.0%} of the variation is between them)"
-    axes.text(-_NAMES / _panel_width() + 0.02, slot, text, weight="bold", **left)
-    axes.text(1.02, slot, _interval(measure, row["mean"], row["low"], row["high"]), weight="bold", **right)
-    return ends
-
-
-def _shown(measure: str) -> Any:
-    return (lambda value: float(np.exp(value))) if measure == "lr_ratio" else float
-
-
-def _name(row: dict[Any, Any]) -> str:
-    batch = "" if pd.isna(row["batch_size"]) or row["task"] == "rl" else f", batch {int(row['batch_size'])}"
-    return f"{row['scale']:>5}  {row['source']}: {row['dataset']}{batch}{', RL' if row['task'] == 'rl' else ''}"
-
-
-def _numbers(measure: str, row: dict[Any, Any]) -> str:
-    return _interval(measure, row["value"], row["value"] - Z * row["error"], row["value"] + Z * row["error"])
-
-
-def _interval(measure: str, value: float, low: float, high: float) -> str:
-    if measure == "lr_ratio":
-        return f"{math.exp(value):.1f} [{math.exp(low):.1f}, {math.exp(high):.1f}]"
-    digits = 3 if measure == "rank_1_gap" else 4
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-_LOOKS: dict[str, dict[str, Any]] = {
+_RULES: dict[str, dict[str, Any]] = {
     "pooled": {"color": "#274b8f", "marker": "o", "markersize": 6},
     "law": {"color": "#9a4a00", "marker": "s", "markersize": 5, "markerfacecolor": "white"},
     "law_sqrt": {"color": "#9a4a00", "marker": "x", "markersize": 5},
 }
 _METHODS = {"fullft": "FullFT", "lora": "LoRA"}
-_SOURCE_ROW, _MARGINS = 0.24, 0.9  # inches
 
 
 @style.applied()
 def draw_left_out(sources: pd.DataFrame) -> Figure:
-    """Draw a panel for each task and method, with a row for each source.
+    """Draw how far off rules are: a panel for each task and method, with a row for each source.
 
     Args:
         sources: as from `lorabench.sources.lr_left_out.by_source`.
     """
     measured = sources[sources["optima"] > 0]
-    tasks = [task for task in ("sft", "rl") if (measured["task"] == task).any()]
-    slots = [measured.loc[measured["task"] == task, "source"].nunique() for task in tasks]
-    figure = Figure(figsize=(style.WIDTH, _SOURCE_ROW * sum(slots) + _MARGINS * len(tasks) + 0.4), layout="constrained")
-    panels = figure.subplots(len(tasks), 2, sharex=True, squeeze=False, height_ratios=slots)
-    for (left, right), task in zip(panels, tasks, strict=True):
-        names = list(dict.fromkeys(measured.loc[measured["task"] == task, "source"]))
+    names = {task: list(rows["source"].unique()) for task, rows in measured.groupby("task", sort=False)}
+    names = {task: names[task] for task in ("sft", "rl") if task in names}
+    slots = [len(listed) for listed in names.values()]
+    figure = Figure(figsize=(style.WIDTH, 0.24 * sum(slots) + 0.9 * len(slots) + 0.4), layout="constrained")
+    panels = figure.subplots(len(slots), 2, sharex=True, squeeze=False, height_ratios=slots)
+    for (left, right), (task, listed) in zip(panels, names.items(), strict=True):
         for axes, method in zip((left, right), METHODS, strict=True):
-            part = measured[(measured["task"] == task) & (measured["method"] == method)]
-            _left_out_panel(axes, part, names, f"{task.upper()}, {_METHODS[method]}")
+            axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
+            for row in measured[(measured["task"] == task) & (measured["method"] == method)].to_dict("records"):
+                slot = listed.index(row["source"])
+                axes.plot(row["signed"], slot, linestyle="", **_RULES[str(row["rule"])])
+            axes.set_xscale("log")
+            style.number_log_ticks(axes.xaxis)
+            axes.set_yticks(range(len(listed)), listed)
+            axes.set_ylim(len(listed) - 0.5, -0.5)
+            axes.set_title(f"{str(task).upper()}, {_METHODS[method]}")
         right.set_yticklabels([])
     for axes in panels[-1]:
         axes.set_xlabel("predicted over measured optimal LR")
-    handles = [Line2D([], [], linestyle="", label=label, **_LOOKS[rule]) for rule, label in RULES.items()]
+    handles = [Line2D([], [], linestyle="", label=label, **_RULES[rule]) for rule, label in RULES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
-
-
-def _left_out_panel(axes: Axes, rows: pd.DataFrame, names: list[str], title: str) -> None:
-    axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
-    for row in rows.to_dict("records"):
-        axes.plot(row["signed"], names.index(row["source"]), linestyle="", **_LOOKS[str(row["rule"])])
-    axes.set_xscale("log")
-    style.number_log_ticks(axes.xaxis)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title(title)

@@ -82,10 +82,10 @@ def panels(
     rows = math.ceil(each * len(groups) / columns)
     figure = new_figure((PANEL_HEIGHT + (0.4 if each == 2 else 0.0)) * rows)
     drawn = []
-    for place, (title, of_group) in enumerate(groups):
+    for place, (title, part) in enumerate(groups):
         axes = [figure.add_subplot(rows, columns, place * each + number) for number in range(1, each + 1)]
         axes[0].set_title(title, pad=strip + 18, parse_math=False)
-        drawn.append((of_group, axes))
+        drawn.append((part, axes))
     return figure, drawn
 
 

@@ -7,6 +7,7 @@ near 0 whatever it has learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,8 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         raise UserError("the evals table has no trained run")
     trained = trained.assign(arm=[arm_label(row) for _, row in trained.iterrows()])
     panels = [
-        (title, _panel_rows(of_panel, evals[evals["method"].isna() & evals["model"].eq(of_panel["model"].iloc[0])]))
-        for title, of_panel in titled(trained)
+        (title, _panel_rows(runs, evals[evals["method"].isna() & evals["model"].eq(runs["model"].iloc[0])]))
+        for title, runs in titled(trained)
     ]
     plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
     return _figure(panels, plotted), plotted
@@ -82,35 +83,26 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in PANEL})
     # The base has no run_id, so runs and base share another key.
     scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
-    learned, learned_bits = _learned(scores), _learned_bits(scores)
-    forgotten = _forgotten(scores)
+    learned, forgotten = (scores[scores["about"] == about] for about in ("learned", "forgotten"))
+    accuracy, bits = _mean(_own(_accuracies(learned))), _mean(_own(learned[learned["metric"] == BITS]))
+    lost = {BITS: _mean(forgotten[forgotten["metric"] == BITS]), "accuracy": _mean(_accuracies(forgotten))}
     rows = []
-    for key, of_run in scores.groupby("key", sort=False):
-        row: dict[Any, Any] = of_run.iloc[0].reindex(_RUN).to_dict()
-        row |= {"learned": learned.values.get(key), "learned_stderr": learned.stderrs.get(key)}
-        row |= {"learned_tasks": learned.tasks}
-        if learned_bits:
-            row |= {"learned_bits": learned_bits.values.get(key), "learned_bits_tasks": learned_bits.tasks}
-        for measure, mean in forgotten.items():
-            of_measure: dict[str, Any] = {"measure": measure, "forgotten_tasks": mean.tasks}
-            of_measure |= {"forgotten": mean.values.get(key), "forgotten_stderr": mean.stderrs.get(key)}
-            rows.append(row | of_measure)
-        if not forgotten:
+    for key, run_scores in scores.groupby("key", sort=False):
+        row: dict[Any, Any] = run_scores.iloc[0].reindex(_RUN).to_dict()
+        row |= {"learned": accuracy.values.get(key), "learned_stderr": accuracy.stderrs.get(key)}
+        row |= {"learned_tasks": accuracy.tasks}
+        # Bits saved on right answers, and what was forgotten, are measured against the base.
+        if BASE in bits.values:
+            saved = bits.values[BASE] - bits.values.get(key, math.nan)
+            row |= {"learned_bits": saved, "learned_bits_tasks": bits.tasks}
+        known = {measure: mean for measure, mean in lost.items() if BASE in mean.values}
+        for measure, mean in known.items():
+            more = mean.values.get(key, math.nan) - mean.values[BASE]
+            row |= {"measure": measure, "forgotten": more if measure == BITS else 0 - more}
+            rows.append(row | {"forgotten_stderr": mean.stderrs.get(key), "forgotten_tasks": mean.tasks})
+        if not known:
             rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
-
-
-def _learned(scores: pd.DataFrame) -> _Mean:
-    """Return the accuracy on the tasks of the training data, or on all tasks of what is learned if none is of them."""
-    return _mean(_own(_accuracies(scores[scores["about"] == "learned"])))
-
-
-def _learned_bits(scores: pd.DataFrame) -> _Mean | None:
-    """Return how many bits per byte each run saves on the right answers; None without a score of the base."""
-    bits = _mean(_own(scores[(scores["about"] == "learned") & (scores["metric"] == BITS)]))
-    if BASE not in bits.values:
-        return None
-    return _Mean(bits.values[BASE] - bits.values, bits.stderrs, bits.tasks)
 
 
 def _own(scores: pd.DataFrame) -> pd.DataFrame:
@@ -119,28 +111,15 @@ def _own(scores: pd.DataFrame) -> pd.DataFrame:
     return scores if own.empty else own
 
 
-def _forgotten(scores: pd.DataFrame) -> dict[str, _Mean]:
-    """Return, by measure, how much worse than the base each run is; a measure without the base's score is left out."""
-    forgotten = scores[scores["about"] == "forgotten"]
-    measured = {BITS: forgotten[forgotten["metric"] == BITS], "accuracy": _accuracies(forgotten)}
-    means = {}
-    for measure, of_measure in measured.items():
-        mean = _mean(of_measure)
-        if BASE in mean.values:
-            worse = mean.values - mean.values[BASE]
-            means[measure] = _Mean(worse if measure == BITS else 0 - worse, mean.stderrs, mean.tasks)
-    return means
-
-
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies of each task by one metric and filter, the same for all runs."""
     kept = []
-    for _, of_task in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
-        metrics = list(of_task["metric"].unique())
+    for _, task_scores in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
+        metrics = list(task_scores["metric"].unique())
         metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
-        of_metric = of_task[of_task["metric"] == metric]
-        strictest = min(of_metric["filter"].fillna("none").unique(), key=_looseness)
-        kept.append(of_metric[of_metric["filter"].fillna("none") == strictest])
+        by_metric = task_scores[task_scores["metric"] == metric]
+        strictest = min(by_metric["filter"].fillna("none").unique(), key=_looseness)
+        kept.append(by_metric[by_metric["filter"].fillna("none") == strictest])
     return pd.concat(kept) if kept else scores.iloc[:0]
 
 
@@ -167,18 +146,32 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
     grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
     styles = style.arm_styles(plotted[plotted["arm"] != BASE])
-    for (title, rows), of_row in zip(panels, grid, strict=True):
-        of_row[0].set_title(title, pad=18, parse_math=False)
+    for (title, rows), row_of_panels in zip(panels, grid, strict=True):
+        row_of_panels[0].set_title(title, pad=18, parse_math=False)
         has_bits = bool(rows["learned_bits"].notna().any())
         only_bits = has_bits and not rows["learned"].notna().any()
-        for measure, axes in zip(measures, of_row[:-1], strict=True):
-            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, has_bits, styles)
-        _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles, "learned_bits" if only_bits else "learned")
+        for measure, axes in zip(measures, row_of_panels[:-1], strict=True):
+            forgotten = rows[rows["measure"] == measure]
+            if forgotten.empty:
+                style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
+                continue
+            # The base is where the two grey lines cross.
+            axes.axvline(0, **_REFERENCE)
+            _draw_points(axes, forgotten, "forgotten", styles, "learned_bits" if has_bits else "learned")
+            label = _named(f"{_MEASURES[measure]}:\n", forgotten["forgotten_tasks"].iloc[0])
+            axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
+        last = row_of_panels[-1]
+        if rows["final_test_nll"].notna().any():
+            up = "learned_bits" if only_bits else "learned"
+            _draw_points(last, rows.drop_duplicates("run_id"), "final_test_nll", styles, up)
+            last.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
+        else:
+            style.say(last, "There is no test NLL\nafter reinforcement learning.")
         # The panels before this one have bits per byte as their height, and those from it on have the accuracy.
-        split = len(of_row) if only_bits else len(of_row) - 1 if has_bits else 0
+        split = len(row_of_panels) if only_bits else len(row_of_panels) - 1 if has_bits else 0
         bits = "bits per byte of right answers\nbelow the base: "
-        _label_height(of_row[:split], bits, rows["learned_bits_tasks"].iloc[0])
-        _label_height(of_row[split:], "accuracy: ", rows["learned_tasks"].iloc[0])
+        _label_height(row_of_panels[:split], bits, rows["learned_bits_tasks"].iloc[0])
+        _label_height(row_of_panels[split:], "accuracy: ", rows["learned_tasks"].iloc[0])
     marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
     if (plotted["arm"] == BASE).any():
         marks.append(style.mark("before training", "x", markeredgewidth=1.8))
@@ -186,9 +179,9 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     return figure
 
 
-def _label_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
+def _label_height(panels: Sequence[Axes], what: str, tasks: str) -> None:
     """Give panels a common y-axis, with its label at the first panel that has data."""
-    drawn = [axes for axes in of_row if axes.axison]
+    drawn = [axes for axes in panels if axes.axison]
     for axes in drawn[:1]:
         axes.set_ylabel(f"{_named(what, tasks)}\n(higher is better)", parse_math=False)
     for axes in drawn[1:]:
@@ -196,26 +189,6 @@ def _label_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
         axes.tick_params(labelleft=False)
     if drawn:
         drawn[0].autoscale_view()
-
-
-def _draw_forgotten(axes: Axes, rows: pd.DataFrame, measure: str, has_bits: bool, styles: Styles) -> None:
-    """Draw what was learned against what was forgotten; the base is where the two grey lines cross."""
-    if rows.empty:
-        style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
-        return
-    label = _named(f"{_MEASURES[measure]}:\n", rows["forgotten_tasks"].iloc[0])
-    axes.axvline(0, **_REFERENCE)
-    _draw_points(axes, rows, "forgotten", styles, "learned_bits" if has_bits else "learned")
-    axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
-
-
-def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: Styles, up: str) -> None:
-    """Draw what runs learned against their test NLL on the training data's test split."""
-    if not rows["final_test_nll"].notna().any():
-        style.say(axes, "There is no test NLL\nafter reinforcement learning.")
-        return
-    _draw_points(axes, rows, "final_test_nll", styles, up)
-    axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
 
 
 def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:

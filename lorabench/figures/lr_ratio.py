@@ -68,7 +68,7 @@ def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     printed = paper_numbers()
     ratios = [printed[key] for key in _REFERENCES if key in printed and any(len(only(p, "ratio")) for p in parts)]
     plotted = pd.concat([*parts, tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)], ignore_index=True)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
         first, lengths = 2 * sum(heights[:place]) + 1, _lengths(rows)
         for column, length in enumerate(lengths):
@@ -274,11 +274,11 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
         return
     for rows in shown:
         # A prefix stands in where there are no runs of that length.
-        of_group = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
+        varied = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
         for name, (colour, _) in _THEORIES.items():
-            line = of_group[of_group["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
+            line = varied[varied["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
             axes.plot(line[column].astype(float), line["predicted"], color=colour, lw=1.1, zorder=2)
-        _measured(axes, of_group, column, marks)
+        _measured(axes, varied, column, marks)
     widths = sorted({int(rows["width"].iloc[0]) for rows in shown})
     style.note(axes, f"width {' and '.join(map(str, widths))}")
     axes.set(xscale="log")
@@ -298,8 +298,8 @@ def _varied(conditions: pd.DataFrame, column: str) -> list[pd.DataFrame]:
 def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
     """Draw measured ratios with their intervals; prefixes are blue-grey and a little to the right."""
     for row in rows.drop_duplicates(_CONDITION).dropna(subset=["ratio"]).to_dict("records"):
-        of_prefix = row["runs"] == "prefix"
-        colour, at = ("0.45", 1.07 * float(row[column])) if of_prefix else ("black", float(row[column]))
+        is_prefix = row["runs"] == "prefix"
+        colour, at = ("0.45", 1.07 * float(row[column])) if is_prefix else ("black", float(row[column]))
         axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
         face = colour if row["resolved"] else "white"
         axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)

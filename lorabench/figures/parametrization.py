@@ -27,7 +27,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
-from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, seeds_text, tidy
+from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, points, seeds_text, tidy
 from lorabench.store.tables import Tables
 
 # Runs that should be equivalent are compared over this number of steps.
@@ -38,6 +38,7 @@ _IDENTICAL = 1e-5
 
 _TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
 
+_ENDS = {"low": "value_low", "high": "value_high"}
 _COLUMNS = [
     *(*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"),
     *("step", "value", "low", "high", "n", "run_id"),
@@ -70,14 +71,13 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     parts = [_rows(runs, tables.curves) for _, runs in groups]
     plotted = pd.concat(parts, ignore_index=True)
     figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        elements = {str(element): part for element, part in rows.groupby("element")}
         draws = (_draw_first_descents, _draw_differences, _draw_move_times, _draw_update_norms)
         for column, (what, draw_panel) in enumerate(zip(_TITLES, draws, strict=True), start=1):
             axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
             axes.set_title(f"{title} · {what}", pad=18, parse_math=False)
-            draw_panel(axes, elements, styles)
+            draw_panel(axes, rows, styles)
     style.legends(figure, styles, [])
     return figure, plotted
 
@@ -86,8 +86,10 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model and dataset."""
     descents = descent_ratios(first_descents(runs, curves)).rename(columns={"ratio": "value", "n_seeds": "n"})
     parts = {"first_descent": descents, **_differences(runs, curves), **_move_times(runs, curves)}
-    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs).assign(arm=None)}
+    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs)}
     rows = tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
+    # No panel draws a run that diverged, so its arm has no entry in the legend.
+    rows.loc[rows["element"] == "diverged", "arm"] = None
     rows = rows.assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0], method="lora")
     return rows.astype({"n": "Int64", "step": "Int64"})
 
@@ -144,43 +146,40 @@ def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.Data
     return parts
 
 
-Elements = dict[str, pd.DataFrame]
-
-
-def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None:
-    points = elements.get("first_descent")
-    if points is None:
+def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    descents = only(rows, "first_descent")
+    if descents.empty:
         style.say(axes, "The curves hold no descent of step 1.")
         return
     axes.axhspan(0.95, 1.05, color="0.88", linewidth=0, zorder=0)
-    batches = [name for name in ("placement", "batch_size", "eps") if points[name].nunique(dropna=False) > 1]
-    for _, of_batches in points.groupby(batches or ["model"], dropna=False):
+    batches = [name for name in ("placement", "batch_size", "eps") if descents[name].nunique(dropna=False) > 1]
+    for _, batch_rows in descents.groupby(batches or ["model"], dropna=False):
         for rule, look in _RULE_LOOKS.items():
-            of_rule = of_batches[of_batches["rule"] == rule].sort_values("rank")
-            if of_rule.empty:
+            ratios = batch_rows[batch_rows["rule"] == rule].sort_values("rank")
+            if ratios.empty:
                 continue
-            ranks, ratio = of_rule["rank"].astype(float), of_rule["value"].astype(float)
-            bars = np.abs([of_rule["low"].astype(float) - ratio, of_rule["high"].astype(float) - ratio])
+            ranks, ratio = ratios["rank"].astype(float), ratios["value"].astype(float)
+            bars = np.abs([ratios["low"].astype(float) - ratio, ratios["high"].astype(float) - ratio])
             axes.errorbar(ranks, ratio, bars, capsize=2.5, ms=4, linewidth=1.3, label=rule, zorder=2, **look)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), loc="lower right")
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="first descent over that of the highest rank")
-    axes.set_xticks(sorted(set(points["rank"].astype(int))), minor=False)
+    axes.set_xticks(sorted(set(descents["rank"].astype(int))), minor=False)
     style.plain_log_ticks(axes)
-    low = min(0.5, float(points["value"].min()))
-    axes.set_ylim(low / 1.3, max(1.3, float(points["value"].max()) * 1.3))
+    low = min(0.5, float(descents["value"].min()))
+    axes.set_ylim(low / 1.3, max(1.3, float(descents["value"].max()) * 1.3))
     style.number_log_ticks(axes.yaxis)
-    seeds = points["n"].astype(int)
+    seeds = descents["n"].astype(int)
     style.note(axes, f"{seeds.min()} seeds · band ± 5%" if seeds.nunique() == 1 else f"{seeds.min()} seeds or more")
 
 
-def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
-    equivalent, other = (elements.get(name) for name in ("equivalent", "not_equivalent"))
-    if equivalent is None:
+def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    equivalent, other = only(rows, "equivalent"), only(rows, "not_equivalent")
+    if equivalent.empty:
         style.say(axes, "No two runs should be equivalent.")
         return
-    if other is not None:
+    if len(other):
         steps = other["step"].astype(float)
         axes.fill_between(
             steps, other["low"], other["high"], color="0.85", linewidth=0, label="others, range", zorder=1
@@ -198,7 +197,7 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
     axes.set_xlim(1, _STEPS * 1.1)
     style.plain_log_ticks(axes)
     last = equivalent.iloc[-1]
-    facts = [f"{last['n']} equivalent pairs", f"{0 if other is None else other['n'].iloc[-1]} others"]
+    facts = [f"{last['n']} equivalent pairs", f"{other['n'].iloc[-1] if len(other) else 0} others"]
     if shown.empty:
         facts.append("equivalent runs equal to the last bit")
     elif not pd.isna(last["eps"]):
@@ -206,17 +205,14 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
     style.note(axes, " · ".join(facts))
 
 
-def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
-    moved, not_moved = (elements.get(name) for name in ("a_moved", "a_not_moved"))
-    if moved is None and not_moved is None:
+def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    moved, not_moved = only(rows, "a_moved"), only(rows, "a_not_moved")
+    if moved.empty and not_moved.empty:
         style.say(axes, "The curves do not hold how far A has moved.")
         return
     facts = []
-    if moved is not None:
-        for row in moved.to_dict("records"):
-            colour = styles[row["arm"]].colour
-            axes.vlines(row["time_scale"], row["low"], row["high"], color=colour, linewidth=1.2, zorder=2)
-            axes.plot(row["time_scale"], row["value"], "o", ms=4, color=colour, zorder=3)
+    if len(moved):
+        points(axes, moved.rename(columns=_ENDS), "time_scale", "value", styles, marker="o", size=4)
         # Only runs whose first updates have the same size can be compared.
         scale = moved["update_scale"].map(lambda value: f"{value:.9g}")
         for _, comparable in moved.groupby([*PAIR_SETTING, scale], dropna=False):
@@ -230,39 +226,36 @@ def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
         axes.plot(at, middle["value"] * at / middle["time_scale"], ":", color="0.4", linewidth=1.2, zorder=1)
         if not math.isnan(line.slope):
             facts.append(f"slope {line.slope:.2f}, dotted 1")
-    if not_moved is not None:
-        for row in not_moved.to_dict("records"):
-            look: dict[str, Any] = {"ms": 4.5, "mfc": "white", "mec": styles[row["arm"]].colour}
-            axes.plot(row["time_scale"], row["value"], "^", zorder=2, **look)
+    if len(not_moved):
+        points(axes, not_moved, "time_scale", "value", styles, filled=False, marker="^", size=4.5)
         facts.append(f"{len(not_moved)} beyond the end (open)")
     axes.set(xscale="log", yscale="log", xlabel="init_A / LR_A", ylabel="steps until A has moved by its norm")
     # The axis spans a decade or more, so that it has ticks.
-    drawn = pd.concat([part["value"].astype(float) for part in (moved, not_moved) if part is not None])
+    drawn = pd.concat([moved, not_moved])["value"].astype(float)
     axes.set_ylim(min(drawn.min() / 1.4, drawn.max() / 7), drawn.max() * 1.4)
     style.plain_log_ticks(axes)
     style.number_log_ticks(axes.yaxis)
     style.note(axes, " · ".join(facts))
 
 
-def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
-    points = elements.get("update_norm")
-    if points is None:
+def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    norms, diverged = only(rows, "update_norm"), only(rows, "diverged")
+    if norms.empty:
         style.say(axes, "The curves hold no update norms\nin the standard parametrization.")
         return
-    for arm, of_arm in points.groupby("arm"):
-        of_arm = of_arm.sort_values("step")
-        steps, look = of_arm["step"].astype(float), styles[str(arm)]
-        low, high = of_arm["low"].astype(float), of_arm["high"].astype(float)
+    for arm, curve in norms.groupby("arm"):
+        curve = curve.sort_values("step")
+        steps, look = curve["step"].astype(float), styles[str(arm)]
+        low, high = curve["low"].astype(float), curve["high"].astype(float)
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
-        axes.plot(steps, of_arm["value"], **look.line, marker="o", ms=3)
-    still = elements.get("still_a", points.iloc[:0])
+        axes.plot(steps, curve["value"], **look.line, marker="o", ms=3)
+    still = only(rows, "still_a")
     for _, control in still.groupby([*PAIR_SETTING, "time_scale"], dropna=False):
         control = control.sort_values("step")
         axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
     style.plain_log_ticks(axes)
     style.number_log_ticks(axes.yaxis)
-    diverged = elements.get("diverged")
-    facts = [seeds_text(points["n"]), *(["dashed: A still"] if len(still) else [])]
-    facts += [f"{len(diverged)} runs diverged"] if diverged is not None else []
+    facts = [seeds_text(norms["n"]), *(["dashed: A still"] if len(still) else [])]
+    facts += [f"{len(diverged)} runs diverged"] if len(diverged) else []
     style.note(axes, " · ".join(facts))

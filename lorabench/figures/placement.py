@@ -64,7 +64,7 @@ def draw_accuracies(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 def _draw(plotted: pd.DataFrame, measure: FinalResult) -> Figure:
     figure, drawn = panels(plotted, each=2, strip=STRIP)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (by_lr, by_count) in drawn:
         draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "margin_band"])], styles, measure)
         _draw_by_count(by_count, rows, styles, measure)

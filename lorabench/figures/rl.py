@@ -67,7 +67,7 @@ def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     parts = [tidy({"curve": curves}, columns), accuracy_rows(tables).reindex(columns=columns)]
     plotted = pd.concat([part for part in parts if len(part)], ignore_index=True)
     figure, drawn = panels(plotted, each=2, strip=STRIP)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (over_time, by_lr) in drawn:
         curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
         if curve.empty:

@@ -102,9 +102,9 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
     """Return the style of each arm by its label, FullFT first, then by rank.
 
     Args:
-        arms: columns arm (its label), method, rank and placement; rows may repeat.
+        arms: columns arm (its label), method, rank and placement; rows may repeat or have no arm.
     """
-    unique = arms[["arm", "method", "rank", "placement"]].drop_duplicates("arm")
+    unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
     ordered = unique.sort_values(["method", "rank", "placement"], na_position="first")
     styles = {}

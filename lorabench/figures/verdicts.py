@@ -14,6 +14,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from lorabench.figures import style
@@ -47,7 +48,7 @@ LOOKS: Mapping[str, tuple[str, str, bool]] = {
 
 # Inches. The figure is narrow, so that its text can be read where the page is 390 pixels wide.
 _WIDTH, _ROW, _GUTTER = 4.1, 0.155, 2.1
-_TEXT = 7.2
+_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.2, "parse_math": False}
 _ID_WIDTH = 0.155  # as a share of the panel's width
 _BADGES = 10  # in a row of the strip
 
@@ -58,7 +59,7 @@ _COLUMNS = [
 
 
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw the figure; return it, and what it plots as one tidy table.
+    """Draw all verdicts; return the figure, and what it plots as one tidy table.
 
     `x`, `x_low` and `x_high` are the estimate and the ends of its 95% interval in units of the margin; they are null
     for a claim that is only named below the panel. The claim holds from `holds_from` to `holds_to`. `scale` is `log`
@@ -66,8 +67,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     plotted = in_margins(tables.claims)
     drawn, named = plotted[plotted["x"].notna()], plotted[plotted["x"].isna()]
-    families = list(dict.fromkeys(drawn["family"]))
-    slots = len(drawn) + len(families)
+    slots = len(drawn) + drawn["family"].nunique()
     strip = 0.0 if named.empty else 0.3 + 0.19 * math.ceil(len(named) / _BADGES)
     above, below = 0.46, 0.5
     height = above + max(slots, 2) * _ROW + below + strip
@@ -79,9 +79,18 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     if drawn.empty:
         style.say(axes, "no claim has both an interval and a margin")
     else:
-        _rows(axes, drawn, families)
-    _legend(figure, plotted, height)
-    _strip(figure, named, height, strip)
+        _draw_claims(axes, drawn)
+    marks: list[Any] = [
+        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=colour if filled else "white")
+        for verdict, (colour, marker, filled) in LOOKS.items()
+        if (plotted["verdict"] == verdict).any()
+    ]
+    marks.append(Patch(facecolor="#dcefe2", label="where the claim holds"))
+    gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.02 / height)}
+    figure.legend(handles=marks, ncols=3, fontsize=_TEXT["fontsize"], **place, **gaps)
+    if len(named):
+        _draw_badges(figure, named, height, strip - 0.12)
     return figure, plotted
 
 
@@ -106,8 +115,8 @@ def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
     Between two finite ends, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect and 1 or -1
     that end.
     """
-    low, high = _number(claim["margin_low"]), _number(claim["margin_high"])
-    numbers = [_number(claim[name]) for name in ("estimate", "ci_low", "ci_high")]
+    names = ("margin_low", "margin_high", "estimate", "ci_low", "ci_high")
+    low, high, *numbers = (math.nan if pd.isna(claim[name]) else float(claim[name]) for name in names)
     ends = [end for end in (low, high) if math.isfinite(end)]
     if not ends or math.isnan(low) or math.isnan(high) or not all(map(math.isfinite, numbers)):
         return {}
@@ -129,79 +138,44 @@ def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None or pd.isna(value) else float(value)
-
-
-def _rows(axes: Axes, drawn: pd.DataFrame, families: list[str]) -> None:
+def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
     """Draw a row for each claim, below the name of its family."""
-    beside = blended_transform_factory(axes.transAxes, axes.transData)
     left = -(_GUTTER - 0.06) / (axes.get_position().width * _WIDTH)
+    text = {"transform": blended_transform_factory(axes.transAxes, axes.transData), **_TEXT}
     slot = 0
-    for family in families:
-        text: dict[str, Any] = {"transform": beside, "va": "center", "fontsize": _TEXT, "parse_math": False}
-        axes.text(left, slot, FAMILIES.get(family, family), weight="bold", **text)
-        slot += 1
-        for row in drawn[drawn["family"] == family].to_dict("records"):
-            colour = LOOKS.get(row["verdict"], LOOKS["not tested"])[0]
-            axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
-            axes.text(left + _ID_WIDTH, slot, _cut(row["name"]), **text)
-            _row(axes, slot, row)
+    for family, claims in drawn.groupby("family", sort=False):
+        axes.text(left, slot, FAMILIES.get(str(family), str(family)), weight="bold", **text)
+        for row in claims.to_dict("records"):
             slot += 1
+            colour, marker, filled = LOOKS[row["verdict"]]
+            axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
+            axes.text(left + _ID_WIDTH, slot, _shortened(row["name"], 34), **text)
+            holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
+            axes.fill_betweenx([slot - 0.4, slot + 0.4], *holds, color="#dcefe2", linewidth=0, zorder=1)
+            x, low, high = (float(np.clip(row[name], -_LAST, _LAST)) for name in ("x", "x_low", "x_high"))
+            axes.plot([low, high], [slot, slot], color=colour, linewidth=1.5, zorder=3)
+            for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
+                if abs(end) > END:
+                    axes.plot(math.copysign(END * 0.88, end), slot, arrow, color=colour, markersize=3.5, zorder=3)
+            look: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": colour if filled else "white"}
+            axes.plot(x, slot, marker, color=colour, markeredgewidth=1.1, zorder=4, **look)
+        slot += 1
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.9)
     axes.set(xlim=(-END, END), ylim=(slot - 0.4, -0.6), yticks=[])
-    axes.set_xticks(
-        [-10, -3, -1, 0, 1, 3, 10], ["\N{MINUS SIGN}10", "\N{MINUS SIGN}3", "\N{MINUS SIGN}1", "0", "1", "3", "10"]
-    )
+    axes.set_xticks([-10, -3, -1, 0, 1, 3, 10])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("margins from no difference,\nor from the middle of a band", fontsize=_TEXT)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
+    axes.set_xlabel("margins from no difference,\nor from the middle of a band", fontsize=_TEXT["fontsize"])
     axes.spines["left"].set_visible(False)
 
 
-def _row(axes: Axes, slot: int, row: Mapping[Any, Any]) -> None:
-    colour, marker, filled = LOOKS.get(row["verdict"], LOOKS["not tested"])
-    holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
-    axes.fill_betweenx([slot - 0.4, slot + 0.4], *holds, color="#dcefe2", linewidth=0, zorder=1)
-    x, low, high = (float(np.clip(row[name], -_LAST, _LAST)) for name in ("x", "x_low", "x_high"))
-    axes.plot([low, high], [slot, slot], color=colour, linewidth=1.5, zorder=3)
-    for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
-        if abs(end) > END:
-            axes.plot(math.copysign(END * 0.88, end), slot, arrow, color=colour, markersize=3.5, zorder=3)
-    face = colour if filled else "white"
-    axes.plot(x, slot, marker, color=colour, markersize=4.6, markerfacecolor=face, markeredgewidth=1.1, zorder=4)
-
-
-def _cut(text: str, most: int = 34) -> str:
+def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
 
 
-def _legend(figure: Figure, plotted: pd.DataFrame, height: float) -> None:
-    """Draw the marks of the verdicts that occur, and the shade, at the top."""
-    marks: list[Any] = []
-    for verdict, (colour, marker, filled) in LOOKS.items():
-        if (plotted["verdict"] == verdict).any():
-            face = colour if filled else "white"
-            marks.append(style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face))
-    marks.append(Patch(facecolor="#dcefe2", label="where the claim holds"))
-    figure.legend(
-        handles=marks,
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1 - 0.02 / height),
-        ncols=3,
-        fontsize=_TEXT,
-        handlelength=1.2,
-        handletextpad=0.5,
-        columnspacing=1.2,
-    )
-
-
-def _strip(figure: Figure, named: pd.DataFrame, height: float, strip: float) -> None:
-    """Write the ids of the claims without numbers as badges at the bottom."""
-    if named.empty:
-        return
-    text: dict[str, Any] = {"fontsize": _TEXT, "parse_math": False, "va": "center"}
-    top = strip - 0.12
-    figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **text)
+def _draw_badges(figure: Figure, named: pd.DataFrame, height: float, top: float) -> None:
+    """Write the ids of the claims without numbers as badges at the bottom; `top` is in inches from there."""
+    figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **_TEXT)
     order = list(LOOKS)
     ranked = sorted(named.to_dict("records"), key=lambda row: order.index(row["verdict"]))
     for place, row in enumerate(ranked):
@@ -209,8 +183,8 @@ def _strip(figure: Figure, named: pd.DataFrame, height: float, strip: float) -> 
         up = top - 0.2 - 0.19 * (place // _BADGES)
         colour, _, filled = LOOKS[row["verdict"]]
         box = {"boxstyle": "round,pad=0.22", "facecolor": colour if filled else "white", "edgecolor": colour}
-        ink = "white" if filled else colour
-        figure.text(across / _WIDTH, up / height, _cut(row["claim_id"], 6), color=ink, ha="center", bbox=box, **text)
+        look: dict[str, Any] = {"color": "white" if filled else colour, "ha": "center", "bbox": box}
+        figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)
 
 
 _CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.42, 0.98, 2.75  # inches, of the matrix
@@ -251,8 +225,14 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
             cell = at.get((claim_id, scale))
             if cell is None or cell["verdict"] == "not tested":
                 axes.text(column, row, "\N{EN DASH}", ha="center", va="center", color="0.7")
-            else:
-                _cell(axes, column, row, cell)
+                continue
+            colour, mark, filled = LOOKS[str(cell["verdict"])]
+            known = not pd.isna(cell["estimate"])
+            look: dict[str, Any] = {"markersize": 7, "markerfacecolor": colour if filled else "white"}
+            axes.plot(column, row - 0.14 if known else row, mark, color=colour, **look)
+            if known:
+                text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+                axes.text(column, row + 0.26, number(cell["estimate"]), color=colour, **text)
     handles = [
         style.mark(verdict, mark, color=colour, markerfacecolor=colour if filled else "white")
         for verdict, (colour, mark, filled) in LOOKS.items()
@@ -267,12 +247,3 @@ def _paper_text(value: str) -> str:
     said = value.partition(";")[0].partition(" (")[0]
     said = "says so" if said in ("no number", "lower", "wider") else said
     return "\n".join(textwrap.wrap(textwrap.shorten(said, 42, placeholder="..."), 17))
-
-
-def _cell(axes: Axes, column: int, row: int, cell: dict[Any, Any]) -> None:
-    colour, mark, filled = LOOKS[str(cell["verdict"])]
-    known = not pd.isna(cell["estimate"])
-    height = row - 0.14 if known else row
-    axes.plot(column, height, mark, color=colour, markersize=7, markerfacecolor=colour if filled else "white")
-    if known:
-        axes.text(column, row + 0.26, number(cell["estimate"]), ha="center", va="center", color=colour, fontsize=7)

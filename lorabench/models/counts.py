@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lorabench.config.placement import SUFFIXES, Placement
-from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.models.lora import add_lora, in_expert, lora_layers
 
@@ -43,49 +42,39 @@ _CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (
 )
 
 
-def _configuration(architecture: str) -> dict[str, Any]:
-    path = ARCHITECTURES / f"{architecture}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
-        raise UserError(f"architecture {architecture!r} is not known; known: {known}")
-    configuration: dict[str, Any] = json.loads(path.read_text())
-    return configuration
+def counts_table() -> pd.DataFrame:
+    """Return the counts by which the claims on the paper's table and on its scheme for experts are judged.
 
+    There is one row per architecture, placement, rank (in a mixture of experts the total rank), include_unembedding and
+    part:
 
-def _with_lora(
-    configuration: dict[str, Any], placement: Placement, rank: int, include_unembedding: bool, layers: int
-) -> PeftModel:
-    """Return an architecture, cut to its first layers, with LoRA on the meta device."""
+    - part `all`: trainable_params of the whole adapter, base_params of the whole model, one row each.
+    - parts `experts`, `attention` and `unembedding`, only in the mixture of experts: trainable_params of LoRA on these
+      layers, base_params of the layers themselves. Their trainable_params add up to those of `all`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**configuration | {"num_hidden_layers": layers})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        return add_lora(model, rank, placement, 32.0, include_unembedding, seed=0)
+    rows = []
+    for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
+        configuration: dict[str, Any] = json.loads((ARCHITECTURES / f"{architecture}.json").read_text())
+        counts = []
+        for layers in (1, 2):
+            config = AutoConfig.for_model(**configuration | {"num_hidden_layers": layers})
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+                counts.append(_counts(add_lora(model, rank, placement, 32.0, include_unembedding, seed=0)))
+        more = configuration["num_hidden_layers"] - 1
+        for part, (trainable, base) in counts[0].items():
+            if by_part or part == "all":
+                whole = trainable + more * (counts[1][part][0] - trainable), base + more * (counts[1][part][1] - base)
+                rows.append((architecture, placement, rank, include_unembedding, part, *whole))
+    columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _counts(
-    architecture: str, placement: Placement, rank: int, include_unembedding: bool
-) -> dict[str, tuple[int, int]]:
-    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part.
-
-    Raises:
-        UserError: the architecture is not known.
-    """
-    configuration = _configuration(architecture)
-    more = configuration["num_hidden_layers"] - 1
-    one, two = (
-        _counts_of(_with_lora(configuration, placement, rank, include_unembedding, layers)) for layers in (1, 2)
-    )
-    return {
-        part: (trainable + more * (two[part][0] - trainable), base + more * (two[part][1] - base))
-        for part, (trainable, base) in one.items()
-    }
-
-
-def _counts_of(model: PeftModel) -> dict[str, tuple[int, int]]:
-    """Return the counts of a model, as `_counts` does."""
+def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     parts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -102,34 +91,6 @@ def _counts_of(model: PeftModel) -> dict[str, tuple[int, int]]:
         lora = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
         parts[part] = parts[part][0] + lora, parts[part][1] + adapted.numel()
     return parts
-
-
-def lora_parameters(architecture: str, placement: Placement, rank: int, include_unembedding: bool = True) -> int:
-    """Return the number of trainable parameters of LoRA on an architecture.
-
-    Raises:
-        UserError: the architecture is not known.
-    """
-    return _counts(architecture, placement, rank, include_unembedding)["all"][0]
-
-
-def counts_table() -> pd.DataFrame:
-    """Return the counts by which the claims on the paper's table and on its scheme for experts are judged.
-
-    There is one row per architecture, placement, rank (in a mixture of experts the total rank), include_unembedding and
-    part:
-
-    - part `all`: trainable_params of the whole adapter, base_params of the whole model, one row each.
-    - parts `experts`, `attention` and `unembedding`, only in the mixture of experts: trainable_params of LoRA on these
-      layers, base_params of the layers themselves. Their trainable_params add up to those of `all`.
-    """
-    rows = []
-    for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
-        counts = _counts(architecture, placement, rank, include_unembedding)
-        for part, (trainable, base) in counts.items() if by_part else [("all", counts["all"])]:
-            rows.append((architecture, placement, rank, include_unembedding, part, trainable, base))
-    columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def base_parameters(model: torch.nn.Module) -> int:

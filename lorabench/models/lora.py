@@ -23,7 +23,7 @@ from lorabench.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 # The pattern by which PEFT finds layers inside a module named `experts`; shared experts, always active, do not match.
@@ -78,26 +78,6 @@ def expert_rank(model: PreTrainedModel, rank: int) -> int:
     return max(1, rank // int(active))
 
 
-def lora_config(
-    model: PreTrainedModel, rank: int, placement: Placement, alpha: float, include_unembedding: bool
-) -> LoraConfig:
-    """Return PEFT's configuration of a condition."""
-    from peft import LoraConfig
-
-    chosen = targets(model, placement, include_unembedding)
-    experts = any(in_expert(name) for name in (*chosen.modules, *chosen.parameters))
-    return LoraConfig(
-        r=rank,
-        rank_pattern={_EXPERTS: expert_rank(model, rank)} if experts else {},
-        lora_alpha=alpha,
-        target_modules=chosen.modules,
-        target_parameters=chosen.parameters or None,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
 def add_lora(
     model: PreTrainedModel,
     rank: int,
@@ -122,13 +102,23 @@ def add_lora(
         UserError: the model has no such layers, or PEFT put LoRA on other layers.
     """
     import torch
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from tqdm import tqdm
 
     # PEFT's progress bars would start a thread, and when memory has run out such a start never returns.
     tqdm.monitor_interval = 0
-    config = lora_config(model, rank, placement, alpha, include_unembedding)
-    names = {*config.target_modules, *(config.target_parameters or ())}
+    chosen = targets(model, placement, include_unembedding)
+    names = {*chosen.modules, *chosen.parameters}
+    config = LoraConfig(
+        r=rank,
+        rank_pattern={_EXPERTS: expert_rank(model, rank)} if any(map(in_expert, names)) else {},
+        lora_alpha=alpha,
+        target_modules=chosen.modules,
+        target_parameters=chosen.parameters or None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.

@@ -50,28 +50,23 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
     return condition.rollouts is not None and preset.execution.sampler == "vllm"
 
 
-def engine_memory(preset: Preset, sweep: Sweep) -> EngineMemory:
-    """Return the bytes of each engine of a sweep's job.
+def engine_memory(preset: Preset, model: str, condition: Condition | None = None) -> EngineMemory:
+    """Return the bytes of each engine of a job.
+
+    Args:
+        model: the model's name in the preset.
+        condition: what the job's runs train; None for an evaluation with lm-eval.
 
     Raises:
-        UserError: vLLM does not take adapters of the sweep's rank.
+        UserError: vLLM does not take adapters of the condition's rank.
     """
-    condition = sweep.condition
-    sizes, adapters = dimensions(preset.models[condition.model]), 0
-    if condition.rank is not None and condition.placement is not None:
-        room = max_lora_rank(condition.rank)
-        adapters = sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
-    return _memory(preset, sizes, _handed_over(sizes, condition), adapters, longest_sequence(preset, condition))
-
-
-def evaluating_memory(preset: Preset, model: str) -> EngineMemory:
-    """Return the bytes of the engine that draws the answers of an evaluation with lm-eval."""
-    sizes = dimensions(preset.models[model])
-    return _memory(preset, sizes, sizes.parameters, adapters=0, longest=0)
-
-
-def _memory(preset: Preset, sizes: Dimensions, weights: int, adapters: int, longest: int) -> EngineMemory:
-    number, cached = number_bytes(preset), max(longest, preset.execution.max_cache_tokens)
+    sizes, number = dimensions(preset.models[model]), number_bytes(preset)
+    weights, adapters, cached = sizes.parameters, 0, preset.execution.max_cache_tokens
+    if condition is not None:
+        weights, cached = _handed_over(sizes, condition), max(cached, longest_sequence(preset, condition))
+        if condition.rank is not None and condition.placement is not None:
+            room = max_lora_rank(condition.rank)
+            adapters = sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
     overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
     return EngineMemory(number * weights, number * adapters, cached * cache_bytes(preset, sizes), overhead)
 

@@ -104,7 +104,7 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
     if uses_engine(preset, condition):
-        return replace(step, engine=engine_memory(preset, sweep).total)
+        return replace(step, engine=engine_memory(preset, condition.model, condition).total)
     # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
     cast = 0
     if condition.placement is not None and bf16 and gpus == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
-from lorabench.planning.engine import evaluating_memory, handover_bytes, uses_engine
+from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
 from lorabench.planning.flops import tokens_per_example
 from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
 from lorabench.planning.plan import Plan
@@ -69,7 +69,7 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     """
     preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
-    peak = disk = working = saving = shared = 0.0
+    peak = disk = working = saving = shared = state = 0.0
     for sweep in job.sweeps:
         condition = sweep.condition
         sizes = dimensions(preset.models[condition.model])
@@ -81,13 +81,13 @@ def job_resources(plan: Plan, job: Job) -> Resources:
         working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE) * trained)
         # The job is asked to stop when it has time for a step and for its checkpoint.
         step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
-        saving = max(saving, step + _STATE * trained / _WRITING)
+        saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)
         if uses_engine(preset, condition):
             # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
             shared = max(shared, 2 * handover_bytes(preset, sweep) + gpus * _GPU_PROCESS)
     seconds = job_seconds(preset, job, gpus, most=True)
     return replace(
-        _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk, shared),
+        _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk, shared, state),
         working_disk_mb=math.ceil(working / MB),
         saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
     )
@@ -106,7 +106,7 @@ def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     if preset.execution.sampler == "vllm":
-        peak = evaluating_memory(preset, job.model).total
+        peak = engine_memory(preset, job.model).total
     return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB)
 
 
@@ -184,10 +184,18 @@ def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, 
 
 
 def _resources(
-    preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float, shared: float = 0.0
+    preset: Preset,
+    model: str,
+    gpus: int,
+    peak: float,
+    seconds: float,
+    disk: float,
+    shared: float = 0.0,
+    state: float = 0.0,
 ) -> Resources:
-    # Weights are read and written through the host's memory.
-    host = shared + (6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak)
+    # Weights are read through the host's memory, and a GPU's checkpoint of `state` bytes is written from there.
+    copied = max(6 * dimensions(preset.models[model]).parameters, state)
+    host = shared + (copied + gpus * _GPU_PROCESS if gpus else peak)
     return Resources(
         gpus=gpus,
         cpus=preset.execution.threads * max(1, gpus),

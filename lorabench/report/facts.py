@@ -60,9 +60,9 @@ def facts(claims: pd.DataFrame) -> list[Fact]:
     group_of = {kind: group for group, kinds in KINDS.items() for kind in kinds}
     groups = claims["kind"].map(lambda kind: group_of.get(kind, "empirical claim"))
     stated = []
-    for (group, text), of_fact in claims.groupby([groups, "fact"], sort=False):
-        verdict = min(of_fact["verdict"], key=_WORST_FIRST.index)
-        stated.append(Fact(str(group), str(text), verdict, tuple(of_fact["claim_id"])))
+    for (group, text), stating in claims.groupby([groups, "fact"], sort=False):
+        verdict = min(stating["verdict"], key=_WORST_FIRST.index)
+        stated.append(Fact(str(group), str(text), verdict, tuple(stating["claim_id"])))
     return stated
 
 
@@ -71,14 +71,14 @@ def headline(claims: pd.DataFrame) -> str:
     stated = facts(claims)
     parts = []
     for group in KINDS:
-        of_group = [fact for fact in stated if fact.group == group]
-        if not of_group:
+        grouped = [fact for fact in stated if fact.group == group]
+        if not grouped:
             continue
-        counts = Counter(fact.verdict for fact in of_group)
-        number = sum(len(fact.claim_ids) for fact in of_group)
+        counts = Counter(fact.verdict for fact in grouped)
+        number = sum(len(fact.claim_ids) for fact in grouped)
         subject = _counted(number, group)
-        if number > len(of_group):
-            subject += f" about {_counted(len(of_group), 'fact')}"
+        if number > len(grouped):
+            subject += f" about {_counted(len(grouped), 'fact')}"
         parts.append(
             f"{subject}: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS if counts[verdict])}"
         )

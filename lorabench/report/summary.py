@@ -67,10 +67,10 @@ def tally(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     stated = facts(table)
     groups = {}
     for group in KINDS:
-        of_group = [fact for fact in stated if fact.group == group]
-        if of_group:
+        stated_facts = [fact for fact in stated if fact.group == group]
+        if stated_facts:
             groups[group] = [
-                {"verdict": verdict, "facts": [fact.claim_ids for fact in of_group if fact.verdict == verdict]}
+                {"verdict": verdict, "facts": [fact.claim_ids for fact in stated_facts if fact.verdict == verdict]}
                 for verdict in VERDICTS
             ]
     return groups
@@ -160,36 +160,33 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     """
     if evals.empty:
         return []
-    evals = _without_perplexities(with_all_columns(evals, "evals"))
+    evals = with_all_columns(evals, "evals")
+    # Perplexities of tasks that have bits per byte are the same on another scale.
+    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
+    perplexity = evals["metric"].isin(["word_perplexity", "byte_perplexity"])
+    evals = evals[~(evals["task"].isin(bits) & perplexity)]
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
     tables = []
-    for place, of_place in trained.groupby(_PLACE, dropna=False):
-        of_base = base[base["model"] == place[0]].assign(label="base")
-        scores = pd.concat([of_base, of_place], ignore_index=True)
+    for place, setting in trained.groupby(_PLACE, dropna=False):
+        base_scores = base[base["model"] == place[0]].assign(label="base")
+        scores = pd.concat([base_scores, setting], ignore_index=True)
         columns = sorted(scores.groupby(_SCORE, dropna=False, sort=False), key=lambda column: column[0][0] != "learned")
         arms = [
             {
-                **{name: of_arm[name].iloc[0] for name in ("label", "lr", "run_id")},
-                "scores": [_of_score(of_arm, column) for _, column in columns],
+                **{name: arm_scores[name].iloc[0] for name in ("label", "lr", "run_id")},
+                "scores": [_score(arm_scores, column) for _, column in columns],
             }
-            for _, of_arm in scores.groupby(["label", "run_id"], dropna=False, sort=False)
+            for _, arm_scores in scores.groupby(["label", "run_id"], dropna=False, sort=False)
         ]
         tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
         tables.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
     return tables
 
 
-def _without_perplexities(evals: pd.DataFrame) -> pd.DataFrame:
-    """Leave out perplexities of tasks that have bits per byte, which is the same on another scale."""
-    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    repeated = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    return evals[~repeated]
-
-
-def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
+def _score(arm_scores: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
     """Return the value of an arm in a column, and its standard error."""
-    of_column = of_arm.loc[of_arm.index.intersection(column.index), ["value", "stderr"]]
-    return None if of_column.empty else {str(name): value for name, value in of_column.iloc[0].items()}
+    score = arm_scores.loc[arm_scores.index.intersection(column.index), ["value", "stderr"]]
+    return None if score.empty else {str(name): value for name, value in score.iloc[0].items()}
 
 
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:

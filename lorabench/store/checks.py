@@ -132,7 +132,7 @@ def refuse_rows(
         wrong: which rows of the table are wrong.
         named_by: the column whose value names a row in the message, such as run_id.
         column: the column with the wrong value.
-        allowed: the allowed values, in words.
+        allowed: the allowed values, for the message.
 
     Raises:
         UserError: At least one row is wrong.
@@ -163,5 +163,5 @@ def check_curves(curves: pd.DataFrame) -> None:
 
 
 def listed(values: Iterable[object]) -> str:
-    """Return the distinct values in words, sorted and separated by commas."""
+    """Return the distinct values as text, sorted and separated by commas."""
     return ", ".join(sorted(str(value) for value in set(values)))

@@ -128,7 +128,7 @@ def base_kind(spec: ModelSpec) -> str | None:
 
 
 def _with_sources(runs: pa.Table) -> pa.Table:
-    """Fill the columns in which tables of other projects may differ from these runs, from what all own runs share."""
+    """Fill the columns in which other projects' runs may differ with the values that all runs of this project share."""
     lora = [method == "lora" for method in runs.column("method").to_pylist()]
     unembedding = [json.loads(text or "{}").get("include_unembedding") for text in runs.column("protocol").to_pylist()]
     columns: dict[str, list[Any]] = {

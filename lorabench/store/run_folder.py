@@ -19,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,48 +30,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The paths of one run's files in the folder `runs` of a preset's results."""
 
-    runs: Path
-    run_id: str
-
-    @property
-    def final(self) -> Path:
-        return self.runs / self.run_id
-
-    @property
-    def partial(self) -> Path:
-        return self.runs / f"{self.run_id}.partial"
-
-    @property
-    def _finishing(self) -> Path:
-        return self.runs / f"{self.run_id}.finishing"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.partial / "checkpoint.safetensors"
-
-    @property
-    def record(self) -> Path:
-        return self.final / "record.json"
-
-    @property
-    def curves(self) -> Path:
-        return self.final / "curves.parquet"
-
-    @property
-    def test_losses(self) -> Path:
-        return self.final / "test_losses.parquet"
-
-    @property
-    def weights(self) -> Path:
-        return self.final / "weights"
-
-    @property
-    def restored(self) -> Path:
-        return self.final / "restored"
+    def __init__(self, runs: Path, run_id: str) -> None:
+        self.run_id = run_id
+        self.final, self.partial = runs / run_id, runs / f"{run_id}.partial"
+        self._finishing = runs / f"{run_id}.finishing"
+        self.checkpoint = self.partial / "checkpoint.safetensors"
+        self.record, self.curves = self.final / "record.json", self.final / "curves.parquet"
+        self.test_losses = self.final / "test_losses.parquet"
+        self.weights, self.restored = self.final / "weights", self.final / "restored"
 
     def done(self) -> bool:
         """Return whether the run has ended, whether or not it diverged."""

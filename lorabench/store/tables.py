@@ -167,9 +167,9 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
 def _contradiction(key: pd.Series[Any], column: str, values: pd.Series[Any], row: pd.Series[int]) -> str:
     """Describe the values of one row that contradict each other, with the folders that they are from."""
     row_name = " ".join(f"{name} {value}" for name, value in key.items() if not pd.isna(value))
-    of_row = values[row.eq(row.to_dict()[key.name])]
-    folders = of_row.index.get_level_values(0)
-    values_in = [f"{value!r} in {folder}" for folder, value in zip(folders, of_row.tolist(), strict=True)]
+    contradicting = values[row.eq(row.to_dict()[key.name])]
+    folders = contradicting.index.get_level_values(0)
+    values_in = [f"{value!r} in {folder}" for folder, value in zip(folders, contradicting.tolist(), strict=True)]
     return f"{row_name} has {column} = {' and '.join(values_in)}"
 
 
@@ -219,8 +219,8 @@ def remarks_on(runs: pd.DataFrame) -> list[str]:
         if column not in runs:
             continue
         # Several models may differ; what must be alike are the runs of one.
-        for _, of_model in runs.groupby(["model", "dataset"]):
-            remarks += _differences(of_model[column])
+        for _, group in runs.groupby(["model", "dataset"]):
+            remarks += _differences(group[column])
     return list(dict.fromkeys(remarks))
 
 
@@ -232,6 +232,6 @@ def _differences(column: pd.Series[Any]) -> list[str]:
     if MIXED in values:
         remarks.append(f"its runs differ in {column.name}, and the source does not say which has which")
     if UNKNOWN in values:
-        of = "some of its runs" if len(values) > 1 else "its runs"
-        remarks.append(f"the {column.name} of {of} is unknown, so they may differ in it")
+        which = "some of its runs" if len(values) > 1 else "its runs"
+        remarks.append(f"the {column.name} of {which} is unknown, so they may differ in it")
     return remarks

@@ -91,9 +91,9 @@ class AdapterProbe:
                 norms.append(_spectral_norms(grams))
                 grams = []
         stacked = torch.stack([layer.to(layers[0].device) for layer in layers])
-        of_a, of_b = torch.cat([*norms, *([_spectral_norms(grams)] if grams else [])]).view(-1, 2).T
+        a_norms, b_norms = torch.cat([*norms, *([_spectral_norms(grams)] if grams else [])]).view(-1, 2).T
         # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
-        moved, larger = stacked[:, 0].mean(), (of_b > of_a).double().mean()
+        moved, larger = stacked[:, 0].mean(), (b_norms > a_norms).double().mean()
         norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 2].sum()
         return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
 

@@ -19,7 +19,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import PROTOCOL_VERSION
@@ -33,9 +35,6 @@ from lorabench.utils.checked_tensors import (
     write_tensors,
 )
 from lorabench.utils.files import atomic_path
-
-if TYPE_CHECKING:
-    import torch
 
 _SHARE = 0.02
 """The largest share of the time that saving takes; where it takes long, it is done less often."""
@@ -63,96 +62,65 @@ class Checkpoint:
     def save(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, progress: dict[str, Any]
     ) -> None:
-        """Save the state of the run; see `save_checkpoint`.
+        """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically.
 
         Raises:
             Stopped: a signal has asked the job to end.
         """
-        started = time.perf_counter()
-        save_checkpoint(self._path, self._run_id, parameters, optimizer, progress, self._processes)
+        started, path, processes = time.perf_counter(), self._path, self._processes
+        tensors = {}
+        for name, parameter in parameters.items():
+            for key, value in {"parameter": parameter.detach(), **optimizer.state[parameter]}.items():
+                tensors[f"{key}/{name}"] = local_part(value)
+        parts = _parts(path, progress["step"], processes.count)
+        about = _owner(self._run_id)
+        if processes.first:
+            about |= {"progress": json.dumps(progress), "parts": str(processes.count)}
+        with atomic_path(parts[processes.rank]) as partial:
+            write_tensors(partial, tensors, about)
+            if processes.first:
+                # The file of the first process replaces the old one last.
+                processes.wait()
+        if processes.first:
+            for old in set(path.parent.glob(f"{path.stem}.*{path.suffix}")).difference(parts):
+                old.unlink()
+        else:
+            processes.wait()
         self._saved = time.perf_counter()
         self._cost = self._saved - started
-        if self._processes.any(signals.requested()):
+        if processes.any(signals.requested()):
             signals.raise_stopped()
 
     def load(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, Any] | None:
-        """Restore the state of the run; see `load_checkpoint`."""
-        return load_checkpoint(self._path, self._run_id, parameters, optimizer, self._processes)
+        """Restore weights and optimizer state in place and return the saved `progress`.
 
-
-def save_checkpoint(
-    path: Path,
-    run_id: str,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
-    processes: Processes = SINGLE_PROCESS,
-) -> None:
-    """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for key, value in {"parameter": parameter.detach(), **optimizer.state[parameter]}.items():
-            tensors[f"{key}/{name}"] = local_part(value)
-    parts = _parts(path, progress["step"], processes.count)
-    about = _owner(run_id)
-    if processes.first:
-        about |= {"progress": json.dumps(progress), "parts": str(processes.count)}
-        with atomic_path(path) as partial:
-            write_tensors(partial, tensors, about)
-            processes.wait()
-        for old in set(path.parent.glob(f"{path.stem}.*{path.suffix}")).difference(parts):
-            old.unlink()
-        return
-    with atomic_path(parts[processes.rank]) as partial:
-        write_tensors(partial, tensors, about)
-    processes.wait()
-
-
-def load_checkpoint(
-    path: Path,
-    run_id: str,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    processes: Processes = SINGLE_PROCESS,
-) -> dict[str, Any] | None:
-    """Restore weights and optimizer state in place and return the saved `progress`.
-
-    Returns None and changes nothing if there is no checkpoint, or none that can be used; a warning then names the
-    reason. Every process must call this, and all restore the checkpoint or none does.
-    """
-    import torch
-
-    if not processes.any(path.exists()):
-        return None
-    progress, parts, reason = _verify(path, run_id, processes)
-    with ExitStack() as opened:
-        files = [opened.enter_context(open_tensors(part, "pt")) for part in parts]
-        if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
-            progress, reason = None, f"{path} is of a model with other parameters"
-        if progress is None:
-            if processes.first:
-                logging.warning("run %s starts again from step 1: checkpoint %s", run_id, reason)
+        Returns None and changes nothing if there is no checkpoint, or none that can be used; a warning then names the
+        reason. Every process must call this, and all restore the checkpoint or none does.
+        """
+        path, processes = self._path, self._processes
+        if not processes.any(path.exists()):
             return None
-        saved = set(files[0].keys())
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(_tensor(files, f"parameter/{name}", parameter, processes))
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}/{name}" in saved:
-                        optimizer.state[parameter][key] = _tensor(files, f"{key}/{name}", parameter, processes)
-    if processes.first:
-        logging.info("run %s goes on after step %d", run_id, progress["step"])
-    return progress
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the number of finished steps in a checkpoint's header; 0 if there is none that can be read."""
-    try:
-        return int(json.loads(read_header(path)["progress"])["step"])
-    except (DamagedTensorsError, KeyError):
-        return 0
+        progress, parts, reason = _verify(path, self._run_id, processes)
+        with ExitStack() as opened:
+            files = [opened.enter_context(open_tensors(part, "pt")) for part in parts]
+            if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+                progress, reason = None, f"{path} is of a model with other parameters"
+            if progress is None:
+                if processes.first:
+                    logging.warning("run %s starts again from step 1: checkpoint %s", self._run_id, reason)
+                return None
+            saved = set(files[0].keys())
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(_tensor(files, f"parameter/{name}", parameter, processes))
+                    for key in ("step", "exp_avg", "exp_avg_sq"):
+                        if f"{key}/{name}" in saved:
+                            optimizer.state[parameter][key] = _tensor(files, f"{key}/{name}", parameter, processes)
+        if processes.first:
+            logging.info("run %s goes on after step %d", self._run_id, progress["step"])
+        return progress
 
 
 def _verify(path: Path, run_id: str, processes: Processes) -> tuple[dict[str, Any] | None, list[Path], str]:
@@ -194,8 +162,6 @@ def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:
 
 def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes) -> torch.Tensor:
     """Return a saved tensor, on the device of `like` and sharded as it is; numbers are not sharded."""
-    import torch
-
     if not files[0].get_slice(key).get_shape():
         # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
         number: torch.Tensor = files[0].get_tensor(key)

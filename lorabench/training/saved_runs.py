@@ -1,7 +1,7 @@
 """Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
 
 There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
-checkpoints, and the protocol version that they were computed with. Losses are exact.
+checkpoints, and the protocol version that they were computed with. All numbers are exact.
 """
 
 from __future__ import annotations
@@ -11,39 +11,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.runs import PROTOCOL_VERSION, Condition, Job, Run, Sweep, next_runs, validation_loss
+from lorabench.runs import PROTOCOL_VERSION, Job, Run, Sweep, next_runs, validation_loss
 from lorabench.store.collect import sweep_rows, write_job
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
-from lorabench.training.adapter import METRICS
 from lorabench.utils.files import atomic_path, digest, read_parquet
-
-_ROUNDED = frozenset({*METRICS, "grad_norm"})
-"""Metrics of each step that are saved in single precision, so that the files stay small; all others are exact."""
 
 _VERSION = b"protocol_version"
 _SCHEMA = pa.schema(
     [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
     metadata={_VERSION: str(PROTOCOL_VERSION)},
 )
-
-# A value's bytes are stored by significance, so that rounded values take half of the space; steps are stored as
-# differences. This halves the files.
-_ENCODING = {
-    "curve.list.element.value": "BYTE_STREAM_SPLIT",
-    "curve.list.element.step": "DELTA_BINARY_PACKED",
-    "curve.list.element.examples": "DELTA_BINARY_PACKED",
-    "curve.list.element.tokens": "DELTA_BINARY_PACKED",
-}
-_DICTIONARIES = ["curve.list.element.split", "curve.list.element.metric", "test_losses.list.element.tokens"]
 
 
 @dataclass(frozen=True)
@@ -68,25 +53,28 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
     Raises:
         UserError: a run or a saved file is damaged.
     """
+    run_ids: dict[Path, set[str]] = {}
+    for sweep in plan.sweeps:
+        condition = sweep.condition
+        path = layout.saved_runs / f"{condition.label}-{digest(asdict(condition), 8)}.parquet"
+        run_ids.setdefault(path, set()).update(sweep.run_ids)
     saved = total = 0
-    for condition, run_ids in _run_ids(plan).items():
-        path = _path(layout, condition)
-        rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in run_ids} if path.exists() else {}
-        for run_id in run_ids:
+    for path, planned in run_ids.items():
+        rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in planned} if path.exists() else {}
+        for run_id in planned:
             folder = RunFolder(layout.runs, run_id)
             if folder.done():
-                rows[run_id] = _row(folder)
+                losses = folder.read_test_losses()
+                rows[run_id] = {
+                    "run_id": run_id,
+                    "record": json.dumps(folder.read_record(), separators=(",", ":")),
+                    "curve": folder.read_curves().drop_columns(["run_id"]).to_pylist(),
+                    "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
+                }
         if rows:
             table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
             with atomic_path(path) as partial:
-                pq.write_table(
-                    table,
-                    partial,
-                    compression="zstd",
-                    compression_level=15,
-                    use_dictionary=_DICTIONARIES,
-                    column_encoding=_ENCODING,
-                )
+                pq.write_table(table, partial, compression="zstd", compression_level=15)
             saved, total = saved + len(rows), total + path.stat().st_size
     return saved, total
 
@@ -112,37 +100,18 @@ def restore_runs(plan: Plan, layout: Layout) -> Restored:
         _check(row, planned[row["run_id"]], layout)
     missing = [row for row in known if not RunFolder(layout.runs, row["run_id"]).done()]
     for row in missing:
-        _restore(row, RunFolder(layout.runs, row["run_id"]))
+        run_id, folder = row["run_id"], RunFolder(layout.runs, row["run_id"])
+        with folder.finishing() as staging:
+            staged = RunFolder(staging.parent, staging.name)
+            curves = [{"run_id": run_id, **point} for point in row["curve"]]
+            write_table(pa.Table.from_pylist(curves, schema=CURVES), staged.curves)
+            if row["test_losses"] is not None:
+                losses = [{"run_id": run_id, "example": i, **loss} for i, loss in enumerate(row["test_losses"])]
+                write_table(pa.Table.from_pylist(losses, schema=TEST_LOSSES), staged.test_losses)
+            staged.restored.touch()
+            staged.record.write_text(row["record"] + "\n")
     jobs = [job for job in plan.jobs if missing and not layout.job(job).exists() and _restore_job(plan, job, layout)]
     return Restored(len(missing), len(known) - len(missing), len(rows) - len(known), len(jobs))
-
-
-def _run_ids(plan: Plan) -> dict[Condition, set[str]]:
-    """Return the ids of all runs that a plan may have, by condition."""
-    run_ids: dict[Condition, set[str]] = {}
-    for sweep in plan.sweeps:
-        run_ids.setdefault(sweep.condition, set()).update(sweep.run_ids)
-    return run_ids
-
-
-def _path(layout: Layout, condition: Condition) -> Path:
-    return layout.saved_runs / f"{condition.label}-{digest(asdict(condition), 8)}.parquet"
-
-
-def _row(folder: RunFolder) -> dict[str, Any]:
-    losses = folder.read_test_losses()
-    return {
-        "run_id": folder.run_id,
-        "record": json.dumps(folder.read_record(), separators=(",", ":")),
-        "curve": [_rounded(point) for point in folder.read_curves().drop_columns(["run_id"]).to_pylist()],
-        "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
-    }
-
-
-def _rounded(point: dict[str, Any]) -> dict[str, Any]:
-    if point["metric"] not in _ROUNDED or point["value"] is None:
-        return point
-    return point | {"value": float(np.float32(point["value"]))}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -164,24 +133,11 @@ def _check(row: dict[str, Any], run: Run, layout: Layout) -> None:
     try:
         record = json.loads(row["record"])
         spec = record["spec"]
-        told = (record["run_id"], spec["identity"], spec["lr"], spec["seed"])
+        identity = record["run_id"], spec["identity"], spec["lr"], spec["seed"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"run {run.run_id} in {layout.saved_runs} has a damaged record; save it again") from error
-    if told != (run.run_id, run.condition.identity, run.lr, run.seed):
+    if identity != (run.run_id, run.condition.identity, run.lr, run.seed):
         raise UserError(f"run {run.run_id} in {layout.saved_runs} has the record of another run; save it again")
-
-
-def _restore(row: dict[str, Any], folder: RunFolder) -> None:
-    run_id = row["run_id"]
-    with folder.finishing() as staging:
-        staged = RunFolder(staging.parent, staging.name)
-        curves = [{"run_id": run_id, **point} for point in row["curve"]]
-        write_table(pa.Table.from_pylist(curves, schema=CURVES), staged.curves)
-        if row["test_losses"] is not None:
-            losses = [{"run_id": run_id, "example": i, **loss} for i, loss in enumerate(row["test_losses"])]
-            write_table(pa.Table.from_pylist(losses, schema=TEST_LOSSES), staged.test_losses)
-        staged.restored.touch()
-        staged.record.write_text(row["record"] + "\n")
 
 
 def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
@@ -190,12 +146,13 @@ def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
     A job that reads the hub is not restored, because its commits are compared with those of its runs when it starts,
     nor one with weights that an evaluation needs.
     """
-    if any(_needs_job(plan, sweep, layout) for sweep in job.sweeps):
-        return False
     rows: list[dict[str, Any]] = []
     for sweep in job.sweeps:
+        condition = sweep.condition
+        held_out = condition.rollouts.held_out if condition.rollouts else ()
+        fetched = [layout.fetched_model(condition.model), *map(layout.fetched_data, (condition.dataset, *held_out))]
         runs = _finished(sweep, layout)
-        if not runs:
+        if not runs or any(fetched) or any(evaluation.sweep == sweep for evaluation in plan.evaluations()):
             return False
         rows += sweep_rows([RunFolder(layout.runs, run.run_id) for run in runs], sweep)
     write_job(rows, layout.job(job))
@@ -203,22 +160,15 @@ def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
     return True
 
 
-def _needs_job(plan: Plan, sweep: Sweep, layout: Layout) -> bool:
-    condition = sweep.condition
-    held_out = condition.rollouts.held_out if condition.rollouts else ()
-    fetched = [layout.fetched_model(condition.model), *map(layout.fetched_data, (condition.dataset, *held_out))]
-    return any(fetched) or any(job.sweep == sweep for job in plan.evaluations())
-
-
 def _finished(sweep: Sweep, layout: Layout) -> list[Run]:
     """Return the runs of a sweep in the order of its waves; none if a run is missing."""
     losses: dict[tuple[float, int], float] = {}
     runs: list[Run] = []
     while wave := next_runs(sweep, losses):
-        folders = [RunFolder(layout.runs, run.run_id) for run in wave]
-        if not all(folder.done() for folder in folders):
-            return []
-        records = [folder.read_record() for folder in folders]
-        losses |= {(run.lr, run.seed): validation_loss(record) for run, record in zip(wave, records, strict=True)}
+        for run in wave:
+            folder = RunFolder(layout.runs, run.run_id)
+            if not folder.done():
+                return []
+            losses[run.lr, run.seed] = validation_loss(folder.read_record())
         runs += wave
     return runs

@@ -23,7 +23,7 @@ class DamagedTensorsError(Exception):
 def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
     """Write tensors of torch or arrays of numpy, with `about` and a checksum in the header.
 
-    All tensors of torch are copied in the host's memory first.
+    Tensors on a GPU are copied to the host's memory first; none may share its memory with another.
     """
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
@@ -32,8 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
     else:
         from safetensors.torch import save_file
 
-        # Each is copied, since safetensors refuses tensors that share memory.
-        whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, {**about, "sha256": _checksum(whole.items(), about)})
 
 

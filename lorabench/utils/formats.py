@@ -1,6 +1,6 @@
 """How numbers are written for people: in the report, in figures and in what commands print.
 
-The module imports no package beside the standard library, since `lorabench plan` uses it and has to start at once.
+The module imports nothing but the standard library, since `lorabench plan` uses it and has to start at once.
 All functions but `fixed_interval` and `percent` write a missing value (None, NaN, NaT or NA) as a dash.
 """
 
@@ -157,7 +157,7 @@ def parameters(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Write a time span in the largest unit of which it has two or more: seconds, minutes, hours or days.
+    """Write a time span in the largest unit that it is at least two of: seconds, minutes, hours or days.
 
     >>> [duration(seconds) for seconds in (41.5, 150, 9_000, 200_000)]
     ['41.5 s', '2.50 min', '2.50 h', '2.31 d']

@@ -54,7 +54,7 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
     Args:
         gpu: the name in `GPUS`.
         device: torch's name of the GPU.
-        memory: its bytes of memory, of which the driver keeps some for itself.
+        memory: its bytes of memory without those that the driver keeps.
     """
     planned = GPUS[gpu].memory
     if is_called(gpu, device) and memory > 0.92 * planned:

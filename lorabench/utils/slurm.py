@@ -45,7 +45,7 @@ def minutes_of(limit: str) -> float | None:
     days, *numbers = match.groups()
     present = [int(number) for number in numbers if number is not None]
     if days is not None:
-        # After the days come hours, minutes and seconds, of which the last may be left out.
+        # After the days come hours, minutes and seconds; the last of them may be left out.
         hours, minutes, seconds = [*present, 0, 0][:3]
         return 24 * 60 * int(days) + 60 * hours + minutes + seconds / 60
     # Without days, the last of two or three numbers is seconds; a single number is minutes.

@@ -10,8 +10,6 @@ import pkgutil
 import re
 from pathlib import Path
 
-import pytest
-
 from ..conftest import REPOSITORY
 
 PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
@@ -24,17 +22,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_headings_of_the_repository(page: Path):
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+def test_links_lead_to_files_and_headings_of_the_repository():
     dead = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        file, _, anchor = link.partition("#")
-        if re.match(r"\w+:", file):
-            continue
-        target = Path(os.path.normpath(page.parent / file)) if file else page
-        if not target.exists() or target.resolve() != target or (anchor and anchor not in anchors(target)):
-            dead.append(link)
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            if re.match(r"\w+:", file):
+                continue
+            target = Path(os.path.normpath(page.parent / file)) if file else page
+            if not target.exists() or target.resolve() != target or (anchor and anchor not in anchors(target)):
+                dead.append(f"{page.name}: {link}")
     assert dead == []
 
 
@@ -48,6 +46,13 @@ def test_pages_that_code_names_exist():
         for match in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(errors="ignore"))
     }
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
+
+
+def test_files_that_the_pages_name_exist():
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    path = r"`((?:lorabench|workflow|benchmarks|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
+    named = {(page.name, name) for page in pages for name in re.findall(path, page.read_text())}
+    assert sorted((page, name) for page, name in named if not (REPOSITORY / name).exists()) == []
 
 
 def test_names_of_the_reference_exist():

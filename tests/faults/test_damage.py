@@ -13,7 +13,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.identity import shipped_folder
 from lorabench.models.passes import trained_parameters
-from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
+from lorabench.training.checkpoint import Checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
 
@@ -86,7 +86,7 @@ def rewrite(path: Path, **about: str) -> None:
 
 
 def of_another_model(path: Path) -> None:
-    save_checkpoint(path, "mine", *trained_model(width=4)[:2], {"step": 7})
+    Checkpoint(path, "mine", 0).save(*trained_model(width=4)[:2], {"step": 7})
 
 
 def trained_model(width: int = 3) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, torch.nn.Module]:
@@ -113,13 +113,14 @@ REASONS = {
 @pytest.mark.parametrize(("damage", "reason"), REASONS.items())
 def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_path, caplog):
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, "mine", *trained_model()[:2], {"step": 7})
+    checkpoint = Checkpoint(path, "mine", 0)
+    checkpoint.save(*trained_model()[:2], {"step": 7})
     parameters, optimizer, model = trained_model()
-    assert load_checkpoint(path, "mine", parameters, optimizer) == {"step": 7}
+    assert checkpoint.load(parameters, optimizer) == {"step": 7}
     damage(path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     caplog.clear()
-    assert load_checkpoint(path, "mine", parameters, optimizer) is None
+    assert checkpoint.load(parameters, optimizer) is None
     [message] = caplog.messages
     assert message.startswith(f"run mine starts again from step 1: checkpoint {path} ")
     assert reason in message

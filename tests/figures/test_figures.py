@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
@@ -189,8 +190,8 @@ def test_fig2_marks_an_optimum_at_the_edge_as_not_resolved():
 
 def test_colours_darken_with_rank_and_fullft_is_black():
     rows = [row for rank in (None, 1, 4, 16, 64, 512) for row in make_sweep(rank, seeds=1)]
-    styles = arm_styles(runs_table(rows).assign(arm=lambda runs: runs["rank"].map(lambda r: f"LoRA r{r}", "ignore")))
-    styles = {str(label): look for label, look in styles.items()}
+    runs = runs_table(rows)
+    styles = arm_styles(runs.assign(arm=[arm_label(run) for _, run in runs.iterrows()]))
     colours = [look.colour for look in styles.values()]
     assert colours[0] == "black"
     grey = [

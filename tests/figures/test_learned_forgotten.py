@@ -129,13 +129,6 @@ def test_without_a_bases_likelihood_accuracy_is_what_was_learned():
     assert figure.axes[0].get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
 
 
-def test_panels_of_one_height_tell_it_once():
-    rows = ROWS + [make_eval(rank, value, **HELLA) for rank, value in (("base", 0.7), (None, 0.6), (8, 0.7))]
-    figure, _ = draw(rows)
-    assert len({axes.get_ylim() for axes in figure.axes}) == 1
-    assert [bool(axes.get_ylabel()) for axes in figure.axes] == [True, False, False]
-
-
 def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
     rows = [make_eval(rank, 0.5, **ACC) for rank in ("base", None, 8)]
     for rank, hella, arc in (("base", 0.70, 0.50), (None, 0.60, 0.46), (8, 0.70, 0.48)):
@@ -150,7 +143,9 @@ def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
 def test_each_measure_of_forgetting_has_a_panel():
     rows = ROWS + [make_eval(rank, value, **HELLA) for rank, value in (("base", 0.7), (None, 0.6), (8, 0.7))]
     figure, plotted = draw(rows)
-    assert len(figure.axes) == 3
+    # Panels of one height have one label.
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert [bool(axes.get_ylabel()) for axes in figure.axes] == [True, False, False]
     lost = plotted.pivot(index="arm", columns="measure", values="forgotten")
     assert lost.loc["FullFT"].to_dict() == pytest.approx({"bits_per_byte": 0.12, "accuracy": 0.1})
 
@@ -192,27 +187,19 @@ def test_only_runs_of_what_nothing_was_learned_still_make_a_figure():
     assert "2 without a score" in words(figure)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "there is no table evals"),
-        (of_arm("base", 0.1, 1.5), "no trained run"),
-        (ROWS + ROWS[-1:], "the score tiny .* pretraining byte_perplexity none more than once"),
-    ],
-)
-def test_a_table_that_says_nothing_is_refused(rows, message):
-    with pytest.raises(UserError, match=message):
-        draw(rows)
+def test_a_table_that_says_nothing_is_refused():
+    twice = "the score tiny .* pretraining byte_perplexity none more than once"
+    refused = {"there is no table evals": [], "no trained run": of_arm("base", 0.1, 1.5), twice: ROWS + ROWS[-1:]}
+    for message, rows in refused.items():
+        with pytest.raises(UserError, match=message):
+            draw(rows)
 
 
-def test_it_reads_a_folder_with_evals_only_and_writes_the_same_bytes_again(tmp_path: Path):
+def test_it_reads_a_folder_with_evals_only(tmp_path: Path):
     write_frame(evals_table(ROWS), "evals", tmp_path)
     assert drawable_figures([tmp_path]) == ["learned_forgotten"]
-    for out in ("one", "two"):
-        save_figure("learned_forgotten", [tmp_path], tmp_path / out)
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
-    assert first == second
-    assert set(first) == {f"learned_forgotten.{kind}" for kind in ("svg", "png", "csv")}
+    save_figure("learned_forgotten", [tmp_path], tmp_path / "out")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".svg", ".png", ".csv"}
 
 
 def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):

@@ -65,12 +65,6 @@ def test_a_best_lr_at_the_edge_is_open():
     assert faces == {"white"}
 
 
-def test_each_model_has_its_pair_of_panels():
-    figure, plotted = drawn(sweeps() + sweeps(model="sparse", family="qwen3_moe"))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["sparse · instruct", "", "tiny · instruct", ""]
-    assert (plotted["element"] == "margin_band").sum() == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",

@@ -9,14 +9,12 @@ import pytest
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import reward_curves, with_error_rates
-from lorabench.errors import UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, drawable_figures, save_figure
 from lorabench.figures.fits import compared, optima
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
 
-from ..conftest import slow_but
 from ..handmade import curves_of, make_sweep, runs_table
 from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
 from ..handmade.sft import tables
@@ -25,7 +23,6 @@ from .layout import legend, only, texts
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 OF_RESPONSES = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
-BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
 SD = float(np.std(OFFSETS, ddof=1))
 COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
 
@@ -86,10 +83,9 @@ def draw(name, arms):
 # Accuracy against learning rate.
 
 
-@pytest.mark.parametrize("name", BY_LR)
-def test_accuracies_are_means_over_seeds_with_their_deviation(name):
+def test_accuracies_are_means_over_seeds_with_their_deviation():
     rl_tables = read(arms())
-    _, plotted = drawn(name, rl_tables)
+    _, plotted = drawn("fig6_rl_lr", rl_tables)
     rows = only(plotted, "accuracy").set_index(["arm", "lr"])
     expected = rl_tables.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(
         ["mean", "std", "size"]
@@ -104,10 +100,9 @@ def test_accuracies_are_means_over_seeds_with_their_deviation(name):
     assert not any("nll" in column for column in plotted)
 
 
-@pytest.mark.parametrize("name", BY_LR)
-def test_optima_are_those_of_the_fits(name):
+def test_optima_are_those_of_the_fits():
     rl_tables = read(arms())
-    _, plotted = drawn(name, rl_tables)
+    _, plotted = drawn("fig6_rl_lr", rl_tables)
     expected = optima(compared(rl_tables, with_error_rates(rl_tables.runs))).assign(accuracy=lambda row: 1 - row["nll"])
     shown = only(plotted, "optimum")
     for column in ("lr", "lr_low", "lr_high", "accuracy"):
@@ -116,35 +111,25 @@ def test_optima_are_those_of_the_fits(name):
     assert shown["resolved"].tolist() == expected["resolved"].tolist() == [True] * 3
 
 
-def test_an_optimum_at_the_edge_is_open():
-    figure, plotted = draw("fig6_rl_lr", [arm(16, optimum=3e-2)])
-    assert not only(plotted, "optimum")["resolved"].item()
-    diamonds = [line for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
-    assert [line.get_markerfacecolor() for line in diamonds] == ["white"]
-
-
-@pytest.mark.parametrize("name", BY_LR)
-def test_what_has_not_learned_is_marked_and_counted(name):
+def test_what_has_not_learned_is_marked_and_counted():
     rl_tables = read(arms((1, 16), diverges_from=9e-3))
-    figure, plotted = drawn(name, rl_tables)
+    figure, plotted = drawn("fig6_rl_lr", rl_tables)
     for status in ("diverged", "unrewarded"):
         assert set(only(plotted, status)["run_id"]) == set(
             rl_tables.runs.loc[rl_tables.runs["status"] == status, "run_id"]
         )
-    panel = 1 if name == "fig7_rl_curves" else 0
-    assert "2 diverged · 2 unrewarded" in texts(figure, panel)
-    marks = [line.get_marker() for line in figure.axes[panel].get_lines()]
+    assert "2 diverged · 2 unrewarded" in texts(figure)
+    marks = [line.get_marker() for line in figure.axes[0].get_lines()]
     assert marks.count("x") == marks.count("$0$") == 2
     assert {"diverged", "never rewarded"} <= set(legend(figure))
 
 
-@pytest.mark.parametrize("name", ["fig6_rl_lr", "fig7_rl_curves"])
-def test_the_base_and_controls_are_lines_with_an_entry(name):
-    figure, plotted = draw(name, arms(constant_reward=0.03, rule_reward=0.2))
+def test_the_base_and_controls_are_lines_with_an_entry():
+    figure, plotted = draw("fig7_rl_curves", arms(constant_reward=0.03, rule_reward=0.2))
     heights = {"base": BASE, "constant": 0.03, "rule": 0.2}
     for element, height in heights.items():
         assert only(plotted, element)["accuracy"].tolist() == [height]
-    for axes in figure.axes[: 2 if name == "fig7_rl_curves" else 1]:
+    for axes in figure.axes[:2]:
         for look, height in zip(("-", ":", "--"), heights.values(), strict=True):
             assert height in [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == look]
         low, high = axes.get_ylim()
@@ -301,24 +286,21 @@ def test_odd_tables_are_drawn(case):
         draw(name, ODD[case]())
 
 
-@pytest.mark.parametrize("name", ["fig6_rl_lr", "fig8_aime_and_length"])
 @pytest.mark.filterwarnings("error")
-def test_names_with_markup_or_formula_signs_are_plain_text(name, tmp_path):
-    figure, _ = draw(name, arms(dataset="<b>$x^$&", model="$y", sets={"<b>$x^$&": 0.2}))
+def test_names_with_markup_or_formula_signs_are_plain_text(tmp_path):
+    figure, _ = draw("fig8_aime_and_length", arms(dataset="<b>$x^$&", model="$y", sets={"<b>$x^$&": 0.2}))
     write_figure(figure, tmp_path / "figure.svg")
     assert "<b>" not in (tmp_path / "figure.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["fig7_rl_curves", "fig8_aime_and_length"])
-def test_without_curves_a_sentence_says_so(name):
-    rl_tables = read(arms())
-    figure, _ = drawn(name, Tables(rl_tables.runs, pd.DataFrame()))
-    notes = texts(figure)
+def test_without_curves_a_sentence_says_so():
     wanted = {
         "fig7_rl_curves": ["no test accuracies"],
         "fig8_aime_and_length": ["no accuracies", "no response lengths", "no KL", "no rates of reflection"],
     }
-    assert all(words in notes for words in wanted.get(name, []))
+    for name, sentences in wanted.items():
+        figure, _ = drawn(name, Tables(read(arms()).runs, pd.DataFrame()))
+        assert all(words in texts(figure) for words in sentences)
 
 
 @pytest.fixture(scope="module")
@@ -357,22 +339,6 @@ def test_a_few_columns_are_enough(tmp_path):
     assert {path.stem for path in (tmp_path / "drawn").glob("*.svg")} == set(OF_RL)
 
 
-@pytest.mark.parametrize("name", slow_but("fig6_rl_lr", OF_RL))
-def test_csv_is_what_draw_returns_and_bytes_are_stable(name, tmp_path):
-    runs, curves = tables(placements())
-    folder = write(tmp_path / "tables", runs, curves)
-    for out in ("one", "two"):
-        save_figure(name, [folder], tmp_path / out)
-    written = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert set(written) == {f"{name}.{kind}" for kind in ("svg", "png", "csv")}
-    assert written == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
-    _, plotted = draw(name, placements())
-    written = pd.read_csv(tmp_path / "one" / f"{name}.csv")
-    assert list(written.columns) == list(plotted.columns)
-    for column in written.select_dtypes("number"):
-        np.testing.assert_allclose(written[column].astype(float), plotted[column].to_numpy(float, na_value=np.nan))
-
-
 def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
     shared, of_math = arms((None,), dataset="gsm8k"), arms((16,), dataset="math")
     folders = []
@@ -385,11 +351,3 @@ def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
     save_figure("fig6_rl_lr", folders[:1], tmp_path / "one")
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
-
-
-def test_folders_that_contradict_each_other_are_refused(tmp_path):
-    runs, _ = tables(arms((None,)))
-    folders = [write(tmp_path / name, runs.assign(base_reward=base)) for name, base in (("a", 0.1), ("b", 0.2))]
-    with pytest.raises(UserError, match="base_reward"):
-        save_figure("fig6_rl_lr", folders, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

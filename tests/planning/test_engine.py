@@ -6,7 +6,8 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.models.dimensions import dimensions
-from lorabench.planning.engine import engine_memory, engine_seconds, handover_bytes, handover_seconds
+from lorabench.planning import engine
+from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
 from lorabench.planning.flops import run_flops
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
@@ -24,6 +25,11 @@ def with_sampler(name, sampler, **changes):
     return preset, make_plan(preset)
 
 
+def engine_memory(preset, sweep):
+    """Return the bytes of each engine of a sweep's job."""
+    return engine.engine_memory(preset, sweep.condition.model, sweep.condition)
+
+
 def sweep_of(plan, problems, rank):
     """Return the sweep of a problem set with LoRA of the given rank on all layers, or None for full fine-tuning."""
     placement = None if rank is None else "all"
@@ -34,10 +40,10 @@ def sweep_of(plan, problems, rank):
 def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     paper, plan = with_sampler("paper", "vllm")
     full, rank_4 = (sweep_of(plan, "gsm8k", rank) for rank in (None, 4))
-    engine = engine_memory(paper, full)
-    assert (engine.weights, engine.adapters, engine.overhead) == (2 * LLAMA_8B, 0, 2.5e9)
+    held = engine_memory(paper, full)
+    assert (held.weights, held.adapters, held.overhead) == (2 * LLAMA_8B, 0, 2.5e9)
     # Keys and values of 32 layers, 8 heads of 128 numbers of 2 bytes.
-    assert engine.cache == 196_608 * 32 * 2 * 8 * 128 * 2
+    assert held.cache == 196_608 * 32 * 2 * 8 * 128 * 2
     # An adapter of rank 4 takes the room of rank 8, and is handed over in fp32.
     adapter = dimensions(paper.models["llama-3-1-8b-base"]).lora("all", 8, True)[0]
     assert engine_memory(paper, rank_4).adapters == 2 * adapter
@@ -100,10 +106,10 @@ def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
 def test_a_plan_on_a_cpu_knows_the_engine():
     (own, of_own), (vllm, of_vllm) = (with_sampler("smoke", sampler) for sampler in ("own", "vllm"))
     before, after = (next(job for job in plan.jobs if job.sweeps[0].condition.rollouts) for plan in (of_own, of_vllm))
-    engine = engine_memory(vllm, after.sweeps[0])
+    held = engine_memory(vllm, after.sweeps[0])
     sizes = dimensions(vllm.models[after.sweeps[0].condition.model])
-    assert (engine.weights, engine.overhead) == (4 * sizes.parameters, 1e9)
-    assert engine.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
+    assert (held.weights, held.overhead) == (4 * sizes.parameters, 1e9)
+    assert held.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
     assert job_resources(of_vllm, after).mem_mb > job_resources(of_own, before).mem_mb + 1000
     # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
     flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)

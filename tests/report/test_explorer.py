@@ -11,6 +11,8 @@ import string
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.report import explorer
 from lorabench.report.explorer import curves_to_draw, table_downloads, thinned
@@ -24,15 +26,14 @@ def runs() -> pd.DataFrame:
     return labelled(runs_table(make_sweep(None) + make_sweep(4)))
 
 
-@pytest.mark.parametrize("n", [1, 60, 61, 30_000])
-def test_thinned_keeps_the_ends_and_no_more_than_allowed(n):
-    steps = np.arange(n)
-    kept = thinned(steps, 60)
+@given(st.integers(1, 30_000), st.integers(3, 80))
+def test_thinned_keeps_the_ends_and_no_more_than_allowed(n, limit):
+    kept = thinned(np.arange(n), limit)
     assert kept[0] == 0
     assert kept[-1] == n - 1
-    assert len(kept) <= 60
+    assert len(kept) <= limit
     assert (np.diff(kept) > 0).all()
-    assert len(kept) == min(n, 60) or n > 60
+    assert len(kept) == n or n > limit
 
 
 def test_thinned_is_log_spaced():
@@ -69,11 +70,10 @@ def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs
     assert drawn["curves"] == curves_to_draw(runs, curves)["curves"]
 
 
-@pytest.mark.parametrize("curves", [pd.DataFrame(), curves_of(runs_table(make_sweep(1))).head(0)])
-def test_without_curves_there_are_none(runs, curves):
-    drawn = curves_to_draw(runs, curves)
-    assert drawn["curves"] == {}
-    assert drawn["measures"] == []
+def test_without_curves_there_are_none(runs):
+    for curves in (pd.DataFrame(), curves_of(runs).head(0)):
+        drawn = curves_to_draw(runs, curves)
+        assert (drawn["curves"], drawn["measures"]) == ({}, [])
 
 
 def test_many_curves_have_fewer_points_each(runs, monkeypatch):

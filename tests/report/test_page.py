@@ -252,12 +252,9 @@ def test_recipe_says_what_to_use(report):
     assert "10 times that of full fine-tuning" in section
 
 
-def test_recipe_says_when_nothing_matches(report):
+def test_recipe_says_when_nothing_matches_or_can_be_compared(report):
     header = report([row for rank in (None, 1) for row in make_sweep(rank)]).text
     assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in header
-
-
-def test_without_full_fine_tuning_there_is_no_answer(report):
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
@@ -293,15 +290,17 @@ def test_diverged_runs_are_listed(report, rows):
     assert set(re.findall(r'href="#run-([^"]+)"', section)) == diverged
 
 
-def test_says_so_when_none_diverged(report):
-    rows = [row for rank in (None, 1) for row in make_sweep(rank, diverged_from=1.0)]
-    assert "No run diverged: all 14 runs ended with finite losses." in report(rows).text
-
-
-def test_sparse_runs_show_dashes_and_no_nan(report):
-    page = report([make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")])
-    assert "\N{EN DASH}" in own_text(page)
-    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own_text(page))
+def test_sparse_runs_and_missing_provenance_show_dashes_and_no_nan(report):
+    unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
+    sparse = [make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")]
+    for rows in (
+        sparse,
+        [row | unknown for row in make_sweep(None, diverged_from=1.0) + make_sweep(1, diverged_from=1.0)],
+    ):
+        page = report(rows)
+        assert "\N{EN DASH}" in own_text(page)
+        assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own_text(page))
+    assert "No run diverged: all 14 runs ended with finite losses." in page.text
 
 
 def own_text(page: Page) -> str:
@@ -309,20 +308,12 @@ def own_text(page: Page) -> str:
     return Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL)).text
 
 
-def test_missing_provenance_is_a_dash(report):
-    unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
-    page = report([row | unknown for row in make_sweep(None) + make_sweep(1)])
-    assert not re.search(r"\b(nan|None|<NA>|NaT)\b", own_text(page))
-
-
-def test_uncommitted_changes_are_shown(report):
-    page = report(make_sweep(None) + [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)])
+def test_uncommitted_changes_and_limits_are_shown(report):
+    rows = make_sweep(None) + [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
+    page = report(rows, limits=["It cannot fly."])
     assert "7 runs with uncommitted changes" in page.text
     assert "abc123" in page.text
-
-
-def test_limits_of_the_preset_are_listed(report, rows):
-    assert "It cannot fly." in report(rows, limits=["It cannot fly."]).text
+    assert "It cannot fly." in page.text
 
 
 EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
@@ -365,11 +356,11 @@ def test_a_score_that_is_not_there_is_a_dash(report, rows):
     assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", section.text)
 
 
-@pytest.mark.parametrize("evals", [None, [], [make_eval("base", 0.1)]])
-def test_without_scores_there_is_no_section(report, rows, evals):
-    page = report(rows, evals)
-    assert "evaluation" not in page.ids
-    assert "#evaluation" not in page.all("a", "href")
+def test_without_scores_of_runs_there_is_no_section(report, rows):
+    for evals in (None, [make_eval("base", 0.1)]):
+        page = report(rows, evals)
+        assert "evaluation" not in page.ids
+        assert "#evaluation" not in page.all("a", "href")
 
 
 def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report, rows):

@@ -15,10 +15,8 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.progress import status
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import JOB
-from lorabench.training import saved_runs
+from lorabench.training import saved_runs, sft
 from lorabench.training.job import run_job
-from lorabench.training.rl import trainer
 from lorabench.training.saved_runs import restore_runs, save_runs
 from lorabench.training.sweep import SweepContext
 
@@ -76,17 +74,14 @@ def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(re
     assert (restored.runs, restored.present, restored.unknown, restored.jobs) == (2, 0, 0, 0)
     assert status(plan, layout).runs_done == 2
     started = []
-    train_sft = trainer.train_sft
-    monkeypatch.setattr(trainer, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))
+    train_sft = sft.train_sft
+    monkeypatch.setattr(sft, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))
     rows, _ = trained(plan, layout, "lora")
     assert set(started) == set(whole.run_id[2:])
     assert len(started) == len(whole) - 2 == 2
     pd.testing.assert_frame_equal(rows[NUMBERS], whole[NUMBERS], check_exact=True)
     assert [list(value) for value in rows["test_losses"]] == [list(value) for value in whole["test_losses"]]
-    for points, expected in zip(rows["curve"], whole["curve"], strict=True):
-        for point, other in zip(points, expected, strict=True):
-            rounding = 0.0 if point["metric"] == "nll" else 1e-7
-            assert point == other | {"value": pytest.approx(other["value"], rel=rounding, abs=0.0, nan_ok=True)}
+    assert [list(points) for points in rows["curve"]] == [list(points) for points in whole["curve"]]
 
 
 @pytest.mark.slow
@@ -95,14 +90,13 @@ def test_a_finished_job_is_restored_whole(ready):
     for job in plan.jobs:
         run_job(plan, job, layout, lambda line: None)
     before = {job: pq.read_table(layout.job(job)) for job in plan.jobs}
-    exact = [name for name in JOB.names if name != "curve"]
     runs, size = save_runs(plan, layout)
     assert runs == sum(map(len, before.values()))
     assert size / runs < 20_000
     wipe_results(layout)
     assert restore_runs(plan, layout).jobs == len(plan.jobs)
     for job, table in before.items():
-        assert pq.read_table(layout.job(job)).select(exact) == table.select(exact)
+        assert pq.read_table(layout.job(job)) == table
     again = restore_runs(plan, layout)
     assert (again.runs, again.present) == (0, runs)
 

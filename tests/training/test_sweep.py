@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pyarrow.parquet as pq
@@ -13,7 +12,10 @@ from pandas.testing import assert_frame_equal
 from lorabench.errors import UserError
 from lorabench.runs import Job
 from lorabench.store.progress import status
+from lorabench.training import sft
+from lorabench.training import sweep as sweep_module
 from lorabench.training.job import run_job
+from lorabench.training.sweep import Base
 
 from .conftest import trained
 
@@ -57,9 +59,7 @@ def test_a_second_call_trains_nothing(ready, monkeypatch):
 
 
 def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
-    from lorabench.training import sweep as module
-
-    real = module.load_model
+    real = sweep_module.load_model
 
     def scrambled(spec):
         model = real(spec)
@@ -68,7 +68,7 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
             model.lm_head.weight.normal_(std=3.0)
         return model
 
-    monkeypatch.setattr(module, "load_model", scrambled)
+    monkeypatch.setattr(sweep_module, "load_model", scrambled)
     with pytest.raises(UserError, match="base model tiny has a validation loss of .* worse than guessing"):
         trained(*ready("scrambled"), "lora")
 
@@ -78,26 +78,27 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
     plan, layout = ready("apart", ranks=[2, 4])
     apart = [row for sweep in plan.sweeps for row in rows_of(plan, layout, sweep)]
     plan, layout = ready("together", ranks=[2, 4])
-    calls = {"load_model": 0, "read_tokens": 0, "mean_nll": 0}
+    calls = {"load_model": 0, "read_tokens": 0, "sharded": 0}
 
     def counting(module, name):
-        real = getattr(importlib.import_module(module), name)
+        real = getattr(module, name)
 
         def call(*given, **named):
             calls[name] += 1
             return real(*given, **named)
 
-        monkeypatch.setattr(f"{module}.{name}", call)
+        monkeypatch.setattr(module, name, call)
 
-    counting("lorabench.training.sweep", "load_model")
-    counting("lorabench.training.sft", "read_tokens")
-    counting("lorabench.training.sft", "mean_nll")
+    counting(sweep_module, "load_model")
+    counting(sft, "read_tokens")
+    # The base model is taken for its evaluation.
+    counting(Base, "sharded")
     methods = [sweep.condition.method for sweep in plan.sweeps]
     assert sorted(methods) == ["fullft", "lora", "lora"]
     together = rows_of(plan, layout, *plan.sweeps)
     # Full fine-tuning uses up the base in its grid and in its repeat; a sweep after it loads the base again.
     again = methods[-1] != "fullft"
-    assert calls == {"load_model": 2 + again, "read_tokens": 1, "mean_nll": 1}
+    assert calls == {"load_model": 2 + again, "read_tokens": 1, "sharded": 1}
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
     assert [{name: row[name] for name in columns} for row in together] == [
         {name: row[name] for name in columns} for row in apart

@@ -92,7 +92,7 @@ rule claims:
             category="Claims",
             labels={"table": "claims with verdicts"},
         ),
-        # What theories predict of the LR ratio, beside what was measured.
+        # What theories predict of the LR ratio, next to what was measured.
         *(
             [LAYOUT.tables() / "predictions.csv"]
             if LAYOUT.preset.experiments.lr_ratio

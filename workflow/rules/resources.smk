@@ -12,7 +12,7 @@ from lorabench.planning.resources import (
 from lorabench.utils.devices import visible_devices
 from lorabench.utils.slurm import partition_minutes
 
-# Settings of GPUs and time in a site's profile, beside the resources that the executor knows.
+# Settings of GPUs and time in a site's profile, besides the resources that the executor knows.
 SITE = {
     name: resource.raw
     for name, resource in (workflow.resource_settings.default_resources or {}).items()
@@ -83,7 +83,7 @@ def in_time(minutes):
 def retries(jobs):
     """The number of times that jobs with checkpoints are started again; None leaves it to the profile.
 
-    Where a site limits the time of a job, it may fail three times beside the restarts that the limit makes necessary.
+    Where a site limits the time of a job, it may fail three times besides the restarts that the limit makes necessary.
 
     Args:
         jobs: the `lorabench.planning.resources.Resources` of the jobs.

@@ -275,8 +275,7 @@ def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
     """Return the attention mask of new tokens: each attends to the prompt and to its own response."""
     if not shared:
         return owners != _PADDING
-    of_prompt = (owners == _PROMPT)[:, None]
-    return ((owners[:, None] == new_owners[:, :, None]) | of_prompt)[:, None]
+    return ((owners[:, None] == new_owners[:, :, None]) | (owners == _PROMPT)[:, None])[:, None]
 
 
 def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
@@ -349,41 +348,19 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class TextStops:
-    """Finds the responses that end with a stop text.
+    """Finds the responses that end with a stop text, whose last character the last token of the response brings.
 
-    A response that has a text only now has the text's last character in its last token. So only responses are decoded
-    whose last token may bring such a character: which tokens may is found out once for each token.
+    A text of k characters ends in the last token and spans at most k tokens before it, so no more need to be decoded.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
         self._tokenizer, self._texts = tokenizer, texts
-        self._last = {text[-1] for text in texts}
-        # A text of k characters ends in the last token and spans at most k tokens before it.
-        self._longest = max(map(len, texts), default=0) + 1
-        self._may_end: dict[int, bool] = {}
+        self.longest = max(map(len, texts), default=0) + 1
 
     def ended(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
         """Return whether a stop text is near the end of each response, given all its tokens or the last ones, (n,)."""
-        ended = np.zeros(len(tails), np.bool_)
-        near = [row for row, tail in enumerate(tails) if self._texts and self._may(tail[-1])]
-        decoded: Any = self._tokenizer.batch_decode([tails[row][-self._longest :] for row in near]) if near else []
-        for row, tail in zip(near, decoded, strict=True):
-            ended[row] = any(text in tail for text in self._texts)
-        return ended
-
-    @property
-    def longest(self) -> int:
-        """The number of last tokens of a response that have to be given."""
-        return self._longest
-
-    def _may(self, token: int) -> bool:
-        """Return whether a token may bring the last character of a text. White space and parts of characters, which a
-        token alone may not show, always may."""
-        if token not in self._may_end:
-            text: Any = self._tokenizer.decode([token])
-            unsure = "\ufffd" in text or not text.strip() or any(last.isspace() for last in self._last)
-            self._may_end[token] = unsure or any(last in text for last in self._last)
-        return self._may_end[token]
+        decoded: list[str] = self._tokenizer.batch_decode([tail[-self.longest :] for tail in tails])
+        return np.array([any(text in tail for text in self._texts) for tail in decoded])
 
 
 def sample_in_processes(

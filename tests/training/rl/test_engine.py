@@ -28,7 +28,7 @@ from lorabench.store.io import read_table
 from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
-from lorabench.training.rl.engine.process import Engine, EngineSettings
+from lorabench.training.rl.engine.process import Engine, EngineSettings, llm_options
 from lorabench.training.rl.engine.sampler import PolicyEngine
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
@@ -48,9 +48,11 @@ NEW_TOKENS = 16
 
 def settings(spec=BASE, max_rank=None, tokenizer=None) -> EngineSettings:
     location = model_location(spec)
-    return EngineSettings(
-        location, None, False, "float32", 256, 1 << 28, 0.5, max_rank, tokenizer and location, None, 2
-    )
+    options = llm_options(location, "float32", 256, 1 << 28, max_rank)
+    options |= {"gpu_memory_utilization": 0.5, "enforce_eager": True}
+    if tokenizer:
+        options |= {"tokenizer": location, "skip_tokenizer_init": False}
+    return EngineSettings(options, None, 2)
 
 
 @pytest.fixture(scope="module")

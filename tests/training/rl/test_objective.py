@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.models.passes import trained_parameters
+from lorabench.training import reference
 from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
@@ -56,20 +57,17 @@ def test_gradient_of_one_token_is_the_one_derived_by_hand(base):
 
 
 def plain_gradients(model, groups):
-    """Compute the same objective with a separate forward pass for each response."""
-    episodes = sum(len(group.responses) for group in groups)
-    loss = 0.0
-    for group in groups:
-        for response, advantage in zip(group.responses, group.advantages, strict=True):
-            ids = torch.tensor([[*group.prompt, *response.tokens]])
-            logp = model(ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
-            chosen = logp.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
-            loss = loss - ((chosen - torch.from_numpy(response.logprobs)).exp() * float(advantage)).sum() / episodes
+    """Return gradients and loss of the reference, which computes each response by itself."""
+    plain = [
+        (group.prompt, [(r.tokens.tolist(), r.logprobs.tolist()) for r in group.responses], group.rewards.tolist())
+        for group in groups
+    ]
+    loss = reference.policy_loss(model, plain)
     loss.backward()
     return gradients(model), loss.item()
 
 
-@pytest.mark.parametrize("max_tokens", [60, 150, 10_000])
+@pytest.mark.parametrize("max_tokens", [60, 10_000])
 def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max_tokens):
     expected, loss = plain_gradients(base, groups)
     measured = backward(base, groups, max_tokens)

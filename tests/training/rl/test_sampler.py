@@ -163,18 +163,6 @@ def test_a_length_limit_only_cuts(base, tokenizer, prompts):
         assert whole.truncated == (tokenizer.eos_token_id not in whole.tokens)
 
 
-def test_few_responses_are_decoded_to_find_a_text(base, tokenizer, prompts, monkeypatch):
-    requests, decoded = keyed(prompts[:10]), []
-    whole = drawn(base, tokenizer, requests)
-    original = type(tokenizer).batch_decode
-    monkeypatch.setattr(
-        type(tokenizer), "batch_decode", lambda self, ids, **named: decoded.extend(ids) or original(self, ids, **named)
-    )
-    ended = drawn(base, tokenizer, requests, texts=("77", "\\boxed{"))
-    assert same_tokens(ended, whole)
-    assert 0 < len(decoded) < 0.5 * sum(len(response.tokens) for response in whole)
-
-
 @pytest.mark.parametrize("text", ["é", "ab c", " ", "\n\n", "the"])
 def test_texts_are_found_where_they_are_in_the_decoded_text(text, tokenizer):
     sentence = "cab café at the\n\nlake ab cd the"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,55 +30,37 @@ _LINES = 3
 class EngineSettings:
     """What an engine is started with."""
 
-    model: str
-    """Folder or hub id of the model."""
-    revision: str | None
-    trust_remote_code: bool
-    dtype: str
-    max_length: int
-    """Tokens of the longest prompt with its response."""
-    cache_bytes: int
-    """Bytes of keys and values."""
-    memory_share: float
-    """Share of the GPU's memory that the engine takes."""
-    max_rank: int | None
-    """Largest rank of the adapter; None for an engine without one."""
-    tokenizer: str | None
-    """Folder or hub id of the tokenizer; None where no stop text is to be found."""
+    options: dict[str, Any]
+    """The arguments of vLLM's `LLM`."""
     device: int | None
     """Index of this process's GPU among the visible ones; None for a CPU."""
     threads: int
 
-    def of_folder(self, folder: Path) -> EngineSettings:
-        """Return the settings of an engine that reads its weights from a folder."""
-        return replace(self, model=str(folder), revision=None)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of vLLM's `LLM`."""
-        options: dict[str, Any] = {
-            "model": self.model,
-            "trust_remote_code": self.trust_remote_code,
-            "dtype": self.dtype,
-            "max_model_len": self.max_length,
-            "kv_cache_memory_bytes": self.cache_bytes,
-            "gpu_memory_utilization": self.memory_share,
-            "tokenizer": self.tokenizer or self.model,
-            "skip_tokenizer_init": self.tokenizer is None,
-            # Log-probabilities of the distribution that tokens are drawn from.
-            "logprobs_mode": "processed_logprobs",
-            # Not the sampling settings in the model's folder.
-            "generation_config": "vllm",
-            "seed": 0,
-            "disable_log_stats": True,
-            # Compiling for a CPU takes longer than it saves.
-            "enforce_eager": self.device is None,
-        }
-        if self.revision is not None:
-            options |= {"revision": self.revision, "tokenizer_revision": self.revision}
-        if self.max_rank is not None:
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": self.max_rank}
-        return options
+def llm_options(model: str, dtype: str, max_length: int, cache_bytes: int, max_rank: int | None) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM` with which it draws from a policy.
+
+    Args:
+        model: folder or hub id of the model.
+        dtype: the name of the type of products.
+        max_length: tokens of the longest prompt with its response.
+        cache_bytes: bytes of keys and values.
+        max_rank: largest rank of the adapter; None for an engine without one.
+    """
+    lora = {} if max_rank is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
+    return lora | {
+        "model": model,
+        "dtype": dtype,
+        "max_model_len": max_length,
+        "kv_cache_memory_bytes": cache_bytes,
+        "skip_tokenizer_init": True,
+        # Log-probabilities of the distribution that tokens are drawn from.
+        "logprobs_mode": "processed_logprobs",
+        # Not the sampling settings in the model's folder.
+        "generation_config": "vllm",
+        "seed": 0,
+        "disable_log_stats": True,
+    }
 
 
 class Engine:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,11 @@ from lorabench.models.passes import trained_parameters
 from lorabench.models.vllm_support import max_lora_rank
 from lorabench.planning.engine import engine_memory
 from lorabench.training.distributed import Processes, full_tensor
-from lorabench.training.rl.engine.process import Engine, EngineSettings
+from lorabench.training.rl.engine.process import Engine, EngineSettings, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
 from lorabench.training.sweep import SweepContext
 
 _PREFIX = "lorabench-policy-"
-# On a CPU vLLM does not look at the share of the memory.
-_SHARE_OF_A_CPU = 0.5
 
 
 def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
@@ -45,23 +44,24 @@ def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> E
     """
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec = context.layout.model(condition.model)
-    on_gpu = machine.device.type == "cuda"
-    memory, share = engine_memory(preset, context.sweep), _SHARE_OF_A_CPU
+    memory = engine_memory(preset, condition.model, condition)
+    location, on_gpu = model_location(spec), machine.device.type == "cuda"
+    dtype = "bfloat16" if preset.protocol.precision == "bf16" else "float32"
+    max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
+    options = llm_options(location, dtype, longest, int(memory.cache), max_rank)
+    options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
+    if isinstance(spec, HubModel):
+        options |= {"revision": spec.revision, "tokenizer_revision": spec.revision}
+    if finds_texts:
+        options |= {"tokenizer": location, "skip_tokenizer_init": False}
     if on_gpu:
-        share = min(0.95, memory.total / torch.cuda.get_device_properties(machine.device).total_memory)
-    return EngineSettings(
-        model=model_location(spec),
-        revision=spec.revision if isinstance(spec, HubModel) else None,
-        trust_remote_code=getattr(spec, "trust_remote_code", False),
-        dtype="bfloat16" if preset.protocol.precision == "bf16" else "float32",
-        max_length=longest,
-        cache_bytes=int(memory.cache),
-        memory_share=share,
-        max_rank=None if condition.rank is None else max_lora_rank(condition.rank),
-        tokenizer=model_location(spec) if finds_texts else None,
-        device=machine.device.index or 0 if on_gpu else None,
-        threads=max(1, preset.execution.threads // machine.processes.count),
-    )
+        share = memory.total / torch.cuda.get_device_properties(machine.device).total_memory
+        options["gpu_memory_utilization"] = min(0.95, share)
+    else:
+        # vLLM does not look at the share on a CPU, and compiling takes longer than it saves there.
+        options |= {"gpu_memory_utilization": 0.5, "enforce_eager": True}
+    device = machine.device.index or 0 if on_gpu else None
+    return EngineSettings(options, device, max(1, preset.execution.threads // machine.processes.count))
 
 
 class PolicyEngine:
@@ -146,18 +146,16 @@ class PolicyEngine:
         for name, parameter in named:
             whole = full_tensor(parameter.detach())
             if self._processes.first:
-                tensors[name] = whole.to("cpu", getattr(torch, settings.dtype), copy=True).contiguous()
+                tensors[name] = whole.to("cpu", getattr(torch, settings.options["dtype"]), copy=True).contiguous()
         if self._processes.first:
             folder.mkdir(exist_ok=True)
-            untied = model.config.to_dict() | {
-                "tie_word_embeddings": False,
-                "architectures": model.config.architectures,
-            }
-            (folder / "config.json").write_text(json.dumps(untied, default=str))
+            untied = {"tie_word_embeddings": False, "architectures": model.config.architectures}
+            (folder / "config.json").write_text(json.dumps(model.config.to_dict() | untied, default=str))
             save_file(tensors, folder / "model.safetensors.new", {"format": "pt"})
             os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
         self._processes.wait()
-        engine, started = self._started(settings.of_folder(folder))
+        own = {"model": str(folder), "revision": None}
+        engine, started = self._started(replace(settings, options=settings.options | own))
         if not started:
             engine.ask("weights", folder=str(folder))
         # The next policy is written over this one, which all engines must have read.
@@ -177,17 +175,8 @@ class PolicyEngine:
             config = model.active_peft_config
             modules = {name.rsplit(".", 3)[-3] for name in tensors}
             folder.mkdir()
-            (folder / "adapter_config.json").write_text(
-                json.dumps(
-                    {
-                        "peft_type": "LORA",
-                        "task_type": "CAUSAL_LM",
-                        "r": config.r,
-                        "lora_alpha": config.lora_alpha,
-                        "target_modules": sorted(modules),
-                    }
-                )
-            )
+            about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha}
+            (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": sorted(modules)}))
             save_file(tensors, folder / "adapter_model.safetensors")
         self._processes.wait()
         engine.ask("adapter", number=self._handed_over, folder=str(folder))

@@ -1,0 +1,129 @@
+"""The loops of SFT and RL have the losses and the weights of the reference, in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.models.identity import shipped_folder
+from lorabench.models.passes import trained_parameters
+from lorabench.runs import Run
+from lorabench.training import reference
+from lorabench.training.rl import loop
+
+from .conftest import base_of, condition_of, series, train
+from .rl import conftest as rl
+from .rl.conftest import environment, tokenizer  # noqa: F401
+
+BASE = "llama-128"
+STEPS = 12
+EPS = 1e-4
+"""Adam's epsilon. With a smaller one an update depends on the rounding of gradients that are nearly zero."""
+
+
+def assert_same_weights(model, expected):
+    ours, theirs = trained_parameters(model), trained_parameters(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def examples_of(split):
+    return [tuple(part.tolist() for part in split.example(index)) for index in range(len(split))]
+
+
+# Rank 128 is computed with merged weights where there are many tokens.
+@pytest.mark.parametrize(("rank", "lr"), [(1, 1e-3), (128, 3e-3), (None, 3e-4)])
+def test_sft(rank, lr, data, tmp_path):
+    condition = replace(condition_of("fullft" if rank is None else "lora", rank, STEPS, batch_size=4), eps=EPS)
+    outcome, model = train(condition, data, tmp_path, lr, seed=1, max_batch_tokens=300)
+    losses, expected = reference.train_sft(
+        shipped_folder(BASE), examples_of(data["train"]), STEPS, 4, lr, rank, seed=1, eps=EPS
+    )
+    np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-6)
+    assert_same_weights(model, expected)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1, "the reference learns"
+    with torch.no_grad():
+        assert outcome.final_test_nll == pytest.approx(
+            reference.nll(expected, examples_of(data["test"])).item(), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma", "moe-128"])
+def test_sft_of_other_families(name, short_data, tmp_path, monkeypatch):
+    """Biases, tied embeddings, grouped heads; experts, which are fully fine-tuned."""
+    rank = None if name == "moe-128" else 4
+    base, another = base_of(name), base_of(name)
+    monkeypatch.setattr(reference.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: another)
+    condition = replace(condition_of("fullft" if rank is None else "lora", rank, 6, batch_size=4), eps=EPS)
+    outcome, model = train(condition, short_data, tmp_path, 1e-3, model=base)
+    losses, expected = reference.train_sft("", examples_of(short_data["train"]), 6, 4, 1e-3, rank, eps=EPS)
+    np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-6)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize(("rank", "lr"), [(2, 3e-3), (None, 3e-4)])
+def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
+    """The reference learns from the responses that the loop has drawn."""
+    steps, drawn, losses = 5, {}, []
+
+    def recording(draw):
+        def record(requests, interruptible):
+            responses = draw(requests, interruptible)
+            for request, response in zip(requests, responses, strict=True):
+                if not interruptible:
+                    _, step, problem, _ = request.key
+                    drawn.setdefault((step, problem), []).append((response.tokens.tolist(), response.logprobs.tolist()))
+            return responses
+
+        return record
+
+    real = loop.backward
+    monkeypatch.setattr(loop, "backward", lambda *given: losses.append(real(*given)) or losses[-1])
+    condition = replace(rl.condition_of(rank, steps), eps=EPS)
+    outcome, model = rl.train(Run(condition, lr, 0), environment, tmp_path, sampler=recording)
+    problems, texts = environment.splits["train"], environment.texts
+
+    def reward(problem, tokens):
+        said = texts.text(rl.Response(np.array(tokens), np.zeros(len(tokens)), False))
+        return float(environment.grader.grade([said], [problems.answers[problem]])[0])
+
+    expected, rewards, theirs = reference.train_rl(
+        shipped_folder(BASE),
+        problems.prompts,
+        reward,
+        lambda model, step, problem: drawn[step, problem],
+        steps,
+        condition.batch_size // rl.ROLLOUTS.group_size,
+        lr,
+        rank,
+        eps=EPS,
+    )
+    # The loss is near zero, since advantages add up to zero and ratios are 1.
+    np.testing.assert_allclose([measured.loss for measured in losses], expected, atol=1e-6)
+    np.testing.assert_allclose(series(outcome, "reward"), rewards, rtol=1e-12)
+    assert max(rewards) > min(rewards)
+    assert_same_weights(model, theirs)
+
+
+def test_the_references_own_sampler_learns(environment):  # noqa: F811
+    problems, texts = environment.splits["train"], environment.texts
+    [end] = texts.stop.tokens
+    torch.manual_seed(0)
+
+    def draw(model, step, problem):
+        return reference.generate(model, problems.prompts[problem], 4, 8, end)
+
+    losses, _, model = reference.train_rl(
+        shipped_folder(BASE), problems.prompts, lambda problem, tokens: float(tokens[-1] == end), draw, 2, 4, 1e-4
+    )
+    # The recorded probabilities are those of the learner, so each ratio is 1 and the loss that of the advantages alone.
+    responses = draw(model, 0, 0)
+    for tokens, sampled in responses:
+        with torch.no_grad():
+            learned = reference.logprobs(model, [*problems.prompts[0], *tokens])[len(problems.prompts[0]) - 1 :]
+        np.testing.assert_allclose(learned.numpy(), sampled, atol=1e-4)
+    assert len(losses) == 2
