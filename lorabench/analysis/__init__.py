@@ -1,1 +1,1 @@
-"""Estimators of optima, seed noise, gaps, departures and laws, which take and return tables."""
+"""Estimators of losses, optima, curves and laws: pure functions on tables, one for each quantity."""

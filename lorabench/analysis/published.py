@@ -39,14 +39,8 @@ def paper_numbers() -> dict[str, float]:
     path = REFERENCE / "paper_numbers.csv"
     if not path.is_file():
         return {}
-    table = _table(path)
+    table = pd.read_csv(path)
     return dict(zip(table["key"], table["value"].astype(float), strict=True))
-
-
-@cache
-def _table(path: Path) -> pd.DataFrame:
-    """Read a file once; its callers must not change the table."""
-    return pd.read_csv(path)
 
 
 def published_sweeps() -> pd.DataFrame:
@@ -56,13 +50,18 @@ def published_sweeps() -> pd.DataFrame:
         The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
         averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
     """
+    return _sweeps(REFERENCE).copy()
+
+
+@cache
+def _sweeps(folder: Path) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
-    tinker, replication = REFERENCE / "tinker_sft_sweep.csv", REFERENCE / "replication_michaelbzhu_sft.csv"
+    tinker, replication = folder / "tinker_sft_sweep.csv", folder / "replication_michaelbzhu_sft.csv"
     if tinker.is_file():
-        cells = _table(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
+        cells = pd.read_csv(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
         parts.append(cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all"))
     if replication.is_file():
-        best = _table(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
+        best = pd.read_csv(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
         parts.append(best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots"))
     table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     names = table["model"].map(_short)
@@ -80,7 +79,7 @@ def published_ratios() -> pd.DataFrame:
     """
     path, ends = REFERENCE / "lr_ratio_at_scale.csv", ("width", "fullft_lr", "lora_lr", "ratio")
     if path.is_file():
-        return _table(path).copy()
+        return pd.read_csv(path)
     columns = ["source", "task", "model", "alpha", "steps", "note"]
     return pd.DataFrame(columns=[*columns, *(f"{name}_{end}" for name in ends for end in ("low", "high"))])
 
@@ -95,7 +94,12 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
 
 def estimates_by_claim() -> dict[str, str]:
     """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
-    table = published_sweeps()
+    return dict(_estimates(REFERENCE))
+
+
+@cache
+def _estimates(folder: Path) -> dict[str, str]:
+    table = _sweeps(folder)
     estimates: dict[str, str] = {}
     replicated = table[table["source"] == _REPLICATION]
     if len(replicated):

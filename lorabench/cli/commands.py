@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorabench.cli.common import PresetOption, in_one_sentence, plan_and_layout
+from lorabench.cli.common import PresetOption, in_one_sentence, own_gpus, plan_and_layout
 from lorabench.errors import NothingToDrawError, UserError
-from lorabench.utils.devices import own_devices, reduce_fragmentation
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help does not need it.
@@ -153,10 +152,7 @@ def doctor(preset: PresetOption = "laptop") -> None:
     """
     with in_one_sentence(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
-        if planned.preset.execution.gpu is not None:
-            # As a job does before torch is imported.
-            reduce_fragmentation()
-            contexts.enter_context(own_devices(1, lambda line: print(line, file=sys.stderr)))
+        contexts.enter_context(own_gpus(planned))
         from lorabench.cli.show import checks_table
         from lorabench.doctor.checks import examine
         from lorabench.doctor.record import Check, write_record

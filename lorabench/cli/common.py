@@ -1,4 +1,4 @@
-"""What commands share: the option --preset, and the end of a command that fails."""
+"""What commands share: the option --preset, the end of a command that fails, and a job's own GPUs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from lorabench.errors import UserError
 from lorabench.utils import signals
+from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for, space_for
 
 if TYPE_CHECKING:
@@ -69,3 +70,17 @@ def in_one_sentence() -> Iterator[None]:
     except signals.Stopped as stopped:
         print(f"lorabench: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_status) from stopped
+
+
+@contextmanager
+def own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
+    """Within the context, a job has GPUs of its own if its preset is for GPUs.
+
+    It begins before torch is imported, which then uses these GPUs.
+    """
+    if planned.preset.execution.gpu is None:
+        yield
+        return
+    reduce_fragmentation()
+    with own_devices(processes, lambda line: print(line, file=sys.stderr)):
+        yield

@@ -5,22 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lorabench.cli.common import PresetOption, entry, in_one_sentence, plan_and_layout
+from lorabench.cli.common import PresetOption, entry, in_one_sentence, own_gpus, plan_and_layout
 from lorabench.errors import UserError
 from lorabench.utils import signals
-from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for
-
-if TYPE_CHECKING:
-    # Imported when a command runs, since the help does not need it.
-    from lorabench.planning.plan import Plan
 
 steps = typer.Typer(
     no_args_is_help=True, help="The steps of the workflow, which its rules call; each can be run by hand."
@@ -35,20 +29,6 @@ def _fix_hashes() -> None:
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "lorabench.cli", *sys.argv[1:]])
-
-
-@contextmanager
-def _own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
-    """Within the context, a job has GPUs of its own if its preset is for GPUs.
-
-    It begins before torch is imported, which then uses these GPUs.
-    """
-    if planned.preset.execution.gpu is None:
-        yield
-        return
-    reduce_fragmentation()
-    with own_devices(processes, lambda line: print(line, file=sys.stderr)):
-        yield
 
 
 @steps.command()
@@ -164,7 +144,7 @@ def train(
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
         if not is_worker():
-            contexts.enter_context(_own_gpus(planned, processes))
+            contexts.enter_context(own_gpus(planned, processes))
             if processes > 1:
                 launch(processes, sys.argv[1:])
                 return
@@ -231,7 +211,7 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
         # can't be turned off, so they are drawn once a minute.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
-        with _own_gpus(planned), memory_for(eval_id, lower):
+        with own_gpus(planned), memory_for(eval_id, lower):
             from lorabench.evaluation.runner import evaluate_job
 
             evaluate_job(planned, job, layout)
@@ -273,7 +253,7 @@ def compute(
         if planned.preset.experiments.compute is None:
             raise UserError(f"preset {layout.name} has no experiment compute")
         names = planned.preset.experiments.compute.models
-        with _own_gpus(planned):
+        with own_gpus(planned):
             import pandas as pd
 
             from lorabench.store.io import write_frame

@@ -7,10 +7,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from lorabench.config.models import GgufModel
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import SourceShare
@@ -20,6 +16,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.identity import template_text
 from lorabench.utils import formats
+from lorabench.utils.console import print_table
 
 _TEMPLATE = Path(__file__).with_name("finetune.py")
 _MAX_TOKENS = 4096
@@ -27,34 +24,25 @@ _MAX_TOKENS = 4096
 
 def recommendation_table(recommendation: Recommendation, data: UserData | None) -> None:
     """Print the settings with their sources, the optimal LRs of published and of your own runs, and the notes."""
-    console = Console()
-
-    def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-        table = Table(*columns)
-        for row in rows:
-            # A Text is not parsed as markup, which names of files and models might look like.
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-
-    console.print(Text(str(recommendation.model)))
+    print(recommendation.model)
     if data is not None:
-        console.print(Text(str(data)))
+        print(data)
     settings = []
     for setting in recommendation.settings:
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
         if setting.name.endswith("_lr"):
             value = f"{formats.lr(float(setting.value))} ({_interval(setting.low, setting.high, 2)})"
         settings.append((setting.what, value, setting.source))
-    show(("setting", "value", "source"), settings)
-    show(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), _sources(recommendation))
+    print_table(("setting", "value", "source"), settings)
+    print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), _sources(recommendation))
     if recommendation.seen:
         rows = []
         for seen in recommendation.seen:
             arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
             rows.append((arm, formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where))
-        show(("optimal LR of", "LR", "95% interval", "source"), rows)
+        print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
     for note in recommendation.notes:
-        console.print(Text(f"- {note}"))
+        print(f"- {note}")
 
 
 def _sources(recommendation: Recommendation) -> Iterable[tuple[str, ...]]:

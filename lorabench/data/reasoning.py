@@ -1,4 +1,4 @@
-"""Problems from reasoning-gym, of which all pretraining and fine-tuning text that needs no download is made.
+"""Problems from reasoning-gym: all pretraining and fine-tuning text that needs no download is made of them.
 
 There are three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
 

@@ -82,7 +82,7 @@ class Tally:
         self.bad[reason] = count + rows, min(first, place)
 
     def reasons(self) -> str:
-        """Return the reasons in words, `3 no text (first: line 7), 1 too long (line 9)`; empty if there are none."""
+        """Return the reasons as text, `3 no text (first: line 7), 1 too long (line 9)`; empty if there are none."""
         most_first = sorted(self.bad.items(), key=lambda item: -item[1][0])
         return ", ".join(
             f"{count} {reason} ({'first: ' if count > 1 else ''}{self.unit} {first})"

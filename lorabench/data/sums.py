@@ -89,9 +89,9 @@ def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
     """
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0
-    for one, other in zip(reversed(str(first)), reversed(str(second)), strict=True):
-        total = _added(int(one), int(other), writers, rng) + carried
-        lines.append(f"{one}+{other}{'+1' if carried else ''}={total}")
+    for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
+        total = _added(int(upper), int(lower), writers, rng) + carried
+        lines.append(f"{upper}+{lower}{'+1' if carried else ''}={total}")
         answer = f"{total % 10}{answer}"
         carried = int(total >= 10 and not is_careless)
     # The leftmost column is written whole.
@@ -103,15 +103,15 @@ def _terms(rng: Random, digits: int) -> tuple[int, int]:
     return first, second
 
 
-def _added(one: int, other: int, writers: Writers, rng: Random) -> int:
+def _added(upper: int, lower: int, writers: Writers, rng: Random) -> int:
     """Return the sum of two digits as a writer takes it, who may slip to the sum above or below."""
-    rate, slip = _slips()[min(one, other), max(one, other)]
-    return one + other + (slip if rng.random() < rate * writers.most_slips else 0)
+    rate, slip = _slips()[min(upper, lower), max(upper, lower)]
+    return upper + lower + (slip if rng.random() < rate * writers.most_slips else 0)
 
 
 @cache
 def _slips() -> dict[tuple[int, int], tuple[float, int]]:
     """Return for each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
     rng = Random(_SLIPS_SEED)
-    pairs = [(one, other) for one in range(10) for other in range(one, 10)]
-    return {(one, other): (rng.random(), rng.choice((-1, 1)) if other else 1) for one, other in pairs}
+    pairs = [(low, high) for low in range(10) for high in range(low, 10)]
+    return {(low, high): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}

@@ -40,8 +40,8 @@ _CELL = ["model", "dataset", "task", "method", "rank", "placement", "alpha", "ba
 """The columns in which no two runs agree, as far as a source has them."""
 
 _ALLOWED = {
-    "attributes.precision": "in words, such as fp32 weights; or mixed, or unknown",
-    "attributes.schedule": "in words, such as constant; or mixed, or unknown",
+    "attributes.precision": "a description such as fp32 weights; or mixed, or unknown",
+    "attributes.schedule": "a description such as constant; or mixed, or unknown",
     "attributes.alpha": "a number or a rule, as text; or mixed, or unknown",
     "attributes.base_kind": "base, instruct, mixed or unknown",
 }

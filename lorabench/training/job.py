@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
-from lorabench.config.preset import Preset
 from lorabench.planning.plan import Plan
-from lorabench.runs import Job, Sweep
+from lorabench.runs import Job
 from lorabench.store.collect import write_job
 from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
@@ -27,39 +26,31 @@ def run_job(
         processes: the processes that train the job together; each calls this function.
 
     Raises:
-        UserError: memory or disk space ran out, or the file system grants no locks.
+        UserError: memory or disk space ran out, or a sweep is locked by a process that shows no sign of life.
         Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
+    # The trainer keeps the model, data and graders of the job's sweeps until the end. It is imported here since each
+    # trainer imports libraries that the other does not need.
+    trainer: AbstractContextManager[Trainer]
+    is_rl = job.sweeps[0].condition.task == "rl"
+    if is_rl:
+        from lorabench.training.rl.trainer import RlTrainer
+
+        trainer = RlTrainer()
+    else:
+        from lorabench.training.sft import SftTrainer
+
+        trainer = nullcontext(SftTrainer())
+    execution = plan.preset.execution
+    lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
+    lower += f" or max_cache_tokens ({execution.max_cache_tokens})" if is_rl else ""
     rows: list[dict[str, Any]] = []
-    with _trainer(job.sweeps[0].condition.task) as train:
+    with trainer as train:
         for sweep in job.sweeps:
-            label, lower = sweep.condition.label, f"lower execution.{_to_lower(plan.preset, sweep)}"
+            label = sweep.condition.label
             lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
             with lock, memory_for(label, lower):
                 processes.wait()
-                rows += run_sweep(plan, sweep, layout, train, _prefixed(label, say), processes)
+                rows += run_sweep(plan, sweep, layout, train, say, processes)
     if processes.first:
         write_job(rows, layout.job(job))
-
-
-def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Trainer]:
-    """Return the trainer of a job, which keeps the model, data and graders of the job's sweeps until the end."""
-    # Imported here since each trainer imports libraries that the other does not need.
-    if task == "sft":
-        from lorabench.training.sft import SftTrainer
-
-        return nullcontext(SftTrainer())
-    from lorabench.training.rl.trainer import RlTrainer
-
-    return RlTrainer()
-
-
-def _prefixed(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda line: say(f"{label} {line}")
-
-
-def _to_lower(preset: Preset, sweep: Sweep) -> str:
-    """Name the settings of `execution` that reduce a sweep's memory when lowered, with their present values."""
-    execution = preset.execution
-    cache = f" or max_cache_tokens ({execution.max_cache_tokens})" if sweep.condition.task == "rl" else ""
-    return f"max_batch_tokens (now {execution.max_batch_tokens}){cache}"

@@ -101,7 +101,9 @@ class SweepContext:
         if self.machine.processes.first:
             sweep = self.sweep
             of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
-            self.say(f"run {number}{of}: lr {run.lr:g}, seed {run.seed}{result and f': {result}'}")
+            self.say(
+                f"{sweep.condition.label} run {number}{of}: lr {run.lr:g}, seed {run.seed}{result and f': {result}'}"
+            )
 
     def write(self, run: Run, model: torch.nn.Module, outcome: Outcome, environment: dict[str, Any]) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
@@ -267,7 +269,7 @@ def run_sweep(
         losses |= {(run.lr, run.seed): validation_loss(context.folder(run).read_record()) for run in wave}
     best = best_lr(sweep, losses)
     if sweep.lattice is not None and processes.first:
-        say(ending(sweep, losses))
+        say(f"{sweep.condition.label} {ending(sweep, losses)}")
     # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
     # weights of a restored run were left behind, and only an evaluation needs them.
     evaluated = any(job.sweep == sweep for job in plan.evaluations())

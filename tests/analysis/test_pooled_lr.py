@@ -147,8 +147,8 @@ def test_groups_far_apart_are_told_by_their_means():
 
 
 def test_one_source_has_no_interval_and_an_error_of_0_is_refused():
-    one = random_effects([1.0], [0.1])
-    assert (one.mean, one.k) == (1.0, 1)
-    assert math.isnan(one.low)
+    single = random_effects([1.0], [0.1])
+    assert (single.mean, single.k) == (1.0, 1)
+    assert math.isnan(single.low)
     with pytest.raises(ValueError, match="above 0"):
         random_effects([1.0], [0.0])

@@ -82,11 +82,6 @@ def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
     assert claims["reason"].str.contains("edge of its grid").all()
 
 
-def test_a_coarse_grid_resolves_no_lr():
-    claims = judged(*world(every={"lrs": (3e-5, 3e-4, 3e-3, 3e-2)}), ["B1", "B3", "B4"])
-    assert set(claims.loc[["B1", "B3", "B4"], "verdict"]) == {"inconclusive"}
-
-
 def test_a_done_run_without_a_loss_is_refused():
     runs, curves = world()
     runs.loc[7, "final_test_nll"] = math.nan

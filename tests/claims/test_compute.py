@@ -149,13 +149,6 @@ def test_without_the_table_nothing_is_tested(compute, reason):
         assert (row["verdict"], reason in row["reason"]) == ("not tested", True)
 
 
-def test_g1_needs_no_more_than_counts():
-    bare = compute_table()[["model", "method", "rank", "effective_width", "linear_flops"]]
-    claim = judged("G1", compute=bare)
-    assert claim["verdict"] == "confirmed"
-    assert "step time not measured" in claim["reason"]
-
-
 # LoRA has spent its FLOPs when FullFT has done 0.7 of its steps.
 AHEAD = 0.2 * math.log2(1 / 0.7)
 
@@ -223,12 +216,6 @@ def test_g2_without_flops_or_curves_is_not_tested():
     assert judged("G2", runs, curves.iloc[:0])["verdict"] == "not tested"
     assert judged("G2", runs, pd.DataFrame())["verdict"] == "not tested"
     assert judged("G2", runs, curves.drop(columns="tokens"))["verdict"] == "not tested"
-
-
-def test_g2_needs_both_methods():
-    runs, curves = world()
-    assert judged("G2", runs[runs["method"] == "lora"], curves)["verdict"] == "inconclusive"
-    assert judged("G2", runs[runs["method"] == "fullft"], curves)["verdict"] == "inconclusive"
 
 
 def test_g3_reports_memory_and_is_not_tested():

@@ -10,7 +10,6 @@ from .sft import ArmTables
 
 LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 OFFSETS = (0.0, 0.004, -0.004)  # of every accuracy, by seed: the same luck in every arm
-UNPAIRED = (0.0, -0.005, 0.004)
 BASE = 0.1
 CURVATURE = 0.04  # accuracy lost per squared unit of log LR
 STEPS = 20

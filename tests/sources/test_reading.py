@@ -64,7 +64,7 @@ LEAST = {"schedule": "constant", "alpha": "32"}
         ({"wall": 3}, "wall: unknown key"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32}, "about": 1, "sha256": ...},
-            r"missing: attributes\.precision \(in words, .* or mixed, or unknown\), attributes\.base_kind \(base, "
+            r"missing: attributes\.precision \(a description .* or mixed, or unknown\), attributes\.base_kind \(base, "
             r"instruct, mixed or unknown\), sha256; about = 1: .*; attributes\.alpha = 32; allowed: ",
         ),
         (

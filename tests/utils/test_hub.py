@@ -424,9 +424,11 @@ NO_HUB = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", NO_HUB.values(), ids=NO_HUB.keys())
-@pytest.mark.parametrize("answer", ["none", "refused", "broken", "unknown"])
-def test_what_the_hub_does_not_have_is_one_sentence_at_once(words, answer, hub, monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("answer", "command"), [("none", "recommend"), ("refused", "init"), ("broken", "data"), ("unknown", "recommend")]
+)
+def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, command, hub, monkeypatch, tmp_path, capfd):
+    words = NO_HUB[command]
     with socket.socket() as silent:
         if answer == "refused":
             at(monkeypatch, unused_endpoint(), tmp_path / "home")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +126,10 @@ class RlTrainer:
         if rollouts not in self._scores:
             environment, source = self._environments[rollouts]
             path = context.layout.base_scores(_determining(context, rollouts, source))
-            scores = _read_scores(path)
+            scores: Scores | None = None
+            # A file that cannot be read is written again.
+            with suppress(OSError, ValueError):
+                scores = json.loads(path.read_text())
             # All processes read or all evaluate, even if another job writes the file at this moment.
             if processes.any(scores is None):
                 scores, _ = evaluate(environment, rollouts, 0, 0, draw)
@@ -188,15 +190,6 @@ def _determining(context: SweepContext, rollouts: Rollouts, source: Mapping[str,
         "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
         **{name: source[name] for name in own},
     }
-
-
-def _read_scores(path: Path) -> Scores | None:
-    """Return scores from a file, None if there is no file that can be read."""
-    try:
-        scores: Scores = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return scores
 
 
 @dataclass(frozen=True)
