@@ -38,15 +38,16 @@ from lorabench.analysis.optima import (
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY
 from lorabench.claims.scope import (
+    LONG,
+    NATURAL,
     Scoped,
     every_longest,
     full_runs,
     learning,
     longest_run,
     longest_runs,
-    natural_text,
     without_facts,
 )
 from lorabench.utils.formats import fixed_interval
@@ -84,9 +85,8 @@ class _Rank:
         """The step of the departure; infinity where the rank stays."""
         return math.inf if self.departure.first is None else self.departure.first
 
-    @property
-    def text(self) -> str:
-        """A description of the departure."""
+    def __str__(self) -> str:
+        """Describe the departure."""
         if self.departure.growth is None:
             return f"r{self.rank} stays"
         verb = f"leaves at step {self.departure.first}" if self.departure.left else "lags without leaving"
@@ -94,7 +94,6 @@ class _Rank:
 
 
 def _ranks(comparison: Comparison) -> list[_Rank]:
-    """Return the ranks below the highest, ascending."""
     [highest] = require(("LoRA above rank 1", comparison.highest))
     margin = comparison.margin
     ranks = []
@@ -119,8 +118,7 @@ def _all_problems(ranks: Sequence[_Rank]) -> list[Problem]:
 
 def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     """Return the loss of a rank minus that of a higher rank over the steps between their departures."""
-    curves = pair_at_optimum(comparison, lower.arm, higher.arm)
-    first, end = sorted((lower.step, higher.step))
+    curves, (first, end) = pair_at_optimum(comparison, lower.arm, higher.arm), sorted((lower.step, higher.step))
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
@@ -131,7 +129,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     """
     ranks = _ranks(comparison)
     ids = comparison.run_ids(comparison.lora.values())
-    text = ", ".join(rank.text for rank in ranks)
+    text = ", ".join(map(str, ranks))
     problems, gone = _all_problems(ranks), [rank for rank in ranks if rank.departure.left]
     findings = []
     for lower, higher in combinations(ranks, 2):
@@ -174,7 +172,6 @@ A3 = Claim(
 
 
 def _keeps_falling(comparison: Comparison, rank: _Rank) -> Finding:
-    """Judge the slope of one rank's loss after its departure, as a share of FullFT's over the same batches."""
     arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
     past = rank.departure.past
     curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
@@ -199,7 +196,7 @@ def no_floor(comparison: Comparison) -> Finding:
     gone = [rank for rank in ranks if rank.departure.left]
     if gone:
         return together([_keeps_falling(comparison, rank) for rank in gone])
-    departures, problems = ", ".join(rank.text for rank in ranks), _all_problems(ranks)
+    departures, problems = ", ".join(map(str, ranks)), _all_problems(ranks)
     if problems:
         return finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
@@ -231,7 +228,7 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
         if rank.problems:
             left_out.append(f"{name}: {rank.problems[0].text}")
         elif departure.first is None:
-            left_out.append(f"{comparison.label} {rank.text}")
+            left_out.append(f"{comparison.label} {rank}")
         elif departure.before is None or departure.past is None:
             left_out.append(f"{name} never joined")
         else:
@@ -345,7 +342,7 @@ N1 = Claim(
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(natural_text(("overnight", "core", "paper")),),
+    conditions=(NATURAL,),
 )
 
 TWO_BITS_BAND = (1.5, 2.5)
@@ -368,40 +365,15 @@ class _Adapter:
     """What one rank stores of the facts."""
 
     arm: Arm
-    bits: Estimate
     share: Estimate
     """The stored share of all bits of the facts."""
     per_parameter: Estimate
     """The bits stored for each trainable parameter."""
-
-    @property
-    def number(self) -> str:
-        """The bits per parameter with their interval."""
-        return f"{self.per_parameter.value:.2f} {fixed_interval(*self.per_parameter.interval(), 2)} bits per parameter"
-
-
-def _adapters(comparison: Comparison) -> list[_Adapter]:
-    """Return what each rank with a fitted minimum stores, by rank."""
-    adapters = []
-    for arm in comparison.lora.values():
-        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
-        if minimum is not None:
-            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
-            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
-            share = combined(lambda bits, entropy=entropy: bits / entropy, bits)
-            per_parameter = combined(lambda bits, parameters=parameters: bits / parameters, bits)
-            adapters.append(_Adapter(arm, bits, share, per_parameter))
-    return adapters
-
-
-def _is_saturated(comparison: Comparison, adapter: _Adapter, higher: _Adapter) -> bool:
-    """Return whether a rank stores less than all facts, and the next rank stores more."""
-    more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
-    return adapter.bits.known and more.known and adapter.share.interval()[1] < SATURATED and more.interval()[0] > 0
+    number: str
+    """The bits per parameter with their interval."""
 
 
 def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
-    """Judge the bits per parameter of one saturated rank."""
     estimate, problems = adapter.per_parameter, comparison.problems([adapter.arm])
     growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
     # More steps can only store more, so a value above the band contradicts all the same.
@@ -416,9 +388,18 @@ def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
 
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
     """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
-    adapters, arms = _adapters(comparison), comparison.lora.values()
+    arms = comparison.lora.values()
     if not arms:
         raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    adapters = []
+    for arm in arms:
+        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
+        if minimum is not None:
+            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
+            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
+            share, each = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
+            number = f"{each.value:.2f} {fixed_interval(*each.interval(), 2)} bits per parameter"
+            adapters.append(_Adapter(arm, share, each, number))
     run_ids = tuple(sorted(comparison.run_ids(arms)))
     problems = [problem for arm in arms for problem in comparison.problems([arm])]
     if not adapters:
@@ -426,7 +407,12 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
     by_rank = "; ".join(
         f"r{adapter.arm['rank']} {adapter.number}, {adapter.share.value:.0%} of the facts" for adapter in adapters
     )
-    saturated = [adapter for adapter, higher in pairwise(adapters) if _is_saturated(comparison, adapter, higher)]
+    saturated = []
+    for adapter, higher in pairwise(adapters):
+        more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
+        holds_more = more.known and more.interval()[0] > 0
+        if adapter.share.known and adapter.share.interval()[1] < SATURATED and holds_more:
+            saturated.append(adapter)
     if not saturated:
         problems = [problem for adapter in adapters for problem in comparison.problems([adapter.arm])]
         return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])

@@ -21,7 +21,7 @@ from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, pred
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over
-from lorabench.claims.scope import FULL_STEPS, every_dataset, runs_of_steps
+from lorabench.claims.scope import FULL_STEPS, LONG, every_dataset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -209,7 +209,7 @@ B9 = Claim(
     unit="ratio",
     experiments=("short_run",),
     judge=over(every_dataset, short_runs_want_more),
-    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(LONG,),
     fact=LR_RATIO,
 )
 

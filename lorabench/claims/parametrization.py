@@ -30,7 +30,7 @@ from lorabench.analysis.invariances import (
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lora, over, unconfirmed
-from lorabench.claims.scope import FULL_STEPS, Scoped, runs_of_steps
+from lorabench.claims.scope import LONG, Scoped
 from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)
@@ -225,7 +225,7 @@ C10 = Claim(
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     judge=over(most_examples, b_outgrows_a),
-    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(LONG,),
 )
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.scope import every_dataset, full_runs
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS as COLUMNS

@@ -9,9 +9,8 @@ from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.rules import Remedy
 from lorabench.claims import scope
-from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import Margins
 from lorabench.planning.plan import make_plan

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables
 
 from ..handmade.lora import lora_run, lora_tables, luck, nll

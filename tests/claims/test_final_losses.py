@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.tables import Tables
 

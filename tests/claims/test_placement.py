@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.compute import PAPER_COUNTS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables
 
 from ..handmade import rl

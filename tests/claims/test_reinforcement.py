@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import ndtri
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.rl_progress import plateau_step, progress_windows
 from lorabench.store.tables import Tables
 
