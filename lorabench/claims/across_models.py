@@ -44,8 +44,13 @@ from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import widths
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 MIN_MODELS = 4
-"""The number of models that a verdict across models needs."""
+MIN_SLOPE_MODELS = 3
+PAPER_MODELS = 14
+SLOPE_MARGIN = 0.3
+MAX_EXPONENT_DISTANCE = 0.3
+MIN_WIDTHS = 3
 
 MODELS = (
     f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds around "
@@ -53,33 +58,18 @@ MODELS = (
 )
 """The runs that these claims need."""
 
-SLOPE_MARGIN = 0.3
-"""The least distance of a slope of log ratio on log hidden size from the naive one that matters."""
-
 NAIVE_SLOPE = 1.0
 """The slope of log ratio on log hidden size in the naive derivation: the ratio is hidden size / (2 alpha)."""
 
 NAIVE_DIVISOR = 2 * STANDARD["alpha"]
 """The divisor of the hidden size in the naive derivation."""
 
-MIN_SLOPE_MODELS = 3
-"""The number of models that a slope needs."""
-
-PAPER_MODELS = 14
-"""The number of models that the paper swept."""
-
 MAX_REGRET = 0.005
 """The mean regret, as a share of the lowest loss, up to which a law predicts the optimal LR: the number of the authors'
 documentation."""
 
-MAX_EXPONENT_DISTANCE = 0.3
-"""The distance of an exponent from the published one up to which the two count as the same."""
-
 SMALLEST_WIDTH = 1024
 """The smallest hidden size that the paper's law is about: that of Qwen3-0.6B."""
-
-MIN_WIDTHS = 3
-"""The number of hidden sizes that the law needs."""
 
 _PRESETS = ("core", "paper")
 

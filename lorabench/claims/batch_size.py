@@ -27,8 +27,9 @@ from lorabench.claims.claim import (
 )
 from lorabench.claims.learning_curves import AT_OPTIMUM
 
+# Bounds whose meaning the criteria say.
 MIN_BATCH_SIZES = 3
-"""The number of batch sizes that a claim about their effect needs."""
+LARGE_FACTOR = 16
 
 MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
@@ -38,9 +39,6 @@ EARLY = (0.25, 0.5)
 
 LATE = (0.75, 1.0)
 """The part of the steps in which D2 takes the gap at the end: the last quarter of a run."""
-
-LARGE_FACTOR = 16
-"""The ratio of the largest to the smallest batch size from which the claims are about large batches."""
 
 LARGE_STEPS = 19
 """The number of steps at the largest batch size: that of one pass over the paper's 10,000 examples at batch 512."""

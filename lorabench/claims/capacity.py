@@ -52,11 +52,13 @@ from lorabench.claims.scope import (
 )
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 FLOOR = 0.05
-"""A slope shallower than this share of FullFT's is a floor."""
-
 THRESHOLD_BAND = (0.5, 1.5)
-"""The log-log slopes of tokens at departure against parameters that count as proportional."""
+BIT_BAND = (0.3, 1.2)
+TWO_BITS_BAND = (1.5, 2.5)
+SATURATED = 0.9
+MAX_GROWTH = 0.1
 
 MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs give")
 
@@ -309,9 +311,6 @@ A5 = Claim(
     conditions=(LONG,),
 )
 
-BIT_BAND = (0.3, 1.2)
-"""The losses, in nats per token, that count as about 1 bit."""
-
 
 def about_one_bit(comparison: Comparison) -> Finding:
     """N1: judge the first epoch's loss per scored token, of FullFT or else the highest rank."""
@@ -344,15 +343,6 @@ N1 = Claim(
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
     conditions=(NATURAL,),
 )
-
-TWO_BITS_BAND = (1.5, 2.5)
-"""The bits per parameter that round to 2."""
-
-SATURATED = 0.9
-"""The share of the facts above which an adapter may have room for more."""
-
-MAX_GROWTH = 0.1
-"""The share stored in the second half of the steps from which an adapter is still storing."""
 
 
 def memorising(comparisons: list[Comparison]) -> list[Scoped]:

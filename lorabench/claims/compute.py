@@ -20,14 +20,15 @@ from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
+# Bounds whose meaning the criteria say.
 TOLERANCE = 0.01
-"""The relative difference up to which a count of FLOPs agrees with the formula."""
+WINDOWS = 2
+MATH_PROBLEMS = 10_000
+MATH_SAMPLES = 32
+MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
-
-WINDOWS = 2
-"""The number of windows, equally long on a logarithmic axis, into which G2 splits the later half of the runs."""
 
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -278,15 +279,6 @@ M1 = Claim(
     experiments=(),
     judge=expert_ratio,
 )
-
-MATH_PROBLEMS = 10_000
-"""The number of problems in the paper's RL on MATH."""
-
-MATH_SAMPLES = 32
-"""The number of samples of each problem there."""
-
-MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
-"""The bits that RL on MATH gives at most, at 1 bit per episode."""
 
 FAR_MORE = 5.0
 """The ratio from which on there are far more parameters than bits; the paper has almost 10."""

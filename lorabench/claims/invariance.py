@@ -31,33 +31,21 @@ REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are re
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
+# Bounds whose meaning the criteria say.
 TRAJECTORY_STEPS = 50
-"""The number of steps over which equivalent runs are compared."""
-
 IDENTICAL = 1e-5
-"""The difference of two training losses, in nats per token, below which they are numerically the same."""
+SLOPE_STEPS = 5
+STILL = 0.1
+TIME_BAND = (0.8, 1.2)
+MIN_TIMES = 3
+MIN_TIMES_RANGE = 4
 
 ZERO_EPS = 1e-12
 """The epsilon of Adam up to which it counts as 0, which the invariances assume."""
 
-SLOPE_STEPS = 5
-"""The number of steps over which the initial slope is taken."""
-
 SLOPE_BAND = (0.98, 1.02)
 """The ratios of two initial slopes that count as equal: the losses of equal first updates differ by rounding and by
 what little A has moved."""
-
-STILL = 0.1
-"""The movement of A, as a share of its initial norm, up to which A counts as still."""
-
-TIME_BAND = (0.8, 1.2)
-"""The exponents of the time until A has moved, against init_A / LR_A, that count as 1."""
-
-MIN_TIMES = 3
-"""The number of values of init_A / LR_A, at one update scale, that this exponent needs."""
-
-MIN_TIMES_RANGE = 4
-"""The factor between the largest and the smallest of these values that the exponent needs."""
 
 TIME_ERROR = 0.05
 """The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between

@@ -57,8 +57,11 @@ AT_OPTIMUM = (
 )
 """How curves of arms are compared, for the criteria."""
 
+# Bounds whose meaning the criteria say.
 MIN_SHARE = 0.01
-"""The share of the steps at the start of a run that A1 leaves out."""
+MIN_GROWTH = 0.2
+FIRST_STEPS = 10
+SIGN_SEEDS = 5
 
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which A1, A2 and C1 average a curve."""
@@ -300,15 +303,6 @@ A8 = Claim(
 
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
-
-MIN_GROWTH = 0.2
-"""The least growth per tenfold steps that counts as one, as a share of the mean difference."""
-
-FIRST_STEPS = 10
-"""The number of first steps in which the paper sees a negative difference."""
-
-SIGN_SEEDS = 5
-"""The number of seeds that a verdict on the sign of this difference needs."""
 
 
 def _early(

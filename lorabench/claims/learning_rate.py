@@ -30,23 +30,17 @@ from lorabench.store.tables import Tables
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
 
+# Bounds whose meaning the criteria say.
 LOW_RANK = 4
-"""The rank from which the optimal LR is nearly the same at all ranks."""
+HIGH_RANK = 16
+SHORT_STEPS = (50, 100)
+SHORT_RATIO = 15.0
 
 SAME_FACTOR = 2.0
 """The factor between two optimal LRs up to which the paper calls them nearly the same."""
 
 LEAST_SHIFT = 1.25
 """The least factor by which rank 1's optimal LR is lower: in published sweeps of Qwen3-30B-A3B it is 1.2 to 2.4."""
-
-HIGH_RANK = 16
-"""The rank from which a rank counts as high beside rank 1."""
-
-SHORT_STEPS = (50, 100)
-"""The lengths, in steps, that count as short."""
-
-SHORT_RATIO = 15.0
-"""The ratio of optimal LRs that the paper gives for short runs."""
 
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""

@@ -33,17 +33,11 @@ from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lo
 from lorabench.claims.scope import LONG, Scoped
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 FLAT_BAND = (0.95, 1.05)
-"""The ratios of two first descents that count as equal."""
-
 HALF = 0.5
-"""The share of layers above which B has the larger norm in most layers."""
-
 MAJORITY = 0.1
-"""The least excess of the share of layers over a half that matters."""
-
 GROWTH = 1.1
-"""The least growth of the effective LR that matters."""
 
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]

@@ -14,13 +14,13 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.claims.claim import Claim, Evidence, doubted, over
 from lorabench.claims.reinforcement import (
-    CONDITIONS,
     LEARNED,
     alike,
     if_learned,
     over_problems,
     overshoot,
     peak_problems,
+    rl_claim,
 )
 from lorabench.claims.scope import Scoped, every_dataset
 
@@ -253,7 +253,7 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     return over_problems(judge, at_best=True)
 
 
-E5 = Claim(
+E5 = rl_claim(
     id="E5",
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
@@ -273,8 +273,6 @@ E5 = Claim(
     experiments=("placement_rl",),
     judge=in_parts(_in_rl),
     columns=("base_reward", "best_reward", "trainable_params"),
-    task="rl",
-    conditions=CONDITIONS,
 )
 
 CLAIMS = (E1, E2, E3, E4, E5, E7)

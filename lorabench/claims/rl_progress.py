@@ -30,6 +30,7 @@ from lorabench.claims.reinforcement import (
     RL_RUNS,
     each_rank,
     over_problems,
+    rl_claim,
 )
 from lorabench.claims.scope import response_length
 from lorabench.store.checks import is_rl
@@ -38,17 +39,15 @@ from lorabench.utils.formats import fixed_interval
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
+# Bounds whose meaning the criteria say.
 PLATEAU = 0.9
-"""The share of FullFT's rise of the train reward from which on it counts as being on its plateau."""
+LENGTH_BAND = (0.8, 1.25)
+LEAST_GROWTH = 1.1
+BITS_RATIO = 1000.0
+BITS_BAND = (100.0, 10_000.0)
 
 BEFORE, AFTER = 3, 2
 """The numbers of equally long windows of steps before the plateau and on it."""
-
-LENGTH_BAND = (0.8, 1.25)
-"""The ratios of two response lengths that count as the same."""
-
-LEAST_GROWTH = 1.1
-"""The factor from which on response lengths count as growing."""
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -150,7 +149,7 @@ def same_progress(comparison: Comparison) -> Finding:
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
 
-F3 = Claim(
+F3 = rl_claim(
     id="F3",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
@@ -166,35 +165,17 @@ F3 = Claim(
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_progress),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
 )
-
-
-def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: int, name: str) -> Estimate:
-    """Estimate an accuracy minus another, each by seed, on one set of problems.
-
-    The answers to single problems are not in the tables, so the error from problems is that of two independent sets
-    of so many, which is cautious.
-    """
-    by_seed = mean_over_seeds((lora - fullft).dropna(), name)
-    # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
-    shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
-    error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
-    problem_part = error * normal(f"problems of {name}")
-    return replace(by_seed, example_part=problem_part, n_examples=n_problems)
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
-    by_step = [
+    own, full = (
         points_at_optimum(comparison, arm, name, "accuracy")
         .pivot(index="seed", columns="step", values="value")
         .astype(float)
         for arm in (lora, fullft)
-    ]
-    own, full = by_step
+    )
     steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
     paired = [seed for seed in own.index if seed in full.index]
     if not steps or not paired or 0 not in full:
@@ -212,7 +193,14 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     findings = []
     for step in steps:
         about = f"{comparison.label} {name} {arm_label(lora)} step {step}"
-        gap = _paired_gap(own.loc[paired][step], full.loc[paired][step], n_problems, about)
+        both = [table.loc[paired][step] for table in (own, full)]
+        # The answers to single problems are not in the tables, so the error from problems is that of two independent
+        # sets of so many, which is cautious. Two more problems, of which one is right, keep the error of accuracies of
+        # 0 and 1 above 0.
+        shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in both]
+        error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
+        by_seed = mean_over_seeds((both[0] - both[1]).dropna(), about)
+        gap = replace(by_seed, example_part=error * normal(f"problems of {about}"), n_examples=n_problems)
         text = f"accuracy - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)} after step {step}"
         rule = f"{margin.rule} on {name}"
         findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
@@ -237,7 +225,7 @@ def further_sets_follow(comparison: Comparison) -> Finding:
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
-F4 = Claim(
+F4 = rl_claim(
     id="F4",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
@@ -253,17 +241,7 @@ F4 = Claim(
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(further_sets_follow),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
 )
-
-
-def _reflection(comparison: Comparison, arm: Arm) -> str:
-    shares = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
-    if shares.isna().any():
-        return ""
-    return f"; {arm_label(arm)}: {shares[1]:.1%} of responses go back or check at first, {shares[10]:.1%} at last"
 
 
 def _factor(log_ratio: Estimate) -> str:
@@ -287,7 +265,12 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
         ratio = mean_over_seeds((both[0][10] - both[1][10]).dropna(), name)
         growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(both)]
         text = f"final length / FullFT's = {_factor(ratio)}, grown by {_factor(growths[0])}, FullFT by "
-        text += _factor(growths[1]) + "".join(_reflection(comparison, arm) for arm in arms)
+        text += _factor(growths[1])
+        for arm in arms:
+            reflection = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
+            if reflection.notna().all():
+                first, last = reflection
+                text += f"; {arm_label(arm)}: {first:.1%} of responses go back or check at first, {last:.1%} at last"
         ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
         problems = curve_problems(comparison, arms, ratio.n_seeds)
         for arm in arms:
@@ -302,7 +285,7 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
 
-F5 = Claim(
+F5 = rl_claim(
     id="F5",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
@@ -319,44 +302,27 @@ F5 = Claim(
     unit="ratio",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_growth_of_responses),
-    columns=("base_reward",),
-    task="rl",
     conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
 )
 
 
-def _train_steps(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of groups with equal rewards and the gradient norm of every train step, by run and step."""
-    names = ["equal_groups", "grad_norm"]
-    if not curves.empty:
-        curves = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
-    if curves.empty:
-        return pd.DataFrame(columns=names, index=pd.MultiIndex.from_arrays([[], []], names=["run_id", "step"]))
-    return curves.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
-
-
-def _before_and_after(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies before and after training on the test and validation splits, where both are known."""
-    bases = pd.Series(dtype=float)
-    if not curves.empty:
-        start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
-        bases = curves[start].set_index("run_id")["value"]
-    pairs = [
-        runs[["run_id"]].assign(before=runs["base_reward"], after=runs["final_reward"]),
-        runs[["run_id"]].assign(before=runs["run_id"].map(bases), after=runs["final_valid_reward"]),
-    ]
-    return pd.concat(pairs).astype({"before": float, "after": float}).dropna()
-
-
 def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     """F7: judge the gradients of steps whose groups all have equal rewards, and runs that have no other steps."""
-    runs, steps = evidence.runs, _train_steps(evidence.curves)
+    runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
+    if curves.empty:
+        curves = pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"])
+    at_train = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
+    steps = at_train.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
     equal = steps["equal_groups"] == 1
     least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
     never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
     if not equal.any() and never.empty:
         raise UnjudgedError("not tested", "no step whose groups all have equal rewards")
-    before_and_after = _before_and_after(evidence.curves, never)
+    at_start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
+    base = never["run_id"].map(curves[at_start].set_index("run_id")["value"])
+    pairs = [(never["base_reward"], never["final_reward"]), (base, never["final_valid_reward"])]
+    both = [never[["run_id"]].assign(before=before.astype(float), after=after.astype(float)) for before, after in pairs]
+    before_and_after = pd.concat(both).dropna()
     changed = before_and_after["before"] != before_and_after["after"]
     largest = float(steps.loc[equal, "grad_norm"].max())
     learning = steps.loc[~equal, "grad_norm"] > 0
@@ -403,12 +369,6 @@ F7 = Claim(
     columns=("base_reward",),
     task="rl",
 )
-
-BITS_RATIO = 1000.0
-"""The bits per token of SFT over those of RL that the paper gives."""
-
-BITS_BAND = (100.0, 10_000.0)
-"""The ratios that count as BITS_RATIO."""
 
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
