@@ -149,35 +149,27 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
     [full] = comparisons(at_end(runs), comparison.curves, judging)
+    ratio, factor = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
+    growing = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
     for step in lengths:
-        short = comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)
-        if not short or short[0].highest is None or short[0].fullft is None:
+        short = next(iter(comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)), None)
+        if short is None or short.highest is None or short.fullft is None:
             findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
-        else:
-            findings += _at_length(short[0], full, step)
+            continue
+        arms = [short.highest, short.fullft]
+        at_length = judge_ratio(short, short.highest, short.fullft, ratio, factor)
+        findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
+        labels = arm_label(short.highest), arm_label(short.fullft)
+        log_ratios = short.fit.log_ratio(*labels), full.fit.log_ratio(*labels)
+        growth = combined(np.subtract, *coupled(short, full, *log_ratios, short.label))
+        problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
+        problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
+        text = f"ratio at step {step} over that at the end {in_words(growth)}"
+        findings.append(as_ratio(decide(growing[0], growth, text, short.run_ids(arms), problems, growing[1])))
     decisive = together(findings)
     length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
-
-
-def _at_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
-    """Judge the ratio at a step, and the ratio there over that at the end of the same runs."""
-    lora, fullft = highest_and_full(short)
-    labels = arm_label(lora), arm_label(fullft)
-    at_length = judge_ratio(short, lora, fullft, *ratio_rule(SHORT_RATIO, short.judging.margins.lr_factor))
-    growth = combined(
-        np.subtract, *coupled(short, full, short.fit.log_ratio(*labels), full.fit.log_ratio(*labels), short.label)
-    )
-    problems = [
-        problem
-        for when, comparison in ((f"at step {step}", short), ("at the end", full))
-        for problem in named_problems(comparison.problems(highest_and_full(comparison), resolved=True), when)
-    ]
-    rule, margin_rule = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
-    text = f"ratio at step {step} over that at the end {in_words(growth)}"
-    grown = as_ratio(decide(rule, growth, text, short.run_ids([lora, fullft]), problems, margin_rule))
-    return [replace(at_length, reason=f"at step {step} {at_length.reason}"), grown]
 
 
 B9 = Claim(
@@ -208,7 +200,7 @@ B9 = Claim(
 )
 
 
-def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool) -> Claim:
+def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool = True) -> Claim:
     def judge(evidence: Evidence) -> Finding:
         predictions = evidence.judging.predictions.lr_ratio
         if getattr(predictions, theory) is None:
@@ -248,49 +240,44 @@ def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, f
     )
 
 
-P1 = _claim(
-    "P1",
-    "movement",
-    "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
-    "none: a theory of this project",
-    "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
-    True,
-)
-
-P2 = _claim(
-    "P2",
-    "scale",
-    "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
-    "none: a theory of this project",
-    "for which length and batch size do not matter",
-    True,
-)
-
-P3 = _claim(
-    "P3",
-    "fixed_lora",
-    "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
-    "none: from published sweeps of others",
-    "which speaks of alpha 32, 50 steps and batch size 8",
-    True,
-)
-
-P4 = _claim(
-    "P4",
-    "constant",
-    "The LR ratio is 10 at every width, length and batch size",
-    "10 (fit over 14 models: 9.8)",
-    "the paper's number in conditions that the paper does not have, at alpha 32",
-    False,
-)
-
-P5 = _claim(
-    "P5",
-    "naive",
-    "The LR ratio is half of the width over alpha",
-    "hidden size / (2 alpha), which the paper finds contradicted",
-    "from the paper's naive derivation",
-    False,
+_THEORIES = (
+    _claim(
+        "P1",
+        "movement",
+        "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
+        "none: a theory of this project",
+        "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
+    ),
+    _claim(
+        "P2",
+        "scale",
+        "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
+        "none: a theory of this project",
+        "for which length and batch size do not matter",
+    ),
+    _claim(
+        "P3",
+        "fixed_lora",
+        "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
+        "none: from published sweeps of others",
+        "which speaks of alpha 32, 50 steps and batch size 8",
+    ),
+    _claim(
+        "P4",
+        "constant",
+        "The LR ratio is 10 at every width, length and batch size",
+        "10 (fit over 14 models: 9.8)",
+        "the paper's number in conditions that the paper does not have, at alpha 32",
+        fits=False,
+    ),
+    _claim(
+        "P5",
+        "naive",
+        "The LR ratio is half of the width over alpha",
+        "hidden size / (2 alpha), which the paper finds contradicted",
+        "from the paper's naive derivation",
+        fits=False,
+    ),
 )
 
 
@@ -305,10 +292,10 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED, *P1.columns}
+    needed = {*NEEDED, *_THEORIES[0].columns}
     if not needed <= set(tables.runs.columns):
         return
-    runs = tables.runs[in_experiments(tables.runs, P1.experiments) & ~is_rl(tables.runs)]
+    runs = tables.runs[in_experiments(tables.runs, _THEORIES[0].experiments) & ~is_rl(tables.runs)]
     if runs.empty or "experiments" not in runs:
         return
     known = predictions or DEFAULT_PREDICTIONS
@@ -317,4 +304,4 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
     write_csv(prediction_table(ratios, known.lr_ratio), out / "predictions.csv")
 
 
-CLAIMS = (B1, B3, B4, B9, P1, P2, P3, P4, P5)
+CLAIMS = (B1, B3, B4, B9, *_THEORIES)
