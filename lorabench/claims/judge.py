@@ -45,7 +45,7 @@ _FAMILIES = "ANBCDEMFGP"
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
-    """Return the sort key of a claim: its family, then its number; all claims on RL belong to family F."""
+    # All claims on RL belong to family F.
     family = "F" if claim.task == "rl" else claim.id[0]
     return _FAMILIES.index(family), claim.id[0], int(claim.id[1:])
 
@@ -168,24 +168,18 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
         judged = unjudged.finding
     if judged.verdict == "not tested":
         return judged, None
-    unmet = [
-        f"{condition.text} (here {instead}{in_presets(condition.presets)})"
-        for condition in claim.conditions
-        if (instead := condition.instead(evidence)) is not None
-    ]
+    unmet = []
+    for condition in claim.conditions:
+        if (instead := condition.instead(evidence)) is not None:
+            *others, last = condition.presets or ("",)
+            presets = f"the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
+            meeting = presets if condition.presets else "no shipped preset meets it"
+            unmet.append(f"{condition.text} (here {instead}; {meeting})")
     if not unmet:
         return judged, None
     missing = "; ".join(unmet)
     reason = f"it needs {missing}; measured here: {judged.reason}"
     return replace(judged, verdict="setting not met", reason=reason, favoured=None, hindered=None), missing
-
-
-def in_presets(presets: Sequence[str]) -> str:
-    """Return which shipped presets have a condition, as the end of a remark."""
-    if not presets:
-        return "; no shipped preset meets it"
-    *others, last = presets
-    return f"; the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

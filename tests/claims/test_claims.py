@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,31 +67,10 @@ def test_one_seed_decides_nothing():
     assert set(failing["verdict"]) == {"inconclusive"}
 
 
-@pytest.mark.parametrize(
-    ("rank", "lrs", "affected"),
-    [
-        (64, LRS[:4], ["A7", "B1", "B2", "B3", "B4"]),
-        (None, LRS[1:], ["A7", "B1", "B2"]),
-    ],
-)
-def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
-    claims = judged(*world({rank: {"lrs": lrs}}), affected)
-    assert claims["verdict"].tolist() == ["inconclusive"] * len(affected)
+def test_an_optimum_at_the_edge_decides_nothing():
+    claims = judged(*world({64: {"lrs": LRS[:4]}}))
+    assert claims["verdict"].tolist() == ["inconclusive"] * len(IDS)
     assert claims["reason"].str.contains("edge of its grid").all()
-
-
-def test_a_done_run_without_a_loss_is_refused():
-    runs, curves = world()
-    runs.loc[7, "final_test_nll"] = math.nan
-    with pytest.raises(UserError, match=f"run_id {runs.loc[7, 'run_id']}: final_test_nll = missing; allowed: a finite"):
-        judge_claims(Tables(runs, curves))
-
-
-def test_no_loss_at_all_decides_nothing():
-    runs, curves = world()
-    claims = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
-    assert "confirmed" not in set(claims["verdict"])
-    assert "contradicted" not in set(claims["verdict"])
 
 
 @pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
