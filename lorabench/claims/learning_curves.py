@@ -107,28 +107,8 @@ A1 = Claim(
 )
 
 
-def bends(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return how far the middle of each curve lies below its chord, as a share of the fall.
-
-    Both are those of the least-squares parabola in log(step).
-
-    Args:
-        curves: means of equally wide windows of log(step): a row for the middle of each window (index) and a column for
-            each seed; four rows or more.
-    """
-    x = np.log10(curves.index.to_numpy(float))
-    # The windows reach half of their width beyond the first and the last middle.
-    width = float(np.ptp(x)) * len(x) / (len(x) - 1)
-    shares = {}
-    for seed in curves:
-        curvature, slope, _ = np.polyfit(x - (x.min() + x.max()) / 2, curves[seed].to_numpy(float), 2)
-        # The middle of a parabola lies c width^2 / 4 below its chord.
-        shares[seed] = curvature * width**2 / 4 / (-slope * width)
-    return pd.Series(shares, dtype=float)
-
-
 def _straight(comparison: Comparison, arm: Arm) -> Finding:
-    """Judge whether the learning curve of one arm is straight in the second half of its range of log(step)."""
+    """Judge how far the middle of an arm's curve lies below its chord in the second half of its range of log(step)."""
     label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
     curve = curves_at_optimum(comparison, arm).dropna()
     if curve.empty:
@@ -139,7 +119,15 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     # Each window counts at its geometric middle.
     means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
     slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
-    bend = mean_over_seeds(bends(means), f"{comparison.label} {label} bend")
+    x = np.log10(means.index.to_numpy(float))
+    # The windows reach half of their width beyond the first and the last middle.
+    width = float(np.ptp(x)) * len(x) / (len(x) - 1)
+    bends = []
+    for seed in means:
+        curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, means[seed].to_numpy(float), 2)
+        # The middle of a parabola lies c width^2 / 4 below its chord.
+        bends.append(curvature * width**2 / 4 / (-slope_at_middle * width))
+    bend = mean_over_seeds(bends, f"{comparison.label} {label} bend")
     text = (
         f"{label} falls by {-slope.value:.3g} nats per tenfold steps from step {math.ceil(means.index.min())} on, its "
         f"middle lies {bend.value:.3f} {fixed_interval(*bend.interval(), 3)} of the fall below the chord, "
@@ -198,13 +186,9 @@ def _gaps_in_margins(datasets: Sequence[Comparison]) -> Finding:
         own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
         problems += named_problems(own_problems, f"{comparison.label}:")
         run_ids += comparison.run_ids(arms)
-
-    def weaker_side(*gaps: np.ndarray) -> np.ndarray:
-        stacked = np.array(gaps)
-        return np.asarray(np.minimum(stacked.max(0), -stacked.min(0)))
-
+    weaker_side = combined(lambda *both: np.minimum(np.array(both).max(0), -np.array(both).min(0)), *gaps)
     rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in datasets)
-    return decide(Above(1.0), combined(weaker_side, *gaps), "; ".join(texts), run_ids, problems, rule)
+    return decide(Above(1.0), weaker_side, "; ".join(texts), run_ids, problems, rule)
 
 
 def better_and_worse(evidence: Evidence) -> Finding:
@@ -310,13 +294,9 @@ def _early(
 ) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
     """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
 
-    Args:
-        comparison: holds the ranks.
-        seeds: the number of seeds that a verdict needs.
-        first_steps: the number of steps; without it all count.
-
     Returns:
-        The difference, its curves, what it is a difference of, and what speaks against a verdict.
+        The difference, its curves, what it is a difference of, and what speaks against a verdict; a verdict needs a
+        number of seeds.
     """
     if not comparison.lora:
         raise UnjudgedError("not tested", "no LoRA on all layers")
@@ -334,21 +314,6 @@ def _early(
     return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
-def _by_inverse_rank(early: EarlyDifference) -> str:
-    """Return a text on how well the differences of all pairs of ranks go as 1/r1 - 1/r2."""
-    factor, explained = inverse_rank_fit(early.by_inverse_rank)
-    if math.isnan(factor):
-        return ""
-    pairs = ", ".join(
-        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
-        for row in early.by_inverse_rank.to_dict("records")
-    )
-    return (
-        f"; over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
-        f"{explained:.0%} of its squares ({pairs})"
-    )
-
-
 def same_early_curves(comparison: Comparison) -> Finding:
     """C1: judge the difference of two ranks on the same batches in windows of steps."""
     early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
@@ -364,7 +329,18 @@ def same_early_curves(comparison: Comparison) -> Finding:
         [*problems, *margin_problems(margin)],
         margin.rule,
     )
-    return replace(judged, reason=judged.reason + _by_inverse_rank(early))
+    factor, explained = inverse_rank_fit(early.by_inverse_rank)
+    if math.isnan(factor):
+        return judged
+    pairs = ", ".join(
+        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
+        for row in early.by_inverse_rank.to_dict("records")
+    )
+    text = (
+        f"; over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
+        f"{explained:.0%} of its squares ({pairs})"
+    )
+    return replace(judged, reason=judged.reason + text)
 
 
 C1 = Claim(

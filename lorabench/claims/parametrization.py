@@ -111,17 +111,14 @@ C4 = Claim(
 
 
 def _best_variant(comparison: Comparison, standard: Arm, variants: Sequence[Arm]) -> Finding:
-    """Judge every variant of one setting by itself; the worst finding decides."""
-    judged = together(
-        [comparison.judge_gap(lambda margin: Within(-margin, math.inf), variant, standard) for variant in variants]
-    )
+    gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
     remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
     missing = [
         Problem(f"no variant of {name}", remedy)
         for name in ("alpha", "lr_ratio")
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
     ]
-    return unconfirmed(judged, missing)
+    return unconfirmed(together(gaps), missing)
 
 
 def standard_near_optimal(evidence: Evidence) -> Finding:
@@ -136,15 +133,13 @@ def standard_near_optimal(evidence: Evidence) -> Finding:
         for arm in comparison.arms:
             settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
         for arms in settings.values():
-            is_variant = [any(arm[name] not in (None, value) for name, value in STANDARD.items()) for arm in arms]
-            standard = [arm for arm, differs in zip(arms, is_variant, strict=True) if not differs]
-            variants = [arm for arm, differs in zip(arms, is_variant, strict=True) if differs]
+            standard = [arm for arm in arms if all(arm[name] in (None, value) for name, value in STANDARD.items())]
+            variants = [arm for arm in arms if arm not in standard]
             if standard and variants:
                 named.append((comparison.label, (comparison, standard[0], variants)))
     if not named:
-        raise UnjudgedError(
-            "not tested", "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
-        )
+        text = "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
+        raise UnjudgedError("not tested", text)
     return judge_each(named, lambda setting: _best_variant(*setting))
 
 
@@ -174,9 +169,9 @@ def most_examples(comparisons: list[Comparison]) -> list[Scoped]:
             sized.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), comparison))
     return [
         (comparison, f" (longest runs, {comparison.runs['steps'].iloc[0]} steps)")
-        for of_model in sized.values()
-        for seen, comparison in of_model
-        if seen == max(size for size, _ in of_model)
+        for by_size in sized.values()
+        for seen, comparison in by_size
+        if seen == max(size for size, _ in by_size)
     ]
 
 

@@ -139,9 +139,8 @@ class MeasuredRecipe:
         They ascend in batch size; of several lengths at one batch size, the longest is taken.
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        for recommendation in sorted(
-            self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0)
-        ):
+        in_order = sorted(self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0))
+        for recommendation in in_order:
             setting = recommendation.setting
             groups.setdefault((setting.task, setting.model, setting.dataset), {})[setting.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]

@@ -92,15 +92,9 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
 
 
 def plateau_step(rewards: pd.Series[float]) -> int:
-    """Return the first step at which train rewards have made the share PLATEAU of their rise.
+    """Return the first step at which train rewards by step have made the share PLATEAU of their rise, or the last step.
 
     The rise is that from the first to the last tenth of the steps, and rewards are running means over a tenth.
-
-    Args:
-        rewards: mean train reward by step, ascending; at least one.
-
-    Returns:
-        A step; the last one if the rewards do not rise.
     """
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
@@ -110,11 +104,9 @@ def plateau_step(rewards: pd.Series[float]) -> int:
 
 
 def progress_windows(steps: Sequence[int], plateau: int) -> list[tuple[int, int]]:
-    """Split steps into BEFORE windows up to the plateau and AFTER windows from there, without the first step.
+    """Split ascending steps into BEFORE windows up to the plateau and AFTER windows from there.
 
-    Args:
-        steps: all steps, ascending. Before the first update all arms are the base model, so step 1 does not count.
-        plateau: the first step of the plateau.
+    Before the first update all arms are the base model, so step 1 does not count.
 
     Returns:
         The first and last step of each window; fewer windows if the steps do not suffice for one each.
