@@ -38,9 +38,8 @@ from lorabench.analysis.optima import (
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
 from lorabench.claims.scope import (
-    LONG,
     NATURAL,
     Scoped,
     every_longest,
@@ -154,7 +153,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-A3 = Claim(
+A3 = long_claim(
     id="A3",
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
@@ -166,9 +165,7 @@ A3 = Claim(
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
-    conditions=(LONG,),
     core=True,
 )
 
@@ -204,7 +201,7 @@ def no_floor(comparison: Comparison) -> Finding:
     raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
 
 
-A4 = Claim(
+A4 = long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
     criterion=(
@@ -216,9 +213,7 @@ A4 = Claim(
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     unit="share of FullFT's slope",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_longest)), no_floor),
-    conditions=(LONG,),
 )
 
 
@@ -287,7 +282,7 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
-A5 = Claim(
+A5 = long_claim(
     id="A5",
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
     criterion=(
@@ -305,10 +300,8 @@ A5 = Claim(
     ),
     paper_value="proportional; no number",
     unit="log-log slope",
-    experiments=("rank", "capacity"),
     judge=threshold_tied_to_parameters,
     columns=("trainable_params",),
-    conditions=(LONG,),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
@@ -29,6 +30,8 @@ MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
+
+_count = partial(Claim, kind="count", experiments=())
 
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -68,9 +71,8 @@ def slightly_over_two_thirds(evidence: Evidence) -> Finding:
     return together(findings)
 
 
-G1 = Claim(
+G1 = _count(
     id="G1",
-    kind="count",
     statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
     criterion=(
         "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
@@ -82,7 +84,6 @@ G1 = Claim(
     needs="table compute: FullFT and LoRA in the same setting",
     paper_value="2/3 + 2R/N",
     unit="relative difference from the formula",
-    experiments=(),
     judge=slightly_over_two_thirds,
 )
 
@@ -201,9 +202,8 @@ def parameter_counts(evidence: Evidence) -> Finding:
     return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
 
 
-E6 = Claim(
+E6 = _count(
     id="E6",
-    kind="count",
     statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
     figure="4 (table)",
     criterion=(
@@ -213,7 +213,6 @@ E6 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="0.49B, 0.25B, 0.70B, 0.24B",
     unit="parameters",
-    experiments=(),
     judge=parameter_counts,
 )
 
@@ -252,9 +251,8 @@ def expert_ratio(evidence: Evidence) -> Finding:
     return together(findings)
 
 
-M1 = Claim(
+M1 = _count(
     id="M1",
-    kind="count",
     statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
     criterion=(
         "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
@@ -265,7 +263,6 @@ M1 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="the same, by dividing by the 8 active experts",
     unit="ratio",
-    experiments=(),
     judge=expert_ratio,
 )
 
@@ -291,9 +288,8 @@ def rank_1_holds_math(evidence: Evidence) -> Finding:
     return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")
 
 
-F6 = Claim(
+F6 = _count(
     id="F6",
-    kind="count",
     statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
     criterion=(
         f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
@@ -303,7 +299,6 @@ F6 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="3M parameters for 320,000 bits, almost 10 times",
     unit="ratio",
-    experiments=(),
     judge=rank_1_holds_math,
 )
 

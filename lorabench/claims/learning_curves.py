@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,9 @@ SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
+long_claim = partial(Claim, experiments=("rank", "capacity"), conditions=(LONG,))
+"""A claim on whole learning curves."""
+
 AT_OPTIMUM = (
     f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "
     f"three LRs around it if {MIN_SEEDS} seeds have them. Otherwise it is at the nearest LR of the grid, and there is "
@@ -89,7 +93,7 @@ def same_curve(comparison: Comparison) -> Finding:
     )
 
 
-A1 = Claim(
+A1 = long_claim(
     id="A1",
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
@@ -100,9 +104,7 @@ A1 = Claim(
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), same_curve),
-    conditions=(LONG,),
     core=True,
 )
 
@@ -151,7 +153,7 @@ def linear_in_log_steps(comparison: Comparison) -> Finding:
     return together([_straight(comparison, arm) for arm in reversed(highest_and_full(comparison))])
 
 
-A2 = Claim(
+A2 = long_claim(
     id="A2",
     statement="The loss falls linearly with the logarithm of the number of steps",
     figure="1",
@@ -163,9 +165,7 @@ A2 = Claim(
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="linear; no number",
     unit="share of the fall",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), linear_in_log_steps),
-    conditions=(LONG,),
 )
 
 
@@ -288,6 +288,8 @@ A8 = Claim(
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
+_early_claim = partial(Claim, figure="early curves", experiments=("early",))
+
 
 def _early(
     comparison: Comparison, seeds: int, first_steps: int | None = None
@@ -343,10 +345,9 @@ def same_early_curves(comparison: Comparison) -> Finding:
     return replace(judged, reason=judged.reason + text)
 
 
-C1 = Claim(
+C1 = _early_claim(
     id="C1",
     statement="Early in training, learning curves at one LR are the same for all ranks",
-    figure="early curves",
     criterion=(
         f"The difference is the training NLL of the lowest rank of {PAPER_RANK} or more minus that of the highest rank "
         "(16 and 256 in the paper), at one LR and on the same batches. Its mean over seeds is 0 within the margin in "
@@ -355,7 +356,6 @@ C1 = Claim(
     ),
     needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
-    experiments=("early",),
     judge=over(every_dataset, same_early_curves),
     core=True,
 )
@@ -382,10 +382,9 @@ def difference_grows(comparison: Comparison) -> Finding:
     return decide(Above(MIN_GROWTH), growth, text, early.run_ids, problems, rule)
 
 
-C2 = Claim(
+C2 = _early_claim(
     id="C2",
     statement="The difference of early curves grows with time",
-    figure="early curves",
     criterion=(
         "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
         "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
@@ -394,7 +393,6 @@ C2 = Claim(
     needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
     paper_value="grows; no number",
     unit="share of the mean per tenfold steps",
-    experiments=("early",),
     judge=over(every_dataset, difference_grows),
 )
 
@@ -409,18 +407,16 @@ def difference_negative_at_first(comparison: Comparison) -> Finding:
     return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
 
 
-C3 = Claim(
+C3 = _early_claim(
     id="C3",
     kind="opinion",
     statement="In the first few steps the lower rank has a slightly lower loss",
-    figure="early curves",
     criterion=(
         f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS} and at least {SIGN_SEEDS} seeds, is below "
         "0, within an upper margin of 0"
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",
-    experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )
 

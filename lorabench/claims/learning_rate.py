@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ _SEEDS = "further seeds at the LRs around the optimum"
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
+_claim_on_ranks = partial(Claim, figure="2", unit="ratio", experiments=("rank",), core=True)
+
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
@@ -64,21 +67,17 @@ def lr_ratio_ten(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
-B1 = Claim(
+B1 = _claim_on_ranks(
     id="B1",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
-    figure="2",
     criterion=(
         "In every comparison the fitted optimal LR of the highest rank, over that of FullFT, is "
         f"{PAPER_RATIO:g} within a factor that is the margin, {_FACTOR}"
     ),
     needs=f"{SWEEP}; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, lr_ratio_ten),
     fact=LR_RATIO,
-    core=True,
 )
 
 
@@ -92,20 +91,16 @@ def lr_independent_of_rank(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, arms[max(arms)], arms[min(arms)], rule, margin_rule)
 
 
-B3 = Claim(
+B3 = _claim_on_ranks(
     id="B3",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
-    figure="2",
     criterion=(
         f"In every comparison the fitted optimal LR of the highest rank is that of the lowest rank from {LOW_RANK} "
         f"up, within a factor of {SAME_FACTOR:g}"
     ),
     needs=f"LoRA on all layers at two or more ranks from {LOW_RANK} up, each with an LR grid; {_SEEDS}",
     paper_value="less than 2 from rank 4 to 512",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, lr_independent_of_rank),
-    core=True,
 )
 
 
@@ -121,20 +116,16 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
     return replace(worst(judged), run_ids=tuple(sorted(comparison.run_ids([rank_1, *others]))))
 
 
-B4 = Claim(
+B4 = _claim_on_ranks(
     id="B4",
     statement="Rank 1 has a lower optimal LR than high ranks",
-    figure="2",
     criterion=(
         f"In every comparison the fitted optimal LR of each rank from {HIGH_RANK} up, or else of the highest rank, is "
         f"above that of rank 1 by a factor of {LEAST_SHIFT:g}"
     ),
     needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
     paper_value="lower; no number",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, rank_1_lower_lr),
-    core=True,
 )
 
 

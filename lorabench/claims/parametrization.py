@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ GROWTH = 1.1
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
 
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
+
+_derivation = partial(Claim, kind="derivation", unit="ratio", experiments=("parametrization",))
 
 
 def _flat(rows: pd.DataFrame) -> Finding:
@@ -90,9 +93,8 @@ def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> F
     return together([_by_rule(group) for group in comparable])
 
 
-C4 = Claim(
+C4 = _derivation(
     id="C4",
-    kind="derivation",
     statement="The factor 1/r makes the expected first update independent of rank",
     criterion=(
         "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
@@ -104,8 +106,6 @@ C4 = Claim(
         f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
     ),
     paper_value="equal; derived",
-    unit="ratio",
-    experiments=("parametrization",),
     judge=on_lora(first_update_rank_independent),
 )
 
@@ -272,9 +272,8 @@ def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
 
 
-C11 = Claim(
+C11 = _derivation(
     id="C11",
-    kind="derivation",
     statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
     criterion=(
         "With a control: the norm of the change of W by one step at the last recorded step, relative to the first "
@@ -286,8 +285,6 @@ C11 = Claim(
     ),
     needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
     paper_value="grows; derived",
-    unit="ratio",
-    experiments=("parametrization",),
     judge=on_lora(effective_lr_grows),
 )
 

@@ -16,7 +16,7 @@ from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
-from lorabench.analysis.optima import as_ratio
+from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
@@ -236,39 +236,31 @@ F4 = rl_claim(
 )
 
 
-def _factor(log_ratio: Estimate) -> str:
-    low, high = log_ratio.interval()
-    return f"{math.exp(log_ratio.value):.2f} {fixed_interval(math.exp(low), math.exp(high), 2)}"
-
-
 def same_growth_of_responses(comparison: Comparison) -> Finding:
     """F5: judge the mean length of the last train responses over FullFT's, and over that of the first ones."""
 
     def judge(lora: Arm, fullft: Arm) -> Finding:
         # Empty responses have no ratio of lengths, so they count as one token.
         arms = [lora, fullft]
-        both = [
-            tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna().clip(lower=1).map(math.log)
-            for arm in arms
-        ]
-        if any(table.empty for table in both):
+        lengths = [tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna() for arm in arms]
+        logs = [table.clip(lower=1).map(math.log) for table in lengths]
+        if any(table.empty for table in logs):
             raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
         name = f"lengths of {comparison.label} {arm_label(lora)}"
-        ratio = mean_over_seeds((both[0][10] - both[1][10]).dropna(), name)
-        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(both)]
-        text = f"final length / FullFT's = {_factor(ratio)}, grown by {_factor(growths[0])}, FullFT by "
-        text += _factor(growths[1])
+        ratio = mean_over_seeds((logs[0][10] - logs[1][10]).dropna(), name)
+        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(logs)]
+        own, full = (in_words(growth) for growth in growths)
+        text = f"final length / FullFT's = {in_words(ratio)}, grown by {own}, FullFT by {full}"
+        problems = curve_problems(comparison, arms, ratio.n_seeds)
         for arm in arms:
             reflection = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
             if reflection.notna().all():
                 first, last = reflection
                 text += f"; {arm_label(arm)}: {first:.1%} of responses go back or check at first, {last:.1%} at last"
-        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
-        problems = curve_problems(comparison, arms, ratio.n_seeds)
-        for arm in arms:
             truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
             if truncated > MAX_TRUNCATED:
                 problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
+        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
         same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
         rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
         band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
