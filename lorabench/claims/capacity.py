@@ -119,7 +119,8 @@ def _all_problems(ranks: Sequence[_Rank]) -> list[Problem]:
 
 def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     """Return the loss of a rank minus that of a higher rank over the steps between their departures."""
-    curves, (first, end) = pair_at_optimum(comparison, lower.arm, higher.arm), sorted((lower.step, higher.step))
+    curves = pair_at_optimum(comparison, lower.arm, higher.arm)
+    first, end = sorted((lower.step, higher.step))
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
@@ -356,19 +357,6 @@ class _Adapter:
     """The bits per parameter with their interval."""
 
 
-def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
-    estimate, problems = adapter.per_parameter, comparison.problems([adapter.arm])
-    growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
-    # More steps can only store more, so a value above the band contradicts all the same.
-    if estimate.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
-        late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
-        text = f"still storing at the end ({late} of it in the second half of the steps)"
-        problems.append(Problem(text, Remedy("more epochs")))
-    text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
-    ids = comparison.run_ids([adapter.arm])
-    return decide(Within(*TWO_BITS_BAND), estimate, text, ids, problems, "the numbers that round to 2")
-
-
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
     """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
     arms = comparison.lora.values()
@@ -399,7 +387,19 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
     if not saturated:
         problems = [problem for adapter in adapters for problem in comparison.problems([adapter.arm])]
         return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
-    decisive = worst([_two_bits(comparison, adapter) for adapter in saturated])
+    findings = []
+    for adapter in saturated:
+        problems = comparison.problems([adapter.arm])
+        growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
+        # More steps can only store more, so a value above the band contradicts all the same.
+        if adapter.per_parameter.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
+            late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
+            text = f"still storing at the end ({late} of it in the second half of the steps)"
+            problems.append(Problem(text, Remedy("more epochs")))
+        text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
+        rule = Within(*TWO_BITS_BAND)
+        findings.append(decide(rule, adapter.per_parameter, text, run_ids, problems, "the numbers that round to 2"))
+    decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=run_ids)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -218,58 +217,51 @@ C10 = Claim(
 )
 
 
-def _growth_by_control(pairs: pd.DataFrame) -> Finding:
-    """Judge one LR and rank against its control, over seeds."""
-    first = pairs.iloc[0]
-    name = f"growth r{first['rank']} LR {first['lr_fast']:g} over LR {first['lr_slow']:g}"
-    growth = mean_over_seeds(np.log(pairs["growth"]), name)
-    text = (
-        f"r{first['rank']} LR {first['lr_fast']:g}: change of W at step {first['step']} over the first is "
-        f"{in_words(growth)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(pairs)} seeds"
-    )
-    run_ids, rule = [*pairs["run_id_fast"], *pairs["run_id_slow"]], Above(math.log(GROWTH))
-    return as_ratio(decide(rule, growth, text, run_ids, few_seeds(len(pairs)), f"a factor of {GROWTH:g}"))
-
-
-def _growth_by_itself(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
-    """Judge one rank at its optimum without a control, from the size of each step by run; it is never contradicted."""
-    last = max(sizes[next(iter(sizes))].index)
-    # On a log axis these are the later half of the steps.
-    logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in sizes.values()]
-    growth = mean_over_seeds(logs, f"growth {label}")
-    text = (
-        f"{label}: change of W per step over the LR is {in_words(growth)} times that of the first step from step "
-        f"{math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
-    )
-    problems, rule = few_seeds(len(sizes), "seeds"), Above(math.log(GROWTH))
-    judged = decide(rule, growth, text, sizes, problems, f"a factor of {GROWTH:g}")
-    if judged.verdict == "contradicted":
-        reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
-        judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
-    return as_ratio(without(judged, "contradicted"))
-
-
 def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     """C11: judge the change of W by one step against runs in which A is still, or else against the first step."""
+    rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
     sizes = step_sizes(lora, curves)
     first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
     by_itself = []
     for arm, rows in each_arm(first_half):
         by_run = {run_id: steps.set_index("step")["size"] for run_id, steps in rows.groupby("run_id")}
         by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
-        if by_run:
-            by_itself.append(_growth_by_itself(arm_label(arm), by_run))
+        if not by_run:
+            continue
+        # Without a control: from the size of each step by run. On a log axis these are the later half of the steps.
+        last = max(by_run[next(iter(by_run))].index)
+        logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in by_run.values()]
+        alone = mean_over_seeds(logs, f"growth {arm_label(arm)}")
+        text = (
+            f"{arm_label(arm)}: change of W per step over the LR is {in_words(alone)} times that of the first step "
+            f"from step {math.ceil(math.sqrt(last))} to {last}, {len(by_run)} seeds"
+        )
+        judged = decide(rule, alone, text, map(str, by_run), few_seeds(len(by_run), "seeds"), margin_rule)
+        if judged.verdict == "contradicted":
+            reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
+            judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
+        by_itself.append(as_ratio(without(judged, "contradicted")))
     growth = update_growth(fixed_a_controls(lora), curves)
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    controlled = [_growth_by_control(pairs) for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False)]
+    controlled = []
+    for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False):
+        first = pairs.iloc[0]
+        rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
+        over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")
+        text = (
+            f"r{rank} {fast}: change of W at step {first['step']} over the first is {in_words(over_control)} times "
+            f"that with LR_A {slow} and the same LR_B, {len(pairs)} seeds"
+        )
+        run_ids, problems = [*pairs["run_id_fast"], *pairs["run_id_slow"]], few_seeds(len(pairs))
+        controlled.append(as_ratio(decide(rule, over_control, text, run_ids, problems, margin_rule)))
     if not controlled and not by_itself:
         raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
     decided = together(controlled or by_itself)
     if not controlled or not by_itself:
         return decided
     uncorrected = together(by_itself)
-    run_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
-    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
+    all_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
+    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=all_ids)
 
 
 C11 = _derivation(
