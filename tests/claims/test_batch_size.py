@@ -105,7 +105,6 @@ def test_contradicted_where_it_fails(claim, changes):
     ("claims", "changes", "remedy"),
     [
         (IDS, {"offsets": (0.0,)}, "3 seeds (now 1)"),
-        (IDS, {"lrs": LRS[:4]}, "LR 0.009 of LoRA"),
         (["D1", "D3", "D4"], {"noise": 0.06, "gap": {128: 0.06}, "fullft": {128: 2.06}}, "seeds"),
     ],
 )

@@ -133,22 +133,6 @@ def test_shorter_runs_are_left_out_where_there_are_full_ones():
     assert [chosen for chosen, _ in full_runs(every_dataset)([short])] == [short]
 
 
-def test_size_must_be_known_where_there_is_a_choice():
-    runs, curves = tables(two_datasets({}))
-    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7"])
-    assert claims.loc["A7", "verdict"] == "not tested"
-    assert "train_tokens" in claims.loc["A7", "reason"]
-
-
-def test_models_are_judged_apart():
-    tables_of_two = [*(arm(rank, **settings) for rank, settings in WORLD.items())]
-    tables_of_two += [arm(rank, **settings, model="other") for rank, settings in WORLD.items() if rank != 1]
-    claims = judged(*tables(tables_of_two), ["B1", "B4"])
-    assert claims.loc["B1", "verdict"] == "confirmed"
-    assert claims.loc["B4", "verdict"] == "inconclusive"
-    assert "other/instruct: no runs of LoRA r1" in claims.loc["B4", "reason"]
-
-
 def test_mixed_tokenizers_and_repeated_ids_are_refused():
     runs, curves = world()
     mixed = runs.assign(tokenizer_sha256=np.where(runs["method"] == "lora", "aaa", "bbb"))

@@ -72,7 +72,6 @@ def test_ratios_of_optima(claim, optima, verdict, estimate):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"seeds": (0.0,)}, "1 paired seeds, 3 needed"),
         ({"diverges_from": 1.2e-3}, "LoRA r64: no finished LR within a factor"),
     ],
 )

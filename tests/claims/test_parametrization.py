@@ -66,14 +66,6 @@ def test_first_updates_that_leave_c4_open_or_fail(configurations, change, verdic
     assert reason in claim["reason"]
 
 
-def test_first_updates_need_seeds():
-    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, seeds=range(2))))
-    assert claim["verdict"] == "inconclusive"
-    assert claim["decide_seeds"] == 3
-    runs, curves = lora_tables(grid(*FLAT, *ROOT))
-    assert judged("C4", runs, curves[curves["metric"] != "descent"])["verdict"] == "not tested"
-
-
 # Invariance ---------------------------------------------------------------------------------------------------------
 
 

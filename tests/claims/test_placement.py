@@ -132,15 +132,6 @@ def test_attention_with_more_parameters_comes_first():
     assert claim["verdict"] == "confirmed"
 
 
-def test_two_parameter_counts_of_one_arm_decide_nothing():
-    runs = world()
-    runs.loc[runs["placement"].eq("attn") & runs["seed"].eq(1), "trainable_params"] += 5
-    assert judged(runs, ids=["E1"]).loc["E1", "verdict"] == "inconclusive"
-    without = judged(runs.drop(columns="trainable_params"), ids=["E1", "E2"])
-    assert without["verdict"].to_dict() == {"E1": "not tested", "E2": "confirmed"}
-    assert without.loc["E1", "reason"] == "the runs table has no column trainable_params"
-
-
 def test_dense_models_and_mixtures_of_experts_are_judged_apart():
     worse = {("attn", 17): {"floor": 2.0}}
     claims = judged(pd.concat([world(family="llama"), moe(changes=worse)]), ids=["E1", "E3"])

@@ -74,13 +74,6 @@ def test_learning_rates_are_those_of_the_optima():
     assert use.ratio.problems == ()
 
 
-def test_the_lr_to_use_lies_within_the_grid():
-    # The lowest loss is at the last LR.
-    use = only(sft(None) + sft(64, lrs=[5e-4, 1.2e-3, 2.4e-3])).use
-    assert 1.2e-3 <= use.lr <= 2.4e-3
-    assert not use.resolved
-
-
 def test_lora_does_not_match():
     recommendation = only(sft(None, 1, 2, 4))
     assert recommendation.answer == "no"

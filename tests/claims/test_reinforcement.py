@@ -136,7 +136,6 @@ def test_contradicted_where_it_fails(claim, changes):
     [
         (COMPARED, {"every": {"offsets": (0.0,)}}, "1 paired seeds, 3 needed"),
         (["F1"], {"changes": {RANK_1: {"peak": 0.73}}}, "in error rate"),  # at the margin
-        (["F4"], {"every": {"sets": {"aime24": 0.02}}}, "FullFT gains less than 0.05 on it"),
         (["F4"], {"problems": 30}, "on 30 problems"),
         (["F5"], {"changes": {RANK_1: {"train": {"truncated": grown(0, 0.5)}}}}, "of its last responses cut off"),
         (COMPARED, {"without": [FULLFT]}, "no runs of FullFT"),
@@ -220,11 +219,6 @@ def test_a_setting_that_is_not_met_is_named(settings, missing):
     assert set(claims["verdict"]) == {"setting not met"}
     for text in claims["missing"]:
         assert missing in text
-
-
-def test_bare_answers_are_no_chains_of_thought():
-    claims = judged(*rl_and_sft(world(every={"train": {"response_length": grown(12, 20)}})), ids=["F1", "F5", "F9"])
-    assert claims["verdict"].to_dict() == {"F1": "confirmed", "F5": "setting not met", "F9": "setting not met"}
 
 
 def test_a_bracketed_optimum_with_seeds_around_it_needs_no_more_lrs():
@@ -327,7 +321,6 @@ def test_gradients_of_0_need_others_beside_them():
         ("confirmed", [supervised(), supervised(dataset="hard", nats=2.0)]),
         ("contradicted", [supervised(nats=0.2)]),  # 305 tokens of 0.2 nats are 88 bits: below 100
         ("inconclusive", [supervised(offsets=(0.0,))]),
-        ("not tested", [supervised().drop(columns="first_epoch_nats")]),
     ],
 )
 def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):

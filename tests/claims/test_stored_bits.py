@@ -67,7 +67,6 @@ def test_two_bits_per_parameter_confirmed():
         (SATURATED | {1: 4_000.0}, {"growth": 0.3}, "contradicted", "r1 is saturated at 4.00"),
         (SATURATED | {4: 3_000.0}, {"growth": 0.3}, "inconclusive", "still storing"),
         # A single rank, a next rank that stores no more, and a rank that stores all facts.
-        ({1: 2_000.0, 4: 2_000.0}, {}, "inconclusive", "no rank is saturated"),
         ({1: 2_000.0, 4: 8_000.0}, {"entropy": 2_100.0}, "inconclusive", "no rank is saturated"),
         (SATURATED, {"own": 0.01}, "inconclusive", "r1 is saturated at 2.00 ["),
     ],
