@@ -11,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import MAX_STEP
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
+from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS, Margins, Predictions
@@ -314,11 +313,6 @@ def _several(runs: pd.DataFrame, column: str) -> bool:
     known = runs[column].notna().to_numpy(bool)
     values = set(zip(*(runs[name].to_numpy(object)[known] for name in ("model", "dataset", column)), strict=True))
     return len(values) > len({(model, dataset) for model, dataset, _ in values})
-
-
-def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the curves of some runs; a table without the column run_id is returned unchanged."""
-    return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
 
 
 def require(*arms: tuple[str, Arm | None]) -> list[Arm]:

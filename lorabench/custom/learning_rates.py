@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.comparison import Judging
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage
 from lorabench.analysis.pooled_lr import ALPHA, Place, PooledLr

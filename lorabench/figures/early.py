@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.curves import train_curves
-from lorabench.analysis.early import early_difference
+from lorabench.analysis.curves import early_difference, train_curves
 from lorabench.figures import style
 from lorabench.figures.grid import (
     ARM_COLUMNS,

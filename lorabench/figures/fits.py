@@ -11,8 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.optima import Departure, pair_at_optimum, rank_departures
 from lorabench.figures.grid import PANEL
 from lorabench.store.tables import Tables

@@ -15,8 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
-from lorabench.analysis.early import at_end, at_step
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (
     ALPHA,
@@ -24,6 +23,8 @@ from lorabench.analysis.lr_ratio import (
     COLUMNS,
     STEPS,
     Setting,
+    at_end,
+    at_step,
     measured_ratios,
     predicted,
     prediction_table,

@@ -20,8 +20,8 @@ from lorabench.analysis.estimate import (
     student,
     uniform,
     unknown,
+    without_run_noise,
 )
-from lorabench.analysis.example_losses import without_run_noise
 
 
 @pytest.mark.parametrize("dof", [2, 30])

@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.analysis.arms import rows_of, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
