@@ -132,7 +132,7 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for pair in pairs.to_dict("records"):
         both = norms.reindex([pair["run_id_fast"], pair["run_id_slow"]]).astype(float).dropna(axis=1)
         if 1 in both and both.shape[1] > 1:
-            last = int(max(both))
+            last = int(both.columns.max())
             (fast_first, fast), (slow_first, slow) = both[[1, last]].to_numpy().tolist()
             rows.append({**pair, "step": last, "growth": (fast / fast_first) / (slow / slow_first)})
     return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
@@ -218,9 +218,8 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         for rank, group in by_rank.items():
             seeds = group.index.intersection(top.index)
             pair = group.loc[seeds], top.loc[seeds]
-            ratio = ratio_of_means(
-                *(rows["descent"].to_numpy(float) for rows in pair), "/".join(map(str, (*key, rank)))
-            )
+            own, highest = (rows["descent"].to_numpy(float) for rows in pair)
+            ratio = ratio_of_means(own, highest, "/".join(map(str, (*key, rank))))
             low, high = (math.nan, math.nan) if group is top else ratio.interval()
             run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
             ratios.append((*key, rank, ratio, ratio.value, low, high, len(seeds), sorted(set(run_ids))))

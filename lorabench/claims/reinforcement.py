@@ -64,7 +64,7 @@ def over_problems(judge: Callable[[Comparison], Finding], at_best: bool = False)
     """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
 
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
-    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rl_health`).
+    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
 
     Args:
         judge: judges one comparison, whose losses are error rates.
