@@ -318,8 +318,9 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
     points = metric_points(curves, "train", "nll")
     points = points[points["step"] <= first_steps].astype({"value": float})
     by_lr: dict[float, dict[int, pd.DataFrame]] = {}
-    for (lr, rank), rows in runs[runs["status"] == "done"].groupby(["lr", "rank"]):
-        by_lr.setdefault(float(lr), {})[int(rank)] = curves_by_seed(rows, points)
+    for _, rows in runs[runs["status"] == "done"].groupby(["lr", "rank"]):
+        by_rank = by_lr.setdefault(float(rows["lr"].iloc[0]), {})
+        by_rank[int(rows["rank"].iloc[0])] = curves_by_seed(rows, points)
     paired_seeds = {
         lr: seeds
         for lr, by_rank in by_lr.items()

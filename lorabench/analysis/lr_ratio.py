@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from lorabench.analysis.arms import STANDARD, arm_label
+from lorabench.analysis.arms import ALPHA, STANDARD, arm_label
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses, combined, normal, unknown
@@ -51,8 +51,8 @@ from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
 from lorabench.config.margins import FixedLoraTheory, LrRatioPredictions, MovementTheory, ScaleTheory
 
-WIDTH, STEPS, BATCH_SIZE, ALPHA = 128, 50, 8, 32.0
-"""The condition at which parameters of theories are given."""
+WIDTH, STEPS, BATCH_SIZE = 128, 50, 8
+"""The condition at which, with the paper's alpha, parameters of theories are given."""
 
 _MOST_CORRELATED = 0.999
 """The largest correlation of residuals that is believed."""

@@ -28,13 +28,6 @@ def test_numbers_are_those_of_the_files():
     assert set(estimates) <= {claim.id for claim in CLAIMS}
 
 
-def test_without_the_files_there_is_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "REFERENCE", tmp_path)
-    assert published.estimates_by_claim() == {}
-    assert published.paper_numbers() == {}
-    assert published.published_sweeps().empty
-
-
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 NOISE = Noise(0.0004, 10, "the repeats at LR 1e-3")
 LLAMA = "meta-llama/Llama-3.1-8B"
