@@ -54,8 +54,8 @@ REFERENCE = {"batch_size": 128.0, "steps": 780.0}
 """The attributes at which the law is to hold: those of its authors' sweep."""
 
 ALPHA_EXPONENT = -0.75
-"""All LRs of LoRA are stated at the paper's alpha. Others are converted by this exponent, the middle of the two theories
-of `lr_ratio`: -1 while A stands still, and -1/2 when its movement decides."""
+"""All LRs of LoRA are stated at the paper's alpha. Others are converted by this exponent, the middle of two theories of
+`lr_ratio`: -1 while A stands still, and -1/2 when its movement decides."""
 
 # The SD of the weak prior of the offset, around 0; those of an attribute's logarithm where a source does not give it.
 _OFFSET = 5.0
@@ -189,9 +189,8 @@ class PooledLr:
         weights = (self._shares @ np.array(gains)) @ self._source
         tail = (1 - probability) / 2
         low, high = (_quantile(share, self._shares, centre, spread) for share in (tail, 1 - tail))
-        return Prediction(
-            float(self._shares @ centre), low, high, dict(zip(self.sources, weights.tolist(), strict=True))
-        )
+        by_source = dict(zip(self.sources, weights.tolist(), strict=True))
+        return Prediction(float(self._shares @ centre), low, high, by_source)
 
 
 def _terms(place: Place) -> np.ndarray:

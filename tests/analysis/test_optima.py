@@ -20,7 +20,6 @@ from lorabench.analysis.optima import (
     off_optimum,
     pair_at_optimum,
     paired_departure,
-    rank_departures,
     runs_at_optimum,
     tokens_at,
 )
@@ -186,11 +185,10 @@ def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
         [trained(None, optimum=1e-3), trained(1, optimum=1e-3, shape=lagging), trained(64, optimum=1e-3)]
     )
     [comparison] = comparisons(runs, curves)
-    departures = rank_departures(comparison)
-    assert list(departures) == [1]
-    assert departures[1].before < 50 < departures[1].past
-    threshold = log_threshold(comparison, 1, departures[1])
-    assert threshold.value == pytest.approx(math.log10(50) + comparison.margin.value / 0.3, abs=0.05)
+    margin, curves = comparison.margin.value, pair_at_optimum(comparison, comparison.lora[1], comparison.lora[64])
+    departure = paired_departure(curves, margin)
+    assert departure.before < 50 < departure.past
+    threshold = log_threshold(curves, departure, margin)
+    assert threshold.value == pytest.approx(math.log10(50) + margin / 0.3, abs=0.05)
     assert tokens_at(comparison, comparison.lora[1], 60.5) == pytest.approx(100 * 16 * 60.5)
-    stays = Departure(None, None, None, None)
-    assert not log_threshold(comparison, 1, stays).known
+    assert log_threshold(curves, Departure(None, None, None, None), margin) == "does not leave"
