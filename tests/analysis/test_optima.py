@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import PairedCurves
-from lorabench.analysis.estimate import generator
 from lorabench.analysis.optima import (
     Departure,
     fitted_noise,
@@ -44,12 +43,6 @@ def test_the_optimum_of_a_parabola_is_exact(log_lr):
 
 def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
     assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
-
-
-def test_a_diverged_lower_neighbour_bounds_nothing():
-    runs, _ = tables([arm(8, optimum=1e-3)])
-    runs.loc[runs["lr"] <= 3e-4, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    assert comparisons(runs, pd.DataFrame())[0].fit.grids["LoRA r8"].edge is not None
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
@@ -136,12 +129,6 @@ def test_a_paired_gap_departs_where_it_stays_above_the_margin_and_grows():
     assert not paired_departure(gaps(grows_from(45)), margin=0.3).left
 
 
-def test_a_departure_within_a_window_leaves_that_window_out():
-    """The window that holds a departure begins before it, so what comes after starts with the next window."""
-    departure = paired_departure(gaps(lambda step: 0.3 * np.log10(max(step / 50, 1))), 0.02)
-    assert departure.first < 50 < departure.past
-
-
 def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step():
     # The seeds' gaps lie 0.03 apart, at a slope of 0.3 per tenfold steps.
     for level in (0.0, 0.02):
@@ -165,16 +152,6 @@ def test_a_gap_that_comes_last_or_at_once():
     assert paired_departure(gaps(grows_from(600)), 0.02).first is None
     at_once = paired_departure(gaps(grows_from(1)), 0.02)
     assert (at_once.first, at_once.before) == (2, None)
-
-
-def test_noise_rarely_departs():
-    random = generator("departures")
-    left = 0
-    for _ in range(200):
-        drift = np.log10(STEPS)[:, None] / 3 * random.standard_normal(3) * 0.01
-        by_seed = pd.DataFrame(drift + 0.02 * random.standard_normal((1000, 3)), index=STEPS)
-        left += paired_departure(PairedCurves(by_seed, ("a", "b"), "noise"), 0.005).left
-    assert left <= 4
 
 
 def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():

@@ -68,16 +68,6 @@ def test_a_shift_of_the_optimum_is_judged_by_noise_from_elsewhere(runs):
     assert math.isfinite(row["detectable"])
 
 
-def test_without_full_fine_tuning_no_claim_about_it_gets_a_verdict(runs):
-    rows = judged(runs, noise=NOISE)
-    assert rows.loc[["A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
-    # Some models are at the edge of their grids or have no rank 1, which leaves both open over all models.
-    assert rows.loc[["B3", "B4"], "verdict"].tolist() == ["inconclusive"] * 2
-    assert "edge of its grid" in rows.loc["B3", "reason"]
-    assert rows.loc["B5", "verdict"] == "not tested"
-    assert "no column family, hidden_size" in rows.loc["B5", "reason"]
-
-
 def test_optimum_by_rank(runs):
     table = runs.assign(final_valid_nll=runs["final_test_nll"])
     for comparison in comparisons(table, pd.DataFrame(), Judging(noise=NOISE)):
