@@ -49,16 +49,13 @@ def metric_points(
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return a metric of the given runs by step.
+    """Return the columns of runs with step and value of a metric, ordered by run and step.
 
     Args:
         runs: column run_id, and any others.
-        curves: columns run_id, step, split, metric, value; null values are left out.
+        curves: see `metric_points`.
         metric: `nll` (nats per token), or another metric of the split.
         split: `train` (measured on a step's batch before its update) or another split (measured after the update).
-
-    Returns:
-        The columns of the runs with step and value, ordered by run and step.
     """
     points = metric_points(curves, split, metric)
     if points.empty:
@@ -67,15 +64,12 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 
 
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return the curve of one arm for each seed.
+    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed.
 
     Args:
         runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
             their weights (see `runs_at_optimum`).
         points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
-
-    Returns:
-        A row for each step (index, ascending) that some seed has, and a column for each seed.
     """
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
     if not (run >= 0).any():

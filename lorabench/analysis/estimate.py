@@ -203,7 +203,7 @@ def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndar
     Args:
         covariance: the covariance of the numbers if the degrees of freedom were many, (numbers, numbers).
         dof: the degrees of freedom, which all numbers share.
-        name: names the numbers. Draws of different names are independent, and those of one name are always the same.
+        name: names the numbers, for draws.
     """
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
@@ -222,7 +222,6 @@ def uniform(dimensions: int, name: str) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _chi_factors(dof: int) -> np.ndarray:
-    """Return the factors, ascending, that make normal numbers t distributed, (N_DRAWS,)."""
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
 
@@ -324,11 +323,7 @@ class ExampleLosses:
         return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray:
-        """Return the amounts that test examples add to the runs' mean losses, times their number, (runs, examples).
-
-        Args:
-            run_ids: runs for which `deviations` is known.
-        """
+        """Return the amounts that test examples add to the runs' mean losses, times their number, (runs, examples)."""
         weights = self.tokens[run_ids[0]]
         losses = np.array([self.nats[run_id] for run_id in run_ids])
         means = losses.sum(1, keepdims=True) / weights.sum()

@@ -119,13 +119,10 @@ def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
 def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
 
-    Args:
-        pairs: as from `fixed_a_controls`.
-        curves: with the metric `update_norm` at step 1 and later.
-
     Returns:
-        The pairs with such steps, and the columns step and growth: the norm of the change of W by that step in the
-        fast run over that in the slow run, each relative to the change by its first step.
+        The pairs (of `fixed_a_controls`) whose metric `update_norm` has such steps, and the columns step and growth:
+        the norm of the change of W by that step in the fast run over that in the slow run, each relative to the change
+        by its first step.
     """
     norms = metric_points(curves, "train", "update_norm").pivot(index="run_id", columns="step", values="value")
     rows = []
@@ -139,12 +136,7 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
-    """Compute how far the training losses of paired runs differ, by step.
-
-    Args:
-        pairs: as from `run_pairs`.
-        curves: columns run_id, step, split, metric, value.
-        first_steps: the last step to include.
+    """Compute how far the training losses of paired runs (see `run_pairs`) differ, up to a step.
 
     Returns:
         One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
@@ -202,10 +194,7 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
-    """Compute each rank's mean first descent over that of the highest rank of its rule, over the seeds of both.
-
-    Args:
-        descents: as from `first_descents`.
+    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule and rank: estimate (an `Estimate`), ratio (its
@@ -230,15 +219,11 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
 def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: with the metric `a_moved`, which is relative to that norm.
-
     Returns:
-        The LoRA runs that have the metric, with update_scale, time_scale, step (NaN where it is not known), and what is
-        known instead: `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A
-        did not move that far by the last record, -1 if it is at most the limit, since A had done so by its first
-        record, and 0 if it is the limit.
+        The LoRA runs that have the metric `a_moved`, which is relative to that norm, with update_scale, time_scale,
+        step (NaN where it is not known), and what is known instead: `limit`, a step, and `bound`, which is 1 if the
+        number of steps is at least the limit, since A did not move that far by the last record, -1 if it is at most
+        the limit, since A had done so by its first record, and 0 if it is the limit.
     """
     scaled, times = with_scales(runs), []
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):

@@ -273,10 +273,8 @@ def _vertex(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
-    Args:
-        coefficients: intercept, slope and curvature of each parabola, (n, 3); for cubics also the asymmetry, (n, 4).
-        ends: the range of positions.
-        around: the position from which a cubic's third power is measured.
+    Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
+    (n, 4), of the third power of the distance from the position `around`.
     """
     intercept, slope, curvature = coefficients.T[:3]
     centre, asymmetry = (0.0, np.zeros(len(slope))) if around is None else (around, coefficients.T[3])

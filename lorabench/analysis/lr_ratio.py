@@ -54,8 +54,6 @@ from lorabench.config.margins import FixedLoraTheory, LrRatioPredictions, Moveme
 WIDTH, STEPS, BATCH_SIZE = 128, 50, 8
 """The condition at which, with the paper's alpha, parameters of theories are given."""
 
-_MOST_CORRELATED = 0.999
-"""The largest correlation of residuals that is believed."""
 
 LogRatio = Callable[[np.ndarray], np.ndarray]
 """The natural logarithm of a predicted ratio as a function of that of FullFT's optimal LR."""
@@ -172,7 +170,6 @@ class MeasuredRatio:
 
     @property
     def label(self) -> str:
-        """The condition as text."""
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
         return f"{place} {setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
 
@@ -255,10 +252,8 @@ def coupled(
     A run that has luck at a step has some of it at the end too, so the errors of numbers from the two fits are
     correlated as the residuals of the runs are. That correlation is taken at the lower end of its 68% interval, since
     a large one makes the difference of the numbers look precise, times the share of runs that both fits have; and no
-    lower than 0. The draws of the second number are reordered so that their ranks have this correlation.
-
-    Returns:
-        Both numbers, each with the same distribution as before.
+    lower than 0. The draws of the second number are reordered so that their ranks have this correlation; both numbers
+    keep their distributions.
     """
     if not (from_short.known and from_full.known):
         return from_short, from_full
@@ -268,7 +263,8 @@ def coupled(
     squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
     dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
     if dof >= 2 and squares > 0:
-        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), _MOST_CORRELATED)) - 1 / math.sqrt(dof - 1))
+        # No correlation above 0.999 is believed.
+        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
         correlation = max(0.0, lower) * len(common) / len(residuals)
     order = np.argsort(from_short.seed_part, kind="stable")
     scores = np.empty(N_DRAWS)
@@ -281,13 +277,13 @@ def coupled(
 
 def _residuals(comparison: Comparison) -> pd.Series[float]:
     """Return by run_id the losses of a fit's runs minus its parabolas, without the mean of each seed."""
-    fit, parts = comparison.fit, [pd.DataFrame({"seed": [], "residual": []})]
+    fit, parts = comparison.fit, []
     for label, run_ids in fit.run_ids.items():
         arm_rows = comparison.rows[label].set_index("run_id").loc[list(run_ids)]
         distance = np.log(arm_rows["lr"].astype(float)) - fit.optima[label].value
         fitted = fit.minima[label].value + fit.curvature[label] * distance**2
         parts.append(arm_rows[["seed"]].assign(residual=arm_rows["final_test_nll"].astype(float) - fitted))
-    rows = pd.concat(parts[1:] or parts)
+    rows = pd.concat(parts)
     residuals: pd.Series[float] = rows["residual"] - rows.groupby("seed")["residual"].transform("mean")
     return residuals
 
