@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.doctor.speeds import speed_of_runs
+from lorabench.doctor.record import speed_of_runs
 from lorabench.errors import UserError
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
