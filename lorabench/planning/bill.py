@@ -50,9 +50,8 @@ _LARGEST = {"longest_hours", "gpus", "memory", "working_disk"}
 def _summed(bills: Iterable[Bill]) -> Bill:
     jobs = list(bills)
     columns: dict[str, Any] = {field.name: [getattr(job, field.name) for job in jobs] for field in fields(Bill)}
-    return Bill(
-        **{name: max(column, default=0) if name in _LARGEST else sum(column) for name, column in columns.items()}
-    )
+    largest = {name: max(columns.pop(name), default=0) for name in _LARGEST}
+    return Bill(**largest, **{name: sum(column) for name, column in columns.items()})
 
 
 def training(plan: Plan, jobs: Iterable[Job]) -> Bill:

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
-from lorabench.config.experiments import AutoLrs, Protocol, RlExperiment, SftExperiment
+from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
@@ -183,9 +183,7 @@ def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator
         }
 
 
-def _arms(
-    block: SftExperiment | RlExperiment, protocol: Protocol
-) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
+def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
     """Yield the condition's fields of each arm, its LR grid, and the factor on the grid's LRs."""
     if block.lrs.fullft:
         absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))

@@ -95,7 +95,8 @@ def test_the_bill_counts_the_gpus_that_jobs_ask_for():
 def test_a_thousand_jobs_take_no_time_and_no_torch():
     script = (
         "import sys; from lorabench.config.loading import load_preset; from lorabench.planning.plan import make_plan;"
-        "from lorabench.planning import bill, resources; from lorabench.doctor import speeds; from lorabench.cli import show;"
+        "from lorabench.planning import bill, resources; from lorabench.doctor import speeds;"
+        "from lorabench.cli import show;"
         "plan = make_plan(load_preset('paper')); bill.per_experiment(plan);"
         "assert not {'torch', 'transformers', 'pandas', 'numpy', 'pyarrow'} & set(sys.modules), 'heavy imports'"
     )
