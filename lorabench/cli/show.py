@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from lorabench.doctor.record import Check
 
 
-def plan_table(
-    plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = (), measured: bool = False
-) -> None:
+def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
     The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
@@ -30,12 +28,11 @@ def plan_table(
     Args:
         cores: CPU cores that the jobs share.
         price: the price of one GPU for an hour, in any currency.
-        notes: sentences to print below the table.
-        measured: whether the machine's speed was measured, about which a note says more.
+        notes: sentences to print below the table: where the machine's speed was measured.
     """
     execution = plan.preset.execution
     rate = flops_per_second(execution) / 1e9
-    if measured:
+    if notes:
         given = "measured"
     else:
         given = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
@@ -103,9 +100,7 @@ def _speed_of(execution: Execution) -> str:
     """Return where the speed of the sampler of RL comes from."""
     if execution.gpu is None:
         return "from the GFLOP/s above" if execution.sampler == "own" else "assumed to be that of the own sampler"
-    if execution.sampler == "own":
-        return "assumed" if execution.layer_seconds is None else "measured (execution.layer_seconds)"
-    return "computed from the GPU's data sheet until it is measured"
+    return "assumed" if execution.sampler == "own" else "computed from the GPU's data sheet until it is measured"
 
 
 def _and_most(row: bill.Bill, expected: str, most: str) -> str:
