@@ -96,9 +96,6 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
-        from lorabench.planning.plan import make_plan
-        from lorabench.planning.speed import on_gpu
-
         planned, layout = plan_and_layout(preset)
         if out is not None:
             from lorabench.store.collect import write_plan
@@ -106,17 +103,19 @@ def plan(
             write_plan(planned, out)
             return
         from lorabench.cli.show import plan_json, plan_table
-        from lorabench.doctor.speeds import at_measured_speed
+        from lorabench.doctor.speeds import on_gpu, speed_of
+        from lorabench.planning.plan import make_plan
 
         if gpu is not None:
             planned = make_plan(on_gpu(planned.preset, gpu))
-        assumed = planned.preset.execution.gflops
-        planned, notes = at_measured_speed(planned, layout, measured or [])
-        cores = os.cpu_count() or 1
+        speed = speed_of(planned, layout, measured or [])
+        if speed is not None:
+            planned = make_plan(planned.preset.with_execution(gflops=speed.gflops))
+        cores, notes = os.cpu_count() or 1, [] if speed is None else [speed.sentence]
         if as_json:
             print(plan_json(planned, cores, price, notes))
         else:
-            plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
+            plan_table(planned, cores, price, notes)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

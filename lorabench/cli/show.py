@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from lorabench.doctor.record import Check
 
 
-def plan_table(
-    plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = (), measured: bool = False
-) -> None:
+def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
     The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
@@ -30,14 +28,12 @@ def plan_table(
     Args:
         cores: CPU cores that the jobs share.
         price: the price of one GPU for an hour, in any currency.
-        notes: sentences to print below the table.
-        measured: whether the machine's speed was measured, about which a note says more.
+        notes: sentences to print below the table: where the machine's speed was measured.
     """
     execution = plan.preset.execution
     rate = flops_per_second(execution) / 1e9
     given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/utils/gpus.py"
-    if measured:
-        given = "measured"
+    given = "measured" if notes else given
     rows = bill.per_experiment(plan)
     total = rows["total"]
     costs: dict[str, Callable[[bill.Bill], str]] = {}
@@ -103,7 +99,7 @@ def _sampler(execution: Execution) -> str:
     if execution.gpu is None:
         speed = "from the GFLOP/s above" if execution.sampler == "own" else "assumed to be that of the own sampler"
     elif execution.sampler == "own":
-        speed = "assumed" if execution.layer_seconds is None else "measured (execution.layer_seconds)"
+        speed = "assumed"
     else:
         speed = "computed from the GPU's data sheet until it is measured"
     return f"responses of RL are drawn by {name} (execution.sampler); its speed is {speed}"

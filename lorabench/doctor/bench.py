@@ -131,8 +131,7 @@ def _largest(plan: Plan, sweeps: Sequence[Sweep]) -> Sweep:
 
 def planned_memory(preset: Preset, subject: Subject) -> float:
     """Return the plan's estimate of the memory of a subject's training step, in bytes."""
-    execution = preset.execution.model_copy(update={"activation_checkpointing": subject.recomputes})
-    preset, condition = preset.model_copy(update={"execution": execution}), subject.condition
+    preset, condition = preset.with_execution(activation_checkpointing=subject.recomputes), subject.condition
     tokens = subject.rows * subject.length
     return step_memory(preset, subject.sizes, condition.rank, condition.placement, tokens, subject.length).total
 
