@@ -86,7 +86,7 @@ class PretrainingRecipe:
 
 @dataclass(frozen=True)
 class SumsRecipe(PretrainingRecipe):
-    """What determines a base that is pretrained further, on nothing but worked sums (see `lorabench.data.reasoning`)."""
+    """The recipe of a base that is pretrained further, on worked sums alone (see `lorabench.data.reasoning`)."""
 
     start: str = "llama-64"
     """The shipped base that it goes on from."""
