@@ -94,15 +94,14 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     from lorabench.config.datasets import HubDataset, HubProblems
-    from lorabench.data.hub import repository
     from lorabench.data.problems import repositories
-    from lorabench.utils.hub import fetch_repositories
+    from lorabench.utils.hub import WantedRepository, fetch_repositories
 
     planned, layout = plan_and_layout(preset)
     spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
     match spec:
         case HubDataset():
-            wanted = [repository(spec)]
+            wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
         case HubProblems():
             wanted = repositories(spec)
         case _:
