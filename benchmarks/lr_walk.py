@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from lorabench.planning.expand import starting_lr
+from lorabench.planning.plan import starting_lr
 from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, lowest, next_runs
 
 _ARM = ["task", "model", "dataset", "method", "rank", "placement", "alpha", "batch_size", "steps", "init_a", "lr_ratio"]

@@ -2,7 +2,7 @@
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
 learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
-problem set (see `lorabench.data.controls`). The rules of this module are the only place that compares runs with them.
+problem set (see `lorabench.data.problems`). The rules of this module are the only place that compares runs with them.
 
 The objective weighs each token by the ratio of the learner's to the sampler's probability, without clipping or masking.
 It is that of the paper while the two distributions are close, so that all ratios are close to 1. Their KL (sampler ||
