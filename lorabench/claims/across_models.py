@@ -343,6 +343,7 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
         )
         findings.append(_by_law(*(decide(rule, regret, text, ids, problems, margin_rule) for regret in regrets)))
     law = fit_lr_law(optima)
+    assert law is not None, "the errors of its predictions are finite"
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
     constants = f"fitted to all: base {law.base:.2g}, M {law.multiplier:.3g}, exponents {exponents}"
     # The interval is symmetric, but no regret is below 0.

@@ -6,8 +6,14 @@ import math
 from dataclasses import replace
 
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.curves import PairedCurves, scan
-from lorabench.analysis.early import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import (
+    PAPER_RANK,
+    EarlyDifference,
+    PairedCurves,
+    early_difference,
+    inverse_rank_fit,
+    scan,
+)
 from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
@@ -33,14 +39,14 @@ SIGN_SEEDS = 5
 
 
 def _early(
-    comparison: Comparison, seeds: int, first_steps: int | None = None
+    comparison: Comparison, seeds: int, first_steps: float = math.inf
 ) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
     """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
 
     Args:
         comparison: holds the ranks.
         seeds: the number of seeds that a verdict needs.
-        first_steps: the number of steps; without it all count.
+        first_steps: the number of steps.
 
     Returns:
         The difference, its curves, what it is a difference of, and what speaks against a verdict.

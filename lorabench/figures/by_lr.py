@@ -153,7 +153,7 @@ def accuracy_rows(tables: Tables) -> pd.DataFrame:
     The column `element` says what a row is: `accuracy` (the mean over the seeds of one arm and LR), `optimum` and
     `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
     the base model), `base` (the model before training), `constant` (the most frequent answer to all problems) or
-    `rule` (the best cheap rule, see `lorabench.data.controls`). Accuracies are of greedy answers to the test split,
+    `rule` (the best cheap rule, see `lorabench.data.problems`). Accuracies are of greedy answers to the test split,
     from 0 to 1.
     """
     runs = tables.runs

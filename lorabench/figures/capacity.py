@@ -22,7 +22,7 @@ from lorabench.analysis.memorisation import (
     is_memorisation,
     stored_bits,
 )
-from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.optima import fitted_noise, log_threshold, pair_at_optimum, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, points
@@ -109,12 +109,13 @@ def _thresholds(comparison: Comparison) -> list[Arm]:
         runs = runs_at_optimum(comparison, arm)
         params, trained = runs["trainable_params"].iloc[0], tokens_at(comparison, arm, math.inf)
         row = arm | {"trainable_params": params}
-        threshold = log_threshold(comparison, rank, departure)
+        curves = pair_at_optimum(comparison, arm, comparison.highest) if comparison.highest else None
         if pd.isna(params) or math.isnan(trained):
             continue
         if departure.growth is None:
             rows.append(row | {"left": False, "tokens": trained})
-        if threshold.known:
+        threshold = log_threshold(curves, departure, comparison.margin.value) if curves else ""
+        if not isinstance(threshold, str):
             steps = zip(("tokens", "tokens_low", "tokens_high"), (threshold.value, *threshold.interval()), strict=True)
             at = {name: tokens_at(comparison, arm, 10**step) for name, step in steps}
             rows.append(row | at | {"left": True, "step": round(10**threshold.value), "error": threshold.seed_error})

@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 
 from lorabench.analysis.arms import in_experiments
-from lorabench.analysis.comparison import NEEDED_BY, curves_of
+from lorabench.analysis.comparison import NEEDED_BY
+from lorabench.analysis.curves import curves_of
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import NothingToDrawError, UserError
 from lorabench.store.checks import check_curves, check_evals, check_table, is_rl

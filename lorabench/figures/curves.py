@@ -18,8 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, rows_of, with_arm_columns
-from lorabench.analysis.curves import envelopes, train_curves
-from lorabench.analysis.early import early_difference
+from lorabench.analysis.curves import early_difference, envelopes, train_curves
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError

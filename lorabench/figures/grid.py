@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.optima import Departure, pair_at_optimum, rank_departures
+from lorabench.analysis.estimate import Estimate, ExampleLosses
+from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure
 from lorabench.figures.style import PANEL_HEIGHT, SIGMA, ArmStyle, new_figure
 from lorabench.store.tables import Tables
 
@@ -146,11 +145,12 @@ def judged_departures(comparison: Comparison) -> dict[int, Departure]:
     if highest is None or comparison.margin.problem:
         return {}
     departures = {}
-    for rank, departure in rank_departures(comparison).items():
-        arm = comparison.lora[rank]
-        # Without training losses of both ranks nothing is known of it.
-        if not comparison.problems([arm, highest]) and pair_at_optimum(comparison, arm, highest).n_seeds:
-            departures[rank] = departure
+    for rank, arm in comparison.lora.items():
+        if rank != highest["rank"] and not comparison.problems([arm, highest]):
+            curves = pair_at_optimum(comparison, arm, highest)
+            # Without training losses of both ranks nothing is known of it.
+            if curves.n_seeds:
+                departures[rank] = paired_departure(curves, comparison.margin.value)
     return departures
 
 

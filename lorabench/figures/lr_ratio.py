@@ -13,17 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.arms import ALPHA, arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
-from lorabench.analysis.early import at_end, at_step
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (
-    ALPHA,
     BATCH_SIZE,
     COLUMNS,
     STEPS,
     Setting,
+    at_end,
+    at_step,
     measured_ratios,
     predicted,
     prediction_table,

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import ARM, rows_of
-from lorabench.analysis.rewards import reward_curves
-from lorabench.analysis.rl_health import runs_above_max_kl
+from lorabench.analysis.rewards import reward_curves, runs_above_max_kl
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import (
     ACCURACY,

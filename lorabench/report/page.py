@@ -16,7 +16,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
