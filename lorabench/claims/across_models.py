@@ -317,6 +317,7 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
         )
         findings.append(replace(predicted, **outcome._asdict(), favoured=favoured, hindered=hindered))
     law = fit_lr_law(optima)
+    assert law is not None, "the errors of its predictions are finite"
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
     constants = f"fitted to all: base {law.base:.2g}, M {law.multiplier:.3g}, exponents {exponents}"
     # The interval is symmetric, but no regret is below 0.

@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.arms import in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED_BY, Judging, Task, curves_of
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.comparison import NEEDED_BY, Judging, Task
+from lorabench.analysis.curves import curves_of
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim

@@ -292,7 +292,7 @@ _early_claim = partial(Claim, figure="early curves", experiments=("early",))
 
 
 def _early(
-    comparison: Comparison, seeds: int, first_steps: int | None = None
+    comparison: Comparison, seeds: int, first_steps: float = math.inf
 ) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
     """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
 

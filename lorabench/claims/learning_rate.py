@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
-from lorabench.analysis.early import at_end, at_step, coupled
-from lorabench.analysis.estimate import combined
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, require
+from lorabench.analysis.curves import curves_of
+from lorabench.analysis.estimate import ExampleLosses, combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
-from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
+from lorabench.analysis.lr_ratio import at_end, at_step, coupled, fitted, measured_ratios, predicted, prediction_table
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over

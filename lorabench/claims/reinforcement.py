@@ -17,8 +17,7 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import flat_top, good_ranges
-from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN
+from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, flat_top, good_ranges
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence, doubted, highest_and_full, judge_each
 from lorabench.claims.scope import beats_controls, response_length, swept
@@ -68,7 +67,7 @@ def over_problems(judge: Callable[[Comparison], Finding], at_best: bool = False)
     """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
 
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
-    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rl_health`).
+    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
 
     Args:
         judge: judges one comparison, whose losses are error rates.

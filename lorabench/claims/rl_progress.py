@@ -17,7 +17,7 @@ from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, nor
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio, in_words
-from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
+from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
 from lorabench.claims.reinforcement import (

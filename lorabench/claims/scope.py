@@ -10,8 +10,7 @@ import pandas as pd
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.finding import UnjudgedError
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.rl_health import CONTROLS, LEAD, beyond_controls, leads
+from lorabench.analysis.rewards import CONTROLS, LEAD, beyond_controls, leads, with_error_rates
 from lorabench.claims.claim import Condition, Evidence
 from lorabench.runs import lowest
 

@@ -119,6 +119,10 @@ class Preset(Strict):
         """The datasets and problem sets by name."""
         return {**self.datasets, **self.problems}
 
+    def with_execution(self, **changes: Any) -> Self:
+        """Return the preset with other settings of `execution`, which are not validated."""
+        return self.model_copy(update={"execution": self.execution.model_copy(update=changes)})
+
 
 def _known(wanted: list[str], known: Mapping[str, object], where: str) -> None:
     for name in wanted:

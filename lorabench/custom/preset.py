@@ -21,7 +21,7 @@ from lorabench.custom import advice
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
 from lorabench.errors import UserError
-from lorabench.planning.expand import starting_lr
+from lorabench.planning.plan import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS

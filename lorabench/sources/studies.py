@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from lorabench.analysis.comparison import curves_of
+from lorabench.analysis.curves import curves_of
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.judge import CLAIMS, judge_claims

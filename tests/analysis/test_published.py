@@ -27,13 +27,6 @@ def test_numbers_are_those_of_the_files():
     assert set(estimates) <= {claim.id for claim in CLAIMS}
 
 
-def test_without_the_files_there_is_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "REFERENCE", tmp_path)
-    assert published.estimates_by_claim() == {}
-    assert published.paper_numbers() == {}
-    assert published.published_sweeps().empty
-
-
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 NOISE = Noise(0.0004, 10, "the repeats at LR 1e-3")
 LLAMA = "meta-llama/Llama-3.1-8B"
@@ -72,16 +65,6 @@ def test_a_shift_of_the_optimum_is_judged_by_noise_from_elsewhere(runs):
     assert "seed noise from the repeats at LR 1e-3" in row["reason"]
     assert row["reason"].endswith("one evaluation set: the LR was picked on the loss that is reported")
     assert math.isfinite(row["detectable"])
-
-
-def test_without_full_fine_tuning_no_claim_about_it_gets_a_verdict(runs):
-    rows = judged(runs, noise=NOISE)
-    assert rows.loc[["A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
-    # Some models are at the edge of their grids or have no rank 1, which leaves both open over all models.
-    assert rows.loc[["B3", "B4"], "verdict"].tolist() == ["inconclusive"] * 2
-    assert "edge of its grid" in rows.loc["B3", "reason"]
-    assert rows.loc["B5", "verdict"] == "not tested"
-    assert "no column family, hidden_size" in rows.loc["B5", "reason"]
 
 
 def test_optimum_by_rank(runs):

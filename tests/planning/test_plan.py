@@ -16,8 +16,7 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.identity import shipped_folder
 from lorabench.planning import bill
-from lorabench.planning.expand import merge_sweeps
-from lorabench.planning.plan import make_plan
+from lorabench.planning.plan import make_plan, merge_sweeps
 from lorabench.runs import Condition, Run, Seeds, Sweep, next_runs
 
 

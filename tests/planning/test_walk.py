@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
-from lorabench.planning.expand import merge_sweeps, starting_lr
+from lorabench.planning.plan import merge_sweeps, starting_lr
 from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, finished_losses, next_runs
 
 LATTICE = Lattice(per_decade=3, further=6)
