@@ -12,8 +12,14 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves, scan
-from lorabench.analysis.early import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import (
+    PAPER_RANK,
+    EarlyDifference,
+    PairedCurves,
+    early_difference,
+    inverse_rank_fit,
+    scan,
+)
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
