@@ -81,14 +81,13 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
     return words.map(lambda experiments: not experiments or any(name in experiments for name in names)).astype(bool)
 
 
-def check_runs(runs: pd.DataFrame, checked: bool = False) -> None:
-    """Check that the runs table is valid (unless `checked` before) and no arm has two runs with one LR and seed.
+def check_runs(runs: pd.DataFrame) -> None:
+    """Check that the runs table is valid and that no arm has two runs with one LR and seed.
 
     Raises:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
-    if not checked:
-        check_table(runs)
+    check_table(runs)
     for arm, rows in each_arm(runs) if len(runs) else []:
         cells = list(zip(rows["lr"].to_numpy(object), rows["seed"].to_numpy(object), strict=True))
         times = Counter(cells)

@@ -271,21 +271,18 @@ def _further_lr(label: str, lr: float) -> Remedy:
     return Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))
 
 
-def comparisons(
-    runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None, checked: bool = False
-) -> list[Comparison]:
+def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
     """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
 
     Args:
         runs: the runs.
         curves: their learning curves; the table may hold those of other runs, too.
         judging: margins and what else is known besides the runs.
-        checked: whether `check_table` has passed these runs already, as it has for all claims.
 
     Raises:
         UserError: see `check_runs`.
     """
-    check_runs(runs, checked)
+    check_runs(runs)
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))

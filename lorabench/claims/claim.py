@@ -58,17 +58,17 @@ class Evidence:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the standard runs, one per model, dataset, batch size and length."""
-        return comparisons(self.standard, self.curves, self.judging, checked=True)
+        return comparisons(self.standard, self.curves, self.judging)
 
     @cached_property
     def at_last_evaluation(self) -> list[Comparison]:
         """The comparisons of RL on test error rates after the last step, of problem sets that give a reward."""
-        return comparisons(rewarded_errors(self.standard), self.curves, self.judging, checked=True)
+        return comparisons(rewarded_errors(self.standard), self.curves, self.judging)
 
     @cached_property
     def at_best_evaluation(self) -> list[Comparison]:
         """The same at the evaluation that is best on validation."""
-        return comparisons(rewarded_errors(self.standard, "best_reward"), self.curves, self.judging, checked=True)
+        return comparisons(rewarded_errors(self.standard, "best_reward"), self.curves, self.judging)
 
     @cached_property
     def lr_ratios(self) -> list[MeasuredRatio]:

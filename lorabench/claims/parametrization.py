@@ -127,7 +127,7 @@ def standard_near_optimal(evidence: Evidence) -> Finding:
     """
     named = []
     tuned = with_lr_grid(with_scales(evidence.runs))
-    for comparison in comparisons(tuned, evidence.curves, evidence.judging, checked=True):
+    for comparison in comparisons(tuned, evidence.curves, evidence.judging):
         settings: dict[tuple[object, ...], list[Arm]] = {}
         for arm in comparison.arms:
             settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
