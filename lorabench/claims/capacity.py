@@ -368,9 +368,9 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
         if minimum is not None:
             entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
             bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
-            share, each = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
-            number = f"{each.value:.2f} {fixed_interval(*each.interval(), 2)} bits per parameter"
-            adapters.append(_Adapter(arm, share, each, number))
+            share, per_parameter = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
+            number = f"{per_parameter.value:.2f} {fixed_interval(*per_parameter.interval(), 2)} bits per parameter"
+            adapters.append(_Adapter(arm, share, per_parameter, number))
     run_ids = tuple(sorted(comparison.run_ids(arms)))
     problems = [problem for arm in arms for problem in comparison.problems([arm])]
     if not adapters:

@@ -45,13 +45,9 @@ def judged(runs, counts=None, ids=(*IDS, "E6", "M1"), curves=None):
     if curves is None and len(runs):
         curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "examples": 0, "tokens": 0})
         curves = curves.assign(split="validation", metric="nll", value=BASE).astype({"step": "Int64"})
-    tables_read = Tables(
-        runs,
-        pd.DataFrame() if curves is None else curves,
-        counts=pd.DataFrame() if counts is None else counts,
-    )
-
-    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
+    nothing = pd.DataFrame()
+    read = Tables(runs, nothing if curves is None else curves, counts=nothing if counts is None else counts)
+    return judge_claims(read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
 
 
 def moe(**settings):
