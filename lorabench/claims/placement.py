@@ -12,14 +12,12 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim, Evidence, doubted, over
+from lorabench.claims.claim import Claim, Evidence, over
 from lorabench.claims.reinforcement import (
     LEARNED,
-    alike,
+    at_one_peak,
     if_learned,
     over_problems,
-    overshoot,
-    peak_problems,
     rl_claim,
 )
 from lorabench.claims.scope import Scoped, every_dataset
@@ -228,7 +226,7 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     def judge(comparison: Comparison) -> Finding:
         arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
         judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-        return doubted(judged, peak_problems(comparison, arms, alike, overshoot))
+        return at_one_peak(judged, comparison, arms)
 
     return over_problems(judge, at_best=True)
 

@@ -121,45 +121,34 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
     return doubted(replace(judged, reason=with_accuracies), problems)
 
 
-def peak_problems(
-    comparison: Comparison, arms: Sequence[Arm], *checks: Callable[[Comparison, Arm], Problem | None]
-) -> list[Problem]:
-    """Return what speaks against a verdict on the peaks of arms by some checks."""
-    return [problem for check in checks for arm in arms if (problem := check(comparison, arm))]
+def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) -> Finding:
+    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau or lies above all runs.
+
+    It is a plateau if all seeds have one accuracy, as policies have that end at one rule.
+    """
+    problems = []
+    for arm in arms:
+        errors = comparison.at_optimum(arm)["test_loss"].astype(float)
+        if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
+            text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
+            problems.append(Problem(text, Remedy("problems on which the seeds differ")))
+    return doubted(judged, problems + _overshoots(comparison, arms))
 
 
-def alike(comparison: Comparison, arm: Arm) -> Problem | None:
-    """Return a problem if all seeds of an arm have one accuracy, as policies have that end at one rule."""
-    errors = comparison.at_optimum(arm)["test_loss"].astype(float)
-    if len(errors) < 2 or float(np.ptp(errors)) >= 1e-9:
-        return None
-    text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
-    return Problem(text, Remedy("problems on which the seeds differ"))
-
-
-def overshoot(comparison: Comparison, arm: Arm) -> Problem | None:
-    """Return a problem if the fitted peak of an arm is above its best measured accuracy by half of the margin.
+def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
 
     Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
     """
-    label = arm_label(arm)
-    rows = comparison.rows[label]
-    errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
-    minimum = comparison.fit.minima.get(label)
-    if minimum is None or not errors.min() - minimum.value > comparison.margin.value / 2:
-        return None
-    lr = math.exp(comparison.fit.optima[label].value)
-    text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
-    return Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
-
-
-def _flat(comparison: Comparison, arm: Arm) -> Problem | None:
-    """Return a problem if an arm has several equally good LRs, and so no optimum."""
-    flat = flat_top(comparison, arm)
-    if not flat:
-        return None
-    text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
-    return Problem(text, Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ"))
+    problems = []
+    for label in map(arm_label, arms):
+        rows, minimum = comparison.rows[label], comparison.fit.minima.get(label)
+        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
+        if minimum is not None and errors.min() - minimum.value > comparison.margin.value / 2:
+            lr = math.exp(comparison.fit.optima[label].value)
+            text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
+            problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
+    return problems
 
 
 def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
@@ -185,7 +174,14 @@ def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     factor, arms = comparison.judging.margins.lr_factor, [lora, fullft]
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
-    return if_learned(comparison, doubted(judged, peak_problems(comparison, arms, _flat, _breakdown, overshoot)), arms)
+    problems = []
+    for arm in arms:
+        if flat := flat_top(comparison, arm):
+            text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
+            remedy = Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ")
+            problems.append(Problem(text, remedy))
+    problems += [problem for arm in arms if (problem := _breakdown(comparison, arm))]
+    return if_learned(comparison, doubted(judged, problems + _overshoots(comparison, arms)), arms)
 
 
 B10 = rl_claim(
@@ -214,8 +210,7 @@ def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     arms = [rank_1, fullft]
     judged = comparison.equal_losses(rank_1, fullft, better_too=True)
-    problems = peak_problems(comparison, arms, alike, overshoot)
-    return if_learned(comparison, doubted(judged, problems), [fullft])
+    return if_learned(comparison, at_one_peak(judged, comparison, arms), [fullft])
 
 
 F1 = rl_claim(
