@@ -29,8 +29,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
-from lorabench.config.fields import SamplerName
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement, SamplerName
 from lorabench.utils import formats
 from lorabench.utils.files import digest
 

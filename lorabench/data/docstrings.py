@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import DocstringsDataset
+from lorabench.config.inputs import DocstringsDataset
 from lorabench.data.chat import SPLITS, Chat, Split
 from lorabench.errors import UserError
 from lorabench.utils.files import file_sha256

@@ -19,8 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from lorabench.config.datasets import FileDataset, FileProblems
 from lorabench.config.fields import FileFormat
+from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data.chat import ROLES, Chat, Messages, is_example, prompt_digest
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from lorabench.config.experiments import AutoLrs
 from lorabench.config.fields import PresetError
+from lorabench.config.inputs import MODELS, ModelSpec
 from lorabench.config.loading import PRESETS, SCHEMA, load_preset
-from lorabench.config.models import MODELS, ModelSpec
 from lorabench.config.preset import Preset, json_schema
 
 from ..conftest import MARGINS
@@ -184,7 +184,7 @@ def test_several_mistakes_are_all_named(raw_preset, write_preset):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"kind": "path", "path": "/nowhere"}, r"models\.tiny: model folder '/nowhere' has no config\.json"),
+        ({"kind": "path", "path": "/nowhere"}, r"models\.tiny\.path: model folder '/nowhere' has no config\.json"),
         (
             {"kind": "gguf", "path": "/no.gguf", "sha256": "0" * 64},
             r"models\.tiny: GGUF file '/no\.gguf' does not exist",
