@@ -19,18 +19,12 @@ from lorabench.config.preset import Preset, json_schema
 from ..conftest import MARGINS
 
 
-def test_shipped_presets_are_valid():
+def test_what_is_shipped_is_valid():
     for path in PRESETS.glob("*.yaml"):
         load_preset(path.stem)
-        jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
-
-
-def test_shipped_suites_fit_the_schema():
-    for path in PRESETS.glob("suites/*.yaml"):
-        jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
-
-
-def test_the_catalogue_of_models_is_valid():
+    schema = json.loads(SCHEMA.read_text())
+    for path in PRESETS.rglob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     for spec in yaml.safe_load(MODELS.read_text()).values():
         TypeAdapter(ModelSpec).validate_python(spec)
 
@@ -53,25 +47,23 @@ def test_a_held_out_set_is_not_named_like_a_split(raw_rl_preset, write_preset):
         load_preset(str(write_preset(raw_rl_preset)))
 
 
-EVAL_MISTAKES = {
-    "unknown source": (
-        {"source": "worked"},
-        r"evaluation\.tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
-    ),
-    "a task twice": ({"twice": True}, r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
-    "an unknown purpose": ({"about": "lost"}, r"evaluation\.tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
-}
-
-
-@pytest.mark.parametrize(("mistake", "message"), EVAL_MISTAKES.values(), ids=EVAL_MISTAKES.keys())
-def test_mistakes_of_an_evaluation_are_named(raw_preset, write_preset, mistake, message):
-    task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
-    task |= {key: value for key, value in mistake.items() if key in task}
-    evaluation = {"experiments": ["rank"], "tasks": [task] * (2 if "twice" in mistake else 1)}
-    raw_preset["evaluation"] = evaluation | {key: mistake[key] for key in ("experiments", "tasks") if key in mistake}
-    with pytest.raises(PresetError) as error:
-        load_preset(str(write_preset(raw_preset)))
-    assert re.search(message, str(error.value)), error.value
+@pytest.mark.parametrize(
+    ("changes", "number", "message"),
+    [
+        (
+            {"source": "worked"},
+            1,
+            r"tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
+        ),
+        ({"about": "lost"}, 1, r"tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
+        ({}, 2, r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
+    ],
+)
+def test_mistakes_of_an_evaluation_are_named(raw_preset, write_preset, changes, number, message):
+    task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"} | changes
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": [task] * number}
+    with pytest.raises(PresetError, match=message):
+        load_preset(write_preset(raw_preset))
 
 
 RANK, RL = ("experiments", "rank", 0), ("experiments", "rl_arithmetic", 0)
@@ -207,15 +199,17 @@ def test_unknown_preset_names_the_shipped_ones():
         load_preset("lpatop")
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", ""])
-def test_a_file_that_is_no_mapping(text, write_preset):
-    with pytest.raises(PresetError, match="a preset is a mapping of description"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "a preset is a mapping of description"),
+        ("", "a preset is a mapping of description"),
+        ("models: [tiny", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping(text, message, write_preset):
+    with pytest.raises(PresetError, match=message):
         load_preset(write_preset(text))
-
-
-def test_broken_yaml(write_preset):
-    with pytest.raises(PresetError, match="not valid YAML"):
-        load_preset(write_preset("models: [tiny"))
 
 
 def test_a_model_of_the_catalogue_needs_no_definition_and_a_preset_may_have_its_own(raw_preset, write_preset):
@@ -278,32 +272,25 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     assert load_preset(write_preset(less, "grandchild")) == expected
 
 
-def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, write_preset):
-    write_preset(raw_preset, "parent")
-    changes = {"extends": "parent.yaml", "datasets": {"instruct": {"kind": "facts", "facts": 64}}}
-    assert load_preset(write_preset(changes)).datasets["instruct"].kind == "facts"
-
-
-def test_a_shipped_preset_may_be_extended_by_name(write_preset):
-    changes = {"extends": "laptop", "experiments": {"rank": {"instruct": {"seeds": 9}}}}
-    rank = load_preset(write_preset(changes)).experiments.rank
-    assert [block.seeds.best for block in rank] == [3, 9]
+def test_a_dataset_of_another_kind_replaces_that_of_a_shipped_preset(write_preset):
+    facts = {"instruct": {"kind": "facts", "facts": 64}}
+    changes = {"datasets": facts, "experiments": {"rank": {"instruct": {"seeds": 9}}}, "evaluation": None}
+    preset = load_preset(write_preset({"extends": "laptop"} | changes))
+    assert preset.datasets["instruct"].kind == "facts"
+    assert [block.seeds.best for block in preset.experiments.rank] == [3, 9]
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
     with pytest.raises(PresetError, match=r"extends = 'crore': no file \S+; allowed: core, .*suites/sft, or a path"):
         load_preset(write_preset({"extends": "crore"}))
+    with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
+        load_preset(write_preset({"extends": "suites/sft"}))
     with pytest.raises(PresetError, match="extends = 3: the name of a preset, or a list of names, is needed"):
         load_preset(write_preset({"extends": 3}))
     write_preset({"extends": "second.yaml"}, "first")
     second = write_preset({"extends": "first.yaml"}, "second")
     with pytest.raises(PresetError, match=r"must not extend itself, but \S+second.yaml extends \S+first.yaml extends"):
         load_preset(second)
-
-
-def test_what_no_parent_gives_is_missing(write_preset):
-    with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
-        load_preset(write_preset({"extends": "suites/sft"}))
 
 
 def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
