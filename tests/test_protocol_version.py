@@ -18,14 +18,12 @@ from .conftest import REPOSITORY
 
 CODE = (
     "lorabench/data/chat.py",
-    "lorabench/data/docstrings.py",
     "lorabench/data/files.py",
     "lorabench/data/grading.py",
     "lorabench/data/grading_worker.py",
     "lorabench/data/hub.py",
     "lorabench/data/problems.py",
     "lorabench/data/reasoning.py",
-    "lorabench/data/rows.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
     "lorabench/models/attention.py",

@@ -141,7 +141,7 @@ class ChatDataset(Splits):
 
 
 class DocstringsDataset(Splits):
-    """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/docstrings.py).
+    """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/sft.py).
 
     The splits come from different packages.
     """
