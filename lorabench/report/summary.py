@@ -15,7 +15,7 @@ from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
-from lorabench.figures.fits import optimum
+from lorabench.figures.grid import optimum
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
 from lorabench.report.facts import KINDS, VERDICTS, facts, in_order

@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
-from lorabench.figures.fits import optima
+from lorabench.figures.grid import optima
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
