@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, measurements, read_own, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
