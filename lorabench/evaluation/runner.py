@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from lorabench.config.execution import Evaluation
 from lorabench.config.fields import SamplerName
-from lorabench.config.models import ModelSpec, PathModel
+from lorabench.config.inputs import ModelSpec, PathModel
 from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog

@@ -29,7 +29,7 @@ import pandas as pd
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import RandomEffects, p_of_groups, random_effects
-from lorabench.claims.catalog import CORE
+from lorabench.claims.judge import CORE
 from lorabench.errors import UserError
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
