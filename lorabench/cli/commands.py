@@ -211,8 +211,8 @@ def recommend(
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     from lorabench.custom.model import find_model
-    from lorabench.custom.output import recommendation_table
     from lorabench.custom.recommend import recommend as recommend_settings
+    from lorabench.custom.recommend import recommendation_table
 
     if dataset_tokens is not None and data is not None:
         raise UserError("--dataset-tokens and --data: give one of them")
@@ -230,7 +230,7 @@ def recommend(
 
         print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
     elif as_script:
-        from lorabench.custom.output import script
+        from lorabench.custom.recommend import script
 
         print(script(recommendation, examined, template), end="")
     else:
