@@ -18,9 +18,9 @@ from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, last
 from lorabench.data.problems import make_problems, read_problems, write_problems
 from lorabench.errors import UserError
 
+from ..hub.repositories import SUBJECTS, write_deepmath, write_gsm8k
+
 COUNTS = {"train": 40, "validation": 10, "test": 10}
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
-SUBJECTS += ("prealgebra", "precalculus")
 
 
 def reasoning(kind="arithmetic", **changes):
@@ -36,11 +36,6 @@ def write_rows(folder, name, rows):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def gsm8k(number):
-    solution = f"First we have\u2028{number} apples.\nThen <<{number}*1000={number * 1000}>>.\n#### {number * 1000:,}"
-    return {"question": f"How many\u2028are {number} thousand?", "answer": solution}
-
-
 def hendrycks(question, solution):
     return {"problem": question, "level": "Level 1", "type": "Algebra", "solution": solution}
 
@@ -53,25 +48,18 @@ def math500(question, answer):
 def copies(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
 
-    def make(kind, ending="parquet", math=(), math500_rows=(), **changes):
+    def make(kind, math=(), math500_rows=(), **changes):
         if kind == "gsm8k":
-            write_rows(tmp_path / "openai/gsm8k/main", f"train-00000-of-00001.{ending}", map(gsm8k, range(60)))
-            write_rows(tmp_path / "openai/gsm8k/main", f"test-00000-of-00001.{ending}", map(gsm8k, range(100, 120)))
-            write_rows(tmp_path / "openai/gsm8k/socratic", f"train-0.{ending}", [{"question": "?", "answer": "#### 1"}])
+            write_gsm8k(tmp_path)
         if kind == "math":
             for subject in SUBJECTS:
                 folder = tmp_path / "EleutherAI/hendrycks_math" / subject
-                write_rows(folder, f"train.{ending}", [hendrycks(f"{subject} one?", r"\boxed{1}")])
-                write_rows(folder, f"test.{ending}", [hendrycks(f"{subject} two?", r"\boxed{2}")])
-            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", f"train.{ending}", math)
+                write_rows(folder, "train.parquet", [hendrycks(f"{subject} one?", r"\boxed{1}")])
+                write_rows(folder, "test.parquet", [hendrycks(f"{subject} two?", r"\boxed{2}")])
+            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", "train.parquet", math)
             write_rows(tmp_path / "HuggingFaceH4/MATH-500", "test.jsonl", math500_rows)
         if kind == "deepmath":
-            rows = [
-                {"question": f"What is {n}?", "final_answer": rf"\dfrac{{{n}}}{{7}}", "difficulty": 5.0, "topic": "t"}
-                for n in range(100)
-            ]
-            write_rows(tmp_path / "zwhe99/DeepMath-103K/data", f"train-00000-of-00002.{ending}", rows[:50])
-            write_rows(tmp_path / "zwhe99/DeepMath-103K/data", f"train-00001-of-00002.{ending}", rows[50:])
+            write_deepmath(tmp_path)
         return make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
 
     return make
@@ -149,9 +137,8 @@ def test_a_file_with_a_shared_problem_is_refused_whatever_its_spaces(tmp_path):
         read_problems(tmp_path / "bad.parquet")
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
-def test_gsm8k_keeps_line_separators_and_its_own_test(copies, ending):
-    rows = copies("gsm8k", ending)
+def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
+    rows = copies("gsm8k")
     assert Counter(row["split"] for row in rows) == COUNTS
     for row in rows:
         n = int(row["question"].split()[3])
