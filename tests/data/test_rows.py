@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lorabench.data.files import REPEATED, RawRow, Tally, UnusableRowError, json_lines, usable
+from lorabench.data.chat import UnusableRowError
+from lorabench.data.files import REPEATED, RawRow, Tally, json_lines, usable
 
 
 def number(content):
