@@ -9,7 +9,7 @@ import pytest
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import reward_curves, with_error_rates
-from lorabench.figures.catalog import FIGURES, save_figure
+from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.io import with_all_columns
@@ -301,28 +301,3 @@ def test_supervised_and_rl_runs_are_never_drawn_together(mixed):
             own = Tables(figure.own_runs(mixed.runs), mixed.curves)
             datasets = set(drawn(name, own)[1]["dataset"].dropna())
             assert datasets == {"problems"} if figure.task == "rl" else "problems" not in datasets, name
-
-
-# Somebody else's tables, and several folders.
-
-
-def write(folder, runs, curves=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.to_csv(folder / "runs.csv", index=False)
-    if curves is not None:
-        curves.to_csv(folder / "curves.csv", index=False)
-    return folder
-
-
-def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
-    shared, of_math = arms((None,), dataset="gsm8k"), arms((16,), dataset="math")
-    folders = []
-    for name, parts in {"rl_gsm8k": shared, "rl_math": [*shared, *of_math]}.items():
-        runs, curves = tables(parts)
-        folders.append(write(tmp_path / name, runs.assign(experiments="rl_gsm8k rl_math"), curves))
-    save_figure("fig6_rl_lr", folders, tmp_path / "both")
-    save_figure("fig6_rl_lr", folders[1:], tmp_path / "one")
-    # A run that both folders have is drawn once.
-    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
-    save_figure("fig6_rl_lr", folders[:1], tmp_path / "one")
-    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
