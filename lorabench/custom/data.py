@@ -21,7 +21,7 @@ from lorabench.data.files import FORMATS, chosen_format, formats_in, tally_of, u
 from lorabench.data.rows import RawRow, Tally
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.identity import template_text
+from lorabench.models.specs import template_text
 from lorabench.utils.hub import WantedRepository, check_on_hub
 
 if TYPE_CHECKING:

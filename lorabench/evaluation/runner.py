@@ -30,7 +30,7 @@ from lorabench.runs import EvalJob
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import EVALS
-from lorabench.training.sweep import machine_of
+from lorabench.training.run import machine_of
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM

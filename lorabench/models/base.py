@@ -209,7 +209,7 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 
 @contextmanager
 def _explained(spec: ModelSpec, complete: bool = True) -> Iterator[None]:
-    """Turn a loader's error, or the lack of files of a local, `complete` model, into a ModelError that names the model."""
+    """Turn a loader's error, or missing files of a local, `complete` model, into a ModelError that names the model."""
     from safetensors import SafetensorError
 
     folder = Path(model_location(spec))

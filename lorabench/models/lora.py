@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from lorabench.config.placement import SUFFIXES, Placement
 from lorabench.errors import UserError
-from lorabench.models.dimensions import merging_is_cheaper
+from lorabench.models.specs import merging_is_cheaper
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -104,7 +104,7 @@ def merging_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
 
     Forward and backward pass together, the former take 3 r (d_in + d_out) multiplications per token, the latter takes
     d_in d_out. Where the former take more, LoRA is computed in fp32 with merged weights
-    (`lorabench.models.lora_products`).
+    (`lorabench.models.lora`).
     """
     return 3 * rank * (d_in + d_out) > d_in * d_out
 

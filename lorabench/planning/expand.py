@@ -12,8 +12,7 @@ from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment,
 from lorabench.config.models import ModelSpec
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import model_id
+from lorabench.models.specs import dimensions, model_id
 from lorabench.runs import PROTOCOL_VERSION, Condition, Lattice, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 

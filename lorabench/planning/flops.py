@@ -8,7 +8,7 @@ from lorabench.config.datasets import DatasetSpec
 from lorabench.config.execution import EvalTask
 from lorabench.config.models import ModelSpec
 from lorabench.config.preset import Preset
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.runs import Condition, EvalJob, Sweep
 
 # Measured on the offline datasets: an example's mean length as a share of the limit, and its largest mean; characters
@@ -105,7 +105,7 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
 
 
 def _validations(preset: Preset, steps: int) -> int:
-    """Return the number of validations of a run, at the steps that `lorabench.training.sft.loop.curve_steps` gives."""
+    """Return the number of validations of a run, at the steps that `lorabench.training.sft.curve_steps` gives."""
     protocol = preset.protocol
     spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
     return len(spaced | {step for step in protocol.validate_at if step <= steps})

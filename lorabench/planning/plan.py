@@ -15,7 +15,7 @@ from lorabench.config.experiments import SftExperiment
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
-from lorabench.models.identity import model_id
+from lorabench.models.specs import model_id
 from lorabench.planning.expand import block_sweeps, merge_sweeps, rl_conditions, sft_conditions
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.memory import gpus_needed

@@ -26,8 +26,7 @@ from lorabench.analysis.published import published_ratios, published_sweeps, ver
 from lorabench.config.loading import load_preset
 from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
 from lorabench.sources.matrix import PROJECT
 from lorabench.sources.measurements import Z

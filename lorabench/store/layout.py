@@ -12,7 +12,7 @@ from lorabench.config.loading import load_preset, preset_path
 from lorabench.config.models import HubModel, ModelSpec
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
-from lorabench.models.identity import model_id
+from lorabench.models.specs import model_id
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched

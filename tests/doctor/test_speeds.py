@@ -13,7 +13,7 @@ from lorabench.doctor import bench
 from lorabench.doctor.record import Check, Record, read_record, record_for, record_path, write_record
 from lorabench.doctor.speeds import read_speed
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor

@@ -16,8 +16,8 @@ from lorabench.config.models import TinyModel
 from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
 from lorabench.models.base import load_model, skeleton
-from lorabench.models.dimensions import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.passes import cache_argument
+from lorabench.models.specs import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 
 from ..training.conftest import base_of
 

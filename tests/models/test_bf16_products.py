@@ -14,8 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorabench.models import bf16_products
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 
 from ..conftest import REPOSITORY
 from ..training.conftest import base_of

@@ -28,8 +28,8 @@ from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
 from lorabench.evaluation.pretraining import heldout_documents
 from lorabench.models.base import config_of, load_model, load_tokenizer
-from lorabench.models.dimensions import dimensions
 from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
+from lorabench.models.specs import dimensions
 
 from ..conftest import REPOSITORY
 

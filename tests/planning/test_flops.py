@@ -6,7 +6,7 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.config.models import TinyModel
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.flops import _validations, attention_flops_per_token, linear_flops_per_token
 
 

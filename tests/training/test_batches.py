@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches
+from lorabench.training.loss import IGNORED, collate, micro_batches
+from lorabench.training.run import data_order
 from lorabench.training.sft import curve_steps
 
 

@@ -11,12 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora, lora_layers
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, lora_layers, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.training import loss
-from lorabench.training.batches import IGNORED, Batch
-from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head, example_nlls, mean_nll
+from lorabench.training.loss import IGNORED, MAX_LOGITS, Batch, add_gradient, check_plain_head, example_nlls, mean_nll
 from lorabench.training.step_cost import _NewStorages
 
 from .conftest import TINY

@@ -14,7 +14,7 @@ import torch
 
 from lorabench.runs import Job, Run
 from lorabench.store.progress import status
-from lorabench.training.batches import scored_by_example
+from lorabench.training.loss import scored_by_example
 
 from .conftest import condition_of, train, trained
 

@@ -16,9 +16,9 @@ from lorabench.runs import Job
 from lorabench.store.progress import status
 from lorabench.store.run_folder import RunFolder
 from lorabench.training import saved_runs, sft
+from lorabench.training.context import SweepContext
 from lorabench.training.job import run_job
 from lorabench.training.saved_runs import restore_runs, save_runs
-from lorabench.training.sweep import SweepContext
 
 from .conftest import trained
 

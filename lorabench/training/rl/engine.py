@@ -328,15 +328,16 @@ class Engine:
         except (EOFError, ConnectionError) as error:
             try:
                 status = self._process.wait(_END)
-                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+                end = (
+                    f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+                )
             except subprocess.TimeoutExpired:
                 end = "does not answer any more"
             self._log.seek(0)
             log = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
             raise UserError(
                 f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
-                f"again, and its runs go on from their checkpoints"
-                + "".join(f"\n  {line}" for line in log[-_LINES:])
+                f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-_LINES:])
             ) from error
         if "error" in answer:
             raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
