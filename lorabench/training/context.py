@@ -59,7 +59,7 @@ class SweepContext:
         return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
     def provenance(self) -> dict[str, Any]:
-        """Return the machine, code and model versions common to all runs of a job; trainers add the hashes of the data."""
+        """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
         return {
             **machine_state(self.machine.device),
             "processes": self.machine.processes.count,

@@ -328,9 +328,7 @@ class Engine:
         except (EOFError, ConnectionError) as error:
             try:
                 status = self._process.wait(_END)
-                end = (
-                    f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-                )
+                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             except subprocess.TimeoutExpired:
                 end = "does not answer any more"
             self._log.seek(0)

@@ -169,7 +169,8 @@ def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
         def grade(responses: list[str], answers: list[str]) -> np.ndarray:
             # All processes use the first one's verdicts, since time limits may expire in some only.
             verdicts = grader.grade(responses, answers) if processes.first else [False] * len(responses)
-            return processes.gather(verdicts)[0]
+            rewards: np.ndarray = processes.gather(verdicts)[0]
+            return rewards
 
         return grade
 
