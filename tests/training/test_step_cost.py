@@ -198,11 +198,3 @@ def test_the_table_of_a_preset_has_the_documented_columns(preset):
     assert written["rank"].to_pylist() == [None, 1, 2]
     assert all(written[name].null_count == 0 for name in COMPUTE.names if name not in ("rank", "placement"))
     assert min(written["step_s"].to_pylist()) > 0
-
-
-def test_only_models_of_the_experiment_are_measured(preset, raw_preset, write_preset):
-    with pytest.raises(UserError, match="model 'other' is not in experiments.compute.models; allowed: tiny"):
-        compute_table(preset(), "other")
-    del raw_preset["experiments"]["compute"]
-    with pytest.raises(UserError, match="no experiment 'compute'"):
-        compute_table(load_preset(write_preset(raw_preset)), "tiny")
