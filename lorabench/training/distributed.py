@@ -70,6 +70,13 @@ class Processes:
         dist.all_gather(everyone, own)
         return torch.stack(everyone).cpu().numpy()
 
+    def gather_objects(self, own: T) -> list[T]:
+        """Gather an object from every process; all receive those of all processes, by rank."""
+        everyone: list[Any] = [own] * self.count
+        if self.count > 1:
+            dist.all_gather_object(everyone, own)
+        return everyone
+
     def total(self, value: float) -> float:
         """Return the sum of a value over all processes."""
         return float(self.gather([value]).sum())
