@@ -68,12 +68,12 @@ def run_job(
             lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
             with lock, memory_for(label, lower):
                 processes.wait()
-                rows += _run_sweep(plan, sweep, layout, train, say, processes)
+                rows += run_sweep(plan, sweep, layout, train, say, processes)
     if processes.first:
         write_job(rows, layout.job(job))
 
 
-def _run_sweep(
+def run_sweep(
     plan: Plan, sweep: Sweep, layout: Layout, train: Trainer, say: Callable[[str], None], processes: Processes
 ) -> list[dict[str, Any]]:
     """Train all runs of a sweep; return their rows (see `sweep_rows`) in the first process, else nothing."""
