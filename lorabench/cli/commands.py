@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lorabench.cli.common import PresetOption, in_one_sentence, own_gpus, plan_and_layout
+from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.errors import NothingToDrawError, UserError
-
-if TYPE_CHECKING:
-    # Imported when a command runs, since the help does not need it.
-    from lorabench.analysis.loss_fit import Noise
+from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 app = typer.Typer(
+    cls=OneSentence,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,15 +62,14 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
     """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
-    with in_one_sentence():
-        from lorabench.cli.show import plan_table
-        from lorabench.custom.preset import Choices, init_preset
-        from lorabench.planning.plan import make_plan
+    from lorabench.cli.show import plan_table
+    from lorabench.custom.preset import Choices, init_preset
+    from lorabench.planning.plan import make_plan
 
-        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
-        written = init_preset(out, model, data, data_format, choices, force, say=print)
-        plan_table(make_plan(written), os.cpu_count() or 1)
-        print(f"wrote {out}; next: lorabench run {out}")
+    choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
+    written = init_preset(out, model, data, data_format, choices, force, say=print)
+    plan_table(make_plan(written), os.cpu_count() or 1)
+    print(f"wrote {out}; next: lorabench run {out}")
 
 
 @app.command()
@@ -95,28 +91,26 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
-    with in_one_sentence():
-        from lorabench.planning.plan import make_plan
-        from lorabench.planning.speed import on_gpu
+    planned, layout = plan_and_layout(preset)
+    if out is not None:
+        from lorabench.store.collect import write_plan
 
-        planned, layout = plan_and_layout(preset)
-        if out is not None:
-            from lorabench.store.collect import write_plan
+        write_plan(planned, out)
+        return
+    from lorabench.cli.show import plan_json, plan_table
+    from lorabench.doctor.speeds import on_gpu, speed_of
+    from lorabench.planning.plan import make_plan
 
-            write_plan(planned, out)
-            return
-        from lorabench.cli.show import plan_json, plan_table
-        from lorabench.doctor.speeds import at_measured_speed
-
-        if gpu is not None:
-            planned = make_plan(on_gpu(planned.preset, gpu))
-        assumed = planned.preset.execution.gflops
-        planned, notes = at_measured_speed(planned, layout, measured or [])
-        cores = os.cpu_count() or 1
-        if as_json:
-            print(plan_json(planned, cores, price, notes))
-        else:
-            plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
+    if gpu is not None:
+        planned = make_plan(on_gpu(planned.preset, gpu))
+    speed = speed_of(planned, layout, measured or [])
+    if speed is not None:
+        planned = make_plan(planned.preset.with_execution(gflops=speed.gflops))
+    cores, notes = os.cpu_count() or 1, [] if speed is None else [speed.sentence]
+    if as_json:
+        print(plan_json(planned, cores, price, notes))
+    else:
+        plan_table(planned, cores, price, notes)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -125,22 +119,51 @@ def run(
     preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
 ) -> None:
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
-    with in_one_sentence():
-        from lorabench.cli.snakemake import start_snakemake
-        from lorabench.config.loading import preset_path
+    from lorabench.config.loading import preset_path
 
-        preset_path(preset)
-        start_snakemake(preset, context.args)
+    preset_path(preset)
+    command = snakemake_command(preset, context.args)
+    # The workflow's rules call `lorabench`, so this environment's commands come first in PATH.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.execve(command[0], command, os.environ | {"PATH": path})
+
+
+def snakemake_command(preset: str, options: list[str]) -> list[str]:
+    """Return the command line that runs a preset with the packaged workflow.
+
+    Args:
+        preset: a shipped preset's name, or the path of a YAML file.
+        options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
+            profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
+    """
+    parts: list[str] = []
+    for option in options:
+        # The options that are treated specially here get their long form.
+        name, equals, value = option.partition("=")
+        if equals and name in ("--config", "--profile"):
+            parts += [name, value]
+        else:
+            parts.append("--config" if option == "-C" else option)
+    for place, part in enumerate(parts):
+        profile = WORKFLOW / "profiles" / part
+        if parts[place - 1] == "--profile" and not Path(part).exists() and profile.is_dir():
+            parts[place] = str(profile)
+    if not any(part.partition("=")[0].startswith(("--cores", "-c", "--jobs", "-j")) for part in parts):
+        parts += ["--cores", "all"]
+    # Snakemake takes the last --config only, so the preset joins a --config that the user gave.
+    if "--config" not in parts:
+        parts.append("--config")
+    parts.insert(parts.index("--config") + 1, f"preset={preset}")
+    return [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), *parts]
 
 
 @app.command()
 def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
-    with in_one_sentence():
-        from lorabench.cli.show import status_table
-        from lorabench.store.progress import status as read_status
+    from lorabench.cli.show import status_table
+    from lorabench.store.progress import status as read_status
 
-        status_table(read_status(*plan_and_layout(preset)))
+    status_table(read_status(*plan_and_layout(preset)))
 
 
 @app.command()
@@ -150,9 +173,8 @@ def doctor(preset: PresetOption = "laptop") -> None:
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
     """
-    with in_one_sentence(), ExitStack() as contexts:
-        planned, layout = plan_and_layout(preset)
-        contexts.enter_context(own_gpus(planned))
+    planned, layout = plan_and_layout(preset)
+    with own_gpus(planned):
         from lorabench.cli.show import checks_table
         from lorabench.doctor.checks import examine
         from lorabench.doctor.record import Check, write_record
@@ -188,32 +210,31 @@ def recommend(
     ] = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
-    with in_one_sentence():
-        from lorabench.custom.model import find_model
-        from lorabench.custom.output import recommendation_table
-        from lorabench.custom.recommend import recommend as recommend_settings
+    from lorabench.custom.model import find_model
+    from lorabench.custom.output import recommendation_table
+    from lorabench.custom.recommend import recommend as recommend_settings
 
-        if dataset_tokens is not None and data is not None:
-            raise UserError("--dataset-tokens and --data: give one of them")
-        if as_json and as_script:
-            raise UserError("--json and --script: give one of them")
-        described, examined, template = find_model(model), None, None
-        if data is not None:
-            from lorabench.custom.data import examine
+    if dataset_tokens is not None and data is not None:
+        raise UserError("--dataset-tokens and --data: give one of them")
+    if as_json and as_script:
+        raise UserError("--json and --script: give one of them")
+    described, examined, template = find_model(model), None, None
+    if data is not None:
+        from lorabench.custom.data import examine
 
-            examined, template = examine(described, data, data_format)
-        tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
-        recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
-        if as_json:
-            import json
+        examined, template = examine(described, data, data_format)
+    tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
+    recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
+    if as_json:
+        import json
 
-            print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
-        elif as_script:
-            from lorabench.custom.output import script
+        print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
+    elif as_script:
+        from lorabench.custom.output import script
 
-            print(script(recommendation, examined, template), end="")
-        else:
-            recommendation_table(recommendation, examined)
+        print(script(recommendation, examined, template), end="")
+    else:
+        recommendation_table(recommendation, examined)
 
 
 @app.command()
@@ -235,79 +256,63 @@ def claims(
         float | None,
         typer.Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise."),
     ] = None,
-    noise_dof: Annotated[int | None, typer.Option(help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
+    noise_dof: Annotated[
+        int | None, typer.Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")
+    ] = None,
     noise_source: Annotated[str | None, typer.Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
     """Judge the paper's claims from tidy tables."""
-    with in_one_sentence():
-        from lorabench.claims.judge import judge_claims
-        from lorabench.claims.learning_rate import write_predictions
-        from lorabench.config.loading import read_margins
-        from lorabench.config.margins import LrRatioPredictions, Predictions
-        from lorabench.store.io import write_frame
-        from lorabench.store.layout import Layout
-        from lorabench.store.tables import Tables
-
-        if preset is not None and margins is not None:
-            raise UserError("--preset and --margins: give one of them, since the preset states margins too")
-        predictions, chosen = None, None if margins is None else read_margins(margins)
-        if preset is not None:
-            stated = Layout.of(preset).preset
-            chosen, predictions = stated.margins, stated.predictions or Predictions(lr_ratio=LrRatioPredictions())
-        elsewhere = _noise(noise, noise_sd, noise_dof, noise_source)
-        read = Tables.read(tables)
-        write_frame(judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions), "claims", out)
-        write_predictions(read, chosen, predictions, out)
-
-
-def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str | None) -> Noise | None:
-    """Return seed noise from the tables in a folder, or from a number with its source; None if none is given.
-
-    Raises:
-        UserError: both are given, a part of the number is missing or wrong, or the tables have no repeated seeds.
-    """
     from lorabench.analysis.loss_fit import Noise
     from lorabench.analysis.optima import pooled_noise
+    from lorabench.claims.judge import judge_claims
+    from lorabench.claims.learning_rate import write_predictions
+    from lorabench.config.loading import read_margins
+    from lorabench.config.margins import LrRatioPredictions, Predictions
+    from lorabench.store.io import write_frame
+    from lorabench.store.layout import Layout
     from lorabench.store.tables import Tables
 
-    if sd is None:
-        if dof is not None or source is not None:
-            raise UserError("--noise-dof and --noise-source describe --noise-sd, which is missing")
-        return None if folder is None else pooled_noise(Tables.read(folder).runs, str(folder))
-    if folder is not None:
-        raise UserError("--noise and --noise-sd: give one of them")
-    if dof is None or source is None or not source.strip():
-        raise UserError("--noise-sd needs --noise-dof and --noise-source, which say how well it is known and by whom")
-    if not (math.isfinite(sd) and sd > 0):
-        raise UserError(f"--noise-sd {sd}: allowed: numbers above 0, in nats")
-    if dof < 1:
-        raise UserError(f"--noise-dof {dof}: allowed: whole numbers from 1 up")
-    return Noise(sd, dof, source)
+    if preset is not None and margins is not None:
+        raise UserError("--preset and --margins: give one of them, since the preset states margins too")
+    predictions, chosen = None, None if margins is None else read_margins(margins)
+    if preset is not None:
+        stated = Layout.of(preset).preset
+        chosen, predictions = stated.margins, stated.predictions or Predictions(lr_ratio=LrRatioPredictions())
+    elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
+    if (noise_sd, noise_dof, noise_source) != (None, None, None):
+        if noise is not None:
+            raise UserError("--noise and --noise-sd: give one of them")
+        if noise_sd is None or noise_dof is None or not noise_source:
+            raise UserError("--noise-sd needs --noise-dof and --noise-source: how well it is known, and by whom")
+        if not 0 < noise_sd < math.inf:
+            raise UserError(f"--noise-sd {noise_sd}: allowed: numbers above 0, in nats")
+        elsewhere = Noise(noise_sd, noise_dof, noise_source)
+    read = Tables.read(tables)
+    write_frame(judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions), "claims", out)
+    write_predictions(read, chosen, predictions, out)
 
 
 @app.command()
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
-    with in_one_sentence():
-        from lorabench.figures.catalog import drawable_figures, save_figure
+    from lorabench.figures.catalog import drawable_figures, save_figure
 
-        if name != "all":
-            save_figure(name, tables, out)
-            return
-        for figure_name in drawable_figures(tables):
-            try:
-                save_figure(figure_name, tables, out)
-            except NothingToDrawError as nothing:
-                print(f"figure {figure_name} is not drawn: {nothing}")
+    if name != "all":
+        save_figure(name, tables, out)
+        return
+    for figure_name in drawable_figures(tables):
+        try:
+            save_figure(figure_name, tables, out)
+        except NothingToDrawError as nothing:
+            print(f"figure {figure_name} is not drawn: {nothing}")
 
 
 @app.command()
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
-    with in_one_sentence():
-        from lorabench.store.tables import merge as merge_folders
+    from lorabench.store.tables import merge as merge_folders
 
-        merge_folders(folders, out)
+    merge_folders(folders, out)
 
 
 @app.command("import")
@@ -316,13 +321,12 @@ def import_source(
     out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
 ) -> None:
     """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
-    with in_one_sentence():
-        from lorabench.sources.studies import import_source as read
-        from lorabench.sources.studies import write_tables
+    from lorabench.sources.studies import import_source as read
+    from lorabench.sources.studies import write_tables
 
-        imported = read(source)
-        write_tables(imported, out)
-        print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
+    imported = read(source)
+    write_tables(imported, out)
+    print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
 
 
 @app.command()
@@ -330,7 +334,7 @@ def evidence(
     out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
     source: Annotated[
         list[Path] | None,
-        typer.Option(help="A source of your own, or a folder of sources, besides the shipped ones; may be repeated."),
+        typer.Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
     ] = None,
     tables: Annotated[
         list[Path] | None,
@@ -345,54 +349,50 @@ def evidence(
     Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
     recommended ones would have been for each source, had it not been known.
     """
-    with in_one_sentence():
-        from lorabench.report.blocks import published_folders
-        from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
-        from lorabench.sources.matrix import read_own
+    from lorabench.report.blocks import published_folders
+    from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
+    from lorabench.sources.matrix import read_own
 
-        own = {preset.name: preset for preset in published_presets(publish or Path())}
-        for folder in tables or []:
-            # A finished preset stands for what was published of it.
-            name = folder.parent.name if folder.name == "tables" else folder.name
-            own[name] = read_own(folder, name)
-        gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
-        write_evidence(gathered, out)
-        if publish is not None:
-            publish_evidence(gathered, publish)
-        print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+    own = {preset.name: preset for preset in published_presets(publish or Path())}
+    for folder in tables or []:
+        # A finished preset stands for what was published of it.
+        name = folder.parent.name if folder.name == "tables" else folder.name
+        own[name] = read_own(folder, name)
+    gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
+    write_evidence(gathered, out)
+    if publish is not None:
+        publish_evidence(gathered, publish)
+    print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()
 def publish(preset: PresetOption = "laptop") -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
-    with in_one_sentence():
-        from lorabench.report.publish import publish as write_published
+    from lorabench.report.publish import publish as write_published
 
-        write_published(plan_and_layout(preset)[1], Path())
+    write_published(plan_and_layout(preset)[1], Path())
 
 
 @app.command("save-runs")
 def save_runs(preset: PresetOption = "laptop") -> None:
     """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
-    with in_one_sentence():
-        from lorabench.training.saved_runs import save_runs as save
+    from lorabench.training.saved_runs import save_runs as save
 
-        planned, layout = plan_and_layout(preset)
-        runs, size = save(planned, layout)
-        print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
+    planned, layout = plan_and_layout(preset)
+    runs, size = save(planned, layout)
+    print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
 
 
 @app.command("restore-runs")
 def restore_runs(preset: PresetOption = "laptop") -> None:
     """Restore the runs that `save-runs` saved, so that the preset goes on from them."""
-    with in_one_sentence():
-        from lorabench.training.saved_runs import restore_runs as restore
+    from lorabench.training.saved_runs import restore_runs as restore
 
-        planned, layout = plan_and_layout(preset)
-        restored = restore(planned, layout)
-        print(
-            f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
-            f"{restored.present} runs were there already"
-        )
-        if restored.unknown:
-            print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")
+    planned, layout = plan_and_layout(preset)
+    restored = restore(planned, layout)
+    print(
+        f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
+        f"{restored.present} runs were there already"
+    )
+    if restored.unknown:
+        print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")

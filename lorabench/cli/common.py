@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from lorabench.errors import UserError
 from lorabench.utils import signals
@@ -70,6 +71,15 @@ def in_one_sentence() -> Iterator[None]:
     except signals.Stopped as stopped:
         print(f"lorabench: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_status) from stopped
+
+
+class OneSentence(TyperGroup):
+    """A group of commands, each of which fails in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the user gave."""
+        with in_one_sentence():
+            return super().invoke(ctx)
 
 
 @contextmanager

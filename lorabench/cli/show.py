@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from lorabench.doctor.record import Check
 
 
-def plan_table(
-    plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = (), measured: bool = False
-) -> None:
+def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
     The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
@@ -30,14 +28,14 @@ def plan_table(
     Args:
         cores: CPU cores that the jobs share.
         price: the price of one GPU for an hour, in any currency.
-        notes: sentences to print below the table.
-        measured: whether the machine's speed was measured, about which a note says more.
+        notes: sentences to print below the table: where the machine's speed was measured.
     """
     execution = plan.preset.execution
     rate = flops_per_second(execution) / 1e9
-    given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/utils/gpus.py"
-    if measured:
+    if notes:
         given = "measured"
+    else:
+        given = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
     rows = bill.per_experiment(plan)
     total = rows["total"]
     costs: dict[str, Callable[[bill.Bill], str]] = {}
@@ -55,19 +53,20 @@ def plan_table(
             f"at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
             f"the longest job takes {formats.number(total.longest_hours)} hours; "
             f"{formats.number(total.gpu_hours / 24)} days on one GPU",
-            f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk besides, for "
-            "checkpoints and the weights of all its runs",
+            f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
+            "addition, for checkpoints and the weights of all its runs",
         ]
         costs["GPU-hours"] = lambda row: _and_most(
             row, formats.number(row.gpu_hours, 2), formats.number(row.most_gpu_hours, 2)
         )
-        costs["GPUs"] = lambda row: _up_to(row.gpus)
+        costs["GPUs"] = lambda row: f"1-{row.gpus}" if row.gpus > 1 else "1"
         costs["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
         costs["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
         if price is not None:
             costs["money"] = lambda row: formats.count(row.gpu_hours * price)
     if any(sweep.condition.rollouts for sweep in plan.sweeps):
-        caption.append(_sampler(execution))
+        name = {"own": "this project's own sampler", "vllm": "the engine vLLM"}[execution.sampler]
+        caption.append(f"responses of RL are drawn by {name} (execution.sampler); its speed is {_speed_of(execution)}")
     if total.most_runs > total.runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
 
@@ -97,24 +96,15 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
     return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
 
 
-def _sampler(execution: Execution) -> str:
-    """Return the sentence that names the sampler of RL, and says where its speed comes from."""
-    name = {"own": "this project's own sampler", "vllm": "the engine vLLM"}[execution.sampler]
+def _speed_of(execution: Execution) -> str:
+    """Return where the speed of the sampler of RL comes from."""
     if execution.gpu is None:
-        speed = "from the GFLOP/s above" if execution.sampler == "own" else "assumed to be that of the own sampler"
-    elif execution.sampler == "own":
-        speed = "assumed" if execution.layer_seconds is None else "measured (execution.layer_seconds)"
-    else:
-        speed = "computed from the GPU's data sheet until it is measured"
-    return f"responses of RL are drawn by {name} (execution.sampler); its speed is {speed}"
+        return "from the GFLOP/s above" if execution.sampler == "own" else "assumed to be that of the own sampler"
+    return "assumed" if execution.sampler == "own" else "computed from the GPU's data sheet until it is measured"
 
 
 def _and_most(row: bill.Bill, expected: str, most: str) -> str:
     return f"{expected} (most {most})" if row.most_runs > row.runs else expected
-
-
-def _up_to(most: int) -> str:
-    return f"1-{most}" if most > 1 else "1"
 
 
 def status_table(status: Status) -> None:

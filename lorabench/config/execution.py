@@ -87,9 +87,6 @@ class Execution(Strict):
     gflops: PositiveFloat | None = None
     """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
     lorabench/utils/gpus.py assumes."""
-    layer_seconds: PositiveFloat | None = None
-    """Least seconds of a layer for each token while this project's own sampler draws on a GPU, for the time estimate;
-    null for what lorabench/planning/seconds.py assumes."""
 
     @model_validator(mode="after")
     def _check_hardware(self) -> Self:

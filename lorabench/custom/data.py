@@ -12,13 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.datasets import FileProblems
 from lorabench.config.fields import FileFormat
-from lorabench.config.models import GgufModel, HubModel
+from lorabench.config.inputs import FileProblems, GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import Chat, is_text
-from lorabench.data.files import FORMATS, chosen_format, formats_in, tally_of, usable_chats, usable_rows
-from lorabench.data.rows import RawRow, Tally
+from lorabench.data.files import FORMATS, RawRow, Tally, chosen_format, file_rows, formats_in, tally_of, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.specs import template_text
@@ -151,7 +149,7 @@ def examine_data(
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
     """Return the source's fields for a preset, its format, and the number of all its rows over that of rows read."""
     if Path(name).is_file():
-        form = chosen_format(Path(name), wanted)
+        form = wanted or chosen_format(Path(name))
         return {"kind": "file", "path": name, "format": form}, form, 1.0
     if not HUB_ID.fullmatch(name):
         raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
@@ -169,10 +167,11 @@ def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], F
 def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
     tally = Tally(form)
     if source["kind"] == "file":
-        return usable_chats(Path(source["path"]), tally, max_chars), tally
+        path = Path(source["path"])
+        return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
     tally.unit = "row"
     rows = (RawRow(place, row) for place, row in enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1))
-    return usable_rows(rows, source["id"], tally, max_chars), tally
+    return usable_chats(rows, source["id"], tally, max_chars), tally
 
 
 def _hub_stream(name: str) -> Any:

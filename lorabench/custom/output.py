@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from lorabench.config.models import GgufModel
+from lorabench.config.inputs import GgufModel
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import SourceShare
 from lorabench.custom.recommend import Recommendation
-from lorabench.data.rows import REPEATED, TOO_LONG
+from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.specs import template_text

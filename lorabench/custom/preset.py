@@ -13,15 +13,15 @@ from typing import Any
 import jinja2
 import yaml
 
+from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.config.models import HubModel, TinyModel
 from lorabench.config.preset import Preset
 from lorabench.custom import advice
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
 from lorabench.errors import UserError
-from lorabench.planning.expand import starting_lr
+from lorabench.planning.plan import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS

@@ -5,50 +5,261 @@ pair, which becomes a chat of two turns (`instruction` together with its `input`
 as plain text with the end token and without a chat template, every token of it scored. A chat takes precedence over a
 pair, a pair over a text.
 
-The file is read row by row. A row that can't be used is counted by its reason (`lorabench.data.rows.Tally`), never
-silently dropped; what is wrong with the file as a whole is an error of one sentence.
+Rows are read one at a time. Whatever comes from outside goes through `usable`, datasets and problem sets of the hub
+too (`lorabench.data.hub`): a row that can't be used is counted in a `Tally` by its reason, never silently dropped. What
+is wrong with a file as a whole is an error of one sentence.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from lorabench.config.datasets import FileDataset, FileProblems
-from lorabench.config.fields import FileFormat
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorabench.config.fields import FILE_SUFFIXES, FileFormat
+from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data.chat import ROLES, Chat, Messages, is_example, prompt_digest
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
-from lorabench.data.rows import TOO_LONG, RawRow, Tally, UnusableRowError, file_rows, usable
 from lorabench.errors import UserError
 
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
+MAX_LINE_BYTES = 64 << 20
+"""Longer lines of JSON, and longer fields of CSV, are not parsed."""
+# Examples of reasoning datasets take 50 kB each.
+_BATCH_ROWS = 256
 NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
 NOT_UNICODE, NO_NUMBER = "text that is not valid Unicode", "an answer that is no number"
+NOT_UTF8, NO_OBJECT = "not UTF-8", "not a JSON object"
+TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
+
+Example = TypeVar("Example")
+
+Choose = Callable[[Collection[str], str], list[str]]
+"""Selects the columns to read among those of a row or file, given with where they are (for messages); raises UserError
+if a needed column is missing."""
+
+
+class RawRow(NamedTuple):
+    """A row as it was read."""
+
+    place: int
+    """Its line in JSON lines and CSV, else its number; both are counted from 1."""
+    content: dict[str, Any] | str
+    """Its columns by name, or the reason why it can't be read."""
+
+
+class UnusableRowError(ValueError):
+    """A row's content is not a usable example; the message is the reason."""
+
+
+@dataclass
+class Tally:
+    """The number of rows that were read, the number of usable ones, and the reasons why the others were left out."""
+
+    format: str
+    """What the rows are read as, such as their format."""
+    rows: int = 0
+    usable: int = 0
+    unit: str = "line"
+    """What a row's place counts, `line` or `row`."""
+    bad: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For each reason the number of rows that were left out, and the place of the first of them."""
+    columns: tuple[str, ...] = ()
+    """The columns of the first row that could be read."""
+
+    def leave_out(self, place: int, reason: str, rows: int = 1) -> None:
+        """Count rows that can't be used, the first of which is at a place."""
+        count, first = self.bad.get(reason, (0, place))
+        self.bad[reason] = count + rows, min(first, place)
+
+    def reasons(self) -> str:
+        """Return the reasons as text, `3 no text (first: line 7), 1 too long (line 9)`; empty if there are none."""
+        most_first = sorted(self.bad.items(), key=lambda item: -item[1][0])
+        return ", ".join(
+            f"{count} {reason} ({'first: ' if count > 1 else ''}{self.unit} {first})"
+            for reason, (count, first) in most_first
+        )
+
+    def __str__(self) -> str:
+        left_out = f"; left out: {self.reasons()}" if self.bad else ""
+        return f"{self.usable} of {self.rows} rows can be used as {self.format}{left_out}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return the tally as plain data for JSON."""
+        bad = [{"reason": reason, "rows": count, "first": first} for reason, (count, first) in self.bad.items()]
+        return {"format": self.format, "rows": self.rows, "usable": self.usable, "unit": self.unit, "bad": bad}
+
+
+def usable(
+    rows: Iterable[RawRow],
+    parse: Callable[[dict[str, Any]], Example],
+    tally: Tally,
+    identity: Callable[[Example], Hashable] | None = None,
+) -> Iterator[tuple[int, Example]]:
+    """Yield the place and the example of each usable row, in the order of the rows.
+
+    Args:
+        rows: the rows of a source, counted in the tally as they are read.
+        parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
+        identity: returns what identifies an example, so that later ones with the same identity are left out; None to
+            keep them all.
+    """
+    seen: set[Hashable] = set()
+    for place, content in rows:
+        tally.rows += 1
+        try:
+            if isinstance(content, str):
+                raise UnusableRowError(content)
+            tally.columns = tally.columns or tuple(content)
+            example = parse(content)
+            if identity is not None:
+                key = identity(example)
+                if key in seen:
+                    raise UnusableRowError(REPEATED)
+                seen.add(key)
+        except UnusableRowError as error:
+            tally.leave_out(place, str(error))
+            continue
+        tally.usable += 1
+        yield place, example
+
+
+def json_lines(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a file with one JSON object per line; blank lines are skipped."""
+    with path.open("rb") as file:
+        file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+        place = 0
+        # Lines of bytes end at line feeds only, not at other line ends that texts contain, such as U+2028.
+        while line := file.readline(MAX_LINE_BYTES):
+            place += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (remainder := file.readline(MAX_LINE_BYTES)) and not remainder.endswith(b"\n"):
+                    pass
+                yield RawRow(place, TOO_LONG)
+                continue
+            try:
+                if text := line.decode().strip():
+                    value = json.loads(text)
+                    yield RawRow(place, value if isinstance(value, dict) else NO_OBJECT)
+            except UnicodeDecodeError:
+                yield RawRow(place, NOT_UTF8)
+            except (ValueError, RecursionError):
+                yield RawRow(place, "not JSON")
+
+
+def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[RawRow]:
+    """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
+
+    Raises:
+        UserError: the file is not parquet, or is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = choose(file.schema_arrow.names, str(path)) if choose is not None else None
+            batches = file.iter_batches(_BATCH_ROWS, columns=columns)
+            yield from map(RawRow._make, enumerate((row for batch in batches for row in batch.to_pylist()), 1))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} can't be read as parquet: {reason}") from error
+
+
+def file_rows(path: Path, tally: Tally) -> Iterator[RawRow]:
+    """Yield all rows of a file, and set the tally's unit.
+
+    Raises:
+        UserError: the file can't be read, is empty, or is of another kind.
+    """
+    readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows, ".parquet": parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
+    tally.unit = "line" if path.suffix in (".jsonl", ".csv") else "row"
+    empty = True
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if not start:
+            raise UserError(f"{path} is empty")
+        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is UTF-16; save it as UTF-8")
+        for row in readers[path.suffix](path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    if empty:
+        raise UserError(f"{path} has no rows")
+
+
+def _json_rows(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
+    with path.open("rb") as file:
+        if file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            yield from json_lines(path)
+            return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not JSON: {reason}") from error
+    if not isinstance(values, list):
+        raise UserError(f"{path} must be an array of objects, or hold one object per line")
+    for place, value in enumerate(values, 1):
+        yield RawRow(place, value if isinstance(value, dict) else NO_OBJECT)
+
+
+def _csv_rows(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
+    # Python's limit is 128 KiB by default, and holds for the whole process.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # Bytes that are not UTF-8 become lone surrogates, so that their row is unusable and not the whole file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            fields = len(reader.fieldnames or ())
+        except csv.Error as error:
+            raise UserError(f"{path} is not CSV: {error}") from error
+        while True:
+            content: dict[str, Any] | str
+            try:
+                content = next(reader)
+                # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
+                if None in content or None in content.values():
+                    content = f"not the {fields} fields of the header"
+            except StopIteration:
+                return
+            except csv.Error as error:
+                content = f"not CSV: {error}"
+            yield RawRow(reader.line_num, content)
 
 
 def file_chats(spec: FileDataset) -> Iterator[Chat]:
     """Yield the usable examples of a file, each prompt once, in an order that the seed decides.
 
-    The examples wait in a temporary file until their turn, so that memory holds one of them at a time.
-
     Raises:
         UserError: the file can't be read, or has too few usable rows.
     """
     path = Path(spec.path)
-    tally = Tally(chosen_format(path, spec.format))
+    tally = Tally(spec.format or chosen_format(path))
+    # The examples wait in a file until their turn, so that memory holds one of them at a time.
     with tempfile.TemporaryFile() as waiting:
         starts = array("q")
-        for chat in usable_chats(path, tally, spec.max_chars):
+        for chat in usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars):
             starts.append(waiting.tell())
             waiting.write(json.dumps(chat.messages).encode() + b"\n")
-        _check_enough(path, tally, spec)
+        _check_enough(tally, spec)
         Random(spec.seed).shuffle(starts)
         for start in starts:
             waiting.seek(start)
@@ -64,15 +275,32 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     path, tally = Path(spec.path), Tally(f"{spec.question}/{spec.answer}")
 
     def parse(content: dict[str, Any]) -> Problem:
-        return _problem(content, spec, path.name)
+        question, answer = (_text(content.get(name)).strip() for name in (spec.question, spec.answer))
+        if len(question) > spec.max_chars:
+            raise UnusableRowError(TOO_LONG)
+        short = last_box(answer) or gsm8k_answer(answer) or answer
+        if spec.grader == "number" and number(short) is None:
+            raise UnusableRowError(NO_NUMBER)
+        asks_for_box = spec.grader == "number" or "\\boxed" in question
+        return Problem(path.name, question if asks_for_box else question + BOX, short)
 
     problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, lambda problem: problem.key)]
     missing = [name for name in (spec.question, spec.answer) if name not in tally.columns]
     if tally.columns and missing and not problems:
         raise UserError(f"{path} has the columns {_names(tally.columns)}; {_names(missing)} is needed")
-    _check_enough(path, tally, spec)
+    _check_enough(tally, spec)
     Random(spec.seed).shuffle(problems)
     return problems, tally
+
+
+def _check_enough(tally: Tally, spec: FileDataset | FileProblems) -> None:
+    wanted = spec.train + spec.validation + spec.test
+    if tally.usable < wanted:
+        why = f" ({tally.reasons()})" if tally.bad else ""
+        raise UserError(
+            f"{Path(spec.path)}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; "
+            f"{wanted} are needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
+        )
 
 
 def tally_of(spec: FileDataset | FileProblems) -> Tally:
@@ -84,28 +312,16 @@ def tally_of(spec: FileDataset | FileProblems) -> Tally:
     if isinstance(spec, FileProblems):
         return file_problems(spec)[1]
     path = Path(spec.path)
-    tally = Tally(chosen_format(path, spec.format))
-    for _ in usable_chats(path, tally, spec.max_chars):
-        pass
+    tally = Tally(spec.format or chosen_format(path))
+    deque(usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars), maxlen=0)
     return tally
 
 
-def usable_chats(path: Path, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
-    """Yield the usable examples in the order of the file, each prompt once.
+def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
+    """Yield the usable examples among rows, in their order and each prompt once.
 
-    Args:
-        path: the file.
-        tally: says the format; the rows are counted here as they are read.
-        max_chars: longer examples are left out; None for no limit.
-
-    Raises:
-        UserError: the file can't be read.
+    The tally says the format and counts the rows as they are read. Examples of more than `max_chars` are left out.
     """
-    return usable_rows(file_rows(path, tally), path.name, tally, max_chars)
-
-
-def usable_rows(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
-    """Yield the usable examples among rows that were read elsewhere; see `usable_chats`."""
 
     def parse(content: dict[str, Any]) -> Chat:
         chat = Chat(source, file_messages(content, tally.format))
@@ -117,14 +333,12 @@ def usable_rows(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: in
     return (chat for _, chat in usable(rows, parse, tally, lambda chat: prompt_digest(chat.messages)))
 
 
-def chosen_format(path: Path, wanted: FileFormat | None = None) -> FileFormat:
-    """Return the wanted format, else the format that the columns of the first row with columns of a format imply.
+def chosen_format(path: Path) -> FileFormat:
+    """Return the format that the columns of the first row with columns of a format imply.
 
     Raises:
         UserError: the columns imply no format or several, or the file can't be read.
     """
-    if wanted is not None:
-        return wanted
     tally = Tally("unknown")
     for _, formats in usable(file_rows(path, tally), formats_in, tally):
         if len(formats) > 1:
@@ -136,6 +350,11 @@ def chosen_format(path: Path, wanted: FileFormat | None = None) -> FileFormat:
     raise UserError(
         f"{path} has the columns {_names(tally.columns)}; needed are those of one format: {', '.join(FORMATS)}"
     )
+
+
+def _names(columns: Iterable[str]) -> str:
+    # The names are quoted, since a file may hold anything.
+    return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"
 
 
 def formats_in(columns: Iterable[str]) -> list[FileFormat]:
@@ -161,15 +380,13 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
         asked, answered = (content.get(name) for name in names)
         if names[0] == "instruction" and content.get("input"):
             asked = f"{_text(asked)}\n\n{_text(content['input'])}"
-        messages = [*_side(asked, "user"), *_side(answered, "assistant")]
+        messages = []
+        # Each side of a pair is a text or a list of turns.
+        for value, role in ((asked, "user"), (answered, "assistant")):
+            messages += _turns(value) if isinstance(value, list) else [{"role": role, "content": _text(value)}]
     if not is_example(messages):
         raise UnusableRowError(NO_ASSISTANT)
     return messages
-
-
-def _side(value: Any, role: str) -> Messages:
-    """Return the messages of one side of a pair, which is a text or a list of turns."""
-    return _turns(value) if isinstance(value, list) else [{"role": role, "content": _text(value)}]
 
 
 def _turns(value: Any) -> Messages:
@@ -200,31 +417,3 @@ def _text(value: Any) -> str:
     except UnicodeEncodeError:
         raise UnusableRowError(NOT_UNICODE) from None
     return text
-
-
-def _problem(content: dict[str, Any], spec: FileProblems, source: str) -> Problem:
-    question, answer = _text(content.get(spec.question)).strip(), _text(content.get(spec.answer)).strip()
-    if len(question) > spec.max_chars:
-        raise UnusableRowError(TOO_LONG)
-    short = last_box(answer) or gsm8k_answer(answer) or answer
-    if spec.grader == "number":
-        if number(short) is None:
-            raise UnusableRowError(NO_NUMBER)
-        return Problem(source, question, short)
-    return Problem(source, question if "\\boxed" in question else question + BOX, short)
-
-
-def _check_enough(path: Path, tally: Tally, spec: FileDataset | FileProblems) -> None:
-    wanted = spec.train + spec.validation + spec.test
-    if tally.usable >= wanted:
-        return
-    why = f" ({tally.reasons()})" if tally.bad else ""
-    raise UserError(
-        f"{path}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; {wanted} are "
-        f"needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
-    )
-
-
-def _names(columns: Iterable[str]) -> str:
-    # The names are quoted, since a file may hold anything.
-    return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"

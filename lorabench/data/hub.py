@@ -19,19 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.config.datasets import HubDataset
+from lorabench.config.inputs import HubDataset
 from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, prompt_digest
-from lorabench.data.rows import Choose, RawRow, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
+from lorabench.data.files import Choose, RawRow, Tally, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
-from lorabench.utils.hub import FetchedRepository, WantedRepository
+from lorabench.utils.hub import FetchedRepository
 
 _FORMS = ("messages", "conversations")
 _NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
-
-
-def repository(spec: HubDataset) -> WantedRepository:
-    """Return the repository to fetch for a dataset."""
-    return WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))
 
 
 def part_files(
@@ -61,30 +56,24 @@ def part_files(
 def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[RawRow]:
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
-    Args:
-        files: the files of the part, in their order.
-        choose: see `lorabench.data.rows.Choose`.
-
     Raises:
         UserError: a file is of another kind, a row can't be read, or a column is missing.
     """
-    contents = (row.content for file in files for row in _file_rows(file, choose))
-    for number, content in enumerate(contents, 1):
-        yield RawRow(number, content)
 
+    def contents(file: Path) -> Iterator[dict[str, Any] | str]:
+        match file.suffix:
+            case ".parquet":
+                yield from (row.content for row in parquet_rows(file, choose))
+            case ".jsonl":
+                for place, content in json_lines(file):
+                    where = f"{file}:{place}"
+                    if isinstance(content, str):
+                        raise UserError(f"{where} is {content}")
+                    yield {name: content[name] for name in choose(content, where)}
+            case _:
+                raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
 
-def _file_rows(file: Path, choose: Choose) -> Iterator[RawRow]:
-    match file.suffix:
-        case ".parquet":
-            yield from parquet_rows(file, choose)
-        case ".jsonl":
-            for place, content in json_lines(file):
-                where = f"{file}:{place}"
-                if isinstance(content, Unreadable):
-                    raise UserError(f"{where} is {content}")
-                yield RawRow(place, {name: content[name] for name in choose(content, where)})
-        case _:
-            raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+    return (RawRow(*row) for row in enumerate((content for file in files for content in contents(file)), 1))
 
 
 def choose_chats(
@@ -135,7 +124,7 @@ def choose_chats(
 
 
 def _usable_chats(spec: HubDataset, files: list[Path], tally: Tally) -> Iterator[tuple[int, Chat]]:
-    """Yield the number and the chat of each usable row, in the order of the files; see `rows.usable`."""
+    """Yield the number and the chat of each usable row, in the order of the files; see `files.usable`."""
 
     def columns(names: Collection[str], where: str) -> list[str]:
         form = next((name for name in _FORMS if name in names), None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
+from lorabench.config.inputs import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
 DOCSTRINGS = "b890d934b8f2"
-"""The hash of the packages' sources that the shipped docstrings (`lorabench.data.docstrings`) were collected from."""
+"""The hash of the packages' sources that the shipped docstrings (`lorabench.data.sft`) were collected from."""
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:

@@ -1,6 +1,6 @@
-"""Problems from reasoning-gym: all pretraining and fine-tuning text that needs no download is made of them.
+"""Generated problems: all pretraining and fine-tuning text that needs no download is made of them.
 
-There are three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
+Most are from reasoning-gym, in three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
 
 - `PRETRAIN_TASKS` and the *even* gsm_symbolic templates make the pretraining text;
 - `INSTRUCT_TASKS` make the instruction mixture;
@@ -9,12 +9,27 @@ There are three disjoint pools, so that fine-tuning teaches what the tiny base h
 One percent of the pretraining text comes from the latter two, drawn with another seed.
 
 Every problem is a function of (task, seed, index): reasoning-gym builds item i from `seed + i`.
+
+The other source are sums of two numbers with written working: problems for RL, and texts of writers who make mistakes.
+The working adds the digits column by column from the right, with what is carried as a third term, and the answer comes
+last: `7+5=12 4+8+1=13 132` answers `47+85`. The sum of `columns` digits has about 8 tokens for each column, 18 in all
+for two columns and 34 for four.
+
+The bases that are pretrained on the texts of `written_sums` imitate a mix of writers:
+
+- Most writers never carry. Whoever carries does so throughout, so the mistake is one of strategy.
+- All writers make slips in adding two digits, some pairs of digits often and some never. Each pair has its own wrong
+  result, so slips are mistakes of knowledge.
+
+Greedy answers follow the majority, which never carries, and are wrong wherever something is to be carried; some samples
+are right. RL can therefore improve by a shift of strategy, and then pair by pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 
 PRETRAIN_TASKS = (
@@ -140,3 +155,97 @@ def is_pretraining_template(template: int) -> bool:
 def is_worked_template(template: int) -> bool:
     """Return whether a gsm_symbolic template belongs to the worked-solutions dataset."""
     return template % 2 == 1
+
+
+_SLIPS_SEED = 7
+
+
+@dataclass(frozen=True)
+class Writers:
+    """A mix of writers of worked sums."""
+
+    careless: float = 0.55
+    """The share of writers who never carry."""
+    most_slips: float = 0.75
+    """The rates of slips of the pairs of digits are spread evenly from 0 to this share."""
+    digits: tuple[int, ...] = (2, 2, 3, 3, 4)
+    """The numbers of digits of both terms, drawn uniformly."""
+
+
+CAREFUL = Writers(careless=0.0, most_slips=0.0)
+"""A writer without mistakes."""
+
+
+def sum_problems(min_digits: int, max_digits: int, carries: int, seed: int) -> Iterator[Problem]:
+    """Yield sums of two numbers of equally many digits without end, with the working of a writer without mistakes.
+
+    Args:
+        min_digits: the smallest number of digits, drawn uniformly up to `max_digits`.
+        max_digits: the largest number of digits.
+        carries: the least number of columns, other than the leftmost, whose sum is 10 or more.
+        seed: decides the terms.
+
+    Raises:
+        ValueError: The terms have too few columns for the carries.
+    """
+    if carries >= min_digits:
+        raise ValueError(f"carries = {carries}: terms of {min_digits} digits have at most {min_digits - 1}")
+    rng = Random(seed)
+    while True:
+        first, second = _terms(rng, rng.randint(min_digits, max_digits))
+        if n_carries(first, second) >= carries:
+            working = written_sum(first, second, CAREFUL, rng)
+            yield Problem("sums", f"{first}+{second}", str(first + second), working)
+
+
+def n_carries(first: int, second: int) -> int:
+    """Return how many columns of a sum, other than the leftmost, are 10 or more with what is carried into them."""
+    columns = len(str(first)) - 1
+    return sum((first % 10**place + second % 10**place) >= 10**place for place in range(1, columns + 1))
+
+
+def written_sums(writers: Writers, seed: int) -> Iterator[Problem]:
+    """Yield sums with the working of a mix of writers without end; the answer is the right one."""
+    rng = Random(seed)
+    while True:
+        first, second = _terms(rng, rng.choice(writers.digits))
+        yield Problem("sums", f"{first}+{second}", str(first + second), written_sum(first, second, writers, rng))
+
+
+def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
+    """Return the working of a writer drawn from a mix; its last number is the writer's answer.
+
+    Args:
+        first: the first term.
+        second: the second term, of as many digits.
+        writers: the mix of writers.
+        rng: decides the writer and the writer's slips.
+    """
+    is_careless = rng.random() < writers.careless
+    lines, answer, carried = [], "", 0
+    for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
+        total = _added(int(upper), int(lower), writers, rng) + carried
+        lines.append(f"{upper}+{lower}{'+1' if carried else ''}={total}")
+        answer = f"{total % 10}{answer}"
+        carried = int(total >= 10 and not is_careless)
+    # The leftmost column is written whole.
+    return " ".join([*lines, f"{total}{answer[1:]}"])
+
+
+def _terms(rng: Random, digits: int) -> tuple[int, int]:
+    first, second = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+    return first, second
+
+
+def _added(upper: int, lower: int, writers: Writers, rng: Random) -> int:
+    """Return the sum of two digits as a writer takes it, who may slip to the sum above or below."""
+    rate, slip = _slips()[min(upper, lower), max(upper, lower)]
+    return upper + lower + (slip if rng.random() < rate * writers.most_slips else 0)
+
+
+@cache
+def _slips() -> dict[tuple[int, int], tuple[float, int]]:
+    """Return for each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
+    rng = Random(_SLIPS_SEED)
+    pairs = [(low, high) for low in range(10) for high in range(low, 10)]
+    return {(low, high): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
@@ -13,14 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
+from lorabench.config.inputs import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, is_first, prompt, prompt_digest, take, wanted
-from lorabench.data.docstrings import choose_docstrings
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, is_worked_template, mixture, worked_solutions
 from lorabench.errors import UserError
-from lorabench.utils.files import atomic_path, damage_explained
+from lorabench.utils.files import atomic_path, damage_explained, file_sha256
 from lorabench.utils.hub import FetchedRepository
 
 ExampleRow = dict[str, Any]
@@ -36,6 +37,14 @@ _GROUP_CHARS = 16_000_000
 
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
+
+DOCSTRINGS_FILE = Path(__file__).with_name("docstrings.parquet")
+"""Python functions with the descriptions that people wrote for them, the text of datasets of kind `docstrings`.
+
+The user's turn shows a function without its docstring; the assistant's turn is the docstring's first paragraph. The
+splits come from different packages, whose versions and licences the file's note names, as does NOTICE.
+"""
+_DOCSTRINGS_SHA256 = "22dd0b3433784667b6e17e5a206fe870d877e7fc787091a16f6557513e841603"
 
 # Random facts: their source, and the number of letters of a name.
 _FACTS, _NAME_LENGTH = "facts", 6
@@ -90,6 +99,70 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Exa
 
 def _digest(chat: Chat) -> int:
     return prompt_digest(chat.messages)
+
+
+def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
+    """Choose the examples of each split at random by the spec's seed, from the packages of that split.
+
+    Returns:
+        The examples with their splits, and a note: the packages and their licences, the number of functions in the
+        files that were parsed, the number of usable ones, and what was left out by reason.
+
+    Raises:
+        UserError: the file was changed, or a split's packages have too few usable functions.
+    """
+    if file_sha256(DOCSTRINGS_FILE) != _DOCSTRINGS_SHA256:
+        raise UserError(f"{DOCSTRINGS_FILE} was changed after it was installed; install the package again")
+    table = pq.read_table(DOCSTRINGS_FILE)
+    note = json.loads(table.schema.metadata[b"lorabench"])
+    before, chats = note.pop("left_out"), []
+    left_out = {"of too few words": before.pop("of too few words"), "too long": before.pop("too long"), **before}
+    for row in table.to_pylist():
+        chat = Chat.of(row["package"], f"What does this Python function do?\n\n{row['code']}", row["description"])
+        if row["words"] < spec.min_words:
+            left_out["of too few words"] += 1
+        elif chat.chars() > spec.max_chars:
+            left_out["too long"] += 1
+        else:
+            chats.append((row["split"], chat, row["code"]))
+    usable = list(_distinct(chats, left_out))
+    chosen: list[tuple[Split, Chat]] = []
+    for split in SPLITS:
+        pool = [chat for name, chat in usable if name == split]
+        wanted = getattr(spec, split)
+        if len(pool) < wanted:
+            raise UserError(
+                f"found {len(pool)} {split} examples of at most {spec.max_chars} characters and at least "
+                f"{spec.min_words} words in the docstrings; {wanted} are needed"
+            )
+        Random(spec.seed).shuffle(pool)
+        chosen += [(split, chat) for chat in pool[:wanted]]
+    counts = {"rows": len(usable) + sum(left_out.values()), "usable": len(usable), "left_out": left_out}
+    return iter(chosen), note | counts
+
+
+def _distinct(chats: list[tuple[Split, Chat, str]], left_out: dict[str, int]) -> Iterator[tuple[Split, Chat]]:
+    """Yield the chats whose description no other has, each code once; count the others.
+
+    Descriptions are compared without the names in backticks, code without the function's name: both by letters alone.
+    """
+
+    def letters(text: str) -> str:
+        return "".join(re.findall(r"[a-z]+", text.lower()))
+
+    same_text, same_code = "shares its description with another function", "repeats the code of another function"
+    left_out |= {same_text: 0, same_code: 0}
+    texts = [letters(re.sub(r"`[^`]*`", "", chat.messages[1]["content"])) for _, chat, _ in chats]
+    counts, seen = Counter(texts), set[str]()
+    for (split, chat, code), text in zip(chats, texts, strict=True):
+        code_letters = letters(re.sub(r"def \w+", "def", code, count=1))
+        if counts[text] > 1:
+            left_out[same_text] += 1
+        elif code_letters in seen:
+            left_out[same_code] += 1
+        else:
+            seen.add(code_letters)
+            yield split, chat
 
 
 def random_facts(spec: FactsDataset) -> Iterator[Chat]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +87,15 @@ def training_subjects(plan: Plan) -> list[Subject]:
     def experts(sweep: Sweep) -> bool:
         return dimensions(plan.preset.models[sweep.condition.model]).experts > 0
 
+    def size(sweep: Sweep) -> tuple[int, int]:
+        return dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
+
+    def fits(sweep: Sweep) -> bool:
+        try:
+            return gpus_needed(plan.preset, sweep) <= 1
+        except UserError:
+            return False
+
     trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or list(plan.sweeps)
     dense = [sweep for sweep in trained if not experts(sweep)]
     kinds = (
@@ -94,7 +103,8 @@ def training_subjects(plan: Plan) -> list[Subject]:
         [sweep for sweep in dense if sweep.condition.rank is not None],
         [sweep for sweep in trained if sweep.condition.rank is not None and experts(sweep)],
     )
-    return [subject_of(plan, _largest(plan, sweeps)) for sweeps in kinds if sweeps]
+    fitting = [[sweep for sweep in sweeps if fits(sweep)] or sweeps for sweeps in kinds if sweeps]
+    return [subject_of(plan, max(sweeps, key=size)) for sweeps in fitting]
 
 
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
@@ -112,25 +122,9 @@ def subject_of(plan: Plan, sweep: Sweep) -> Subject:
     return subject
 
 
-def _largest(plan: Plan, sweeps: Sequence[Sweep]) -> Sweep:
-    """Return the sweep of the largest model that fits one GPU, and of these the one with the highest rank."""
-
-    def fits(sweep: Sweep) -> bool:
-        try:
-            return gpus_needed(plan.preset, sweep) <= 1
-        except UserError:
-            return False
-
-    def size(sweep: Sweep) -> tuple[int, int]:
-        return dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
-
-    return max([sweep for sweep in sweeps if fits(sweep)] or sweeps, key=size)
-
-
 def planned_memory(preset: Preset, subject: Subject) -> float:
     """Return the plan's estimate of the memory of a subject's training step, in bytes."""
-    execution = preset.execution.model_copy(update={"activation_checkpointing": subject.recomputes})
-    preset, condition = preset.model_copy(update={"execution": execution}), subject.condition
+    preset, condition = preset.with_execution(activation_checkpointing=subject.recomputes), subject.condition
     tokens = subject.rows * subject.length
     return step_memory(preset, subject.sizes, condition.rank, condition.placement, tokens, subject.length).total
 
@@ -146,14 +140,32 @@ def random_model(
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": 1 << 17,
+        "tie_word_embeddings": sizes.tied,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+    config: Any
+    if sizes.experts:
+        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
+        config = Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
+    else:
+        family = Qwen3Config if sizes.query_key_norms else LlamaConfig
+        config = family(intermediate_size=sizes.intermediate, **common)
     options: dict[str, Any] = {}
     if plain:
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(sizes), dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     model.train()
     if not plain:
         attend_in_blocks(model)
@@ -173,29 +185,6 @@ def random_model(
     return adapted
 
 
-def _config(sizes: Dimensions) -> Any:
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
-
-    common: dict[str, Any] = {
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": sizes.tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if sizes.experts:
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-    return family(intermediate_size=sizes.intermediate, **common)
-
-
 def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
     """Return sequences of `length` tokens and a target after each, random and all scored."""
     ids = np.random.default_rng(0).integers(vocabulary, size=rows * (length + 1))
@@ -203,22 +192,25 @@ def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
 
 
 def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: Precision) -> Check:
-    """Compare loss and gradient of a training step on this device with plain transformers and PEFT on the CPU."""
+    """Compare loss and gradient of a training step on this device with plain transformers and PEFT on the CPU.
+
+    The error of the gradient is the norm of the difference over the norm of the reference's gradient.
+    """
     condition, sizes = subject.condition, subject.sizes
     sizes = replace(sizes, layers=min(sizes.layers, _LAYERS), experts=min(sizes.experts, _EXPERTS))
     if sizes.experts:
         # In bf16 all experts are active: rounding would otherwise send some tokens to other experts than in fp32, which
         # is no error and changes the gradient by more than rounding does.
-        most = sizes.experts if precision == "bf16" else sizes.experts // 2
-        sizes = replace(sizes, active_experts=most if precision == "bf16" else min(sizes.active_experts, most))
+        fewer = min(sizes.active_experts, sizes.experts // 2)
+        sizes = replace(sizes, active_experts=sizes.experts if precision == "bf16" else fewer)
     reference = random_model(sizes, condition, preset, _CPU, plain=True)
     model = random_model(sizes, condition, preset, machine.device)
     model.load_state_dict(reference.state_dict())
     split = random_split(_ROWS, _LENGTH, sizes.vocabulary)
     ids = torch.from_numpy(split.ids).view(_ROWS, _LENGTH + 1)
     logits = reference(input_ids=ids[:, :-1], use_cache=False).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    expected.backward()
+    expected_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    expected_loss.backward()
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
     try:
@@ -226,32 +218,21 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         loss = batch_gradient(model, split, np.arange(_ROWS), _one_pass(machine, subject), autocast)[0]
     finally:
         matmul.allow_tf32 = before
-    loss_error = abs(loss / expected.item() - 1)
-    gradient_error = relative_error(_gradients(model), _gradients(reference))
-    worst = max(loss_error, gradient_error)
+    difference = square = 0.0
+    weights = trained_parameters(model)
+    for name, other in trained_parameters(reference).items():
+        gradient, expected = weights[name].grad, other.grad
+        assert gradient is not None
+        assert expected is not None
+        difference += float((gradient.cpu().double() - expected.double()).square().sum())
+        square += float(expected.double().square().sum())
+    loss_error, gradient_error = abs(loss / expected_loss.item() - 1), (difference / square) ** 0.5
+    worst, limit = max(loss_error, gradient_error), ERROR[precision]
     sentence = (
         f"from plain transformers and PEFT in fp32 on the CPU, the loss differs by {loss_error:.1e} and the gradient "
         f"by {gradient_error:.1e}"
     )
-    name, limit = f"parity in {precision}: {subject.title}", ERROR[precision]
-    return measured(name, worst, "relative error", sentence, limit, worst <= limit)
-
-
-def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.grad for name, weight in trained_parameters(model).items() if weight.grad is not None}
-
-
-def relative_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the norm of the difference of two gradients over the norm of the expected one.
-
-    Raises:
-        ValueError: they are of other weights.
-    """
-    if gradients.keys() != expected.keys():
-        raise ValueError(f"gradients are of other weights: {min(gradients.keys() ^ expected.keys())}")
-    pairs = [(gradients[name].cpu().double(), expected[name].double()) for name in expected]
-    difference = sum(float((gradient - other).square().sum()) for gradient, other in pairs)
-    return float((difference / sum(float(other.square().sum()) for _, other in pairs)) ** 0.5)
+    return measured(worst, "relative error", sentence, limit, worst <= limit)
 
 
 def _one_pass(machine: Machine, subject: Subject) -> Machine:
@@ -259,37 +240,40 @@ def _one_pass(machine: Machine, subject: Subject) -> Machine:
     return replace(machine, max_batch_tokens=max(subject.rows * (subject.length + 1), _ROWS * (_LENGTH + 1)))
 
 
-class Step:
-    """A training step of one run on a subject. At LR 0 it does all its work and does not change the weights."""
+def training_step(preset: Preset, machine: Machine, subject: Subject) -> Callable[[], None]:
+    """Return a training step of one run on a subject. At LR 0 it does all its work and does not change the weights."""
+    model = random_model(subject.sizes, subject.condition, preset, machine.device)
+    if subject.recomputes:
+        recompute_activations(model)
+    parameters = trained_parameters(model)
+    optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
+    split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
+    at_once, autocast = _one_pass(machine, subject), machine.autocast(preset.protocol)
 
-    def __init__(self, preset: Preset, machine: Machine, subject: Subject) -> None:
-        self._model = random_model(subject.sizes, subject.condition, preset, machine.device)
-        if subject.recomputes:
-            recompute_activations(self._model)
-        self._parameters, self._protocol = trained_parameters(self._model), preset.protocol
-        self._optimizer = make_optimizer(self._parameters, Run(subject.condition, 0.0, 0), preset.protocol)
-        self._split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
-        self._machine = _one_pass(machine, subject)
+    def step() -> None:
+        batch_gradient(model, split, np.arange(len(split)), at_once, autocast)
+        clip_gradient(parameters.values(), preset.protocol.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def __call__(self) -> None:
-        """Make one optimizer step."""
-        autocast = self._machine.autocast(self._protocol)
-        batch_gradient(self._model, self._split, np.arange(len(self._split)), self._machine, autocast)
-        clip_gradient(self._parameters.values(), self._protocol.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    return step
 
 
 def step_seconds(preset: Preset, machine: Machine, subject: Subject) -> float:
     """Return the median seconds of a training step, over half a second of steps or at least one."""
-    step, seconds = Step(preset, machine, subject), list[float]()
+    step, seconds = training_step(preset, machine, subject), list[float]()
+
+    def wait() -> None:
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize(machine.device)
+
     for _ in range(_WARM_UP):
         step()
     while sum(seconds) < _SECONDS:
-        _wait(machine.device)
+        wait()
         started = time.perf_counter()
         step()
-        _wait(machine.device)
+        wait()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -307,13 +291,13 @@ def step_flops(preset: Preset, subject: Subject) -> float:
 
 
 def check_speed(preset: Preset, machine: Machine, subject: Subject) -> tuple[Check, float, float]:
-    """Time a training step on a GPU; return its speed besides the plan's, its FLOPs and its seconds."""
+    """Time a training step on a GPU; return its speed with the plan's, its FLOPs and its seconds."""
     flops, seconds = step_flops(preset, subject), step_seconds(preset, machine, subject)
     gflops, tokens = flops / seconds / 1e9, subject.rows * subject.length
     share = 1e9 * gflops / GPUS[preset.execution.gpu or ""].peak_flops
     sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"
     planned = flops_per_second(preset.execution) / 1e9
-    return measured(f"speed of a step: {subject.title}", gflops, "GFLOP/s", sentence, planned), flops, seconds
+    return measured(gflops, "GFLOP/s", sentence, planned), flops, seconds
 
 
 def check_memory(preset: Preset, machine: Machine, subject: Subject) -> Check:
@@ -321,7 +305,7 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject) -> Check:
     expected, device = planned_memory(preset, subject), machine.device
 
     def steps() -> None:
-        step = Step(preset, machine, subject)
+        step = training_step(preset, machine, subject)
         step()
         step()
 
@@ -329,7 +313,7 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject) -> Check:
     shape = f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {shape} took {peak / expected:.2f} times the memory that the plan states"
     near = abs(peak - expected) <= MEMORY_ERROR[device.type] * expected
-    return measured(f"memory of a step: {subject.title}", peak / GB, "GB", sentence, expected / GB, near)
+    return measured(peak / GB, "GB", sentence, expected / GB, near)
 
 
 def slice_of(plan: Plan) -> Subject:
@@ -364,8 +348,3 @@ def measure_speed(plan: Plan, layout: Layout) -> Speed | None:
     )
     write_json(speed.model_dump(), layout.speed)
     return speed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from typing import get_args
 
 import torch
 
@@ -45,15 +46,15 @@ class Checks:
         self._say = say
 
     def make(self, name: str, check: Callable[[], Check]) -> None:
-        """Make a check; an error that it raises is its failure."""
+        """Make a check and give it a name; an error that it raises is its failure."""
         try:
             result = check()
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             prefix = "" if isinstance(error, UserError) else f"the check raised {type(error).__name__}: "
-            result = judged(name, False, f"{prefix}{reason}")
-        self.done.append(result)
-        self._say(result)
+            result = judged(False, f"{prefix}{reason}")
+        self.done.append(result.model_copy(update={"name": name}))
+        self._say(self.done[-1])
         # Models that are no longer used leave the device.
         gc.collect()
         torch.cuda.empty_cache()
@@ -78,7 +79,7 @@ def examine(plan: Plan, layout: Layout, say: Say) -> Record:
     if gpu is None or on_gpu:
         gflops = _check_computing(checks, plan, layout, machine)
     else:
-        checks.make("computing", lambda: skipped("computing", "the preset is for a GPU, and there is none"))
+        checks.make("computing", lambda: skipped("the preset is for a GPU, and there is none"))
     return Record(
         date=date,
         preset=layout.name,
@@ -98,38 +99,36 @@ def _check_computing(checks: Checks, plan: Plan, layout: Layout, machine: Machin
 
     The speed of a CPU is kept for `lorabench plan` in a file of its own.
     """
-    preset, device = plan.preset, machine.device
-    if device.type == "cpu":
+    preset, on_cpu = plan.preset, machine.device.type == "cpu"
+    if on_cpu:
         # Parity is checked in bf16 too, whatever the preset's precision.
         bf16_products.choose_faster()
-    speeds: list[tuple[float, float]] = []
+    timed: list[tuple[float, float]] = []
 
     def speed(subject: bench.Subject) -> Check:
         check, flops, seconds = bench.check_speed(preset, machine, subject)
         if not subject.sizes.experts:
-            speeds.append((flops, seconds))
+            timed.append((flops, seconds))
         return check
 
+    def cpu_speed() -> Check:
+        kept = bench.measure_speed(plan, layout)
+        if kept is None:
+            return skipped("jobs compute on the GPU that is here")
+        return measured(kept.gflops, "GFLOP/s", kept.sentence, preset.execution.gflops)
+
     for subject in bench.training_subjects(plan):
-        for precision in ("fp32", "bf16"):
+        for precision in get_args(bench.Precision):
             name = f"parity in {precision}: {subject.title}"
             checks.make(name, partial(bench.check_parity, preset, machine, subject, precision))
         # The plan of a preset for CPUs says nothing about a GPU.
-        if preset.execution.gpu is not None or device.type == "cpu":
+        if preset.execution.gpu is not None or on_cpu:
             checks.make(f"memory of a step: {subject.title}", partial(bench.check_memory, preset, machine, subject))
         if preset.execution.gpu is not None:
             checks.make(f"speed of a step: {subject.title}", partial(speed, subject))
     if preset.execution.gpu is None:
-        checks.make("speed of training", lambda: _check_cpu_speed(plan, layout))
-    return sum(flops for flops, _ in speeds) / sum(time for _, time in speeds) / 1e9 if speeds else None
-
-
-def _check_cpu_speed(plan: Plan, layout: Layout) -> Check:
-    """Measure the speed of training, which `lorabench plan` takes from then on, besides that of the preset."""
-    name, speed = "speed of training", bench.measure_speed(plan, layout)
-    if speed is None:
-        return skipped(name, "jobs compute on the GPU that is here")
-    return measured(name, speed.gflops, "GFLOP/s", speed.sentence, plan.preset.execution.gflops)
+        checks.make("speed of training", cpu_speed)
+    return sum(flops for flops, _ in timed) / sum(seconds for _, seconds in timed) / 1e9 if timed else None
 
 
 def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
@@ -140,18 +139,17 @@ def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
         device: torch's name of the GPU, or the name of the processor.
         memory: bytes of the GPU; None if there is none.
     """
-    name = "device"
     if gpu is None:
         here = f"this is {device}" if memory is None else f"its jobs will use the GPU that is here, {device}"
-        return judged(name, True, f"the preset is for a CPU, and {here}")
+        return judged(True, f"the preset is for a CPU, and {here}")
     if memory is None:
-        return judged(name, False, f"the preset names {gpu}, but torch sees no GPU on this machine, {device}")
+        return judged(False, f"the preset names {gpu}, but torch sees no GPU on this machine, {device}")
     if not is_called(gpu, device):
         sentence = f"the preset names {gpu}, but this is {device}: set execution.gpu, or the estimates do not hold"
-        return judged(name, False, sentence)
+        return judged(False, sentence)
     least = USABLE_MEMORY * GPUS[gpu].memory
     sentence = f"this is the {gpu} that the preset names ({device})"
-    return measured(name, memory / GB, "GB", sentence, least / GB, memory >= least)
+    return measured(memory / GB, "GB", sentence, least / GB, memory >= least)
 
 
 def check_host_memory(plan: Plan) -> Check:
@@ -160,22 +158,22 @@ def check_host_memory(plan: Plan) -> Check:
     requested += [evaluation_resources(plan, job).mem_mb for job in plan.evaluations()]
     there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), max(requested) * MB
     sentence = "the memory of this machine, and what the plan requests for its largest job"
-    return measured("memory of the host", there / GB, "GB", sentence, needed / GB, there >= needed)
+    return measured(there / GB, "GB", sentence, needed / GB, there >= needed)
 
 
 def check_disk(plan: Plan) -> Check:
     """Compare the free space of this folder's file system with what the plan keeps there."""
     bill, free = total(plan), shutil.disk_usage(".").free
     needed = bill.disk + bill.working_disk
-    sentence = "the free space here, and what the plan keeps and its largest job needs besides"
-    return measured("disk", free / GB, "GB", sentence, needed / GB, free >= needed)
+    sentence = "the free space here, and what the plan keeps and its largest job needs in addition"
+    return measured(free / GB, "GB", sentence, needed / GB, free >= needed)
 
 
 def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
     """Say whether vLLM can draw from the policies of the preset's RL, as far as their models are there."""
     conditions = [sweep.condition for sweep in plan.sweeps if uses_engine(plan.preset, sweep.condition)]
     if not conditions:
-        return skipped("vLLM", "the project's own sampler draws, or the preset has no RL")
+        return skipped("the project's own sampler draws, or the preset has no RL")
     check_installed()
     policies = {(condition.model, condition.rank, condition.placement) for condition in conditions}
     checked = 0
@@ -184,4 +182,4 @@ def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
         if fetched is None or fetched.is_file():
             check_policy(layout.model(model), device, rank, placement)
             checked += 1
-    return judged("vLLM", True, f"vLLM {vllm_version()} takes {checked} of the {len(policies)} policies of RL")
+    return judged(True, f"vLLM {vllm_version()} takes {checked} of the {len(policies)} policies of RL")

@@ -22,16 +22,13 @@ from lorabench.utils.gpus import is_called, processor
 FOLDER = Path("results/doctor")
 """The folder of the records, which presets share."""
 
-VERSION: Literal[2] = 2
-"""The version of the file's schema; a file of another version is refused."""
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Check(Strict):
     """The result of one check."""
 
-    name: str
+    name: str = ""
     status: Literal["pass", "fail", "measured", "skipped"]
     """`measured` is a number without a limit; `skipped` says that the check could not be made."""
     sentence: str
@@ -44,19 +41,17 @@ class Check(Strict):
     """The unit of both numbers."""
 
 
-def judged(name: str, passed: bool, sentence: str) -> Check:
+def judged(passed: bool, sentence: str) -> Check:
     """Return a check without a number."""
-    return Check(name=name, status="pass" if passed else "fail", sentence=sentence)
+    return Check(status="pass" if passed else "fail", sentence=sentence)
 
 
-def skipped(name: str, reason: str) -> Check:
+def skipped(reason: str) -> Check:
     """Return a check that can't be made."""
-    return Check(name=name, status="skipped", sentence=reason)
+    return Check(status="skipped", sentence=reason)
 
 
-def measured(
-    name: str, value: float, unit: str, sentence: str, planned: float | None = None, passed: bool | None = None
-) -> Check:
+def measured(value: float, unit: str, sentence: str, planned: float | None = None, passed: bool | None = None) -> Check:
     """Return a check of a number, which fails if the number is not finite.
 
     Args:
@@ -64,16 +59,16 @@ def measured(
         passed: whether the number is within its limit; None without a limit.
     """
     if not math.isfinite(value):
-        sentence = f"{sentence}, and the number is {value}"
-        return Check(name=name, status="fail", sentence=sentence, planned=planned, unit=unit)
-    check = Check(name=name, status="measured", sentence=sentence, value=value, planned=planned, unit=unit)
-    return check if passed is None else check.model_copy(update={"status": "pass" if passed else "fail"})
+        return Check(status="fail", sentence=f"{sentence}, and the number is {value}", planned=planned, unit=unit)
+    status: Literal["pass", "fail", "measured"] = "measured"
+    if passed is not None:
+        status = "pass" if passed else "fail"
+    return Check(status=status, sentence=sentence, value=value, planned=planned, unit=unit)
 
 
 class Record(Strict):
     """What `lorabench doctor` found on a machine."""
 
-    version: Literal[2] = VERSION
     date: str
     """When the checks began, in UTC."""
     preset: str
@@ -128,14 +123,9 @@ class Speed(Strict):
         )
 
 
-def record_path(device: str) -> Path:
-    """Return the file of a device's record."""
-    return FOLDER / f"{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-')}.json"
-
-
 def write_record(record: Record) -> Path:
     """Write a record to the file of its device, whole or not at all, and return the file."""
-    path = record_path(record.device)
+    path = FOLDER / f"{re.sub(r'[^A-Za-z0-9.]+', '-', record.device).strip('-')}.json"
     write_json(record.model_dump(), path)
     return path
 
@@ -144,20 +134,17 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
-        UserError: the file can't be read, is no record of this version, or is of another device than its name says.
+        UserError: the file can't be read, or is no record of this version of the schema.
     """
     advice = "delete it, and run lorabench doctor again"
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); {advice}") from error
     except ValidationError as error:
         first = error.errors()[0]
         reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise UserError(f"{path} is no record of lorabench doctor, version {VERSION} ({reason}); {advice}") from error
-    if record_path(record.device).name != path.name:
-        raise UserError(f"{path} is of another device, {record.device!r}, than its name says; {advice}")
-    return record
+        raise UserError(f"{path} is no record of this version of lorabench doctor ({reason}); {advice}") from error
 
 
 def record_for(execution: Execution) -> Record | None:
@@ -167,8 +154,6 @@ def record_for(execution: Execution) -> Record | None:
         UserError: a file in the folder of records is damaged or foreign.
     """
     records = [read_record(path) for path in sorted(FOLDER.glob("*.json"))]
-
-    def fits(device: str) -> bool:
-        return device == processor() if execution.gpu is None else is_called(execution.gpu, device)
-
-    return max((record for record in records if fits(record.device)), key=lambda record: record.date, default=None)
+    gpu, here = execution.gpu, processor()
+    fitting = [record for record in records if (is_called(gpu, record.device) if gpu else record.device == here)]
+    return max(fitting, key=lambda record: record.date, default=None)

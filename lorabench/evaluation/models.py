@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.models import ModelSpec, PathModel
+from lorabench.config.inputs import ModelSpec, PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, weights_sha256
 from lorabench.models.vllm_support import cache_bytes, max_lora_rank, set_vllm_environment, vllm_version

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, shipped_folder, template_text, weights_id
 from lorabench.utils.files import atomic_path, file_sha256

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.config.placement import SUFFIXES, Placement
+from lorabench.config.fields import SUFFIXES, Placement
 from lorabench.errors import UserError
 from lorabench.models.specs import merging_is_cheaper
 

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lorabench.config.preset import Preset
-from lorabench.planning.flops import evaluation_flops, run_tokens, sweep_flops
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.flops import evaluated_documents, run_tokens, sweep_flops
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, Resources, compute_resources, evaluation_resources, job_resources
 from lorabench.planning.seconds import compute_seconds, evaluation_seconds, job_seconds
 from lorabench.runs import EvalJob, Job
 
 
-@dataclass(frozen=True)
-class JobCost:
-    """The expected cost of a job. `tokens` pass forward and backward, those of an evaluation only forward."""
-
-    requested: Resources
-    hours: float
-    """Wall-clock hours."""
-    most_hours: float
-    """Wall-clock hours of the largest possible number of runs."""
-    runs: int = 0
-    most_runs: int = 0
-    tokens: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bill:
     """The expected cost of planned work."""
 
     jobs: int
-    runs: int
-    most_runs: int
+    runs: int = 0
+    most_runs: int = 0
     """The largest possible number of runs, which differs from `runs` where sweeps find their LRs."""
-    tokens: float
-    flops: float
+    tokens: float = 0.0
+    """Tokens that pass forward and backward; of an evaluation those that pass forward."""
+    flops: float = 0.0
     job_hours: float
     """Wall-clock hours of all jobs, one after the other."""
     most_job_hours: float
@@ -54,27 +42,16 @@ class Bill:
     working_disk: float
     """The most bytes that a job also needs there while it runs."""
 
-    @classmethod
-    def summed(cls, costs: Iterable[JobCost]) -> Bill:
-        """Return the bill of some jobs: amounts of work are added, and of sizes of a job the largest is taken."""
-        costs = list(costs)
-        requests = [cost.requested for cost in costs]
-        return cls(
-            jobs=len(costs),
-            runs=sum(cost.runs for cost in costs),
-            most_runs=sum(cost.most_runs for cost in costs),
-            tokens=sum(cost.tokens for cost in costs),
-            flops=sum(cost.flops for cost in costs),
-            job_hours=sum(cost.hours for cost in costs),
-            most_job_hours=sum(cost.most_hours for cost in costs),
-            gpu_hours=sum(cost.requested.gpus * cost.hours for cost in costs),
-            most_gpu_hours=sum(cost.requested.gpus * cost.most_hours for cost in costs),
-            longest_hours=max((cost.hours for cost in costs), default=0.0),
-            gpus=max((job.gpus for job in requests), default=0),
-            memory=MB * max((job.gpu_mem_mb if job.gpus else job.mem_mb for job in requests), default=0),
-            disk=MB * sum(job.disk_mb for job in requests),
-            working_disk=MB * max((job.working_disk_mb for job in requests), default=0),
-        )
+
+# Of these the largest of several jobs counts; all other fields are added.
+_LARGEST = {"longest_hours", "gpus", "memory", "working_disk"}
+
+
+def _summed(bills: Iterable[Bill]) -> Bill:
+    jobs = list(bills)
+    columns: dict[str, Any] = {field.name: [getattr(job, field.name) for job in jobs] for field in fields(Bill)}
+    largest = {name: max(columns.pop(name), default=0) for name in _LARGEST}
+    return Bill(**largest, **{name: sum(column) for name, column in columns.items()})
 
 
 def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
@@ -83,7 +60,7 @@ def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
-    return Bill.summed(_job_cost(plan, job) for job in jobs)
+    return _summed(_training_job(plan, job) for job in jobs)
 
 
 def total(plan: Plan) -> Bill:
@@ -102,28 +79,49 @@ def per_experiment(plan: Plan) -> dict[str, Bill]:
     Raises:
         UserError: a job fits on no number of GPUs that the preset allows.
     """
-    jobs = {job: _job_cost(plan, job) for job in plan.jobs}
+    jobs = {job: _training_job(plan, job) for job in plan.jobs}
     rows = {name: [jobs[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
     if plan.preset.experiments.compute is not None:
         hours = compute_seconds(plan.preset) / 3600
-        rows["compute"] = [JobCost(compute_resources(plan), hours, hours)]
-    if evaluations := [_evaluation_cost(plan, job) for job in plan.evaluations()]:
+        rows["compute"] = [_one_job(compute_resources(plan), hours, hours)]
+    if evaluations := [_evaluation(plan, job) for job in plan.evaluations()]:
         rows["evaluation"] = evaluations
     rows["total"] = [*jobs.values(), *rows.get("compute", []), *evaluations]
-    return {name: Bill.summed(costs) for name, costs in rows.items()}
+    return {name: _summed(bills) for name, bills in rows.items()}
 
 
-def _job_cost(plan: Plan, job: Job) -> JobCost:
+def _training_job(plan: Plan, job: Job) -> Bill:
     preset, requested = plan.preset, job_resources(plan, job)
     hours, most_hours = (job_seconds(preset, job, requested.gpus, most) / 3600 for most in (False, True))
     tokens = sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
     flops = sum(sweep_flops(preset, sweep) for sweep in job.sweeps)
-    return JobCost(requested, hours, most_hours, job.n_runs, job.most_runs, tokens, flops)
+    runs, most_runs = job.n_runs, job.most_runs
+    return _one_job(requested, hours, most_hours, runs=runs, most_runs=most_runs, tokens=tokens, flops=flops)
 
 
-def _evaluation_cost(plan: Plan, job: EvalJob) -> JobCost:
-    hours, (tokens, flops) = evaluation_seconds(plan.preset, job) / 3600, evaluation_flops(plan.preset, job)
-    return JobCost(evaluation_resources(plan, job), hours, hours, tokens=tokens, flops=flops)
+def _evaluation(plan: Plan, job: EvalJob) -> Bill:
+    preset, hours = plan.preset, evaluation_seconds(plan.preset, job) / 3600
+    assert preset.evaluation
+    tokens = sum(evaluated_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
+    flops = 2.0 * dimensions(preset.models[job.model]).active_linear * tokens
+    return _one_job(evaluation_resources(plan, job), hours, hours, tokens=tokens, flops=flops)
+
+
+def _one_job(requested: Resources, hours: float, most_hours: float, **work: Any) -> Bill:
+    gpus = requested.gpus
+    return Bill(
+        **work,
+        jobs=1,
+        job_hours=hours,
+        most_job_hours=most_hours,
+        gpu_hours=gpus * hours,
+        most_gpu_hours=gpus * most_hours,
+        longest_hours=hours,
+        gpus=gpus,
+        memory=MB * (requested.gpu_mem_mb if gpus else requested.mem_mb),
+        disk=MB * requested.disk_mb,
+        working_disk=MB * requested.working_disk_mb,
+    )
 
 
 def minutes(plan: Plan, bill: Bill, cores: int, most: bool = False) -> float:

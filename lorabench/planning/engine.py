@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.models.vllm_support import max_lora_rank
-from lorabench.planning.flops import longest_sequence
-from lorabench.runs import Condition, Sweep
+from lorabench.planning.flops import longest_sequence, lora_parameters
+from lorabench.runs import Condition
 from lorabench.utils.gpus import GB, GPUS
 
 # Bytes on a GPU besides weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
@@ -60,15 +60,14 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
     Raises:
         UserError: vLLM does not take adapters of the condition's rank.
     """
-    sizes, number = dimensions(preset.models[model]), number_bytes(preset)
+    sizes, number = dimensions(preset.models[model]), _number_bytes(preset)
     weights, adapters, cached = sizes.parameters, 0, preset.execution.max_cache_tokens
     if condition is not None:
         weights, cached = _handed_over(sizes, condition), max(cached, longest_sequence(preset, condition))
-        if condition.rank is not None and condition.placement is not None:
-            room = max_lora_rank(condition.rank)
-            adapters = sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
+        room = None if condition.rank is None else max_lora_rank(condition.rank)
+        adapters = lora_parameters(preset, sizes, room, condition.placement)[0]
     overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
-    return EngineMemory(number * weights, number * adapters, cached * cache_bytes(preset, sizes), overhead)
+    return EngineMemory(number * weights, number * adapters, cached * _cache_bytes(preset, sizes), overhead)
 
 
 def _handed_over(sizes: Dimensions, condition: Condition) -> int:
@@ -77,36 +76,35 @@ def _handed_over(sizes: Dimensions, condition: Condition) -> int:
     return sizes.parameters + (sizes.vocabulary * sizes.hidden if untied else 0)
 
 
-def number_bytes(preset: Preset) -> int:
+def _number_bytes(preset: Preset) -> int:
     """Return the bytes of a weight, key or value of the engine."""
     return 2 if preset.protocol.precision == "bf16" else 4
 
 
-def cache_bytes(preset: Preset, sizes: Dimensions) -> int:
+def _cache_bytes(preset: Preset, sizes: Dimensions) -> int:
     """Return the bytes of a token's keys and values in all layers."""
-    return number_bytes(preset) * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim
+    return _number_bytes(preset) * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim
 
 
-def handover_bytes(preset: Preset, sweep: Sweep) -> int:
+def handover_bytes(preset: Preset, condition: Condition) -> int:
     """Return the bytes of shared memory in which a job hands its weights to all of its engines in each step.
 
     They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapter in fp32.
     """
-    condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
-    if condition.rank is None or condition.placement is None:
-        return number_bytes(preset) * _handed_over(sizes, condition)
-    return 4 * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
+    if condition.rank is None:
+        return _number_bytes(preset) * _handed_over(sizes, condition)
+    return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
+
+
+def handover_seconds(preset: Preset, condition: Condition) -> float:
+    """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
+    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
 
 
 def engine_start_seconds(preset: Preset) -> float:
     """Return the seconds in which an engine starts, with loading its weights."""
     return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
-
-
-def handover_seconds(preset: Preset, sweep: Sweep) -> float:
-    """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
-    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, sweep) / _THROUGH_MEMORY
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
@@ -122,7 +120,7 @@ def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: 
     """
     assert preset.execution.gpu
     gpu = GPUS[preset.execution.gpu]
-    weights = positions * number_bytes(preset) * sizes.parameters / gpu.bandwidth
+    weights = positions * _number_bytes(preset) * sizes.parameters / gpu.bandwidth
     products = 2.0 * tokens * sizes.active_linear / gpu.peak_flops
-    cache = tokens * context * cache_bytes(preset, sizes) / gpu.bandwidth
+    cache = tokens * context * _cache_bytes(preset, sizes) / gpu.bandwidth
     return max(positions * _POSITION_SECONDS, (max(weights, products) + cache) / _EFFICIENCY)

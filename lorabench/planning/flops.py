@@ -4,28 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorabench.config.datasets import DatasetSpec
 from lorabench.config.execution import EvalTask
-from lorabench.config.models import ModelSpec
+from lorabench.config.fields import Placement
+from lorabench.config.inputs import DatasetSpec, ModelSpec
 from lorabench.config.preset import Preset
-from lorabench.models.specs import Dimensions, dimensions
-from lorabench.runs import Condition, EvalJob, Sweep
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.runs import Condition, Sweep
 
 # Measured on the offline datasets: an example's mean length as a share of the limit, and its largest mean; characters
 # per token of the tiny base's tokenizer and, roughly, of large ones. The lengths of the hub's problems are guesses.
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83, "docstrings": 0.6}
 _MEAN_CHARS = {"instruct": 216, "worked": 500, "docstrings": 472}
 _CHARS_OF_A_FACT = 40
-_CHARS_OF_A_PROBLEM = {
-    "arithmetic": 90,
-    "gsm_symbolic": 300,
-    "sums": 8,
-    "gsm8k": 300,
-    "math": 300,
-    "deepmath": 400,
-    "file": 300,
-}
+_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "sums": 8, "deepmath": 400}
+_CHARS_OF_OTHER_PROBLEMS = 300
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
+
+
+@dataclass(frozen=True)
+class RunTokens:
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn."""
+
+    trained: float
+    evaluated: float
+    drawn: float
+    context: float
+    """The mean number of tokens that a token attends to."""
+
+
+@dataclass(frozen=True)
+class RunFlops:
+    """FLOPs of one run: of training, of evaluating without a gradient, and of drawing responses."""
+
+    trained: float
+    evaluated: float
+    drawn: float
+    recomputed: float
+    """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
@@ -39,22 +54,30 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     return chars / _CHARS_PER_TOKEN[model.kind]
 
 
-def prompt_tokens(preset: Preset, condition: Condition) -> float:
+def _prompt_tokens(preset: Preset, condition: Condition) -> float:
     """Return the estimated mean number of tokens of an RL condition's prompts."""
-    kind = preset.problems[condition.dataset].kind
-    return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
+    chars = _CHARS_OF_A_PROBLEM.get(preset.problems[condition.dataset].kind, _CHARS_OF_OTHER_PROBLEMS)
+    return chars / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
 
 def longest_sequence(preset: Preset, condition: Condition) -> int:
     """Return the estimated number of tokens of the longest example, or in RL of a prompt with the longest response."""
-    model = preset.models[condition.model]
     if condition.rollouts is not None:
-        return round(prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
+        return round(_prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
     dataset = preset.datasets[condition.dataset]
     if dataset.kind == "hub" and dataset.max_tokens is not None:
         return dataset.max_tokens
     chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
-    return round(chars / _CHARS_PER_TOKEN[model.kind])
+    return round(chars / _CHARS_PER_TOKEN[preset.models[condition.model].kind])
+
+
+def lora_parameters(
+    preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None
+) -> tuple[int, int]:
+    """Return the number of LoRA's parameters, and of those that a token passes; zeros without a rank."""
+    if rank is None or placement is None:
+        return 0, 0
+    return sizes.lora(placement, rank, preset.protocol.include_unembedding)
 
 
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
@@ -72,43 +95,25 @@ def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
     return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
-@dataclass(frozen=True)
-class RunTokens:
-    """Tokens of one run: trained on, evaluated without a gradient, and drawn.
-
-    `context` is the mean number of tokens that a token attends to.
-    """
-
-    trained: float
-    evaluated: float
-    drawn: float
-    context: float
-
-
 def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
     """Estimate the tokens of each run of a condition."""
     rollouts = condition.rollouts
     if rollouts is None:
-        dataset = preset.datasets[condition.dataset]
+        dataset, protocol, steps = preset.datasets[condition.dataset], preset.protocol, condition.steps
         per_example = tokens_per_example(preset.models[condition.model], dataset)
-        examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
-        trained = condition.steps * condition.batch_size * per_example
+        # The steps after which a run is validated, as `lorabench.training.sft.curve_steps` gives them.
+        spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
+        validations = len(spaced | {step for step in protocol.validate_at if step <= steps})
+        examples = validations * dataset.validation + dataset.test
         # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
-        return RunTokens(trained, examples * per_example, 0.0, per_example)
-    prompt, response = prompt_tokens(preset, condition), rollouts.mean_response_tokens
+        return RunTokens(steps * condition.batch_size * per_example, examples * per_example, 0.0, per_example)
+    prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
     episodes = condition.steps * condition.batch_size
     graded = rollouts.evaluations * graded_problems(preset, condition)
     # A prompt passes through the model once for its group, both in sampling and in learning.
     prompts = episodes / rollouts.group_size * prompt
     drawn = (episodes + graded) * response
     return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
-
-
-def _validations(preset: Preset, steps: int) -> int:
-    """Return the number of validations of a run, at the steps that `lorabench.training.sft.curve_steps` gives."""
-    protocol = preset.protocol
-    spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
-    return len(spaced | {step for step in protocol.validate_at if step <= steps})
 
 
 def graded_problems(preset: Preset, condition: Condition) -> int:
@@ -119,27 +124,13 @@ def graded_problems(preset: Preset, condition: Condition) -> int:
     return problems.validation + problems.test + held_out * condition.rollouts.held_out_samples
 
 
-@dataclass(frozen=True)
-class RunFlops:
-    """FLOPs of one run: of training, of evaluating without a gradient, and of drawing responses."""
-
-    trained: float
-    evaluated: float
-    drawn: float
-    recomputed: float
-    """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
-
-
 def run_flops(preset: Preset, condition: Condition) -> RunFlops:
     """Estimate the FLOPs of each run of a condition."""
-    sizes = dimensions(preset.models[condition.model])
-    tokens = run_tokens(preset, condition)
-    lora = None
-    if condition.rank is not None and condition.placement is not None:
-        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
+    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
+    lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
     attention = attention_flops_per_token(sizes, tokens.context)
-    forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
-    train = linear_flops_per_token(sizes, lora) + 3 * attention
+    forward = 2.0 * (sizes.active_linear + lora) + attention
+    train = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
     recomputed = tokens.trained * forward if preset.execution.activation_checkpointing is True else 0.0
     return RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, recomputed)
 
@@ -148,14 +139,6 @@ def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
     flops = run_flops(preset, sweep.condition)
     return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
-
-
-def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
-    """Estimate the tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
-    assert preset.evaluation
-    parameters = dimensions(preset.models[job.model]).active_linear
-    tokens = sum(evaluated_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
-    return tokens, 2.0 * parameters * tokens
 
 
 def evaluated_documents(task: EvalTask) -> int:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.planning.engine import engine_memory, uses_engine
-from lorabench.planning.flops import longest_sequence
+from lorabench.planning.flops import longest_sequence, lora_parameters
 from lorabench.runs import Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -76,18 +76,16 @@ class Memory:
 
 def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
     """Return the number of parameters that are trained; a rank of None is full fine-tuning."""
-    if rank is None or placement is None:
-        return sizes.parameters
-    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
+    return sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
 
 
-def _kept_casts(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
-    """Return the number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
+def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
+    """Return the number of frozen parameters, those that carry LoRA, of which a bf16 copy is kept for speed.
 
-    It is 0 for sharded models, and with `activation_checkpointing`, by which memory matters more than speed.
+    It is 0 for sharded models. With `activation_checkpointing`, by which memory matters more than speed, the copies are
+    kept in passes without gradients only.
     """
-    execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
-    if placement is None or not bf16 or execution.activation_checkpointing is True or gpus > 1:
+    if placement is None or preset.protocol.precision != "bf16" or gpus > 1:
         return 0
     return sizes.carrying(placement, preset.protocol.include_unembedding)
 
@@ -105,11 +103,9 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
     if uses_engine(preset, condition):
         return replace(step, engine=engine_memory(preset, condition.model, condition).total)
-    # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
-    cast = 0
-    if condition.placement is not None and bf16 and gpus == 1:
-        carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
-        cast = 2 * (carrying - _kept_casts(preset, sizes, condition.placement, gpus))
+    # Where training does not keep the bf16 copies of weights that carry LoRA, passes without gradients do.
+    again = execution.activation_checkpointing is True
+    cast = 2 * cast_parameters(preset, sizes, condition.placement, gpus) if again else 0
     if not is_rl:
         return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
@@ -170,7 +166,7 @@ def step_memory(
         gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
         # The gradient of a whole layer, and a copy of it from which each process gets its part.
         backward += 0 if rank else 2 * 4 * sizes.layer_parameters
-    cast = _kept_casts(preset, sizes, placement, gpus)
+    cast = 0 if recomputes else cast_parameters(preset, sizes, placement, gpus)
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
     # fully fine-tuned.
@@ -205,18 +201,16 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     Raises:
         TooLargeError: the job does not even fit on `execution.max_gpus`.
     """
-    preset = decided(preset, sweep)
+    preset, condition = decided(preset, sweep), sweep.condition
     execution = preset.execution
     if execution.gpu is None:
         return 0
-    gpus = _least_gpus(preset, sweep)
-    if gpus is not None:
+    if (gpus := _least_gpus(preset, sweep)) is not None:
         return gpus
     most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
     needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
     also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
     more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
-    condition = sweep.condition
     method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
     message = (
         f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of "
@@ -232,10 +226,7 @@ def decided(preset: Preset, sweep: Sweep) -> Preset:
     execution = preset.execution
     if execution.activation_checkpointing != "auto":
         return preset
-    keeping, recomputing = (
-        preset.model_copy(update={"execution": execution.model_copy(update={"activation_checkpointing": again})})
-        for again in (False, True)
-    )
+    keeping, recomputing = (preset.with_execution(activation_checkpointing=again) for again in (False, True))
     if execution.gpu is None or _least_gpus(keeping, sweep) == _least_gpus(recomputing, sweep) is not None:
         return keeping
     return recomputing

@@ -1,30 +1,41 @@
-"""The plan of a preset: its sweeps, the jobs that train them, and its evaluations. No torch is imported.
+"""The plan of a preset: its experiments expanded into sweeps, one per condition, the jobs that train them, and its
+evaluations. No torch is imported.
 
 Sweeps are grouped into jobs, so that the time to start a job is a small share of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
-from lorabench.config.experiments import SftExperiment
+from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
-from lorabench.models.specs import model_id
-from lorabench.planning.expand import block_sweeps, merge_sweeps, rl_conditions, sft_conditions
+from lorabench.models.dimensions import dimensions
+from lorabench.models.identity import model_id
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.memory import gpus_needed
 from lorabench.planning.seconds import start_seconds, sweep_seconds
-from lorabench.runs import PROTOCOL_VERSION, EvalJob, Job, Sweep
+from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 
 START_SHARE = 0.05
 """Share of a job's time that its start may take."""
+# Number of LRs that a sweep with `lrs: auto` starts with.
+_FIRST_LRS = 3
+# The paper's law for Llama models, whose constants are in `lorabench.analysis.lr_law.PUBLISHED`: LR of full fine-tuning
+# at width 2000, that of LoRA over it, and the exponent of the width.
+_FULLFT, _LORA_OVER_FULLFT, _WIDTH, _EXPONENT = 5e-5, 10.0, 2000.0, 0.781
+# In RL tinker-cookbook takes 4e-5 and 8e-5 for LoRA on GSM8K with 8B parameters, about a quarter of the law's 2.9e-4;
+# the tiny bases need as much less.
+_RL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,8 @@ class Plan:
             sources = {task.source for task in evaluation.tasks if task.source}
             data = {name: dataset_id(self.preset.sources[name]) for name in sorted(sources)}
             rules = evaluation.model_dump(exclude={"experiments"})
-            sampler = self.preset.execution.sampler
-            named = [] if sampler == "own" else [sampler]
-            identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model]), *named], 8)
+            sampler = [] if self.preset.execution.sampler == "own" else [self.preset.execution.sampler]
+            identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model]), *sampler], 8)
             jobs.append(EvalJob(model, None, identity))
             jobs += [EvalJob(model, sweep, identity) for sweep in chosen if sweep.condition.model == model]
         return jobs
@@ -62,10 +72,6 @@ class Plan:
             if job.eval_id == eval_id:
                 return job
         raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
-
-    def sweeps_of(self, experiment: str) -> list[Sweep]:
-        """Return the sweeps that an experiment needs."""
-        return [sweep for sweep in self.sweeps if experiment in sweep.experiments]
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -110,17 +116,127 @@ class Plan:
 
 def make_plan(preset: Preset) -> Plan:
     """Plan a preset's sweeps; a condition that several experiments need appears once."""
-    needed = [
-        sweep
-        for name, blocks in preset.experiments.trained().items()
-        for block in blocks
-        for common in (
-            sft_conditions(preset, block) if isinstance(block, SftExperiment) else rl_conditions(preset, block)
-        )
-        for sweep in block_sweeps(preset, name, block, common)
-    ]
+    trained = preset.experiments.trained().items()
+    needed = [sweep for name, blocks in trained for block in blocks for sweep in _block_sweeps(preset, name, block)]
     longest_first = sorted(merge_sweeps(needed), key=lambda sweep: -sweep_flops(preset, sweep))
     return Plan(preset, tuple(longest_first))
+
+
+def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment) -> Iterator[Sweep]:
+    """Yield the sweep of each arm of a block of the experiment `name`, for each of its models, data and batch sizes."""
+    best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
+    for common, (arm, grid, scale) in product(_conditions(preset, block), _arms(block, preset.protocol)):
+        condition = Condition(**common, **arm, eps=preset.protocol.eps if block.eps is None else block.eps)
+        lattice = None
+        if isinstance(grid, AutoLrs):
+            start = grid.start or starting_lr(dimensions(preset.models[condition.model]).hidden, condition.task)
+            lattice = Lattice(grid.per_decade, grid.most - _FIRST_LRS, scale)
+            lrs: tuple[float, ...] = lattice.around(start)
+        else:
+            lrs = tuple(lr * scale for lr in grid)
+        given = tuple((lr, every) for lr in lrs) if every > 1 else ()
+        yield Sweep(condition, lrs, Seeds(best, around if lattice else 1, given), (name,), lattice)
+
+
+def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator[dict[str, Any]]:
+    """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
+    # Alpha and epsilon are fields of the condition.
+    rules = preset.protocol.model_dump(exclude={"alpha", "eps"})
+
+    def identity(model: str, data: str | list[str]) -> str:
+        """Return the hash of what determines a run's result besides the condition's other fields, its LR and seed."""
+        return digest([PROTOCOL_VERSION, model_id(preset.models[model]), data, rules])
+
+    if isinstance(block, SftExperiment):
+        for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
+            spec = preset.datasets[dataset]
+            steps = int(spec.train * block.epochs) // batch_size
+            yield {
+                "task": "sft",
+                "model": model,
+                "dataset": dataset,
+                "batch_size": batch_size,
+                "steps": steps if block.steps is None else min(steps, block.steps),
+                "identity": identity(model, dataset_id(spec)),
+            }
+        return
+    rollouts = Rollouts(
+        block.group_size,
+        block.max_new_tokens,
+        block.evaluations,
+        tuple(block.held_out),
+        block.held_out_samples,
+        block.prompt,
+        tuple(block.stop),
+        block.mean_response_tokens,
+        preset.execution.sampler,
+    )
+    for model, problems in product(block.models, block.problems):
+        yield {
+            "task": "rl",
+            "model": model,
+            "dataset": problems,
+            "batch_size": block.problems_per_step * block.group_size,
+            "steps": block.steps,
+            "identity": identity(model, [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]),
+            "rollouts": rollouts,
+        }
+
+
+def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
+    """Yield the condition's fields of each arm, its LR grid, and the factor on the grid's LRs."""
+    if block.lrs.fullft:
+        absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
+        yield {"method": "fullft", **absent}, block.lrs.fullft, 1.0
+    alphas = block.alphas or [protocol.alpha]
+    # The first transform is the identity: p = q = 1.
+    transforms = [[1.0, 1.0], *block.transforms]
+    for placement, ranks in block.ranks.items():
+        for rank, alpha, init_a, ratio, (p, q) in product(ranks, alphas, block.inits_a, block.lr_ratios, transforms):
+            arm = {
+                "method": "lora",
+                "rank": rank,
+                "placement": placement,
+                "alpha": alpha * rank**block.alpha_power / (p * q),
+                "init_a": init_a * p,
+                "lr_ratio": ratio * q / p,
+            }
+            yield arm, block.lrs.lora, p
+
+
+def starting_lr(hidden_size: int, task: Literal["sft", "rl"]) -> float:
+    """Return the LR in the middle of the first three, the same for LoRA and full fine-tuning.
+
+    It is the geometric mean of the LRs that the paper's law gives the two methods, so that their grids overlap. The
+    exponent of Llama serves all families: over widths of 1,024 to 8,192 the start is then within a factor of 3 of that
+    for Qwen, which a walk of a step or two makes up for.
+    """
+    law: float = _FULLFT * math.sqrt(_LORA_OVER_FULLFT) * (_WIDTH / hidden_size) ** _EXPONENT
+    return law * (_RL_SHARE if task == "rl" else 1.0)
+
+
+def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
+    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them.
+
+    If some have a lattice, the merged sweep walks on the finest one, starting from the LRs of all.
+    """
+    merged: dict[Condition, Sweep] = {}
+    for sweep in sweeps:
+        other = merged.get(sweep.condition)
+        if other is not None:
+            lattice = sweep.lattice or other.lattice
+            if sweep.lattice and other.lattice:
+                finest = max(other.lattice, sweep.lattice, key=lambda lattice: lattice.per_decade)
+                lattice = replace(finest, further=max(other.lattice.further, sweep.lattice.further))
+            sweep = Sweep(
+                sweep.condition,
+                lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
+                seeds=other.seeds.merged(sweep.seeds),
+                experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
+                lattice=lattice,
+            )
+        merged[sweep.condition] = sweep
+    return list(merged.values())
 
 
 def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, ...]]:
@@ -159,17 +275,13 @@ def _divided(group: Iterable[tuple[float, Sweep]], enough: float, most: float) -
     alone = [[timed] for timed in longest_first if timed[0] >= enough]
     short = longest_first[len(alone) :]
     count = max(1, round(_seconds(short) / enough))
-    while max(map(_seconds, jobs := _spread(short, count))) > most:
+    while True:
+        jobs: list[list[tuple[float, Sweep]]] = [[] for _ in range(count)]
+        for timed in short:
+            min(jobs, key=_seconds).append(timed)
+        if max(map(_seconds, jobs)) <= most:
+            return alone + [job for job in jobs if job]
         count += 1
-    return alone + [job for job in jobs if job]
-
-
-def _spread(longest_first: Iterable[tuple[float, Sweep]], count: int) -> list[list[tuple[float, Sweep]]]:
-    """Spread timed sweeps over `count` jobs, each sweep into the job that is the shortest so far."""
-    jobs: list[list[tuple[float, Sweep]]] = [[] for _ in range(count)]
-    for timed in longest_first:
-        min(jobs, key=_seconds).append(timed)
-    return jobs
 
 
 def _seconds(job: Iterable[tuple[float, Sweep]]) -> float:

@@ -84,7 +84,7 @@ def job_resources(plan: Plan, job: Job) -> Resources:
         saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)
         if uses_engine(preset, condition):
             # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
-            shared = max(shared, 2 * handover_bytes(preset, sweep) + gpus * _GPU_PROCESS)
+            shared = max(shared, 2 * handover_bytes(preset, condition) + gpus * _GPU_PROCESS)
     seconds = job_seconds(preset, job, gpus, most=True)
     return replace(
         _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk, shared, state),
@@ -122,19 +122,14 @@ def compute_resources(plan: Plan) -> Resources:
     experiment, protocol = preset.experiments.compute, preset.protocol
     assert experiment
     # The measured steps keep all activations, whatever the preset sets for training.
-    execution = preset.execution.model_copy(update={"activation_checkpointing": False})
-    measured = preset.model_copy(update={"execution": execution})
-
-    def peak(model: str) -> float:
+    measured, row = preset.with_execution(activation_checkpointing=False), experiment.sequence_length
+    peaks = {}
+    for model in experiment.models:
         sizes = dimensions(preset.models[model])
         adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
-        step = step_memory(
-            measured, sizes, None, None, experiment.batch_size * experiment.sequence_length, experiment.sequence_length
-        )
-        return step.total + 12 * adapters
-
-    largest = max(experiment.models, key=peak)
-    return _on_one(preset, "experiment compute", largest, peak(largest), compute_seconds(preset), MB)
+        peaks[model] = 12 * adapters + step_memory(measured, sizes, None, None, experiment.batch_size * row, row).total
+    largest = max(peaks, key=lambda model: peaks[model])
+    return _on_one(preset, "experiment compute", largest, peaks[largest], compute_seconds(preset), MB)
 
 
 def doctor_resources(plan: Plan) -> Resources:
@@ -154,14 +149,12 @@ def doctor_resources(plan: Plan) -> Resources:
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
     """Return the resources of the job that tokenizes a dataset: a process per thread and one that writes, no GPU."""
     spec, processes = preset.datasets[dataset], preset.execution.threads
-    examples = spec.train + spec.validation + spec.test
-    tokens = examples * tokens_per_example(preset.models[model], spec)
-    # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files of both and the cache made of them.
-    size = 5 * tokens
+    tokens = (spec.train + spec.validation + spec.test) * tokens_per_example(preset.models[model], spec)
     seconds = tokens / (processes * _TOKENIZED_PER_SECOND)
     minutes = math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES
-    memory = (1 + processes) * _PROCESS
-    return Resources(0, processes, math.ceil(memory / MB), 0, minutes, math.ceil(2 * size / MB))
+    # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files of both and the cache made of them.
+    memory, disk = (1 + processes) * _PROCESS, 2 * 5 * tokens
+    return Resources(0, processes, math.ceil(memory / MB), 0, minutes, math.ceil(disk / MB))
 
 
 def restarts(jobs: Iterable[Resources], limit: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorabench.config.execution import EvalTask, Execution
+from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
-from lorabench.models.specs import Dimensions, dimensions
+from lorabench.models.dimensions import dimensions
 from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     evaluated_documents,
@@ -14,9 +14,9 @@ from lorabench.planning.flops import (
     run_flops,
     run_tokens,
 )
-from lorabench.planning.memory import decided
+from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
-from lorabench.utils.gpus import GPUS, Gpu
+from lorabench.utils.gpus import GPUS
 
 # Seconds in which a job on one core imports its libraries, loads and writes; in an evaluation with lm-eval's libraries.
 _START_SECONDS = 6.0
@@ -76,38 +76,69 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
     flops, tokens = run_flops(preset, condition), run_tokens(preset, condition)
     work = flops.trained + flops.evaluated + flops.recomputed
-    if not gpus:
+    if execution.gpu is None or not gpus:
         return (work + _decoding(preset) * flops.drawn) / flops_per_second(execution), 0.0
+    experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
-        experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
         active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
         work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
-    computing = work / flops_per_second(execution, gpus) + _adding_seconds(preset, condition, gpus)
+    computing = work / flops_per_second(execution, gpus)
+    at_once = gpus * execution.max_batch_tokens
+    trained, evaluated = max(condition.steps, tokens.trained / at_once), tokens.evaluated / at_once
+    if condition.placement not in (None, "attn"):
+        # In each pass LoRA is added to the weights of all experts.
+        recomputed = trained if execution.activation_checkpointing is True else 0.0
+        traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
+        computing += traffic * sum(matrix.parameters for matrix in experts) / GPUS[execution.gpu].bandwidth
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
-    at_once = gpus * execution.max_batch_tokens
-    passes = 3 * max(condition.steps, tokens.trained / at_once) + tokens.evaluated / at_once
-    waiting = max(0.0, passes * sizes.layers * _LAYER_SECONDS - computing)
+    waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
     if condition.rollouts is None:
         return computing, waiting
-    if uses_engine(preset, condition):
-        return computing, waiting + _engine_seconds(preset, sweep, gpus)
-    return computing + flops.drawn / flops_per_second(execution, gpus), waiting + _drawing_seconds(preset, sweep, gpus)
+    if not uses_engine(preset, condition):
+        computing += flops.drawn / flops_per_second(execution, gpus)
+    return computing, waiting + _drawing_seconds(preset, condition, gpus)
 
 
-def _adding_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
-    """Return the seconds in which a run's LoRA is added to the weights of experts on GPUs, in each pass."""
-    execution, sizes = preset.execution, dimensions(preset.models[condition.model])
-    if condition.placement in (None, "attn") or not sizes.experts:
-        return 0.0
+def _decoding(preset: Preset) -> float:
+    """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
+    return _DECODING * (_ENGINE_OVER_OWN if preset.execution.sampler == "vllm" else 1.0)
+
+
+def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+    """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
+
+    The engine also gets the run's weights. This project's own sampler launches each layer for every position, reads the
+    weights, and reads the cache.
+    """
+    rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
+    assert rollouts
     assert execution.gpu
-    experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
-    tokens, most = run_tokens(preset, condition), gpus * execution.max_batch_tokens
-    trained, evaluated = max(condition.steps, tokens.trained / most), tokens.evaluated / most
-    recomputed = trained if execution.activation_checkpointing is True else 0.0
-    traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
-    return traffic * experts / GPUS[execution.gpu].bandwidth
+    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
+    # In the engine the cache of a running response grows with it.
+    rows = gpus * execution.max_cache_tokens / (tokens.context if engine else longest_sequence(preset, condition))
+    longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
+
+    def positions_of(responses: int) -> float:
+        """Return the positions that are drawn until all of so many responses have ended."""
+        rounds = responses / max(1.0, rows)
+        # In the engine waiting responses take the rows of those that have ended, rather than wait for the longest.
+        return max(longest, _REFILLED * rounds * mean) if engine else max(1.0, rounds) * longest
+
+    positions = condition.steps * positions_of(condition.batch_size)
+    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
+    if engine:
+        handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
+        return engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context) + handovers
+    # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
+    # and the copy from which processes of a sharded model sample, are read in bf16.
+    cast = cast_parameters(preset, sizes, condition.placement, gpus)
+    weights = 2 * cast + (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
+    # Keys and values are read, repeated for all heads, and read again.
+    cache = tokens.drawn * tokens.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
+    bandwidth = GPUS[execution.gpu].bandwidth
+    return positions * (sizes.layers * _LAYER_SECONDS + weights / bandwidth) + cache / bandwidth / gpus
 
 
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
@@ -137,118 +168,31 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -
         return seconds
     # Full fine-tuning loads the base again for each run.
     loads = runs if sweep.condition.method == "fullft" else 1
-    weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
-    return seconds + loads * weights / _READING
-
-
-def _decoding(preset: Preset) -> float:
-    """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
-    return _DECODING * (_ENGINE_OVER_OWN if preset.execution.sampler == "vllm" else 1.0)
-
-
-def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Return the seconds, besides those of FLOPs, of drawing a run's responses on GPUs: launches, and memory traffic of
-    weights and cache."""
-    condition, execution = sweep.condition, preset.execution
-    assert condition.rollouts
-    assert execution.gpu
-    sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    positions = _positions(preset, sweep, gpus, longest_sequence(preset, condition), refills=False)
-    position = sizes.layers * layer_seconds(execution) + weights_seconds(preset, condition, sizes, gpus)
-    tokens = run_tokens(preset, condition)
-    return positions * position + cache_seconds(gpu, sizes, tokens.drawn * tokens.context) / gpus
-
-
-def _engine_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Return the seconds of a run on GPUs in which engines draw its responses and get its weights."""
-    condition = sweep.condition
-    assert condition.rollouts
-    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
-    # The cache of a running response grows with it.
-    positions = _positions(preset, sweep, gpus, tokens.context, refills=True)
-    drawing = engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context)
-    return drawing + (condition.steps + condition.rollouts.evaluations) * handover_seconds(preset, sweep)
-
-
-def _positions(preset: Preset, sweep: Sweep, gpus: int, row_tokens: float, refills: bool) -> float:
-    """Return the positions that are drawn until all responses of a run have ended.
-
-    Args:
-        row_tokens: tokens of the cache that a response takes.
-        refills: whether waiting responses take the rows of those that have ended, rather than wait for the longest.
-    """
-    condition = sweep.condition
-    rollouts = condition.rollouts
-    assert rollouts
-    rows = max(1.0, gpus * preset.execution.max_cache_tokens / row_tokens)
-    longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
-
-    def positions_of(responses: int) -> float:
-        if refills:
-            return max(longest, _REFILLED * responses / rows * mean)
-        return max(1.0, responses / rows) * longest
-
-    graded = rollouts.evaluations * positions_of(graded_problems(preset, condition))
-    return condition.steps * positions_of(condition.batch_size) + graded
-
-
-def layer_seconds(execution: Execution) -> float:
-    """Return the least seconds of a layer for a position while a GPU draws responses: measured, or else assumed."""
-    return execution.layer_seconds or _LAYER_SECONDS
-
-
-def weights_seconds(preset: Preset, condition: Condition, sizes: Dimensions, gpus: int) -> float:
-    """Return the seconds in which a GPU reads the weights for one position while responses are drawn."""
-    execution = preset.execution
-    assert execution.gpu
-    # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
-    # and the copy from which processes of a sharded model sample, are read in bf16.
-    cast = 0
-    if condition.placement is not None and preset.protocol.precision == "bf16" and gpus == 1:
-        cast = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
-    other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
-    return (2 * cast + other) / GPUS[execution.gpu].bandwidth
-
-
-def cache_seconds(gpu: Gpu, sizes: Dimensions, pairs: float) -> float:
-    """Return the seconds in which a GPU reads keys and values, repeats them for all heads, and reads them again.
-
-    Args:
-        pairs: drawn tokens times the mean number of tokens that each attends to.
-    """
-    return pairs * sizes.layers * 12 * sizes.heads * sizes.head_dim / gpu.bandwidth
+    return seconds + loads * 4 * dimensions(preset.models[sweep.condition.model]).parameters / _READING
 
 
 def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     """Estimate the wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
     assert preset.evaluation
-    sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
+    execution, sizes = preset.execution, dimensions(preset.models[job.model])
+    gpu, engine = execution.gpu, execution.sampler == "vllm"
     seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
-    if preset.execution.sampler == "vllm":
-        seconds += engine_start_seconds(preset)
+    seconds += engine_start_seconds(preset) if engine else 0.0
     for task in preset.evaluation.tasks:
-        tokens = evaluated_documents(task) * task.mean_tokens
-        read = 2.0 * sizes.active_linear * tokens / flops_per_second(preset.execution)
+        documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
+        read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
         # Tasks about what was learned mostly draw answers; tasks about what was forgotten read texts.
         drawn = task.about == "learned"
         seconds += read * _decoding(preset) if drawn and gpu is None else read
-        if drawn and gpu is not None:
-            seconds += _answering_seconds(preset, task, sizes)
+        # On a GPU all answers are as long as the longest.
+        if drawn and gpu is not None and engine:
+            rows = max(1.0, execution.max_cache_tokens / task.mean_tokens)
+            positions = max(longest, _REFILLED * documents / rows * longest)
+            seconds += engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
+        elif drawn and gpu is not None:
+            positions = documents / preset.evaluation.batch_size * longest
+            seconds += positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / GPUS[gpu].bandwidth)
     return seconds
-
-
-def _answering_seconds(preset: Preset, task: EvalTask, sizes: Dimensions) -> float:
-    """Return the seconds, besides those of FLOPs, in which a GPU draws a task's answers, all as long as the longest."""
-    assert preset.evaluation
-    assert preset.execution.gpu
-    documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
-    if preset.execution.sampler == "vllm":
-        rows = max(1.0, preset.execution.max_cache_tokens / task.mean_tokens)
-        positions = max(longest, _REFILLED * documents / rows * longest)
-        return engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
-    positions = documents / preset.evaluation.batch_size * longest
-    weights = 2 * sizes.parameters / GPUS[preset.execution.gpu].bandwidth
-    return positions * (sizes.layers * layer_seconds(preset.execution) + weights)
 
 
 def compute_seconds(preset: Preset) -> float:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli import app
-from lorabench.cli.snakemake import snakemake_command
+from lorabench.cli.commands import snakemake_command
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from lorabench.data.controls import controls
-from lorabench.data.sums import sum_problems
+from lorabench.data.problems import controls
+from lorabench.data.reasoning import sum_problems
 
 
 def asked(answer, numbers=range(2, 22), question="What is {} with {}?"):

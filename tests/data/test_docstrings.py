@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.config.datasets import DocstringsDataset
+from lorabench.config.inputs import DocstringsDataset
 from lorabench.config.loading import load_preset
-from lorabench.data import docstrings
+from lorabench.data import sft
 from lorabench.data.identity import dataset_id
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
@@ -40,18 +40,18 @@ def test_examples_are_short_distinct_and_of_other_packages_in_each_split(tmp_pat
 
 
 def test_the_seed_decides_the_choice_and_more_words_leave_out_more():
-    chosen, note = docstrings.choose_docstrings(spec())
-    assert list(docstrings.choose_docstrings(spec(seed=1))[0]) != list(chosen)
+    chosen, note = sft.choose_docstrings(spec())
+    assert list(sft.choose_docstrings(spec(seed=1))[0]) != list(chosen)
     assert dataset_id(spec(seed=1)) != dataset_id(spec())
-    fewer = docstrings.choose_docstrings(spec(min_words=30))[1]
+    fewer = sft.choose_docstrings(spec(min_words=30))[1]
     assert fewer["usable"] < note["usable"]
     assert fewer["rows"] == note["rows"]
 
 
 def test_what_is_wrong_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="test examples of at most 800 characters and at least 14 words in the docstr"):
-        docstrings.choose_docstrings(spec(test=9000))
-    monkeypatch.setattr(docstrings, "FILE", tmp_path / "file")
+        sft.choose_docstrings(spec(test=9000))
+    monkeypatch.setattr(sft, "DOCSTRINGS_FILE", tmp_path / "file")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="file was changed after it was installed; install the package again"):
-        docstrings.choose_docstrings(spec())
+        sft.choose_docstrings(spec())

@@ -13,14 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.config.datasets import FileDataset, FileProblems
-from lorabench.config.models import TinyModel
-from lorabench.data import files, rows
+from lorabench.config.inputs import FileDataset, FileProblems, TinyModel
+from lorabench.data import files
 from lorabench.data.chat import Chat
-from lorabench.data.files import chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.files import (
+    NOT_UTF8,
+    REPEATED,
+    TOO_LONG,
+    Tally,
+    chosen_format,
+    file_chats,
+    file_rows,
+    tally_of,
+    usable_chats,
+)
 from lorabench.data.identity import dataset_id
 from lorabench.data.problems import make_problems
-from lorabench.data.rows import NOT_UTF8, REPEATED, TOO_LONG, Tally
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -58,7 +66,7 @@ def pairs(count, prompt="prompt", completion="completion"):
 
 def read(path: Path) -> tuple[list[Chat], Tally]:
     tally = Tally(chosen_format(path))
-    return list(usable_chats(path, tally)), tally
+    return list(usable_chats(file_rows(path, tally), path.name, tally)), tally
 
 
 FORMATS = {
@@ -142,13 +150,13 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path):
     for line, reason in BAD.items():
         path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
         tally = Tally(chosen_format(path))
-        assert len(list(usable_chats(path, tally, max_chars=1000))) == tally.usable == 1
+        assert len(list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=1000))) == tally.usable == 1
         [(counted, (count, first))] = tally.bad.items()
         assert (tally.rows, counted.startswith(reason), count, first) == (2, True, 1, 2), (line[:40], counted)
 
 
 def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "next"}\n')
     chats, tally = read(path)
@@ -276,7 +284,7 @@ def test_every_row_is_either_used_or_counted(lines, tmp_path_factory):
     first = json.dumps({"prompt": "first", "completion": "a"})
     path.write_bytes("".join(f"{line}\n" for line in [first, *lines]).encode(errors="surrogateescape"))
     tally = Tally("prompt/completion")
-    chats = list(usable_chats(path, tally, max_chars=100))
+    chats = list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=100))
     assert tally.rows == 1 + len(lines)
     assert len(chats) == tally.usable
     assert tally.usable + sum(count for count, _ in tally.bad.values()) == tally.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.data.rows import REPEATED, RawRow, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
+from lorabench.data.files import REPEATED, RawRow, Tally, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 
 
@@ -15,7 +15,7 @@ def number(content):
 
 
 ROWS = [
-    RawRow(1, Unreadable("not JSON")),
+    RawRow(1, "not JSON"),
     RawRow(3, {"n": 1, "other": None}),
     RawRow(4, {"n": -1}),
     RawRow(5, {"n": 1}),
@@ -52,7 +52,7 @@ def test_rows_left_out_later_keep_the_first_place():
 def test_lines_end_at_line_feeds_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"n": "\u2028"}\n\n[]\n'.encode())
-    assert list(json_lines(path)) == [RawRow(1, {"n": "\u2028"}), RawRow(3, Unreadable("not a JSON object"))]
+    assert list(json_lines(path)) == [RawRow(1, {"n": "\u2028"}), RawRow(3, "not a JSON object")]
 
 
 def test_damaged_parquet_is_one_sentence(tmp_path):

@@ -8,10 +8,10 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from lorabench.config.datasets import SumProblems
+from lorabench.config.inputs import SumProblems
 from lorabench.data.grading import Grader, last_number
 from lorabench.data.problems import make_problems
-from lorabench.data.sums import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
+from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def test_an_error_is_a_failed_check_in_one_sentence_and_the_others_go_on():
 
     checks.make("a", broken)
     checks.make("b", refused)
-    checks.make("c", lambda: skipped("c", "why"))
-    checks.make("d", lambda: measured("d", float("nan"), "GB", "the memory", passed=True))
+    checks.make("c", lambda: skipped("why"))
+    checks.make("d", lambda: measured(float("nan"), "GB", "the memory", passed=True))
     assert [(check.name, check.status) for check in checks.done] == [
         *(("a", "fail"), ("b", "fail"), ("c", "skipped"), ("d", "fail"))
     ]

@@ -1,20 +1,24 @@
-"""Whose speed a plan takes: that of the doctor's record, or of a few steps, which are measured once for a processor."""
+"""Whose speed a plan takes: that of finished runs, of the doctor's record, or of a few steps, measured once."""
 
 from __future__ import annotations
 
 import json
+from statistics import median
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
-from lorabench.doctor.record import Check, Record, read_record, record_for, record_path, write_record
-from lorabench.doctor.speeds import read_speed
+from lorabench.doctor.record import FOLDER, Check, Record, read_record, record_for, write_record
+from lorabench.doctor.speeds import calibrate, planned_runs, read_speed, speed_of_runs
 from lorabench.errors import UserError
-from lorabench.models.specs import dimensions
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import run_seconds
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
 
@@ -60,24 +64,18 @@ def test_a_record_is_read_as_it_was_written():
     [
         ("{", "Invalid JSON"),
         ('{"results": []}', "date: Field required"),
-        (json.dumps(record(H100).model_dump() | {"version": 1}), "version: Input should be 2"),
+        (json.dumps(record(H100).model_dump() | {"version": 1}), "version: Extra inputs are not permitted"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text, reason):
-    path = record_path(H100)
-    path.parent.mkdir(parents=True)
+    FOLDER.mkdir(parents=True)
+    path = FOLDER / "H100.json"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         record_for(load_preset("core").execution)
     assert reason in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_file_of_another_device_is_refused():
-    write_record(record(H100)).rename(record_path("NVIDIA H200"))
-    with pytest.raises(UserError, match=f"is of another device, '{H100}', than its name says"):
-        record_for(load_preset("core").execution)
 
 
 def test_a_plan_takes_the_latest_record_of_its_own_device():
@@ -144,3 +142,56 @@ def test_a_slice_has_the_models_width_and_each_kind_of_work_its_share(preset):
     share = subject.sizes.vocabulary / subject.sizes.layer_parameters / subject.sizes.layers
     assert share == pytest.approx(whole.vocabulary / whole.layer_parameters / whole.layers, rel=0.01)
     assert subject.rows * subject.length <= 512
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    return make_plan(load_preset("smoke"))
+
+
+def table(plan, gflops, device="a CPU"):
+    """Runs that took exactly the seconds that the cost model predicts at a speed."""
+    rows = []
+    for run_id, (preset, sweep) in planned_runs([plan]).items():
+        seconds = run_seconds(preset, sweep, 0)[0] * preset.execution.gflops / gflops
+        peak = int(sweep_memory(preset, sweep).total + 1e9)
+        rows.append((run_id, "done", device, seconds, peak))
+    return pd.DataFrame(rows, columns=["run_id", "status", "device", "wall_s", "peak_mem_bytes"])
+
+
+def rows(frame):
+    return frame.to_dict("records")
+
+
+def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
+    calibration = calibrate(rows(table(smoke, 12.5)), planned_runs([smoke]), "a CPU")
+    assert calibration.gflops == pytest.approx(12.5)
+    assert calibration.time == pytest.approx([1.0] * len(calibration.time))
+    assert 1 / 2.5 < min(calibration.memory) <= max(calibration.memory) < 2.5
+
+
+def test_calibration_tells_how_far_off_it_is(smoke):
+    runs = table(smoke, 10.0)
+    runs.loc[0, "wall_s"] *= 4
+    calibration = calibrate(rows(runs), planned_runs([smoke]), "a CPU")
+    assert min(calibration.time) == pytest.approx(median(calibration.time) / 4)
+    assert f"time {median(calibration.time):.2f} ({min(calibration.time):.2f} to" in calibration.sentence
+
+
+def test_calibration_leaves_out_what_tells_nothing(smoke):
+    runs = table(smoke, 10.0)
+    odd = runs.assign(wall_s=1000.0)
+    mixed = pd.concat([runs, odd.assign(status="diverged"), odd.assign(device="other"), odd.assign(run_id="unknown")])
+    assert calibrate(rows(mixed), planned_runs([smoke]), "a CPU").gflops == pytest.approx(10)
+    assert calibrate(rows(odd.assign(status="diverged")), planned_runs([smoke]), "a CPU") is None
+
+
+def test_tables_are_found_and_must_hold_something(smoke, tmp_path):
+    assert speed_of_runs(smoke, []) is None
+    folder = tmp_path / "results" / "smoke" / "tables"
+    folder.mkdir(parents=True)
+    table(smoke, 10.0, "somewhere else").to_csv(folder / "runs.csv", index=False)
+    assert speed_of_runs(smoke, []) is None, "another processor's runs are not this machine's"
+    assert speed_of_runs(smoke, [folder]).device == "somewhere else"
+    with pytest.raises(UserError, match="no finished run of this preset was made on H100-80GB"):
+        speed_of_runs(make_plan(load_preset("core")), [folder])

@@ -8,11 +8,6 @@ from lorabench.config.experiments import SeedNumbers
 from lorabench.config.preset import Preset
 
 
-def with_execution(preset: Preset, **changes: Any) -> Preset:
-    """The preset with other settings of `execution`."""
-    return preset.model_copy(update={"execution": preset.execution.model_copy(update=changes)})
-
-
 def with_model(preset: Preset, **changes: Any) -> Preset:
     """A GPU preset that has only the experiment `rank`, on one model."""
     experiments = preset.experiments.model_copy(update=dict.fromkeys(preset.experiments.chosen()))

@@ -9,13 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorabench.config.inputs import HubModel, PathModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import HubModel, PathModel
 from lorabench.models.lora import add_lora, expert_rank, in_expert, lora_layers, targets
 from lorabench.models.specs import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.planning.memory import step_memory
-
-from ..handmade.presets import with_execution
 
 SIZES = {
     "llama-3.2-1b": 1_235_814_400,
@@ -110,7 +108,7 @@ def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, ran
         optimizer = torch.optim.AdamW(trained, foreach=False)
         optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    recomputing = with_execution(load_preset("paper"), activation_checkpointing=True)
+    recomputing = load_preset("paper").with_execution(activation_checkpointing=True)
     memory = step_memory(recomputing, dimensions_of_config(config(name)), rank, "all" if rank else None, 1024, 1024)
     assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)

@@ -10,19 +10,19 @@ from typer.testing import CliRunner
 from lorabench.cli import app
 from lorabench.cli.show import plan_json
 from lorabench.config.loading import load_preset
+from lorabench.doctor.speeds import on_gpu
 from lorabench.errors import UserError
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import evaluation_resources
 from lorabench.planning.seconds import flops_per_second
-from lorabench.planning.speed import on_gpu
 from lorabench.utils.gpus import GPUS
 
-from ..handmade.presets import with_execution, with_model
+from ..handmade.presets import with_model
 
 
 def test_what_fits_nowhere_is_one_sentence():
-    small = with_execution(load_preset("paper"), gpu="RTX-4090", max_gpus=2)
+    small = load_preset("paper").with_execution(gpu="RTX-4090", max_gpus=2)
     plan = make_plan(with_model(small, models=["llama-3-1-8b-base"]))
     with pytest.raises(
         UserError, match=r"full fine-tuning of llama-3-1-8b-base on \S+ needs \d+ GB on each of 2 x RTX-4090, which"
@@ -39,7 +39,7 @@ def test_compute_must_fit_one_gpu():
 
 
 def test_an_evaluated_model_must_fit_one_gpu():
-    plan = make_plan(with_execution(load_preset("paper"), gpu="L40S", sampler="own"))
+    plan = make_plan(load_preset("paper").with_execution(gpu="L40S", sampler="own"))
     job = next(job for job in plan.evaluations() if job.model == "llama-3-1-8b-base")
     with pytest.raises(
         UserError, match="the evaluation needs 56 GB for llama-3-1-8b-base on one L40S, which has 44 GB"
@@ -80,7 +80,7 @@ def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
     core = load_preset("core")
     hours = [bill.total(make_plan(on_gpu(core, gpu))).gpu_hours for gpu in ("A100-80GB", "H100-80GB")]
     assert hours[0] > 1.3 * hours[1]
-    given = with_execution(core, gflops=50_000.0)
+    given = core.with_execution(gflops=50_000.0)
     assert flops_per_second(given.execution) == 50e12
     assert bill.total(make_plan(given)).gpu_hours > hours[1]
     # A speed that was measured on one GPU is not that of another.
@@ -90,9 +90,9 @@ def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
 
 
 def test_checkpointing_costs_a_third():
-    core = with_execution(load_preset("core"), activation_checkpointing=False)
+    core = load_preset("core").with_execution(activation_checkpointing=False)
     plain = with_model(core, ranks={"all": [1]}, datasets=["tulu3"])
-    again = with_execution(plain, activation_checkpointing=True)
+    again = plain.with_execution(activation_checkpointing=True)
     hours = [bill.total(make_plan(preset)).gpu_hours for preset in (plain, again)]
     assert 1.25 < hours[1] / hours[0] < 1.55
 

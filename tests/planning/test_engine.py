@@ -14,14 +14,12 @@ from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import job_resources
 from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
 
-from ..handmade.presets import with_execution
-
 LLAMA_8B = 8_030_261_248
 
 
 def with_sampler(name, sampler, **changes):
     """Return a shipped preset with a sampler, and its plan."""
-    preset = with_execution(load_preset(name), sampler=sampler, **changes)
+    preset = load_preset(name).with_execution(sampler=sampler, **changes)
     return preset, make_plan(preset)
 
 
@@ -47,10 +45,10 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     # An adapter of rank 4 takes the room of rank 8, and is handed over in fp32.
     adapter = dimensions(paper.models["llama-3-1-8b-base"]).lora("all", 8, True)[0]
     assert engine_memory(paper, rank_4).adapters == 2 * adapter
-    assert handover_bytes(paper, rank_4) == 4 * adapter / 2
+    assert handover_bytes(paper, rank_4.condition) == 4 * adapter / 2
     # All weights are written and read at 2 GB/s each.
-    assert handover_bytes(paper, full) == 2 * LLAMA_8B
-    assert handover_seconds(paper, full) == pytest.approx(0.2 + 16.06, abs=0.01)
+    assert handover_bytes(paper, full.condition) == 2 * LLAMA_8B
+    assert handover_seconds(paper, full.condition) == pytest.approx(0.2 + 16.06, abs=0.01)
 
 
 def test_a_tied_unembedding_that_is_trained_is_a_weight_of_its_own():
@@ -97,7 +95,7 @@ def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
     other = next(job for job in of_own.jobs if job.sweeps == (before,))
     # The engine's process, and twice an adapter; the start of the engine is counted once for a job.
     extra = job_resources(of_vllm, job).mem_mb - job_resources(of_own, other).mem_mb
-    assert extra == pytest.approx(1.25 * (6000 + 2 * handover_bytes(vllm, after) / 1e6), abs=1)
+    assert extra == pytest.approx(1.25 * (6000 + 2 * handover_bytes(vllm, after.condition) / 1e6), abs=1)
     runs = after.n_runs * sum(run_seconds(vllm, after, 1))
     loading = 4 * dimensions(vllm.models["qwen3-1-7b-base"]).parameters / 1e9
     assert job_seconds(vllm, job, 1) == pytest.approx(60 + 90 + runs + loading)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import TinyModel
-from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning.flops import _validations, attention_flops_per_token, linear_flops_per_token
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_tokens
+from lorabench.planning.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -49,5 +52,9 @@ def test_evaluations_counted_are_those_made():
     from lorabench.training.sft import curve_steps
 
     preset = load_preset("laptop")
+    condition = make_plan(preset).sweeps[0].condition
+    dataset = preset.datasets[condition.dataset]
     for steps in (1, 2, 17, 50, 250, 9999):
-        assert _validations(preset, steps) == len(curve_steps(steps, preset.protocol))
+        examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
+        tokens = run_tokens(preset, replace(condition, steps=steps))
+        assert tokens.evaluated == examples * tokens.context

@@ -9,15 +9,15 @@ from contextlib import suppress
 import pytest
 
 from lorabench.config.experiments import Protocol
+from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory, sweep_memory
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
-from ..handmade.presets import with_execution, with_model
+from ..handmade.presets import with_model
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     monkeypatch.setattr(step_cost, "count_flops", lambda *arguments: (0, 0))
     peak = step_cost._Arm(rank, model, tokens[0], tokens[1], protocol).peak_memory()
     preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    preset = with_execution(preset, activation_checkpointing=again)
+    preset = preset.with_execution(activation_checkpointing=again)
     estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
     # Recomputed layers are bounded more coarsely.
     assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)
@@ -91,7 +91,7 @@ def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precisi
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("peak ")[1].split()[0])
     preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
-    preset = with_execution(preset, activation_checkpointing=again)
+    preset = preset.with_execution(activation_checkpointing=again)
     sizes = dimensions(TinyModel(kind="tiny", name=name))
     estimate = step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2).total
     assert 1.0 <= estimate / peak < 1.2
@@ -113,11 +113,11 @@ def test_the_limit_of_logits_is_that_of_the_loss():
 
 
 def test_a_mixture_of_experts_of_30b_is_fully_fine_tuned_on_16_gpus():
-    core = with_execution(load_preset("core"), activation_checkpointing=True)
+    core = load_preset("core").with_execution(activation_checkpointing=True)
     sizes = dimensions(load_preset("paper").models["qwen3-30b-a3b-base"])
     others = sum(m.parameters for m in sizes.matrices if m.part != "experts")
     kept, again = (
-        step_memory(with_execution(core, activation_checkpointing=value), sizes, None, None, 2048, 2000, 1 << 40)
+        step_memory(core.with_execution(activation_checkpointing=value), sizes, None, None, 2048, 2000, 1 << 40)
         for value in (False, True)
     )
     # Experts compute in fp32: autocast copies 1.2 of the 30.2 billion weights of linear layers, not all.
@@ -130,7 +130,7 @@ def test_a_mixture_of_experts_of_30b_is_fully_fine_tuned_on_16_gpus():
 
 
 def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
-    paper = with_execution(load_preset("paper"), gpu="H100-80GB")
+    paper = load_preset("paper").with_execution(gpu="H100-80GB")
     plan = make_plan(with_model(paper, models=["llama-3-1-8b-base"], ranks={"all": [1, 64, 256]}))
     gpus = {sweep.condition.rank: gpus_needed(plan.preset, sweep) for sweep in plan.sweeps}
     assert gpus[1] == gpus[64] == gpus[256] == 1
@@ -144,7 +144,7 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
 
 def test_weights_that_lora_goes_with_stay_in_bf16():
     checkpoints, plain = (
-        with_execution(load_preset("paper"), activation_checkpointing=again) for again in (True, False)
+        load_preset("paper").with_execution(activation_checkpointing=again) for again in (True, False)
     )
     sizes = dimensions(plain.models["llama-3-1-8b-base"])
     linear = sum(matrix.parameters for matrix in sizes.matrices)
@@ -163,7 +163,7 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
 def test_activations_are_recomputed_only_where_a_job_then_needs_fewer_gpus():
     core = load_preset("core")
     assert core.execution.activation_checkpointing == "auto"
-    always, never = (with_execution(core, activation_checkpointing=again) for again in (True, False))
+    always, never = (core.with_execution(activation_checkpointing=again) for again in (True, False))
     chosen = set()
     for sweep in make_plan(core).sweeps:
         again = decided(core, sweep).execution.activation_checkpointing
@@ -174,5 +174,5 @@ def test_activations_are_recomputed_only_where_a_job_then_needs_fewer_gpus():
                 assert gpus_needed(never, sweep) > gpus_needed(core, sweep)
         assert sweep_memory(core, sweep) == sweep_memory(always if again else never, sweep)
     assert chosen == {True, False}
-    cpu = with_execution(load_preset("smoke"), activation_checkpointing="auto")
+    cpu = load_preset("smoke").with_execution(activation_checkpointing="auto")
     assert decided(cpu, make_plan(cpu).sweeps[0]).execution.activation_checkpointing is False

@@ -70,10 +70,8 @@ def test_weights_of_the_best_runs_stay_on_disk():
     # Besides: the weights of the other runs until the best is known, and two checkpoints.
     working = job_resources(plan, Job((full,))).working_disk_mb
     assert working == pytest.approx((4 * (full.most_runs - full.seeds.best) + 2 * 12) * 1235.8144, abs=2)
-    everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
-    assert job_resources(make_plan(everything), Job((full,))).disk_mb == pytest.approx(
-        4 * 1235.8144 * full.most_runs, abs=1
-    )
+    everything = make_plan(core.with_execution(keep_weights="all"))
+    assert job_resources(everything, Job((full,))).disk_mb == pytest.approx(4 * 1235.8144 * full.most_runs, abs=1)
 
 
 def test_a_job_is_asked_to_stop_as_early_as_its_checkpoints_take():
@@ -97,9 +95,10 @@ def test_the_bill_counts_the_gpus_that_jobs_ask_for():
 def test_a_thousand_jobs_take_no_time_and_no_torch():
     script = (
         "import sys; from lorabench.config.loading import load_preset; from lorabench.planning.plan import make_plan;"
-        "from lorabench.planning import bill, resources, speed; from lorabench.cli import show;"
+        "from lorabench.planning import bill, resources; from lorabench.doctor import speeds;"
+        "from lorabench.cli import show;"
         "plan = make_plan(load_preset('paper')); bill.per_experiment(plan);"
-        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'heavy imports'"
+        "assert not {'torch', 'transformers', 'pandas', 'numpy', 'pyarrow'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     plan = make_plan(load_preset("paper"))

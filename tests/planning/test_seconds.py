@@ -11,8 +11,6 @@ from lorabench.planning.memory import decided
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second, run_seconds, sweep_seconds
 
-from ..handmade.presets import with_execution
-
 
 def test_launching_layers_bounds_the_time_of_a_small_model():
     preset = load_preset("smollm2")
@@ -26,7 +24,7 @@ def test_launching_layers_bounds_the_time_of_a_small_model():
 
 
 def test_long_responses_cost_more_than_their_tokens():
-    paper = with_execution(load_preset("paper"), sampler="own")
+    paper = load_preset("paper").with_execution(sampler="own")
     plan = make_plan(paper)
     gsm8k, deepmath = (
         next(s for s in plan.sweeps if s.condition.dataset == name and s.condition.method == "lora")

@@ -9,16 +9,15 @@ from itertools import pairwise
 
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
+from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import TinyModel
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
-from ..handmade.presets import with_execution
 
 DIGESTS = REPOSITORY / "tests/workflow/plan_digests.json"
 
@@ -177,7 +176,7 @@ def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     lines = (REPOSITORY / "docs/presets.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
     told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
-    plan = make_plan(with_execution(load_preset(name), sampler=sampler))
+    plan = make_plan(load_preset(name).with_execution(sampler=sampler))
     rl = bill.training(plan, [job for job in plan.jobs if job.sweeps[0].condition.task == "rl"])
     rows = bill.per_experiment(plan)
     hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lorabench.analysis.arms import ARM
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
 from lorabench.models.base import converted_folder
@@ -157,7 +157,7 @@ def test_the_base_and_every_condition_are_evaluated(smoke):
     evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
     plan = make_plan(Layout.of("smoke").preset)
     evaluated = evals.run_id.fillna("base").nunique()
-    assert evaluated == len(plan.evaluations()) == 1 + len(plan.sweeps_of("placement"))
+    assert evaluated == len(plan.evaluations()) == 1 + sum("placement" in sweep.experiments for sweep in plan.sweeps)
     assert set(evals.task) == EVAL_SOURCES.keys()
     assert set(evals.n_samples) == {8}
     for job in plan.evaluations():

@@ -29,7 +29,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from lorabench.data.sums import Writers, written_sums
+from lorabench.data.reasoning import Writers, written_sums
 from lorabench.evaluation.pretraining import ASSISTANT, END, SYSTEM, USER, documents, pretraining_problems
 from lorabench.models.base import config_of
 from lorabench.models.specs import Dimensions, shipped_folder
@@ -85,7 +85,7 @@ class PretrainingRecipe:
 
 @dataclass(frozen=True)
 class SumsRecipe(PretrainingRecipe):
-    """What determines a base that is pretrained further, on nothing but worked sums (see `lorabench.data.sums`)."""
+    """The recipe of a base that is pretrained further, on worked sums alone (see `lorabench.data.reasoning`)."""
 
     start: str = "llama-64"
     """The shipped base that it goes on from."""

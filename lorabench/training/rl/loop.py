@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from lorabench.config.experiments import Protocol
-from lorabench.data.controls import Controls
 from lorabench.data.grading import reflects
+from lorabench.data.problems import Controls
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
@@ -64,7 +64,7 @@ class RlOutcome(Outcome):
     """The outcome of an RL run. Rewards are accuracies of greedy responses, and None if the run diverged.
 
     The rewards of the best constant answer and of the best cheap rule belong to the problem set (see
-    `lorabench.data.controls`). The entropy of the policy, in nats per token, and the share of truncated responses are
+    `lorabench.data.problems`). The entropy of the policy, in nats per token, and the share of truncated responses are
     means over the last tenth of the steps.
     """
 

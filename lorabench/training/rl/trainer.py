@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench.data.controls import controls
 from lorabench.data.grading import Grader
-from lorabench.data.problems import read_problems
+from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_policy, vllm_version
