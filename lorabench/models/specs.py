@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.config.fields import Placement
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.utils.files import digest
 
 ARCHITECTURES = Path(__file__).parent / "architectures"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench.config.datasets import FactsDataset
+from lorabench.config.inputs import FactsDataset
 from lorabench.models.base import load_model, package_versions, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
 from lorabench.models.lora import add_lora, use_fast_products

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.inputs import PathModel, TinyModel
+from lorabench.config.inputs import PathModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
