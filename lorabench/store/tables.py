@@ -80,24 +80,20 @@ class Tables:
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
-        merged = _read_merged(folders)
-        if "runs" in merged:
-            merged["runs"] = with_stand_ins(merged["runs"])
-        return cls(**{"runs": empty_table(), "curves": empty_table(), **merged})
+        merged = {
+            name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), empty_table())
+            for name, frames in _read_all(folders).items()
+        }
+        return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
 
 
-def _read_merged(folders: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """Return the tables that the folders hold, by name; those of several folders are merged."""
+def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:
+    """Return the tables that the folders hold, by name and folder."""
     *names, last = KEYS
     for folder in folders:
         if not any(table_path(folder, name) for name in KEYS):
             raise UserError(f"no table {', '.join(names)} or {last} (.parquet or .csv) in {folder}")
-    tables = {}
-    for name in KEYS:
-        frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
-        if frames:
-            tables[name] = merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()))
-    return tables
+    return {name: {folder: read_table(folder, name) for folder in folders if table_path(folder, name)} for name in KEYS}
 
 
 def merge(folders: list[Path], out: Path) -> None:
@@ -113,7 +109,7 @@ def merge(folders: list[Path], out: Path) -> None:
         UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
             and `check_evals`), or tables contradict each other (see `merge_tables`).
     """
-    merged = _read_merged(folders)
+    merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
     check_evals(merged.get("evals", pd.DataFrame()))
