@@ -193,7 +193,14 @@ def _fetch(wanted: WantedRepository, pins: Path) -> FetchedRepository:
         sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
         if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
             raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
-        _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
+        needed, folder = sum(sizes[file.filename] for file in files if file.will_download), _cache_folder()
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed and needed + _SPARE_BYTES > free:
+            raise UserError(
+                f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; "
+                "make room, or set HF_HOME to a folder on a larger disk"
+            )
         snapshot_download(**download)
     return FetchedRepository(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
 
@@ -245,17 +252,6 @@ def _cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _check_space(wanted: WantedRepository, needed: int) -> None:
-    folder = _cache_folder()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed and needed + _SPARE_BYTES > free:
-        raise UserError(
-            f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; make "
-            "room, or set HF_HOME to a folder on a larger disk"
-        )
 
 
 @contextmanager
