@@ -220,8 +220,8 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
 def limit_memory(more: int) -> None:
     """Let this process take `more` bytes and no others.
 
-    What its parent had freed when it was forked is not given back to the system. It would be taken first, and is as
-    large as a small job, so it is allocated here: in blocks that fit nowhere but in it, from large to small ones.
+    A forked process keeps what its parent had freed, which here is as much as a small job needs. It would be used
+    before the limit counts, so it is allocated first, in blocks from large to small ones.
     """
     malloc = ctypes.CDLL(None).malloc
     malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
