@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 from lorabench.planning.plan import starting_lr
-from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, next_runs
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, lowest, next_runs
 
 _ARM = ["task", "model", "dataset", "method", "rank", "placement", "alpha", "batch_size", "steps", "init_a", "lr_ratio"]
 _ARM += ["eps"]
@@ -44,7 +44,9 @@ class Replayed:
         """Return the lattice point with the lowest loss."""
         low, high = min(self.sweep.lrs), max(self.sweep.lrs)
         points = [LATTICE.lr(p) for p in range(-18, 1)]
-        return min((lr for lr in points if low / 1e3 < lr < high * 1e3), key=self.loss)
+        best = lowest({lr: self.loss(lr) for lr in points if low / 1e3 < lr < high * 1e3})
+        assert best is not None
+        return best
 
 
 def replayed(runs: pd.DataFrame) -> Iterator[Replayed]:
@@ -54,7 +56,7 @@ def replayed(runs: pd.DataFrame) -> Iterator[Replayed]:
         loss = arm.final_valid_nll.fillna(-arm.final_valid_reward)
         done = loss.notna().to_numpy()
         lrs, losses = arm.lr.to_numpy()[done], loss.to_numpy()[done]
-        if len(lrs) < LEAST_LRS or losses.argmin() in (0, len(losses) - 1):
+        if len(lrs) < LEAST_LRS or lowest(dict(zip(lrs, losses, strict=True))) in (lrs[0], lrs[-1]):
             continue
         row = arm.iloc[0]
         task: Literal["sft", "rl"] = "rl" if row.task == "rl" else "sft"
@@ -92,8 +94,7 @@ def seed_noise(runs: pd.DataFrame, task: str) -> float:
         if len(first) < LEAST_LRS:
             continue
         loss = arm.final_valid_nll.fillna(-arm.final_valid_reward)
-        best = first.lr.to_numpy()[loss[first.index].to_numpy().argmin()]
-        at_best = loss[arm.lr == best]
+        at_best = loss[arm.lr == lowest(dict(zip(first.lr, loss[first.index], strict=True)))]
         squares += float(((at_best - at_best.mean()) ** 2).sum())
         freedom += len(at_best) - 1
     return math.sqrt(squares / freedom)
@@ -135,7 +136,7 @@ def main() -> None:
         fixed_lrs = 3 + round(3 * math.log10(max(optima) / min(optima)))
         walks = [(replay, *walked(replay, sigma, rng)) for replay in sweeps for _ in range(DRAWS)]
         n_runs, n_lrs, bracketed = (np.array([walk[column] for walk in walks]) for column in (1, 2, 3))
-        steps = [abs(3 * math.log10(best / min(means, key=lambda lr: means[lr]))) for *_, best, means in walks]
+        steps = [abs(3 * math.log10(best / (lowest(means) or math.nan))) for *_, best, means in walks]
         excess = [replay.loss(best) - replay.loss(optimum) for (replay, *_, best, _), optimum in
                   zip(walks, np.repeat(optima, DRAWS), strict=True)]  # fmt: skip
         print(

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Comparison, comparisons
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.claims.claim import rewarded_errors
 from lorabench.store.checks import is_rl

@@ -6,7 +6,7 @@ seed only.
 
 Estimators pick a learning rate by the column `validation_loss` and report the column `test_loss`; lower is better. In
 supervised fine-tuning both are the NLL in nats per scored token (`with_losses`), and in reinforcement learning the
-error rate from 0 to 1, which is 1 - accuracy (`rewards.with_error_rates`). Tables on disk do not have these columns.
+error rate from 0 to 1 (`rewards.with_error_rates`). Tables on disk do not have these columns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from lorabench.errors import UserError
 from lorabench.store.checks import check_table, listed
 from lorabench.store.io import list_of_words
 
-STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
+ALPHA = 32.0
+"""The paper's alpha."""
+
+STANDARD = {"alpha": ALPHA, "init_a": 1.0, "lr_ratio": 1.0}
 """The paper's parametrization of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
 
 ARM = ["model", "dataset", "method", "rank", "placement", "batch_size", "steps", *STANDARD, "eps"]
@@ -79,11 +82,7 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
 
 
 def check_runs(runs: pd.DataFrame, checked: bool = False) -> None:
-    """Check that the runs table is valid and that no arm has two runs with the same LR and seed.
-
-    Args:
-        runs: the table.
-        checked: whether `check_table` has passed these runs already.
+    """Check that the runs table is valid (unless `checked` before) and no arm has two runs with one LR and seed.
 
     Raises:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
@@ -108,12 +107,9 @@ def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
 
 
 def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
-    """Return each arm with the positions of its rows, in the order of `each_arm`.
+    """Return each arm with the positions of its rows, in the order of `each_arm`; the table has all columns ARM.
 
     This is several times as fast as a groupby over so many columns, some of which are text.
-
-    Args:
-        table: all columns ARM.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     columns = []

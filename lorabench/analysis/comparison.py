@@ -11,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import MAX_STEP
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
+from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS, Margins, Predictions
@@ -90,7 +89,6 @@ class Comparison:
 
     @cached_property
     def arms(self) -> list[Arm]:
-        """All arms."""
         return [arm for arm, _ in self._by_arm]
 
     @cached_property
@@ -200,9 +198,24 @@ class Comparison:
         """
         labels = [arm_label(arm) for arm in arms]
         problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
-        problems = problems or self._noise_problems(labels)
-        if not problems and resolved:
-            problems = [self._unresolved(label) for label in labels if not self.fit.resolved[label]]
+        if problems:
+            return problems
+        paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
+        if paired < MIN_SEEDS and self.judging.noise is None:
+            remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
+            return [Problem(f"{paired} paired seeds, {MIN_SEEDS} needed", remedy)]
+        if math.isnan(self.fit.sigma):
+            return [Problem("the seed noise is not known: means of several seeds need final_test_nll_sd")]
+        if not self.fit.sigma > 0:
+            return [Problem("all seeds alike: no seed noise to judge by")]
+        for label in labels if resolved else []:
+            if not self.fit.resolved[label]:
+                lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
+                seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
+                remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
+                # At the end of its LRs, further seeds would not show how the loss goes on.
+                remedy = remedy if lr is None else _further_lr(label, lr)
+                problems.append(Problem(f"{label}: optimum not resolved by its grid", remedy))
         return problems
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
@@ -220,25 +233,6 @@ class Comparison:
             return Problem(text, _further_lr(label, grid.coarse))
         return None if label in self.fit.minima else Problem(f"{label}: its runs do not determine a minimum")
 
-    def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
-        """Return why the seed noise of arms is not known."""
-        paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
-        if paired < MIN_SEEDS and self.judging.noise is None:
-            remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
-            return [Problem(f"{paired} paired seeds, {MIN_SEEDS} needed", remedy)]
-        if math.isnan(self.fit.sigma):
-            return [Problem("the seed noise is not known: means of several seeds need final_test_nll_sd")]
-        return [] if self.fit.sigma > 0 else [Problem("all seeds alike: no seed noise to judge by")]
-
-    def _unresolved(self, label: str) -> Problem:
-        text = f"{label}: optimum not resolved by its grid"
-        lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
-        if lr is not None:
-            # The fit is best at the end of its LRs, where further seeds would not show how the loss goes on.
-            return Problem(text, _further_lr(label, lr))
-        seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
-        return Problem(text, Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True))
-
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
         return self.fit.gap(arm_label(arm), arm_label(other))
@@ -253,13 +247,9 @@ class Comparison:
         return text + (f"; seed noise from {self.fit.noise_source}" if self.fit.noise_source else "")
 
     def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm, margin: Margin | None = None) -> Finding:
-        """Judge the gap of two arms.
+        """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`).
 
-        Args:
-            rule: makes the rule from the margin: `Within.margin`, `Above`.
-            arm: the arm whose loss is compared.
-            other: the arm that it is compared with.
-            margin: the margin, by default that of the comparison.
+        The margin is that of the comparison unless it is given.
         """
         margin = margin or self.margin
         problems = self.problems([arm, other])
@@ -299,33 +289,25 @@ def comparisons(
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
-    several = {name: _several(runs, name) for name in ("batch_size", "steps")}
+
+    def several(column: str) -> bool:
+        """Return whether the runs on some model and dataset have several values of a column."""
+        known = runs[runs[column].notna()]
+        values = set(zip(*(known[name].to_numpy(object) for name in ("model", "dataset", column)), strict=True))
+        return len(values) > len({value[:2] for value in values})
+
+    sizes, lengths = several("batch_size"), several("steps")
     parts = []
     for (model, dataset, batch_size, steps), rows in groups:
-        label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
-        label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
+        setting = f" batch {batch_size}" if sizes else f" {steps} steps" if lengths else ""
+        label = f"{model}/{dataset}{setting}"
         parts.append(Comparison(label, rows, curves, judging or Judging()))
     return parts
 
 
-def _several(runs: pd.DataFrame, column: str) -> bool:
-    """Return whether the runs on some model and dataset have several values of a column."""
-    known = runs[column].notna().to_numpy(bool)
-    values = set(zip(*(runs[name].to_numpy(object)[known] for name in ("model", "dataset", column)), strict=True))
-    return len(values) > len({(model, dataset) for model, dataset, _ in values})
-
-
-def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the curves of some runs; a table without the column run_id is returned unchanged."""
-    return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
-
-
 def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
-    """Return the arms that a claim compares.
-
-    Args:
-        arms: each arm after its name; None where the tables lack it.
+    """Return the arms that a claim compares, given each after its name, None where the tables lack it.
 
     Raises:
         UnjudgedError: an arm is missing; the verdict is `not tested` if all are, and inconclusive otherwise.

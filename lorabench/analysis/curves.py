@@ -1,21 +1,25 @@
-"""Curves: a metric by step, of single runs, of an arm by seed, and of one arm minus another.
+"""Curves: a metric by step, of single runs, of an arm by seed, of one arm minus another, and of early ranks.
 
 A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
 in the difference of their training losses. That makes the difference far less noisy than either loss.
+
+On the same batches the paper compares the early curves of ranks 16 and 256, and theory says that the difference of two
+ranks goes as 1/r1 - 1/r2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
-from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
+from lorabench.analysis.estimate import Estimate, mean_interval, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, worst
 from lorabench.analysis.rules import Problem, Rule
 from lorabench.analysis.slopes import slopes_by_seed
@@ -40,22 +44,18 @@ def metric_points(
     if curves.empty:
         return pd.DataFrame(columns=list(columns))
     chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
-    known = [name for name in columns if name in curves]
-    points: pd.DataFrame = curves.loc[chosen.to_numpy(bool, na_value=False), known]
-    return points if len(known) == len(columns) else points.reindex(columns=list(columns))
+    points: pd.DataFrame = curves[chosen.to_numpy(bool, na_value=False)]
+    return points.reindex(columns=list(columns))
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return a metric of the given runs by step.
+    """Return the columns of runs with step and value of a metric, ordered by run and step.
 
     Args:
         runs: column run_id, and any others.
-        curves: columns run_id, step, split, metric, value; null values are left out.
+        curves: see `metric_points`.
         metric: `nll` (nats per token), or another metric of the split.
         split: `train` (measured on a step's batch before its update) or another split (measured after the update).
-
-    Returns:
-        The columns of the runs with step and value, ordered by run and step.
     """
     points = metric_points(curves, split, metric)
     if points.empty:
@@ -64,15 +64,12 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 
 
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return the curve of one arm for each seed.
+    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed.
 
     Args:
         runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
             their weights (see `runs_at_optimum`).
         points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
-
-    Returns:
-        A row for each step (index, ascending) that some seed has, and a column for each seed.
     """
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
     if not (run >= 0).any():
@@ -97,10 +94,9 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
 
     Args:
         runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, and optionally examples and tokens; null values are left
-            out.
-        split: the split of the curves, such as `validation`.
-        metric: the metric of the curves, such as `nll`.
+        curves: columns run_id, step, split, metric, value, and optionally examples and tokens.
+        split: the split of the curves.
+        metric: the metric of the curves.
 
     Returns:
         One row per arm and step, ascending: step, examples and tokens (seen by that step), value (in the metric's
@@ -112,18 +108,14 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     """
     check_runs(runs)
     columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
-    if curves.empty:
-        return arm_table([], columns)
-    chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
-    chosen = chosen.reindex(columns=["run_id", "step", "examples", "tokens", "value"])
-    rows: list[dict[Hashable, Any]] = []
+    all_points = metric_points(curves, split, metric, ["run_id", "step", "examples", "tokens", "value"])
+    rows: list[dict[Any, Any]] = []
     for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        points = chosen.merge(first_seed(arm_runs)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
+        points = all_points.merge(first_seed(arm_runs)[["run_id", "lr"]], on="run_id")
+        points = points.sort_values(["step", "value", "lr"])
         points["n_runs"] = points.groupby("step")["run_id"].transform("size")
-        rows += [
-            dict[Hashable, Any](arm) | point for point in points.drop_duplicates("step")[columns].to_dict("records")
-        ]
+        rows += [arm | point for point in points.drop_duplicates("step")[columns].to_dict("records")]
     return arm_table(rows, columns)
 
 
@@ -148,14 +140,11 @@ class PairedCurves:
         return int(self.by_seed.index.max()) if len(self.by_seed) else 0
 
     def windows(self, number: int, first: int = 2) -> list[tuple[int, int]]:
-        """Split the steps into windows that are equally long on a logarithmic axis.
+        """Return the first and last step of windows that are equally long on a logarithmic axis.
 
         Args:
             number: the number of windows; there are fewer if the steps do not suffice for one each.
             first: the first step that counts. Before the first update all arms are the base model.
-
-        Returns:
-            The first and last step of each window.
         """
         steps = self.by_seed.index[self.by_seed.index >= first].to_numpy(int)
         if not len(steps):
@@ -178,11 +167,10 @@ class PairedCurves:
         ]
 
     def slope(self, first: int) -> Estimate:
-        """Estimate the slope of the difference against log10(step) from a step on, as the mean over the seeds' slopes.
-
-        It is in the unit of the metric per tenfold steps.
-        """
-        return mean_over_seeds(slopes_by_seed(self._between(first, self.last)), f"{self.name} slope from {first}")
+        """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
+        return mean_over_seeds(
+            slopes_by_seed(self.by_seed[self.by_seed.index >= first]), f"{self.name} slope from {first}"
+        )
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
@@ -190,14 +178,10 @@ class PairedCurves:
         The line may reach it before that step. The mean line of the seeds gives the value. The error is that of a mean
         over seeds of what each seed's line has above the level there, divided by the slope.
 
-        Args:
-            first: the first step that counts.
-            level: in the unit of the metric.
-
         Returns:
             log10(step); it is unknown if the difference does not grow.
         """
-        curves = self._between(first, self.last)
+        curves = self.by_seed[self.by_seed.index >= first]
         slopes = slopes_by_seed(curves)
         slope = float(slopes.mean())
         # Each seed's line passes through its means.
@@ -209,34 +193,18 @@ class PairedCurves:
         above = y + slopes * (value - x) - level
         return mean_over_seeds(value - above / slope, f"{self.name} reaches {level} from {first}")
 
-    def _between(self, low: int, high: int) -> pd.DataFrame:
-        return self.by_seed[(self.by_seed.index >= low) & (self.by_seed.index <= high)]
-
 
 def paired(
     runs: pd.DataFrame, others: pd.DataFrame, by_seed: pd.DataFrame, others_by_seed: pd.DataFrame, name: str
 ) -> PairedCurves:
-    """Pair the curves of two arms by seed.
-
-    Args:
-        runs: the runs of one arm: columns run_id, seed.
-        others: the runs of the other arm.
-        by_seed: the curves of the one arm, as from `curves_by_seed`.
-        others_by_seed: the curves of the other arm.
-        name: names the two arms, for draws.
-    """
+    """Pair the curves of two arms by seed, given their runs and their curves (see `curves_by_seed`)."""
     seeds = [seed for seed in by_seed.columns if seed in others_by_seed.columns]
     steps, place, other_place = np.intersect1d(by_seed.index, others_by_seed.index, return_indices=True)
     difference = by_seed[seeds].to_numpy(float)[place] - others_by_seed[seeds].to_numpy(float)[other_place]
     whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
     differences = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
-    ids = [
-        str(run_id)
-        for arm_runs in (runs, others)
-        for run_id, seed in zip(arm_runs["run_id"], arm_runs["seed"], strict=True)
-        if seed in seeds
-    ]
-    return PairedCurves(differences, tuple(ids), name)
+    both = pd.concat([runs, others])
+    return PairedCurves(differences, tuple(both.loc[both["seed"].isin(seeds), "run_id"].astype(str)), name)
 
 
 def scan(
@@ -257,19 +225,125 @@ def scan(
         curves: the paired curves.
         windows: the first and last step of each window; at least one.
         text: formats a difference.
-        problems: reasons against a verdict.
+        problems: see `decide`, also for `margin_rule`.
         margin_rule: the rule that gives the margin, as text.
     """
-    findings = [
-        decide(
-            rule(window),
-            estimate,
-            f"{text(estimate)} in steps {window[0]} to {window[1]}",
-            curves.run_ids,
-            problems,
-            margin_rule,
-        )
-        for window, estimate in zip(windows, curves.means(windows), strict=True)
-    ]
+    findings = []
+    for window, estimate in zip(windows, curves.means(windows), strict=True):
+        reason = f"{text(estimate)} in steps {window[0]} to {window[1]}"
+        findings.append(decide(rule(window), estimate, reason, curves.run_ids, problems, margin_rule))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} (one of {len(windows)} windows of steps)")
+
+
+PAPER_RANK = 16
+"""The lower of the two ranks that the paper compares; differences of lower ranks are far larger."""
+
+
+@dataclass(frozen=True)
+class EarlyDifference:
+    """Training NLL of a rank minus that of a higher one, at one LR, paired by seed and step, in nats per token."""
+
+    low: int
+    """The lower of the two ranks."""
+    high: int
+    lr: float
+    by_seed: pd.DataFrame = field(repr=False)
+    """The difference, with a row per step (index) and a column per seed that both ranks finished."""
+    sigma_batch: float
+    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
+    It is NaN with fewer than two seeds."""
+    by_inverse_rank: pd.DataFrame = field(repr=False)
+    """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
+    (the mean over seeds and steps)."""
+    n_diverged: int
+    """Number of runs of either rank at that LR that diverged and so lack in `by_seed`."""
+    run_ids: tuple[str, ...] = field(repr=False)
+
+    @property
+    def n_seeds(self) -> int:
+        return self.by_seed.shape[1]
+
+    def over_seeds(self) -> pd.DataFrame:
+        """Return by step (index) the mean difference over seeds and its 95% t interval (`low`, `high`)."""
+        rows = [mean_interval(differences) for _, differences in self.by_seed.iterrows()]
+        return pd.DataFrame(rows, columns=["mean", "low", "high"], index=self.by_seed.index, dtype=float)
+
+
+def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
+    """Return the ranks that stand for the paper's 16 and 256: the lowest from PAPER_RANK up, and the highest.
+
+    Without two such ranks it is the lowest above 1 and the highest; None without two ranks above 1.
+    """
+    for lowest in (PAPER_RANK, 2):
+        enough = sorted({rank for rank in ranks if rank >= lowest})
+        if len(enough) > 1:
+            return enough[0], enough[-1]
+    return None
+
+
+def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
+    """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high.
+
+    Returns:
+        The factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
+    """
+    if len(by_inverse_rank) < 2:
+        return math.nan, math.nan
+    x, y = (by_inverse_rank[name].to_numpy(float) for name in ("inverse", "difference"))
+    factor = float(x @ y / (x @ x))
+    return factor, 1 - float(((y - factor * x) ** 2).sum() / (y @ y)) if y.any() else math.nan
+
+
+def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: float = math.inf) -> EarlyDifference | None:
+    """Compute the training NLL of a rank minus that of a higher one (see `compared_ranks`), at one LR that both have.
+
+    If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals.
+
+    Args:
+        runs: LoRA runs that differ in rank, LR and seed only: columns run_id, rank, lr, seed, status.
+        curves: columns run_id, step, split, metric, value.
+        first_steps: the last step to include.
+
+    Returns:
+        The difference; None if there are no two ranks above 1 that share an LR and a finished seed.
+    """
+    pair = compared_ranks([int(rank) for rank in runs["rank"].dropna()])
+    points = metric_points(curves, "train", "nll")
+    points = points[points["step"] <= first_steps].astype({"value": float})
+    by_lr: dict[float, dict[int, pd.DataFrame]] = {}
+    for _, rows in runs[runs["status"] == "done"].groupby(["lr", "rank"]):
+        by_rank = by_lr.setdefault(float(rows["lr"].iloc[0]), {})
+        by_rank[int(rows["rank"].iloc[0])] = curves_by_seed(rows, points)
+    paired_seeds = {
+        lr: seeds
+        for lr, by_rank in by_lr.items()
+        if pair and set(pair) <= set(by_rank) and (seeds := [s for s in by_rank[pair[0]] if s in by_rank[pair[1]]])
+    }
+    if pair is None or not paired_seeds:
+        return None
+    lr = max(paired_seeds, key=lambda candidate: len(paired_seeds[candidate]))
+    seeds = paired_seeds[lr]
+    losses = {rank: by_seed[seeds] for rank, by_seed in by_lr[lr].items() if set(seeds) <= set(by_seed)}
+    difference = (losses[pair[0]] - losses[pair[1]]).dropna()
+    if difference.empty:
+        return None
+    variance = [losses[rank].loc[difference.index].var(axis=1) for rank in pair]
+    # Before the first update all ranks have the loss of the base model.
+    later = {rank: by_seed.loc[2:] for rank, by_seed in losses.items()}
+    by_inverse_rank = [
+        (low, high, 1 / low - 1 / high, float(np.nanmean(apart)))
+        for low, high in combinations(later, 2)
+        if np.isfinite(apart := (later[low] - later[high]).to_numpy(float)).any()
+    ]
+    both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
+    return EarlyDifference(
+        low=pair[0],
+        high=pair[1],
+        lr=lr,
+        by_seed=difference,
+        sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(seeds) > 1 else math.nan,
+        by_inverse_rank=pd.DataFrame(by_inverse_rank, columns=["low", "high", "inverse", "difference"]),
+        n_diverged=int((both["status"] == "diverged").sum()),
+        run_ids=tuple(both.loc[both["seed"].isin(seeds), "run_id"]),
+    )

@@ -2,7 +2,8 @@
 
 An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
 the examples of the test split, which only more examples make smaller. Each part is kept as draws, so that a function of
-several estimates has an interval too, and estimates from one fit keep their correlation.
+several estimates has an interval too, and estimates from one fit keep their correlation. The part from examples comes
+from the losses by test example, whose split is resampled.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
 evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 
@@ -27,15 +29,11 @@ N_DRAWS = 2**16
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 """Shares of a distribution, equally far apart, (N_DRAWS,)."""
 
-_NEGLIGIBLE = 1e-9
-"""The share that is added to variances, so that the errors may be any, even if one follows from the others."""
-
 POWER = 0.8
 """The probability with which an effect of the smallest detectable size would have been seen."""
 
 
 def _ranks(share: float) -> tuple[int, int]:
-    """Return the ranks of the two draws between which a quantile lies."""
     place = share * (N_DRAWS - 1)
     return math.floor(place), math.ceil(place)
 
@@ -118,18 +116,13 @@ def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estima
         function: maps one number or array for each estimate to a number or array; it must work element by element.
         estimates: their draws are taken together, so that those of one fit keep their correlation.
     """
-    value = float(np.asarray(function(*(estimate.value for estimate in estimates))))
-    seed_part = np.asarray(function(*(estimate.value + estimate.seed_part for estimate in estimates))) - value
+    value = float(np.asarray(function(*(each.value for each in estimates))))
+    seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
     example_part = None
-    if all(estimate.example_part is not None for estimate in estimates):
-        example_part = np.asarray(function(*(e.value + np.asarray(e.example_part) for e in estimates))) - value
-    return Estimate(
-        value,
-        seed_part,
-        example_part,
-        min(estimate.n_seeds for estimate in estimates),
-        min(estimate.n_examples for estimate in estimates),
-    )
+    if all(each.example_part is not None for each in estimates):
+        example_part = np.asarray(function(*(each.value + np.asarray(each.example_part) for each in estimates))) - value
+    n_seeds, n_examples = min(each.n_seeds for each in estimates), min(each.n_examples for each in estimates)
+    return Estimate(value, seed_part, example_part, n_seeds, n_examples)
 
 
 def unknown(value: float = math.nan) -> Estimate:
@@ -159,7 +152,6 @@ def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0)
 
 @lru_cache(maxsize=64)
 def _t_quantiles(dof: float) -> np.ndarray:
-    """Return quantiles of the t distribution, equally far apart in probability, (N_DRAWS,)."""
     return np.asarray(stdtrit(dof, _SHARES))
 
 
@@ -173,19 +165,10 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
 
 
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
-    """Estimate the ratio of the means of paired values.
+    """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive.
 
     The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
-    the paired values share cancels.
-
-    Args:
-        numerator: values, shape (n,).
-        denominator: values, shape (n,), paired with the numerator's.
-        name: names the ratio, for draws.
-
-    Returns:
-        The ratio; its error is not known with fewer than two pairs, and it is NaN where the mean of the denominator is
-        not positive.
+    the paired values share cancels. It is not known with fewer than two pairs.
     """
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
@@ -220,13 +203,13 @@ def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndar
     Args:
         covariance: the covariance of the numbers if the degrees of freedom were many, (numbers, numbers).
         dof: the degrees of freedom, which all numbers share.
-        name: names the numbers. Draws of different names are independent, and those of one name are always the same.
+        name: names the numbers, for draws.
     """
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
     # Cholesky's factor is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns
-    # them, or exchanges their signs.
-    root = np.linalg.cholesky(covariance / np.outer(scales, scales) + _NEGLIGIBLE * np.eye(len(scales)))
+    # them, or exchanges their signs. A negligible share is added, in case one error follows from the others.
+    root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
     blocks = math.ceil(len(root) / _BLOCK)
     # One chi-squared draw for all numbers makes normal ones multivariate t.
     return shuffled(_chi_factors(dof)[:, None] * (_even_normals(blocks)[:, : len(root)] @ root.T * errors), name)
@@ -239,7 +222,6 @@ def uniform(dimensions: int, name: str) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _chi_factors(dof: int) -> np.ndarray:
-    """Return the factors, ascending, that make normal numbers t distributed, (N_DRAWS,)."""
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
 
@@ -249,10 +231,7 @@ _BLOCK = 32
 
 @lru_cache(maxsize=2)
 def _even_normals(blocks: int) -> np.ndarray:
-    """Return points that fill the normal distribution evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does.
-
-    The draws of a chi-squared number can therefore be combined with them in ascending order.
-    """
+    # Any part of them is even as well, so a chi-squared number's draws can be combined with them in ascending order.
     return np.asarray(ndtri(_even_points(blocks)))
 
 
@@ -280,10 +259,126 @@ _ORDERS = 64
 
 @lru_cache(maxsize=_ORDERS)
 def _order(number: int) -> np.ndarray:
-    """Return one of _ORDERS random orders of the draws, (N_DRAWS,)."""
     return generator(f"order {number}").permutation(N_DRAWS).astype(np.uint32)
 
 
 def generator(name: str) -> np.random.Generator:
     """Return the random generator of a name, so that no number depends on what else is in a table."""
     return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+_SUMMED = 2**12
+"""The number of draws that are made, and summed, at one time, so that they take little memory."""
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """The losses of runs by test example, from the table `test_losses`."""
+
+    nats: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By run_id, the summed loss of each example, (examples,)."""
+    tokens: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By run_id, the scored tokens of each example, (examples,)."""
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> ExampleLosses:
+        """Read the table `test_losses`: columns run_id, example, loss, tokens."""
+        if table.empty:
+            return cls()
+        codes, run_ids = pd.factorize(table["run_id"].to_numpy(object))
+        order = np.lexsort((table["example"].to_numpy(), codes))
+        ends = np.cumsum(np.bincount(codes))[:-1]
+        nats, tokens = (np.split(table[name].to_numpy(float)[order], ends) for name in ("loss", "tokens"))
+        return cls(dict(zip(run_ids, nats, strict=True)), dict(zip(run_ids, tokens, strict=True)))
+
+    def deviations(
+        self, run_ids: Sequence[str], name: str, combined: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int] | None:
+        """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
+
+        Args:
+            run_ids: runs on one test split.
+            name: names the test split; the examples of one name are resampled alike.
+            combined: weights of the runs, (runs, numbers), for sums over runs in place of the runs' own losses.
+
+        Returns:
+            The difference of each mean loss from that on the split itself, (N_DRAWS, runs or numbers), and the number
+            of examples. None if a run lacks its losses or the runs have different splits.
+        """
+        if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
+            return None
+        weights = self.tokens[run_ids[0]]
+        if any(not np.array_equal(self.tokens[run_id], weights) for run_id in run_ids):
+            return None
+        losses = np.array([self.nats[run_id] for run_id in run_ids]).T
+        if combined is not None:
+            losses = losses @ combined
+        n = len(weights)
+        mean = losses.sum(0) / weights.sum()
+        # The mean is subtracted first, so that single precision suffices for the sums over each resampled split.
+        numbers = np.column_stack([losses - np.outer(weights, mean), weights]).astype(np.float32)
+        counts = _resampled(name, n)
+        blocks = (counts[start : start + _SUMMED].astype(np.float32) @ numbers for start in range(0, N_DRAWS, _SUMMED))
+        sums = np.concatenate(list(blocks)).astype(float)
+        return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
+
+    def influences(self, run_ids: Sequence[str]) -> np.ndarray:
+        """Return the amounts that test examples add to the runs' mean losses, times their number, (runs, examples)."""
+        weights = self.tokens[run_ids[0]]
+        losses = np.array([self.nats[run_id] for run_id in run_ids])
+        means = losses.sum(1, keepdims=True) / weights.sum()
+        contributions: np.ndarray = (losses - means * weights) / weights.mean()
+        return contributions
+
+
+@lru_cache(maxsize=16)
+def _resampled(name: str, n: int) -> np.ndarray:
+    """Return how often each of n examples is drawn, in one byte each, (N_DRAWS, n)."""
+    random, offsets = generator(f"examples of {name}"), n * np.arange(_SUMMED)[:, None]
+    counts = np.empty((N_DRAWS, n), np.uint8)
+    for start in range(0, N_DRAWS, _SUMMED):
+        drawn = random.integers(0, n, (_SUMMED, n)) + offsets
+        counts[start : start + _SUMMED] = np.bincount(drawn.ravel(), minlength=_SUMMED * n).reshape(_SUMMED, n)
+    return counts
+
+
+def without_run_noise(
+    draws: np.ndarray, influences: np.ndarray, design: np.ndarray, hat: np.ndarray, covariance: np.ndarray
+) -> np.ndarray:
+    """Remove from the error from test examples the part that the error from seeds has in it already.
+
+    Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
+    from seeds, contains these differences, and resampled examples contain them, too. Only a difference that an example
+    makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The losses of each
+    example are fitted like the mean losses, and the variance of their residuals is taken from that of the coefficients.
+
+    Args:
+        draws: draws of the coefficients' error from resampled examples, (draws, coefficients).
+        influences: what each example adds to each run's mean loss, times the number of examples, (runs, examples).
+        design: the design matrix of the fit, (runs, coefficients).
+        hat: makes coefficients from losses, (coefficients, runs).
+        covariance: the covariance of runs over the variance of their noise, (runs, runs).
+
+    Returns:
+        The draws with the smaller covariance, otherwise changed as little as possible.
+    """
+    runs, n = influences.shape
+    # A coefficient that is held near a value known before the runs takes less than a degree of freedom.
+    dof = runs - float(np.trace(hat @ design))
+    if dof < 1 or n < 2:
+        return draws
+    effects = hat @ influences
+    residual = influences - design @ effects
+    variance = float((residual * np.linalg.solve(covariance, residual)).sum()) / (n - 1) / dof
+    unscaled = hat @ covariance @ hat.T
+    total = effects @ effects.T / (n - 1)
+    values, vectors = np.linalg.eigh(total)
+    if not values.max() > 0:
+        return draws
+    # A direction has at least a negligible variance, so that it can be divided by.
+    scales = np.sqrt(np.maximum(values, 1e-12 * values.max()))
+    root, whitened = vectors * scales, vectors / scales
+    shares, axes = np.linalg.eigh(whitened.T @ unscaled @ whitened * variance)
+    shrink = (axes * np.sqrt(np.clip(1 - shares, 0.0, 1.0))) @ axes.T
+    shrunk: np.ndarray = draws @ (whitened @ shrink @ root.T)
+    return shrunk

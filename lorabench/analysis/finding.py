@@ -113,39 +113,30 @@ def decide(
         problems: reasons against a verdict; with any, the finding is inconclusive.
         margin_rule: the rule that gives the margin, as text.
     """
-    problems = list(problems)
-    if not estimate.known and not problems:
+    problems, known = list(problems), estimate.known
+    if not known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
-    known = estimate.known
     low, high = estimate.interval() if known else (math.nan, math.nan)
-    verdict, against = Outcome("inconclusive", rule.against(estimate) if known else 1.0)
-    favoured = hindered = None
-    remedy = next((problem.remedy for problem in problems if problem.remedy), None)
-    if not problems:
-        verdict, against = _outcome(rule, estimate, 0.0)
-        if high > low:
-            slack = MOVED * (rule.size or (high - low) / 2)
-            favoured, hindered = _outcome(rule, estimate, slack), _outcome(rule, estimate, -slack)
-        if verdict != "confirmed":
-            # A contradiction may turn inconclusive as one of several (see `worst`).
-            remedy = cheapest(rule, estimate)
-    strain = rule.strain(estimate)
-    return Finding(
-        verdict,
-        "; ".join([text, *(problem.text for problem in problems)]),
-        estimate.value,
-        low,
-        high,
-        -math.inf if math.isnan(strain) else strain,
-        tuple(sorted(set(run_ids))),
-        *rule.margins,
-        margin_rule,
-        estimate.detectable if known else math.nan,
-        against,
-        remedy,
-        favoured,
-        hindered,
+    undecided = finding(
+        run_ids, text, "inconclusive", problems, estimate.value, (low, high), strain=rule.strain(estimate)
     )
+    judged = replace(
+        undecided,
+        margin_low=rule.margins[0],
+        margin_high=rule.margins[1],
+        margin_rule=margin_rule,
+        detectable=estimate.detectable if known else math.nan,
+        against=rule.against(estimate) if known else 1.0,
+    )
+    if problems:
+        return judged
+    outcome, favoured, hindered = _outcome(rule, estimate, 0.0), None, None
+    if high > low:
+        slack = MOVED * (rule.size or (high - low) / 2)
+        favoured, hindered = _outcome(rule, estimate, slack), _outcome(rule, estimate, -slack)
+    # A contradiction may turn inconclusive as one of several (see `worst`).
+    remedy = None if outcome.verdict == "confirmed" else cheapest(rule, estimate)
+    return replace(judged, **outcome._asdict(), remedy=remedy, favoured=favoured, hindered=hindered)
 
 
 def _outcome(rule: Rule, estimate: Estimate, slack: float) -> Outcome:
@@ -167,7 +158,7 @@ def finding(
     """Build a finding whose verdict does not follow from an `Estimate`; with any problem it is inconclusive.
 
     Args:
-        run_ids: ids of the runs behind it, in any order; ids may repeat.
+        run_ids: see `decide`, also for `text` and `problems`.
         text: the numbers as text.
         verdict: the verdict if there is no problem.
         problems: reasons against a verdict.

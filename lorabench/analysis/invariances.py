@@ -63,27 +63,25 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     setting = [*PAIR_SETTING, "seed"]
     scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
     columns = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
-    fast = scaled[["setting", *setting, *columns]].rename(columns={name: f"{name}_fast" for name in columns})
-    slow = scaled[["setting", *columns]].rename(columns={name: f"{name}_slow" for name in columns})
-    pairs = fast.merge(slow, on="setting")
+    fast, slow = (
+        scaled[columns].add_suffix(f"_{speed}").assign(setting=scaled["setting"]) for speed in ("fast", "slow")
+    )
+    pairs = fast.join(scaled[setting]).merge(slow, on="setting")
     pairs = pairs[pairs["place_fast"] < pairs["place_slow"]]
     pairs = pairs.sort_values(["setting", "place_fast", "place_slow"], ignore_index=True)
-    update, time = (
-        [pairs[f"{name}_{speed}"].to_numpy(float) for speed in ("fast", "slow")]
-        for name in ("update_scale", "time_scale")
-    )
-    pairs["same_update_scale"] = np.isclose(update[0], update[1], rtol=SAME, atol=0.0)
-    pairs["time_ratio"] = time[1] / time[0]
+    update = pairs[["update_scale_fast", "update_scale_slow"]].to_numpy(float)
+    pairs["same_update_scale"] = np.isclose(update[:, 0], update[:, 1], rtol=SAME, atol=0.0)
+    pairs["time_ratio"] = pairs["time_scale_slow"].astype(float) / pairs["time_scale_fast"].astype(float)
     pairs["equivalent"] = pairs["same_update_scale"] & (pairs["time_ratio"] < 1 + SAME)
     names = [f"{name}_{speed}" for speed in ("fast", "slow") for name in ("run_id", *CONFIGURATION)]
     return pairs[[*setting, *names, "same_update_scale", "time_ratio", "equivalent"]]
 
 
 def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
-    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and other pairs as a control.
+    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and others as a control.
 
-    The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The pairs of
-    the control are not equivalent and have the same settings and seeds.
+    The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
+    has the same settings and seeds.
 
     Args:
         runs: as for `run_pairs`.
@@ -110,8 +108,8 @@ def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A.
 
-    In the slow run A hardly moves in comparison. Both runs have the same initial A, optimizer and first update, so
-    that later differences between their updates are due to the movement of A.
+    In the slow run A hardly moves in comparison, so that later differences between their updates are due to the
+    movement of A.
     """
     pairs = tenfold_pairs(runs)
     standard = [pairs[f"{name}_fast"].eq(value) for name, value in STANDARD.items()]
@@ -121,45 +119,34 @@ def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
 def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
 
-    Args:
-        pairs: as from `fixed_a_controls`.
-        curves: columns run_id, step, split, metric, value, with the metric `update_norm` at step 1 and later.
-
     Returns:
-        The pairs with such steps, and the columns step and growth: the norm of the change of W by that step in the
-        fast run over that in the slow run, each relative to the change by its first step.
+        The pairs (of `fixed_a_controls`) whose metric `update_norm` has such steps, and the columns step and growth:
+        the norm of the change of W by that step in the fast run over that in the slow run, each relative to the change
+        by its first step.
     """
-    points = metric_points(curves, "train", "update_norm")
-    norms = {run_id: rows.set_index("step")["value"].astype(float) for run_id, rows in points.groupby("run_id")}
+    norms = metric_points(curves, "train", "update_norm").pivot(index="run_id", columns="step", values="value")
     rows = []
     for pair in pairs.to_dict("records"):
-        fast, slow = (norms.get(pair[f"run_id_{speed}"], pd.Series(dtype=float)) for speed in ("fast", "slow"))
-        both = fast.index.intersection(slow.index)
-        if 1 in both and len(both) > 1:
-            last = int(both.max())
-            rows.append({**pair, "step": last, "growth": float(fast[last] / fast[1]) / float(slow[last] / slow[1])})
+        both = norms.reindex([pair["run_id_fast"], pair["run_id_slow"]]).astype(float).dropna(axis=1)
+        if 1 in both and both.shape[1] > 1:
+            last = int(both.columns.max())
+            (fast_first, fast), (slow_first, slow) = both[[1, last]].to_numpy().tolist()
+            rows.append({**pair, "step": last, "growth": (fast / fast_first) / (slow / slow_first)})
     return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
 
 
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
-    """Compute how far the training losses of paired runs differ, by step.
-
-    Args:
-        pairs: as from `run_pairs`.
-        curves: columns run_id, step, split, metric, value.
-        first_steps: the last step to include.
+    """Compute how far the training losses of paired runs (see `run_pairs`) differ, up to a step.
 
     Returns:
         One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
         absolute difference of the training NLL up to that step, nats per token).
     """
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
-    ids = pd.DataFrame({"run_id": pd.unique(pairs[["run_id_fast", "run_id_slow"]].to_numpy(object).ravel())})
-    losses = train_curves(ids, curves)
+    losses = metric_points(curves, "train", "nll")
     losses = losses[losses["step"] <= first_steps]
-    # The table has a row per run, also for a run without losses, and a column per step.
-    wide = losses.pivot(index="run_id", columns="step", values="value").reindex(ids["run_id"]).astype(float)
-    fast, slow = (wide.loc[pairs[f"run_id_{speed}"]].to_numpy() for speed in ("fast", "slow"))
+    wide = losses.pivot(index="run_id", columns="step", values="value").astype(float)
+    fast, slow = (wide.reindex(pairs[f"run_id_{speed}"]).to_numpy() for speed in ("fast", "slow"))
     apart = np.abs(fast - slow)
     number, column = np.nonzero(np.isfinite(apart))
     so_far = np.fmax.accumulate(apart, axis=1)[number, column]
@@ -175,7 +162,7 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, with the metric `descent` at step 1.
+        curves: with the metric `descent` at step 1.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
@@ -194,11 +181,10 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=columns)]
     for _, rows in cells.groupby(_BATCHES, dropna=False):
         for power, rule in RULES.items():
-            factor = rows["alpha"] / rows["rank"].astype(float) ** power
-            followed = [rows[factor == STANDARD["alpha"]]]
+            followed = [rows[rows["alpha"] == STANDARD["alpha"]]]
             if power:
                 # Rounding makes factors equal that differ only by the inexact square roots of ranks.
-                factor = factor.map(lambda value: float(f"{value:.9g}"))
+                factor = (rows["alpha"] / rows["rank"].astype(float) ** power).map(lambda value: float(f"{value:.9g}"))
                 sets = [same for _, same in rows.groupby(factor) if same["rank"].nunique() > 1]
                 followed = [same for same in sets if (same["alpha"] != STANDARD["alpha"]).any()]
             if followed:
@@ -208,10 +194,7 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
-    """Compute each rank's mean first descent over that of the highest rank of its rule, over the seeds of both.
-
-    Args:
-        descents: as from `first_descents`.
+    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule and rank: estimate (an `Estimate`), ratio (its
@@ -224,8 +207,8 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         for rank, group in by_rank.items():
             seeds = group.index.intersection(top.index)
             pair = group.loc[seeds], top.loc[seeds]
-            name = "/".join(map(str, (*key, rank)))
-            ratio = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float), name)
+            own, highest = (rows["descent"].to_numpy(float) for rows in pair)
+            ratio = ratio_of_means(own, highest, "/".join(map(str, (*key, rank))))
             low, high = (math.nan, math.nan) if group is top else ratio.interval()
             run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
             ratios.append((*key, rank, ratio, ratio.value, low, high, len(seeds), sorted(set(run_ids))))
@@ -236,35 +219,26 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
 def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, with the metric `a_moved`, which is relative to that norm.
-
     Returns:
-        The LoRA runs that have the metric, with update_scale, time_scale, step (NaN where it is not known), and what is
-        known instead: `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A
-        did not move that far by the last record, -1 if it is at most the limit, since A had done so by its first
-        record, and 0 if it is the limit.
+        The LoRA runs that have the metric `a_moved`, which is relative to that norm, with update_scale, time_scale,
+        step (NaN where it is not known), and what is known instead: `limit`, a step, and `bound`, which is 1 if the
+        number of steps is at least the limit, since A did not move that far by the last record, -1 if it is at most
+        the limit, since A had done so by its first record, and 0 if it is the limit.
     """
-    scaled = with_scales(runs)
-    times = {
-        run_id: _move_time(points["step"].to_numpy(float), points["value"].to_numpy(float))
-        for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id")
-    }
-    known = scaled[scaled["run_id"].isin(list(times))]
-    limits, bounds = ([times[run_id][part] for run_id in known["run_id"]] for part in (0, 1))
-    timed = known.assign(limit=np.array(limits, float), bound=np.array(bounds, int))
+    scaled, times = with_scales(runs), []
+    for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
+        steps, values = points["step"].to_numpy(float), points["value"].to_numpy(float)
+        moved = values > 0
+        logs = zip(np.log(steps[moved]).tolist(), np.log(values[moved]).tolist(), strict=True)
+        reached = steps[values >= 1]
+        limit, bound = (reached[0], -1) if len(reached) else (steps[-1], 1)
+        for (before, low), (after, high) in pairwise(logs):
+            if low < 0 <= high:
+                limit, bound = math.exp(before - low / (high - low) * (after - before)), 0
+                break
+        times.append((run_id, float(limit), bound))
+    timed = scaled.merge(pd.DataFrame(times, columns=["run_id", "limit", "bound"]), on="run_id")
     return timed.assign(step=timed["limit"].where(timed["bound"] == 0))
-
-
-def _move_time(steps: np.ndarray, values: np.ndarray) -> tuple[float, int]:
-    """Return the limit and the bound of `move_times` for one run, whose steps ascend."""
-    points = [(math.log(step), math.log(value)) for step, value in zip(steps, values, strict=True) if value > 0]
-    for (before, low), (after, high) in pairwise(points):
-        if low < 0 <= high:
-            return math.exp(before - low / (high - low) * (after - before)), 0
-    reached = steps[values >= 1]
-    return (float(reached[0]), -1) if len(reached) else (float(steps[-1]), 1)
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -272,7 +246,7 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
-        curves: columns run_id, step, split, metric, value, with the metric `update_norm`.
+        curves: with the metric `update_norm`.
 
     Returns:
         The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).
@@ -280,13 +254,10 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
     longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
-    best = [
-        run_id
-        for comparison in comparisons(longest, curves)
-        for arm in comparison.arms
-        for run_id in comparison.at_optimum(arm)["run_id"]
-    ]
-    norms = train_curves(longest[longest["run_id"].isin(best)], curves, "update_norm")
+    best: set[str] = set()
+    for comparison in comparisons(longest, curves):
+        best.update(*(comparison.at_optimum(arm)["run_id"] for arm in comparison.arms))
+    norms = train_curves(longest[longest["run_id"].isin(list(best))], curves, "update_norm")
     return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
 
 

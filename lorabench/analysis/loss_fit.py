@@ -20,7 +20,7 @@ because `MixedLM` gives no t intervals, which matter with three seeds, and takes
 
 Only the LRs around the lowest loss of an arm count, up to a factor of MAX_STEP from it, since a loss is a parabola near
 its minimum only. The error of a minimum carries the choice of the LR, since the optimum is part of the fit; the seeds;
-and the examples of the test split, which are resampled (`example_losses`).
+and the examples of the test split, which are resampled.
 
 A row may also be the mean of n seeds with their standard deviation. It then counts n times, and if there are only such
 rows, the seed noise is that of their deviations, pooled.
@@ -37,22 +37,23 @@ import numpy as np
 import pandas as pd
 from scipy.special import fdtrc
 
-from lorabench.analysis.arm_grid import ArmGrid, ArmRuns, arm_grid, counted_rows
 from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns, with_losses
-from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, multivariate_student, unknown
-from lorabench.analysis.example_losses import ExampleLosses, without_run_noise
-from lorabench.analysis.least_squares import FitRows, Solution
+from lorabench.analysis.estimate import (
+    N_DRAWS,
+    Estimate,
+    ExampleLosses,
+    combined,
+    multivariate_student,
+    unknown,
+    without_run_noise,
+)
+from lorabench.analysis.fit_rows import ArmGrid, ArmRuns, FitRows, Solution, arm_grid, counted_rows
 
 CURVATURE_LEVEL = 0.01
 """The level at which one curvature for all arms is refuted."""
 
 ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
-
-_LEAST_PRIOR = 0.03
-"""The least weight of what is known of the asymmetry before the runs, for runs with hardly any noise."""
-
-_TAIL = 0.025  # on each side of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class LossFit:
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str, str], Estimate]:
-        """The gaps and log ratios that were asked for, as several claims ask for the same."""
+        # Several claims ask for the same gaps and log ratios.
         return {}
 
     def _difference(self, name: str, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
@@ -142,24 +143,24 @@ def fit_losses(
     fitted = None if counted is None else _fitted(counted)
     if counted is None or fitted is None:
         return LossFit(grids, {}, {}, {}, math.nan, 0, {}, {}, {}, {}, "")
+    solution, places_by_arm, around = fitted
     noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
-    seed_draws, dof, sigma = _seed_errors(counted, fitted.solution, noise, name)
-    example_draws, n_examples = _example_errors(counted, fitted.solution, examples or ExampleLosses(), test_split)
-    minima, optima, resolved, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}
+    seed_draws, dof, sigma = _seed_errors(counted, solution, noise, name)
+    example_draws, n_examples = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
+    minima, optima, resolved, curvature, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
         seed_and_n = zip(counted.seed[chosen].tolist(), counted.n[chosen].tolist(), strict=True)
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in seed_and_n for k in range(n))
         n_seeds[label], run_ids[label] = len(seeds[label]), tuple(counted.run_id[chosen].tolist())
-        places, around = fitted.places(label)
-        ends = (float(counted.x[chosen].min()), float(counted.x[chosen].max()))
-        coefficients = fitted.solution.coefficients[places]
-        value = [float(part[0]) for part in _vertex(coefficients[None], ends, around)]
-        by_seed = _vertex(coefficients + seed_draws[:, places], ends, around)
+        places, ends = places_by_arm[label], (float(counted.x[chosen].min()), float(counted.x[chosen].max()))
+        coefficients = solution.coefficients[places]
+        value = [float(part[0]) for part in _vertex(coefficients[None], ends, around.get(label))]
+        by_seed = _vertex(coefficients + seed_draws[:, places], ends, around.get(label))
         by_example: Sequence[np.ndarray | None] = (None, None)
         if example_draws is not None:
-            by_example = _vertex(coefficients + example_draws[:, places], ends, around)
-        grid = grids[label]
+            by_example = _vertex(coefficients + example_draws[:, places], ends, around.get(label))
+        grid, curvature[label] = grids[label], float(coefficients[2])
         centre = math.log(grid.lrs[grid.centre])
         optima[label], minima[label] = (
             Estimate(
@@ -170,78 +171,53 @@ def fit_losses(
         )  # fmt: skip
         draws = optima[label].draws - centre
         outside = (draws <= ends[0] + 1e-9) | (draws >= ends[1] - 1e-9)
-        resolved[label] = (
-            grid.edge is None
-            and grid.coarse is None
-            and fitted.curvature[label] > 0
-            and bool(np.isfinite(draws).all())
-            and float(outside.mean()) <= _TAIL
-        )
+        bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
+        # 2.5% is what lies on each side of a 95% interval.
+        resolved[label] = bounded and bool(np.isfinite(draws).all()) and float(outside.mean()) <= 0.025
     source = "" if noise is None else noise.source
-    return LossFit(
-        grids, minima, optima, resolved, sigma, dof, fitted.curvature, n_seeds, seeds, run_ids, source
-    )  # fmt: skip
+    return LossFit(grids, minima, optima, resolved, sigma, dof, curvature, n_seeds, seeds, run_ids, source)
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """The coefficients of a fit, and their places by arm."""
+def _fitted(rows: FitRows) -> tuple[Solution, dict[str, list[int]], dict[str, float]] | None:
+    """Fit with one curvature, and with one for each arm if the data refute that.
 
-    solution: Solution
-    labels: list[str]
-    curvature_places: Mapping[str, int]
-    """The place of each arm's curvature among the coefficients."""
-    centres: Mapping[str, float] | None
-    """The position from which each arm's third power is measured; None without an asymmetry."""
-
-    @cached_property
-    def curvature(self) -> dict[str, float]:
-        """The curvature of each arm."""
-        return {label: float(self.solution.coefficients[place]) for label, place in self.curvature_places.items()}
-
-    def places(self, label: str) -> tuple[list[int], float | None]:
-        """Return the places of an arm's intercept, slope, curvature and asymmetry, and the centre of the asymmetry."""
-        number = self.labels.index(label)
-        parabola = [2 * number, 2 * number + 1, self.curvature_places[label]]
-        if self.centres is None:
-            return parabola, None
-        return [*parabola, len(self.solution.coefficients) - 1], self.centres[label]
-
-
-def _fitted(rows: FitRows) -> _Fitted | None:
-    """Fit with one curvature, and with one for each arm if the data refute that; None if the runs determine no fit."""
-    labels, shared = rows.labels, [rows.labels]
-    first = rows.solve(rows.design(shared), ratio=1.0)
+    Returns:
+        The solution; by arm, the places of its intercept, slope, curvature and asymmetry among the coefficients; and,
+        where there is an asymmetry, the position from which each arm's third power is measured. None if the runs
+        determine no fit.
+    """
+    labels = list(rows.in_arm)
+    first = rows.solve(rows.design([labels]), ratio=1.0)
     if first is None:
         return None
-    curvature = float(first.coefficients[2 * len(labels)])
-    centres, prior = None, 0.0
+    places = {label: [2 * number, 2 * number + 1, 2 * len(labels)] for number, label in enumerate(labels)}
+    curvature, centres, prior = float(first.coefficients[2 * len(labels)]), {}, 0.0
     # Without noise, or where the losses have no minimum, no asymmetry is fitted.
     if curvature > 0 and first.dof >= 1 and first.variance > 0:
-        centres = {}
-        for number, (label, chosen) in enumerate(rows.in_arm.items()):
-            places = [2 * number, 2 * number + 1, 2 * len(labels)]
+        for label, chosen in rows.in_arm.items():
             ends = (float(rows.x[chosen].min()), float(rows.x[chosen].max()))
-            centres[label] = float(_vertex(first.coefficients[places][None], ends)[0][0])
-        # The standard deviation of e over that of the asymmetry before the runs.
-        prior = max(math.sqrt(first.variance) / (ASYMMETRY * curvature), _LEAST_PRIOR)
-    solution = rows.solve(rows.design(shared, centres), prior) or first
-    place = dict.fromkeys(labels, 2 * len(labels))
+            centres[label] = float(_vertex(first.coefficients[places[label]][None], ends)[0][0])
+        # The standard deviation of e over that of the asymmetry before the runs, which has some weight in any case.
+        prior = max(math.sqrt(first.variance) / (ASYMMETRY * curvature), 0.03)
+    solution = rows.solve(rows.design([labels], centres), prior) or first
     if len(labels) > 1 and all(len(set(rows.x[chosen].tolist())) >= 3 for chosen in rows.in_arm.values()):
-        own = [[label] for label in labels]
-        alone = rows.solve(rows.design(own, centres), prior, solution.ratio)
-        together = rows.solve(rows.design(shared, centres), prior, solution.ratio)
+        alone = rows.solve(rows.design([[label] for label in labels], centres), prior, solution.ratio)
+        together = rows.solve(rows.design([labels], centres), prior, solution.ratio)
         if alone and together and alone.dof >= 1 and alone.variance > 0:
             more = together.dof - alone.dof
             f = (together.variance * together.dof - alone.variance * alone.dof) / more / alone.variance
             if fdtrc(more, alone.dof, f) < CURVATURE_LEVEL:
                 solution = alone
-                place = {label: 2 * len(labels) + number for number, label in enumerate(labels)}
-    return _Fitted(solution, labels, place, centres)
+                for number, label in enumerate(labels):
+                    places[label][2] += number
+    if centres:
+        for own in places.values():
+            own.append(len(solution.coefficients) - 1)
+    return solution, places, centres
 
 
 def _noise_of_rows(rows: FitRows) -> Noise | None:
-    """Return the pooled seed noise of rows that are means of several seeds; None if there are none with a deviation."""
+    """Return the pooled seed noise of rows that are means of several seeds, if any."""
     several = (rows.n > 1) & np.isfinite(rows.sd)
     if not several.any():
         return None
@@ -251,15 +227,8 @@ def _noise_of_rows(rows: FitRows) -> Noise | None:
 
 
 def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: str) -> tuple[np.ndarray, int, float]:
-    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma.
-
-    Args:
-        rows: the runs of the fit.
-        solution: the coefficients.
-        noise: for runs of one seed, the seed noise from elsewhere.
-        name: names the comparison, for draws.
-    """
-    seeds, arms, n = len(rows.seeds), len(rows.labels), len(solution.coefficients)
+    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma."""
+    seeds, arms, n = len(rows.seeds), len(rows.in_arm), len(solution.coefficients)
     sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
     covariance = solution.variance * solution.unscaled
     if seeds < 2 and noise is None:
@@ -304,10 +273,8 @@ def _vertex(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
-    Args:
-        coefficients: intercept, slope and curvature of each parabola, (n, 3); for cubics also the asymmetry, (n, 4).
-        ends: the range of positions.
-        around: the position from which a cubic's third power is measured.
+    Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
+    (n, 4), of the third power of the distance from the position `around`.
     """
     intercept, slope, curvature = coefficients.T[:3]
     centre, asymmetry = (0.0, np.zeros(len(slope))) if around is None else (around, coefficients.T[3])

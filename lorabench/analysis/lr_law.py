@@ -65,27 +65,16 @@ def lineage(family: str) -> str:
 
 
 def predict_lr(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
-    """Return the LR that a law predicts; NaN for a family without an exponent.
-
-    Args:
-        law: the constants.
-        family: the transformers model type, or the lineage.
-        hidden_size: the hidden size of the model.
-        method: `fullft` or `lora`.
-    """
+    """Return the LR that a law predicts for a method, `fullft` or `lora`; NaN for a family without an exponent."""
     exponent = law.exponents.get(lineage(family), math.nan)
     return float(law.base * (law.multiplier if method == "lora" else 1.0) * (PIVOT / hidden_size) ** exponent)
 
 
-def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw:
-    """Fit the law whose predictions have the lowest summed regret, the criterion of the paper's fit.
-
-    Raises:
-        ValueError: The optima do not determine the constants.
-    """
+def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
+    """Fit the law whose predictions have the lowest summed regret, the criterion of the paper's fit, if determined."""
     from_optima = _constants_from(_design(optima), optima)
     if from_optima is None:
-        raise ValueError("the sweeps do not determine the law: it needs both methods and several hidden sizes")
+        return None
     constants = from_optima @ np.array([optimum.log_lr for optimum in optima])
     base, multiplier = np.exp(constants[:2]).tolist()
     lineages = sorted({optimum.lineage for optimum in optima})
@@ -118,10 +107,7 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
 
 
 def _design(optima: Sequence[ArmOptimum]) -> np.ndarray:
-    """Return the design matrix of the law, which is linear in ln LR.
-
-    The columns belong to ln base, ln M and an exponent per lineage.
-    """
+    """Return the design matrix of the law in ln LR; its columns belong to ln base, ln M and each lineage's exponent."""
     lineages = sorted({optimum.lineage for optimum in optima})
     rows = [
         [1.0, optimum.method == "lora"]
@@ -145,7 +131,7 @@ METHODS = ("fullft", "lora")
 
 @dataclass(frozen=True)
 class SweptModel:
-    """The LR sweeps of FullFT and of LoRA on one model; LoRA at the rank chosen for the model's group."""
+    """The LR sweeps of FullFT and of LoRA, at the rank chosen for the model's group, on one model."""
 
     comparison: Comparison
     fullft: Arm
@@ -156,7 +142,6 @@ class SweptModel:
 
     @property
     def name(self) -> str:
-        """The name of the model."""
         return str(self.fullft["model"])
 
     @cached_property
@@ -217,11 +202,7 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
 
 
 def by_base(models: Sequence[SweptModel]) -> list[list[SweptModel]]:
-    """Group models by their base.
-
-    A base and the models that were post-trained from it have much in common, so they are not independent: a number of
-    a base is the mean over its models (see `mean_of`), and it is bases that scatter.
-    """
+    """Group models by their base, since models that were post-trained from one are not independent: bases scatter."""
     groups: dict[tuple[object, ...], list[SweptModel]] = {}
     for model in models:
         groups.setdefault(model.base, []).append(model)
@@ -239,11 +220,8 @@ def run_ids(models: Sequence[SweptModel]) -> list[str]:
 
 
 def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
-    """Fit the law to the optima of models; the result is None where they do not determine it."""
-    try:
-        return fit_lr_law([optimum for model in models for method in METHODS if (optimum := model.arm_optimum(method))])
-    except ValueError:
-        return None
+    """Fit the law to the optima of models, if they determine it."""
+    return fit_lr_law([optimum for model in models for method in METHODS if (optimum := model.arm_optimum(method))])
 
 
 def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequence[Hashable], name: str) -> Estimate:
@@ -262,8 +240,7 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
         The slope; it is unknown if no group has two values of x, or if the error of a number is not known.
     """
     places = np.asarray(x, float)
-    labels = np.array([hash(group) for group in groups])
-    own = labels[:, None] == labels[None, :]
+    own = np.array([[group == other for other in groups] for group in groups])
     centred = places - own @ places / own.sum(1)
     squares = float((centred**2).sum())
     if not squares > 1e-12:

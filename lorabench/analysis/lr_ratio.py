@@ -40,18 +40,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
-from lorabench.analysis.arms import STANDARD, arm_label
+from lorabench.analysis.arms import ALPHA, STANDARD, arm_label
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
-from lorabench.analysis.early import at_step
-from lorabench.analysis.estimate import Estimate, combined, unknown
+from lorabench.analysis.curves import metric_points
+from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses, combined, normal, unknown
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
 from lorabench.config.margins import FixedLoraTheory, LrRatioPredictions, MovementTheory, ScaleTheory
 
-WIDTH, STEPS, BATCH_SIZE, ALPHA = 128, 50, 8, 32.0
-"""The condition at which parameters of theories are given."""
+WIDTH, STEPS, BATCH_SIZE = 128, 50, 8
+"""The condition at which, with the paper's alpha, parameters of theories are given."""
+
 
 LogRatio = Callable[[np.ndarray], np.ndarray]
 """The natural logarithm of a predicted ratio as a function of that of FullFT's optimal LR."""
@@ -70,6 +72,10 @@ class Setting:
 def _larger_root(factor: np.ndarray, target: float) -> np.ndarray:
     """Return the positive R with R (1 + factor R) = target, in a form that also holds where the factor is near 0."""
     return 2 * target / (1 + np.sqrt(1 + 4 * factor * target))
+
+
+def _fixed(ratio: float) -> LogRatio:
+    return lambda log_fullft: np.full(np.shape(log_fullft), math.log(ratio))
 
 
 def movement(theory: MovementTheory, setting: Setting) -> LogRatio:
@@ -117,10 +123,6 @@ def fixed_lora(theory: FixedLoraTheory, setting: Setting) -> LogRatio | None:
     return _fixed(theory.ratio * (setting.width / WIDTH) ** (theory.fullft_exponent - theory.lora_exponent))
 
 
-def _fixed(ratio: float) -> LogRatio:
-    return lambda log_fullft: np.full(np.shape(log_fullft), math.log(ratio))
-
-
 def predicted(predictions: LrRatioPredictions, setting: Setting) -> Mapping[str, LogRatio]:
     """Return what each theory predicts for a setting, by its name; theories that are silent on it are left out.
 
@@ -148,8 +150,6 @@ def fitted(name: str, setting: Setting) -> bool:
 LENGTHS = (25, 50, 100, 200, 400, 800, 1600)
 """The steps at which prefixes of longer runs are judged, where the runs were validated there."""
 
-Kind = Literal["own", "prefix"]
-
 COLUMNS = [
     *("model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"),
     *("fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high", "resolved"),
@@ -165,16 +165,13 @@ class MeasuredRatio:
     comparison: Comparison
     lora: Arm
     fullft: Arm
-    kind: Kind
+    kind: Literal["own", "prefix"]
     setting: Setting
 
     @property
     def label(self) -> str:
-        """The condition as text."""
-        prefix = ", prefix" if self.kind == "prefix" else ""
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
-        numbers = f"{setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
-        return f"{place} {numbers}{prefix}"
+        return f"{place} {setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
 
     @property
     def log_ratio(self) -> Estimate:
@@ -210,6 +207,87 @@ class MeasuredRatio:
         return as_ratio(decide(rule, self.distance(theory), text, ids, problems, margin_rule))
 
 
+def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame:
+    """Return the runs table as if training had ended at a step, for estimators that use final losses.
+
+    With a constant LR and the same order of the data, a run's first steps are a short run. Both final losses are the
+    validation NLL at that step, since the test loss is measured only after the last step. The optimal LR is picked on
+    the validation split anyway; the loss at that optimum is biased low by the choice, in all arms alike.
+
+    Args:
+        runs: supervised runs, columns run_id, status, and any others; steps and diverged_at are optional.
+        curves: columns run_id, step, split, metric, value.
+        step: the step whose validation losses are read.
+
+    Returns:
+        The runs with steps, status, final_valid_nll and final_test_nll as of that step. A run that diverged later is
+        done, and a run that had diverged by then stays diverged. A run that ended earlier, or that has no validation
+        loss at that step, is left out.
+    """
+    points = metric_points(curves, "validation", "nll")
+    at_that_step = points[points["step"] == step].drop_duplicates("run_id").set_index("run_id")["value"]
+    loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
+    loss = loss.where(loss.abs() < math.inf)
+    diverged = (runs["status"] == "diverged") & loss.isna()
+    if "diverged_at" in runs:
+        diverged &= (runs["diverged_at"].isna() | (runs["diverged_at"] <= step)).astype(bool)
+    kept = loss.notna() | diverged
+    if "steps" in runs:
+        kept &= (runs["steps"].isna() | (runs["steps"] >= step)).astype(bool)
+    status = diverged[kept].map({True: "diverged", False: "done"})
+    as_of = runs[kept].assign(steps=step, status=status, final_valid_nll=loss[kept], final_test_nll=loss[kept])
+    return as_of.astype({"steps": "Int64"})
+
+
+def at_end(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs table with the final validation NLL as both final losses, to compare with `at_step`."""
+    return runs.assign(final_test_nll=runs["final_valid_nll"])
+
+
+def coupled(
+    short: Comparison, full: Comparison, from_short: Estimate, from_full: Estimate, name: str
+) -> tuple[Estimate, Estimate]:
+    """Couple the errors of two numbers, one from the losses at a step and one from those at the end of the same runs.
+
+    A run that has luck at a step has some of it at the end too, so the errors of numbers from the two fits are
+    correlated as the residuals of the runs are. That correlation is taken at the lower end of its 68% interval, since
+    a large one makes the difference of the numbers look precise, times the share of runs that both fits have; and no
+    lower than 0. The draws of the second number are reordered so that their ranks have this correlation; both numbers
+    keep their distributions.
+    """
+    if not (from_short.known and from_full.known):
+        return from_short, from_full
+    residuals = pd.concat({"short": _residuals(short), "full": _residuals(full)}, axis=1)
+    common = residuals.dropna()
+    products = float((common["short"] * common["full"]).sum())
+    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
+    dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
+    if dof >= 2 and squares > 0:
+        # No correlation above 0.999 is believed.
+        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
+        correlation = max(0.0, lower) * len(common) / len(residuals)
+    order = np.argsort(from_short.seed_part, kind="stable")
+    scores = np.empty(N_DRAWS)
+    scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
+    scores = correlation * scores + math.sqrt(1 - correlation**2) * normal(f"coupled {name}")
+    reordered = np.empty(N_DRAWS)
+    reordered[np.argsort(scores, kind="stable")] = np.sort(from_full.seed_part)
+    return from_short, replace(from_full, seed_part=reordered)
+
+
+def _residuals(comparison: Comparison) -> pd.Series[float]:
+    """Return by run_id the losses of a fit's runs minus its parabolas, without the mean of each seed."""
+    fit, parts = comparison.fit, []
+    for label, run_ids in fit.run_ids.items():
+        arm_rows = comparison.rows[label].set_index("run_id").loc[list(run_ids)]
+        distance = np.log(arm_rows["lr"].astype(float)) - fit.optima[label].value
+        fitted = fit.minima[label].value + fit.curvature[label] * distance**2
+        parts.append(arm_rows[["seed"]].assign(residual=arm_rows["final_test_nll"].astype(float) - fitted))
+    rows = pd.concat(parts)
+    residuals: pd.Series[float] = rows["residual"] - rows.groupby("seed")["residual"].transform("mean")
+    return residuals
+
+
 def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) -> list[MeasuredRatio]:
     """Return the conditions that some runs measure: own runs first, then prefixes.
 
@@ -219,12 +297,10 @@ def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) 
         curves: columns run_id, step, split, metric, value.
         judging: margins and losses by test example.
     """
-    lora = runs["method"] == "lora"
-    usual = pd.Series(True, index=runs.index)
-    for name in ("init_a", "lr_ratio"):
-        usual &= (runs[name].isna() | runs[name].eq(STANDARD[name])).astype(bool)
-    everywhere = (runs["placement"].isna() | runs["placement"].eq("all")).astype(bool)
-    chosen = runs[~lora | (usual & everywhere)]
+    lora, usual = runs["method"] == "lora", pd.Series(True, index=runs.index)
+    for name, value in (("init_a", STANDARD["init_a"]), ("lr_ratio", STANDARD["lr_ratio"]), ("placement", "all")):
+        usual &= (runs[name].isna() | runs[name].eq(value)).astype(bool)
+    chosen = runs[~lora | usual]
     chosen = chosen[chosen[["hidden_size", "steps", "batch_size"]].notna().all(axis=1)]
     if "alpha_convention" in chosen:
         # A source with another alpha at all ranks has no column alpha, and no theory is asked about it.
@@ -235,7 +311,7 @@ def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) 
         return []
     ratios = [ratio for comparison in comparisons(chosen, curves, judging) for ratio in _ratios(comparison, "own")]
     # The losses by test example are those at the end.
-    at_prefix = replace(judging, examples=type(judging.examples)())
+    at_prefix = replace(judging, examples=ExampleLosses())
     for step in LENGTHS:
         # The beginnings of the longest runs of each arm and dataset, if these are longer.
         longer = chosen[chosen["steps"].astype(float) > step]
@@ -248,12 +324,11 @@ def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) 
     return ratios
 
 
-def _ratios(comparison: Comparison, kind: Kind) -> list[MeasuredRatio]:
+def _ratios(comparison: Comparison, kind: Literal["own", "prefix"]) -> list[MeasuredRatio]:
     fullft = comparison.fullft
     if fullft is None or fullft["steps"] is None:
         return []
-    width = float(comparison.runs["hidden_size"].astype(float).median())
-    size = (width, fullft["steps"], fullft["batch_size"])
+    size = float(comparison.runs["hidden_size"].astype(float).median()), fullft["steps"], fullft["batch_size"]
     return [
         MeasuredRatio(comparison, arm, fullft, kind, Setting(*size, ALPHA if arm["alpha"] is None else arm["alpha"]))
         for arm in comparison.arms
@@ -269,17 +344,14 @@ def prediction_table(ratios: Sequence[MeasuredRatio], predictions: LrRatioPredic
     """
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
-        optima = ratio.comparison.fit.optima
-        lrs = [
-            math.exp(optima[label].value) if (label := arm_label(arm)) in optima else math.nan
-            for arm in (ratio.fullft, ratio.lora)
-        ]
+        optima, lora, fullft = ratio.comparison.fit.optima, ratio.lora, ratio.fullft
+        lrs = [optima[arm_label(arm)].value if arm_label(arm) in optima else math.nan for arm in (fullft, lora)]
         low, high = ratio_interval(ratio.log_ratio)
-        about = {name: ratio.lora[name] for name in ("model", "dataset", "steps", "batch_size", "rank")}
+        about = {name: lora[name] for name in ("model", "dataset", "steps", "batch_size", "rank")}
         about |= {"width": int(ratio.setting.width), "alpha": ratio.setting.alpha, "runs": ratio.kind}
-        about |= {"fullft_lr": lrs[0], "lora_lr": lrs[1]}
+        about |= {"fullft_lr": math.exp(lrs[0]), "lora_lr": math.exp(lrs[1])}
         about |= {"ratio": math.exp(ratio.log_ratio.value), "ratio_low": low, "ratio_high": high}
-        about["resolved"] = not ratio.comparison.problems([ratio.lora, ratio.fullft], resolved=True)
+        about["resolved"] = not ratio.comparison.problems([lora, fullft], resolved=True)
         for name, theory in predicted(predictions, ratio.setting).items():
             judged = ratio.judge(theory)
             prediction = {"theory": name, "predicted": ratio.prediction(theory), "off_by": judged.estimate}

@@ -23,7 +23,6 @@ BITS_PER_PARAMETER = 2.0
 """Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
 
 _NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params"]
-_FIRST_EPOCH = ["first_epoch_nats", "first_epoch_scored_tokens"]
 
 
 def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -37,9 +36,9 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute the bits that each run on random facts has stored of them.
 
-    The stored bits are the entropy of the answers minus the summed NLL of the answers under the trained model, in
-    bits. That NLL includes the token that ends an answer, which costs almost nothing. The number is negative for a
-    model that predicts worse than a uniform guess.
+    They are the entropy of the answers minus the summed NLL of the answers under the trained model, in bits. That NLL
+    includes the token that ends an answer, which costs almost nothing. The number is negative for a model that
+    predicts worse than a uniform guess.
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, entropy_bits, final_test_nll, test_scored_tokens,
@@ -65,9 +64,6 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
         One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
         bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
         lr_best). Where the runs determine no minimum, the NLL is the mean at lr_best.
-
-    Raises:
-        UserError: See `check_runs`.
     """
     rows = []
     for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
@@ -75,15 +71,15 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             label, chosen = arm_label(arm), comparison.at_optimum(arm)
             if chosen.empty:
                 continue
-            first = chosen.iloc[0]
+            entropy, tokens, params, lr = (float(chosen[name].iloc[0]) for name in (_NEEDED[0], *_NEEDED[2:], "lr"))
             at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            minimum = comparison.fit.minima.get(label, at_lr)
-            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
+            bits = stored(comparison.fit.minima.get(label, at_lr), entropy, tokens)
             low, high = bits.interval()
             row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
-            row |= {"bits_per_parameter": bits.value / float(first["trainable_params"])}
-            row |= {"lr_best": float(first["lr"]), "n_seeds": len(chosen)}
-            rows.append(arm | row | {"trainable_params": first["trainable_params"], "run_ids": list(chosen["run_id"])})
+            row |= {"bits_per_parameter": bits.value / params, "lr_best": lr, "n_seeds": len(chosen)}
+            rows.append(
+                arm | row | {"trainable_params": chosen["trainable_params"].iloc[0], "run_ids": list(chosen["run_id"])}
+            )
     bits_columns = ["bits_stored", "bits_stored_low", "bits_stored_high", "bits_per_parameter"]
     return arm_table(rows, ["lr_best", "n_seeds", "trainable_params", *bits_columns, "run_ids"])
 
@@ -100,9 +96,6 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
         loss it is), bits (mean over seeds), run_ids.
-
-    Raises:
-        UserError: See `check_runs`.
     """
     rows: list[dict[str, Any]] = []
     for comparison in comparisons(runs, pd.DataFrame()):
@@ -112,7 +105,7 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
         for arm in [comparison.fullft] if comparison.fullft in finished else finished[-1:]:
             grid, arm_runs = grids[arm_label(arm)], comparison.rows[arm_label(arm)]
             at_best = arm_runs[arm_runs["status"].eq("done") & arm_runs["lr"].eq(grid.lrs[grid.centre])]
-            seeds = at_best.sort_values("seed").dropna(subset=_FIRST_EPOCH)
+            seeds = at_best.sort_values("seed").dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
             if len(seeds):
                 bits = float(seeds["first_epoch_nats"].to_numpy(float).mean()) / math.log(2)
                 rows.append(arm | {"bits": bits, "run_ids": list(seeds["run_id"])})
@@ -120,30 +113,22 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Estimate:
-    """Return the bits that an arm stores of random facts, from its lowest NLL.
+    """Return the bits that an arm stores of random facts, from its lowest NLL in nats per scored token.
 
     The facts are all that there are, so the choice of the test examples adds no error.
-
-    Args:
-        minimum: the NLL of the facts in nats per scored token.
-        entropy_bits: the entropy of the answers.
-        scored_tokens: the number of scored tokens of all facts.
     """
     bits = combined(lambda nats: entropy_bits - nats * scored_tokens / math.log(2), minimum)
     return replace(bits, example_part=None, n_examples=0)
 
 
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
-    """Estimate the share of its stored bits that an arm stored in the second half of its steps.
+    """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds.
 
-    The share is near 0 where the arm no longer stores more, and large where a longer run would store more.
+    It is near 0 where the arm no longer stores more, and NaN without curves or without stored bits.
 
     Args:
         runs: the runs of one arm on random facts at one LR, one for each seed: columns as for `stored_bits`.
         curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
-
-    Returns:
-        The mean over seeds; NaN without curves or without stored bits.
     """
     bits = stored_bits(runs).set_index("run_id")["bits_stored"]
     scored = runs.set_index("run_id")["test_scored_tokens"]

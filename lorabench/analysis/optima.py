@@ -17,7 +17,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, comparisons, kept_by_arm
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired
-from lorabench.analysis.estimate import Estimate, unknown
+from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.memorisation import is_memorisation
@@ -83,11 +83,7 @@ def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurve
 def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> list[Problem]:
     """Return the reasons against comparing the curves of two arms at the LRs that they are from.
 
-    Args:
-        comparison: holds both arms.
-        arm: an arm.
-        other: the arm that it is compared with.
-        effect: the least difference that matters to the comparison, in nats per token.
+    `effect` is the least difference that matters to the comparison, in nats per token.
     """
 
     def lost(compared: Arm) -> float:
@@ -159,41 +155,35 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     return Departure(None, None, None, curves.slope(windows[start][0]))
 
 
-def rank_departures(comparison: Comparison) -> dict[int, Departure]:
-    """Return where each rank leaves the curve of the highest rank, by rank, ascending; the highest rank is left out.
-
-    The curves are training NLL at the fitted optima, and the margin is that of the comparison.
-    """
-    return {
-        rank: paired_departure(pair_at_optimum(comparison, arm, comparison.highest), comparison.margin.value)
-        for rank, arm in comparison.lora.items()
-        if comparison.highest is not None and rank != comparison.highest["rank"]
-    }
-
-
-def log_threshold(comparison: Comparison, rank: int, departure: Departure) -> Estimate:
+def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
     """Estimate where a rank runs out of capacity: where its gap to the highest rank reaches the margin.
 
     The gap is that of a line, which is fitted against log10(step) from the window after that of the departure on.
 
+    Args:
+        curves: the loss of the rank minus that of the highest.
+        departure: that of these curves.
+        margin: in nats per token.
+
     Returns:
-        log10(step). It is unknown if the rank does not leave, or never joined the shared curve: LoRA starts slowly,
-        since B is zero, and such a curve does not show when a lack of capacity sets in. It is unknown, too, if the line
-        reaches the margin before the window before the departure with 95% confidence.
+        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve: LoRA
+        starts slowly, since B is zero, and such a curve does not show when a lack of capacity sets in. A line that
+        reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
     """
-    if comparison.highest is None or departure.before is None or departure.past is None:
-        return unknown()
-    curves = pair_at_optimum(comparison, comparison.lora[rank], comparison.highest)
-    crossing = curves.crossing(departure.past, comparison.margin.value)
-    early = crossing.known and crossing.interval()[1] < math.log10(departure.before)
-    return unknown() if early else crossing
+    if departure.first is None:
+        return "does not leave"
+    if departure.before is None or departure.past is None:
+        return "never joined"
+    crossing = curves.crossing(departure.past, margin)
+    if not crossing.known:
+        return "does not go on leaving after its departure"
+    if crossing.interval()[1] < math.log10(departure.before):
+        return "does not leave along a line in log(step)"
+    return crossing
 
 
 def tokens_at(comparison: Comparison, arm: Arm, step: float) -> float:
-    """Return the training tokens that an arm's runs at its optimum have seen up to a step, interpolated between steps.
-
-    The result is NaN if the curves have no tokens.
-    """
+    """Return the training tokens of an arm's runs at its optimum up to a step, interpolated; NaN if not recorded."""
     curves = comparison.curves
     if "tokens" not in curves:
         return math.nan
@@ -211,15 +201,10 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
         effect of its seed that all arms share, in the unit of the loss; NaN if it is not known), dof (its degrees of
         freedom), n_runs (that count for the fit).
     """
-    rows = [
-        {
-            **{name: part.arms[0][name] for name in COMPARED},
-            "sigma": part.fit.sigma if part.fit.dof else math.nan,
-            "dof": part.fit.dof,
-            "n_runs": sum(map(len, part.fit.run_ids.values())),
-        }
-        for part in parts
-    ]
+    rows = []
+    for part in parts:
+        sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
+        rows.append((*(part.arms[0][name] for name in COMPARED), sigma, part.fit.dof, n_runs))
     table = pd.DataFrame(rows, columns=[*COMPARED, "sigma", "dof", "n_runs"])
     return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})
 
@@ -227,8 +212,8 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
     """Return the seed noise of supervised runs: each comparison's variance, weighted by its degrees of freedom.
 
-    The noise of a comparison is that of its `LossFit`: the standard deviation of a run's final test loss without the
-    effect of its seed that all arms share. Random facts are left out, since the loss on memorized text varies far more.
+    The noise of a comparison is the sigma of its `LossFit`. Random facts are left out, since the loss on memorized
+    text varies far more.
 
     Args:
         runs: the table `runs`.
@@ -279,15 +264,7 @@ def as_ratio(judged: Finding) -> Finding:
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:
     """Judge the ratio of the optimal LR of an arm to that of another.
 
-    Args:
-        comparison: holds both arms.
-        arm: the arm of the numerator.
-        other: the arm of the denominator.
-        rule: the rule on the natural logarithm of the ratio.
-        margin_rule: the rule that gives its margin, as text.
-
-    Returns:
-        The finding, with its numbers as ratios.
+    The rule is on the natural logarithm of the ratio, and the finding has its numbers as ratios.
     """
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
     text, ids = ratio_text(comparison, arm, other), comparison.run_ids([arm, other])

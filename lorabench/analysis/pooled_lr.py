@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import chdtrc, ndtr, stdtrit
@@ -34,32 +35,31 @@ from lorabench.analysis.lr_law import PIVOT, lineage, predict_lr
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 
 
-@dataclass(frozen=True)
-class Prior:
+class Prior(NamedTuple):
     """The knowledge of a coefficient before the sources are read."""
 
     mean: float
     sd: float
-    why: str
 
 
 PRIORS = {
-    "batch_size": Prior(0.5, 0.25, "the square-root rule of the paper's authors; no effect is two SDs away"),
-    "steps": Prior(0.0, 0.25, "the law has no length; a random walk of A, which gives -1/2, is two SDs away"),
+    # The square-root rule of the paper's authors; no effect is two SDs away.
+    "batch_size": Prior(0.5, 0.25),
+    # The law has no length; a random walk of A, which gives -1/2, is two SDs away.
+    "steps": Prior(0.0, 0.25),
 }
 """The priors of the coefficients, of ln LR for an e-fold of the attribute."""
 
 REFERENCE = {"batch_size": 128.0, "steps": 780.0}
 """The attributes at which the law is to hold: those of its authors' sweep."""
 
-ALPHA, ALPHA_EXPONENT = 32.0, -0.75
-"""All LRs of LoRA are stated at this alpha. Others are converted by a fixed exponent, the middle of the two theories of
-`lr_ratio_theories`: -1 while A stands still, and -1/2 when its movement decides."""
+ALPHA_EXPONENT = -0.75
+"""All LRs of LoRA are stated at the paper's alpha. Others are converted by this exponent, the middle of two theories of
+`lr_ratio`: -1 while A stands still, and -1/2 when its movement decides."""
 
-# A weak prior of the offset; the SDs of an attribute's logarithm where a source does not give it.
-_OFFSET = Prior(0.0, 5.0, "anywhere")
-_UNKNOWN = {"batch_size": math.log(4), "steps": math.log(4)}
-_UNKNOWN_WIDTH = math.log(2)
+# The SD of the weak prior of the offset, around 0; those of an attribute's logarithm where a source does not give it.
+_OFFSET = 5.0
+_UNKNOWN, _UNKNOWN_WIDTH = math.log(4), math.log(2)
 # The grid of the standard deviations between and within sources, in ln LR: up to factors of 20 and 3.
 _BETWEEN = np.linspace(0.0, 3.0, 31)
 _WITHIN = np.linspace(0.0, 1.2, 13)
@@ -79,12 +79,12 @@ class Place:
 
     @classmethod
     def at(cls, family: str, width: float, method: str, batch_size: float, steps: float) -> Place:
-        """Return the place of a model and a method.
+        """Return the place of a model and a method, `fullft` or `lora`.
 
         Args:
             family: the transformers model type. Without an exponent of its own, the law is the middle of its families.
             width: the hidden size; NaN if it is not known.
-            method: `fullft` or `lora`.
+            method: the method.
             batch_size: examples per step, or responses per step in RL.
             steps: the number of steps.
         """
@@ -138,8 +138,8 @@ class PooledLr:
             raise ValueError("every optimum needs a number and an error above 0")
         self._source = np.array([[optimum.source == name for name in self.sources] for optimum in optima], float)
         self._design = np.array([_terms(optimum.place) for optimum in optima])
-        self._prior = np.array([_OFFSET.sd**2, *(prior.sd**2 for prior in PRIORS.values())])
-        self._means = np.array([_OFFSET.mean, *(prior.mean for prior in PRIORS.values())])
+        self._prior = np.array([_OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
+        self._means = np.array([0.0, *(prior.mean for prior in PRIORS.values())])
         laws = np.array([optimum.place.log_law for optimum in optima])
         self._rest = values[:, 0] - laws - self._design @ self._means
         error = values[:, 1] ** 2 + [_unknown_variance(optimum.place) for optimum in optima]
@@ -188,27 +188,19 @@ class PooledLr:
         centre, spread = np.array(means), np.sqrt(variances)
         weights = (self._shares @ np.array(gains)) @ self._source
         tail = (1 - probability) / 2
-        return Prediction(
-            float(self._shares @ centre),
-            _quantile(tail, self._shares, centre, spread),
-            _quantile(1 - tail, self._shares, centre, spread),
-            dict(zip(self.sources, weights.tolist(), strict=True)),
-        )
+        low, high = (_quantile(share, self._shares, centre, spread) for share in (tail, 1 - tail))
+        by_source = dict(zip(self.sources, weights.tolist(), strict=True))
+        return Prediction(float(self._shares @ centre), low, high, by_source)
 
 
 def _terms(place: Place) -> np.ndarray:
-    """Return the factor of each coefficient."""
     logs = [math.log(getattr(place, name) / reference) for name, reference in REFERENCE.items()]
     return np.array([1.0, *(0.0 if math.isnan(log) else log for log in logs)])
 
 
 def _unknown_variance(place: Place) -> float:
-    """Return the variance that the law and the attributes add where they are not known."""
-    return place.law_error**2 + sum(
-        (PRIORS[name].mean ** 2 + PRIORS[name].sd ** 2) * sd**2
-        for name, sd in _UNKNOWN.items()
-        if math.isnan(getattr(place, name))
-    )
+    unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(place, name))]
+    return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * _UNKNOWN**2 for prior in unknown)
 
 
 def _quantile(probability: float, shares: np.ndarray, means: np.ndarray, sds: np.ndarray) -> float:
@@ -258,17 +250,28 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
     k = len(value)
     if not k or not (np.isfinite(value).all() and (variance > 0).all()):
         raise ValueError("every source needs a number and an error above 0")
-    between = _between(value, variance)
-    weights = 1 / (variance + between)
-    mean = float((weights * value).sum() / weights.sum())
-    fixed = 1 / variance
-    q = float((fixed * (value - (fixed * value).sum() / fixed.sum()) ** 2).sum())
     if k == 1:
         nan = math.nan
-        return RandomEffects(mean, math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
+        return RandomEffects(float(value[0]), math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
+
+    def weighted(between: float) -> tuple[np.ndarray, float, float]:
+        """Return the weights at a variance between sources, the mean, and the weighted sum of squares around it."""
+        weights = 1 / (variance + between)
+        mean = float((weights * value).sum() / weights.sum())
+        return weights, mean, float((weights * (value - mean) ** 2).sum())
+
+    # The variance between sources is the one for which the weighted sum of squares is its expectation, k - 1.
+    q, between = weighted(0.0)[2], 0.0
+    if q > k - 1:
+        low, between = 0.0, float(value.var(ddof=1)) + float(variance.max())
+        while weighted(between)[2] > k - 1:
+            between *= 2
+        for _ in range(100):
+            middle = (low + between) / 2
+            low, between = (middle, between) if weighted(middle)[2] > k - 1 else (low, middle)
+    weights, mean, squares = weighted(between)
     # The interval must not be shorter than without variation between sources: the factor is at least 1.
-    scale = max(1.0, float((weights * (value - mean) ** 2).sum()) / (k - 1))
-    error = math.sqrt(scale / weights.sum())
+    error = math.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
     half = float(stdtrit(k - 1, 0.975)) * error
     spread = float(stdtrit(k - 2, 0.975)) * math.sqrt(between + error**2) if k > 2 else math.nan
     return RandomEffects(
@@ -287,26 +290,4 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
 
 def p_of_groups(summaries: Sequence[RandomEffects]) -> float:
     """Return the probability of means of groups so far apart if all groups had one mean (a Wald test)."""
-    fixed = random_effects([part.mean for part in summaries], [part.error for part in summaries])
-    return fixed.p_alike
-
-
-def _between(value: np.ndarray, variance: np.ndarray) -> float:
-    """Return the variance between sources for which the weighted sum of squares is its expectation, k - 1."""
-    if len(value) < 2:
-        return 0.0
-
-    def excess(between: float) -> float:
-        weights = 1 / (variance + between)
-        mean = (weights * value).sum() / weights.sum()
-        return float((weights * (value - mean) ** 2).sum()) - (len(value) - 1)
-
-    if excess(0.0) <= 0:
-        return 0.0
-    low, high = 0.0, float(value.var(ddof=1)) + float(variance.max())
-    while excess(high) > 0:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return high
+    return random_effects([part.mean for part in summaries], [part.error for part in summaries]).p_alike

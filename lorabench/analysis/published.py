@@ -1,13 +1,10 @@
-"""Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources).
-
-A wheel carries a copy of the folder (`lorabench.utils.files`). Without it, all functions return empty results.
-"""
+"""Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,10 +33,7 @@ _DATASETS = {"tulu3": "tulu3", "tulu3sftmixture": "tulu3", "norobots": "norobots
 
 def paper_numbers() -> dict[str, float]:
     """Return the numbers printed in the paper, by their key in `paper_numbers.csv`."""
-    path = REFERENCE / "paper_numbers.csv"
-    if not path.is_file():
-        return {}
-    table = pd.read_csv(path)
+    table = pd.read_csv(REFERENCE / "paper_numbers.csv")
     return dict(zip(table["key"], table["value"].astype(float), strict=True))
 
 
@@ -50,20 +44,14 @@ def published_sweeps() -> pd.DataFrame:
         The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
         averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
     """
-    return _sweeps(REFERENCE).copy()
-
-
-@cache
-def _sweeps(folder: Path) -> pd.DataFrame:
-    parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
-    tinker, replication = folder / "tinker_sft_sweep.csv", folder / "replication_michaelbzhu_sft.csv"
-    if tinker.is_file():
-        cells = pd.read_csv(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
-        parts.append(cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all"))
-    if replication.is_file():
-        best = pd.read_csv(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
-        parts.append(best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots"))
-    table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
+    cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
+    cells = cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all")
+    best = pd.read_csv(REFERENCE / "replication_michaelbzhu_sft.csv").rename(
+        columns={"best_lr": "lr", "test_nll": "nll"}
+    )
+    best = best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots")
+    table = pd.concat([cells, best], ignore_index=True)
     names = table["model"].map(_short)
     table["hidden_size"] = names.map(_HIDDEN_SIZES)
     table["family"] = names.str.split(r"[-\d]", regex=True).str[0]
@@ -77,11 +65,7 @@ def published_ratios() -> pd.DataFrame:
         One row per source: source, task, model, alpha, steps and note, and the lower and upper end of width, fullft_lr,
         lora_lr and ratio, as `<name>_low` and `<name>_high`; NaN where the source does not say.
     """
-    path, ends = REFERENCE / "lr_ratio_at_scale.csv", ("width", "fullft_lr", "lora_lr", "ratio")
-    if path.is_file():
-        return pd.read_csv(path)
-    columns = ["source", "task", "model", "alpha", "steps", "note"]
-    return pd.DataFrame(columns=[*columns, *(f"{name}_{end}" for name in ends for end in ("low", "high"))])
+    return pd.read_csv(REFERENCE / "lr_ratio_at_scale.csv")
 
 
 def sweep_of(model: str, dataset: str) -> pd.DataFrame:
@@ -92,41 +76,30 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
     return table[same_model & (table["dataset"] == known)]
 
 
-def estimates_by_claim() -> dict[str, str]:
-    """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
-    return dict(_estimates(REFERENCE))
-
-
 @cache
-def _estimates(folder: Path) -> dict[str, str]:
-    table = _sweeps(folder)
-    estimates: dict[str, str] = {}
-    replicated = table[table["source"] == _REPLICATION]
-    if len(replicated):
-        arms = zip(replicated["rank"].fillna(0), replicated["placement"].fillna(""), strict=True)
-        labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in arms]
-        lr, nll = (dict(zip(labels, replicated[column], strict=True)) for column in ("lr", "nll"))
-        best = "LoRA r256 all"
-        gap = f"{nll[best] - nll['FullFT']:.4f} nats"
-        values = {
-            "A7": gap,
-            "B1": f"{lr[best] / lr['FullFT']:.3g}",
-            "B2": gap,
-            "B4": f"{lr['LoRA r1 all'] / lr[best]:.2g}",
-            "E2": f"{nll['LoRA r256 mlp'] - nll[best]:.4f} nats",
-        }
-        about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
-        estimates |= {claim: f"{value} {about}" for claim, value in values.items()}
+def estimates_by_claim() -> Mapping[str, str]:
+    """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
+    replicated = sweep_of("Qwen3-4B", "norobots")
+    arms = zip(replicated["rank"].fillna(0), replicated["placement"].fillna(""), strict=True)
+    labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in arms]
+    lr, nll = (dict(zip(labels, replicated[column], strict=True)) for column in ("lr", "nll"))
+    best = "LoRA r256 all"
+    gap = f"{nll[best] - nll['FullFT']:.4f} nats"
+    values = {
+        "A7": gap,
+        "B1": f"{lr[best] / lr['FullFT']:.3g}",
+        "B2": gap,
+        "B4": f"{lr['LoRA r1 all'] / lr[best]:.2g}",
+        "E2": f"{nll['LoRA r256 mlp'] - nll[best]:.4f} nats",
+    }
+    about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
     llama = sweep_of("Llama-3.1-8B", "tulu3")
-    if len(llama):
-        optima = {
-            int(rank): interpolated_optimum(llama[llama["rank"] == rank].sort_values("lr"))
-            for rank in llama["rank"].unique()
-        }
-        low, high = min(optima), max(optima)
-        ratio = optima[high] / optima[low]
-        estimates["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
-    return estimates
+    optima = {
+        int(rank): interpolated_optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in set(llama["rank"])
+    }
+    low, high = min(optima), max(optima)
+    shift = f"{optima[high] / optima[low]:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
+    return {claim: f"{value} {about}" for claim, value in values.items()} | {"B3": shift}
 
 
 def interpolated_optimum(grid: pd.DataFrame) -> float:
@@ -160,5 +133,5 @@ def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _short(model: str) -> str:
-    """Return a model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
+    # `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`.
     return model.rsplit("/", 1)[-1].lower()

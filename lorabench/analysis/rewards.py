@@ -1,9 +1,17 @@
-"""Rewards of reinforcement learning: error rates as losses, accuracies over training, and ranges of good LRs.
+"""Rewards of reinforcement learning: health of runs, error rates as losses, curves, and ranges of good LRs.
+
+A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
+learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
+problem set (see `lorabench.data.problems`). The rules of this module are the only place that compares runs with them.
+
+The objective weighs each token by the ratio of the learner's to the sampler's probability, without clipping or masking.
+It is that of the paper while the two distributions are close, so that all ratios are close to 1. Their KL (sampler ||
+learner) is estimated on the responses of a step, so that it may be negative, by rounding or by chance; its absolute
+value counts.
 
 An error rate, 1 - accuracy, is a loss: lower is better, it is reported on the test split, and it has an error from
 seeds and one from the problems of the split. `with_error_rates` puts it into the columns `validation_loss` and
-`test_loss` (see `lorabench.analysis.losses`), so that the same code fits the optimal LRs and compares the arms of
-supervised runs and of RL runs.
+`test_loss`, so that the same code fits the optimal LRs and compares the arms of supervised runs and of RL runs.
 
 Policies that end at one and the same rule have one and the same accuracy, whatever their LR. Such a flat top has no
 optimal LR, though a parabola always has one; `flat_top` finds it.
@@ -14,23 +22,132 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
+from lorabench.analysis.arms import arm_label, arm_table, each_arm, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
-from lorabench.analysis.rl_health import is_sick
-from lorabench.runs import GOOD, TIE
+from lorabench.runs import GOOD, MAX_KL, TIE
 from lorabench.store.checks import is_rl
 
 MAX_OPEN = 0.025
 """The share of draws in which a range of good LRs may reach an end of its grid and still counts as closed there."""
 
 TestReward = Literal["final_reward", "best_reward"]
+
+LEAD = 0.15
+"""The least lead in test accuracy over both controls with which a method counts as having learned the task."""
+
+MAX_TRUNCATED = 0.1
+"""The share of responses cut off at the end of training above which a run is sick."""
+
+COLLAPSED = 0.02
+"""The entropy in nats per token below which a policy hardly samples more than one response."""
+
+MIN_GAIN = 0.05
+"""The least gain in test accuracy over the base model that counts as learning; a loss of as much may be a breakdown."""
+
+CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best cheap rule"}
+"""The columns of `runs` with the accuracies of the controls, and their names."""
+
+
+def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Return which runs of RL ended sick, so that their accuracy is no peak; what is not known makes no run sick.
+
+    A run is sick if more than MAX_TRUNCATED of its last responses are cut off. So is one whose test accuracy is not
+    above both controls, if its entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run whose
+    accuracy is exactly that of the base, as after no reward at all, is no peak and not sick.
+
+    Args:
+        runs: columns final_truncated, final_entropy, base_reward, final_reward and CONTROLS, as far as they are known.
+    """
+    columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
+    truncated, entropy, base, final, *controls = _numbers(runs, columns)
+    broken = (entropy < COLLAPSED) | (base - final >= MIN_GAIN)
+    collapsed = broken & (final <= np.fmax.reduce(controls))
+    return pd.Series((final != base) & ((truncated > MAX_TRUNCATED) | collapsed), index=runs.index)
+
+
+def _numbers(runs: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Return columns as numbers, (columns, runs); null values, and columns that the runs lack, are NaN."""
+    unknown = np.full(len(runs), math.nan)
+    return np.array([runs[name].to_numpy(float, na_value=math.nan) if name in runs else unknown for name in columns])
+
+
+def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Return by model and dataset whether every method is ahead of both controls by LEAD or more (see `leads`)."""
+    lead = leads(runs)
+    return (lead["lead"] >= LEAD).groupby([lead["model"], lead["dataset"]]).all()
+
+
+def leads(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the lead of each method over the controls.
+
+    Args:
+        runs: runs of RL with the columns model, dataset, method, rank, placement, lr, status, final_reward and
+            CONTROLS; sick runs do not count.
+
+    Returns:
+        One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
+        constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
+    """
+    *controls, rewards = _numbers(runs, [*CONTROLS, "final_reward"])
+    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & ~np.isnan(rewards)
+    # Grouping by dictionaries is many times as fast as by pandas on the small tables of simulated runs.
+    columns = [runs[name].to_numpy(object) for name in ("model", "dataset", "method", "rank", "placement", "lr")]
+    columns = [np.where(pd.isna(values), np.array(None), values) for values in columns]
+    by_method: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
+    levels: dict[tuple[object, ...], list[list[float]]] = {}
+    for place, key in enumerate(zip(*columns, strict=True)):
+        by_lr = by_method.setdefault(key[:3], {})
+        if counted[place]:
+            by_lr.setdefault(key[3:], []).append(rewards[place])
+        levels.setdefault(key[:2], []).append([control[place] for control in controls])
+    rows = []
+    for method, by_lr in by_method.items():
+        accuracy = max(map(fmean, by_lr.values()), default=math.nan)
+        level = np.fmax.reduce(levels[method[:2]])
+        lead = (0.0 if math.isnan(accuracy) else accuracy) - np.fmax.reduce(level)
+        rows.append((*method, accuracy, *level, lead))
+    return pd.DataFrame(rows, columns=["model", "dataset", "method", "accuracy", *CONTROLS, "lead"])
+
+
+def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the measures of the sampler against the learner over the steps of all runs of each arm of RL.
+
+    Args:
+        runs: columns run_id, task and those of an arm; runs of supervised fine-tuning are left out.
+        curves: columns run_id, step, split, metric, value; metrics that they lack become NaN.
+
+    Returns:
+        One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
+        ratio_above_2 (the mean share of tokens), n_measured (runs with a KL), and n_above (see `runs_above_max_kl`).
+    """
+    points = {
+        metric: metric_points(curves, "train", metric).astype({"value": float})
+        for metric in ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
+    }
+    above, rows = runs_above_max_kl(curves), []
+    for arm, arm_runs in each_arm(runs[is_rl(runs)]):
+        ids = arm_runs["run_id"]
+        kl, mean, largest, above_2 = (table.loc[table["run_id"].isin(ids), "value"] for table in points.values())
+        row = {"run_ids": list(ids), "kl_mean": kl.mean(), "kl_max": kl.abs().max(), "ratio_mean": mean.mean()}
+        row |= {"ratio_max": largest.max(), "ratio_above_2": above_2.mean()}
+        row |= {"n_measured": int(ids.isin(points["kl"]["run_id"]).sum()), "n_above": int(ids.isin(above).sum())}
+        rows.append(arm | row)
+    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
+    return arm_table(rows, columns)
+
+
+def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
+    """Return the run_id of each run with a step whose KL has an absolute value above MAX_KL."""
+    kl = metric_points(curves, "train", "kl")
+    return set(kl.loc[kl["value"].astype(float).abs() > MAX_KL, "run_id"])
 
 
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
@@ -72,9 +189,6 @@ def reward_curves(
     Returns:
         One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
         (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
-
-    Raises:
-        UserError: See `check_runs`.
     """
     points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
     points = points.sort_values(["step", "run_id"])
@@ -135,7 +249,7 @@ class GoodRange:
     width: Estimate
     """The total length of all good parts in decades of LR."""
     lr_low: float
-    """The lowest good LR of the grid; NaN without any."""
+    """The lowest good LR of the grid."""
     lr_high: float
     open_low: bool
     """Whether the range may go on below its grid, so that the width is a lower bound."""
@@ -146,7 +260,6 @@ class GoodRange:
 
     @property
     def open(self) -> bool:
-        """Whether the width is a lower bound."""
         return self.open_low or self.open_high
 
 
@@ -188,14 +301,14 @@ def _good_range(
         shifts: draws of each run's error from test problems, (N_DRAWS,).
         n_examples: the number of test problems.
     """
-    label, by_lr = arm_label(arm), rows.groupby("lr")
+    at_optimum, by_lr = comparison.at_optimum(arm), rows.groupby("lr")
     accuracy = by_lr["accuracy"].mean()
     lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
     steps, halves = np.diff(np.log10(lrs)), np.full(len(lrs) - 1, 0.5)
-    peak = int(np.flatnonzero(lrs == float(comparison.at_optimum(arm)["lr"].iloc[0]))[0])
+    peak = int(np.flatnonzero(lrs == float(at_optimum["lr"].iloc[0]))[0])
     is_good = _is_good(accuracies, peak)
     value = float(_width(is_good, steps, halves))
-    name = f"good LRs of {comparison.label} {label}"
+    name = f"good LRs of {comparison.label} {arm_label(arm)}"
     # A mean over runs that all diverged has no noise.
     variances = comparison.fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
     noise = multivariate_student(np.diag(variances), max(comparison.fit.dof, 1), name)
@@ -213,7 +326,7 @@ def _good_range(
     is_open = good.mean(axis=0) > MAX_OPEN
     ends = np.flatnonzero(is_good[:-1] != is_good[1:])
     return GoodRange(
-        Estimate(value, seed_part, example_part, len(comparison.at_optimum(arm)), n_examples),
+        Estimate(value, seed_part, example_part, len(at_optimum), n_examples),
         float(lrs[is_good][0]),
         float(lrs[is_good][-1]),
         bool(is_open[0]),

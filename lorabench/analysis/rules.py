@@ -60,7 +60,8 @@ class Within:
     def against(self, estimate: Estimate, slack: float = 0.0) -> float:
         """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
         draws = estimate.draws
-        return min(1.0, 2 * min(_share(draws <= self.high + slack), _share(draws >= self.low - slack)))
+        below, above = np.mean(draws <= self.high + slack), np.mean(draws >= self.low - slack)
+        return min(1.0, 2 * float(min(below, above)))
 
     @property
     def size(self) -> float:
@@ -102,7 +103,7 @@ class Above:
 
     def against(self, estimate: Estimate, slack: float = 0.0) -> float:
         sides = 1 if self.margin > 0 else 2
-        return min(1.0, sides * _share(estimate.draws >= self.margin - slack))
+        return min(1.0, sides * float(np.mean(estimate.draws >= self.margin - slack)))
 
     @property
     def size(self) -> float:
@@ -121,10 +122,6 @@ Rule = Within | Above
 """The statement of a claim about a number."""
 
 
-def _share(condition: np.ndarray) -> float:
-    return float(np.mean(condition))
-
-
 @dataclass(frozen=True)
 class Margin:
     """The smallest difference that matters, and the rule that gives it."""
@@ -140,7 +137,7 @@ def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = Fals
 
     Args:
         share: the share, which the preset gives.
-        gain: the gain in nats per token, or in RL in accuracy; NaN if it is not known.
+        gain: the gain in nats per token, or in RL (`rewarded`) in accuracy; NaN if it is not known.
         tuned_arm: the label of the arm that the gain is measured to.
         rewarded: whether the runs are of RL.
     """
@@ -165,7 +162,6 @@ class Remedy:
     around: bool = False
     """Whether the seeds are needed at the three LRs around an optimum, and not only at the best LR."""
     test_examples: int | None = None
-    """The number of test examples."""
     lrs: tuple[tuple[str, float], ...] = ()
     """LRs to add, each after the label of its arm."""
 
@@ -179,29 +175,23 @@ class Problem:
 
 
 def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
-    """Return the least number of seeds, or else of test examples, that would decide, if the estimate is the truth.
-
-    More seeds are enough as long as the error from test examples alone leaves room for a decision.
-    """
+    """Return the least number of seeds, or else of test examples, that would decide, if the estimate is the truth."""
     if not estimate.known or estimate.n_seeds < 1:
         return None
     target = rule.deciding_error(estimate)
-    from_seeds, from_examples = estimate.seed_error, estimate.example_error
-    near = f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin"
     if target <= 0:
         return Remedy("no number of seeds decides it: the estimate lies at the margin")
-    if from_examples < target:
-        room = target**2 - from_examples**2
-        seeds = math.ceil(estimate.n_seeds * from_seeds**2 / room)
-        if seeds > MANY_SEEDS:
-            return Remedy(near)
+    # More seeds are enough as long as the error from test examples alone leaves room for a decision; otherwise both
+    # errors get half of the variance.
+    seeds_alone = estimate.example_error < target
+    room = target**2 - estimate.example_error**2 if seeds_alone else target**2 / 2
+    seeds = math.ceil(estimate.n_seeds * estimate.seed_error**2 / room)
+    if seeds > MANY_SEEDS:
+        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+    if seeds_alone:
         seeds = max(seeds, estimate.n_seeds + 1)
         return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
-    # Both errors get half of the variance.
-    examples = math.ceil(estimate.n_examples * from_examples**2 / (target**2 / 2))
-    seeds = math.ceil(estimate.n_seeds * from_seeds**2 / (target**2 / 2))
-    if seeds > MANY_SEEDS:
-        return Remedy(near)
+    examples = math.ceil(estimate.n_examples * estimate.example_error**2 / room)
     text = f"{examples} test examples (now {estimate.n_examples})"
     if seeds > estimate.n_seeds:
         return Remedy(f"{text} and {seeds} seeds (now {estimate.n_seeds})", seeds=seeds, test_examples=examples)

@@ -32,13 +32,11 @@ class Line:
 def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
     """Fit a line by ordinary least squares, with t intervals.
 
-    The residuals of few or smooth points can be smaller than the known noise. The intervals are then made from
-    `sigma` instead, so that points which lie on a line by chance do not give an interval that is too narrow.
-
     Args:
         x: positions, shape (n,); a point whose position or value is not finite is left out.
         y: values, shape (n,).
-        sigma: known lower bound of the standard deviation of a value, in units of y; NaN stands for unknown.
+        sigma: known lower bound of the standard deviation of a value, in units of y; NaN stands for unknown. It keeps
+            points that lie on a line by chance from giving an interval that is too narrow.
         groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
     """
     points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
@@ -50,9 +48,8 @@ def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike |
     n_groups = points["group"].nunique()
     centred, y_centred = within["x"].to_numpy(float), within["y"].to_numpy(float)
     squares, dof = float(centred @ centred), len(points) - n_groups - 1
-    slope = half = math.nan
-    if squares > 0:
-        slope = float(centred @ y_centred) / squares
+    half = math.nan
+    slope = float(centred @ y_centred) / squares if squares > 0 else math.nan
     if squares > 0 and dof >= 1:
         scatter = math.sqrt(float(((y_centred - slope * centred) ** 2).sum()) / dof)
         half = t_quantile(dof) * float(np.fmax(scatter, sigma)) / math.sqrt(squares)
@@ -65,7 +62,9 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
 
     A point whose x or y is not positive is left out and not counted in `n`. `sigma` is in units of log10(y).
     """
-    return fit_line(_log10(x), _log10(y), sigma, groups)
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    x, y = (np.log10(values, out=np.full(values.shape, math.nan), where=values > 0) for values in (x, y))
+    return fit_line(x, y, sigma, groups)
 
 
 def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
@@ -86,14 +85,6 @@ def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
             centred = x[known] - x[known].mean()
             slopes[-1] = float(centred @ y[known] / (centred @ centred))
     return pd.Series(slopes, curves.columns, dtype=float)
-
-
-def _log10(values: ArrayLike) -> np.ndarray:
-    positive = np.asarray(values, float)
-    return np.asarray(np.log10(positive, out=np.full(positive.shape, math.nan), where=positive > 0))
-
-
-_STEPS, _CONVERGED = 5000, 1e-10
 
 
 def censored_slope(
@@ -128,7 +119,7 @@ def censored_slope(
     coefficients = np.linalg.lstsq(design[known], y[known], rcond=None)[0]
     sigma = floor
     solver = np.linalg.pinv(design)
-    for _ in range(_STEPS):
+    for _ in range(5000):
         fitted = design @ coefficients
         completed, left = _completed(y, bound, fitted, sigma)
         renewed = solver @ completed
@@ -136,7 +127,7 @@ def censored_slope(
         sigma = max(floor, math.sqrt(squares / len(y)))
         moved = float(np.abs(renewed - coefficients).max())
         coefficients = renewed
-        if moved < _CONVERGED:
+        if moved < 1e-10:
             break
     weight = 1 - _completed(y, bound, design @ coefficients, sigma)[1]
     information = design.T @ (weight[:, None] * design)
@@ -147,10 +138,7 @@ def censored_slope(
 
 
 def _completed(y: np.ndarray, bound: np.ndarray, fitted: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values with bounded ones replaced by their means, and the share of the variance that is left in each.
-
-    A known value has nothing left, and a value whose bound says nothing has all of it.
-    """
+    """Return the values, bounded ones replaced by their means, and the share of the variance that is left in each."""
     # The distance of the bound from the line, in standard deviations, in the direction in which the value lies.
     distance = bound * (y - fitted) / sigma
     hazard = np.exp(-(distance**2) / 2 - log_ndtr(-distance)) / math.sqrt(2 * math.pi)

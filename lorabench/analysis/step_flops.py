@@ -17,8 +17,7 @@ FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
 COMPUTE_SETTING = ["model", "batch_size", "sequence_length", "device", "threads"]
 """Columns in which a LoRA row and its FullFT row must agree; a missing column counts as equal in all rows."""
 
-_MEASURED = ["total_flops", "step_s", "peak_mem_bytes"]
-_RATIOS = ["flops_ratio", "formula", "relative_difference", "total_flops_ratio", "step_ratio", "memory_ratio"]
+_MEASURED = ["linear_flops", "total_flops", "step_s", "peak_mem_bytes"]
 
 
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
@@ -38,48 +37,13 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
         UserError: A column of FLOPS_COLUMNS is missing, a method is unknown, LoRA has no rank, an arm appears twice in
             one setting, or a number is not positive.
     """
-    _check(compute)
-    columns = [*COMPUTE_SETTING, "placement", "rank", "effective_width"]
-    full = compute.reindex(columns=[*columns, "method", "linear_flops", *_MEASURED])
-    lora, fullft = full[full["method"] == "lora"], full[full["method"] == "fullft"]
-    both = lora.merge(fullft, on=COMPUTE_SETTING, how="left", suffixes=("", "_fullft"))
-    numbers = {name: both[name].astype(float) for name in (*columns[-2:], "linear_flops", *_MEASURED)}
-    ratio = {name: numbers[name] / both[f"{name}_fullft"].astype(float) for name in ("linear_flops", *_MEASURED)}
-    formula = 2 / 3 + 2 * numbers["rank"] / numbers["effective_width"]
-    ratios = both[columns].assign(
-        flops_ratio=ratio["linear_flops"],
-        formula=formula,
-        relative_difference=ratio["linear_flops"] / formula - 1,
-        total_flops_ratio=ratio["total_flops"],
-        step_ratio=ratio["step_s"],
-        memory_ratio=ratio["peak_mem_bytes"],
-    )
-    return ratios[[*columns, *_RATIOS]].sort_values([*COMPUTE_SETTING, "placement", "rank"], ignore_index=True)
-
-
-def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Split the rows of `flops_ratio` by model, placement and setting, and name each part.
-
-    The name is the model's name with the columns, and their values, in which the model's settings differ.
-    """
-    columns = [*COMPUTE_SETTING, "placement"]
-    named = []
-    for model, rows_of_model in ratios.groupby("model"):
-        varied = [name for name in columns[1:] if rows_of_model[name].nunique(dropna=False) > 1]
-        for key, rows in rows_of_model.groupby(columns, dropna=False):
-            values = dict(zip(columns, key, strict=True))
-            named.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
-    return named
-
-
-def _check(compute: pd.DataFrame) -> None:
     if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")
     lora, fullft = compute["method"].eq("lora"), compute["method"].eq("fullft")
     refuse_rows(compute, ~(lora | fullft), "model", "method", "fullft, lora")
     unranked = lora & ~compute["rank"].ge(1).fillna(False).astype(bool)
     refuse_rows(compute, unranked, "model", "rank", "whole numbers from 1 up for lora")
-    for name in ("effective_width", "linear_flops", *_MEASURED):
+    for name in ("effective_width", *_MEASURED):
         if name in compute:
             numbers = compute[name].astype(float)
             refuse_rows(compute, numbers.le(0) | np.isinf(numbers), "model", name, "numbers above 0")
@@ -87,6 +51,38 @@ def _check(compute: pd.DataFrame) -> None:
     for row in compute[compute.duplicated(arm)].to_dict("records"):
         values = ", ".join(f"{name} {row[name]}" for name in arm[1:] if not pd.isna(row[name]))
         raise UserError(f"the compute table has two rows of {row['model']} with {values}")
+
+    columns = [*COMPUTE_SETTING, "placement", "rank", "effective_width"]
+    numbered = compute.reindex(columns=[*columns, *_MEASURED]).astype(dict.fromkeys(_MEASURED, float))
+    both = numbered[lora].merge(numbered[fullft], on=COMPUTE_SETTING, how="left", suffixes=("", "_fullft"))
+    flops, total, step, memory = (both[name] / both[f"{name}_fullft"] for name in _MEASURED)
+    formula = 2 / 3 + 2 * both["rank"].astype(float) / both["effective_width"].astype(float)
+    ratios = both[columns].assign(
+        flops_ratio=flops,
+        formula=formula,
+        relative_difference=flops / formula - 1,
+        total_flops_ratio=total,
+        step_ratio=step,
+        memory_ratio=memory,
+    )
+    return ratios.sort_values([*COMPUTE_SETTING, "placement", "rank"], ignore_index=True)
+
+
+def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Split the rows of `flops_ratio` by model, placement and setting, and name each part.
+
+    The name is the model's name with the columns, and their values, in which the model's settings differ.
+    """
+    named = []
+    for model, rows_of_model in ratios.groupby("model"):
+        varied = [name for name in (*COMPUTE_SETTING[1:], "placement") if rows_of_model[name].nunique(dropna=False) > 1]
+        for _, rows in rows_of_model.groupby([*COMPUTE_SETTING, "placement"], dropna=False):
+            named.append((" ".join([str(model), *(f"{name} {rows[name].iloc[0]}" for name in varied)]), rows))
+    return named
+
+
+def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
+    return runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -100,14 +96,11 @@ def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         curves: columns as for `envelopes`.
 
     Returns:
-        One row per arm and step from 1 up, ascending: the columns of `envelopes`, and flops (of the run with the
-        lowest loss there, up to that step). Points without a known number of FLOPs are left out.
-
-    Raises:
-        UserError: See `check_runs`.
+        The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step).
+        Points without a known number of FLOPs are left out.
     """
     points = envelopes(runs, curves)
-    per_token = (runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)).set_axis(runs["run_id"])
+    per_token = _flops_per_token(runs).set_axis(runs["run_id"])
     points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
     known: pd.DataFrame = points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
     return known
@@ -140,24 +133,20 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     points = points.dropna().astype({"step": int, "tokens": float})
     tokens = points.groupby(["step", "seed"])["tokens"].max().unstack("seed").sort_index()
     seeds = [seed for seed in own if all(seed in curves_by for curves_by in (other, validation, tokens))]
-    per_token = [
-        float((arm_runs["train_flops"].astype(float) / arm_runs["train_tokens"].astype(float)).mean())
-        for arm_runs in (runs, others)
-    ]
-    difference = pd.DataFrame(
-        {
-            seed: _at_equal_flops(other[seed] - own[seed], validation[seed].dropna(), tokens[seed], *per_token)
-            for seed in seeds
-        }
-    )
-    paired = [arm_runs.loc[arm_runs["seed"].isin(seeds), "run_id"].astype(str) for arm_runs in (runs, others)]
-    return PairedCurves(difference.dropna().sort_index(), tuple(pd.concat(paired)), name)
+    per_token = [float(_flops_per_token(arm_runs).mean()) for arm_runs in (runs, others)]
+    by_seed = {
+        seed: _at_equal_flops(other[seed] - own[seed], validation[seed].dropna(), tokens[seed].dropna(), *per_token)
+        for seed in seeds
+    }
+    both = pd.concat([runs, others])
+    run_ids = both.loc[both["seed"].isin(seeds), "run_id"].astype(str)
+    return PairedCurves(pd.DataFrame(by_seed).dropna().sort_index(), tuple(run_ids), name)
 
 
 def _at_equal_flops(
     difference: pd.Series[float], validation: pd.Series[float], tokens: pd.Series[float], own: float, other: float
 ) -> pd.Series[float]:
-    """Return the loss of the other run minus that of the own one at the own one's FLOPs, by step, for one seed.
+    """Return, for one seed, the loss of the other run minus that of the own one at the own one's FLOPs, by step.
 
     Args:
         difference: that loss on the same batch, by step.
@@ -168,7 +157,6 @@ def _at_equal_flops(
     """
     # A training loss is measured before its step's update, a validation loss after it.
     measured = difference.dropna().index
-    tokens = tokens.dropna()
     before = pd.Series(np.interp(measured - 1, [0, *tokens.index], [0.0, *tokens]), index=measured)
     after = tokens.reindex(validation.index).dropna()
     after = after[after > 0]

@@ -15,8 +15,7 @@ from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, compar
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.analysis.invariances import with_scales
 from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
-from lorabench.analysis.rewards import TestReward, with_error_rates
-from lorabench.analysis.rl_health import beyond_controls
+from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import Margin, Problem, Remedy
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]

@@ -14,11 +14,12 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import Judging
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage
-from lorabench.analysis.pooled_lr import ALPHA, Place, PooledLr
+from lorabench.analysis.pooled_lr import Place, PooledLr
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
 from lorabench.claims.recipe import RankRecommendation, measured_recipe
 from lorabench.custom.model import UserModel

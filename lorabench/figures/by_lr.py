@@ -1,48 +1,42 @@
-"""The final result against the learning rate, by arm: figures 2 and 6 of the paper, and a panel of several others.
+"""The final result against the learning rate, by arm: figures 2 and 6 of the paper, a panel of others, and figures 4
+and 5, which add the result by the layers that carry LoRA against the parameters.
 
-In RL the result is the accuracy: the rows are made from error rates as if these were losses, and `as_accuracies` turns
+In RL the result is the accuracy: the rows are made from error rates as if these were losses, and `_as_accuracies` turns
 them into accuracies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from lorabench.analysis.arms import ARM, arm_label, with_losses
+from lorabench.analysis.arms import ARM, arm_label, rows_of, with_losses
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.published import sweep_of
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.figures import style
-from lorabench.figures.fits import compared, optima
-from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, diverged_runs, lines, occurring, only, panels, tidy
+from lorabench.figures import grid, style
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, compared, only
+from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
+from lorabench.utils import formats
 
 LR_COLUMNS = [
     *(*ARM_COLUMNS, "element", "lr", "lr_low", "lr_high"),
     *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
 ]
+_PLACEMENT_COLUMNS = [*LR_COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 
 
-def accuracy_columns(columns: Sequence[str]) -> list[str]:
-    """Return the columns of accuracies for columns of losses; without `above_range`, since all lie between 0 and 1."""
-    return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
-
-
-ACCURACY_COLUMNS = accuracy_columns(LR_COLUMNS)
-
-
-@dataclass(frozen=True)
-class FinalResult:
+class FinalResult(NamedTuple):
     """The final result of a run that a panel shows: the test loss, or in RL the test accuracy."""
 
     column: str
@@ -57,6 +51,14 @@ class FinalResult:
 
 LOSS = FinalResult("nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)")
 ACCURACY = FinalResult("accuracy", "accuracy", "final test accuracy", "accuracy at the best LR")
+
+
+def _accuracy_columns(columns: Sequence[str]) -> list[str]:
+    """Return the columns of accuracies for columns of losses; without `above_range`, since all lie between 0 and 1."""
+    return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
+
+
+ACCURACY_COLUMNS = _accuracy_columns(LR_COLUMNS)
 
 STRIP = 11.0
 """The height in points of the strip above a panel that holds the marks of runs outside the panel."""
@@ -79,13 +81,19 @@ look of the line."""
 def draw_losses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw figure 2; return it, and what it plots as one tidy table, whose columns are those of `lr_rows`.
 
-    Rows of the element `published` are losses that others published for a panel's model and dataset, in the place
-    that `source` names; their data order, chat template and schedule may differ.
+    Rows of the element `published` are losses of full fine-tuning, and of LoRA on all layers, that others published for
+    a panel's model and dataset, in the place that `source` names; their data order, chat template and schedule may
+    differ.
     """
     ours = lr_rows(compared(tables))
-    plotted = pd.concat([part for part in (ours, _published(ours)) if len(part)], ignore_index=True)
-    plotted = plotted.reindex(columns=[*LR_COLUMNS, "source"])
-    figure, drawn = panels(plotted, strip=STRIP)
+    parts = [ours]
+    for _, panel in ours[PANEL].drop_duplicates().iterrows():
+        rows = sweep_of(panel["model"], panel["dataset"])
+        rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
+        labels = [arm_label(row) for _, row in rows.iterrows()]
+        parts.append(rows.assign(**dict(panel), arm=labels, element="published"))
+    plotted = grid.joined(parts, [*LR_COLUMNS, "source"])
+    figure, drawn = grid.panels(plotted, strip=STRIP)
     styles = style.arm_styles(ours)
     for rows, (axes,) in drawn:
         published = only(rows, "published").sort_values("lr")
@@ -98,26 +106,15 @@ def draw_losses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axes.plot(points["lr"], points["nll"], marker, ls="-", color=str(grey), lw=0.9, ms=3, zorder=1.5)
         draw_lr_panel(axes, rows, styles)
     sources = sorted(only(plotted, "published")["source"].unique())
-    marks = [style.mark(f"published ({name})", "o", color="0.6", linestyle="-", markersize=3) for name in sources]
+    marks = [(True, style.mark(f"published ({name})", "o", color="0.6", ls="-", ms=3)) for name in sources]
     style.legends(figure, styles, [*lr_marks(plotted), *marks])
     return figure, plotted
-
-
-def _published(ours: pd.DataFrame) -> pd.DataFrame:
-    """Return the published losses of full fine-tuning, and of LoRA on all layers, for each panel that has some."""
-    parts = []
-    for _, panel in ours[PANEL].drop_duplicates().iterrows():
-        rows = sweep_of(panel["model"], panel["dataset"])
-        rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
-        labels = [arm_label(row) for _, row in rows.iterrows()]
-        parts.append(rows.assign(**dict(panel), arm=labels, element="published"))
-    return pd.concat(parts, ignore_index=True)
 
 
 def draw_accuracies(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw figure 6; return it, and what it plots as one tidy table, which `accuracy_rows` describes."""
     plotted = accuracy_rows(tables)
-    figure, drawn = panels(plotted, strip=STRIP)
+    figure, drawn = grid.panels(plotted, strip=STRIP)
     styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         draw_lr_panel(axes, rows, styles, ACCURACY)
@@ -139,9 +136,15 @@ def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     )
     loss["above_range"] = False
     for _, panel in loss.groupby(PANEL, dropna=False):
-        loss.loc[panel.index, "above_range"] = _above_range(panel)
-    optimum = optima(comparisons).dropna(subset=["nll"]).drop(columns="n_seeds")
-    return tidy({"loss": loss, "optimum": optimum, "diverged": diverged_runs(runs)}, LR_COLUMNS)
+        # Losses are above the range if showing them would flatten the others; the best loss of an arm never is.
+        nll = panel["nll"]
+        lowest, worst_best = nll.min(), panel.groupby(ARM, dropna=False)["nll"].min().max()
+        top = max(worst_best, nll.quantile(0.75))
+        top += 0.25 * (top - lowest)
+        is_stretched = nll.max() - lowest > 1.6 * (top - lowest)
+        loss.loc[panel.index, "above_range"] = (nll > top) & is_stretched
+    optimum = grid.optima(comparisons).dropna(subset=["nll"]).drop(columns="n_seeds")
+    return grid.tidy({"loss": loss, "optimum": optimum, "diverged": grid.diverged_runs(runs)}, LR_COLUMNS)
 
 
 def accuracy_rows(tables: Tables) -> pd.DataFrame:
@@ -159,14 +162,11 @@ def accuracy_rows(tables: Tables) -> pd.DataFrame:
         if column in runs:
             level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
             parts[element] = level.dropna(subset=["accuracy"])
-    learned = as_accuracies(lr_rows(compared(tables, with_error_rates(runs))))
-    other = tidy(parts, ACCURACY_COLUMNS)
-    return pd.concat(
-        [part for part in (learned.reindex(columns=ACCURACY_COLUMNS), other) if len(part)], ignore_index=True
-    )
+    learned = _as_accuracies(lr_rows(compared(tables, with_error_rates(runs))))
+    return grid.joined([learned, grid.tidy(parts, ACCURACY_COLUMNS)], ACCURACY_COLUMNS)
 
 
-def as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+def _as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     """Turn rows of error rates into rows of accuracies: 1 minus the rate, with the ends of its interval exchanged."""
     names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
     turned = rows.rename(columns=names)
@@ -178,17 +178,6 @@ def as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     return turned
 
 
-def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
-    """Return which losses of a panel are so high that showing them would flatten the others; never an arm's best."""
-    nll = loss["nll"]
-    lowest, worst_best = nll.min(), loss.groupby(ARM, dropna=False)["nll"].min().max()
-    top = max(worst_best, nll.quantile(0.75))
-    top += 0.25 * (top - lowest)
-    is_stretched = nll.max() - lowest > 1.6 * (top - lowest)
-    above: pd.Series[bool] = (nll > top) & is_stretched
-    return above
-
-
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: FinalResult = LOSS) -> None:
     """Draw the rows of one panel; it needs STRIP points of free height above it."""
     means, value = only(rows, measure.element), measure.column
@@ -196,7 +185,7 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: Final
     # The labels of minor ticks would overlap.
     axes.xaxis.set_minor_formatter(NullFormatter())
     draw_levels(axes, rows, value)
-    lines(axes, means, "lr", value, styles)
+    grid.lines(axes, means, "lr", value, styles)
     inside = means[~_is_above(means)]
     for arm, points in inside.groupby("arm"):
         look = styles[str(arm)]
@@ -209,14 +198,27 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: Final
         axes.hlines(best[value], best["lr_low"], best["lr_high"], color=colour, linewidth=1.2, zorder=5)
         face, edge = (colour, "white") if best["resolved"] else ("white", colour)
         axes.plot(best["lr"], best[value], "D", ms=5.5, mfc=face, mec=edge, mew=1.0, zorder=6)
-    _limit(axes, rows, measure)
+    lowest, highest = rows["lr"].min(), rows["lr"].max()
+    around = max(1.3, (highest / lowest) ** 0.1)
+    axes.set_xlim(lowest / around, highest * around)
+    shown = rows[rows[value].notna() & ~_is_above(rows)]
+    if shown.empty:
+        axes.set(ylim=(0, 1), yticks=[])
+    else:
+        spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
+        low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
+        if measure is ACCURACY:
+            # The range is not empty even where all accuracies are 0, or all are 1.
+            low, high = min(low, 0.95), max(high, 0.05)
+        pad = 0.04 * (high - low) or 0.04 * abs(high)
+        axes.set_ylim(low - pad, high + pad)
     above, diverged, unrewarded = means[_is_above(means)], only(rows, "diverged"), only(rows, "unrewarded")
     outside = {"^": above, _DIVERGED: diverged, _UNREWARDED: unrewarded}
     _marks_above(axes, pd.concat([part.assign(marker=marker) for marker, part in outside.items()]), styles)
-    facts = [f"{len(diverged)} diverged"]
-    facts.append(f"{len(above)} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded")
-    lost = sorted(set(diverged["arm"]) - set(means["arm"]))
-    style.note(axes, " · ".join(facts + ([f"no {measure.element}: {', '.join(lost)}"] if lost else [])), STRIP)
+    counted = f"{len(above)} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded"
+    lost = ", ".join(sorted(set(diverged["arm"]) - set(means["arm"])))
+    no_result = f"no {measure.element}: {lost}" if lost else ""
+    style.note(axes, f"{len(diverged)} diverged", counted, no_result, strip=STRIP)
 
 
 def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
@@ -232,25 +234,6 @@ def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
     return above
 
 
-def _limit(axes: Axes, rows: pd.DataFrame, measure: FinalResult) -> None:
-    """Set the range of the axes to all LRs, and to all losses but the rows `above_range`."""
-    lowest, highest = rows["lr"].min(), rows["lr"].max()
-    margin = max(1.3, (highest / lowest) ** 0.1)
-    axes.set_xlim(lowest / margin, highest * margin)
-    value = measure.column
-    shown = rows[rows[value].notna() & ~_is_above(rows)]
-    if shown.empty:
-        axes.set(ylim=(0, 1), yticks=[])
-        return
-    spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
-    low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
-    if measure is ACCURACY:
-        # The range is not empty even where all accuracies are 0, or all are 1.
-        low, high = min(low, 0.95), max(high, 0.05)
-    pad = 0.04 * (high - low) or 0.04 * abs(high)
-    axes.set_ylim(low - pad, high + pad)
-
-
 def _marks_above(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw one mark per arm and LR above the panel, side by side where several arms share an LR."""
     data_by_height = blended_transform_factory(axes.transData, axes.transAxes)
@@ -264,17 +247,87 @@ def _marks_above(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
             axes.plot(row["lr"], 1, ls="none", marker=row["marker"], transform=data_by_height + shift, **look)
 
 
-def lr_marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Return the legend entries of the marks that occur."""
+def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
+    """Return the legend entries of a panel, each after whether its mark occurs."""
     resolved = only(plotted, "optimum")["resolved"].astype(bool)
     elements = set(plotted["element"])
-    return occurring(
-        [
-            (resolved.any(), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.2)),
-            ((~resolved).any(), style.mark("optimum, not resolved", "D", markerfacecolor="white", markeredgewidth=1.2)),
-            (_is_above(plotted).any(), style.mark("above the range", "^")),
-            ("diverged" in elements, style.mark("diverged", _DIVERGED, markeredgewidth=1.5)),
-            ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, markeredgewidth=0.6)),
-            *((level in elements, Line2D([], [], label=label, **look)) for level, (_, label, look) in LEVELS.items()),
-        ]
-    )
+    return [
+        (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.2)),
+        ((~resolved).any(), style.mark("optimum, not resolved", "D", mfc="white", mew=1.2)),
+        (_is_above(plotted).any(), style.mark("above the range", "^")),
+        ("diverged" in elements, style.mark("diverged", _DIVERGED, mew=1.5)),
+        ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
+        *((level in elements, Line2D([], [], label=label, **look)) for level, (_, label, look) in LEVELS.items()),
+    ]
+
+
+_AXIS_POINTS = 30  # the height in points of the x-axis with its labels
+
+
+def draw_placement(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: one of `lr_rows`, `best` (an arm's fitted minimum of the test NLL with its
+    95% interval, the count `trainable_params`, and in `parameters` the same as text) or `margin_band` (from the lowest
+    of these up by the margin). Losses are in nats per scored token. In RL the rows are those of `accuracy_rows`, and
+    accuracies from 0 to 1 take the place of losses, with the band below the highest accuracy.
+    """
+    if is_rl(tables.runs).any():
+        measure, columns = ACCURACY, _accuracy_columns(_PLACEMENT_COLUMNS)
+        parts = [accuracy_rows(tables), _as_accuracies(_best_rows(tables, with_error_rates(tables.runs)))]
+    else:
+        measure, columns = LOSS, _PLACEMENT_COLUMNS
+        parts = [lr_rows(compared(tables)), _best_rows(tables, tables.runs)]
+    plotted = grid.joined(parts, columns)
+    figure, drawn = grid.panels(plotted, each=2, strip=STRIP)
+    styles = style.arm_styles(plotted)
+    for rows, (by_lr, by_count) in drawn:
+        draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "margin_band"])], styles, measure)
+        _draw_by_count(by_count, rows, styles, measure)
+    shade = Patch(label="within the margin of the best", facecolor="0.85")
+    style.legends(figure, styles, [*lr_marks(plotted), (len(only(plotted, "margin_band")), shade)])
+    return figure, plotted
+
+
+def _best_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows `best` and `margin_band` of the figure, in losses; runs of RL have error rates as losses."""
+    parts = []
+    for comparison in compared(tables, runs):
+        best = grid.fitted_minima([comparison])
+        counts = []
+        for _, arm in best.iterrows():
+            own = rows_of(comparison.runs, arm)
+            known = own["trainable_params"].dropna() if "trainable_params" in own else pd.Series(dtype=float)
+            counts.append(known.max() if len(known) else None)
+        texts = pd.Series([None if count is None else formats.parameters(count) for count in counts], best.index)
+        best = best.assign(trainable_params=pd.Series(counts, best.index, dtype="Int64"), parameters=texts)
+        parts.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, _PLACEMENT_COLUMNS))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: FinalResult) -> None:
+    """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
+    value = measure.column
+    for band in only(rows, "margin_band").to_dict("records"):
+        axes.axhspan(band[f"{value}_low"], band[f"{value}_high"], color="0.85", linewidth=0, zorder=0)
+    best = only(rows, "best")
+    placed = best.dropna(subset=["trainable_params"]).sort_values("trainable_params")
+    counts = placed["trainable_params"].astype(float)
+    for _, arms in placed.groupby("placement"):
+        look: dict[str, Any] = {"color": style.MUTED, "linestyle": styles[arms["arm"].iloc[0]].linestyle}
+        axes.plot(counts[arms.index], arms[value], linewidth=0.8, zorder=1, **look)
+    for place, row in enumerate(placed.to_dict("records")):
+        layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{int(row['rank'])}"
+        label = f"{layers}  {row['parameters']}"
+        grid.bars(axes, placed.iloc[[place]], "trainable_params", value, styles[row["arm"]], 6, label)
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=measure.best)
+    if placed.empty:
+        axes.set(xticks=[], yticks=[])
+    else:
+        # Counts are written as in the paper's table, and that of each arm is listed below the panel.
+        subs = (1.0,) if counts.max() > 100 * counts.min() else (1.0, 3.0, 6.0)
+        style.log_ticks(axes.xaxis, formats.parameters, subs)
+        below = axes.transAxes + ScaledTranslation(0, -_AXIS_POINTS / 72, axes.figure.dpi_scale_trans)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, handletextpad=0.3)
+    lost = ", ".join(sorted(set(best["arm"]) - set(placed["arm"])))
+    style.note(axes, f"no parameter count: {lost}" if lost else "")

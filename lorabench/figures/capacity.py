@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from lorabench.analysis.arms import ARM, is_standard
 from lorabench.analysis.comparison import Arm, Comparison
@@ -24,26 +22,10 @@ from lorabench.analysis.memorisation import (
     is_memorisation,
     stored_bits,
 )
-from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.optima import fitted_noise, log_threshold, pair_at_optimum, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
-from lorabench.figures import style
-from lorabench.figures.fits import compared, departure_rows, judged_departures
-from lorabench.figures.grid import (
-    ARM_COLUMNS,
-    PANEL,
-    Styles,
-    band,
-    diverged_facts,
-    diverged_runs,
-    lines,
-    occurring,
-    only,
-    panels,
-    points,
-    seeds_text,
-    sigma_text,
-    tidy,
-)
+from lorabench.figures import grid, style
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, points
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
@@ -52,6 +34,7 @@ _COLUMNS = [
     *("trainable_params", "slope", "slope_low", "slope_high", "bits"),
 ]
 _OPTIONAL = ("trainable_params", "first_epoch_nats", "first_epoch_scored_tokens")
+_REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
 _LINE = "0.35"
 
 
@@ -69,46 +52,49 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     runs = tables.runs.reindex(columns=list(dict.fromkeys([*tables.runs.columns, *_OPTIONAL])))
     runs = runs[is_standard(runs) & ~is_memorisation(runs)]
-    plotted = _plotted(runs, tables)
-    if plotted.empty:
-        return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
-    figure, drawn = panels(plotted, each=2)
-    styles = style.arm_styles(plotted)
-    for rows, (left, right) in drawn:
-        _draw_excess(left, rows, styles)
-        _draw_thresholds(right, rows, styles)
-    style.legends(figure, styles, _marks(plotted))
-    return figure, plotted
-
-
-def _plotted(runs: pd.DataFrame, tables: Tables) -> pd.DataFrame:
-    """Return what the figure of capacity plots of runs."""
-    comparisons = compared(tables, runs)
+    comparisons = grid.compared(tables, runs)
     envelope = envelopes(runs, tables.curves)
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
     envelope["excess"] = envelope["nll"] - envelope.groupby([*PANEL, "step"], dropna=False)["nll"].transform("min")
     ends = envelope.groupby(PANEL, dropna=False)["step"].agg(["min", "max"]).reset_index()
-    ends = ends.melt(PANEL, value_name="step").drop(columns="variable")
-    ends = ends.merge(fitted_noise(comparisons), how="left", on=PANEL)
+    ends = ends.melt(PANEL, value_name="step").merge(fitted_noise(comparisons), how="left", on=PANEL)
     thresholds = pd.DataFrame([row for comparison in comparisons for row in _thresholds(comparison)], columns=_REACHED)
     left, stays = (thresholds[thresholds["left"] == known] for known in (True, False))
+    # The description length is drawn where there are thresholds to compare it with.
     described = description_lengths(runs).merge(thresholds[PANEL].drop_duplicates(), on=PANEL)
     params = (described["bits"] / BITS_PER_PARAMETER).round().astype("Int64")
-    slopes = [_slopes(panel) for _, panel in left.groupby(PANEL, dropna=False)]
     parts = {
         "excess": envelope,
-        "departure": departure_rows(comparisons, envelope, ["nll", "excess", "tokens"]),
+        "departure": grid.departure_rows(comparisons, envelope, ["nll", "excess", "tokens"]),
         "threshold": left,
         "stays": stays,
-        # The description length is drawn where there are thresholds to compare it with.
         "description_length": described.assign(trainable_params=params),
-        "diverged": diverged_runs(runs),
+        "diverged": grid.diverged_runs(runs),
         "noise_band": ends.assign(excess=2 * ends["sigma"]).dropna(subset=["excess"]),
     }
-    return pd.concat([tidy(parts, _COLUMNS), *slopes], ignore_index=True) if slopes else tidy(parts, _COLUMNS)
+    slopes = [_slopes(panel) for _, panel in left.groupby(PANEL, dropna=False)]
+    plotted = grid.joined([grid.tidy(parts, _COLUMNS), *slopes], _COLUMNS)
+    if plotted.empty:
+        return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
+    figure, drawn = grid.panels(plotted, each=2)
+    styles = style.arm_styles(plotted)
+    for rows, (by_step, by_params) in drawn:
+        _draw_excess(by_step, rows, styles)
+        _draw_thresholds(by_params, rows, styles)
+    entries = {
+        "departure": style.mark("leaves the highest rank's curve", "o", mfc="white", mew=1.4),
+        "noise_band": Patch(label=f"within 2{style.SIGMA} of seeds", facecolor="0.85"),
+        "stays": style.mark("never left", "^"),
+        "slope": _line("fitted slope, 95% interval"),
+        "proportional": _line("slope 1", ":"),
+        "description_length": _line("2 bits / parameter hold the first epoch's loss", "--", 1.0),
+    }
+    style.legends(figure, styles, [(len(only(plotted, element)), entry) for element, entry in entries.items()])
+    return figure, plotted
 
 
-_REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
+def _line(label: str, linestyle: str = "-", linewidth: float = 1.1) -> Line2D:
+    return Line2D([], [], color=_LINE, linestyle=linestyle, linewidth=linewidth, label=label)
 
 
 def _thresholds(comparison: Comparison) -> list[Arm]:
@@ -118,17 +104,18 @@ def _thresholds(comparison: Comparison) -> list[Arm]:
     joined the highest rank's curve, lag without leaving, or do not leave along a line in log(step).
     """
     rows = []
-    for rank, departure in judged_departures(comparison).items():
+    for rank, departure in grid.judged_departures(comparison).items():
         arm = comparison.lora[rank]
         runs = runs_at_optimum(comparison, arm)
         params, trained = runs["trainable_params"].iloc[0], tokens_at(comparison, arm, math.inf)
         row = arm | {"trainable_params": params}
-        threshold = log_threshold(comparison, rank, departure)
+        curves = pair_at_optimum(comparison, arm, comparison.highest) if comparison.highest else None
         if pd.isna(params) or math.isnan(trained):
             continue
         if departure.growth is None:
             rows.append(row | {"left": False, "tokens": trained})
-        if threshold.known:
+        threshold = log_threshold(curves, departure, comparison.margin.value) if curves else ""
+        if not isinstance(threshold, str):
             steps = zip(("tokens", "tokens_low", "tokens_high"), (threshold.value, *threshold.interval()), strict=True)
             at = {name: tokens_at(comparison, arm, 10**step) for name, step in steps}
             rows.append(row | at | {"left": True, "step": round(10**threshold.value), "error": threshold.seed_error})
@@ -156,8 +143,8 @@ def _slopes(left: pd.DataFrame) -> pd.DataFrame:
 
 def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     noise, curves = only(rows, "noise_band").assign(floor=0.0), only(rows, "excess")
-    band(axes, noise, "step", "floor", "excess")
-    lines(axes, curves, "step", "excess", styles)
+    grid.band(axes, noise, "step", "floor", "excess")
+    grid.lines(axes, curves, "step", "excess", styles)
     points(axes, only(rows, "departure"), "step", "excess", styles, filled=False, marker="o", size=6)
     axes.set(xscale="log", xlabel="training step", ylabel="above the lowest envelope (nats / token)")
     if len(noise):
@@ -168,8 +155,8 @@ def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     style.plain_log_ticks(axes)
-    sigma = sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
-    style.note(axes, " · ".join([sigma, *diverged_facts(rows, curves, "no curve")]))
+    sigma = grid.sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
+    style.note(axes, sigma, *grid.diverged_facts(rows, curves, "no curve"))
 
 
 def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -178,7 +165,7 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
         style.say(axes, "No rank is known to leave the shared curve." if len(only(rows, "noise_band")) else unknown)
         return
-    band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
+    grid.band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
     for element, linestyle in (("slope", "-"), ("proportional", ":")):
         line = only(rows, element)
         axes.plot(line["trainable_params"].astype(float), line["tokens"], linestyle, color=_LINE, linewidth=1.1)
@@ -188,31 +175,11 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         axes.axvline(float(params), color=_LINE, linestyle="--", linewidth=1.0)
     axes.set(xscale="log", yscale="log", xlabel="adapter parameters", ylabel="train tokens at departure")
     for axis in (axes.xaxis, axes.yaxis):
-        style.short_log_ticks(axis)
-    facts = ["1 rank leaves" if len(thresholds) == 1 else f"{len(thresholds)} ranks leave"]
+        style.log_ticks(axis, EngFormatter(sep=""))
+    leaving = "1 rank leaves" if len(thresholds) == 1 else f"{len(thresholds)} ranks leave"
     for fit in slope.head(1).to_dict("records"):
-        facts = [f"slope {fit['slope']:.2f} {formats.fixed_interval(fit['slope_low'], fit['slope_high'], 2)}"]
-    facts += [f"first epoch {formats.amount(bits, 'bit')}" for bits in held["bits"].head(1)]
-    style.note(axes, " · ".join(facts))
-
-
-def _line(label: str, linestyle: str = "-", linewidth: float = 1.1) -> Line2D:
-    return Line2D([], [], color=_LINE, linestyle=linestyle, linewidth=linewidth, label=label)
-
-
-def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Return the legend entries of the marks that occur."""
-    elements = set(plotted["element"])
-    leaves = style.mark("leaves the highest rank's curve", "o", markerfacecolor="white", markeredgewidth=1.4)
-    entries: Sequence[tuple[str, Artist]] = [
-        ("departure", leaves),
-        ("noise_band", Patch(label=f"within 2{style.SIGMA} of seeds", facecolor="0.85")),
-        ("stays", style.mark("never left", "^")),
-        ("slope", _line("fitted slope, 95% interval")),
-        ("proportional", _line("slope 1", ":")),
-        ("description_length", _line("2 bits / parameter hold the first epoch's loss", "--", 1.0)),
-    ]
-    return occurring((element in elements, entry) for element, entry in entries)
+        leaving = f"slope {fit['slope']:.2f} {formats.fixed_interval(fit['slope_low'], fit['slope_high'], 2)}"
+    style.note(axes, leaving, *(f"first epoch {formats.amount(bits, 'bit')}" for bits in held["bits"].head(1)))
 
 
 _STORED = [
@@ -236,42 +203,36 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
     best, seeds = best_stored(facts).rename(columns=names), stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
-    per_parameter = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
+    # The lines of 1 and 2 bits per parameter span the range of a panel's adapters.
+    ends = []
+    for _, panel in best.groupby(PANEL, dropna=False):
+        adapters = panel[panel["method"] == "lora"]
+        params = (adapters if len(adapters) else panel)["trainable_params"].to_numpy(float)
+        place = {name: panel[name].iloc[0] for name in PANEL}
+        for bits in _PER_PARAMETER:
+            for end in (round(params.min() / 1.5), round(params.max() * 1.5)):
+                ends.append(place | {"trainable_params": end, "bits": bits * end, "bits_per_parameter": bits})
     parts = {
         "seed": seeds[seeds["run_id"].isin(at_best)],
         "stored": best,
-        "diverged": diverged_runs(facts),
+        "diverged": grid.diverged_runs(facts),
         "entropy": facts.groupby(PANEL, as_index=False, dropna=False).agg(bits=("entropy_bits", "max")),
-        "per_parameter": pd.concat(per_parameter) if per_parameter else pd.DataFrame(),
+        "per_parameter": pd.DataFrame(ends),
     }
-    plotted = tidy(parts, _STORED)
-    figure, drawn = panels(plotted)
+    plotted = grid.tidy(parts, _STORED)
+    figure, drawn = grid.panels(plotted)
     styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         _draw_stored(axes, rows, styles)
-    elements = set(plotted["element"])
-    entries: list[tuple[bool, Artist]] = [("entropy" in elements, _line("all of the facts"))]
-    for bits, linestyle in _PER_PARAMETER.items():
-        label = f"{bits:g} {'bit' if bits == 1 else 'bits'} / parameter"
-        entries.append(("per_parameter" in elements, _line(label, linestyle)))
-    entries.append(
-        ("stored" in elements, style.mark("fitted lowest loss, 95% interval", "o", linestyle="-", linewidth=1.2))
-    )
-    entries.append(("seed" in elements, style.mark("one seed", "_", markersize=9)))
-    style.legends(figure, styles, occurring(entries))
+    entries = [
+        ("entropy", _line("all of the facts")),
+        ("per_parameter", _line("1 bit / parameter", _PER_PARAMETER[1.0])),
+        ("per_parameter", _line("2 bits / parameter", _PER_PARAMETER[2.0])),
+        ("stored", style.mark("fitted lowest loss, 95% interval", "o", ls="-", lw=1.2)),
+        ("seed", style.mark("one seed", "_", ms=9)),
+    ]
+    style.legends(figure, styles, [(len(only(plotted, element)), entry) for element, entry in entries])
     return figure, plotted
-
-
-def _per_parameter(best: pd.DataFrame) -> pd.DataFrame:
-    """Return the ends of the lines of 1 and 2 bits per parameter, over the range of one panel's adapters."""
-    adapters = best[best["method"] == "lora"]
-    params = (adapters if len(adapters) else best)["trainable_params"].to_numpy(float)
-    panel = {name: best[name].iloc[0] for name in PANEL}
-    return pd.DataFrame(
-        panel | {"trainable_params": round(end), "bits": bits * round(end), "bits_per_parameter": bits}
-        for bits in _PER_PARAMETER
-        for end in (params.min() / 1.5, params.max() * 1.5)
-    )
 
 
 def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -294,9 +255,12 @@ def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         axes.minorticks_off()
     else:
         for axis in (axes.xaxis, axes.yaxis):
-            style.short_log_ticks(axis)
-    facts = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
-    facts += [seeds_text(stored["n_seeds"])] if len(stored) else []
-    nothing = stored.loc[~(stored["bits"] > 0), "arm"]
-    facts += [f"stored nothing: {', '.join(nothing)}"] if len(nothing) else []
-    style.note(axes, " · ".join([*facts, *diverged_facts(rows, stored, "none finished")]))
+            style.log_ticks(axis, EngFormatter(sep=""))
+    nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
+    style.note(
+        axes,
+        f"facts {formats.count(entropy['bits'].iloc[0])} bits",
+        grid.seeds_text(stored["n_seeds"]) if len(stored) else "",
+        f"stored nothing: {nothing}" if nothing else "",
+        *grid.diverged_facts(rows, stored, "none finished"),
+    )

@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 
 from lorabench.analysis.arms import in_experiments
-from lorabench.analysis.comparison import NEEDED_BY, curves_of
+from lorabench.analysis.comparison import NEEDED_BY
+from lorabench.analysis.curves import curves_of
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import NothingToDrawError, UserError
 from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
@@ -25,21 +26,15 @@ if TYPE_CHECKING:
     from lorabench.analysis.comparison import Task
     from lorabench.config.preset import Preset
 
-COMPUTE_TABLE = ("compute",)
-"""The experiments of a figure that shows the table `compute`; this experiment has no runs."""
-
-EVALS_TABLE = ("evaluation",)
-"""In place of experiments, for a figure that shows the table `evals`: the scores that lm-eval gave the models."""
-
-CLAIMS_TABLE = ("claims",)
-"""In place of experiments, for the figure that shows the table `claims`."""
+_TABLES = {"compute": "compute", "evaluation": "evals", "claims": "claims"}
+"""The tables of figures that show no runs, by what such a figure has in place of experiments."""
 
 
 @dataclass(frozen=True)
 class PaperFigure:
     """A figure of the paper, of a claim in its text, or of the verdicts.
 
-    It shows the runs of its experiments and task, or in place of runs the table compute, evals or claims.
+    It shows the runs of its experiments and task, or in place of runs another table: `compute`, `evals` or `claims`.
     """
 
     name: str
@@ -52,44 +47,45 @@ class PaperFigure:
     """The module in this package and the function that draw it, with a dot between them."""
     task: Task = "sft"
 
+    @property
+    def table(self) -> str:
+        """The table that it shows."""
+        return _TABLES.get(self.experiments[0], "runs")
+
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
-        """Draw the figure from the runs of its task; return it, and exactly what it plots as one tidy table."""
+        """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table."""
         from lorabench.figures.style import applied
 
         module, function = self.drawn_by.split(".")
         with applied():
-            shown = replace(tables, runs=self.task_runs(tables.runs))
-            drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{__package__}.{module}"), function)(shown)
+            drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{__package__}.{module}"), function)(tables)
         return drawn
 
-    def task_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Return the runs of the figure's task; a run without a task counts as supervised."""
+    def own_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """Return the runs of the figure's task and experiments.
+
+        A run without a task counts as supervised, and a run without experiments belongs to all of them.
+        """
+        runs = runs[in_experiments(runs, self.experiments)]
         return runs[is_rl(runs) == (self.task == "rl")]
 
-    def own_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Return the runs of the figure's task and experiments; a run without experiments belongs to all of them."""
-        return self.task_runs(runs[in_experiments(runs, self.experiments)])
 
+_TEXTS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
+_SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
+for _name, _text in _TEXTS["shared"].items():
+    _SHARED[_name] = _text.format_map(_SHARED)
 
-def _read_figures() -> dict[str, PaperFigure]:
-    texts = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
-    known = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
-    for name, text in texts["shared"].items():
-        known[name] = text.format_map(known)
-    return {
-        name: PaperFigure(
-            name,
-            about["title"],
-            about["caption"].format_map(known),
-            tuple(about["experiments"]),
-            about["draw"],
-            about.get("task", "sft"),
-        )
-        for name, about in texts["figures"].items()
-    }
-
-
-FIGURES = _read_figures()
+FIGURES = {
+    name: PaperFigure(
+        name,
+        about["title"],
+        about["caption"].format_map(_SHARED),
+        tuple(about["experiments"]),
+        about["draw"],
+        about.get("task", "sft"),
+    )
+    for name, about in _TEXTS["figures"].items()
+}
 """All figures by name: the verdicts, then the others in the paper's order."""
 
 
@@ -98,7 +94,7 @@ def figures_of_preset(preset: Preset) -> list[PaperFigure]:
 
     That of the verdicts comes first; every preset has it.
     """
-    chosen = {*preset.experiments.chosen(), *CLAIMS_TABLE, *(EVALS_TABLE if preset.evaluation else ())}
+    chosen = {*preset.experiments.chosen(), "claims", *(["evaluation"] if preset.evaluation else [])}
     return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]
 
 
@@ -109,11 +105,11 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
         UserError: see `Tables.read`.
     """
     tables = Tables.read(*folders)
-    shown = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals, CLAIMS_TABLE: _claims(folders)}
+    shown = {"compute": tables.compute, "evals": tables.evals, "claims": _claims(folders)}
     return [
         figure.name
         for figure in FIGURES.values()
-        if not (shown[figure.experiments] if figure.experiments in shown else figure.own_runs(tables.runs)).empty
+        if len(figure.own_runs(tables.runs) if figure.table == "runs" else shown[figure.table])
     ]
 
 
@@ -142,15 +138,15 @@ def _tables(folders: Sequence[Path], figure: PaperFigure) -> Tables:
 
     Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
     """
-    if figure.experiments == CLAIMS_TABLE:
+    if figure.table == "claims":
         if (claims := _claims(folders)).empty:
             source = "the table claims of one folder, which `lorabench claims` writes"
             raise UserError(f"the figure {figure.name} is drawn from {source}")
         return Tables(empty_table(), empty_table(), claims=claims)
     tables = Tables.read(*folders)
-    if figure.experiments == COMPUTE_TABLE:
+    if figure.table == "compute":
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
-    if figure.experiments == EVALS_TABLE:
+    if figure.table == "evals":
         check_evals(tables.evals)
         return replace(tables, evals=with_all_columns(tables.evals, "evals"))
     if tables.runs.columns.empty:

@@ -62,7 +62,9 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         _draw_panel(measured, plotted, ranks, ["step_time", "memory"], [1.0], "measured, LoRA / FullFT")
         flops.set_title(name, pad=18, parse_math=False)
         style.note(flops, "" if pd.isna(first["effective_width"]) else f"N = {first['effective_width']:.4g}")
-        style.note(measured, _setting_text(first))
+        known = not pd.isna(first["batch_size"]) and not pd.isna(first["sequence_length"])
+        tokens = f"{first['batch_size']} x {first['sequence_length']} tokens" if known else ""
+        style.note(measured, tokens, "" if pd.isna(first["device"]) else str(first["device"]))
     plotted = pd.concat(drawn, ignore_index=True)
     shown = set(plotted["element"])
     looks = [*(look for element, look in _LOOKS.items() if element in shown), *_REFERENCES.values()]
@@ -96,13 +98,3 @@ def _draw_panel(
     axes.set(xlabel="LoRA rank R", ylabel=label, xlim=(min(ranks) / 1.3, max(ranks) * 1.3), xticks=ranks)
     style.plain_log_ticks(axes)
     axes.set_ylim(0, 1.08 * max(1.0, plotted["ratio"].max()))
-
-
-def _setting_text(row: pd.Series[Any]) -> str:
-    """Describe the batch and the device that the ratios were measured with."""
-    facts = []
-    if not pd.isna(row["batch_size"]) and not pd.isna(row["sequence_length"]):
-        facts.append(f"{row['batch_size']} x {row['sequence_length']} tokens")
-    if not pd.isna(row["device"]):
-        facts.append(str(row["device"]))
-    return " · ".join(facts)

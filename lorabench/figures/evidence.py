@@ -20,37 +20,34 @@ _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
 
 
 class _Measure(NamedTuple):
-    """How a panel shows its measure: its title, the label of its axis, and how numbers are written."""
+    """How a panel shows its measure."""
 
     title: str
     axis: str
+    """The label of its axis."""
     number: str
+    """The format of its numbers."""
     is_log: bool = False
     """Whether the numbers of the tables are logarithms of those shown."""
 
     def shown(self, value: float) -> float:
         return math.exp(value) if self.is_log else float(value)
 
-    def text(self, value: float, low: float, high: float) -> str:
-        written = [format(self.shown(end), self.number) for end in (value, low, high)]
-        return f"{written[0]} [{written[1]}, {written[2]}]"
+    def text(self, *estimate: float) -> str:
+        value, low, high = (format(self.shown(end), self.number) for end in estimate)
+        return f"{value} [{low}, {high}]"
 
+
+_RATIO = "optimal LR of LoRA over that of full fine-tuning"
+_GAP = "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"
+_GROWTH = "growth of that gap from the smallest to the largest batch, nats per token"
+_RANK_1 = "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA"
 
 _MEASURES = {
-    "lr_ratio": _Measure(
-        "Ratio of optimal learning rates", "optimal LR of LoRA over that of full fine-tuning", ".1f", True
-    ),
-    "loss_gap": _Measure(
-        "Loss at the best LR", "LoRA minus full fine-tuning, nats per token; right is worse for LoRA", "+.4f"
-    ),
-    "gap_growth": _Measure(
-        "Growth of that gap with batch size",
-        "growth of that gap from the smallest to the largest batch, nats per token",
-        "+.4f",
-    ),
-    "rank_1_gap": _Measure(
-        "RL at rank 1", "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA", "+.3f"
-    ),
+    "lr_ratio": _Measure("Ratio of optimal learning rates", _RATIO, ".1f", True),
+    "loss_gap": _Measure("Loss at the best LR", _GAP, "+.4f"),
+    "gap_growth": _Measure("Growth of that gap with batch size", _GROWTH, "+.4f"),
+    "rank_1_gap": _Measure("RL at rank 1", _RANK_1, "+.3f"),
 }
 
 
@@ -118,7 +115,7 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
     if look.is_log:
         axes.set_xscale("log")
         axes.set_xlim(max(min(ends) / 1.3, 0.3), min(max(ends) * 1.3, 3000))
-        style.number_log_ticks(axes.xaxis)
+        style.log_ticks(axes.xaxis)
     else:
         spread = max(ends) - min(ends)
         axes.set_xlim(min(ends) - 0.05 * spread, max(ends) + 0.05 * spread)
@@ -152,7 +149,7 @@ def draw_left_out(sources: pd.DataFrame) -> Figure:
                 slot = listed.index(row["source"])
                 axes.plot(row["signed"], slot, linestyle="", **_RULES[str(row["rule"])])
             axes.set_xscale("log")
-            style.number_log_ticks(axes.xaxis)
+            style.log_ticks(axes.xaxis)
             axes.set_yticks(range(len(listed)), listed)
             axes.set_ylim(len(listed) - 0.5, -0.5)
             axes.set_title(f"{str(task).upper()}, {_METHODS[method]}")

@@ -1,18 +1,22 @@
-"""What figures are made of: panels, the rows that they plot, and lines, marks and bands in the look of their arms."""
+"""What figures are made of: the rows that they plot, with the numbers by which claims are judged, and panels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorabench.analysis.arms import arm_label
+from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
+from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
+from lorabench.analysis.estimate import Estimate, ExampleLosses
+from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure
 from lorabench.figures.style import PANEL_HEIGHT, SIGMA, ArmStyle, new_figure
+from lorabench.store.tables import Tables
 
 PANEL = ["model", "dataset", "batch_size", "steps"]
 """The columns of a panel: losses of different models, data, batch sizes or lengths are never drawn together."""
@@ -20,11 +24,13 @@ PANEL = ["model", "dataset", "batch_size", "steps"]
 ARM_COLUMNS = [*PANEL, "arm", "method", "rank", "placement"]
 """The first columns of what a figure plots."""
 
+_OPTIMA = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_high", "n_seeds", "at_edge", "fitted"]
+
 Styles = Mapping[str, ArmStyle]
 """The look of each arm, by its label."""
 
 
-def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+def tidy(parts: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """Join what a figure plots into one table.
 
     Args:
@@ -32,13 +38,18 @@ def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str]) -> pd.DataFrame:
             arm as `arm`.
         columns: the columns of the table.
     """
-    kept = []
+    labelled = []
     for element, rows in parts.items():
-        if len(rows):
-            if "method" in rows and "arm" not in rows:
-                rows = rows.assign(arm=[arm_label(row) for _, row in rows.iterrows()])
-            kept.append(rows.assign(element=element).reindex(columns=columns))
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)
+        if "method" in rows and "arm" not in rows:
+            rows = rows.assign(arm=[arm_label(row) for _, row in rows.iterrows()])
+        labelled.append(rows.assign(element=element))
+    return joined(labelled, columns)
+
+
+def joined(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """Join tables that are not empty into one with the given columns."""
+    kept = [rows.reindex(columns=list(columns)) for rows in parts if len(rows)]
+    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=list(columns))
 
 
 def only(rows: pd.DataFrame, element: str) -> pd.DataFrame:
@@ -51,6 +62,116 @@ def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that diverged, which every figure lists in what it plots."""
     diverged: pd.DataFrame = runs[runs["status"] == "diverged"]
     return diverged
+
+
+def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
+    """Return the comparisons of a figure's runs, or of other runs, with the losses by test example."""
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
+    return comparisons(with_arm_columns(tables.runs if runs is None else runs), tables.curves, judging)
+
+
+def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
+    """Return the fitted optimum of an arm; None if none of its runs finished.
+
+    Returns:
+        lr_best (the LR of the grid with the lowest loss), lr, lr_low and lr_high (the optimal LR with its 95% interval;
+        at the edge of the grid, or without a fit, lr_best without an interval), resolved (whether the grid resolves
+        it), nll, nll_low and nll_high (the fitted minimum of the test loss with its 95% interval, NaN where its error
+        is not known; without a fit, the mean loss at lr_best), n_seeds, at_edge (whether lr_best is at the edge of its
+        grid), and fitted (whether there is a fit).
+    """
+    fit, label = comparison.fit, arm_label(arm)
+    if label not in fit.grids:
+        return None
+    grid = fit.grids[label]
+    best = float(grid.lrs[grid.centre])
+    row = {"lr_best": best, "lr": best, "lr_low": math.nan, "lr_high": math.nan, "resolved": False}
+    row |= {"at_edge": grid.edge is not None, "fitted": label in fit.minima}
+    if label not in fit.minima:
+        at_best = with_losses(comparison.rows[label]).query("lr == @best and status == 'done'")
+        mean = {"nll": float(at_best["test_loss"].astype(float).mean()), "nll_low": math.nan, "nll_high": math.nan}
+        return row | mean | {"n_seeds": at_best["seed"].nunique()}
+    if grid.edge is None:
+        low, high = fit.optima[label].interval()
+        row |= {"lr": math.exp(fit.optima[label].value), "lr_low": math.exp(low), "lr_high": math.exp(high)}
+        row |= {"resolved": fit.resolved[label]}
+    return row | with_interval("nll", fit.minima[label]) | {"n_seeds": fit.n_seeds[label]}
+
+
+def optima(of: Sequence[Comparison]) -> pd.DataFrame:
+    """Return one row per arm of comparisons with a finished run: ARM, arm (its label), and what `optimum` returns."""
+    rows = [
+        arm | {"arm": arm_label(arm)} | row
+        for comparison in of
+        for arm in comparison.arms
+        if (row := optimum(comparison, arm))
+    ]
+    return arm_table(rows, _OPTIMA)
+
+
+def fitted_minima(of: Sequence[Comparison]) -> pd.DataFrame:
+    """Return the rows of `optima` whose runs determine a minimum."""
+    rows = optima(of)
+    minima: pd.DataFrame = rows[rows["fitted"].astype(bool)]
+    return minima
+
+
+def with_interval(name: str, estimate: Estimate) -> dict[str, float]:
+    """Return an estimate and the ends of its 95% interval as the columns `<name>`, `<name>_low` and `<name>_high`."""
+    low, high = estimate.interval()
+    return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the band from the lowest fitted loss of a comparison up by its margin: no row without either.
+
+    Args:
+        comparison: the comparison.
+        rows: those rows of it from `fitted_minima` whose lowest loss counts.
+    """
+    if rows.empty or comparison.margin.problem:
+        return pd.DataFrame()
+    lowest = float(rows["nll"].min())
+    ends = {"nll": lowest, "nll_low": lowest, "nll_high": lowest + comparison.margin.value}
+    return rows[PANEL].iloc[[0]].assign(**ends)
+
+
+def judged_departures(comparison: Comparison) -> dict[int, Departure]:
+    """Return where each LoRA rank leaves the curve of the highest rank, as claim A3 judges it, by rank.
+
+    Ranks are left out where something speaks against a verdict on them, such as too few seeds or training losses.
+    """
+    highest = comparison.highest
+    if highest is None or comparison.margin.problem:
+        return {}
+    departures = {}
+    for rank, arm in comparison.lora.items():
+        if rank != highest["rank"] and not comparison.problems([arm, highest]):
+            curves = pair_at_optimum(comparison, arm, highest)
+            # Without training losses of both ranks nothing is known of it.
+            if curves.n_seeds:
+                departures[rank] = paired_departure(curves, comparison.margin.value)
+    return departures
+
+
+def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return the step at which each rank leaves, with the values of its envelope there.
+
+    Args:
+        of: the comparisons.
+        envelope: columns ARM, step (from 1 on) and `columns`.
+        columns: what to interpolate between the steps of the envelope, along log(step).
+    """
+    rows = []
+    for comparison in of:
+        for rank, departure in judged_departures(comparison).items():
+            arm = comparison.lora[rank]
+            curve = rows_of(envelope, arm).sort_values("step")
+            if departure.first is not None and len(curve):
+                x, steps = math.log(departure.first), np.log(curve["step"].to_numpy(float))
+                at = {name: np.interp(x, steps, curve[name].to_numpy(float)) for name in columns}
+                rows.append(arm | {"step": departure.first} | at)
+    return pd.DataFrame(rows, columns=[*ARM, "step", *columns])
 
 
 def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -89,10 +210,10 @@ def panels(
     return figure, drawn
 
 
-def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, **look: Any) -> None:
+def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles) -> None:
     """Draw a line for each arm through its rows, in their order."""
     for arm, points in rows.groupby("arm"):
-        axes.plot(points[x].astype(float), points[y].astype(float), **{**styles[str(arm)].line, **look})
+        axes.plot(points[x].astype(float), points[y].astype(float), **styles[str(arm)].line)
 
 
 def points(
@@ -140,20 +261,8 @@ def bars(
 
 def band(axes: Axes, rows: pd.DataFrame, x: str, low: str, high: str, colour: str = "0.85") -> None:
     """Fill the area between two columns."""
-    axes.fill_between(
-        rows[x].astype(float),
-        rows[low].astype(float),
-        rows[high].astype(float),
-        color=colour,
-        linewidth=0,
-        zorder=1,
-        label="_",
-    )
-
-
-def occurring(entries: Iterable[tuple[Any, Artist]]) -> list[Artist]:
-    """Return the legend entries of the marks that occur, from pairs of whether a mark does and its entry."""
-    return [entry for occurs, entry in entries if occurs]
+    at, bottom, top = (rows[name].astype(float) for name in (x, low, high))
+    axes.fill_between(at, bottom, top, color=colour, linewidth=0, zorder=1, label="_")
 
 
 def sigma_text(sigma: float) -> str:
@@ -178,5 +287,5 @@ def diverged_facts(rows: pd.DataFrame, drawn: pd.DataFrame, lack: str) -> list[s
     diverged = only(rows, "diverged")
     if diverged.empty:
         return []
-    lost = sorted(set(diverged["arm"]) - set(drawn["arm"]))
-    return [f"{len(diverged)} diverged", *([f"{lack}: {', '.join(lost)}"] if lost else [])]
+    lost = ", ".join(sorted(set(diverged["arm"]) - set(drawn["arm"])))
+    return [f"{len(diverged)} diverged", f"{lack}: {lost}" if lost else ""]

@@ -7,14 +7,11 @@ near 0 whatever it has learned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,17 +22,16 @@ from lorabench.figures import style
 from lorabench.figures.grid import PANEL, Styles, titled
 from lorabench.store.tables import Tables
 
-BITS = "bits_per_byte"
+_BITS = "bits_per_byte"
 # The metrics of right answers by preference: the strictest metric, or the customary metric, comes first.
 _ACCURACIES = ("exact_match", "prompt_level_strict_acc", "acc_norm", "acc")
-_MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
+_MEASURES = {_BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
 _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
 
 _RUN = [*PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
 _LEARNED = ["learned", "learned_stderr", "learned_tasks", "learned_bits", "learned_bits_tasks"]
-_SCORES = [*_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
-COLUMNS = [*_RUN, *_SCORES]
-BASE = "base"
+_COLUMNS = [*_RUN, *_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
+_BASE = "base"
 
 
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -69,40 +65,29 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return _figure(panels, plotted), plotted
 
 
-@dataclass(frozen=True)
-class _Mean:
-    """The mean of scores over tasks, by the key of a run, with its standard error and the names of the tasks."""
-
-    values: pd.Series[float]
-    stderrs: pd.Series[float]
-    tasks: str
-
-
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model trained on one dataset, from its scores and its base's."""
-    base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in PANEL})
+    base = base.assign(arm=_BASE, **{name: runs[name].iloc[0] for name in PANEL})
     # The base has no run_id, so runs and base share another key.
-    scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
+    scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(_BASE))
     learned, forgotten = (scores[scores["about"] == about] for about in ("learned", "forgotten"))
-    accuracy, bits = _mean(_own(_accuracies(learned))), _mean(_own(learned[learned["metric"] == BITS]))
-    lost = {BITS: _mean(forgotten[forgotten["metric"] == BITS]), "accuracy": _mean(_accuracies(forgotten))}
-    rows = []
-    for key, run_scores in scores.groupby("key", sort=False):
-        row: dict[Any, Any] = run_scores.iloc[0].reindex(_RUN).to_dict()
-        row |= {"learned": accuracy.values.get(key), "learned_stderr": accuracy.stderrs.get(key)}
-        row |= {"learned_tasks": accuracy.tasks}
-        # Bits saved on right answers, and what was forgotten, are measured against the base.
-        if BASE in bits.values:
-            saved = bits.values[BASE] - bits.values.get(key, math.nan)
-            row |= {"learned_bits": saved, "learned_bits_tasks": bits.tasks}
-        known = {measure: mean for measure, mean in lost.items() if BASE in mean.values}
-        for measure, mean in known.items():
-            more = mean.values.get(key, math.nan) - mean.values[BASE]
-            row |= {"measure": measure, "forgotten": more if measure == BITS else 0 - more}
-            rows.append(row | {"forgotten_stderr": mean.stderrs.get(key), "forgotten_tasks": mean.tasks})
-        if not known:
-            rows.append(row)
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
+    rows = scores.drop_duplicates("key").reset_index(drop=True)
+    key = rows["key"]
+    values, errors, tasks = _mean(_own(_accuracies(learned)))
+    rows = rows.assign(learned=key.map(values), learned_stderr=key.map(errors), learned_tasks=tasks)
+    # Bits saved on right answers, and what was forgotten, are measured against the base.
+    values, _, tasks = _mean(_own(learned[learned["metric"] == _BITS]))
+    if _BASE in values:
+        rows = rows.assign(learned_bits=values[_BASE] - key.map(values), learned_bits_tasks=tasks)
+    parts = []
+    for measure, lost in {_BITS: forgotten[forgotten["metric"] == _BITS], "accuracy": _accuracies(forgotten)}.items():
+        values, errors, tasks = _mean(lost)
+        if _BASE in values:
+            more = key.map(values) - values[_BASE]
+            part = rows.assign(measure=measure, forgotten=more if measure == _BITS else 0 - more)
+            parts.append(part.assign(forgotten_stderr=key.map(errors), forgotten_tasks=tasks))
+    plotted = pd.concat(parts or [rows]).sort_index(kind="stable")
+    return plotted.reindex(columns=_COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
 
 
 def _own(scores: pd.DataFrame) -> pd.DataFrame:
@@ -118,34 +103,31 @@ def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
         metrics = list(task_scores["metric"].unique())
         metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
         by_metric = task_scores[task_scores["metric"] == metric]
-        strictest = min(by_metric["filter"].fillna("none").unique(), key=_looseness)
-        kept.append(by_metric[by_metric["filter"].fillna("none") == strictest])
+        # Strict filters come before others, and flexible ones last.
+        filters = by_metric["filter"].fillna("none")
+        strictest = min(filters.unique(), key=lambda name: ("strict" not in name, "flexible" in name, name))
+        kept.append(by_metric[filters == strictest])
     return pd.concat(kept) if kept else scores.iloc[:0]
 
 
-def _looseness(name: str) -> tuple[int, str]:
-    """Return a sort key that puts strict filters first and flexible filters last."""
-    return (0 if "strict" in name else 2 if "flexible" in name else 1, name)
+def _mean(scores: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float], str]:
+    """Return the mean over tasks of each run that has them all, by its key, its standard error, and the tasks.
 
-
-def _mean(scores: pd.DataFrame) -> _Mean:
-    """Return the mean over tasks of each run that has them all; its standard error takes documents as independent."""
+    The standard error takes documents as independent.
+    """
     values = scores.pivot(index="key", columns="task", values="value").dropna()
     stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
+    error = np.sqrt((stderrs**2).sum(axis="columns", skipna=False)) / max(1, len(values.columns))
     names = ["task", "metric", "filter"]
     tasks = scores[names].fillna("none").drop_duplicates().sort_values(names)
-    return _Mean(
-        values.mean(axis="columns"),
-        np.sqrt((stderrs**2).sum(axis="columns", skipna=False)) / max(1, len(values.columns)),
-        "; ".join(" ".join(row) for row in tasks.itertuples(index=False)),
-    )
+    return values.mean(axis="columns"), error, "; ".join(" ".join(row) for row in tasks.itertuples(index=False))
 
 
 def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Figure:
-    measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [BITS]
+    measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [_BITS]
     figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
     grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
-    styles = style.arm_styles(plotted[plotted["arm"] != BASE])
+    styles = style.arm_styles(plotted[plotted["arm"] != _BASE])
     for (title, rows), row_of_panels in zip(panels, grid, strict=True):
         row_of_panels[0].set_title(title, pad=18, parse_math=False)
         has_bits = bool(rows["learned_bits"].notna().any())
@@ -172,10 +154,9 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
         bits = "bits per byte of right answers\nbelow the base: "
         _label_height(row_of_panels[:split], bits, rows["learned_bits_tasks"].iloc[0])
         _label_height(row_of_panels[split:], "accuracy: ", rows["learned_tasks"].iloc[0])
-    marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
-    if (plotted["arm"] == BASE).any():
-        marks.append(style.mark("before training", "x", markeredgewidth=1.8))
-    style.legends(figure, {}, marks)
+    marks = [(True, style.mark(look.label, look.marker, color=look.colour)) for look in styles.values()]
+    before = bool((plotted["arm"] == _BASE).any()), style.mark("before training", "x", mew=1.8)
+    style.legends(figure, {}, [*marks, before])
     return figure
 
 
@@ -193,7 +174,7 @@ def _label_height(panels: Sequence[Axes], what: str, tasks: str) -> None:
 
 def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:
     """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
-    for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):
+    for row in rows[rows["arm"] == _BASE].dropna(subset=[up]).to_dict("records"):
         axes.axhline(row[up], **_REFERENCE)
     placed = rows.dropna(subset=[up, across])
     for row in placed.to_dict("records"):
@@ -209,7 +190,7 @@ def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up
     if up == "learned" and placed[up].max() == 0:
         axes.set_ylim(-0.002, 0.05)
     # The base was trained on no dataset of its own, so it has no test NLL.
-    unplaced = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])
+    unplaced = len(rows[rows["arm"] != _BASE]) - len(placed[placed["arm"] != _BASE])
     style.note(axes, f"{unplaced} without a score" if unplaced else "")
 
 

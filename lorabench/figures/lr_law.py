@@ -16,10 +16,8 @@ from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
-from lorabench.figures import style
-from lorabench.figures.fits import compared, optima, optimum
-from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, occurring, only, points, tidy
-from lorabench.figures.lr_ratio import ratio_axis
+from lorabench.figures import grid, style
+from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, tidy
 from lorabench.store.tables import Tables
 
 _COLUMNS = [
@@ -42,7 +40,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
     runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
-    groups = swept_models(compared(tables, runs))
+    groups = swept_models(grid.compared(tables, runs))
     laws = [fitted_law(models) for models in groups]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     diverged = tidy({"diverged": diverged_runs(runs).drop(columns=["family", "hidden_size"])}, _COLUMNS)
@@ -62,11 +60,25 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         lr_axes.set_title(title, pad=18, parse_math=False)
         _draw_lrs(lr_axes, rows, styles)
         _draw_ratios(ratio_axes, rows, styles)
-        facts = [_law_text(law)] + ([f"not drawn: {', '.join(left_out)}"] if left_out else [])
-        style.note(lr_axes, " · ".join(facts))
+        lacking = f"not drawn: {', '.join(left_out)}" if left_out else ""
+        fitted = "too few models to fit the law"
+        if law:
+            exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
+            fitted = f"fit: base {law.base:.2g}, M {law.multiplier:.3g}, exponent {exponents}"
+        style.note(lr_axes, fitted, lacking)
         n_diverged = len(diverged_runs(pd.concat([model.comparison.runs for model in models])))
-        style.note(ratio_axes, f"{len(models)} models · {n_diverged} diverged")
-    style.legends(figure, styles, _marks(plotted))
+        style.note(ratio_axes, f"{len(models)} models", f"{n_diverged} diverged")
+    measured = plotted[plotted["element"].isin(["optimum", "ratio"])]
+    entries: list[tuple[Any, Artist]] = [
+        (True, style.mark(f"{name}, fitted law", _MARKERS.get(name, _OTHER_MARKER), ls=_LINES.get(name, _OTHER_LINE)))
+        for name in sorted(measured["family"].unique())
+    ]
+    entries += [
+        (not measured["resolved"].astype(bool).all(), style.mark("not resolved", "o", mfc="white", mew=1.2)),
+        (len(only(plotted, "published")), style.mark("published optima", "o", color=_GREY, ms=4)),
+        (len(only(plotted, "published_law")), style.mark("published law", "", color=_GREY, ls="-")),
+    ]
+    style.legends(figure, styles, entries)
     return figure, plotted
 
 
@@ -75,7 +87,7 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
     best, ratios = [], []
     for model in models:
         about = {"family": model.lineage, "hidden_size": model.hidden_size}
-        best += [arm | about | (optimum(model.comparison, arm) or {}) for arm in (model.fullft, model.lora)]
+        best += [arm | about | (grid.optimum(model.comparison, arm) or {}) for arm in (model.fullft, model.lora)]
         low, high = ratio_interval(model.log_ratio)
         ratio = {"ratio": math.exp(model.log_ratio.value), "ratio_low": low, "ratio_high": high}
         ratios.append(model.lora | about | ratio | {"resolved": not model.problems})
@@ -115,7 +127,7 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
     table = table[table["rank"].isna() | (table["rank"] == highest)]
     ids, nll = [str(row) for row in table.index], table["nll"]
     runs = table.assign(run_id=ids, batch_size=0, seed=0, status="done", final_valid_nll=nll, final_test_nll=nll)
-    best = optima(comparisons(runs, pd.DataFrame()))
+    best = grid.optima(comparisons(runs, pd.DataFrame()))
     about = table.drop_duplicates("model").set_index("model")
     n_lrs = table.groupby(["model", "method"])["lr"].nunique()
     on_grid = pd.Series([n_lrs[model, method] > 1 for model, method in zip(best["model"], best["method"], strict=True)])
@@ -138,7 +150,7 @@ def _draw_lrs(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     for row in only(rows, "published").to_dict("records"):
         face = _GREY if row["resolved"] else "white"
         axes.plot(row["hidden_size"], row["lr"], _marker(row), ms=4, mfc=face, mec=_GREY, zorder=1.5)
-    points(axes, only(rows, "optimum"), "hidden_size", "lr", styles, "resolved", _marker)
+    grid.points(axes, only(rows, "optimum"), "hidden_size", "lr", styles, "resolved", _marker)
     axes.set(xscale="log", yscale="log", xlabel="hidden size", ylabel="optimal learning rate")
     style.plain_log_ticks(axes)
 
@@ -150,35 +162,11 @@ def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         axes.plot(line["hidden_size"].astype(float), line["ratio"], look, color=_GREY, linewidth=0.9, zorder=1)
         for end in line.tail(1).to_dict("records"):
             axes.annotate(text.format(end["ratio"]), (end["hidden_size"], end["ratio"]), (-2, 3), **small)
-    points(axes, only(rows, "ratio"), "hidden_size", "ratio", styles, "resolved", _marker)
+    grid.points(axes, only(rows, "ratio"), "hidden_size", "ratio", styles, "resolved", _marker)
     axes.set(xscale="log", xlabel="hidden size")
     style.plain_log_ticks(axes)
-    ratio_axis(axes)
+    style.ratio_axis(axes)
 
 
 def _marker(row: dict[Any, Any]) -> str:
     return _MARKERS.get(row["family"], _OTHER_MARKER)
-
-
-def _law_text(law: LrLaw | None) -> str:
-    if law is None:
-        return "too few models to fit the law"
-    exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
-    return f"fit: base {law.base:.2g}, M {law.multiplier:.3g}, exponent {exponents}"
-
-
-def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Return the legend entries of the marks that occur."""
-    elements, optimum = set(plotted["element"]), plotted[plotted["element"].isin(["optimum", "ratio"])]
-    unresolved = not optimum["resolved"].astype(bool).all()
-    families = [
-        style.mark(f"{family}, fitted law", _MARKERS.get(family, _OTHER_MARKER), ls=_LINES.get(family, _OTHER_LINE))
-        for family in sorted(optimum["family"].unique())
-    ]
-    return families + occurring(
-        [
-            (unresolved, style.mark("not resolved", "o", markerfacecolor="white", markeredgewidth=1.2)),
-            ("published" in elements, style.mark("published optima", "o", color=_GREY, markersize=4)),
-            ("published_law" in elements, style.mark("published law", "", color=_GREY, linestyle="-")),
-        ]
-    )

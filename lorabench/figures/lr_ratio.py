@@ -13,17 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import Comparison, Judging, comparisons
-from lorabench.analysis.early import at_end, at_step
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.arms import ALPHA, arm_label, is_standard, with_arm_columns
+from lorabench.analysis.comparison import Judging, comparisons
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (
-    ALPHA,
     BATCH_SIZE,
     COLUMNS,
     STEPS,
     Setting,
+    at_end,
+    at_step,
     measured_ratios,
     predicted,
     prediction_table,
@@ -32,18 +32,10 @@ from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_ratios
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.config.margins import DEFAULT_PREDICTIONS
-from lorabench.figures import style
+from lorabench.figures import grid, style
 from lorabench.figures.by_lr import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.figures.grid import Styles, lines, only, points, tidy, titled
+from lorabench.figures.grid import Styles, only
 from lorabench.store.tables import Tables
-
-
-def ratio_axis(axes: Axes) -> None:
-    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
-    axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
-    style.number_log_ticks(axes.yaxis, (1.0, 2.0, 5.0))
-    axes.yaxis.set_minor_locator(NullLocator())
-
 
 _BY_LENGTH = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
 
@@ -61,13 +53,15 @@ def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
     and `reference` (the paper's ratios).
     """
-    groups = titled(with_arm_columns(tables.runs[is_standard(tables.runs)]))
+    groups = grid.titled(with_arm_columns(tables.runs[is_standard(tables.runs)]))
     parts = [_rows_by_length(runs, tables.curves) for _, runs in groups]
     heights = [math.ceil((len(_lengths(part)) + 1) / 2) for part in parts]
     figure = style.new_figure(style.PANEL_HEIGHT * sum(heights))
     printed = paper_numbers()
     ratios = [printed[key] for key in _REFERENCES if key in printed and any(len(only(p, "ratio")) for p in parts)]
-    plotted = pd.concat([*parts, tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)], ignore_index=True)
+    plotted = pd.concat(
+        [*parts, grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)], ignore_index=True
+    )
     styles = style.arm_styles(plotted)
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
         first, lengths = 2 * sum(heights[:place]) + 1, _lengths(rows)
@@ -82,8 +76,8 @@ def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         if len(lengths) > 1:
             axes.set_xticks(lengths)
     known = only(plotted, "ratio").dropna(subset=["ratio"])
-    unresolved = style.mark("ratio, not resolved", "o", markerfacecolor="white", markeredgewidth=1.2)
-    style.legends(figure, styles, [*lr_marks(plotted), *([] if known["resolved"].astype(bool).all() else [unresolved])])
+    unresolved = style.mark("ratio, not resolved", "o", mfc="white", mew=1.2)
+    style.legends(figure, styles, [*lr_marks(plotted), (not known["resolved"].astype(bool).all(), unresolved)])
     return figure, plotted
 
 
@@ -103,46 +97,35 @@ def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
     by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
     by_step[full] = at_end(runs).assign(steps=full)
-    of = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}
-    parts = [lr_rows([of[step]]) for step in (*SHORT_STEPS, full) if step in of]
-    ratios = [row for comparison in of.values() for row in _ratios(comparison)]
-    parts.append(tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH))
-    rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    return rows.assign(full_steps=full).reindex(columns=_BY_LENGTH)
-
-
-def _ratios(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the ratio of the optimal LR of each LoRA arm to that of FullFT; none where either is unknown."""
-    rows = []
-    for arm in comparison.arms if comparison.fullft else []:
-        if arm["method"] == "lora" and comparison.fullft:
-            log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(comparison.fullft))
-            low, high = ratio_interval(log_ratio)
-            ratio = {"ratio": math.exp(log_ratio.value), "ratio_low": low, "ratio_high": high}
-            rows.append(arm | ratio | {"resolved": not comparison.problems([arm, comparison.fullft], resolved=True)})
-    return rows
+    by_length = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}
+    parts = [lr_rows([by_length[step]]) for step in (*SHORT_STEPS, full) if step in by_length]
+    ratios = []
+    for comparison in by_length.values():
+        for arm in comparison.arms:
+            if arm["method"] == "lora" and comparison.fullft:
+                log_ratio = comparison.fit.log_ratio(arm_label(arm), "FullFT")
+                low, high = ratio_interval(log_ratio)
+                ratio = {"ratio": math.exp(log_ratio.value), "ratio_low": low, "ratio_high": high}
+                resolved = not comparison.problems([arm, comparison.fullft], resolved=True)
+                ratios.append(arm | ratio | {"resolved": resolved})
+    parts.append(grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH))
+    return grid.joined(parts, _BY_LENGTH).assign(full_steps=full)
 
 
 def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     printed = paper_numbers()
+    small: dict[str, Any] = {"textcoords": "offset points", "color": style.MUTED, "fontsize": 7.5}
     for key, length in _REFERENCES.items():
         if key in printed and len(rows):
             axes.axhline(printed[key], color="0.6", linewidth=0.9, linestyle="--", zorder=1)
-            axes.annotate(
-                f"paper, {length}: {printed[key]:g}",
-                (0, printed[key]),
-                (2, 3),
-                ("axes fraction", "data"),
-                "offset points",
-                color=style.MUTED,
-                fontsize=7.5,
-            )
+            text = f"paper, {length}: {printed[key]:g}"
+            axes.annotate(text, (0, printed[key]), (2, 3), ("axes fraction", "data"), **small)
     known = rows[rows["ratio"].notna() & (rows["steps"] > 0)].sort_values("steps")
-    lines(axes, known, "steps", "ratio", styles)
-    points(axes, known, "steps", "ratio", styles, "resolved", size=4.5)
+    grid.lines(axes, known, "steps", "ratio", styles)
+    grid.points(axes, known, "steps", "ratio", styles, "resolved", size=4.5)
     axes.set(xscale="log", xlabel="training step")
     style.plain_log_ticks(axes)
-    ratio_axis(axes)
+    style.ratio_axis(axes)
 
 
 _COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
@@ -164,6 +147,8 @@ _PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
 
 _CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
 
+_PAPER = "LoRA Without Regret"
+
 _PAPER_STEPS = 780
 """The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
 
@@ -183,20 +168,22 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         return style.empty_figure("no condition with an LR sweep of both LoRA and full fine-tuning"), pd.DataFrame(
             columns=_COLUMNS
         )
-    parts = [conditions.assign(element="condition"), pd.DataFrame(_lines(conditions)), _published()]
+    published = published_ratios()
+    middle = {end: np.sqrt(published[f"{end}_low"] * published[f"{end}_high"]) for end in ("width", "ratio")}
+    published = published.drop(columns="steps").assign(element="published", **middle)
+    parts = [conditions.assign(element="condition"), pd.DataFrame(_lines(conditions)), published]
     plotted = pd.concat([part for part in parts if len(part)], ignore_index=True).reindex(columns=_COLUMNS)
     figure = style.new_figure(2 * style.PANEL_HEIGHT)
-    grid = figure.add_gridspec(2, len(_PANELS))
+    places = figure.add_gridspec(2, len(_PANELS))
     marks = dict(zip(sorted(conditions["width"].unique()), _MARKERS, strict=False))
-    top = figure.add_subplot(grid[0, :])
-    _draw_widths(top, plotted, marks)
+    _draw_widths(figure.add_subplot(places[0, :]), plotted, marks)
     for place, (column, label) in enumerate(_PANELS.items()):
-        axes = figure.add_subplot(grid[1, place], sharey=None)
+        axes = figure.add_subplot(places[1, place])
         _draw_panel(axes, conditions, column, marks)
         axes.set_xlabel(label)
         if place:
             axes.set_ylabel("")
-    style.legends(figure, {}, _legend(plotted, marks))
+    style.legends(figure, {}, _entries(plotted, marks))
     return figure, plotted
 
 
@@ -219,35 +206,21 @@ def _lines(conditions: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _published() -> pd.DataFrame:
-    table = published_ratios()
-    middle = {
-        "width": np.sqrt(table["width_low"] * table["width_high"]),
-        "ratio": np.sqrt(table["ratio_low"] * table["ratio_high"]),
-    }
-    return table.drop(columns="steps").assign(element="published", **middle)
-
-
 def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> None:
     for name, (colour, _) in _THEORIES.items():
         for element, line in (("line", "-"), ("paper_law", "--")):
             rows = plotted[(plotted["element"] == element) & (plotted["theory"] == name)]
-            axes.plot(
-                rows["width"].astype(float), rows["predicted"].astype(float), line, color=colour, lw=1.3, zorder=2
-            )
-    conditions = plotted[plotted["element"] == "condition"]
-    here = conditions[
-        (conditions["runs"] == "own")
-        & (conditions["alpha"] == ALPHA)
-        & (conditions["steps"] == STEPS)
-        & (conditions["batch_size"] == BATCH_SIZE)
-    ]
+            width, ratio = rows["width"].astype(float), rows["predicted"].astype(float)
+            axes.plot(width, ratio, line, color=colour, lw=1.3, zorder=2)
+    here = only(plotted, "condition").query(
+        "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
+    )
     given = here[here["theory"] == "movement"].sort_values("width")
     colour = _THEORIES["movement"][0]
     axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
     _measured(axes, here, "width", marks)
-    for row in plotted[(plotted["element"] == "published") & plotted["width"].notna()].to_dict("records"):
-        is_paper = row["source"] == "LoRA Without Regret"
+    for row in only(plotted, "published").dropna(subset=["width"]).to_dict("records"):
+        is_paper = row["source"] == _PAPER
         colour = "black" if is_paper else "0.5"
         axes.plot([row["width_low"], row["width_high"]], [row["ratio"]] * 2, color=colour, lw=1.2, zorder=3)
         axes.plot([row["width"]] * 2, [row["ratio_low"], row["ratio_high"]], color=colour, lw=1.2, zorder=3)
@@ -258,7 +231,7 @@ def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> No
     axes.set_title("by width", pad=18)
     style.note(axes, f"alpha {ALPHA:g}; measured here after {STEPS} steps of {BATCH_SIZE} examples; grey: published")
     style.plain_log_ticks(axes)
-    ratio_axis(axes)
+    style.ratio_axis(axes)
 
 
 def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
@@ -286,7 +259,7 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_minor_locator(NullLocator())
     style.plain_log_ticks(axes)
-    ratio_axis(axes)
+    style.ratio_axis(axes)
 
 
 def _varied(conditions: pd.DataFrame, column: str) -> list[pd.DataFrame]:
@@ -305,26 +278,28 @@ def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]
         axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)
 
 
-def _legend(plotted: pd.DataFrame, marks: dict[Any, str]) -> list[Artist]:
-    conditions = plotted[plotted["element"] == "condition"]
-    entries: list[Artist] = [
-        Line2D([], [], color=colour, label=label)
-        for name, (colour, label) in _THEORIES.items()
-        if (plotted["theory"] == name).any()
+def _entries(plotted: pd.DataFrame, marks: dict[Any, str]) -> list[tuple[Any, Artist]]:
+    """Return the legend entries, each after whether its mark occurs."""
+    conditions, published = only(plotted, "condition"), only(plotted, "published")
+    unresolved = not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all()
+    other_alpha = (published["width"].notna() & (published["alpha"] != ALPHA)).any()
+    return [
+        *(
+            ((plotted["theory"] == name).any(), Line2D([], [], color=colour, label=label))
+            for name, (colour, label) in _THEORIES.items()
+        ),
+        (
+            len(only(plotted, "paper_law")),
+            Line2D([], [], color=_THEORIES["movement"][0], linestyle="--", label="A moves, the paper's LRs"),
+        ),
+        *(
+            (True, style.mark(f"measured, width {int(width)}", marker, color="black"))
+            for width, marker in marks.items()
+        ),
+        ((conditions["runs"] == "prefix").any(), style.mark("prefix of longer runs", "o", color="0.45")),
+        (unresolved, style.mark("not resolved", "o", mfc="white", mew=1.2)),
+        ((published["task"] == "sft").any(), style.mark("published, SFT", "d", color="0.5")),
+        ((published["task"] == "rl").any(), style.mark("published, RL", "v", color="0.5")),
+        (other_alpha, style.mark("published, another alpha", "d", mfc="white", mec="0.5")),
+        ((published["source"] == _PAPER).any(), style.mark("the paper", "*", color="black", ms=10)),
     ]
-    if (plotted["element"] == "paper_law").any():
-        entries.append(Line2D([], [], color=_THEORIES["movement"][0], linestyle="--", label="A moves, the paper's LRs"))
-    entries += [style.mark(f"measured, width {int(width)}", marker, color="black") for width, marker in marks.items()]
-    if (conditions["runs"] == "prefix").any():
-        entries.append(style.mark("prefix of longer runs", "o", color="0.45"))
-    if not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all():
-        entries.append(style.mark("not resolved", "o", markerfacecolor="white", markeredgewidth=1.2))
-    published = plotted[plotted["element"] == "published"]
-    for task, marker in (("sft", "d"), ("rl", "v")):
-        if (published["task"] == task).any():
-            entries.append(style.mark(f"published, {task.upper()}", marker, color="0.5"))
-    if (published["width"].notna() & (published["alpha"] != ALPHA)).any():
-        entries.append(style.mark("published, another alpha", "d", markerfacecolor="white", markeredgecolor="0.5"))
-    if (published["source"] == "LoRA Without Regret").any():
-        entries.append(style.mark("the paper", "*", color="black", markersize=10))
-    return entries

@@ -1,4 +1,6 @@
-"""What LoRA's parametrization does: the factor 1/r, two redundant hyperparameters, when A moves, how updates grow."""
+"""What LoRA's parametrization does: the factor 1/r, two redundant hyperparameters, when A moves, how updates grow; and
+its variants: the loss that each reaches at its best learning rate, and that learning rate.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from lorabench.analysis.arms import arm_label, arm_table, is_standard
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.invariances import (
@@ -23,11 +27,12 @@ from lorabench.analysis.invariances import (
     invariance_pairs,
     move_times,
     step_sizes,
+    with_lr_grid,
     with_scales,
 )
 from lorabench.analysis.slopes import log_log
-from lorabench.figures import style
-from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, points, seeds_text, tidy
+from lorabench.figures import grid, style
+from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, seeds_text
 from lorabench.store.tables import Tables
 
 # Runs that should be equivalent are compared over this number of steps.
@@ -35,8 +40,6 @@ _STEPS = 50
 
 # The numerical precision of a training loss, in nats per token.
 _IDENTICAL = 1e-5
-
-_TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
 
 _ENDS = {"low": "value_low", "high": "value_high"}
 _COLUMNS = [
@@ -73,38 +76,42 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(plotted)
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        draws = (_draw_first_descents, _draw_differences, _draw_move_times, _draw_update_norms)
-        for column, (what, draw_panel) in enumerate(zip(_TITLES, draws, strict=True), start=1):
+        draws = {
+            "first update": _draw_first_descents,
+            "redundant pair": _draw_differences,
+            "when A moves": _draw_move_times,
+            "size of updates": _draw_update_norms,
+        }
+        for column, (what, draw_panel) in enumerate(draws.items(), start=1):
             axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
             axes.set_title(f"{title} · {what}", pad=18, parse_math=False)
             draw_panel(axes, rows, styles)
-    style.legends(figure, styles, [])
+    style.legends(figure, styles)
     return figure, plotted
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model and dataset."""
     descents = descent_ratios(first_descents(runs, curves)).rename(columns={"ratio": "value", "n_seeds": "n"})
-    parts = {"first_descent": descents, **_differences(runs, curves), **_move_times(runs, curves)}
-    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs)}
-    rows = tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
+    # The largest difference of equivalent runs by step, and the range of the difference of other pairs. Before the
+    # first update, all runs have the loss of the base model.
+    apart = differences(invariance_pairs(runs), curves, _STEPS)
+    pairs = apart[apart["step"] > 1].groupby(["eps", "step", "equivalent"], dropna=False)["difference"]
+    ranges = pairs.agg(low="min", high="max", n="size").reset_index()
+    equivalent = ranges["equivalent"].astype(bool)
+    parts = {
+        "first_descent": descents,
+        "equivalent": ranges[equivalent].assign(value=ranges["high"]),
+        "not_equivalent": ranges[~equivalent].assign(value=ranges["low"]),
+        **_move_times(runs, curves),
+        **_update_norms(runs, curves),
+        "diverged": diverged_runs(runs),
+    }
+    rows = grid.tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
     # No panel draws a run that diverged, so its arm has no entry in the legend.
     rows.loc[rows["element"] == "diverged", "arm"] = None
     rows = rows.assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0], method="lora")
     return rows.astype({"n": "Int64", "step": "Int64"})
-
-
-def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return, by step, the largest difference of equivalent runs, and the range of the difference of other pairs."""
-    apart = differences(invariance_pairs(runs), curves, _STEPS)
-    # Before the first update, all runs have the loss of the base model.
-    pairs = apart[apart["step"] > 1].groupby(["eps", "step", "equivalent"], dropna=False)["difference"]
-    range_of = pairs.agg(low="min", high="max", n="size").reset_index()
-    equivalent = range_of["equivalent"].astype(bool)
-    return {
-        "equivalent": range_of[equivalent].assign(value=range_of["high"]),
-        "not_equivalent": range_of[~equivalent].assign(value=range_of["low"]),
-    }
 
 
 def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -112,11 +119,11 @@ def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFr
     moved, not_moved = [], []
     for _, seeds in move_times(runs, curves).groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False):
         first = seeds.iloc[0]
-        row = {name: first[name] for name in (*PAIR_SETTING, "update_scale", "time_scale")}
+        row = dict(first[[*PAIR_SETTING, "update_scale", "time_scale"]])
         row |= {"n": len(seeds), "arm": f"LoRA r{first['rank']}"}
         if seeds["step"].notna().all():
-            logs = mean_interval(np.log(seeds["step"]))
-            moved.append(row | dict(zip(("value", "low", "high"), np.exp(logs), strict=True)))
+            value, low, high = np.exp(mean_interval(np.log(seeds["step"])))
+            moved.append(row | {"value": value, "low": low, "high": high})
         elif not pd.isna(first["steps"]):
             not_moved.append(row | {"value": float(first["steps"])})
     return {"a_moved": pd.DataFrame(moved), "a_not_moved": pd.DataFrame(not_moved)}
@@ -169,7 +176,7 @@ def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None
     style.plain_log_ticks(axes)
     low = min(0.5, float(descents["value"].min()))
     axes.set_ylim(low / 1.3, max(1.3, float(descents["value"].max()) * 1.3))
-    style.number_log_ticks(axes.yaxis)
+    style.log_ticks(axes.yaxis)
     seeds = descents["n"].astype(int)
     style.note(axes, f"{seeds.min()} seeds · band ± 5%" if seeds.nunique() == 1 else f"{seeds.min()} seeds or more")
 
@@ -181,9 +188,8 @@ def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         return
     if len(other):
         steps = other["step"].astype(float)
-        axes.fill_between(
-            steps, other["low"], other["high"], color="0.85", linewidth=0, label="others, range", zorder=1
-        )
+        look: dict[str, Any] = {"color": "0.85", "linewidth": 0, "label": "others, range", "zorder": 1}
+        axes.fill_between(steps, other["low"], other["high"], **look)
         axes.plot(steps, other["value"], "--", color="0.45", linewidth=1.2, label="others, smallest", zorder=2)
     # A difference of exactly 0 has no place on a log axis.
     shown = equivalent[equivalent["value"] > 0]
@@ -196,13 +202,10 @@ def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     axes.set_ylim(min(low, _IDENTICAL / 10), high * (high / min(low, _IDENTICAL / 10)) ** 0.35)
     axes.set_xlim(1, _STEPS * 1.1)
     style.plain_log_ticks(axes)
-    last = equivalent.iloc[-1]
-    facts = [f"{last['n']} equivalent pairs", f"{other['n'].iloc[-1] if len(other) else 0} others"]
-    if shown.empty:
-        facts.append("equivalent runs equal to the last bit")
-    elif not pd.isna(last["eps"]):
-        facts.append(f"eps {last['eps']:g}")
-    style.note(axes, " · ".join(facts))
+    last, others = equivalent.iloc[-1], other["n"].iloc[-1] if len(other) else 0
+    remark = "" if pd.isna(last["eps"]) else f"eps {last['eps']:g}"
+    remark = "equivalent runs equal to the last bit" if shown.empty else remark
+    style.note(axes, f"{last['n']} equivalent pairs", f"{others} others", remark)
 
 
 def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -212,30 +215,29 @@ def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         return
     facts = []
     if len(moved):
-        points(axes, moved.rename(columns=_ENDS), "time_scale", "value", styles, marker="o", size=4)
+        grid.points(axes, moved.rename(columns=_ENDS), "time_scale", "value", styles, marker="o", size=4)
         # Only runs whose first updates have the same size can be compared.
         scale = moved["update_scale"].map(lambda value: f"{value:.9g}")
-        for _, comparable in moved.groupby([*PAIR_SETTING, scale], dropna=False):
+        comparable_runs = moved.groupby([*PAIR_SETTING, scale], dropna=False)
+        for _, comparable in comparable_runs:
             ordered = comparable.sort_values("time_scale")
             axes.plot(ordered["time_scale"], ordered["value"], color="0.6", linewidth=0.9, zorder=1)
-        line = log_log(
-            moved["time_scale"], moved["value"], groups=moved.groupby([*PAIR_SETTING, scale], dropna=False).ngroup()
-        )
+        line = log_log(moved["time_scale"], moved["value"], groups=comparable_runs.ngroup())
         at = np.array([moved["time_scale"].min(), moved["time_scale"].max()], float)
         middle = np.exp(np.log(moved[["time_scale", "value"]].astype(float)).mean())
         axes.plot(at, middle["value"] * at / middle["time_scale"], ":", color="0.4", linewidth=1.2, zorder=1)
         if not math.isnan(line.slope):
             facts.append(f"slope {line.slope:.2f}, dotted 1")
     if len(not_moved):
-        points(axes, not_moved, "time_scale", "value", styles, filled=False, marker="^", size=4.5)
+        grid.points(axes, not_moved, "time_scale", "value", styles, filled=False, marker="^", size=4.5)
         facts.append(f"{len(not_moved)} beyond the end (open)")
     axes.set(xscale="log", yscale="log", xlabel="init_A / LR_A", ylabel="steps until A has moved by its norm")
     # The axis spans a decade or more, so that it has ticks.
     drawn = pd.concat([moved, not_moved])["value"].astype(float)
     axes.set_ylim(min(drawn.min() / 1.4, drawn.max() / 7), drawn.max() * 1.4)
     style.plain_log_ticks(axes)
-    style.number_log_ticks(axes.yaxis)
-    style.note(axes, " · ".join(facts))
+    style.log_ticks(axes.yaxis)
+    style.note(axes, *facts)
 
 
 def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -255,7 +257,121 @@ def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
     style.plain_log_ticks(axes)
-    style.number_log_ticks(axes.yaxis)
-    facts = [seeds_text(norms["n"]), *(["dashed: A still"] if len(still) else [])]
-    facts += [f"{len(diverged)} runs diverged"] if len(diverged) else []
-    style.note(axes, " · ".join(facts))
+    style.log_ticks(axes.yaxis)
+    lost = f"{len(diverged)} runs diverged" if len(diverged) else ""
+    style.note(axes, seeds_text(norms["n"]), "dashed: A still" if len(still) else "", lost)
+
+
+_VARIANTS = [
+    *(*ARM_COLUMNS, "alpha", "init_a", "lr_ratio", "eps", "element", "nll", "nll_low", "nll_high"),
+    *("n_seeds", "at_edge", "lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"),
+]
+
+_ROW = 0.27  # the height in inches of the row of one variant
+
+
+def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw the variants; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `variant` (`nll` is the fitted minimum of the test loss, in nats per scored
+    token, with its 95% interval; `lr` is the fitted optimum of LR_A with its 95% interval), `margin_band` (from the
+    standard's loss down by the margin, from `nll_low` to `nll_high`) or `diverged` (one run).
+    """
+    settings = _settings(tables.runs)
+    if not settings:
+        sentence = "There are no LR-tuned variants of the standard parametrization."
+        return style.empty_figure(sentence), pd.DataFrame(columns=_VARIANTS)
+    parts = [_variant_rows(tables, runs) for _, runs in settings]
+    heights = [_ROW * len(only(part, "variant")) + 1.2 for part in parts]
+    figure = style.new_figure(sum(heights))
+    axes = figure.subplots(len(parts), 2, squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights})
+    for (title, _), rows, (left, right) in zip(settings, parts, axes, strict=True):
+        left.set_title(title, pad=18, parse_math=False)
+        _draw_losses(left, rows)
+        _draw_rates(right, only(rows, "variant"))
+    plotted = pd.concat(parts, ignore_index=True)
+    variants = only(plotted, "variant")
+    resolved = variants["resolved"].astype(bool)
+    white = {"mfc": "white", "mew": 1.1, "ms": 5}
+    marks = [
+        (True, style.mark("standard", "s", color="black", ls="-", lw=1.4, ms=5)),
+        (len(only(plotted, "margin_band")), Patch(label="within the margin of the standard", facecolor="0.88")),
+        (variants["at_edge"].astype(bool).any(), style.mark("best LR at the edge", "o", **white)),
+        (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.4, ms=5)),
+        ((~resolved).any(), style.mark("optimum, not resolved", "D", **white)),
+    ]
+    style.legends(figure, {}, marks)
+    return figure, plotted
+
+
+def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return a title and the runs of each setting that has the standard parametrization and a variant of it."""
+    if runs.empty:
+        return []
+    lora = with_lr_grid(runs)
+    titles = []
+    for title, panel in grid.titled(lora[lora["method"] == "lora"]):
+        for _, rows in panel.groupby(PAIR_SETTING, dropna=False):
+            standard = is_standard(rows)
+            if standard.any() and not standard.all():
+                rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
+                titles.append((f"{title} · r{rank}" + (f" · eps {eps:g}" if panel["eps"].nunique() > 1 else ""), rows))
+    return titles
+
+
+def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return what is plotted of one setting."""
+    [comparison] = grid.compared(tables, runs)
+    unknown = {"lr": math.nan, "nll": math.nan, "resolved": False, "at_edge": False}
+    rows = []
+    for arm in comparison.arms:
+        best = grid.optimum(comparison, arm)
+        lost = len(diverged_runs(comparison.rows[arm_label(arm)]))
+        rows.append(arm | (best if best and best["fitted"] else unknown) | {"n_diverged": lost})
+    columns = [name for name in _VARIANTS if name not in {*comparison.arms[0], "arm", "element", "run_id"}]
+    variants = arm_table(rows, columns).sort_values(["alpha", "lr_ratio"], ascending=False, kind="stable")
+    standard = grid.margin_band(comparison, variants[is_standard(variants)].dropna(subset=["nll"]))
+    if len(standard):
+        margin = standard["nll_high"] - standard["nll_low"]
+        standard = standard.assign(nll_low=standard["nll"] - margin, nll_high=standard["nll"])
+    diverged = diverged_runs(runs).drop(columns=["n_diverged"], errors="ignore")
+    table = grid.tidy({"variant": variants, "margin_band": standard, "diverged": diverged}, _VARIANTS)
+    return table.astype({"n_seeds": "Int64", "n_diverged": "Int64"})
+
+
+def _draw_losses(axes: Axes, rows: pd.DataFrame) -> None:
+    variants = only(rows, "variant")
+    for band in only(rows, "margin_band").to_dict("records"):
+        axes.axvspan(band["nll_low"], band["nll_high"], color="0.88", linewidth=0, zorder=0)
+        axes.axvline(band["nll"], color="0.6", linewidth=0.8, zorder=1)
+    for place, row in enumerate(variants.to_dict("records")):
+        standard = row["alpha"] == 32 and row["lr_ratio"] == 1
+        colour = "black" if standard else style.MUTED
+        axes.hlines(place, row["nll_low"], row["nll_high"], color=colour, linewidth=1.4, zorder=2)
+        face = "white" if row["at_edge"] else colour
+        axes.plot(row["nll"], place, "s" if standard else "o", ms=5, mfc=face, mec=colour, mew=1.1, zorder=3)
+    labels = [f"alpha {row['alpha']:g}, LR_B/LR_A {row['lr_ratio']:g}" for _, row in variants.iterrows()]
+    axes.set_yticks(range(len(variants)), labels)
+    axes.set(ylim=(-0.6, len(variants) - 0.4), xlabel="final test NLL (nats / token)")
+    axes.grid(visible=False, axis="y")
+    lost = ", ".join(variants.loc[variants["nll"].isna(), "arm"])
+    diverged = f"{len(only(rows, 'diverged'))} diverged"
+    style.note(axes, seeds_text(variants["n_seeds"]), diverged, f"no loss: {lost}" if lost else "")
+
+
+def _draw_rates(axes: Axes, variants: pd.DataFrame) -> None:
+    for place, row in enumerate(variants.to_dict("records")):
+        axes.hlines(place, row["lr_low"], row["lr_high"], color=style.MUTED, linewidth=1.4, zorder=2)
+        face = style.MUTED if row["resolved"] else "white"
+        axes.plot(row["lr"], place, "D", ms=5, mfc=face, mec=style.MUTED, mew=1.1, zorder=3)
+    if variants["lr"].notna().any():
+        axes.set_xscale("log")
+        style.log_ticks(axes.xaxis)
+        # The axis spans a decade or more, so that it has ticks, and optima that are close look close.
+        ends = variants[["lr", "lr_low", "lr_high"]].astype(float)
+        low, high = float(ends.min().min()), float(ends.max().max())
+        margin = max(1.2, math.sqrt(10 * low / high))
+        axes.set_xlim(low / margin, high * margin)
+    axes.set_xlabel("optimal learning rate of A")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, labelleft=False)

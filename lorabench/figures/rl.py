@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import ARM, rows_of
-from lorabench.analysis.rewards import reward_curves
-from lorabench.analysis.rl_health import runs_above_max_kl
-from lorabench.figures import style
+from lorabench.analysis.rewards import reward_curves, runs_above_max_kl
+from lorabench.figures import grid, style
 from lorabench.figures.by_lr import (
     ACCURACY,
     ACCURACY_COLUMNS,
@@ -27,24 +26,15 @@ from lorabench.figures.by_lr import (
     draw_lr_panel,
     lr_marks,
 )
-from lorabench.figures.grid import (
-    ARM_COLUMNS,
-    PANEL,
-    Styles,
-    diverged_runs,
-    lines,
-    only,
-    panels,
-    seeds_text,
-    tidy,
-    titled,
-)
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, seeds_text
 from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
-_CURVE_COLUMNS = [*ARM_COLUMNS, "element", "split", "lr", "step", "episodes", "mean", "sd", "n_seeds"]
-_COLUMNS = [*_CURVE_COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
+_COLUMNS = [
+    *(*ARM_COLUMNS, "element", "split", "lr", "step", "episodes", "mean", "sd", "n_seeds"),
+    *("n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"),
+]
 
 # A training batch has few problems, and each step has others, so training metrics are running means over this share of
 # the steps.
@@ -64,9 +54,8 @@ def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
-    parts = [tidy({"curve": curves}, columns), accuracy_rows(tables).reindex(columns=columns)]
-    plotted = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    figure, drawn = panels(plotted, each=2, strip=STRIP)
+    plotted = grid.joined([grid.tidy({"curve": curves}, columns), accuracy_rows(tables)], columns)
+    figure, drawn = grid.panels(plotted, each=2, strip=STRIP)
     styles = style.arm_styles(plotted)
     for rows, (over_time, by_lr) in drawn:
         curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
@@ -76,7 +65,7 @@ def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             draw_levels(over_time, rows, "accuracy")
             _draw_curves(over_time, curve, styles)
             over_time.set_ylabel("test accuracy at the best LR")
-            style.note(over_time, seeds_text(curve["n_seeds"]), STRIP)
+            style.note(over_time, seeds_text(curve["n_seeds"]), strip=STRIP)
         draw_lr_panel(by_lr, rows[rows["element"] != "curve"], styles, ACCURACY)
     style.legends(figure, styles, lr_marks(plotted))
     return figure, plotted
@@ -94,21 +83,20 @@ def _curve_rows(tables: Tables, split: str, metric: str, further: Sequence[str] 
         metric: a metric of the curves.
         further: further metrics of the split; the mean of each gets a column.
     """
-    rows = _metric_rows(tables, split, metric)
-    for name in further:
-        other = _metric_rows(tables, split, name).rename(columns={"mean": name})
-        rows = rows.merge(other[[*ARM, "step", name]], how="left", on=[*ARM, "step"])
-    return rows.assign(split=split)
 
-
-def _metric_rows(tables: Tables, split: str, metric: str) -> pd.DataFrame:
-    rows = reward_curves(tables.runs, tables.curves, split, metric)
-    if split == "train":
-        for _, arm in rows.groupby(ARM, dropna=False):
+    def means(name: str) -> pd.DataFrame:
+        rows = reward_curves(tables.runs, tables.curves, split, name)
+        for _, arm in rows.groupby(ARM, dropna=False) if split == "train" else []:
             window = max(1, round(_SMOOTH * len(arm)))
             smooth = arm[["mean", "sd"]].astype(float).rolling(window, center=True, min_periods=1).mean()
             rows.loc[arm.index, ["mean", "sd"]] = smooth
-    return rows
+        return rows
+
+    rows = means(metric)
+    for name in further:
+        other = means(name).rename(columns={"mean": name})
+        rows = rows.merge(other[[*ARM, "step", name]], how="left", on=[*ARM, "step"])
+    return rows.assign(split=split)
 
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -117,7 +105,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         mean, sd = points["mean"].astype(float), points["sd"].astype(float)
         look: dict[str, Any] = {"color": styles[str(arm)].colour, "alpha": 0.15, "linewidth": 0, "zorder": 1}
         axes.fill_between(points["step"].astype(float), mean - sd, mean + sd, **look)
-    lines(axes, rows, "step", "mean", styles)
+    grid.lines(axes, rows, "step", "mean", styles)
     axes.set_xlabel("training step")
     # Runs that were stopped at once have only a point at step 0.
     axes.set_xlim(0, max(1, axes.get_xlim()[1]))
@@ -128,7 +116,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
 
 
 class _Panel(NamedTuple):
-    """A panel: the label of its y-axis, its rows, the text if there are none, and facts for its note.
+    """A panel: the label of its y-axis, its rows, the text if there are none, and a fact for its note.
 
     With a limit the y-axis is logarithmic, and the limit is a dashed line.
     """
@@ -136,7 +124,7 @@ class _Panel(NamedTuple):
     ylabel: str
     rows: pd.DataFrame
     absent: str
-    facts: list[str]
+    fact: str
     limit: float | None = None
 
 
@@ -150,7 +138,7 @@ def draw_responses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     learner, nats per token), `above_max_kl` (one run, at any LR, with a KL above MAX_KL) or `diverged` (one run, at any
     LR). Lengths, reflection and KL are running means over training batches.
     """
-    groups = titled(tables.runs)
+    groups = grid.titled(tables.runs)
     plotted = _responses(tables)
     styles = style.arm_styles(plotted)
     drawn = [(title, _panels(rows_of(plotted, runs.iloc[0], PANEL))) for title, runs in groups]
@@ -158,14 +146,14 @@ def draw_responses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     widths = [2 if len(shown) % 3 == 0 else 3 for _, shown in drawn]
     heights = [math.ceil(len(shown) * width / _GRID) for (_, shown), width in zip(drawn, widths, strict=True)]
     figure = style.new_figure(_HEIGHT * sum(heights))
-    grid = figure.add_gridspec(sum(heights), _GRID)
+    places = figure.add_gridspec(sum(heights), _GRID)
     for place, ((title, shown), width) in enumerate(zip(drawn, widths, strict=True)):
         for number, panel in enumerate(shown):
             row, column = divmod(number * width, _GRID)
-            axes = figure.add_subplot(grid[sum(heights[:place]) + row, column : column + width])
+            axes = figure.add_subplot(places[sum(heights[:place]) + row, column : column + width])
             axes.set_title("" if number else title, pad=18, parse_math=False)
             _draw_panel(axes, panel, styles)
-    style.legends(figure, styles, [])
+    style.legends(figure, styles)
     return figure, plotted
 
 
@@ -187,9 +175,9 @@ def _responses(tables: Tables) -> pd.DataFrame:
         "reflection": _curve_rows(tables, "train", "reflection"),
         "kl": _curve_rows(Tables(runs, kl), "train", "kl").assign(sd=math.nan),
         "above_max_kl": runs[runs["run_id"].isin(runs_above_max_kl(curves))],
-        "diverged": diverged_runs(runs),
+        "diverged": grid.diverged_runs(runs),
     }
-    return tidy(parts, _COLUMNS)
+    return grid.tidy(parts, _COLUMNS)
 
 
 def _panels(rows: pd.DataFrame) -> list[_Panel]:
@@ -197,22 +185,13 @@ def _panels(rows: pd.DataFrame) -> list[_Panel]:
     accuracy, length, kl, above = (only(rows, name) for name in ("accuracy", "response_length", "kl", "above_max_kl"))
     sets = {str(name): on_set for name, on_set in accuracy.groupby("split")} or {"": accuracy}
     absent = "There are no accuracies on a problem set\nother than the training set."
+    cut, high = _cut(length), f"{len(above)} run{'' if len(above) == 1 else 's'} above {MAX_KL:g}"
+    reflection, diverged = only(rows, "reflection"), f"{len(only(rows, 'diverged'))} diverged"
     return [
         *(_Panel(f"accuracy on {name}", on_set, absent, _answers(on_set)) for name, on_set in sets.items()),
-        _Panel("response length (tokens)", length, "There are no response lengths.", _cut(length)),
-        _Panel(
-            "KL (nats per token)",
-            kl,
-            "There is no KL of sampler and learner.",
-            [f"{len(above)} run{'' if len(above) == 1 else 's'} above {MAX_KL:g}"],
-            limit=MAX_KL,
-        ),
-        _Panel(
-            "share with reflection",
-            only(rows, "reflection"),
-            "There are no rates of reflection.",
-            [f"{len(only(rows, 'diverged'))} diverged"],
-        ),
+        _Panel("response length (tokens)", length, "There are no response lengths.", cut),
+        _Panel("KL (nats per token)", kl, "There is no KL of sampler and learner.", high, limit=MAX_KL),
+        _Panel("share with reflection", reflection, "There are no rates of reflection.", diverged),
     ]
 
 
@@ -227,22 +206,21 @@ def _draw_panel(axes: Axes, panel: _Panel, styles: Styles) -> None:
         axes.axhline(panel.limit, color=style.MUTED, linestyle="--", linewidth=1)
     _draw_curves(axes, panel.rows, styles)
     axes.set_ylabel(panel.ylabel, parse_math=False)
-    style.note(axes, " · ".join([seeds_text(panel.rows["n_seeds"]), *panel.facts]))
+    style.note(axes, seeds_text(panel.rows["n_seeds"]), panel.fact)
 
 
-def _answers(rows: pd.DataFrame) -> list[str]:
+def _answers(rows: pd.DataFrame) -> str:
     """Write how many answers of a run an accuracy is the mean of."""
     counts = {"answers": rows["n_samples"].max(), "problems": rows["n_problems"].max()}
-    known = [f"{formats.count(count)} {what}" for what, count in counts.items() if not pd.isna(count)]
-    return [" to ".join(known)] if known else []
+    return " to ".join(f"{formats.count(count)} {what}" for what, count in counts.items() if not pd.isna(count))
 
 
-def _cut(rows: pd.DataFrame) -> list[str]:
+def _cut(rows: pd.DataFrame) -> str:
     """Write which share of the responses was cut off at the end of training, which bounds their length."""
     last = rows.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
     if last.empty:
-        return []
+        return ""
     fewest, most = f"{last.min():.0%}", f"{last.max():.0%}"
     cap = rows["max_new_tokens"].max()
     share = fewest if fewest == most else f"{fewest} to {most}"
-    return [f"{share} cut" + ("" if pd.isna(cap) else f" at {cap:.0f} tokens")]
+    return f"{share} cut" + ("" if pd.isna(cap) else f" at {cap:.0f} tokens")

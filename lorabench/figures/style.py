@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.utils.files import atomic_path
 
@@ -35,41 +35,13 @@ _RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
 _PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
 _PLACEMENT_MARKERS = {"all": "o", "mlp": "P", "attn": "v"}
 
-_RC = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "0.4",
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "xtick.color": "0.25",
-    "ytick.color": "0.25",
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.solid_capstyle": "round",
-    "savefig.facecolor": "white",
-    # Outlines instead of fonts and fixed ids give the same picture and the same bytes on every machine.
-    "svg.fonttype": "path",
-    "svg.hashsalt": "lorabench",
-}
-
 
 @contextmanager
 def applied() -> Iterator[None]:
     """Apply this style on top of Matplotlib's own defaults, whatever the user's configuration says."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+        mpl.rc_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
         yield
 
 
@@ -90,12 +62,8 @@ class ArmStyle:
     @property
     def line(self) -> dict[str, Any]:
         """The keyword arguments of Matplotlib for the arm's line."""
-        return {
-            "color": self.colour,
-            "linestyle": self.linestyle,
-            "linewidth": self.linewidth,
-            "zorder": self.zorder,
-        }
+        look = {"color": self.colour, "linestyle": self.linestyle, "linewidth": self.linewidth}
+        return look | {"zorder": self.zorder}
 
 
 def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
@@ -115,17 +83,13 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
         else:
             rank, placement = int(arm["rank"]), arm["placement"]
             linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
+            # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
+            low, high = math.log(ranks[0]), math.log(ranks[-1])
+            place = (math.log(rank) - low) / (high - low) if high > low else 0.5
+            colour = to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
             # Low ranks are drawn on top, since their curves differ most from the others.
-            zorder = 3 - ranks.index(rank) / 100
-            styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, marker, zorder)
+            styles[label] = ArmStyle(label, colour, linestyle, 1.4, marker, 3 - ranks.index(rank) / 100)
     return styles
-
-
-def _rank_colour(rank: int, ranks: list[int]) -> str:
-    """Return the colour of a rank by the place of log(rank) between the lowest and the highest rank drawn."""
-    low, high = math.log(ranks[0]), math.log(ranks[-1])
-    place = (math.log(rank) - low) / (high - low) if high > low else 0.5
-    return to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
 
 
 def new_figure(height: float) -> Figure:
@@ -148,18 +112,20 @@ def say(axes: Axes, sentence: str) -> None:
     axes.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, transform=axes.transAxes, wrap=True)
 
 
-def short_log_ticks(axis: Axis) -> None:
-    """Label 1 and 3 times the powers of ten as 30k or 1M, on a log axis that may span less than a decade."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def number_log_ticks(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
-    """Label `subs` times the powers of ten as plain numbers, on a log axis that may span less than a decade."""
+def log_ticks(
+    axis: Axis, written: Callable[[float], str] = "{:g}".format, subs: tuple[float, ...] = (1.0, 3.0)
+) -> None:
+    """Label `subs` times the powers of ten, on a log axis that may span less than a decade; numbers as `written`."""
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def ratio_axis(axes: Axes) -> None:
+    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
+    axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
+    log_ticks(axes.yaxis, subs=(1.0, 2.0, 5.0))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def plain_log_ticks(axes: Axes) -> None:
@@ -168,28 +134,29 @@ def plain_log_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def note(axes: Axes, text: str, strip: float = 0.0) -> None:
-    """Write a line of small text between a panel (with the strip above it) and its title."""
-    axes.annotate(
-        text, (0, 1), (0, strip + 5), "axes fraction", "offset points", color=MUTED, fontsize=7.5, parse_math=False
-    )
+def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:
+    """Write the facts that are not empty as a line of small text between a panel, or its strip, and its title."""
+    look: dict[str, Any] = {"color": MUTED, "fontsize": 7.5, "parse_math": False}
+    axes.annotate(" · ".join(filter(None, facts)), (0, 1), (0, strip + 5), "axes fraction", "offset points", **look)
 
 
-def legends(figure: Figure, styles: dict[str, ArmStyle], marks: list[Artist]) -> None:
-    """Draw two legends: of the arms above the panels, and of other marks below them."""
-    lines = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
+def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tuple[Any, Artist]] = ()) -> None:
+    """Draw two legends: of the arms above the panels, and below them of the other marks that occur.
+
+    Args:
+        figure: the figure.
+        styles: the arms.
+        entries: whether a mark occurs, and its entry.
+    """
+    lines: list[Artist] = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
+    marks = [entry for occurs, entry in entries if occurs]
     for handles, place in ((lines, "upper"), (marks, "lower")):
         if handles:
             # The widest entry in inches: a handle with its gaps, and letters of average width.
             widest = 0.5 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
-            figure.legend(
-                handles=handles,
-                loc=f"outside {place} left",
-                ncols=min(int(WIDTH / widest), len(handles)),
-                handlelength=1.6,
-                handletextpad=0.6,
-                columnspacing=1.3,
-            )
+            gaps = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.3}
+            columns = min(int(WIDTH / widest), len(handles))
+            figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
 
 
 def mark(label: str, marker: str, **properties: Any) -> Line2D:

@@ -16,11 +16,11 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
-from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
+from lorabench.figures.catalog import PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan
 from lorabench.report import summary
 from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
@@ -53,7 +53,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         FileNotFoundError: a figure is missing.
         UserError: a table is missing, or the table claims is from another version.
     """
-    figures = [figure for figure in figures_of_preset(plan.preset) if evaluated or figure.experiments != EVALS_TABLE]
+    figures = [figure for figure in figures_of_preset(plan.preset) if evaluated or figure.table != "evals"]
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
@@ -75,8 +75,8 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         tally=summary.tally(judged),
         statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
         claims=claims,
-        verdicts=next(drawn for figure, drawn in shown if figure.experiments == CLAIMS_TABLE),
-        sections=arrange([drawn for figure, drawn in shown if figure.experiments != CLAIMS_TABLE], claims),
+        verdicts=next(drawn for figure, drawn in shown if figure.table == "claims"),
+        sections=arrange([drawn for figure, drawn in shown if figure.table != "claims"], claims),
         recipe=measured_recipe(all_runs, all_curves, judging),
         environment=summary.environment(runs),
         experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),

@@ -12,11 +12,10 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, each_arm, first_seed
 from lorabench.analysis.comparison import MIN_LRS, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.rl_health import sampler_mismatch
+from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
-from lorabench.figures.fits import optimum
+from lorabench.figures.grid import optimum
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
 from lorabench.report.facts import KINDS, VERDICTS, facts, in_order

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
-from lorabench.analysis.pooled_lr import ALPHA, ALPHA_EXPONENT, Optimum, Place
+from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps, vertex
 from lorabench.config.loading import load_preset
 from lorabench.config.models import HubModel, ModelSpec, TinyModel

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorabench.claims.catalog import CORE
+from lorabench.claims.judge import CORE
 from lorabench.errors import UserError
 from lorabench.store.io import read_claims, table_path
 

@@ -41,14 +41,6 @@ def test_runs_that_nothing_tells_apart_are_refused():
         check_runs(runs)
 
 
-def test_tokenizers_must_not_mix_within_a_comparison():
-    mixed, _ = tables([arm(optimum=3e-4, tokenizer_sha256="aaa"), arm(8, optimum=3e-3, tokenizer_sha256="bbb")])
-    with pytest.raises(UserError, match=r"tiny/instruct have different .*, aaa, bbb"):
-        check_runs(mixed)
-    apart, _ = tables([arm(optimum=3e-4, template_sha256="a"), arm(8, optimum=3e-3, model="b", template_sha256="b")])
-    check_runs(apart)
-
-
 @given(changed=st.sampled_from([{"steps": 256}, {"alpha": 8.0}, {"init_a": 2.0}, {"lr_ratio": 4.0}, {"eps": 0.0}]))
 def test_length_and_parametrization_make_an_arm(changed):
     runs, _ = tables([arm(8, optimum=3e-3, alpha=32.0, init_a=1.0, lr_ratio=1.0, eps=1e-8)])

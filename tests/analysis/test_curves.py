@@ -151,17 +151,6 @@ def simulated(random, seeds=3, steps=200, mean=0.0):
     return mean + 0.02 * random.standard_normal((steps, seeds)) + 0.01 * log * random.standard_normal(seeds)
 
 
-@pytest.mark.slow
-def test_intervals_of_windows_cover_the_truth():
-    random, missed, worlds = generator("coverage"), Counter(), 400
-    for _ in range(worlds):
-        curves = of(dict(enumerate(simulated(random).T)))
-        for place, mean in enumerate(curves.means(curves.windows(6))):
-            low, high = mean.interval()
-            missed[place] += not low < 0 < high
-    assert max(missed.values()) / worlds < 0.085  # 5% and three standard errors
-
-
 @pytest.mark.parametrize(
     ("lift", "verdict"),
     [((0, 0, 0, 0), "confirmed"), ((0, 0, 0, 0.1), "contradicted"), ((0, 0, 0, 0.02), "inconclusive")],

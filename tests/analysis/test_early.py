@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.early import at_end, at_step, compared_ranks, coupled, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import compared_ranks, early_difference, inverse_rank_fit
 from lorabench.analysis.estimate import combined, student
+from lorabench.analysis.lr_ratio import at_end, at_step, coupled
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 from ..handmade.sft import STEPS, arm, tables
@@ -116,18 +117,6 @@ def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
 
 
-def test_a_run_that_diverges_later_is_done_and_one_that_had_stays_diverged():
-    # The curves of diverged runs end after step 4.
-    runs, curves = two_arms(diverges_from=1e-2)
-    lost = runs.loc[runs["status"] == "diverged", "run_id"]
-    assert len(lost) == 4
-    early, late = at_step(runs, curves, 4), at_step(runs, curves, 8)
-    assert (early["status"] == "done").all()
-    assert early["final_valid_nll"].notna().all()
-    assert set(late.loc[late["status"] == "diverged", "run_id"]) == set(lost)
-    assert late.loc[late["status"] == "diverged", "final_valid_nll"].isna().all()
-
-
 def test_a_run_without_a_loss_there_is_left_out():
     runs, curves = two_arms()
     gone = runs["run_id"].iloc[0]
@@ -146,15 +135,6 @@ def test_a_run_that_diverged_later_but_was_not_evaluated_there_is_left_out():
     assert set(at_8["status"]) == {"done"}
     assert len(at_8) == len(runs) - 4
     assert (at_step(runs, curves, 64)["status"] == "diverged").sum() == 4
-
-
-def test_other_splits_metrics_and_longer_runs_do_not_count():
-    runs, curves = two_arms()
-    assert at_step(runs, curves.assign(split="train"), 8).empty
-    assert at_step(runs, curves.assign(metric="grad_norm"), 8).empty
-    assert at_step(runs, pd.DataFrame(), 8).empty
-    assert at_step(runs.assign(steps=4), curves, 8).empty
-    assert len(at_step(runs.drop(columns="steps"), curves, 8)) == len(runs)
 
 
 def noisy(sigma, shared, number):

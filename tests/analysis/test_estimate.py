@@ -18,10 +18,9 @@ from lorabench.analysis.estimate import (
     multivariate_student,
     ratio_of_means,
     student,
-    uniform,
     unknown,
+    without_run_noise,
 )
-from lorabench.analysis.example_losses import without_run_noise
 
 
 @pytest.mark.parametrize("dof", [2, 30])
@@ -101,13 +100,6 @@ def test_errors_that_follow_from_others_or_are_0_may_be_drawn():
     draws = multivariate_student(covariance, 10, "i")
     np.testing.assert_allclose(draws[:, 1], 2 * draws[:, 0], atol=1e-3)
     assert not draws[:, 2].any()
-
-
-def test_uniform_points_fill_the_cube():
-    points = uniform(3, "j")
-    assert points.shape == (N_DRAWS, 3)
-    corner = (points < [0.5, 0.25, 0.5]).all(axis=1).mean()
-    assert corner == pytest.approx(1 / 16, rel=0.01)
 
 
 N = 400

@@ -114,8 +114,7 @@ def test_what_does_not_determine_a_law():
     # With one hidden size per family, two exponents and a base are too many unknowns.
     one_size = [o for o in every if o.hidden_size == 64]
     for few in ([], one_size, [o for o in every if o.method == "lora"], [o for o in one_size if o.lineage == "llama"]):
-        with pytest.raises(ValueError, match="several hidden sizes"):
-            fit_lr_law(few)
+        assert fit_lr_law(few) is None
 
 
 def numbers(values, error=0.1):
@@ -129,6 +128,12 @@ def test_a_slope_over_models_carries_the_errors_of_their_numbers():
     assert slope.draws.std() == pytest.approx(0.1 * math.sqrt(10 / 8) / math.sqrt(5), rel=0.05)
 
 
+def test_groups_have_intercepts_of_their_own():
+    values = numbers([1.0, 3.0, 101.0, 103.0], 0.1)
+    assert slope_over_models([0.0, 1.0, 0.0, 1.0], values, ["a", "a", "b", "b"], "slope").value == pytest.approx(2)
+    assert not slope_over_models([0.0, 0.0, 1.0, 1.0], values, ["a", "a", "b", "b"], "slope").known
+
+
 def test_scatter_around_the_line_widens_a_slope():
     y = [1.0, 4.0, 4.0, 7.0]
     slope = slope_over_models([0.0, 1.0, 2.0, 3.0], numbers(y, 0.01), ["all"] * 4, "slope")
@@ -137,9 +142,3 @@ def test_scatter_around_the_line_widens_a_slope():
     low, high = slope.interval()
     assert (high - low) / 2 == pytest.approx(4.303 * error, rel=0.02)
     assert slope.n_seeds == 0
-
-
-def test_groups_have_intercepts_of_their_own():
-    values = numbers([1.0, 3.0, 101.0, 103.0], 0.1)
-    assert slope_over_models([0.0, 1.0, 0.0, 1.0], values, ["a", "a", "b", "b"], "slope").value == pytest.approx(2)
-    assert not slope_over_models([0.0, 0.0, 1.0, 1.0], values, ["a", "a", "b", "b"], "slope").known

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.memorisation import (
     best_stored,
     description_lengths,
     is_memorisation,
     late_growth,
-    stored,
     stored_bits,
 )
 
@@ -92,12 +89,6 @@ def test_best_stored_is_that_of_the_fitted_minimum():
     assert stored.loc["fullft", "trainable_params"] == 10**6
 
 
-def test_an_arm_that_never_finished_is_left_out():
-    runs, _ = facts({1: 100.0, 4: 200.0})
-    runs.loc[runs["rank"] == 1, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    assert best_stored(runs)["rank"].tolist() == [4]
-
-
 def test_description_length_is_full_fine_tunings_first_epoch():
     epoch = {"first_epoch_nats": 70.0, "first_epoch_scored_tokens": 100}
     arms = [arm(optimum=1e-3, **epoch), arm(1, optimum=1e-3, first_epoch_nats=1.0, first_epoch_scored_tokens=100)]
@@ -120,11 +111,3 @@ def test_late_growth_is_what_the_second_half_of_the_steps_added():
     growth = late_growth(at_best, curves)
     assert (growth.value, growth.n_seeds) == (pytest.approx(0.1, abs=1e-3), 3)
     assert math.isnan(late_growth(at_best, pd.DataFrame()).value)
-
-
-def test_stored_bits_of_a_minimum_have_no_error_from_examples():
-    minimum = mean_over_seeds([nll_of(900.0), nll_of(1000.0), nll_of(1100.0)], "minimum")
-    bits = stored(replace(minimum, example_part=minimum.seed_part, n_examples=9), ENTROPY, TOKENS)
-    assert bits.value == pytest.approx(1000)
-    low, high = bits.interval()
-    assert (high - low) / 2 == pytest.approx(4.302653 * 100 / math.sqrt(3), rel=0.02)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import PairedCurves
-from lorabench.analysis.estimate import generator
 from lorabench.analysis.optima import (
     Departure,
     fitted_noise,
@@ -20,7 +19,6 @@ from lorabench.analysis.optima import (
     off_optimum,
     pair_at_optimum,
     paired_departure,
-    rank_departures,
     runs_at_optimum,
     tokens_at,
 )
@@ -45,12 +43,6 @@ def test_the_optimum_of_a_parabola_is_exact(log_lr):
 
 def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
     assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
-
-
-def test_a_diverged_lower_neighbour_bounds_nothing():
-    runs, _ = tables([arm(8, optimum=1e-3)])
-    runs.loc[runs["lr"] <= 3e-4, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    assert comparisons(runs, pd.DataFrame())[0].fit.grids["LoRA r8"].edge is not None
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
@@ -137,12 +129,6 @@ def test_a_paired_gap_departs_where_it_stays_above_the_margin_and_grows():
     assert not paired_departure(gaps(grows_from(45)), margin=0.3).left
 
 
-def test_a_departure_within_a_window_leaves_that_window_out():
-    """The window that holds a departure begins before it, so what comes after starts with the next window."""
-    departure = paired_departure(gaps(lambda step: 0.3 * np.log10(max(step / 50, 1))), 0.02)
-    assert departure.first < 50 < departure.past
-
-
 def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step():
     # The seeds' gaps lie 0.03 apart, at a slope of 0.3 per tenfold steps.
     for level in (0.0, 0.02):
@@ -168,16 +154,6 @@ def test_a_gap_that_comes_last_or_at_once():
     assert (at_once.first, at_once.before) == (2, None)
 
 
-def test_noise_rarely_departs():
-    random = generator("departures")
-    left = 0
-    for _ in range(200):
-        drift = np.log10(STEPS)[:, None] / 3 * random.standard_normal(3) * 0.01
-        by_seed = pd.DataFrame(drift + 0.02 * random.standard_normal((1000, 3)), index=STEPS)
-        left += paired_departure(PairedCurves(by_seed, ("a", "b"), "noise"), 0.005).left
-    assert left <= 4
-
-
 def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
     def lagging(step):
         return shared(step) + 0.3 * math.log10(max(step / 50, 1))
@@ -186,11 +162,10 @@ def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
         [trained(None, optimum=1e-3), trained(1, optimum=1e-3, shape=lagging), trained(64, optimum=1e-3)]
     )
     [comparison] = comparisons(runs, curves)
-    departures = rank_departures(comparison)
-    assert list(departures) == [1]
-    assert departures[1].before < 50 < departures[1].past
-    threshold = log_threshold(comparison, 1, departures[1])
-    assert threshold.value == pytest.approx(math.log10(50) + comparison.margin.value / 0.3, abs=0.05)
+    margin, curves = comparison.margin.value, pair_at_optimum(comparison, comparison.lora[1], comparison.lora[64])
+    departure = paired_departure(curves, margin)
+    assert departure.before < 50 < departure.past
+    threshold = log_threshold(curves, departure, margin)
+    assert threshold.value == pytest.approx(math.log10(50) + margin / 0.3, abs=0.05)
     assert tokens_at(comparison, comparison.lora[1], 60.5) == pytest.approx(100 * 16 * 60.5)
-    stays = Departure(None, None, None, None)
-    assert not log_threshold(comparison, 1, stays).known
+    assert log_threshold(curves, Departure(None, None, None, None), margin) == "does not leave"

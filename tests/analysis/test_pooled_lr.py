@@ -36,18 +36,6 @@ def test_the_law_of_a_place():
     assert Place.at("llama", math.nan, "lora", 8, 100).law_error == pytest.approx(0.781 * math.log(2))
 
 
-def test_known_coefficients_are_recovered_from_many_sources():
-    pooled = PooledLr(made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4))
-    here = pooled.predict(HERE)
-    assert here.mean - HERE.log_law == pytest.approx(-0.7, abs=0.12)
-    larger = pooled.predict(replace(HERE, batch_size=128 * math.e))
-    longer = pooled.predict(replace(HERE, steps=780 * math.e))
-    assert larger.mean - here.mean == pytest.approx(0.25, abs=0.12)
-    assert longer.mean - here.mean == pytest.approx(-0.15, abs=0.12)
-    # The interval of a further source is that of a normal distribution with the SD between sources.
-    assert here.high - here.low == pytest.approx(2 * 1.282 * 0.3, rel=0.35)
-
-
 def test_without_further_terms_it_is_the_random_effects_summary():
     rng = np.random.default_rng(1)
     values = rng.normal(-0.5, 0.6, 25).tolist()
@@ -123,24 +111,6 @@ def test_mean_variance_and_interval_are_those_of_statsmodels():
     assert ours.share == pytest.approx(theirs.i2)
 
 
-def test_equal_sources_do_not_vary():
-    same = random_effects([1.0, 1.0, 1.0], [0.1, 0.1, 0.1])
-    assert (same.mean, same.between, same.share) == (1.0, 0.0, 0.0)
-    # Their interval is not shorter than the error of their mean, though they agree by chance.
-    assert same.error == pytest.approx(0.1 / math.sqrt(3))
-    assert same.predicted_low < same.low < 1.0
-
-
-def test_a_further_source_lies_in_the_prediction_interval():
-    random = np.random.default_rng(0)
-    inside = 0
-    for _ in range(400):
-        truths = random.normal(1.0, 0.5, 9)
-        summary = random_effects((truths[:8] + random.normal(0, 0.2, 8)).tolist(), [0.2] * 8)
-        inside += summary.predicted_low <= truths[8] <= summary.predicted_high
-    assert 0.92 <= inside / 400 <= 0.98
-
-
 def test_groups_far_apart_are_told_by_their_means():
     near, far = random_effects([0.0, 0.1], [0.1, 0.1]), random_effects([3.0, 3.1], [0.1, 0.1])
     assert p_of_groups([near, far]) < 1e-6 < 0.3 < p_of_groups([near, near])
@@ -152,3 +122,15 @@ def test_one_source_has_no_interval_and_an_error_of_0_is_refused():
     assert math.isnan(single.low)
     with pytest.raises(ValueError, match="above 0"):
         random_effects([1.0], [0.0])
+
+
+def test_known_coefficients_are_recovered_from_many_sources():
+    pooled = PooledLr(made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4))
+    here = pooled.predict(HERE)
+    assert here.mean - HERE.log_law == pytest.approx(-0.7, abs=0.12)
+    larger = pooled.predict(replace(HERE, batch_size=128 * math.e))
+    longer = pooled.predict(replace(HERE, steps=780 * math.e))
+    assert larger.mean - here.mean == pytest.approx(0.25, abs=0.12)
+    assert longer.mean - here.mean == pytest.approx(-0.15, abs=0.12)
+    # The interval of a further source is that of a normal distribution with the SD between sources.
+    assert here.high - here.low == pytest.approx(2 * 1.282 * 0.3, rel=0.35)

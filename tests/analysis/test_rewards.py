@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.analysis.arms import rows_of, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
@@ -175,13 +175,3 @@ def test_rl_runs_need_rewards_and_no_losses(column, value, shown):
     runs.loc[1, column] = value
     with pytest.raises(UserError, match=f"run_id {runs.loc[1, 'run_id']}: {column} = {shown}"):
         check_table(runs)
-
-
-def test_supervised_runs_are_never_unrewarded():
-    runs, _ = sft_tables([sft_arm(optimum=3e-4)])
-    for task in ({}, {"task": "sft"}, {"task": None}):
-        check_table(runs.assign(**task))
-        with pytest.raises(UserError, match="status = 'unrewarded'"):
-            check_table(runs.assign(status="unrewarded", **task))
-        with pytest.raises(UserError, match="final_test_nll = missing"):
-            check_table(runs.assign(final_test_nll=None, **task))

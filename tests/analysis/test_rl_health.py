@@ -7,8 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.rl_health import beyond_controls, is_sick, leads, sampler_mismatch
+from lorabench.analysis.rewards import beyond_controls, is_sick, leads, sampler_mismatch, with_error_rates
 
 
 def runs(**columns):

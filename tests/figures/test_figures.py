@@ -12,7 +12,7 @@ import pytest
 
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
-from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, drawable_figures, save_figure
+from lorabench.figures.catalog import FIGURES, drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
@@ -22,11 +22,7 @@ from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import draw, only, texts
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
-OF_RUNS = [
-    name
-    for name, figure in FIGURES.items()
-    if figure.experiments not in (CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE) and figure.task == "sft"
-]
+OF_RUNS = [name for name, figure in FIGURES.items() if figure.table == "runs" and figure.task == "sft"]
 ARMS = ["arm", "method", "rank", "placement"]
 MARKUP = "<b>$x^$&"
 DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}

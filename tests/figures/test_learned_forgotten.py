@@ -12,7 +12,7 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.figures.catalog import EVALS_TABLE, FIGURES, drawable_figures, figures_of_preset, save_figure
+from lorabench.figures.catalog import FIGURES, drawable_figures, figures_of_preset, save_figure
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 
@@ -203,7 +203,6 @@ def test_it_reads_a_folder_with_evals_only(tmp_path: Path):
 
 
 def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):
-    assert EVALS_TABLE == ("evaluation",)
     assert "learned_forgotten" not in {
         figure.name for figure in figures_of_preset(load_preset(write_preset(raw_preset)))
     }

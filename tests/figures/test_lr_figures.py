@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
-from lorabench.figures.fits import optima
+from lorabench.figures.grid import optima
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
@@ -234,14 +234,3 @@ def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
     assert shown.max() < high
     lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
     assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in shown.groupby("rank")}
-
-
-def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):
-    monkeypatch.setattr(published, "REFERENCE", tmp_path)
-    assert published.paper_numbers() == {}
-    assert published.published_sweeps().empty
-    for name, (runs, curves) in {"lr_law": models(), "short_run": lengths()}.items():
-        _, plotted = draw(name, runs, curves)
-        assert not {"published", "reference"} & set(plotted["element"])
-    runs, _ = tables([arm(8, optimum=3e-4, model="Llama-3.1-8B", dataset="tulu3")])
-    assert only(draw("fig2_lr_by_rank", runs)[1], "published").empty

@@ -9,8 +9,8 @@ import pytest
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import reward_curves, with_error_rates
-from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, drawable_figures, save_figure
-from lorabench.figures.fits import compared, optima
+from lorabench.figures.catalog import FIGURES, drawable_figures, save_figure
+from lorabench.figures.grid import compared, optima
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
@@ -313,8 +313,9 @@ def mixed() -> Tables:
 
 def test_supervised_and_rl_runs_are_never_drawn_together(mixed):
     for name, figure in FIGURES.items():
-        if figure.experiments not in (CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE):
-            datasets = set(drawn(name, mixed)[1]["dataset"].dropna())
+        if figure.table == "runs":
+            own = Tables(figure.own_runs(mixed.runs), mixed.curves)
+            datasets = set(drawn(name, own)[1]["dataset"].dropna())
             assert datasets == {"problems"} if figure.task == "rl" else "problems" not in datasets, name
 
 

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.matrix import matrix, read_own
 from lorabench.sources.measurements import measurement_table, measurements, summary_table

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.cli import app
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.config.loading import load_preset
 from lorabench.config.models import TinyModel
 from lorabench.figures.catalog import FIGURES, figures_of_preset

@@ -3,13 +3,7 @@ from snakemake.exceptions import WorkflowError
 
 from lorabench.config.models import GgufModel
 from lorabench.errors import UserError
-from lorabench.figures.catalog import (
-    CLAIMS_TABLE,
-    COMPUTE_TABLE,
-    EVALS_TABLE,
-    FIGURES,
-    figures_of_preset,
-)
+from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.bill import total
 from lorabench.planning.plan import make_plan
@@ -114,12 +108,8 @@ def figure_files(names):
 def figure_tables(wildcards):
     """The input of a figure: the tables of its experiments, as far as the preset has them."""
     figure = FIGURES[wildcards.figure]
-    if figure.experiments == COMPUTE_TABLE:
-        return [LAYOUT.tables() / "compute.parquet"]
-    if figure.experiments == EVALS_TABLE:
-        return [LAYOUT.tables() / "evals.parquet"]
-    if figure.experiments == CLAIMS_TABLE:
-        return [LAYOUT.tables() / "claims.parquet"]
+    if figure.table != "runs":
+        return [LAYOUT.tables() / f"{figure.table}.parquet"]
     return [
         LAYOUT.tables(experiment) / f"{name}.parquet"
         for experiment in figure.experiments

@@ -11,7 +11,7 @@ rule report_without_evaluation:
         curves=LAYOUT.tables() / "curves.parquet",
         claims=LAYOUT.tables() / "claims.parquet",
         figures=figure_files(
-            name for name in FIGURE_NAMES if FIGURES[name].experiments != EVALS_TABLE
+            name for name in FIGURE_NAMES if FIGURES[name].table != "evals"
         ),
     output:
         LAYOUT.report_without_evaluation,

@@ -16,9 +16,9 @@ from benchmarks.calibration.truths import COVERED, SCENES
 from benchmarks.calibration.worlds import grid, make_tables
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.claims.learning_rate import LEAST_SHIFT
 
 NOISE = NoiseLevels()

@@ -1,0 +1,299 @@
+"""The runs that count for the fit of a comparison, and generalized least squares over them.
+
+The runs around the lowest loss of each arm count. Their noise has two variances: that of a run, and that of an arm and
+seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from lorabench.runs import TIE, lowest
+
+MAX_STEP = 3.5
+"""The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """Runs as arrays, which are many times as fast as small tables."""
+
+    run_id: np.ndarray
+    lr: np.ndarray
+    seed: np.ndarray
+    done: np.ndarray
+    """Whether the run finished with a test loss."""
+    diverged: np.ndarray
+    validation_loss: np.ndarray
+    test_loss: np.ndarray
+    n: np.ndarray
+    """The number of seeds in a row."""
+    sd: np.ndarray
+    """Their standard deviation, which is NaN for a single run."""
+
+    @classmethod
+    def of(cls, runs: pd.DataFrame) -> ArmRuns:
+        def numbers(column: str) -> np.ndarray:
+            if column not in runs:
+                return np.full(len(runs), math.nan)
+            return runs[column].to_numpy(float, na_value=math.nan)
+
+        status, test_loss, n = runs["status"].to_numpy(object), numbers("test_loss"), numbers("n_seeds")
+        return cls(
+            runs["run_id"].to_numpy(object),
+            numbers("lr"),
+            numbers("seed").astype(int),
+            (status == "done") & np.isfinite(test_loss),
+            status == "diverged",
+            numbers("validation_loss"),
+            test_loss,
+            np.where(np.isnan(n), 1, n).astype(int),
+            numbers("final_test_nll_sd"),
+        )
+
+    def at(self, places: Sequence[int] | np.ndarray) -> ArmRuns:
+        return ArmRuns(*(values[places] for values in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class ArmGrid:
+    """The LRs of one arm around its lowest loss."""
+
+    label: str
+    lrs: np.ndarray
+    """All LRs with a finished run, ascending."""
+    centre: int
+    """Index of the LR with the lowest loss."""
+    window: np.ndarray
+    """Indices of the LRs that count for the fit."""
+    edge: float | None
+    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None."""
+    coarse: float | None
+    """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
+    diverged: np.ndarray
+    """LRs at which the run of the first seed diverged, ascending."""
+
+    def beside(self, optimum: float) -> float | None:
+        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
+
+        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
+        """
+        for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
+            if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
+                continue
+            tried = np.union1d(self.lrs, self.diverged)
+            beyond = int(np.searchsorted(tried, self.lrs[end])) - inwards
+            if 0 <= beyond < len(tried):
+                return math.sqrt(self.lrs[end] * tried[beyond])
+            return float(self.lrs[end] ** 2 / self.lrs[end + inwards])
+        return None
+
+
+def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
+    """Return the LRs of an arm; None if no run finished.
+
+    The lowest loss is sought among the LRs of the first seed, by the mean of validation and test loss, which is less
+    noisy than either, over the seeds that finished at all of these LRs. It only centres the window.
+    """
+    first = runs.seed == runs.seed.min()
+    usable = first & runs.done
+    if not usable.any():
+        return None
+    lrs = np.unique(runs.lr[usable])
+    # A table with one evaluation set has one of the two losses.
+    both = np.array([runs.validation_loss, runs.test_loss])
+    known = np.isfinite(both)
+    loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    counted = runs.done & np.isin(runs.lr, lrs)
+    seeds, row = np.unique(runs.seed[counted], return_inverse=True)
+    by_seed = np.full((len(seeds), len(lrs)), math.nan)
+    by_seed[row, np.searchsorted(lrs, runs.lr[counted])] = loss[counted]
+    means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
+    centre = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+    diverged = np.sort(runs.lr[first & runs.diverged])
+    reach = MAX_STEP * 1.001
+    window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
+    step = float(lrs[1] / lrs[0]) if len(lrs) > 1 else MAX_STEP
+    above = diverged[diverged > lrs[centre]]
+    edge = coarse = None
+    if centre == 0:
+        edge = lrs[0] / step
+    elif centre == len(lrs) - 1 and not len(above):
+        edge = lrs[-1] * step
+    elif centre == len(lrs) - 1:
+        coarse = math.sqrt(lrs[centre] * above[0])
+    else:
+        wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
+        coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
+    return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
+
+
+_SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+"""The shares of the variance of an arm and seed in the sum of both that are tried; all are as likely before the runs.
+"""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of generalized least squares: coefficients, which are linear in the losses, and their covariance."""
+
+    coefficients: np.ndarray
+    hat: np.ndarray
+    """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
+    prior_weights: np.ndarray
+    """The weight of the number that is known before the runs in each coefficient, (coefficients, 0 or 1)."""
+    design: np.ndarray
+    """(runs, coefficients), each row times the square root of its number of seeds."""
+    covariance: np.ndarray
+    """The runs' covariance over the variance of e, (runs, runs)."""
+    unscaled: np.ndarray
+    """Covariance over the variance of e, (coefficients, coefficients)."""
+    variance: float
+    """Variance of e."""
+    ratio: float
+    """Variance of v over that of e."""
+    likelihood: float
+    dof: int
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """The runs of one fit as arrays, (runs,)."""
+
+    run_id: np.ndarray
+    label: np.ndarray
+    """The label of each run's arm."""
+    seed: np.ndarray
+    x: np.ndarray
+    """ln LR over the arm's centre."""
+    loss: np.ndarray
+    n: np.ndarray
+    """The number of seeds in a row."""
+    sd: np.ndarray
+    """Their standard deviation, which is NaN for a single run."""
+
+    @cached_property
+    def in_arm(self) -> dict[str, np.ndarray]:
+        """Whether each run is of an arm, by the label of each arm that is fitted, (runs,)."""
+        labels = dict.fromkeys(self.label.tolist())
+        return {label: np.asarray(self.label == label, bool) for label in labels}
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds, ascending."""
+        return sorted(set(self.seed.tolist()))
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """The number of the cell of each run, one for each arm and seed, (runs,)."""
+        pairs = list(zip(self.label.tolist(), self.seed.tolist(), strict=True))
+        place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        return np.array([place[pair] for pair in pairs], int)
+
+    @cached_property
+    def same_arm_and_seed(self) -> np.ndarray:
+        """1 where two runs are of one arm and seed, 0 elsewhere, (runs, runs)."""
+        return np.asarray(self.cells[:, None] == self.cells, float)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
+        return np.asarray(np.sqrt(self.n.astype(float)))
+
+    def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
+        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
+
+        With optima, as positions by arm, the third power of the distance from them is the last column.
+        """
+        columns = []
+        for in_arm in self.in_arm.values():
+            columns += [in_arm.astype(float), in_arm * self.x]
+        columns += [np.any([self.in_arm[arm] for arm in group], axis=0) * self.x**2 for group in curvatures]
+        # The effects of seeds sum to 0, so that intercepts are means over seeds.
+        last = (self.seed == self.seeds[-1]).astype(float)
+        columns += [(self.seed == seed).astype(float) - last for seed in self.seeds[:-1]]
+        if optima:
+            columns.append((self.x - np.array([optima[arm] for arm in self.label.tolist()])) ** 3)
+        return np.column_stack(columns)
+
+    def solve(self, design: np.ndarray, prior: float = 0.0, ratio: float | None = None) -> Solution | None:
+        """Solve for a ratio of variances, by default its mean by their restricted likelihood.
+
+        Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
+        likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small.
+
+        Args:
+            design: as from `design`.
+            prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
+                deviation of e over that of the coefficient.
+            ratio: the variance of v over that of e.
+
+        Returns:
+            The solution; None if the runs, with what is known before them, do not determine all coefficients.
+        """
+        design = self.weights[:, None] * design
+        p = design.shape[1]
+        if prior > 0:
+            # What is known before the runs counts as one more run, with a loss of 0.
+            design = np.vstack([design, prior * np.eye(p)[-1]])
+        if len(design) < p or np.linalg.matrix_rank(design) < p:
+            return None
+        if ratio is not None:
+            return self._solution(design, ratio)
+        solutions = [self._solution(design, share / (1 - share)) for share in _SHARES.tolist()]
+        likelihoods = np.array([solution.likelihood for solution in solutions])
+        if not np.isfinite(likelihoods).all():
+            return solutions[0]
+        likelihood = np.exp(likelihoods - likelihoods.max())
+        share = float(likelihood @ _SHARES / likelihood.sum())
+        return self._solution(design, share / (1 - share))
+
+    def _solution(self, design: np.ndarray, ratio: float) -> Solution:
+        n, p = design.shape
+        runs = len(self.loss)
+        y = np.concatenate([self.weights * self.loss, np.zeros(n - runs)])
+        covariance = np.eye(n)
+        covariance[:runs, :runs] += ratio * self.same_arm_and_seed
+        inverse = np.linalg.inv(covariance)
+        information = design.T @ inverse @ design
+        unscaled = np.linalg.inv(information)
+        hat = unscaled @ design.T @ inverse
+        coefficients = hat @ y
+        residual = y - design @ coefficients
+        squares = float(residual @ inverse @ residual)
+        variance = squares / (n - p) if n > p else 0.0
+        likelihood = -math.inf
+        if squares > 0 and n > p:
+            determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
+            likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
+        return Solution(
+            coefficients,
+            hat[:, :runs] * self.weights,
+            hat[:, runs:],
+            design[:runs],
+            covariance[:runs, :runs],
+            unscaled,
+            variance,
+            ratio,
+            likelihood,
+            n - p,
+        )
+
+
+def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows | None:
+    """Return the runs that count for a fit, which are the finished ones at the LRs of their arm's window, if any."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for label, runs in arms:
+        grid = grids.get(label)
+        if grid is None or len(grid.window) < 2:
+            continue
+        counted = runs.at(np.flatnonzero(runs.done & np.isin(runs.lr, grid.lrs[grid.window])))
+        x, labels = np.log(counted.lr / grid.lrs[grid.centre]), np.full(len(counted.lr), label, object)
+        parts.append((counted.run_id, labels, counted.seed, x, counted.test_loss, counted.n, counted.sd))
+    return FitRows(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None

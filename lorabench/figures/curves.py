@@ -1,0 +1,312 @@
+"""Learning curves: figures 1 and 3 of the paper, its figure of early curves, and losses over FLOPs.
+
+Figures 1 and 3 show envelopes, the lowest validation loss of an arm at every step; early curves are training losses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from lorabench.analysis.arms import arm_label, is_standard, rows_of, with_arm_columns
+from lorabench.analysis.curves import early_difference, envelopes, train_curves
+from lorabench.analysis.optima import fitted_noise
+from lorabench.analysis.step_flops import loss_by_flops
+from lorabench.errors import NothingToDrawError
+from lorabench.figures import grid, style
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, compared, diverged_runs, only
+from lorabench.store.tables import Tables
+
+_BY_STEP = [
+    *(*ARM_COLUMNS, "element", "step", "examples", "tokens"),
+    *("nll", "nll_low", "nll_high", "lr", "run_id", "n_runs"),
+]
+_BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
+
+
+def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw figure 1; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `envelope` (one step of an arm), `departure` (the step at which a rank
+    leaves the highest rank's curve), `noise_band` (from `nll_low` to `nll_high`), `before_training` (the base model) or
+    `diverged` (one run). Losses are validation NLL in nats per scored token.
+    """
+    runs, curves = tables.runs, tables.curves
+    comparisons = compared(tables)
+    envelope = envelopes(runs, curves)
+    # A log axis has no step 0, so the base model's loss is written above the panel instead.
+    envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
+    lowest = envelope.groupby([*PANEL, "step"], as_index=False, dropna=False)["nll"].min()
+    lowest = lowest.merge(fitted_noise(comparisons)[[*PANEL, "sigma"]], how="left", on=PANEL)
+    around = lowest.assign(nll_low=lowest["nll"] - 2 * lowest["sigma"], nll_high=lowest["nll"] + 2 * lowest["sigma"])
+    start = curves[(curves["step"] == 0) & (curves["split"] == "validation") & (curves["metric"] == "nll")]
+    base = start.merge(runs[["run_id", *PANEL]], on="run_id").groupby(PANEL, as_index=False, dropna=False)
+    parts = {
+        "envelope": envelope,
+        "departure": grid.departure_rows(comparisons, envelope, ["nll"]),
+        "diverged": diverged_runs(runs),
+        "noise_band": around.dropna(subset=["nll_low"]),
+        "before_training": base.agg(nll=("value", "median")).assign(step=0),
+    }
+    plotted = grid.tidy(parts, _BY_STEP)
+    if plotted.empty:
+        raise NothingToDrawError("no validation curves beyond step 0")
+    figure, drawn = grid.panels(plotted)
+    styles = style.arm_styles(plotted)
+    for rows, (axes,) in drawn:
+        noise, envelope = only(rows, "noise_band"), only(rows, "envelope")
+        grid.band(axes, noise, "step", "nll_low", "nll_high")
+        grid.lines(axes, envelope, "step", "nll", styles)
+        grid.points(axes, only(rows, "departure")[["arm", "step", "nll"]], "step", "nll", styles, False, "o", 6)
+        axes.set(xscale="log", xlabel="training step", ylabel="validation NLL (nats / token)")
+        style.plain_log_ticks(axes)
+        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
+        sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
+        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
+    departure = style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4)
+    shade = Patch(label=f"lowest envelope ± 2{style.SIGMA} of seeds", facecolor="0.85")
+    marks = [(len(only(plotted, "departure")), departure), (len(only(plotted, "noise_band")), shade)]
+    style.legends(figure, styles, marks)
+    return figure, plotted
+
+
+def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw envelopes over training FLOPs, of which the paper predicts what they show; return what they plot, too.
+
+    The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
+    validation NLL in nats per scored token.
+
+    Raises:
+        NothingToDrawError: runs lack train_flops or train_tokens, or none with both has a validation curve.
+    """
+    if missing := [name for name in ("train_flops", "train_tokens") if name not in tables.runs]:
+        raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
+    envelope = loss_by_flops(tables.runs, tables.curves).rename(columns={"value": "nll"})
+    plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
+    if plotted.empty:
+        raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
+    noise = fitted_noise(compared(tables))
+    figure, drawn = grid.panels(plotted)
+    styles = style.arm_styles(plotted)
+    for rows, (axes,) in drawn:
+        curves = only(rows, "envelope")
+        grid.lines(axes, curves, "flops", "nll", styles)
+        axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel="validation NLL (nats / token)")
+        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
+        style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
+    style.legends(figure, styles)
+    return figure, plotted
+
+
+_BY_BATCH_SIZE = [
+    *(*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"),
+    *("n_seeds", "at_edge", "run_id", "seed"),
+]
+
+# The number of learning curves' panels in a row; heights in inches of these panels, and of the panels below them.
+_CURVES_IN_A_ROW, _CURVES_HEIGHT, _BY_SIZE_HEIGHT = 4, 2.3, 2.6
+
+
+def draw_by_batch_size(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw figure 3; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (an arm's fitted
+    minimum of the test NLL), `gap` (that of LoRA minus that of FullFT, paired by seed, in the column `gap`) or
+    `diverged` (one run). `low` and `high` are the 95% interval of a final loss or gap. Losses are in nats per scored
+    token.
+    """
+    envelope = envelopes(tables.runs, tables.curves).rename(columns={"value": "nll"})
+    comparisons = compared(tables)
+    gaps = []
+    for comparison in comparisons:
+        fit = comparison.fit
+        for arm in comparison.arms:
+            gap = fit.gap(arm_label(arm), "FullFT")
+            if arm["method"] == "lora" and not math.isnan(gap.value):
+                edge = any(fit.grids[label].edge is not None for label in (arm_label(arm), "FullFT"))
+                gaps.append(arm | grid.with_interval("gap", gap) | {"n_seeds": gap.n_seeds, "at_edge": edge})
+    parts = {
+        "envelope": envelope[envelope["step"] > 0],
+        "final": grid.fitted_minima(comparisons).rename(columns={"nll_low": "low", "nll_high": "high"}),
+        "gap": pd.DataFrame(gaps).rename(columns={"gap_low": "low", "gap_high": "high"}),
+        "diverged": diverged_runs(tables.runs),
+    }
+    plotted = grid.tidy(parts, _BY_BATCH_SIZE)
+    if plotted.empty:
+        raise NothingToDrawError("no validation curves beyond step 0, and no sweep of learning rates")
+    styles = {
+        label: replace(look, linestyle="--") if label != "FullFT" else look
+        for label, look in style.arm_styles(plotted).items()
+    }
+    blocks = list(plotted.groupby(["model", "dataset"], sort=True))
+    rows = [math.ceil(block.groupby(PANEL, dropna=False).ngroups / _CURVES_IN_A_ROW) for _, block in blocks]
+    heights = [_CURVES_HEIGHT * count + _BY_SIZE_HEIGHT for count in rows]
+    figure = style.new_figure(sum(heights))
+    places = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for place, ((model, dataset), block), count in zip(places, blocks, rows, strict=True):
+        place.suptitle(f"{model} · {dataset}", x=0.01, ha="left", fontsize=9, weight="bold", parse_math=False)
+        _draw_block(place, block, styles, count)
+    open_mark = style.mark("best LR at the edge of its grid", "o", mfc="white", mew=1.4)
+    style.legends(figure, styles, [(plotted["at_edge"].eq(True).any(), open_mark)])
+    return figure, plotted
+
+
+def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int) -> None:
+    """Draw the panels of one model and dataset: curves by batch size, then losses and gaps over batch sizes."""
+    heights = [_CURVES_HEIGHT * rows, _BY_SIZE_HEIGHT]
+    above, below = place.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    sizes = [at_size for _, at_size in block.groupby(["batch_size", "steps"], dropna=False)]
+    columns = min(_CURVES_IN_A_ROW, len(sizes))
+    axes = above.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for number, (panel, at_size) in enumerate(zip(axes.flat, sizes, strict=False)):
+        grid.lines(panel, only(at_size, "envelope"), "examples", "nll", styles)
+        lengths = [f"{length:,} steps" for length in at_size["steps"].dropna().unique()]
+        style.note(panel, *lengths, f"{len(only(at_size, 'diverged'))} diverged")
+        panel.set_title(f"batch {at_size['batch_size'].iloc[0]}", pad=18)
+        panel.set(xlabel="examples seen", ylabel="validation NLL\n(nats / token)" if number % columns == 0 else "")
+    for panel in axes.flat[len(sizes) :]:
+        panel.remove()
+    envelope = only(block, "envelope")
+    # The fall of the losses in the first tenth of the data would flatten the rest.
+    late = envelope.loc[envelope["examples"] >= 0.1 * envelope["examples"].max(), "nll"]
+    if len(late):
+        pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
+        axes[0, 0].set_ylim(late.min() - pad, late.max() + pad)
+    final, difference = below.subplots(1, 2)
+    # Of runs of several lengths at one batch size, only the longest are compared.
+    steps = block["steps"].astype("Int64")
+    longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
+    _draw_by_size(final, only(longest, "final"), "nll", styles)
+    final.set_ylabel("final test NLL (nats / token)")
+    _draw_by_size(difference, only(longest, "gap"), "gap", styles)
+    difference.axhline(0.0, color=style.FULLFT_COLOUR, linewidth=1.0, zorder=1)
+    difference.set_ylabel("LoRA - FullFT (nats / token)")
+
+
+def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: Styles) -> None:
+    """Draw one line per arm, with the marks of one batch size side by side."""
+    arms = [label for label in styles if label in set(rows["arm"])]
+    rows = rows.rename(columns={"low": f"{value}_low", "high": f"{value}_high"})
+    for place, arm in enumerate(arms):
+        shift = 2 ** (0.12 * (place - (len(arms) - 1) / 2))
+        points = rows[rows["arm"] == arm].sort_values("batch_size")
+        points = points.assign(x=points["batch_size"].astype(float) * shift)
+        axes.plot(points["x"], points[value], **styles[arm].line)
+        grid.bars(axes, points, "x", value, styles[arm])
+    axes.set(xscale="log", xlabel="batch size")
+    sizes = sorted({int(size) for size in rows["batch_size"]})
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_minor_locator(NullLocator())
+    style.plain_log_ticks(axes)
+    if sizes:
+        axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+
+
+_EARLY = [
+    *(*ARM_COLUMNS, "element", "lr", "step", "nll", "difference", "half_width"),
+    *("n_seeds", "other_rank", "run_id"),
+]
+
+
+def draw_early(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw the figure of early curves; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `curve` (one step of a rank; `nll` is its training loss), `difference`
+    (the loss of `rank` minus that of `other_rank` on the same batches, with the `half_width` of its 95% interval;
+    differences of zero are left out), `sigma` (twice the standard deviation of the training loss over batches, in
+    `difference`) or `diverged` (one run). Losses are means over `n_seeds` seeds, in nats per scored token.
+    """
+    runs = with_arm_columns(tables.runs)
+    groups = grid.titled(runs[(runs["method"] == "lora") & is_standard(runs)])
+    if not groups:
+        return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_EARLY)
+    plotted = pd.concat([_early_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
+    figure, drawn = grid.panels(plotted, each=2)
+    styles = style.arm_styles(plotted)
+    for rows, (left, right) in drawn:
+        curve, diverged = only(rows, "curve"), len(only(rows, "diverged"))
+        if curve.empty:
+            style.say(left, "There are no training losses.")
+        grid.lines(left, curve, "step", "nll", styles)
+        left.set(xscale="log", xlabel="training step", ylabel="training NLL (nats / token)")
+        style.plain_log_ticks(left)
+        means = f"mean of {grid.seeds_text(curve['n_seeds'])}" if len(curve) else ""
+        style.note(left, f"LR {rows['lr'].iloc[0]:g}", means, f"{diverged} diverged" if diverged else "")
+        _draw_difference(right, rows)
+    difference = only(plotted, "difference")["difference"].astype(float)
+    grey = Line2D([], [], color="0.6", linewidth=1.1, label="half width of its 95% interval")
+    dashed = Line2D([], [], color="black", linestyle="--", linewidth=1.1, label=f"2{style.SIGMA} of batches")
+    marks = [
+        ((difference > 0).any(), style.mark("higher loss at the lower rank", "o", ms=4)),
+        ((difference < 0).any(), style.mark("lower loss at the lower rank", "o", ms=4, mfc="white")),
+        (plotted["half_width"].notna().any(), grey),
+        (len(only(plotted, "sigma")), dashed),
+    ]
+    style.legends(figure, styles, marks)
+    return figure, plotted
+
+
+def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return what is plotted of one panel at one LR: the LR of the difference of two ranks, or else the commonest."""
+    panel: dict[str, Any] = {name: runs[name].iloc[0] for name in PANEL}
+    early = early_difference(runs, curves)
+    lr = early.lr if early else float(runs["lr"].mode().iloc[0])
+    at_lr = runs[runs["lr"] == lr]
+    at_lr = at_lr.assign(arm=[arm_label(run) for _, run in at_lr.iterrows()])
+    losses = train_curves(at_lr[at_lr["status"] == "done"], curves)
+    # The mean of a rank that lacks a seed would be over other batches than the means of the other ranks.
+    by_rank = [set(seeds) for _, seeds in losses.groupby("arm")["seed"]]
+    if common := set.intersection(*by_rank) if by_rank else set():
+        losses = losses[losses["seed"].isin(common)]
+    curve = losses.groupby(["arm", "method", "rank", "placement", "step"], dropna=False, as_index=False)
+    parts = {
+        "curve": curve.agg(nll=("value", "mean"), n_seeds=("seed", "nunique")),
+        "diverged": diverged_runs(at_lr),
+    }
+    if early:
+        by_step = early.over_seeds()
+        ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.n_seeds}
+        half = by_step["high"] - by_step["mean"]
+        difference = pd.DataFrame({"step": by_step.index, "difference": by_step["mean"], "half_width": half})
+        parts["difference"] = difference[difference["difference"] != 0].assign(**ranks)
+        parts["sigma"] = pd.DataFrame([{"difference": 2 * early.sigma_batch, **ranks}]).dropna()
+    rows = grid.tidy(parts, _EARLY)
+    if rows.empty:
+        rows = pd.DataFrame([{"element": "nothing"}], columns=_EARLY)
+    whole = dict.fromkeys(("rank", "other_rank", "n_seeds", "step"), "Int64")
+    return rows.assign(lr=lr, **panel).astype(whole)
+
+
+def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
+    points, sigma = only(rows, "difference"), only(rows, "sigma")["difference"]
+    if points.empty:
+        style.say(axes, "No two ranks above 1 with the same seeds\nhave losses that differ.")
+        return
+    steps, difference = points["step"].astype(float), points["difference"].astype(float)
+    size, half = difference.abs(), points["half_width"].astype(float)
+    # Marks are large enough to distinguish open ones from filled ones.
+    for chosen, face in ((difference >= 0, style.MUTED), (difference < 0, "white")):
+        axes.plot(steps[chosen], size[chosen], "o", ms=3.8, mfc=face, mec=style.MUTED, mew=0.9, zorder=3)
+    axes.plot(steps, half, color="0.6", linewidth=1.1, zorder=2)
+    for level in sigma:
+        axes.axhline(level, color="black", linestyle="--", linewidth=1.1, zorder=1)
+    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="|difference of NLL| (nats / token)")
+    axes.set_xlim(1, max(10.0, float(steps.max()) * 1.15))
+    shown = np.concatenate([size, half.dropna()])
+    top = float(max([*shown, *sigma]))
+    # A difference that happens to be close to zero would stretch a log axis.
+    floor = max(float(shown[shown > 0].min()), top / 3e4)
+    axes.set_ylim(floor / 1.6, top * 1.8)
+    style.plain_log_ticks(axes)
+    ranks = f"r{points['rank'].iloc[0]} minus r{points['other_rank'].iloc[0]}"
+    hidden = int((size < floor / 1.6).sum())
+    style.note(axes, ranks, grid.seeds_text(points["n_seeds"]), f"{hidden} below the range" if hidden else "")
