@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import GgufModel
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
 from lorabench.models.lora import add_lora
 from lorabench.models.lora_products import use_fast_products

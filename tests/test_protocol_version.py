@@ -31,7 +31,7 @@ CODE = (
     "lorabench/models/passes.py",
     "lorabench/models/lora.py",
     "lorabench/models/lora_products.py",
-    "lorabench/config/placement.py",
+    "lorabench/config/fields.py",
     "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
     "lorabench/training/distributed.py",

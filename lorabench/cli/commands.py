@@ -353,7 +353,7 @@ def evidence(
     """
     from lorabench.report.blocks import published_folders
     from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
-    from lorabench.sources.matrix import read_own
+    from lorabench.sources.measurements import read_own
 
     own = {preset.name: preset for preset in published_presets(publish or Path())}
     for folder in tables or []:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config
 from lorabench.models.identity import shipped_folder

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from lorabench.config.models import GgufModel
+from lorabench.config.inputs import GgufModel
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import SourceShare
 from lorabench.custom.recommend import Recommendation

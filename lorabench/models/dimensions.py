@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.models.identity import shipped_folder
 
 ARCHITECTURES = Path(__file__).parent / "architectures"

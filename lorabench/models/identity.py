@@ -7,7 +7,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.utils.files import digest
 
 SHIPPED = Path(__file__).parent / "shipped"

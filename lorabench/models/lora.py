@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.placement import SUFFIXES, Placement
+from lorabench.config.fields import SUFFIXES, Placement
 from lorabench.errors import UserError
 
 if TYPE_CHECKING:

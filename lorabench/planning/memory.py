@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import Dimensions, dimensions, kept_shares, merging_is_cheaper

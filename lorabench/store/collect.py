@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lorabench.config.models import HubModel, ModelSpec, TinyModel
+from lorabench.config.inputs import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.config.datasets import HubDataset, HubProblems
+from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
 from lorabench.config.loading import load_preset, preset_path
-from lorabench.config.models import HubModel, ModelSpec
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.models.identity import model_id

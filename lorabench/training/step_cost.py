@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import ModelSpec
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement
+from lorabench.config.inputs import ModelSpec
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models import bf16_products

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench.config.datasets import FactsDataset
+from lorabench.config.inputs import FactsDataset
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model, skeleton, weights_sha256

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from lorabench.config.datasets import FileDataset
 from lorabench.config.experiments import AutoLrs
+from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import PathModel
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import Choices, Splits, init_preset, splits
 from lorabench.data.problems import make_problems

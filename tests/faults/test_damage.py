@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorabench.config.models import PathModel
+from lorabench.config.inputs import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.identity import shipped_folder

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
 from lorabench.models.base import load_model, skeleton

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
 from lorabench.evaluation.pretraining import heldout_documents
 from lorabench.models.base import config_of, load_model, load_tokenizer

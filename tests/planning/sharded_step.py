@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora
 from lorabench.models.passes import recompute_activations

@@ -13,9 +13,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2Config
 
-from lorabench.config.datasets import ChatDataset
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import ModelSpec, TinyModel
+from lorabench.config.inputs import ChatDataset, ModelSpec, TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.attention import attend_in_blocks

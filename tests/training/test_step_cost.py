@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config.experiments import Protocol
+from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost

@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli import app
-from lorabench.config.datasets import HubProblems
+from lorabench.config.inputs import HubProblems
 from lorabench.custom.model import find_model
 from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset

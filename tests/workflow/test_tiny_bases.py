@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 import torch
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.data.grading import last_number
 from lorabench.data.reasoning import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import ReasoningProblems, TinyModel
 from lorabench.data.grading import Grader
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer

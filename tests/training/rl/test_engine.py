@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
+from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import PathModel, TinyModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from lorabench.config.models import HubModel
+from lorabench.config.inputs import HubModel
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
 from lorabench.models.vllm_support import max_lora_rank
