@@ -14,7 +14,7 @@ from lorabench.custom.recommend import Recommendation
 from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.identity import template_text
+from lorabench.models.specs import template_text
 from lorabench.utils import formats
 from lorabench.utils.formats import print_table
 

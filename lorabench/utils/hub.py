@@ -6,7 +6,7 @@ stays the same when the workflow makes its outputs again. A small JSON file, whi
 fetched: commit, files and sizes.
 
 A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
-and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+and runs of different commits are never mixed (`lorabench/training/job.py`).
 
 Jobs that fetch large files leave it to the hub's client to try again. A command that a user waits for looks things up
 with one request, which is answered at once or not at all (`look_up`).

@@ -11,8 +11,8 @@ import torch
 from lorabench.config.inputs import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.identity import shipped_folder
 from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import shipped_folder
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 

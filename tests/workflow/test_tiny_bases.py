@@ -15,8 +15,7 @@ from lorabench.config.inputs import TinyModel
 from lorabench.data.grading import last_number
 from lorabench.data.reasoning import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
 
 from ..conftest import REPOSITORY
 
