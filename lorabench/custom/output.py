@@ -16,7 +16,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.specs import template_text
 from lorabench.utils import formats
-from lorabench.utils.console import print_table
+from lorabench.utils.formats import print_table
 
 _TEMPLATE = Path(__file__).with_name("finetune.py")
 _MAX_TOKENS = 4096

@@ -81,7 +81,7 @@ def of_another_protocol(path: Path) -> None:
 
 
 def rewrite(path: Path, **about: str) -> None:
-    tensors, header = read_tensors(path, "pt")
+    tensors, header = read_tensors(path)
     write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header | about)
 
 
