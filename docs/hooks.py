@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
+from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 PAGES = {
-    "lorabench/claims/catalog.py": "claims.md",
+    "lorabench/claims/judge.py": "claims.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
     f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
     f"{PUBLISHED}/evidence/lr_optima.csv": "all-learning-rates.md",

@@ -29,8 +29,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
-from lorabench.config.fields import SamplerName
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement, SamplerName
 from lorabench.utils import formats
 from lorabench.utils.files import digest
 
@@ -363,26 +362,32 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
         sweep: the sweep.
         losses: the losses of the runs of all earlier waves.
     """
-    grid = [(run.lr, run.seed) for run in sweep.grid()]
-    if not losses.keys() >= set(grid):
-        return _missing(sweep, grid, losses)
+
+    def missing(lrs: Iterable[float], seeds: int) -> list[Run]:
+        """Return the runs with the first seeds at some LRs that are not finished, seed by seed."""
+        cells = [(lr, seed) for seed in range(seeds) for lr in lrs]
+        return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]
+
+    grid = sweep.grid()
+    if wave := [run for run in grid if (run.lr, run.seed) not in losses]:
+        return wave
     if sweep.lattice is None:
         best = best_lr(sweep, losses)
-        return [] if best is None else _missing(sweep, _cells([best], sweep.seeds.best), losses)
+        return [] if best is None else missing([best], sweep.seeds.best)
     first = _first_seed(losses)
     room = max(0, sweep.lattice.further - (len(first) - len(sweep.lrs)))
-    started = any(seed for lr, seed in losses.keys() - set(grid))
+    started = any(seed for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
     if not started and (unexplored := _unexplored(sweep, sweep.lattice, first)[:room]):
-        return _missing(sweep, _cells(unexplored, 1), losses)
+        return missing(unexplored, 1)
     if not any(map(math.isfinite, first.values())):
         return []
     # Other experiments may have trained all seeds at some LRs, so that the means already know better.
     means = _means(sweep, losses) or first
     for scores in [means] if started else [first, means]:
         around = _around(sweep.lattice, first, _middle_of_lowest(scores), room)
-        if wave := _missing(sweep, _cells(around, sweep.seeds.around), losses):
+        if wave := missing(around, sweep.seeds.around):
             return wave
-    return _missing(sweep, _cells([_middle_of_lowest(means)], sweep.seeds.best), losses)
+    return missing([_middle_of_lowest(means)], sweep.seeds.best)
 
 
 def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple[float, int], float]:
@@ -466,13 +471,3 @@ def _around(lattice: Lattice, first: Mapping[float, float], centre: float, room:
     others = [lr for lr, loss in first.items() if math.isfinite(loss) and lr not in chosen]
     nearest = sorted(others, key=lambda lr: abs(math.log(lr / centre)))
     return sorted(chosen + nearest[: AROUND - len(chosen)])
-
-
-def _cells(lrs: Iterable[float], seeds: int) -> list[tuple[float, int]]:
-    """Return LR and seed of so many seeds at each of some LRs, seed by seed."""
-    return [(lr, seed) for seed in range(seeds) for lr in lrs]
-
-
-def _missing(sweep: Sweep, cells: Iterable[tuple[float, int]], losses: Losses) -> list[Run]:
-    """Return the runs with some LRs and seeds that are not finished."""
-    return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]

@@ -19,7 +19,7 @@ from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, r
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.run import CHUNK, Task, worlds_of
 from benchmarks.calibration.truths import COVERED, Covered
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep

@@ -22,8 +22,7 @@ from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.rl import make_rl_tables
 from benchmarks.calibration.truths import COVERED, EFFECTS, SCENES, Covered
 from benchmarks.calibration.worlds import make_tables
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "setting not met", "not tested")

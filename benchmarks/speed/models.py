@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from lorabench.config.inputs import GgufModel, ModelSpec, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import GgufModel, ModelSpec, TinyModel
 from lorabench.models.base import converted_folder, load_model
 
 Precision = Literal["fp32", "bf16"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -43,14 +44,13 @@ from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import widths
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 MIN_MODELS = 4
-"""The number of models that a verdict across models needs."""
-
-EXPERIMENTS = ("lr_law", "rank")
-"""The experiments whose runs these claims read."""
-
-COLUMNS = ("family", "hidden_size")
-"""The further columns of `runs` that these claims need."""
+MIN_SLOPE_MODELS = 3
+PAPER_MODELS = 14
+SLOPE_MARGIN = 0.3
+MAX_EXPONENT_DISTANCE = 0.3
+MIN_WIDTHS = 3
 
 MODELS = (
     f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds around "
@@ -58,35 +58,22 @@ MODELS = (
 )
 """The runs that these claims need."""
 
-SLOPE_MARGIN = 0.3
-"""The least distance of a slope of log ratio on log hidden size from the naive one that matters."""
-
 NAIVE_SLOPE = 1.0
 """The slope of log ratio on log hidden size in the naive derivation: the ratio is hidden size / (2 alpha)."""
 
 NAIVE_DIVISOR = 2 * STANDARD["alpha"]
 """The divisor of the hidden size in the naive derivation."""
 
-MIN_SLOPE_MODELS = 3
-"""The number of models that a slope needs."""
-
-PAPER_MODELS = 14
-"""The number of models that the paper swept."""
-
 MAX_REGRET = 0.005
 """The mean regret, as a share of the lowest loss, up to which a law predicts the optimal LR: the number of the authors'
 documentation."""
 
-MAX_EXPONENT_DISTANCE = 0.3
-"""The distance of an exponent from the published one up to which the two count as the same."""
-
 SMALLEST_WIDTH = 1024
 """The smallest hidden size that the paper's law is about: that of Qwen3-0.6B."""
 
-MIN_WIDTHS = 3
-"""The number of hidden sizes that the law needs."""
-
 _PRESETS = ("core", "paper")
+
+_claim = partial(Claim, needs=MODELS, experiments=("lr_law", "rank"), columns=("family", "hidden_size"))
 
 
 def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evidence], Finding]:
@@ -113,28 +100,27 @@ def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evi
 
 
 def _too_few(number: int, needed: int, what: str) -> list[Problem]:
-    """Return the problem that there are fewer models than a verdict needs, if so."""
     if number >= needed:
         return []
     return [Problem(f"{number} {what}, {needed} needed", Remedy(f"{needed} {what} (now {number})"))]
 
 
 def _problems(models: Sequence[SweptModel]) -> list[Problem]:
-    """Return what speaks against a verdict on the optimal LRs of models, with the names of the models."""
-    return [
-        problem for model in models for problem in named_problems(model.problems, f"{model.name}:", f" on {model.name}")
-    ]
+    by_model = (named_problems(model.problems, f"{model.name}:", f" on {model.name}") for model in models)
+    return [problem for problems in by_model for problem in problems]
+
+
+def _mean_ratio(models_of_base: Sequence[SweptModel]) -> Estimate:
+    return mean_of([model.log_ratio for model in models_of_base])
 
 
 def _or_more_models(judged: Finding) -> Finding:
     """Return a finding with the remedy of more models, if it is inconclusive and no number of seeds decides it."""
-    if judged.verdict != "inconclusive" or judged.remedy:
-        return judged
-    return replace(judged, remedy=Remedy("more models, since these scatter more than the errors of their optima"))
+    more = Remedy("more models, since these scatter more than the errors of their optima")
+    return replace(judged, remedy=judged.remedy or more) if judged.verdict == "inconclusive" else judged
 
 
 def _ratios_text(models: Sequence[SweptModel]) -> str:
-    """Format each model's ratio with what speaks against it."""
     ranks = sorted({model.lora["rank"] for model in models})
     each = [
         f"{model.name} {in_words(model.log_ratio)}"
@@ -144,15 +130,10 @@ def _ratios_text(models: Sequence[SweptModel]) -> str:
     return f"LoRA {', '.join(f'r{rank}' for rank in ranks)} / FullFT: {', '.join(each)}"
 
 
-def _log_ratio(models_of_base: Sequence[SweptModel]) -> Estimate:
-    """Return the log ratio of a base, the mean over its models."""
-    return mean_of([model.log_ratio for model in models_of_base])
-
-
 def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
     """B5: judge each base's LR ratio against the geometric mean of all."""
     resolved = [model for model in models if not model.problems]
-    log_ratios = [_log_ratio(base) for base in by_base(resolved or models)]
+    log_ratios = [_mean_ratio(base) for base in by_base(resolved or models)]
     problems = _too_few(len(by_base(models)), MIN_MODELS, "bases")
     if len({(model.lineage, model.hidden_size) for model in models}) < 2:
         problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
@@ -161,7 +142,7 @@ def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
     margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
     findings = []
     for base in by_base(models):
-        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), _log_ratio(base), *log_ratios)
+        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), _mean_ratio(base), *log_ratios)
         names = " and ".join(model.name for model in base)
         text = f"{names} over the mean of {len(log_ratios)} bases {in_words(distance)}"
         against = [*problems, *_problems(base)]
@@ -170,7 +151,7 @@ def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
 
 
-B5 = Claim(
+B5 = _claim(
     id="B5",
     statement="The ratio of optimal LRs does not depend on the base model",
     criterion=(
@@ -181,12 +162,9 @@ B5 = Claim(
         "model whose optima are not resolved leaves the claim open and is no part of the mean. The estimate is the "
         "ratio over the mean of the base that decides"
     ),
-    needs=MODELS,
     paper_value="the same for 14 models; fitted slope 0",
     unit="ratio over the mean ratio",
-    experiments=EXPERIMENTS,
     judge=across_models(ratio_independent_of_model),
-    columns=COLUMNS,
     fact=LR_RATIO,
 )
 
@@ -204,7 +182,7 @@ def _as_many_models(evidence: Evidence) -> str | None:
     return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
-B11 = Claim(
+B11 = _claim(
     id="B11",
     kind="count",
     statement=f"The ratio of optimal LRs was determined by sweeps of {PAPER_MODELS} models",
@@ -212,12 +190,9 @@ B11 = Claim(
         f"At least {PAPER_MODELS} models were swept with both methods on the same data. It says nothing about the "
         "world, so it is never contradicted"
     ),
-    needs=MODELS,
     paper_value=f"{PAPER_MODELS} models",
     unit="models",
-    experiments=EXPERIMENTS,
     judge=across_models(models_swept),
-    columns=COLUMNS,
     conditions=(Condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", _as_many_models, ("paper",)),),
     fact=LR_RATIO,
 )
@@ -228,7 +203,7 @@ def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
     resolved = [model for model in models if not model.problems]
     bases, slope = by_base(resolved), unknown()
     if len(bases) >= MIN_SLOPE_MODELS:
-        sizes, ratios = [math.log(base[0].hidden_size) for base in bases], [_log_ratio(base) for base in bases]
+        sizes, ratios = [math.log(base[0].hidden_size) for base in bases], [_mean_ratio(base) for base in bases]
         name = "LR ratio on hidden size: " + ", ".join(model.name for model in resolved)
         slope = slope_over_models(sizes, ratios, ["all"] * len(bases), name)
     naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
@@ -249,7 +224,7 @@ def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
     return _or_more_models(in_unit(judged, lambda distance: NAIVE_SLOPE - distance))
 
 
-B6 = Claim(
+B6 = _claim(
     id="B6",
     kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
@@ -259,49 +234,36 @@ B6 = Claim(
         "drawn together, or else that from the scatter of the bases around the line, where this is larger. A base and "
         "models post-trained from it are one point, their mean"
     ),
-    needs=MODELS,
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",
     unit="slope",
-    experiments=EXPERIMENTS,
     judge=across_models(naive_ratio_is_wrong),
-    columns=COLUMNS,
 )
 
 
 def _mean_regret(
     arms: Sequence[tuple[SweptModel, str]], optima: Sequence[ArmOptimum], errors: np.ndarray, method: str
 ) -> Estimate:
-    """Estimate the mean over models of the regret of a method.
+    """Estimate the mean over models of the regret of a method, from the `prediction_errors` of all arms.
 
     The errors of all optima are drawn together and move both the law's predictions and the optima. A regret is a
     square, so its draws lie above the estimate on average. Their distance from it is therefore taken to both sides,
     which makes the interval wide rather than shifted.
-
-    Args:
-        arms: the model and method of each optimum.
-        optima: the optima.
-        errors: as from `prediction_errors`.
-        method: the method.
     """
     chosen = np.array([arm_method == method for _, arm_method in arms])
     steepness = np.array([optimum.steepness for optimum in optima])[chosen]
     off = (errors @ np.array([optimum.log_lr for optimum in optima]))[chosen]
     mean = float((steepness * off**2).mean())
     estimates = [model.log_optimum(arm_method) for model, arm_method in arms]
-    parts: list[np.ndarray | None] = []
+    parts: dict[str, np.ndarray] = {}
     for part in ("seed_part", "example_part"):
         draws = [getattr(estimate, part) for estimate in estimates]
-        if any(drawn is None for drawn in draws):
-            parts.append(None)
-            continue
-        drawn = off[:, None] + (errors @ np.array(draws))[chosen]
-        sides = generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS)
-        parts.append(sides * np.abs((steepness[:, None] * drawn**2).mean(0) - mean))
-    seed_part, example_part = parts
-    if seed_part is None:
-        seed_part = np.full(N_DRAWS, math.nan)
+        if all(drawn is not None for drawn in draws):
+            drawn = off[:, None] + (errors @ np.array(draws))[chosen]
+            sides = generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS)
+            parts[part] = sides * np.abs((steepness[:, None] * drawn**2).mean(0) - mean)
     n_seeds, n_examples = (min(getattr(e, name) for e in estimates) for name in ("n_seeds", "n_examples"))
-    return Estimate(mean, seed_part, example_part, n_seeds, n_examples)
+    seed_part = parts.get("seed_part", np.full(N_DRAWS, math.nan))
+    return Estimate(mean, seed_part, parts.get("example_part"), n_seeds, n_examples)
 
 
 def _share(regret: Estimate) -> str:
@@ -341,7 +303,19 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
             f"the other models, {_share(regrets[0])} fitted to all, {_published_regret(models, method)} with the "
             "published constants"
         )
-        findings.append(_by_law(*(decide(rule, regret, text, ids, problems, margin_rule) for regret in regrets)))
+        fitted, predicted = (decide(rule, regret, text, ids, problems, margin_rule) for regret in regrets)
+        # The law of all models contradicts, and the laws of the others confirm.
+        if fitted.verdict == "contradicted":
+            findings.append(fitted)
+            continue
+        if predicted.verdict == "contradicted":
+            remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
+            predicted = replace(predicted, remedy=remedy)
+        outcome, favoured, hindered = (
+            Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
+            for by_all, by_others in zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
+        )
+        findings.append(replace(predicted, **outcome._asdict(), favoured=favoured, hindered=hindered))
     law = fit_lr_law(optima)
     assert law is not None, "the errors of its predictions are finite"
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
@@ -351,21 +325,7 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {constants}")
 
 
-def _by_law(fitted: Finding, predicted: Finding) -> Finding:
-    """Contradict by the regret of the law fitted to all models, and confirm by that of laws fitted to the others."""
-    if fitted.verdict == "contradicted":
-        return fitted
-    if predicted.verdict == "contradicted":
-        remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
-        predicted = replace(predicted, remedy=remedy)
-    outcome, favoured, hindered = (
-        Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
-        for by_all, by_others in zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
-    )
-    return replace(predicted, **outcome._asdict(), favoured=favoured, hindered=hindered)
-
-
-B7 = Claim(
+B7 = _claim(
     id="B7",
     statement=f"A law in {PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
     criterion=(
@@ -379,18 +339,13 @@ B7 = Claim(
     needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
     paper_value="less than 0.5% (authors' documentation)",
     unit="share of loss",
-    experiments=EXPERIMENTS,
     judge=across_models(law_predicts_the_optimum),
-    columns=COLUMNS,
     conditions=(widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS),),
 )
 
 
 def _exponent(members: list[SweptModel], family: str) -> Finding:
-    """Judge one family's slope of log optimal LR on log(PIVOT / hidden size), shared by both methods.
-
-    Each method has an intercept of its own.
-    """
+    """Judge a family's slope of log optimal LR on log(PIVOT / hidden size), with an intercept for each method."""
     if len({model.hidden_size for model in members}) < 2:
         remedy = Remedy(f"{family} models of two hidden sizes or more")
         return Finding("inconclusive", f"{family}: fewer than two hidden sizes", remedy=remedy)
@@ -421,7 +376,6 @@ def families_scale_differently(models: list[SweptModel]) -> Finding:
 
 
 def _two_widths(family: str) -> Condition:
-    """Return the condition that two models of a family have hidden sizes that the paper's law is about."""
     on_all = widths(SMALLEST_WIDTH, 2, _PRESETS)
 
     def instead(evidence: Evidence) -> str | None:
@@ -431,7 +385,7 @@ def _two_widths(family: str) -> Condition:
     return Condition(f"{on_all.text} in the family {family}", instead, _PRESETS)
 
 
-B8 = Claim(
+B8 = _claim(
     id="B8",
     statement="The optimal LR scales with hidden size differently in the Llama and Qwen families",
     criterion=(
@@ -446,9 +400,7 @@ B8 = Claim(
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{PUBLISHED.exponents['llama']} and {PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    experiments=EXPERIMENTS,
     judge=across_models(families_scale_differently),
-    columns=COLUMNS,
     conditions=tuple(_two_widths(family) for family in PUBLISHED.exponents),
 )
 

@@ -29,6 +29,7 @@ from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,
+    log_threshold,
     off_optimum,
     pair_at_optimum,
     paired_departure,
@@ -38,24 +39,26 @@ from lorabench.analysis.optima import (
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
 from lorabench.claims.scope import (
+    NATURAL,
     Scoped,
     every_longest,
     full_runs,
     learning,
     longest_run,
     longest_runs,
-    natural_text,
     without_facts,
 )
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 FLOOR = 0.05
-"""A slope shallower than this share of FullFT's is a floor."""
-
 THRESHOLD_BAND = (0.5, 1.5)
-"""The log-log slopes of tokens at departure against parameters that count as proportional."""
+BIT_BAND = (0.3, 1.2)
+TWO_BITS_BAND = (1.5, 2.5)
+SATURATED = 0.9
+MAX_GROWTH = 0.1
 
 MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs give")
 
@@ -84,9 +87,8 @@ class _Rank:
         """The step of the departure; infinity where the rank stays."""
         return math.inf if self.departure.first is None else self.departure.first
 
-    @property
-    def text(self) -> str:
-        """A description of the departure."""
+    def __str__(self) -> str:
+        """Describe the departure."""
         if self.departure.growth is None:
             return f"r{self.rank} stays"
         verb = f"leaves at step {self.departure.first}" if self.departure.left else "lags without leaving"
@@ -94,7 +96,6 @@ class _Rank:
 
 
 def _ranks(comparison: Comparison) -> list[_Rank]:
-    """Return the ranks below the highest, ascending."""
     [highest] = require(("LoRA above rank 1", comparison.highest))
     margin = comparison.margin
     ranks = []
@@ -131,7 +132,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     """
     ranks = _ranks(comparison)
     ids = comparison.run_ids(comparison.lora.values())
-    text = ", ".join(rank.text for rank in ranks)
+    text = ", ".join(map(str, ranks))
     problems, gone = _all_problems(ranks), [rank for rank in ranks if rank.departure.left]
     findings = []
     for lower, higher in combinations(ranks, 2):
@@ -154,7 +155,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-A3 = Claim(
+A3 = long_claim(
     id="A3",
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
@@ -166,15 +167,12 @@ A3 = Claim(
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
-    conditions=(LONG,),
     core=True,
 )
 
 
 def _keeps_falling(comparison: Comparison, rank: _Rank) -> Finding:
-    """Judge the slope of one rank's loss after its departure, as a share of FullFT's over the same batches."""
     arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
     past = rank.departure.past
     curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
@@ -199,13 +197,13 @@ def no_floor(comparison: Comparison) -> Finding:
     gone = [rank for rank in ranks if rank.departure.left]
     if gone:
         return together([_keeps_falling(comparison, rank) for rank in gone])
-    departures, problems = ", ".join(rank.text for rank in ranks), _all_problems(ranks)
+    departures, problems = ", ".join(map(str, ranks)), _all_problems(ranks)
     if problems:
         return finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
 
 
-A4 = Claim(
+A4 = long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
     criterion=(
@@ -217,9 +215,7 @@ A4 = Claim(
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     unit="share of FullFT's slope",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_longest)), no_floor),
-    conditions=(LONG,),
 )
 
 
@@ -227,29 +223,23 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
     """Return the ranks with a threshold and the error of its log10 from seeds, and remarks on the other ranks."""
     rows, left_out = [], []
     for rank in _ranks(comparison):
-        name, departure = f"{comparison.label} r{rank.rank}", rank.departure
+        name = f"{comparison.label} r{rank.rank}"
+        threshold = log_threshold(rank.curves, rank.departure, comparison.margin.value)
         if rank.problems:
             left_out.append(f"{name}: {rank.problems[0].text}")
-        elif departure.first is None:
-            left_out.append(f"{comparison.label} {rank.text}")
-        elif departure.before is None or departure.past is None:
-            left_out.append(f"{name} never joined")
+        elif not rank.departure.left:
+            left_out.append(f"{comparison.label} {rank}")
+        elif isinstance(threshold, str):
+            left_out.append(f"{name} {threshold}")
         else:
-            crossing = rank.curves.crossing(departure.past, comparison.margin.value)
-            if not crossing.known:
-                left_out.append(f"{name} does not go on leaving after its departure")
-                continue
-            if crossing.interval()[1] < math.log10(departure.before):
-                left_out.append(f"{name} does not leave along a line in log(step)")
-                continue
             runs = runs_at_optimum(comparison, rank.arm)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": tokens_at(comparison, rank.arm, 10**crossing.value),
-                    "error": crossing.seed_error,
+                    "tokens": tokens_at(comparison, rank.arm, 10**threshold.value),
+                    "error": threshold.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }
             )
@@ -288,7 +278,7 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
-A5 = Claim(
+A5 = long_claim(
     id="A5",
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
     criterion=(
@@ -306,14 +296,9 @@ A5 = Claim(
     ),
     paper_value="proportional; no number",
     unit="log-log slope",
-    experiments=("rank", "capacity"),
     judge=threshold_tied_to_parameters,
     columns=("trainable_params",),
-    conditions=(LONG,),
 )
-
-BIT_BAND = (0.3, 1.2)
-"""The losses, in nats per token, that count as about 1 bit."""
 
 
 def about_one_bit(comparison: Comparison) -> Finding:
@@ -345,17 +330,8 @@ N1 = Claim(
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(natural_text(("overnight", "core", "paper")),),
+    conditions=(NATURAL,),
 )
-
-TWO_BITS_BAND = (1.5, 2.5)
-"""The bits per parameter that round to 2."""
-
-SATURATED = 0.9
-"""The share of the facts above which an adapter may have room for more."""
-
-MAX_GROWTH = 0.1
-"""The share stored in the second half of the steps from which an adapter is still storing."""
 
 
 def memorising(comparisons: list[Comparison]) -> list[Scoped]:
@@ -368,57 +344,28 @@ class _Adapter:
     """What one rank stores of the facts."""
 
     arm: Arm
-    bits: Estimate
     share: Estimate
     """The stored share of all bits of the facts."""
     per_parameter: Estimate
     """The bits stored for each trainable parameter."""
-
-    @property
-    def number(self) -> str:
-        """The bits per parameter with their interval."""
-        return f"{self.per_parameter.value:.2f} {fixed_interval(*self.per_parameter.interval(), 2)} bits per parameter"
-
-
-def _adapters(comparison: Comparison) -> list[_Adapter]:
-    """Return what each rank with a fitted minimum stores, by rank."""
-    adapters = []
-    for arm in comparison.lora.values():
-        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
-        if minimum is not None:
-            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
-            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
-            share = combined(lambda bits, entropy=entropy: bits / entropy, bits)
-            per_parameter = combined(lambda bits, parameters=parameters: bits / parameters, bits)
-            adapters.append(_Adapter(arm, bits, share, per_parameter))
-    return adapters
-
-
-def _is_saturated(comparison: Comparison, adapter: _Adapter, higher: _Adapter) -> bool:
-    """Return whether a rank stores less than all facts, and the next rank stores more."""
-    more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
-    return adapter.bits.known and more.known and adapter.share.interval()[1] < SATURATED and more.interval()[0] > 0
-
-
-def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
-    """Judge the bits per parameter of one saturated rank."""
-    estimate, problems = adapter.per_parameter, comparison.problems([adapter.arm])
-    growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
-    # More steps can only store more, so a value above the band contradicts all the same.
-    if estimate.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
-        late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
-        text = f"still storing at the end ({late} of it in the second half of the steps)"
-        problems.append(Problem(text, Remedy("more epochs")))
-    text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
-    ids = comparison.run_ids([adapter.arm])
-    return decide(Within(*TWO_BITS_BAND), estimate, text, ids, problems, "the numbers that round to 2")
+    number: str
+    """The bits per parameter with their interval."""
 
 
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
     """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
-    adapters, arms = _adapters(comparison), comparison.lora.values()
+    arms = comparison.lora.values()
     if not arms:
         raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    adapters = []
+    for arm in arms:
+        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
+        if minimum is not None:
+            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
+            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
+            share, each = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
+            number = f"{each.value:.2f} {fixed_interval(*each.interval(), 2)} bits per parameter"
+            adapters.append(_Adapter(arm, share, each, number))
     run_ids = tuple(sorted(comparison.run_ids(arms)))
     problems = [problem for arm in arms for problem in comparison.problems([arm])]
     if not adapters:
@@ -426,11 +373,28 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
     by_rank = "; ".join(
         f"r{adapter.arm['rank']} {adapter.number}, {adapter.share.value:.0%} of the facts" for adapter in adapters
     )
-    saturated = [adapter for adapter, higher in pairwise(adapters) if _is_saturated(comparison, adapter, higher)]
+    saturated = []
+    for adapter, higher in pairwise(adapters):
+        more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
+        holds_more = more.known and more.interval()[0] > 0
+        if adapter.share.known and adapter.share.interval()[1] < SATURATED and holds_more:
+            saturated.append(adapter)
     if not saturated:
         problems = [problem for adapter in adapters for problem in comparison.problems([adapter.arm])]
         return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
-    decisive = worst([_two_bits(comparison, adapter) for adapter in saturated])
+    findings = []
+    for adapter in saturated:
+        problems = comparison.problems([adapter.arm])
+        growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
+        # More steps can only store more, so a value above the band contradicts all the same.
+        if adapter.per_parameter.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
+            late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
+            text = f"still storing at the end ({late} of it in the second half of the steps)"
+            problems.append(Problem(text, Remedy("more epochs")))
+        text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
+        rule = Within(*TWO_BITS_BAND)
+        findings.append(decide(rule, adapter.per_parameter, text, run_ids, problems, "the numbers that round to 2"))
+    decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=run_ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
@@ -20,14 +21,17 @@ from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
+# Bounds whose meaning the criteria say.
 TOLERANCE = 0.01
-"""The relative difference up to which a count of FLOPs agrees with the formula."""
+WINDOWS = 2
+MATH_PROBLEMS = 10_000
+MATH_SAMPLES = 32
+MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
 
-WINDOWS = 2
-"""The number of windows, equally long on a logarithmic axis, into which G2 splits the later half of the runs."""
+_count = partial(Claim, kind="count", experiments=())
 
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -43,35 +47,32 @@ def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return ratios
 
 
-def _as_formula(setting: str, rows: pd.DataFrame) -> Finding:
-    apart = rows["relative_difference"]
-    worst = max(apart.dropna(), key=abs, default=math.nan)
-    ratios = ", ".join(
-        f"r{row['rank']} {row['flops_ratio']:.4f} (formula {row['formula']:.4f})"
-        for row in rows[apart.notna()].to_dict("records")
-    )
-    times = ", ".join(
-        f"r{row['rank']} {row['step_ratio']:.2f}" for row in rows.dropna(subset=["step_ratio"]).to_dict("records")
-    )
-    text = f"{setting}: FLOPs of LoRA / FullFT {ratios or 'not known'}; step time {times or 'not measured'}"
-    dearer = ", ".join(f"r{rank}" for rank in rows.loc[rows["flops_ratio"] > 1, "rank"])
-    text += f"; more FLOPs than FullFT at {dearer}" if dearer else ""
-    uncounted = [f"r{rank}" for rank in rows.loc[apart.isna(), "rank"]]
-    problems = [Problem(f"no count of FullFT or LoRA for {', '.join(uncounted)}")] if uncounted else []
-    verdict: Verdict = "confirmed" if abs(worst) <= TOLERANCE else "contradicted"
-    # A count has no noise, so its interval is the number itself.
-    return finding((), text, verdict, problems, worst, (worst, worst), abs(worst))
-
-
 def slightly_over_two_thirds(evidence: Evidence) -> Finding:
     """G1: judge the counted ratio of FLOPs against the formula, at every rank of every model."""
-    ratios = _ratios(evidence.compute, FLOPS_COLUMNS)
-    return together([_as_formula(setting, rows) for setting, rows in each_setting(ratios)])
+    findings = []
+    for setting, rows in each_setting(_ratios(evidence.compute, FLOPS_COLUMNS)):
+        apart = rows["relative_difference"]
+        furthest = max(apart.dropna(), key=abs, default=math.nan)
+        ratios = ", ".join(
+            f"r{row['rank']} {row['flops_ratio']:.4f} (formula {row['formula']:.4f})"
+            for row in rows[apart.notna()].to_dict("records")
+        )
+        timed = rows.dropna(subset=["step_ratio"]).to_dict("records")
+        times = ", ".join(f"r{row['rank']} {row['step_ratio']:.2f}" for row in timed)
+        text = f"{setting}: FLOPs of LoRA / FullFT {ratios or 'not known'}; step time {times or 'not measured'}"
+        dearer = ", ".join(f"r{rank}" for rank in rows.loc[rows["flops_ratio"] > 1, "rank"])
+        text += f"; more FLOPs than FullFT at {dearer}" if dearer else ""
+        uncounted = ", ".join(f"r{rank}" for rank in rows.loc[apart.isna(), "rank"])
+        problems = [Problem(f"no count of FullFT or LoRA for {uncounted}")] if uncounted else []
+        verdict: Verdict = "confirmed" if abs(furthest) <= TOLERANCE else "contradicted"
+        # A count has no noise, so its interval is the number itself.
+        interval = (furthest, furthest)
+        findings.append(finding((), text, verdict, problems, furthest, interval, abs(furthest)))
+    return together(findings)
 
 
-G1 = Claim(
+G1 = _count(
     id="G1",
-    kind="count",
     statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
     criterion=(
         "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
@@ -83,7 +84,6 @@ G1 = Claim(
     needs="table compute: FullFT and LoRA in the same setting",
     paper_value="2/3 + 2R/N",
     unit="relative difference from the formula",
-    experiments=(),
     judge=slightly_over_two_thirds,
 )
 
@@ -138,11 +138,11 @@ G2 = Claim(
 def memory_of_fullft(evidence: Evidence) -> Finding:
     """G3: report the peak memory of a training step; the memory of sampling is not measured."""
     ratios = _ratios(evidence.compute, [*FLOPS_COLUMNS, "peak_mem_bytes"])
-    measured = []
-    for setting, rows in each_setting(ratios):
-        known = rows.dropna(subset=["memory_ratio"])
-        pairs = zip(known["rank"], 1 / known["memory_ratio"], strict=True)
-        measured += [f"{setting} r{rank} {ratio:.2f}" for rank, ratio in pairs]
+    measured = [
+        f"{setting} r{row['rank']} {1 / row['memory_ratio']:.2f}"
+        for setting, rows in each_setting(ratios)
+        for row in rows.dropna(subset=["memory_ratio"]).to_dict("records")
+    ]
     if not measured:
         raise UnjudgedError("not tested", "memory was not measured")
     raise UnjudgedError(
@@ -202,9 +202,8 @@ def parameter_counts(evidence: Evidence) -> Finding:
     return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
 
 
-E6 = Claim(
+E6 = _count(
     id="E6",
-    kind="count",
     statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
     figure="4 (table)",
     criterion=(
@@ -214,7 +213,6 @@ E6 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="0.49B, 0.25B, 0.70B, 0.24B",
     unit="parameters",
-    experiments=(),
     judge=parameter_counts,
 )
 
@@ -224,47 +222,37 @@ ACTIVE_EXPERTS = 8
 _MOE_PARTS = ("experts", "attention", "unembedding")
 
 
-def _expert_ratio(rank: int, share: pd.Series[float]) -> Finding:
-    """Judge M1 at one total rank, from LoRA's share of parameters by part of the model."""
-    missing = [part for part in _MOE_PARTS if part not in share]
-    if missing:
-        return Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted")
-    divided = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
-    # An expert's LoRA parameters are proportional to its rank.
-    undivided = {part: factor / ACTIVE_EXPERTS for part, factor in divided.items()}
-    furthest, other = (
-        max(factors.values(), key=lambda factor: abs(math.log(factor))) for factors in (divided, undivided)
-    )
-    strain = abs(math.log(furthest)) - abs(math.log(other))
-    shares = ", ".join(f"{part} {share[part]:.3%}" for part in _MOE_PARTS)
-    by_rule = [
-        ", ".join(f"{part} / experts {factor:.2f}" for part, factor in factors.items())
-        for factors in (divided, undivided)
-    ]
-    text = (
-        f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {shares}; {by_rule[0]}, and without the "
-        f"division {by_rule[1]}, which is {'further from' if strain <= 0 else 'nearer to'} 1"
-    )
-    return Finding("confirmed" if strain <= 0 else "contradicted", text, estimate=furthest, strain=strain)
-
-
 def expert_ratio(evidence: Evidence) -> Finding:
     """M1: judge LoRA's share of parameters in the experts against that in attention and the unembedding, by rank."""
     counts = _counts(evidence, "qwen3-30b-a3b")
     counts = counts[counts["part"].isin(_MOE_PARTS)]
     shares = counts.assign(share=counts["trainable_params"].astype(float) / counts["base_params"].astype(float))
-    findings = [
-        _expert_ratio(int(rank), rows.drop_duplicates("part").set_index("part")["share"])
-        for rank, rows in shares.groupby(shares["rank"].astype(int))
-    ]
+    findings = []
+    for rank, rows in shares.groupby(shares["rank"].astype(int)):
+        share = rows.drop_duplicates("part").set_index("part")["share"]
+        if missing := [part for part in _MOE_PARTS if part not in share]:
+            findings.append(Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted"))
+            continue
+        divided = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
+        # An expert's LoRA parameters are proportional to its rank.
+        rules = [divided, {part: factor / ACTIVE_EXPERTS for part, factor in divided.items()}]
+        furthest, other = (max(factors.values(), key=lambda factor: abs(math.log(factor))) for factors in rules)
+        strain = abs(math.log(furthest)) - abs(math.log(other))
+        texts = [", ".join(f"{part} / experts {factor:.2f}" for part, factor in factors.items()) for factors in rules]
+        text = (
+            f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: "
+            f"{', '.join(f'{part} {share[part]:.3%}' for part in _MOE_PARTS)}; {texts[0]}, and without the "
+            f"division {texts[1]}, which is {'further from' if strain <= 0 else 'nearer to'} 1"
+        )
+        verdict: Verdict = "confirmed" if strain <= 0 else "contradicted"
+        findings.append(Finding(verdict, text, estimate=furthest, strain=strain))
     if not findings:
         raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
     return together(findings)
 
 
-M1 = Claim(
+M1 = _count(
     id="M1",
-    kind="count",
     statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
     criterion=(
         "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
@@ -275,18 +263,8 @@ M1 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="the same, by dividing by the 8 active experts",
     unit="ratio",
-    experiments=(),
     judge=expert_ratio,
 )
-
-MATH_PROBLEMS = 10_000
-"""The number of problems in the paper's RL on MATH."""
-
-MATH_SAMPLES = 32
-"""The number of samples of each problem there."""
-
-MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
-"""The bits that RL on MATH gives at most, at 1 bit per episode."""
 
 FAR_MORE = 5.0
 """The ratio from which on there are far more parameters than bits; the paper has almost 10."""
@@ -299,9 +277,8 @@ def rank_1_holds_math(evidence: Evidence) -> Finding:
     rows = counts[rank_1].dropna(subset=["include_unembedding", "trainable_params"])
     by_unembedding = {bool(row["include_unembedding"]): int(row["trainable_params"]) for row in rows.to_dict("records")}
     if True not in by_unembedding:
-        raise UnjudgedError(
-            "not tested", "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
-        )
+        text = "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
+        raise UnjudgedError("not tested", text)
     findings = []
     for include, parameters in sorted(by_unembedding.items()):
         ratio = parameters / MATH_BITS
@@ -311,9 +288,8 @@ def rank_1_holds_math(evidence: Evidence) -> Finding:
     return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")
 
 
-F6 = Claim(
+F6 = _count(
     id="F6",
-    kind="count",
     statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
     criterion=(
         f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
@@ -323,7 +299,6 @@ F6 = Claim(
     needs="the table of parameter counts; no runs",
     paper_value="3M parameters for 320,000 bits, almost 10 times",
     unit="ratio",
-    experiments=(),
     judge=rank_1_holds_math,
 )
 

@@ -31,33 +31,23 @@ REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are re
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
-TRAJECTORY_STEPS = 50
-"""The number of steps over which equivalent runs are compared."""
+_claim = partial(Claim, kind="derivation", experiments=("parametrization",))
 
+# Bounds whose meaning the criteria say.
+TRAJECTORY_STEPS = 50
 IDENTICAL = 1e-5
-"""The difference of two training losses, in nats per token, below which they are numerically the same."""
+SLOPE_STEPS = 5
+STILL = 0.1
+TIME_BAND = (0.8, 1.2)
+MIN_TIMES = 3
+MIN_TIMES_RANGE = 4
 
 ZERO_EPS = 1e-12
 """The epsilon of Adam up to which it counts as 0, which the invariances assume."""
 
-SLOPE_STEPS = 5
-"""The number of steps over which the initial slope is taken."""
-
 SLOPE_BAND = (0.98, 1.02)
 """The ratios of two initial slopes that count as equal: the losses of equal first updates differ by rounding and by
 what little A has moved."""
-
-STILL = 0.1
-"""The movement of A, as a share of its initial norm, up to which A counts as still."""
-
-TIME_BAND = (0.8, 1.2)
-"""The exponents of the time until A has moved, against init_A / LR_A, that count as 1."""
-
-MIN_TIMES = 3
-"""The number of values of init_A / LR_A, at one update scale, that this exponent needs."""
-
-MIN_TIMES_RANGE = 4
-"""The factor between the largest and the smallest of these values that the exponent needs."""
 
 TIME_ERROR = 0.05
 """The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between
@@ -113,9 +103,8 @@ def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool
     return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
 
 
-C5 = Claim(
+C5 = _claim(
     id="C5",
-    kind="derivation",
     statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
     criterion=(
         "Runs with the same alpha * init_A * LR_B and the same init_A / LR_A, all else equal, have training losses "
@@ -125,15 +114,13 @@ C5 = Claim(
     ),
     needs=f"{_PAIRS}, that are equivalent, and some that are not",
     paper_value="exact; derived",
-    experiments=("parametrization",),
     judge=on_lora(equivalent_trajectories),
     fact=REDUNDANT,
     core=True,
 )
 
-C8 = Claim(
+C8 = _claim(
     id="C8",
-    kind="derivation",
     statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
     criterion=(
         "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
@@ -141,41 +128,9 @@ C8 = Claim(
     ),
     needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
     paper_value="exact; derived",
-    experiments=("parametrization",),
     judge=on_lora(partial(equivalent_trajectories, plus=True)),
     fact=REDUNDANT,
 )
-
-
-def _falls(lora: pd.DataFrame, curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the validation NLL before training minus that at the last point up to step SLOPE_STEPS, by run.
-
-    Training losses of single steps would not do: they differ more between batches than over so few updates.
-    """
-    losses = train_curves(lora[["run_id"]], curves, split="validation")
-    early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
-    points = early.agg(first=("step", "min"), last=("step", "max"), before=("value", "first"), after=("value", "last"))
-    points = points[(points["first"] == 0) & (points["last"] > 0)]
-    return (points["before"] - points["after"]).astype(float)
-
-
-def _slope_ratio(pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
-    """Judge one pair of configurations, over seeds."""
-    first = pair.iloc[0]
-    fast, slow = _named(first, "fast"), _named(first, "slow")
-    ratio = ratio_of_means(
-        pair["fast"].to_numpy(float), pair["slow"].to_numpy(float), f"r{first['rank']} {fast} / {slow}"
-    )
-    text = (
-        f"r{first['rank']} {fast}: {ratio.value:.3f} {fixed_interval(*ratio.interval(), 3)} of the fall of {slow} over "
-        f"{len(pair)} seeds"
-    )
-    a_moved = pair["run_id_fast"].map(moved).max()
-    if not math.isnan(a_moved):
-        text += f", A moved by {a_moved:.2g}"
-    problems = few_seeds(len(pair)) + ([Problem("the loss does not fall")] if math.isnan(ratio.value) else [])
-    run_ids = [*pair["run_id_fast"], *pair["run_id_slow"]]
-    return decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%")
 
 
 def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
@@ -183,7 +138,12 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     pairs = tenfold_pairs(lora)
     if pairs.empty:
         raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
-    falls = _falls(lora, curves)
+    # Validation losses, as training losses of single steps differ more between batches than over so few updates.
+    losses = train_curves(lora[["run_id"]], curves, split="validation")
+    early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
+    points = early.agg(first=("step", "min"), last=("step", "max"), before=("value", "first"), after=("value", "last"))
+    points = points[(points["first"] == 0) & (points["last"] > 0)]
+    falls = (points["before"] - points["after"]).astype(float)
     both = pairs.assign(fast=pairs["run_id_fast"].map(falls), slow=pairs["run_id_slow"].map(falls))
     both = both.dropna(subset=["fast", "slow"])
     if both.empty:
@@ -199,16 +159,27 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     )
     if not still:
         raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
-    findings = [_slope_ratio(pair, moved) for pair in still]
+    findings = []
+    for pair in still:
+        name = f"r{pair['rank'].iloc[0]} {_named(pair.iloc[0], 'fast')}"
+        slow = _named(pair.iloc[0], "slow")
+        ratio = ratio_of_means(pair["fast"].to_numpy(float), pair["slow"].to_numpy(float), f"{name} / {slow}")
+        interval = fixed_interval(*ratio.interval(), 3)
+        text = f"{name}: {ratio.value:.3f} {interval} of the fall of {slow} over {len(pair)} seeds"
+        a_moved = pair["run_id_fast"].map(moved).max()
+        if not math.isnan(a_moved):
+            text += f", A moved by {a_moved:.2g}"
+        problems = few_seeds(len(pair)) + ([Problem("the loss does not fall")] if math.isnan(ratio.value) else [])
+        run_ids = [*pair["run_id_fast"], *pair["run_id_slow"]]
+        findings.append(decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%"))
     # There may be dozens of pairs, so the reason counts their verdicts.
     counts = pd.Series([judged.verdict for judged in findings]).value_counts()
     verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
     return replace(together(findings), reason=f"{worst(findings).reason}; pairs in all: {verdicts}; {left_out}")
 
 
-C6 = Claim(
+C6 = _claim(
     id="C6",
-    kind="derivation",
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
     criterion=(
         f"The measure is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at "
@@ -220,7 +191,6 @@ C6 = Claim(
     needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
     paper_value="irrelevant while B is 0; derived",
     unit="ratio",
-    experiments=("parametrization",),
     judge=on_lora(same_initial_slope),
 )
 
@@ -250,6 +220,12 @@ def _time_cells(times: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(bound=cells["lowest"] + cells["highest"].where(cells["highest"] != cells["lowest"], 0))
 
 
+_LONGER = Remedy(
+    f"{MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE} at one alpha * init_A * LR_B, in runs "
+    "long enough for A to move by its own norm"
+)
+
+
 def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     """C7: judge the steps until A has moved by its own norm, as a power of init_A / LR_A at one update scale."""
     times = move_times(lora, curves)
@@ -277,28 +253,16 @@ def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
         f"{number}, {n_known} times and {len(compared) - n_known} bounds at {compared['group'].nunique()} update scales"
     )
     ids = [run_id for cell in compared["run_ids"] for run_id in cell]
-    problems = _time_problems(compared[compared["bound"] == 0])
+    problems = []
+    scales = compared[compared["bound"] == 0].groupby("group")["time_scale"].agg(["size", "min", "max"])
+    if not ((scales["size"] >= MIN_TIMES) & (scales["max"] >= MIN_TIMES_RANGE * scales["min"])).any():
+        needed = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
+        problems.append(Problem(needed, _LONGER))
     return decide(Within(*TIME_BAND), slope, text, ids, problems, "an exponent of 1 within a fifth")
 
 
-_LONGER = Remedy(
-    f"{MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE} at one alpha * init_A * LR_B, in runs "
-    "long enough for A to move by its own norm"
-)
-
-
-def _time_problems(known: pd.DataFrame) -> list[Problem]:
-    """Return the problem that no update scale has enough known times, if so."""
-    for _, scales in known.groupby("group")["time_scale"]:
-        if len(scales) >= MIN_TIMES and scales.max() >= MIN_TIMES_RANGE * scales.min():
-            return []
-    text = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
-    return [Problem(text, _LONGER)]
-
-
-C7 = Claim(
+C7 = _claim(
     id="C7",
-    kind="derivation",
     statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
     criterion=(
         "The measure is the exponent with which the steps until ||A - A0|| / ||A0|| reaches 1 grow with init_A / LR_A, "
@@ -314,7 +278,6 @@ C7 = Claim(
     ),
     paper_value="proportional; derived",
     unit="exponent",
-    experiments=("parametrization",),
     judge=on_lora(time_scale_of_a),
 )
 

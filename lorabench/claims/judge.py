@@ -1,4 +1,4 @@
-"""Judging claims: from the tidy tables to the table `claims`."""
+"""The catalogue of claims, and their judging: from the tidy tables to the table `claims`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,46 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims import (
+    across_models,
+    batch_size,
+    capacity,
+    compute,
+    invariance,
+    learning_curves,
+    learning_rate,
+    parametrization,
+    placement,
+    reinforcement,
+    rl_progress,
+)
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables, remarks_on
 from lorabench.utils.formats import count, parameters
+
+_MODULES = (
+    *(learning_curves, capacity, learning_rate, across_models, parametrization, invariance),
+    *(batch_size, placement, reinforcement, rl_progress, compute),
+)
+
+_FAMILIES = "ANBCDEMFGP"
+"""The families in the order of the table `claims`."""
+
+
+def _position(claim: Claim) -> tuple[int, str, int]:
+    # All claims on RL belong to family F.
+    family = "F" if claim.task == "rl" else claim.id[0]
+    return _FAMILIES.index(family), claim.id[0], int(claim.id[1:])
+
+
+CLAIMS: tuple[Claim, ...] = tuple(sorted((claim for module in _MODULES for claim in module.CLAIMS), key=_position))
+"""All claims, in the order of the table `claims`."""
+
+CORE = tuple(claim.id for claim in CLAIMS if claim.core)
+"""The ids of the core claims, in the order of CLAIMS."""
 
 
 def judge_claims(
@@ -136,24 +169,18 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
         judged = unjudged.finding
     if judged.verdict == "not tested":
         return judged, None
-    unmet = [
-        f"{condition.text} (here {instead}{in_presets(condition.presets)})"
-        for condition in claim.conditions
-        if (instead := condition.instead(evidence)) is not None
-    ]
+    unmet = []
+    for condition in claim.conditions:
+        if (instead := condition.instead(evidence)) is not None:
+            *others, last = condition.presets or ("",)
+            presets = f"the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
+            meeting = presets if condition.presets else "no shipped preset meets it"
+            unmet.append(f"{condition.text} (here {instead}; {meeting})")
     if not unmet:
         return judged, None
     missing = "; ".join(unmet)
     reason = f"it needs {missing}; measured here: {judged.reason}"
     return replace(judged, verdict="setting not met", reason=reason, favoured=None, hindered=None), missing
-
-
-def in_presets(presets: Sequence[str]) -> str:
-    """Return which shipped presets have a condition, as the end of a remark."""
-    if not presets:
-        return "; no shipped preset meets it"
-    *others, last = presets
-    return f"; the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

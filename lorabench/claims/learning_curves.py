@@ -1,17 +1,25 @@
-"""Claims A1, A2, A6, A7, A8 and B2: learning curves and final losses by rank."""
+"""Claims A1, A2, A6, A7, A8 and B2 on learning curves and final losses by rank, and C1 to C3 on the first steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves, scan
+from lorabench.analysis.curves import (
+    PAPER_RANK,
+    EarlyDifference,
+    PairedCurves,
+    early_difference,
+    inverse_rank_fit,
+    scan,
+)
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
@@ -21,6 +29,7 @@ from lorabench.claims.claim import (
     SWEEP,
     Claim,
     Evidence,
+    few_seeds,
     highest_and_full,
     judge_each,
     margin_problems,
@@ -30,13 +39,13 @@ from lorabench.claims.claim import (
 )
 from lorabench.claims.scope import (
     FULL_STEPS,
+    LONG,
+    NATURAL,
     every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
-    natural_text,
-    runs_of_steps,
     smallest_dataset,
     without_facts,
 )
@@ -45,13 +54,11 @@ from lorabench.utils.formats import fixed_interval
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-LONG = runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper"))
-"""The condition of the claims on learning curves: the paper's runs take thousands of steps."""
-
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
-NATURAL = natural_text(("overnight", "core", "paper"))
+long_claim = partial(Claim, experiments=("rank", "capacity"), conditions=(LONG,))
+"""A claim on whole learning curves."""
 
 AT_OPTIMUM = (
     f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "
@@ -60,11 +67,14 @@ AT_OPTIMUM = (
 )
 """How curves of arms are compared, for the criteria."""
 
+# Bounds whose meaning the criteria say.
 MIN_SHARE = 0.01
-"""The share of the steps at the start of a run that A1 leaves out."""
+MIN_GROWTH = 0.2
+FIRST_STEPS = 10
+SIGN_SEEDS = 5
 
 WINDOWS = 6
-"""The number of windows of steps, equally long on a logarithmic axis, in which A1 and A2 average a curve."""
+"""The number of windows of steps, equally long on a logarithmic axis, in which A1, A2 and C1 average a curve."""
 
 MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
@@ -89,7 +99,7 @@ def same_curve(comparison: Comparison) -> Finding:
     )
 
 
-A1 = Claim(
+A1 = long_claim(
     id="A1",
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
@@ -100,35 +110,13 @@ A1 = Claim(
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), same_curve),
-    conditions=(LONG,),
     core=True,
 )
 
 
-def bends(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return how far the middle of each curve lies below its chord, as a share of the fall.
-
-    Both are those of the least-squares parabola in log(step).
-
-    Args:
-        curves: means of equally wide windows of log(step): a row for the middle of each window (index) and a column for
-            each seed; four rows or more.
-    """
-    x = np.log10(curves.index.to_numpy(float))
-    # The windows reach half of their width beyond the first and the last middle.
-    width = float(np.ptp(x)) * len(x) / (len(x) - 1)
-    shares = {}
-    for seed in curves:
-        curvature, slope, _ = np.polyfit(x - (x.min() + x.max()) / 2, curves[seed].to_numpy(float), 2)
-        # The middle of a parabola lies c width^2 / 4 below its chord.
-        shares[seed] = curvature * width**2 / 4 / (-slope * width)
-    return pd.Series(shares, dtype=float)
-
-
 def _straight(comparison: Comparison, arm: Arm) -> Finding:
-    """Judge whether the learning curve of one arm is straight in the second half of its range of log(step)."""
+    """Judge how far the middle of an arm's curve lies below its chord in the second half of its range of log(step)."""
     label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
     curve = curves_at_optimum(comparison, arm).dropna()
     if curve.empty:
@@ -139,7 +127,15 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     # Each window counts at its geometric middle.
     means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
     slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
-    bend = mean_over_seeds(bends(means), f"{comparison.label} {label} bend")
+    x = np.log10(means.index.to_numpy(float))
+    # The windows reach half of their width beyond the first and the last middle.
+    width = float(np.ptp(x)) * len(x) / (len(x) - 1)
+    bends = []
+    for seed in means:
+        curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, means[seed].to_numpy(float), 2)
+        # The middle of a parabola lies c width^2 / 4 below its chord.
+        bends.append(curvature * width**2 / 4 / (-slope_at_middle * width))
+    bend = mean_over_seeds(bends, f"{comparison.label} {label} bend")
     text = (
         f"{label} falls by {-slope.value:.3g} nats per tenfold steps from step {math.ceil(means.index.min())} on, its "
         f"middle lies {bend.value:.3f} {fixed_interval(*bend.interval(), 3)} of the fall below the chord, "
@@ -163,7 +159,7 @@ def linear_in_log_steps(comparison: Comparison) -> Finding:
     return together([_straight(comparison, arm) for arm in reversed(highest_and_full(comparison))])
 
 
-A2 = Claim(
+A2 = long_claim(
     id="A2",
     statement="The loss falls linearly with the logarithm of the number of steps",
     figure="1",
@@ -175,9 +171,7 @@ A2 = Claim(
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="linear; no number",
     unit="share of the fall",
-    experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), linear_in_log_steps),
-    conditions=(LONG,),
 )
 
 
@@ -198,13 +192,9 @@ def _gaps_in_margins(datasets: Sequence[Comparison]) -> Finding:
         own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
         problems += named_problems(own_problems, f"{comparison.label}:")
         run_ids += comparison.run_ids(arms)
-
-    def weaker_side(*gaps: np.ndarray) -> np.ndarray:
-        stacked = np.array(gaps)
-        return np.asarray(np.minimum(stacked.max(0), -stacked.min(0)))
-
+    weaker_side = combined(lambda *both: np.minimum(np.array(both).max(0), -np.array(both).min(0)), *gaps)
     rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in datasets)
-    return decide(Above(1.0), combined(weaker_side, *gaps), "; ".join(texts), run_ids, problems, rule)
+    return decide(Above(1.0), weaker_side, "; ".join(texts), run_ids, problems, rule)
 
 
 def better_and_worse(evidence: Evidence) -> Finding:
@@ -301,4 +291,139 @@ A8 = Claim(
     judge=over(learning(longest_run), rank_1_worse),
 )
 
-CLAIMS = (A1, A2, A6, A7, A8, B2)
+EARLY_STEPS = 100
+"""The number of steps that count as early; the paper gives no number."""
+
+_early_claim = partial(Claim, figure="early curves", experiments=("early",))
+
+
+def _early(
+    comparison: Comparison, seeds: int, first_steps: float = math.inf
+) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
+    """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
+
+    Returns:
+        The difference, its curves, what it is a difference of, and what speaks against a verdict; a verdict needs a
+        number of seeds.
+    """
+    if not comparison.lora:
+        raise UnjudgedError("not tested", "no LoRA on all layers")
+    early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
+    if early is None:
+        raise UnjudgedError("inconclusive", "no two ranks above 1 with training losses at one LR and seed")
+    if early.low < PAPER_RANK:
+        ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
+        raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
+    ranks = f"r{early.low} - r{early.high}"
+    curves = PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, f"{comparison.label} {ranks}")
+    problems = few_seeds(early.n_seeds, needed=seeds)
+    if early.n_diverged:
+        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
+
+
+def same_early_curves(comparison: Comparison) -> Finding:
+    """C1: judge the difference of two ranks on the same batches in windows of steps."""
+    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    windows = curves.windows(WINDOWS)
+    if not windows:
+        raise UnjudgedError("not tested", "no training losses after the first update")
+    margin = comparison.margin
+    judged = scan(
+        lambda _: Within.margin(margin.value),
+        curves,
+        windows,
+        lambda gap: f"{name} = {nats(gap)}, {early.n_seeds} seeds",
+        [*problems, *margin_problems(margin)],
+        margin.rule,
+    )
+    factor, explained = inverse_rank_fit(early.by_inverse_rank)
+    if math.isnan(factor):
+        return judged
+    pairs = ", ".join(
+        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
+        for row in early.by_inverse_rank.to_dict("records")
+    )
+    text = (
+        f"; over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
+        f"{explained:.0%} of its squares ({pairs})"
+    )
+    return replace(judged, reason=judged.reason + text)
+
+
+C1 = _early_claim(
+    id="C1",
+    statement="Early in training, learning curves at one LR are the same for all ranks",
+    criterion=(
+        f"The difference is the training NLL of the lowest rank of {PAPER_RANK} or more minus that of the highest rank "
+        "(16 and 256 in the paper), at one LR and on the same batches. Its mean over seeds is 0 within the margin in "
+        f"each of {WINDOWS} windows of steps 2 to {EARLY_STEPS}, which are equally long in log(step). The reason also "
+        "gives how the differences of all pairs of ranks go with 1/r1 - 1/r2"
+    ),
+    needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
+    paper_value="nearly on top of each other; no number",
+    judge=over(every_dataset, same_early_curves),
+    core=True,
+)
+
+
+def difference_grows(comparison: Comparison) -> Finding:
+    """C2: judge the slope of each seed's difference of two ranks against log step, as a share of the mean of all.
+
+    The difference keeps its sign: the absolute value of a difference that is small beside its noise does not grow.
+    """
+    early, curves, name, problems = _early(comparison, MIN_SEEDS)
+    apart = early.by_seed[early.by_seed.index > 1]
+    mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
+    growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), f"{curves.name} growth")
+    text = (
+        f"{name}, {nats(mean)} on average, grows by {growth.value:.0%} "
+        f"{fixed_interval(*growth.interval(), 2)} of that per tenfold steps, {growth.n_seeds} seeds"
+    )
+    if mean.known and mean.interval()[0] <= 0 <= mean.interval()[1]:
+        problems.append(Problem("no difference that surely is one, which could grow", Remedy("more seeds")))
+    if apart.empty or apart.index.max() <= FIRST_STEPS:
+        problems.append(Problem(f"no more than {FIRST_STEPS} steps", Remedy("longer runs")))
+    rule = f"{MIN_GROWTH:.0%} of the mean difference per tenfold steps"
+    return decide(Above(MIN_GROWTH), growth, text, early.run_ids, problems, rule)
+
+
+C2 = _early_claim(
+    id="C2",
+    statement="The difference of early curves grows with time",
+    criterion=(
+        "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
+        "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
+        f"above 0 by {MIN_GROWTH:g}"
+    ),
+    needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
+    paper_value="grows; no number",
+    unit="share of the mean per tenfold steps",
+    judge=over(every_dataset, difference_grows),
+)
+
+
+def difference_negative_at_first(comparison: Comparison) -> Finding:
+    """C3: judge the mean difference of two ranks over the first steps, over seeds."""
+    early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    [mean] = curves.means([(2, FIRST_STEPS)])
+    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
+    if early.by_seed.index.max() < FIRST_STEPS:
+        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
+    return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
+
+
+C3 = _early_claim(
+    id="C3",
+    kind="opinion",
+    statement="In the first few steps the lower rank has a slightly lower loss",
+    criterion=(
+        f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS} and at least {SIGN_SEEDS} seeds, is below "
+        "0, within an upper margin of 0"
+    ),
+    needs=f"as C1; {SIGN_SEEDS} seeds",
+    paper_value="negative, tiny; no number",
+    judge=over(every_dataset, difference_negative_at_first),
+)
+
+CLAIMS = (A1, A2, A6, A7, A8, B2, C1, C2, C3)

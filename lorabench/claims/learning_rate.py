@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from lorabench.analysis.lr_ratio import at_end, at_step, coupled, fitted, measur
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over
-from lorabench.claims.scope import FULL_STEPS, every_dataset, runs_of_steps
+from lorabench.claims.scope import FULL_STEPS, LONG, every_dataset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -29,8 +30,11 @@ from lorabench.store.tables import Tables
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
 
+# Bounds whose meaning the criteria say.
 LOW_RANK = 4
-"""The rank from which the optimal LR is nearly the same at all ranks."""
+HIGH_RANK = 16
+SHORT_STEPS = (50, 100)
+SHORT_RATIO = 15.0
 
 SAME_FACTOR = 2.0
 """The factor between two optimal LRs up to which the paper calls them nearly the same."""
@@ -38,21 +42,14 @@ SAME_FACTOR = 2.0
 LEAST_SHIFT = 1.25
 """The least factor by which rank 1's optimal LR is lower: in published sweeps of Qwen3-30B-A3B it is 1.2 to 2.4."""
 
-HIGH_RANK = 16
-"""The rank from which a rank counts as high beside rank 1."""
-
-SHORT_STEPS = (50, 100)
-"""The lengths, in steps, that count as short."""
-
-SHORT_RATIO = 15.0
-"""The ratio of optimal LRs that the paper gives for short runs."""
-
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""
 
 _SEEDS = "further seeds at the LRs around the optimum"
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
+
+_claim_on_ranks = partial(Claim, figure="2", unit="ratio", experiments=("rank",), core=True)
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
@@ -69,21 +66,17 @@ def lr_ratio_ten(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
-B1 = Claim(
+B1 = _claim_on_ranks(
     id="B1",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
-    figure="2",
     criterion=(
         "In every comparison the fitted optimal LR of the highest rank, over that of FullFT, is "
         f"{PAPER_RATIO:g} within a factor that is the margin, {_FACTOR}"
     ),
     needs=f"{SWEEP}; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, lr_ratio_ten),
     fact=LR_RATIO,
-    core=True,
 )
 
 
@@ -97,20 +90,16 @@ def lr_independent_of_rank(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, arms[max(arms)], arms[min(arms)], rule, margin_rule)
 
 
-B3 = Claim(
+B3 = _claim_on_ranks(
     id="B3",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
-    figure="2",
     criterion=(
         f"In every comparison the fitted optimal LR of the highest rank is that of the lowest rank from {LOW_RANK} "
         f"up, within a factor of {SAME_FACTOR:g}"
     ),
     needs=f"LoRA on all layers at two or more ranks from {LOW_RANK} up, each with an LR grid; {_SEEDS}",
     paper_value="less than 2 from rank 4 to 512",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, lr_independent_of_rank),
-    core=True,
 )
 
 
@@ -126,20 +115,16 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
     return replace(worst(judged), run_ids=tuple(sorted(comparison.run_ids([rank_1, *others]))))
 
 
-B4 = Claim(
+B4 = _claim_on_ranks(
     id="B4",
     statement="Rank 1 has a lower optimal LR than high ranks",
-    figure="2",
     criterion=(
         f"In every comparison the fitted optimal LR of each rank from {HIGH_RANK} up, or else of the highest rank, is "
         f"above that of rank 1 by a factor of {LEAST_SHIFT:g}"
     ),
     needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
     paper_value="lower; no number",
-    unit="ratio",
-    experiments=("rank",),
     judge=over(every_dataset, rank_1_lower_lr),
-    core=True,
 )
 
 
@@ -154,35 +139,27 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
     [full] = comparisons(at_end(runs), comparison.curves, judging)
+    ratio, factor = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
+    growing = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
     for step in lengths:
-        short = comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)
-        if not short or short[0].highest is None or short[0].fullft is None:
+        short = next(iter(comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)), None)
+        if short is None or short.highest is None or short.fullft is None:
             findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
-        else:
-            findings += _at_length(short[0], full, step)
+            continue
+        arms = [short.highest, short.fullft]
+        at_length = judge_ratio(short, short.highest, short.fullft, ratio, factor)
+        findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
+        labels = arm_label(short.highest), arm_label(short.fullft)
+        log_ratios = short.fit.log_ratio(*labels), full.fit.log_ratio(*labels)
+        growth = combined(np.subtract, *coupled(short, full, *log_ratios, short.label))
+        problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
+        problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
+        text = f"ratio at step {step} over that at the end {in_words(growth)}"
+        findings.append(as_ratio(decide(growing[0], growth, text, short.run_ids(arms), problems, growing[1])))
     decisive = together(findings)
     length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
-
-
-def _at_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
-    """Judge the ratio at a step, and the ratio there over that at the end of the same runs."""
-    lora, fullft = highest_and_full(short)
-    labels = arm_label(lora), arm_label(fullft)
-    at_length = judge_ratio(short, lora, fullft, *ratio_rule(SHORT_RATIO, short.judging.margins.lr_factor))
-    growth = combined(
-        np.subtract, *coupled(short, full, short.fit.log_ratio(*labels), full.fit.log_ratio(*labels), short.label)
-    )
-    problems = [
-        problem
-        for when, comparison in ((f"at step {step}", short), ("at the end", full))
-        for problem in named_problems(comparison.problems(highest_and_full(comparison), resolved=True), when)
-    ]
-    rule, margin_rule = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
-    text = f"ratio at step {step} over that at the end {in_words(growth)}"
-    grown = as_ratio(decide(rule, growth, text, short.run_ids([lora, fullft]), problems, margin_rule))
-    return [replace(at_length, reason=f"at step {step} {at_length.reason}"), grown]
 
 
 B9 = Claim(
@@ -208,12 +185,12 @@ B9 = Claim(
     unit="ratio",
     experiments=("short_run",),
     judge=over(every_dataset, short_runs_want_more),
-    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(LONG,),
     fact=LR_RATIO,
 )
 
 
-def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool) -> Claim:
+def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool = True) -> Claim:
     def judge(evidence: Evidence) -> Finding:
         predictions = evidence.judging.predictions.lr_ratio
         if getattr(predictions, theory) is None:
@@ -253,49 +230,44 @@ def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, f
     )
 
 
-P1 = _claim(
-    "P1",
-    "movement",
-    "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
-    "none: a theory of this project",
-    "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
-    True,
-)
-
-P2 = _claim(
-    "P2",
-    "scale",
-    "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
-    "none: a theory of this project",
-    "for which length and batch size do not matter",
-    True,
-)
-
-P3 = _claim(
-    "P3",
-    "fixed_lora",
-    "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
-    "none: from published sweeps of others",
-    "which speaks of alpha 32, 50 steps and batch size 8",
-    True,
-)
-
-P4 = _claim(
-    "P4",
-    "constant",
-    "The LR ratio is 10 at every width, length and batch size",
-    "10 (fit over 14 models: 9.8)",
-    "the paper's number in conditions that the paper does not have, at alpha 32",
-    False,
-)
-
-P5 = _claim(
-    "P5",
-    "naive",
-    "The LR ratio is half of the width over alpha",
-    "hidden size / (2 alpha), which the paper finds contradicted",
-    "from the paper's naive derivation",
-    False,
+_THEORIES = (
+    _claim(
+        "P1",
+        "movement",
+        "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
+        "none: a theory of this project",
+        "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
+    ),
+    _claim(
+        "P2",
+        "scale",
+        "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
+        "none: a theory of this project",
+        "for which length and batch size do not matter",
+    ),
+    _claim(
+        "P3",
+        "fixed_lora",
+        "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
+        "none: from published sweeps of others",
+        "which speaks of alpha 32, 50 steps and batch size 8",
+    ),
+    _claim(
+        "P4",
+        "constant",
+        "The LR ratio is 10 at every width, length and batch size",
+        "10 (fit over 14 models: 9.8)",
+        "the paper's number in conditions that the paper does not have, at alpha 32",
+        fits=False,
+    ),
+    _claim(
+        "P5",
+        "naive",
+        "The LR ratio is half of the width over alpha",
+        "hidden size / (2 alpha), which the paper finds contradicted",
+        "from the paper's naive derivation",
+        fits=False,
+    ),
 )
 
 
@@ -310,10 +282,10 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED, *P1.columns}
+    needed = {*NEEDED, *_THEORIES[0].columns}
     if not needed <= set(tables.runs.columns):
         return
-    runs = tables.runs[in_experiments(tables.runs, P1.experiments) & ~is_rl(tables.runs)]
+    runs = tables.runs[in_experiments(tables.runs, _THEORIES[0].experiments) & ~is_rl(tables.runs)]
     if runs.empty or "experiments" not in runs:
         return
     known = predictions or DEFAULT_PREDICTIONS
@@ -322,4 +294,4 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
     write_csv(prediction_table(ratios, known.lr_ratio), out / "predictions.csv")
 
 
-CLAIMS = (B1, B3, B4, B9, P1, P2, P3, P4, P5)
+CLAIMS = (B1, B3, B4, B9, *_THEORIES)

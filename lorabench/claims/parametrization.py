@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -30,25 +30,21 @@ from lorabench.analysis.invariances import (
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lora, over, unconfirmed
-from lorabench.claims.scope import FULL_STEPS, Scoped, runs_of_steps
+from lorabench.claims.scope import LONG, Scoped
 from lorabench.utils.formats import fixed_interval
 
+# Bounds whose meaning the criteria say.
 FLAT_BAND = (0.95, 1.05)
-"""The ratios of two first descents that count as equal."""
-
 HALF = 0.5
-"""The share of layers above which B has the larger norm in most layers."""
-
 MAJORITY = 0.1
-"""The least excess of the share of layers over a half that matters."""
-
 GROWTH = 1.1
-"""The least growth of the effective LR that matters."""
 
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
 
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
+
+_derivation = partial(Claim, kind="derivation", unit="ratio", experiments=("parametrization",))
 
 
 def _flat(rows: pd.DataFrame) -> Finding:
@@ -96,9 +92,8 @@ def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> F
     return together([_by_rule(group) for group in comparable])
 
 
-C4 = Claim(
+C4 = _derivation(
     id="C4",
-    kind="derivation",
     statement="The factor 1/r makes the expected first update independent of rank",
     criterion=(
         "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
@@ -110,24 +105,19 @@ C4 = Claim(
         f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
     ),
     paper_value="equal; derived",
-    unit="ratio",
-    experiments=("parametrization",),
     judge=on_lora(first_update_rank_independent),
 )
 
 
 def _best_variant(comparison: Comparison, standard: Arm, variants: Sequence[Arm]) -> Finding:
-    """Judge every variant of one setting by itself; the worst finding decides."""
-    judged = together(
-        [comparison.judge_gap(lambda margin: Within(-margin, math.inf), variant, standard) for variant in variants]
-    )
+    gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
     remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
     missing = [
         Problem(f"no variant of {name}", remedy)
         for name in ("alpha", "lr_ratio")
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
     ]
-    return unconfirmed(judged, missing)
+    return unconfirmed(together(gaps), missing)
 
 
 def standard_near_optimal(evidence: Evidence) -> Finding:
@@ -142,15 +132,13 @@ def standard_near_optimal(evidence: Evidence) -> Finding:
         for arm in comparison.arms:
             settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
         for arms in settings.values():
-            is_variant = [any(arm[name] not in (None, value) for name, value in STANDARD.items()) for arm in arms]
-            standard = [arm for arm, differs in zip(arms, is_variant, strict=True) if not differs]
-            variants = [arm for arm, differs in zip(arms, is_variant, strict=True) if differs]
+            standard = [arm for arm in arms if all(arm[name] in (None, value) for name, value in STANDARD.items())]
+            variants = [arm for arm in arms if arm not in standard]
             if standard and variants:
                 named.append((comparison.label, (comparison, standard[0], variants)))
     if not named:
-        raise UnjudgedError(
-            "not tested", "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
-        )
+        text = "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
+        raise UnjudgedError("not tested", text)
     return judge_each(named, lambda setting: _best_variant(*setting))
 
 
@@ -180,9 +168,9 @@ def most_examples(comparisons: list[Comparison]) -> list[Scoped]:
             sized.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), comparison))
     return [
         (comparison, f" (longest runs, {comparison.runs['steps'].iloc[0]} steps)")
-        for of_model in sized.values()
-        for seen, comparison in of_model
-        if seen == max(size for size, _ in of_model)
+        for by_size in sized.values()
+        for seen, comparison in by_size
+        if seen == max(size for size, _ in by_size)
     ]
 
 
@@ -225,67 +213,59 @@ C10 = Claim(
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     judge=over(most_examples, b_outgrows_a),
-    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(LONG,),
 )
-
-
-def _growth_by_control(pairs: pd.DataFrame) -> Finding:
-    """Judge one LR and rank against its control, over seeds."""
-    first = pairs.iloc[0]
-    name = f"growth r{first['rank']} LR {first['lr_fast']:g} over LR {first['lr_slow']:g}"
-    growth = mean_over_seeds(np.log(pairs["growth"]), name)
-    text = (
-        f"r{first['rank']} LR {first['lr_fast']:g}: change of W at step {first['step']} over the first is "
-        f"{in_words(growth)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(pairs)} seeds"
-    )
-    run_ids, rule = [*pairs["run_id_fast"], *pairs["run_id_slow"]], Above(math.log(GROWTH))
-    return as_ratio(decide(rule, growth, text, run_ids, few_seeds(len(pairs)), f"a factor of {GROWTH:g}"))
-
-
-def _growth_by_itself(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
-    """Judge one rank at its optimum without a control, from the size of each step by run; it is never contradicted."""
-    last = max(sizes[next(iter(sizes))].index)
-    # On a log axis these are the later half of the steps.
-    logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in sizes.values()]
-    growth = mean_over_seeds(logs, f"growth {label}")
-    text = (
-        f"{label}: change of W per step over the LR is {in_words(growth)} times that of the first step from step "
-        f"{math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
-    )
-    problems, rule = few_seeds(len(sizes), "seeds"), Above(math.log(GROWTH))
-    judged = decide(rule, growth, text, sizes, problems, f"a factor of {GROWTH:g}")
-    if judged.verdict == "contradicted":
-        reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
-        judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
-    return as_ratio(without(judged, "contradicted"))
 
 
 def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     """C11: judge the change of W by one step against runs in which A is still, or else against the first step."""
+    rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
     sizes = step_sizes(lora, curves)
     first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
     by_itself = []
     for arm, rows in each_arm(first_half):
         by_run = {run_id: steps.set_index("step")["size"] for run_id, steps in rows.groupby("run_id")}
         by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
-        if by_run:
-            by_itself.append(_growth_by_itself(arm_label(arm), by_run))
+        if not by_run:
+            continue
+        # Without a control: from the size of each step by run. On a log axis these are the later half of the steps.
+        last = max(by_run[next(iter(by_run))].index)
+        logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in by_run.values()]
+        alone = mean_over_seeds(logs, f"growth {arm_label(arm)}")
+        text = (
+            f"{arm_label(arm)}: change of W per step over the LR is {in_words(alone)} times that of the first step "
+            f"from step {math.ceil(math.sqrt(last))} to {last}, {len(by_run)} seeds"
+        )
+        judged = decide(rule, alone, text, map(str, by_run), few_seeds(len(by_run), "seeds"), margin_rule)
+        if judged.verdict == "contradicted":
+            reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
+            judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
+        by_itself.append(as_ratio(without(judged, "contradicted")))
     growth = update_growth(fixed_a_controls(lora), curves)
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    controlled = [_growth_by_control(pairs) for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False)]
+    controlled = []
+    for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False):
+        first = pairs.iloc[0]
+        rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
+        over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")
+        text = (
+            f"r{rank} {fast}: change of W at step {first['step']} over the first is {in_words(over_control)} times "
+            f"that with LR_A {slow} and the same LR_B, {len(pairs)} seeds"
+        )
+        run_ids, problems = [*pairs["run_id_fast"], *pairs["run_id_slow"]], few_seeds(len(pairs))
+        controlled.append(as_ratio(decide(rule, over_control, text, run_ids, problems, margin_rule)))
     if not controlled and not by_itself:
         raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
     decided = together(controlled or by_itself)
     if not controlled or not by_itself:
         return decided
     uncorrected = together(by_itself)
-    run_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
-    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
+    all_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
+    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=all_ids)
 
 
-C11 = Claim(
+C11 = _derivation(
     id="C11",
-    kind="derivation",
     statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
     criterion=(
         "With a control: the norm of the change of W by one step at the last recorded step, relative to the first "
@@ -297,8 +277,6 @@ C11 = Claim(
     ),
     needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
     paper_value="grows; derived",
-    unit="ratio",
-    experiments=("parametrization",),
     judge=on_lora(effective_lr_grows),
 )
 

@@ -14,13 +14,13 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.claims.claim import Claim, Evidence, doubted, over
 from lorabench.claims.reinforcement import (
-    CONDITIONS,
     LEARNED,
     alike,
     if_learned,
     over_problems,
     overshoot,
     peak_problems,
+    rl_claim,
 )
 from lorabench.claims.scope import Scoped, every_dataset
 
@@ -55,25 +55,19 @@ _SAME = (
 _FACT = "LoRA on attention alone is worse than on the MLP"
 
 
-def with_experts(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose the mixtures of experts, by the column `family`."""
-    return _by_experts(comparisons, True, "no mixture of experts among these runs")
-
-
-def dense(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose the models without experts."""
-    return _by_experts(comparisons, False, "no dense model among these runs")
-
-
-def _by_experts(comparisons: list[Comparison], experts: bool, otherwise: str) -> list[Scoped]:
+def _with_experts(experts: bool, comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose the mixtures of experts, by the column `family`, or the models without experts."""
     chosen: list[Scoped] = []
     for comparison in comparisons:
         families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
         if bool(families.str.endswith("moe").any()) == experts:
             chosen.append((comparison, ""))
     if not chosen:
-        raise UnjudgedError("not tested", otherwise)
+        raise UnjudgedError("not tested", f"no {'mixture of experts' if experts else 'dense model'} among these runs")
     return chosen
+
+
+mixtures, dense = partial(_with_experts, True), partial(_with_experts, False)
 
 
 def tiny_dataset(comparisons: list[Comparison]) -> list[Scoped]:
@@ -88,21 +82,16 @@ def tiny_dataset(comparisons: list[Comparison]) -> list[Scoped]:
     return chosen
 
 
-def _count(comparison: Comparison, arm: Arm) -> int:
-    counts = comparison.rows[arm_label(arm)]["trainable_params"].dropna().unique()
-    if len(counts) != 1:
-        raise UnjudgedError("inconclusive", f"{arm_label(arm)}: {len(counts)} parameter counts in the runs table")
-    return int(counts[0])
-
-
-def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
-    """Return the arms on attention and on the MLP nearest in parameter count, and a text with their counts.
-
-    A pair in which attention has at least as many parameters is preferred: a lack of them can't explain its loss.
-    """
+def attention_worse(comparison: Comparison) -> Finding:
+    """E1, E7: judge the loss of LoRA on attention minus that on the MLP at about equal parameter counts."""
     attn, mlp = comparison.placed("attn"), comparison.placed("mlp")
     require(("LoRA on attention", next(iter(attn.values()), None)), ("LoRA on the MLP", next(iter(mlp.values()), None)))
-    counts = {arm_label(arm): _count(comparison, arm) for arm in (*attn.values(), *mlp.values())}
+    counts: dict[str, int] = {}
+    for label in map(arm_label, (*attn.values(), *mlp.values())):
+        known = comparison.rows[label]["trainable_params"].dropna().unique()
+        if len(known) != 1:
+            raise UnjudgedError("inconclusive", f"{label}: {len(known)} parameter counts in the runs table")
+        counts[label] = int(known[0])
 
     def excess(pair: tuple[Arm, Arm]) -> float:
         on_attn, on_mlp = (counts[arm_label(arm)] for arm in pair)
@@ -111,21 +100,13 @@ def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
     pairs = list(product(attn.values(), mlp.values()))
     nearest = min(pairs, key=lambda pair: abs(excess(pair)))
     if abs(excess(nearest)) > MAX_COUNT_DIFFERENCE:
-        labels = " and ".join(arm_label(arm) for arm in nearest)
-        raise UnjudgedError(
-            "inconclusive",
-            f"no arms of about equal parameter counts: the nearest, {labels}, differ by {abs(excess(nearest)):.0%}",
-        )
-    stricter = [pair for pair in pairs if 0 <= excess(pair) <= MAX_COUNT_DIFFERENCE]
-    chosen = min(stricter, key=excess, default=nearest)
-    return *chosen, " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen) + " parameters"
-
-
-def attention_worse(comparison: Comparison) -> Finding:
-    """E1, E7: judge the loss of LoRA on attention minus that on the MLP at about equal parameter counts."""
-    attn, mlp, counts = _equal_pair(comparison)
-    judged = comparison.worse(attn, mlp)
-    return replace(judged, reason=f"{judged.reason} ({counts})")
+        apart = f"{' and '.join(map(arm_label, nearest))}, differ by {abs(excess(nearest)):.0%}"
+        raise UnjudgedError("inconclusive", f"no arms of about equal parameter counts: the nearest, {apart}")
+    # Attention with at least as many parameters is preferred: a lack of them can't explain its loss.
+    chosen = min((pair for pair in pairs if 0 <= excess(pair) <= MAX_COUNT_DIFFERENCE), key=excess, default=nearest)
+    judged = comparison.worse(*chosen)
+    numbers = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen)
+    return replace(judged, reason=f"{judged.reason} ({numbers} parameters)")
 
 
 E1 = Claim(
@@ -184,13 +165,12 @@ E2 = Claim(
 )
 
 Part = Callable[[Comparison], Finding]
-"""One part of a claim, as the function that judges it on one comparison."""
+"""One part of E3, E4 and E5, as the function that judges it on one comparison."""
 
 PARTS: dict[str, Part] = {
     "attention against the MLP": attention_worse,
     "the MLP against all layers": attention_adds_nothing,
 }
-"""The two parts of E3, E4 and E5 by name: attention alone is worse, and it adds nothing to the MLP."""
 
 
 def in_parts(over_all: Callable[[Part], Callable[[Evidence], Finding]]) -> Callable[[Evidence], Finding]:
@@ -226,7 +206,7 @@ E3 = Claim(
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     experiments=("placement",),
-    judge=in_parts(partial(over, with_experts)),
+    judge=in_parts(partial(over, mixtures)),
     columns=("trainable_params", "family"),
 )
 
@@ -253,7 +233,7 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     return over_problems(judge, at_best=True)
 
 
-E5 = Claim(
+E5 = rl_claim(
     id="E5",
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
@@ -273,8 +253,6 @@ E5 = Claim(
     experiments=("placement_rl",),
     judge=in_parts(_in_rl),
     columns=("base_reward", "best_reward", "trainable_params"),
-    task="rl",
-    conditions=CONDITIONS,
 )
 
 CLAIMS = (E1, E2, E3, E4, E5, E7)

@@ -8,7 +8,7 @@ that of full fine-tuning lies below the margin; a better LoRA matches too. In RL
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -139,9 +139,8 @@ class MeasuredRecipe:
         They ascend in batch size; of several lengths at one batch size, the longest is taken.
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        for recommendation in sorted(
-            self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0)
-        ):
+        in_order = sorted(self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0))
+        for recommendation in in_order:
             setting = recommendation.setting
             groups.setdefault((setting.task, setting.model, setting.dataset), {})[setting.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
@@ -165,26 +164,30 @@ def measured_recipe(
     """
     recommendations: list[RankRecommendation] = []
     placements: list[PlacementChoice] = []
-    for standard in _standard(runs):
-        on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
-        for comparison in _tuned(on_all_layers, curves, judging):
-            if comparison.fullft and comparison.lora:
-                recommendations.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
-        for comparison in _tuned(standard, curves, judging):
-            parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
-            if comparison.lora and parts:
-                placements.append(_placements(comparison, list(comparison.lora.values()), parts))
-    return MeasuredRecipe(tuple(recommendations), tuple(placements))
-
-
-def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Yield the runs of each task in the paper's parametrization; runs of RL have error rates as losses."""
     rl = is_rl(runs)
     by_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in by_task.items():
-        if len(chosen) and set(NEEDED_BY[task]) <= set(chosen.columns):
-            standard = with_all_columns(chosen[is_standard(chosen)], "runs")
-            yield rewarded_errors(standard) if task == "rl" else standard
+        if chosen.empty or not set(NEEDED_BY[task]) <= set(chosen.columns):
+            continue
+        standard = with_all_columns(chosen[is_standard(chosen)], "runs")
+        standard = rewarded_errors(standard) if task == "rl" else standard
+        on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
+        for comparison in _tuned(on_all_layers, curves, judging):
+            if comparison.fullft and comparison.lora:
+                recommendations.append(_recommendation(comparison, comparison.fullft))
+        for comparison in _tuned(standard, curves, judging):
+            by_placement = [list(comparison.placed(name).values()) for name in ("all", "mlp", "attn")]
+            if by_placement[0] and any(by_placement[1:]):
+                minima = comparison.fit.minima
+                # Each placement is taken at its best rank.
+                all_layers, *parts = (
+                    min(arms, key=lambda arm: minima[arm_label(arm)].value if arm_label(arm) in minima else math.inf)
+                    for arms in by_placement
+                    if arms
+                )
+                against = tuple(_against(comparison, arm, all_layers) for arm in parts)
+                placements.append(PlacementChoice(_setting(comparison), _choice(comparison, all_layers), against))
+    return MeasuredRecipe(tuple(recommendations), tuple(placements))
 
 
 def _tuned(runs: pd.DataFrame, curves: pd.DataFrame | None, judging: Judging | None) -> Iterator[Comparison]:
@@ -195,8 +198,13 @@ def _tuned(runs: pd.DataFrame, curves: pd.DataFrame | None, judging: Judging | N
             yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
 
 
-def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> RankRecommendation:
-    lora = [_against(comparison, arm, fullft, tuned_ratio=True) for arm in by_rank]
+def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
+    lora = []
+    for arm in comparison.lora.values():
+        log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(fullft))
+        problems = tuple(problem.text for problem in comparison.problems([arm, fullft], resolved=True))
+        ratio = LrRatioEstimate(math.exp(log_ratio.value), *ratio_interval(log_ratio), problems)
+        lora.append(replace(_against(comparison, arm, fullft), ratio=ratio))
     answers: tuple[MatchAnswer, ...] = ("yes", "undecided", "no")
     answer = min((choice.answer for choice in lora), key=answers.index)
     giving = [choice for choice in lora if choice.answer == answer]
@@ -211,34 +219,16 @@ def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm])
     )
 
 
-def _placements(comparison: Comparison, by_rank: Sequence[Arm], parts: Sequence[Sequence[Arm]]) -> PlacementChoice:
-    minima = comparison.fit.minima
-
-    def loss(arm: Arm) -> float:
-        label = arm_label(arm)
-        return minima[label].value if label in minima else math.inf
-
-    all_layers, *others = (min(arms, key=loss) for arms in (by_rank, *parts))
-    against = tuple(_against(comparison, arm, all_layers, tuned_ratio=False) for arm in others)
-    return PlacementChoice(_setting(comparison), _choice(comparison, all_layers), against)
-
-
 def _setting(comparison: Comparison) -> SharedSetting:
     arm = comparison.arms[0]
     task: Task = "rl" if comparison.is_rl else "sft"
     return SharedSetting(task, arm["model"], arm["dataset"], arm["batch_size"], arm["steps"])
 
 
-def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) -> Choice:
-    """Compare an arm with another: its gap and, with `tuned_ratio`, the ratio of their optimal LRs."""
-    gap, ratio = comparison.equal_losses(arm, other, better_too=True), None
-    if comparison.is_rl:
-        gap = if_learned(comparison, gap, [other])
-    if tuned_ratio:
-        log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
-        problems = tuple(problem.text for problem in comparison.problems([arm, other], resolved=True))
-        ratio = LrRatioEstimate(math.exp(log_ratio.value), *ratio_interval(log_ratio), problems)
-    return replace(_choice(comparison, arm), gap=gap, ratio=ratio)
+def _against(comparison: Comparison, arm: Arm, other: Arm) -> Choice:
+    gap = comparison.equal_losses(arm, other, better_too=True)
+    gap = if_learned(comparison, gap, [other]) if comparison.is_rl else gap
+    return replace(_choice(comparison, arm), gap=gap)
 
 
 def _choice(comparison: Comparison, arm: Arm) -> Choice:

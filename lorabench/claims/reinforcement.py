@@ -59,6 +59,9 @@ RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 CONDITIONS = (swept(6, MIN_SEEDS, RL_PRESETS), response_length(8, RL_PRESETS), beats_controls(RL_PRESETS))
 """The conditions of the claims that compare arms in RL."""
 
+rl_claim = partial(Claim, task="rl", columns=("base_reward",), conditions=CONDITIONS)
+"""A claim on RL, to which the conditions above apply unless it states others."""
+
 
 def over_problems(judge: Callable[[Comparison], Finding], at_best: bool = False) -> Callable[[Evidence], Finding]:
     """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
@@ -118,11 +121,9 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
     return doubted(replace(judged, reason=with_accuracies), problems)
 
 
-ArmCheck = Callable[[Comparison, Arm], Problem | None]
-"""Returns what speaks against a verdict on the peak of an arm, if anything does."""
-
-
-def peak_problems(comparison: Comparison, arms: Sequence[Arm], *checks: ArmCheck) -> list[Problem]:
+def peak_problems(
+    comparison: Comparison, arms: Sequence[Arm], *checks: Callable[[Comparison, Arm], Problem | None]
+) -> list[Problem]:
     """Return what speaks against a verdict on the peaks of arms by some checks."""
     return [problem for check in checks for arm in arms if (problem := check(comparison, arm))]
 
@@ -181,15 +182,13 @@ def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     """B10: judge the optimal LR of the highest rank over that of FullFT."""
     lora, fullft = highest_and_full(comparison)
-    factor = comparison.judging.margins.lr_factor
+    factor, arms = comparison.judging.margins.lr_factor, [lora, fullft]
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
-    arms = [lora, fullft]
-    problems = peak_problems(comparison, arms, _flat, _breakdown, overshoot)
-    return if_learned(comparison, doubted(judged, problems), arms)
+    return if_learned(comparison, doubted(judged, peak_problems(comparison, arms, _flat, _breakdown, overshoot)), arms)
 
 
-B10 = Claim(
+B10 = rl_claim(
     id="B10",
     statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="6, 7",
@@ -207,9 +206,6 @@ B10 = Claim(
     unit="ratio",
     experiments=RL_EXPERIMENTS,
     judge=over_problems(lr_ratio_ten_in_rl),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
 )
 
 
@@ -222,7 +218,7 @@ def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     return if_learned(comparison, doubted(judged, problems), [fullft])
 
 
-F1 = Claim(
+F1 = rl_claim(
     id="F1",
     statement="In RL on MATH and GSM8K, LoRA of rank 1 reaches the peak of full fine-tuning",
     figure="6",
@@ -238,9 +234,6 @@ F1 = Claim(
     unit="error rate",
     experiments=("rl_math", "rl_gsm8k", "rl_arithmetic", "rl"),
     judge=over_problems(rank_1_reaches_the_peak),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
     core=True,
 )
 
@@ -248,43 +241,43 @@ WIDER = 0.2
 """The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
 
-def _wider(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
-    """Judge F2 for one rank."""
-    arms = [lora, fullft]
-    labels = [arm_label(arm) for arm in arms]
-    problems = comparison.problems(arms)
-    if not all(label in comparison.fit.minima for label in labels):
-        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    ranges = good_ranges(comparison, arms)
-    difference = combined(np.subtract, *(good.width for good in ranges))
-    texts = [
-        f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
-        for good in ranges
-    ]
-    text = (
-        f"{texts[0]} - FullFT's {texts[1]} = {difference.value:.2f} {fixed_interval(*difference.interval(), 2)} "
-        "decades of good LRs"
-    )
-    # A range that is clearly the wider one may be wider still.
-    for label, good, matters in zip(labels, ranges, (difference.value < WIDER, difference.value > -WIDER), strict=True):
-        if good.open and matters:
-            text_of_open = f"{label}: its range of good LRs may go on beyond its grid"
-            problems.append(Problem(text_of_open, Remedy("LRs beyond that grid")))
-    run_ids = [run_id for good in ranges for run_id in good.run_ids]
-    judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
-    between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
-    if judged.verdict != "inconclusive" or problems or not between:
-        return judged
-    listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
-    return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
-
-
 def wider_range_of_lrs(comparison: Comparison) -> Finding:
     """F2: judge the width of the range of good LRs of each LoRA rank minus that of FullFT."""
-    return each_rank(comparison, partial(_wider, comparison), lambda lora, fullft: [lora, fullft])
+
+    def judge(lora: Arm, fullft: Arm) -> Finding:
+        arms = [lora, fullft]
+        labels = [arm_label(arm) for arm in arms]
+        problems = comparison.problems(arms)
+        if not all(label in comparison.fit.minima for label in labels):
+            raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
+        ranges = good_ranges(comparison, arms)
+        difference = combined(np.subtract, *(good.width for good in ranges))
+        texts = [
+            f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
+            for good in ranges
+        ]
+        text = (
+            f"{texts[0]} - FullFT's {texts[1]} = {difference.value:.2f} {fixed_interval(*difference.interval(), 2)} "
+            "decades of good LRs"
+        )
+        # A range that is clearly the wider one may be wider still.
+        matters = (difference.value < WIDER, difference.value > -WIDER)
+        for label, good, is_narrow in zip(labels, ranges, matters, strict=True):
+            if good.open and is_narrow:
+                problem = f"{label}: its range of good LRs may go on beyond its grid"
+                problems.append(Problem(problem, Remedy("LRs beyond that grid")))
+        run_ids = [run_id for good in ranges for run_id in good.run_ids]
+        judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
+        between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
+        if judged.verdict != "inconclusive" or problems or not between:
+            return judged
+        listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
+        return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
+
+    return each_rank(comparison, judge, lambda lora, fullft: [lora, fullft])
 
 
-F2 = Claim(
+F2 = rl_claim(
     id="F2",
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
@@ -301,9 +294,6 @@ F2 = Claim(
     unit="decades of LR",
     experiments=RL_EXPERIMENTS,
     judge=over_problems(wider_range_of_lrs),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
     core=True,
 )
 

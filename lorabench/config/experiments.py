@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lorabench.config.fields import Positive, PositiveFloat, Strict
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement, Positive, PositiveFloat, Strict
 
 
 class Protocol(Strict):

@@ -17,6 +17,15 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 SamplerName = Literal["own", "vllm"]
 
+Placement = Literal["attn", "mlp", "all"]
+"""The paper's placements of LoRA."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+
+SUFFIXES: dict[Placement, tuple[str, ...]] = {"attn": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
+"""The names of layers that each placement has in the known families of decoders, experts included."""
+
 FileFormat = Literal[
     "messages",
     "conversations",
@@ -56,11 +65,19 @@ def _is_data_file(value: str) -> str:
     return value
 
 
+def _is_folder(value: str) -> str:
+    if not Path(value).is_dir():
+        raise ValueError(f"folder {value!r} does not exist")
+    return value
+
+
+def _is_model_folder(value: str) -> str:
+    if not (Path(value) / "config.json").is_file():
+        raise ValueError(f"model folder {value!r} has no config.json; a Hugging Face causal LM is needed there")
+    return value
+
+
 ChatTemplate = Annotated[str, AfterValidator(_is_template)]
 DataFile = Annotated[str, AfterValidator(_is_data_file)]
-
-
-def check_copies(path: str | None) -> None:
-    """Raise ValueError if a folder with copies of hub repositories is given and does not exist."""
-    if path is not None and not Path(path).is_dir():
-        raise ValueError(f"folder {path!r} does not exist")
+Folder = Annotated[str, AfterValidator(_is_folder)]
+ModelFolder = Annotated[str, AfterValidator(_is_model_folder)]

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from lorabench.config.experiments import AUTO, Experiments
 from lorabench.config.fields import PresetError
+from lorabench.config.inputs import model_catalogue
 from lorabench.config.margins import Margins
-from lorabench.config.models import model_catalogue
 from lorabench.config.preset import Preset
 from lorabench.utils.files import WORKFLOW
 
@@ -70,11 +70,18 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     Raises:
         PresetError: a field is wrong; one line per field.
     """
+    whole, names = _with_lists(raw, path)
+
+    def called(match: re.Match[str]) -> str:
+        """Return the name of a named block or task in place of its number."""
+        known, number = names.get(match[1], []), int(match[2])
+        return f"{match[1]}.{known[number]}" if number < len(known) else match[0]
+
     try:
-        return Preset.model_validate(_with_models(_with_lists(raw, path)))
+        return Preset.model_validate(_with_models(whole))
     except ValidationError as error:
-        sentences = (_with_names(explain(problem), raw) for problem in error.errors())
-        raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
+        text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
+        raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
 
 
 def read_margins(path: Path) -> Margins:
@@ -86,10 +93,8 @@ def read_margins(path: Path) -> Margins:
     if not path.is_file():
         raise PresetError(f"margins {str(path)!r}: there is no such file")
     raw = _mapping(path, f"margins are a mapping of {', '.join(Margins.model_fields)}")
-    if set(raw) == {"margins"} and isinstance(raw["margins"], dict):
-        raw = raw["margins"]
     try:
-        return Margins.model_validate(raw)
+        return Margins.model_validate(raw["margins"] if raw.keys() == {"margins"} else raw)
     except ValidationError as error:
         sentences = (explain({**problem, "loc": ("margins", *problem["loc"])}) for problem in error.errors())
         raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
@@ -154,63 +159,42 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _named(raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the experiments whose blocks are a mapping by name, and the tasks of the evaluation if they are one."""
-    experiments = {
-        name: blocks
-        for name, blocks in _section(raw, "experiments").items()
-        if isinstance(blocks, dict) and name in Experiments.model_fields and name != "compute"
-    }
-    tasks = _section(_section(raw, "evaluation"), "tasks")
-    return experiments, tasks if all(isinstance(task, dict) for task in tasks.values()) else {}
-
-
-def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the data with lists in place of named blocks and of evaluation tasks by name."""
-    experiments, tasks = _named(raw)
-    lists: dict[str, list[Any]] = {}
-    for name, blocks in experiments.items():
+def _with_lists(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return the data with lists in place of blocks and evaluation tasks by name, and the names in each such list."""
+    names: dict[str, list[str]] = {}
+    experiments, evaluation = dict(_section(raw, "experiments")), _section(raw, "evaluation")
+    for experiment, blocks in experiments.items():
+        if not isinstance(blocks, dict) or experiment not in Experiments.model_fields or experiment == "compute":
+            continue
         for key, block in blocks.items():
             if not isinstance(block, dict):
                 raise PresetError(
-                    f"{path}: experiments.{name}.{key} = {block!r}: a block is a mapping; "
-                    f"allowed for {name}: a list of blocks, or a mapping of blocks by name"
+                    f"{path}: experiments.{experiment}.{key} = {block!r}: a block is a mapping; "
+                    f"allowed for {experiment}: a list of blocks, or a mapping of blocks by name"
                 )
-        common = blocks.get(COMMON, {})
-        lists[name] = [_laid_over(common, block) for key, block in blocks.items() if key != COMMON]
-    whole = _laid_over(raw, {"experiments": lists}) if lists else raw
-    if tasks:
-        whole = _laid_over(whole, {"evaluation": {"tasks": [{"name": name} | task for name, task in tasks.items()]}})
-    return whole
+        names[f"experiments.{experiment}"] = named = [key for key in blocks if key != COMMON]
+        experiments[experiment] = [_laid_over(blocks.get(COMMON, {}), blocks[key]) for key in named]
+    whole = raw | {"experiments": experiments} if names else raw
+    tasks = _section(evaluation, "tasks")
+    if tasks and all(isinstance(task, dict) for task in tasks.values()):
+        names["evaluation.tasks"] = list(tasks)
+        lists = [{"name": name} | task for name, task in tasks.items()]
+        whole = whole | {"evaluation": evaluation | {"tasks": lists}}
+    return whole, names
 
 
 def _with_models(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the data with the models of the catalogue that its experiments name and that it does not define itself."""
-    own = raw.get("models", {})
-    if not isinstance(own, dict):
-        return raw
-    named: dict[str, Any] = {}
+    named: list[Any] = []
     for blocks in _section(raw, "experiments").values():
         for block in blocks if isinstance(blocks, list) else [blocks]:
             models = block.get("models") if isinstance(block, dict) else None
-            for name in models if isinstance(models, list) else []:
-                if isinstance(name, str) and name not in own and name in model_catalogue():
-                    named[name] = model_catalogue()[name]
-    return raw | {"models": own | named}
-
-
-def _with_names(sentence: str, raw: dict[str, Any]) -> str:
-    """Return a sentence about a preset with the names of its named blocks and tasks in place of their numbers."""
-    experiments, tasks = _named(raw)
-    names = {f"experiments.{name}": [key for key in blocks if key != COMMON] for name, blocks in experiments.items()}
-    names["evaluation.tasks"] = list(tasks)
-
-    def called(match: re.Match[str]) -> str:
-        section, number = match[1], int(match[2])
-        known = names.get(section, [])
-        return f"{section}.{known[number]}" if number < len(known) else match[0]
-
-    return re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, sentence)
+            named += models if isinstance(models, list) else []
+    own, catalogue = raw.get("models", {}), model_catalogue()
+    if not isinstance(own, dict):
+        return raw
+    wanted = [name for name in named if isinstance(name, str) and name in catalogue and name not in own]
+    return raw | {"models": own | {name: catalogue[name] for name in wanted}}
 
 
 def explain(problem: Any) -> str:
@@ -230,8 +214,10 @@ def explain(problem: Any) -> str:
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
         case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
-            number = float(value) if kind == "float_type" else int(float(value))
-            return f"{where} = {value!r}: this is text to YAML, not a number; write {yaml_number(number)}"
+            mantissa, mark, exponent = repr(float(value) if kind == "float_type" else int(float(value))).partition("e")
+            # To YAML 1.1 an exponent needs a decimal point before it.
+            number = f"{mantissa}{'.0' if mark and '.' not in mantissa else ''}{mark}{exponent}"
+            return f"{where} = {value!r}: this is text to YAML, not a number; write {number}"
         case "union_tag_not_found":
             return f"{where}: missing key 'kind'; allowed: {', '.join(map(repr, _kinds(parts[0])))}"
         case "union_tag_invalid":
@@ -276,10 +262,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
-
-
-def yaml_number(number: float) -> str:
-    """Write a number so that YAML 1.1 reads it as a number: an exponent needs a decimal point before it."""
-    text = repr(number)
-    mantissa, mark, exponent = text.partition("e")
-    return text if not mark or "." in mantissa else f"{mantissa}.0e{exponent}"

@@ -1,6 +1,6 @@
 """The sections `margins` and `predictions` of a preset: the smallest effects that matter, and what theories predict.
 
-Both are written down before the runs. A theory is a function in `lorabench.analysis.lr_ratio_theories`, where its
+Both are written down before the runs. A theory is a function in `lorabench.analysis.lr_ratio`, where its
 derivation stands too; the preset gives its parameters only. A theory that the section leaves out makes no prediction.
 """
 
@@ -43,7 +43,7 @@ class MovementTheory(Strict):
 
 
 class ScaleTheory(Strict):
-    """Parameters of the theory that the ratio depends on the width over alpha alone."""
+    """Parameters of the theory that the ratio depends on the width over alpha alone, not on length or batch size."""
 
     c: PositiveFloat
     """While A stands still, the ratio is this number times the width over alpha."""
@@ -53,7 +53,7 @@ class ScaleTheory(Strict):
 
 class FixedLoraTheory(Strict):
     """Parameters of the theory that LoRA's optimal LR does not depend on the width, while that of full fine-tuning
-    does."""
+    does. It is silent on other values of alpha, lengths and batch sizes."""
 
     ratio: PositiveFloat
     """The ratio at width 128 and alpha 32."""
@@ -71,25 +71,21 @@ class ConstantTheory(Strict):
 
 
 class NaiveTheory(Strict):
-    """The parameter of the paper's naive derivation, by which the ratio is proportional to the width over alpha."""
+    """The parameter of a derivation, by which the ratio is proportional to the width over alpha; the paper gives it
+    and finds it refuted."""
 
     c: PositiveFloat
     """The ratio is this number times the width over alpha; the paper derives a half."""
 
 
 class LrRatioPredictions(Strict):
-    """Predictions of the ratio of LoRA's to full fine-tuning's optimal LR, by theory."""
+    """Predictions of the ratio of LoRA's to full fine-tuning's optimal LR, by theory; null for no prediction."""
 
     movement: MovementTheory | None = None
-    """A's movement lowers the ratio, given the optimal LR of full fine-tuning."""
     scale: ScaleTheory | None = None
-    """The ratio depends on the width over alpha alone, not on length or batch size."""
     fixed_lora: FixedLoraTheory | None = None
-    """LoRA's optimal LR does not depend on the width; silent on other values of alpha, lengths and batch sizes."""
     constant: ConstantTheory | None = None
-    """The ratio is the same everywhere, as the paper says."""
     naive: NaiveTheory | None = None
-    """The ratio is proportional to the width over alpha, by a derivation which the paper gives and finds refuted."""
 
 
 class Predictions(Strict):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.datasets import DatasetSpec, ProblemSpec
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, Strict
+from lorabench.config.inputs import DatasetSpec, ModelSpec, ProblemSpec, model_catalogue
 from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions
-from lorabench.config.models import ModelSpec, model_catalogue
 
 
 class Preset(Strict):
@@ -42,18 +42,18 @@ class Preset(Strict):
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         if not self.experiments.chosen():
-            allowed = ", ".join(Experiments.model_fields)
-            raise ValueError(f"experiments is empty; allowed: {allowed}")
+            raise ValueError(f"experiments is empty; allowed: {', '.join(Experiments.model_fields)}")
         if not self.experiments.trained():
             raise ValueError("experiments: compute alone trains nothing; add another experiment")
         if twice := self.datasets.keys() & self.problems.keys():
             raise ValueError(f"problems: {min(twice)!r} is also the name of a dataset; choose another name")
+        models = {**self.models, **model_catalogue()}
         if self.experiments.compute:
-            self._check_models(self.experiments.compute.models, "experiments.compute")
+            _known(self.experiments.compute.models, models, "experiments.compute.models")
         for name, blocks in self.experiments.trained().items():
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
-                self._check_models(block.models, where)
+                _known(block.models, models, f"{where}.models")
                 match block:
                     case SftExperiment():
                         self._check_sft(block, where)
@@ -63,11 +63,30 @@ class Preset(Strict):
             self._check_evaluation(self.evaluation)
         return self
 
-    def _check_models(self, names: list[str], where: str) -> None:
-        for name in names:
-            if name not in self.models:
-                allowed = ", ".join(dict.fromkeys((*self.models, *model_catalogue())))
-                raise ValueError(f"{where}.models: unknown name {name!r}; allowed: {allowed}")
+    def _check_sft(self, block: SftExperiment, where: str) -> None:
+        _known(block.datasets, self.datasets, f"{where}.datasets")
+        for dataset, batch_size in product(block.datasets, block.batch_sizes):
+            train = self.datasets[dataset].train
+            if train * block.epochs < batch_size:
+                raise ValueError(
+                    f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
+                )
+
+    def _check_rl(self, block: RlExperiment, where: str) -> None:
+        _known(block.problems, self.problems, f"{where}.problems")
+        _known(block.held_out, self.problems, f"{where}.held_out")
+        for name in block.problems:
+            train = self.problems[name].train
+            if train < block.problems_per_step:
+                raise ValueError(
+                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
+                    f"of {name!r}"
+                )
+        for name in block.held_out:
+            if name in block.problems:
+                raise ValueError(f"{where}.held_out: {name!r} is trained on")
+            if name in ("train", "validation", "test"):
+                raise ValueError(f"{where}.held_out: {name!r} is the name of a split; name the problem set otherwise")
 
     def _check_evaluation(self, evaluation: Evaluation) -> None:
         _known(evaluation.experiments, self.experiments.trained(), "evaluation.experiments")
@@ -87,32 +106,6 @@ class Preset(Strict):
                     f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
                     f"allowed: {', '.join(allowed) or 'none in this preset'}"
                 )
-
-    def _check_sft(self, block: SftExperiment, where: str) -> None:
-        _known(block.datasets, self.datasets, f"{where}.datasets")
-        for dataset in block.datasets:
-            train = self.datasets[dataset].train
-            for batch_size in block.batch_sizes:
-                if train * block.epochs < batch_size:
-                    raise ValueError(
-                        f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
-                    )
-
-    def _check_rl(self, block: RlExperiment, where: str) -> None:
-        _known(block.problems, self.problems, f"{where}.problems")
-        _known(block.held_out, self.problems, f"{where}.held_out")
-        for name in block.problems:
-            train = self.problems[name].train
-            if train < block.problems_per_step:
-                raise ValueError(
-                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
-                    f"of {name!r}"
-                )
-            if name in block.held_out:
-                raise ValueError(f"{where}.held_out: {name!r} is trained on")
-        for name in block.held_out:
-            if name in ("train", "validation", "test"):
-                raise ValueError(f"{where}.held_out: {name!r} is the name of a split; name the problem set otherwise")
 
     @property
     def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:

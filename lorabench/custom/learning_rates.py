@@ -26,8 +26,7 @@ from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
 from lorabench.runs import lowest
 from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum
-from lorabench.sources.matrix import PROJECT
-from lorabench.sources.measurements import Z
+from lorabench.sources.measurements import PROJECT, Z
 from lorabench.store.checks import is_rl
 from lorabench.store.io import table_path, with_all_columns
 from lorabench.store.tables import Tables

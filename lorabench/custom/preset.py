@@ -13,9 +13,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.config.models import HubModel, TinyModel
 from lorabench.config.preset import Preset
 from lorabench.custom import advice
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import FileDataset, FileProblems
 from lorabench.config.fields import FILE_SUFFIXES, FileFormat
+from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data.chat import ROLES, Chat, Messages, is_example, prompt_digest
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem

@@ -22,7 +22,7 @@ from queue import LifoQueue
 from types import TracebackType
 from typing import Self
 
-from lorabench.config.datasets import HUB_PROBLEMS
+from lorabench.config.inputs import HUB_PROBLEMS
 
 BOX = r" Write your answer in \boxed{} format."
 NUMBER_BOX = r" Provide a numerical answer without units, written inside \boxed{}."
@@ -143,7 +143,7 @@ class Grader:
     def __init__(self, kind: str, workers: int = 1, seconds: float = 2.0) -> None:
         """
         Args:
-            kind: the `grader` of a problem set (`lorabench.config.datasets`), which for most sets is their kind.
+            kind: the `grader` of a problem set (`lorabench.config.inputs`), which for most sets is their kind.
             workers: processes that compare boxed answers; each starts when it is first needed.
             seconds: CPU time after which a comparison is given up, and the answer counts as wrong.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.config.datasets import HubDataset
+from lorabench.config.inputs import HubDataset
 from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, prompt_digest
 from lorabench.data.files import Choose, RawRow, Tally, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError

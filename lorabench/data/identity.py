@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
+from lorabench.config.inputs import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
+from lorabench.config.inputs import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
 from lorabench.data.chat import SPLITS, Split, is_first, take, wanted
 from lorabench.data.files import Tally, UnusableRowError, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
+from lorabench.config.inputs import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, is_first, prompt, prompt_digest, take, wanted
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats

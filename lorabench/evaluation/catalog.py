@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,8 +51,6 @@ def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
     Raises:
         UserError: a task is in neither.
     """
-    import logging
-
     import datasets
     from lm_eval.tasks import TaskManager
 

@@ -196,7 +196,7 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
     """Draw the matrix.
 
     Args:
-        cells: as from `lorabench.sources.matrix.matrix`.
+        cells: as from `lorabench.sources.measurements.matrix`.
     """
     sizes = list(dict.fromkeys(cells.sort_values("parameters", kind="stable")["scale"]))
     scales = [_PAPER, *sizes]

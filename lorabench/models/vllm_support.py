@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.models import ModelSpec
-from lorabench.config.placement import Placement
+from lorabench.config.fields import Placement
+from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lorabench.claims.catalog import CLAIMS, CORE
+from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
 from lorabench.report import claim_text
 from lorabench.report.facts import headline, in_order

@@ -19,12 +19,14 @@ from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, check_places, publ
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
-from lorabench.sources.matrix import Own, matrix, read_own
 from lorabench.sources.measurements import (
+    Own,
     growth_measurements,
+    matrix,
     measurement_table,
     measurements,
     own_measurements,
+    read_own,
     summary_table,
 )
 from lorabench.sources.studies import Study, judge, read_studies, source_folders
@@ -119,7 +121,7 @@ def gather(sources: Sequence[Path] = (), own: Sequence[Own] = (), presets: Seque
     measured += growth_measurements(studies, claims)
     rows = measurement_table(measured)
     optima = known_optima(studies, presets)
-    lrs = optima_table([swept.optimum for swept in optima])
+    lrs = optima_table(optima)
     return Evidence(studies, claims, matrix(claims, own), rows, summary_table(rows), lrs, left_out(optima))
 
 

@@ -20,7 +20,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, PooledLr
-from lorabench.sources.lr_optima import AUTHORS, SweptOptimum
+from lorabench.sources.lr_optima import AUTHORS, LrOptimum
 
 RULES = {
     "pooled": "pooled from the other sources",
@@ -35,7 +35,7 @@ PROBABILITIES = (0.8, 0.95)
 METHODS = ("fullft", "lora")
 
 
-def left_out(optima: Sequence[SweptOptimum]) -> pd.DataFrame:
+def left_out(optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Predict every known optimum from the other sources and by the law, SFT and RL apart.
 
     Returns:
@@ -46,20 +46,20 @@ def left_out(optima: Sequence[SweptOptimum]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for rl in (False, True):
         for method in METHODS:
-            swept = [known for known in optima if (known.optimum.rl, known.optimum.method) == (rl, method)]
-            for source in dict.fromkeys(known.optimum.source for known in swept):
-                others = [s.optimum.pooled for s in swept if s.optimum.counts and s.optimum.source != source]
+            same = [optimum for optimum in optima if (optimum.rl, optimum.method) == (rl, method)]
+            for source in dict.fromkeys(optimum.source for optimum in same):
+                others = [optimum.pooled for optimum in same if optimum.counts and optimum.source != source]
                 if len({other.source for other in others}) >= 2:
                     pooled = PooledLr(others)
-                    left = [known for known in swept if known.optimum.source == source]
-                    rows += [row for known in left if known.optimum.counts or known.losses
-                             for row in _rows(known, pooled)]  # fmt: skip
+                    for optimum in same:
+                        if optimum.source == source and (optimum.counts or optimum.losses):
+                            rows += _rows(optimum, pooled)
     return pd.DataFrame(rows)
 
 
-def _rows(swept: SweptOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
+def _rows(optimum: LrOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
     """Return the row of each rule for an optimum, given the optima of the other sources."""
-    optimum, place, measured = swept.optimum, swept.optimum.place, swept.optimum.pooled
+    place, measured = optimum.place, optimum.pooled
     error = measured.error if optimum.counts else 0.0
     intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
@@ -85,18 +85,14 @@ def _rows(swept: SweptOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
             row[f"high_{name}"] = _rounded(math.exp(interval.high - optimum.shift)) if stated else math.nan
             inside = float(interval.low <= measured.log_lr <= interval.high)
             row[f"inside_{name}"] = inside if stated and optimum.counts else math.nan
-        rows.append(row | _loss(swept, log_lr - optimum.shift))
+        row |= {"loss_above_best": math.nan, "at_least": False}
+        if len(optimum.losses) > 1:
+            logs, losses = np.array(optimum.log_lrs), np.array(optimum.losses)
+            within = float(np.clip(log_lr - optimum.shift, logs[0], logs[-1]))
+            loss = float(PchipInterpolator(logs, losses)(within))
+            row |= {"loss_above_best": loss - float(losses.min()), "at_least": within != log_lr - optimum.shift}
+        rows.append(row)
     return rows
-
-
-def _loss(swept: SweptOptimum, log_lr: float) -> dict[str, Any]:
-    """Return how far the loss at an LR is above the lowest of the grid."""
-    if len(swept.losses) < 2:
-        return {"loss_above_best": math.nan, "at_least": False}
-    logs, losses = np.array(swept.log_lrs), np.array(swept.losses)
-    within = float(np.clip(log_lr, logs[0], logs[-1]))
-    loss = float(PchipInterpolator(logs, losses)(within))
-    return {"loss_above_best": loss - float(losses.min()), "at_least": within != log_lr}
 
 
 def by_source(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,12 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps, vertex
+from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
-from lorabench.sources.matrix import PROJECT
-from lorabench.sources.measurements import Z
+from lorabench.sources.measurements import PROJECT, Z
 from lorabench.sources.studies import Study
 
 AUTHORS = "the paper's authors"
@@ -51,22 +49,26 @@ class LrOptimum:
     """One known optimal LR, with its place; NaN where the source does not say."""
 
     source: str
-    model: str
-    family: str
-    dataset: str
-    method: str
-    rank: int | None
-    width: float
-    batch_size: float
+    model: str = ""
+    family: str = ""
+    dataset: str = ""
+    method: str = ""
+    rank: int | None = None
+    width: float = NAN
+    batch_size: float = NAN
     """Examples per step; in RL, responses per step."""
-    steps: float
-    alpha: float
-    rl: bool
-    lr: float
-    error: float
+    steps: float = NAN
+    alpha: float = NAN
+    rl: bool = False
+    lr: float = NAN
+    error: float = NAN
     """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
-    counts: bool
-    remark: str
+    counts: bool = False
+    remark: str = ""
+    log_lrs: tuple[float, ...] = field(default=(), repr=False)
+    """The grid where it is known: ln LR in ascending order."""
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    """The losses of the grid, error rates in RL."""
 
     @property
     def shift(self) -> float:
@@ -87,20 +89,7 @@ class LrOptimum:
         return Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
 
 
-_UNKNOWN = LrOptimum(source="", model="", family="", dataset="", method="", rank=None, width=NAN, batch_size=NAN,
-                     steps=NAN, alpha=NAN, rl=False, lr=NAN, error=NAN, counts=False, remark="")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SweptOptimum:
-    """A known optimum with the losses of its grid, where they are known; error rates in RL."""
-
-    optimum: LrOptimum
-    log_lrs: tuple[float, ...] = ()
-    losses: tuple[float, ...] = ()
-
-
-def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list[SweptOptimum]:
+def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list[LrOptimum]:
     """Return all known optima.
 
     Args:
@@ -110,25 +99,22 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
     Raises:
         UserError: a figure's table names a model that the preset does not have.
     """
-    optima = [swept for study in studies for swept in _of_study(study)]
+    optima = [optimum for study in studies for optimum in _of_study(study)]
     optima += [*_of_authors(), *_stated({study.of.name for study in studies})]
     # A condition that several figures or presets show counts once.
-    own: dict[tuple[Any, ...], SweptOptimum] = {}
-    for swept in (swept for folder in presets for swept in _of_preset(folder)):
-        optimum = swept.optimum
-        key = (optimum.model, optimum.dataset, optimum.batch_size, optimum.steps, optimum.method)
-        own.setdefault(key, swept)
+    own: dict[tuple[Any, ...], LrOptimum] = {}
+    for optimum in (optimum for folder in presets for optimum in _of_preset(folder)):
+        own.setdefault((optimum.model, optimum.dataset, optimum.batch_size, optimum.steps, optimum.method), optimum)
     return optima + list(own.values())
 
 
-def _of_study(study: Study) -> list[SweptOptimum]:
+def _of_study(study: Study) -> list[LrOptimum]:
     """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
     described, alpha = study.described, study.of.source.attributes.alpha
     optima = []
     for runs in study.conditions():
         first = runs.iloc[0]
-        about = replace(
-            _UNKNOWN,
+        about = LrOptimum(
             source=study.of.name,
             model=study.model,
             family=described.family or "",
@@ -150,7 +136,7 @@ def _of_study(study: Study) -> list[SweptOptimum]:
     return optima
 
 
-def _of_grid(arm: pd.DataFrame, about: LrOptimum) -> SweptOptimum:
+def _of_grid(arm: pd.DataFrame, about: LrOptimum) -> LrOptimum:
     """Return the optimum of an arm's grid, given what is known of it besides LR, error, counts and remark."""
     cells = arm.assign(lost=~arm["status"].eq("done"), loss=arm["loss"].astype(float)).groupby(arm["lr"].astype(float))
     grid = cells.agg(loss=("loss", "mean"), lost=("lost", "any"))
@@ -168,14 +154,14 @@ def _of_grid(arm: pd.DataFrame, about: LrOptimum) -> SweptOptimum:
             log_lr = float(vertex(logs[around], losses[around]))
     known = np.isfinite(losses)
     remark = f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid"
-    optimum = replace(about, lr=_rounded(math.exp(log_lr)), error=error, counts=inside, remark=remark)
-    return SweptOptimum(optimum, tuple(logs[known].tolist()), tuple(losses[known].tolist()))
+    grid_known: dict[str, Any] = {"log_lrs": tuple(logs[known].tolist()), "losses": tuple(losses[known].tolist())}
+    return replace(about, lr=_rounded(math.exp(log_lr)), error=error, counts=inside, remark=remark, **grid_known)
 
 
-def _of_authors() -> list[SweptOptimum]:
+def _of_authors() -> list[LrOptimum]:
     """Return the published sweep of the paper's authors, and their law at some widths of its models."""
     optima = []
-    authors = replace(_UNKNOWN, source=AUTHORS, batch_size=_LAW_BATCH, alpha=ALPHA)
+    authors = LrOptimum(AUTHORS, batch_size=_LAW_BATCH, alpha=ALPHA)
     table = published_sweeps()
     for model, sweep in table[table["source"] == "tinker-cookbook"].groupby("model"):
         first, rank = sweep.iloc[0], int(sweep["rank"].max())
@@ -195,15 +181,14 @@ def _of_authors() -> list[SweptOptimum]:
     return optima
 
 
-def _stated(names: set[str]) -> list[SweptOptimum]:
+def _stated(names: set[str]) -> list[LrOptimum]:
     """Return the optima of published tables that have no grid, of other sources than those named."""
     optima = []
     sweeps = published_sweeps()
     sweeps = sweeps[(sweeps["source"] == "michaelbzhu") & (sweeps["placement"].fillna("all") == "all")]
     for method, arm in sweeps.groupby("method"):
         highest = arm.sort_values("rank").iloc[-1]
-        about = replace(
-            _UNKNOWN,
+        about = LrOptimum(
             source="michaelbzhu",
             model=str(highest["model"]),
             family=str(highest["family"]),
@@ -223,8 +208,7 @@ def _stated(names: set[str]) -> list[SweptOptimum]:
         for method in ("fullft", "lora"):
             low, high = float(row[f"{method}_lr_low"]), float(row[f"{method}_lr_high"])
             if low > 0 and high > 0:
-                about = replace(
-                    _UNKNOWN,
+                about = LrOptimum(
                     source=source.split(" arXiv")[0],
                     model=str(row["model"]),
                     family=_family(row["model"]),
@@ -239,12 +223,12 @@ def _stated(names: set[str]) -> list[SweptOptimum]:
     return optima
 
 
-def _as_stated(about: LrOptimum, lr: float, spread: float = 0.0) -> SweptOptimum:
+def _as_stated(about: LrOptimum, lr: float, spread: float = 0.0) -> LrOptimum:
     error = math.hypot(_STATED_ERROR, spread)
-    return SweptOptimum(replace(about, lr=_rounded(lr), error=error, counts=True, remark="as stated by the source"))
+    return replace(about, lr=_rounded(lr), error=error, counts=True, remark="as stated by the source")
 
 
-def _of_preset(folder: Path) -> list[SweptOptimum]:
+def _of_preset(folder: Path) -> list[LrOptimum]:
     """Return the fitted optima of a preset's published figures: LRs by rank, of RL, by condition, and by model.
 
     Optima at another alpha than ALPHA are left out, since only this project has them and `ALPHA_EXPONENT` stands for
@@ -252,16 +236,21 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
     """
     models = load_preset(folder.name).models
 
-    def swept(row: Any, method: str, lr: float, error: float, rl: bool, grid: pd.DataFrame | None) -> SweptOptimum:
+    def fitted(row: Any, method: str, lr: float, error: float, rl: bool = False, **grid: Any) -> LrOptimum:
         spec = models.get(row["model"])
         if spec is None:
             raise UserError(
                 f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {', '.join(models)}"
             )
-        optimum = LrOptimum(
+        family = ""
+        if isinstance(spec, TinyModel):
+            family = json.loads((shipped_folder(spec.name) / "config.json").read_text())["model_type"]
+        elif isinstance(spec, HubModel):
+            family = _family(spec.id.rsplit("/", 1)[-1])
+        return LrOptimum(
             source=PROJECT,
             model=row["model"],
-            family=_family_of(spec),
+            family=family,
             dataset=row["dataset"],
             method=method,
             rank=None if method == "fullft" or pd.isna(row["rank"]) else int(row["rank"]),
@@ -274,10 +263,8 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
             error=max(LEAST_ERROR, error),
             counts=True,
             remark="fitted" if row["resolved"] else "fitted, not resolved",
+            **grid,
         )
-        if grid is None:
-            return SweptOptimum(optimum)
-        return SweptOptimum(optimum, tuple(np.log(grid["lr"]).tolist()), tuple(map(float, grid["loss"])))
 
     def table(figure: str) -> pd.DataFrame:
         path = folder / f"{figure}.csv"
@@ -286,24 +273,25 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
     optima = []
     for figure, value, rl in (("fig2_lr_by_rank", "nll", False), ("fig6_rl_lr", "accuracy", True)):
         for _, arms in table(figure).groupby(_CONDITION):
-            fitted = arms[(arms["element"] == "optimum") & arms["lr_low"].notna()]
-            for method, rows in fitted.groupby("method"):
+            with_interval = arms[(arms["element"] == "optimum") & arms["lr_low"].notna()]
+            for method, rows in with_interval.groupby("method"):
                 row = rows.sort_values("rank").iloc[-1]
                 grid = arms[(arms["element"] == ("accuracy" if rl else "loss")) & (arms["arm"] == row["arm"])]
                 grid = grid[np.isfinite(grid[value])].sort_values("lr")
-                grid = grid.assign(loss=1 - grid[value] if rl else grid[value])
+                losses = tuple(map(float, 1 - grid[value] if rl else grid[value]))
                 error = math.log(row["lr_high"] / row["lr_low"]) / (2 * Z)
-                optima.append(swept(row, str(method), row["lr"], error, rl, grid))
+                log_lrs = tuple(np.log(grid["lr"]).tolist())
+                optima.append(fitted(row, str(method), row["lr"], error, rl, log_lrs=log_lrs, losses=losses))
     ratios = table("lr_ratio")
     own = ratios[(ratios["element"] == "condition") & (ratios["runs"] == "own") & (ratios["alpha"] == ALPHA)]
     for _, row in own.drop_duplicates(_CONDITION).iterrows():
         # The two optima share the error of their ratio.
         error = math.log(row["ratio_high"] / row["ratio_low"]) / (2 * Z) / math.sqrt(2)
-        optima += [swept(row, method, row[f"{method}_lr"], error, False, None) for method in ("fullft", "lora")]
+        optima += [fitted(row, method, row[f"{method}_lr"], error) for method in ("fullft", "lora")]
     law = table("lr_law")
     for _, row in law[law["element"] == "optimum"].iterrows():
         error = math.log(row["lr_high"] / row["lr_low"]) / (2 * Z)
-        optima.append(swept(row, str(row["method"]), row["lr"], error, False, None))
+        optima.append(fitted(row, str(row["method"]), row["lr"], error))
     return optima
 
 
@@ -311,8 +299,8 @@ _CONDITION = ["model", "dataset", "batch_size", "steps"]
 
 
 def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
-    """Return optima as a table, one row each."""
-    names = list(LrOptimum.__dataclass_fields__)
+    """Return optima as a table, one row each, without their grids."""
+    names = [name for name in LrOptimum.__dataclass_fields__ if name not in ("log_lrs", "losses")]
     return pd.DataFrame([asdict(optimum) for optimum in optima], columns=names).astype({"rank": "Int64"})
 
 
@@ -332,14 +320,8 @@ def _number(value: Any) -> float:
     return NAN if pd.isna(value) else float(value)
 
 
-def _family_of(spec: ModelSpec) -> str:
-    """Return the family of a preset's model; that of a model which is not shipped is the beginning of its name."""
-    if isinstance(spec, TinyModel):
-        return str(json.loads((shipped_folder(spec.name) / "config.json").read_text())["model_type"])
-    return _family(spec.id.rsplit("/", 1)[-1]) if isinstance(spec, HubModel) else ""
-
-
 def _family(model: str) -> str:
+    """Return the family of a model that is not shipped, the beginning of its name."""
     return lineage(model.split("-")[0].split()[0])
 
 

@@ -1,4 +1,4 @@
-"""Measurements that several sources repeat, and their random-effects summary over sources.
+"""What the sources and own presets say together: the matrix of claims by scale, and measurements that several repeat.
 
 The measurements of a study are taken at the best learning rates of its grids, since most sources have one seed:
 
@@ -17,8 +17,10 @@ error, or with an optimum at the edge of its grid, is shown and does not count.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,28 @@ import pandas as pd
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import RandomEffects, p_of_groups, random_effects
+from lorabench.claims.judge import CORE
+from lorabench.errors import UserError
 from lorabench.runs import lowest
-from lorabench.sources.matrix import PROJECT, Own, datasets_of_scope
 from lorabench.sources.studies import REWARD_SD, Study
+from lorabench.store.io import read_claims, table_path
 from lorabench.store.tables import MIXED, UNKNOWN
+
+PROJECT = "lorabench"
+"""The source that all presets of this project are: one more preset is not one more laboratory."""
+
+TINY, BELOW = "tiny", 1e7
+"""The scale of all models with fewer parameters."""
+
+_COLUMNS = (
+    *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
+    *("borderline", "estimate", "ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
+)
+"""The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
+what others of the same scale find."""
+
+_WORST_FIRST = ("contradicted", "inconclusive", "confirmed", "setting not met", "not tested")
+_SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -54,6 +74,80 @@ _MIN_SOURCES = 2
 _OF_CLAIMS = {"B1": ("lr_ratio", "sft"), "B10": ("lr_ratio", "rl"), "B2": ("loss_gap", "sft"),
               "D1": ("gap_growth", "sft"), "F1": ("rank_1_gap", "rl")}  # fmt: skip
 """The measurement and the task of each claim whose estimate is a measurement of a preset of this project."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """The verdicts of a preset."""
+
+    name: str
+    claims: pd.DataFrame
+    """The table `claims` with the columns scale (as `8B`; None for a claim that was judged on no models) and
+    parameters (NaN there). It lacks run_ids."""
+
+
+def read_own(folder: Path, name: str) -> Own:
+    """Read the table `claims` of a preset, finished or published; the scale of each claim is that of its scope.
+
+    Raises:
+        UserError: there is no such table, or it is from another version.
+    """
+    if table_path(folder, "claims") is None:
+        raise UserError(f"no table claims.parquet or claims.csv in {folder}")
+    claims = read_claims(folder, without=("run_ids",))
+    scales = [_scale(scope) for scope in claims["scope"]]
+    return Own(name, claims.join(pd.DataFrame(scales, columns=["scale", "parameters"], index=claims.index)))
+
+
+def _scale(scope: object) -> tuple[str | None, float]:
+    """Return the scale and the number of parameters at the start of a scope such as `0.83M parameters, 50 steps`.
+
+    Of a range, as in `0.27M to 0.83M parameters`, the larger one counts.
+    """
+    match = re.match(r"(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters", str(scope))
+    if match is None:
+        return None, math.nan
+    number, unit = float(match[1]), match[2]
+    parameters = number * _SIZES[unit]
+    if parameters < BELOW:
+        return TINY, parameters
+    return (f"{number:.2g}{unit}" if number < 10 else f"{number:.0f}{unit}"), parameters
+
+
+def datasets_of_scope(scope: object) -> str:
+    """Return the datasets at the end of a scope such as `0.83M parameters, 50 steps, instruct, worked`."""
+    parts = str(scope).split(", ")
+    return ", ".join(part for part in parts if not re.search(r"parameters$|steps$", part)).removeprefix("RL on ")
+
+
+def matrix(judged: pd.DataFrame, own: Sequence[Own] = ()) -> pd.DataFrame:
+    """Return the matrix as a tidy table, one row for each core claim and scale, by claim and ascending size.
+
+    Where several sources are of one scale, the worst verdict decides the cell, as within a verdict over several
+    comparisons: contradicted, inconclusive, confirmed, setting not met, not tested. Without any runs behind it a
+    verdict is `not tested`.
+
+    Args:
+        judged: the claims of all studies, as from `studies.judge`.
+        own: presets of one's own; the scale of each claim's runs says in which column it stands.
+    """
+    parts = [judged.assign(origin=judged["source"])]
+    parts += [preset.claims[preset.claims["scale"].notna()].assign(origin=preset.name) for preset in own]
+    every = pd.concat(parts, ignore_index=True)
+    every = every[every["claim_id"].isin(CORE)]
+    every.loc[every["n_runs"].fillna(0).eq(0), "verdict"] = "not tested"
+    # Models of nearly one size share a column, whose place is that of the smallest.
+    every = every.assign(parameters=every["scale"].map(every.groupby("scale")["parameters"].min()))
+    rows = []
+    for claim_id in CORE:
+        verdicts = every[every["claim_id"] == claim_id].sort_values("parameters", kind="stable")
+        for _, cell in verdicts.groupby(["parameters", "scale"], sort=True):
+            # Of equal verdicts, one with a number is shown.
+            order = 2 * cell["verdict"].map(_WORST_FIRST.index) + cell["estimate"].isna()
+            deciding, *others = cell.loc[order.sort_values(kind="stable").index].to_dict("records")
+            said = [f"{row['origin']}: {row['verdict']}" for row in others if row["verdict"] != "not tested"]
+            rows.append({**deciding, "others": "; ".join(said)})
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -197,42 +291,29 @@ def _of_condition(study: Study, runs: pd.DataFrame) -> list[Measurement]:
         "batch_size": None if pd.isna(batch) else int(batch),
     }
 
-    def edge_remarks(arm: _Best) -> list[str]:
-        edges = [name for name, best in (("LoRA", arm), ("FullFT", fullft)) if best.edge]
-        return [f"best LR of {' and '.join(edges)} at the edge of its grid"] if edges else []
+    def measured(measure: str, arm: _Best, value: float, error: float, remarks: list[str]) -> Measurement:
+        edges = " and ".join(name for name, best in (("LoRA", arm), ("FullFT", fullft)) if best.edge)
+        remark = "; ".join([f"best LR of {edges} at the edge of its grid"] * bool(edges) + remarks)
+        counts = not edges and math.isfinite(error)
+        return Measurement(measure, value=value, error=error, counts=counts, remark=remark, **about)
 
     def gap(measure: str, arm: _Best, sign: int) -> Measurement:
         error = sigma * math.sqrt(1 / arm.n + 1 / fullft.n)
-        edges = edge_remarks(arm)
-        remarks = edges + noise_remark + (["noise between seeds not known"] if math.isnan(error) else [])
-        return Measurement(
-            measure=measure,
-            value=sign * (arm.loss - fullft.loss),
-            error=error,
-            counts=math.isfinite(error) and not edges,
-            remark="; ".join(remarks),
-            **about,
-        )
+        remarks = noise_remark + (["noise between seeds not known"] if math.isnan(error) else [])
+        return measured(measure, arm, sign * (arm.loss - fullft.loss), error, remarks)
 
-    measured: list[Measurement] = []
+    rows: list[Measurement] = []
     if highest is not None and high in swept and fullft_runs["lr"].nunique() >= MIN_LRS:
-        edges = edge_remarks(highest)
-        measured.append(
-            Measurement(
-                measure="lr_ratio",
-                value=math.log(highest.lr / fullft.lr),
-                error=math.hypot(highest.log_error, fullft.log_error),
-                counts=not edges,
-                remark=edges[0] if edges else "by the best LRs of the grids",
-                **about,
-            )
-        )
+        error = math.hypot(highest.log_error, fullft.log_error)
+        at_edge = highest.edge or fullft.edge
+        remarks = [] if at_edge else ["by the best LRs of the grids"]
+        rows.append(measured("lr_ratio", highest, math.log(highest.lr / fullft.lr), error, remarks))
         if not rl:
-            measured.append(gap("loss_gap", highest, 1))
+            rows.append(gap("loss_gap", highest, 1))
     if rl and rank_1 is not None:
         # The losses are error rates, and the gap is one of accuracies.
-        measured.append(gap("rank_1_gap", rank_1, -1))
-    return measured
+        rows.append(gap("rank_1_gap", rank_1, -1))
+    return rows
 
 
 def _own_noise(runs: pd.DataFrame, rl: bool) -> float | None:

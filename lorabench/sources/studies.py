@@ -20,8 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.errors import UserError
 from lorabench.store.checks import check_curves, check_table, is_rl

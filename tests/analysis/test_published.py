@@ -12,8 +12,7 @@ from lorabench.analysis import published
 from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.loss_fit import Noise
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables, with_stand_ins
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, tables
@@ -105,11 +104,9 @@ def rising(step):
     ("claim", "changes", "leaves"),
     [
         ("A1", {64: {"shape": departing(100)}}, LEAVES),
-        ("A1", {64: {"shape": lambda step: shared(step) - (0.2 if step > 1 else 0)}}, LEAVES),
         ("A2", {None: {"shape": bent}}, LEAVES),
         ("A2", {64: {"shape": rising}}, LEAVES),
         ("A3", {}, {1: 218, 4: 47, 16: 10}),
-        ("A3", {}, {4: 47, 16: 10}),
     ],
 )
 def test_contradicted_where_they_fail(claim, changes, leaves):
@@ -127,12 +124,10 @@ def test_a_floor_contradicts_a4():
     ("claim", "changes", "every", "why"),
     [
         ("A1", {}, {"own": NOISY}, "windows"),
-        ("A2", {}, {"offsets": (0.0, 0.004)}, "2 paired seeds, 3 needed"),
         # A slow start whose gap shrinks is no departure.
         ("A3", {rank: {"shape": lambda step: shared(step) + 0.4 / step**0.2} for rank in LEAVES}, {}, "lags without"),
         # All ranks at one step.
         ("A3", {rank: {"shape": departing(47)} for rank in LEAVES}, {}, "fewer than two steps"),
-        ("A3", {rank: {"shape": shared} for rank in LEAVES}, {}, "no rank surely leaves"),
         ("A3", {}, {"own": NOISY}, "no rank surely leaves"),
         ("A5", {16: {"shape": shared}}, {}, "too few for a slope; left out: tiny/long r16 stays"),
     ],
@@ -147,7 +142,6 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claim, changes, every, w
     ("claims", "changes", "every", "why"),
     [
         (CURVES, {64: {"lrs": LRS[:4]}}, {}, "edge of its grid"),
-        (CURVES, {}, {"offsets": (0.0,)}, "1 paired seeds"),
         # The seeds are at an LR of the grid that loses 0.03 nats.
         (["A1", "A3", "A5"], {64: {"optimum": 5.2e-3}}, {}, "not the fitted optima"),
     ],
@@ -180,22 +174,10 @@ def test_departures_within_windows_do_not_bend_the_threshold():
     assert one(long_world(changes), "A5")["estimate"] == pytest.approx(1, abs=0.01)
 
 
-def test_a_gap_that_jumps_and_hardly_grows_gives_no_threshold():
-    """A line through it reaches the margin long before the departure."""
-    row = one(long_world({16: {"shape": departing(218, slope=0.05), "own": (0.0, 0.0, 0.0)}}), "A5")
-    assert "tiny/long r16 does not leave along a line" in row["reason"]
-
-
 def test_a5_is_contradicted_where_the_threshold_does_not_grow():
     same = {rank: {"shape": departing(47), "trainable_params": 100 * rank**2} for rank in LEAVES}
     row = one(world(same), "A5")
     assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(0, abs=1e-9))
-
-
-def test_short_runs_are_another_setting():
-    rows = judged(*world(every={"steps": 512}), CURVES)
-    assert set(rows["verdict"]) == {"setting not met"}
-    assert rows["missing"].str.contains("runs of 1,000 steps or more").all()
 
 
 def test_a8_needs_a_gap_that_grows():
@@ -214,8 +196,6 @@ OPPOSITE = {("short", 64): {"floor": 2.116}, ("long", 64): {"floor": 1.884}}
     [
         (OPPOSITE, {}, "confirmed"),
         ({("short", 64): {"floor": 2.116}}, {}, "contradicted"),
-        ({}, {}, "contradicted"),
-        (OPPOSITE, {"offsets": (0.0,)}, "inconclusive"),
         (OPPOSITE, {"data_kind": "worked"}, "setting not met"),
     ],
 )
@@ -223,10 +203,6 @@ def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
     row = one(world(changes, every), "A6")
     assert row["verdict"] == verdict
     assert row["estimate"] == pytest.approx(2 if changes == OPPOSITE else 0, abs=0.01)
-
-
-def test_a6_takes_two_datasets():
-    assert one(long_world(), "A6")["verdict"] == "not tested"
 
 
 @pytest.mark.parametrize(
@@ -239,13 +215,6 @@ def test_the_first_epochs_bits(nats, verdict):
     assert (row["verdict"], row["estimate"]) == (verdict, pytest.approx(np.mean(nats) / 100))
     generated = runs.assign(data_kind="worked")
     assert one((generated, curves), "N1")["verdict"] == "setting not met"
-
-
-def test_n1_without_an_epoch_or_its_column():
-    runs, curves = long_world()
-    assert one((runs.assign(first_epoch_nats=math.nan), curves), "N1")["verdict"] == "not tested"
-    row = one((runs.drop(columns="first_epoch_nats"), curves), "N1")
-    assert (row["verdict"], "first_epoch_nats" in row["reason"]) == ("not tested", True)
 
 
 def test_missing_arms_and_curves():

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.scope import every_dataset, full_runs
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS as COLUMNS
@@ -69,31 +67,10 @@ def test_one_seed_decides_nothing():
     assert set(failing["verdict"]) == {"inconclusive"}
 
 
-@pytest.mark.parametrize(
-    ("rank", "lrs", "affected"),
-    [
-        (64, LRS[:4], ["A7", "B1", "B2", "B3", "B4"]),
-        (None, LRS[1:], ["A7", "B1", "B2"]),
-    ],
-)
-def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
-    claims = judged(*world({rank: {"lrs": lrs}}), affected)
-    assert claims["verdict"].tolist() == ["inconclusive"] * len(affected)
+def test_an_optimum_at_the_edge_decides_nothing():
+    claims = judged(*world({64: {"lrs": LRS[:4]}}))
+    assert claims["verdict"].tolist() == ["inconclusive"] * len(IDS)
     assert claims["reason"].str.contains("edge of its grid").all()
-
-
-def test_a_done_run_without_a_loss_is_refused():
-    runs, curves = world()
-    runs.loc[7, "final_test_nll"] = math.nan
-    with pytest.raises(UserError, match=f"run_id {runs.loc[7, 'run_id']}: final_test_nll = missing; allowed: a finite"):
-        judge_claims(Tables(runs, curves))
-
-
-def test_no_loss_at_all_decides_nothing():
-    runs, curves = world()
-    claims = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
-    assert "confirmed" not in set(claims["verdict"])
-    assert "contradicted" not in set(claims["verdict"])
 
 
 @pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
@@ -154,22 +131,6 @@ def test_shorter_runs_are_left_out_where_there_are_full_ones():
     short, full, longer = (SimpleNamespace(runs=pd.DataFrame({"steps": [steps]})) for steps in (999, 1000, 3000))
     assert [chosen for chosen, _ in full_runs(every_dataset)([short, full, longer])] == [full, longer]
     assert [chosen for chosen, _ in full_runs(every_dataset)([short])] == [short]
-
-
-def test_size_must_be_known_where_there_is_a_choice():
-    runs, curves = tables(two_datasets({}))
-    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7"])
-    assert claims.loc["A7", "verdict"] == "not tested"
-    assert "train_tokens" in claims.loc["A7", "reason"]
-
-
-def test_models_are_judged_apart():
-    tables_of_two = [*(arm(rank, **settings) for rank, settings in WORLD.items())]
-    tables_of_two += [arm(rank, **settings, model="other") for rank, settings in WORLD.items() if rank != 1]
-    claims = judged(*tables(tables_of_two), ["B1", "B4"])
-    assert claims.loc["B1", "verdict"] == "confirmed"
-    assert claims.loc["B4", "verdict"] == "inconclusive"
-    assert "other/instruct: no runs of LoRA r1" in claims.loc["B4", "reason"]
 
 
 def test_mixed_tokenizers_and_repeated_ids_are_refused():

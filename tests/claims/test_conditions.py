@@ -9,9 +9,9 @@ from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.rules import Remedy
 from lorabench.claims import scope
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.batch_size import LARGE_BATCHES
 from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import Margins
 from lorabench.planning.plan import make_plan
@@ -57,8 +57,6 @@ def evidence(runs=RUNS, curves=CURVES):
     ("met", "unmet", "instead"),
     [
         (scope.runs_of_steps(50, ()), scope.runs_of_steps(1000, ()), "at most 50 steps"),
-        (scope.batch_sizes(4, 12, ()), scope.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
-        (scope.batch_sizes(4, 12, ()), scope.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
         (scope.widths(128, 2, ()), scope.widths(2048, 2, ()), "hidden sizes 128, 2048"),
         (scope.response_length(4, ()), scope.response_length(8, ()), "4.5 tokens on average"),
     ],
@@ -68,8 +66,14 @@ def test_conditions_say_what_there_is_instead(met, unmet, instead):
     assert unmet.instead(evidence()) == instead
 
 
+def test_batches_are_large_over_a_range_and_for_some_steps():
+    assert LARGE_BATCHES.instead(evidence()) == "8 to 32, with 12 steps at 32"
+    assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32]))) == "2 to 32, with 12 steps at 32"
+    assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
+
+
 def test_text_is_natural_unless_all_of_it_is_known_to_be_generated():
-    condition = scope.natural_text(())
+    condition = scope.NATURAL
     assert condition.instead(evidence()) == "text that a program generated"
     assert condition.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
     assert condition.instead(evidence(RUNS.drop(columns="data_kind"))) is None

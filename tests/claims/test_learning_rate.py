@@ -55,12 +55,10 @@ def ranks(optima, fullft=1e-4, sigma=1e-4, seeds=SEEDS, **settings):
     [
         ("B1", {1: 5e-4, 4: 1e-3, 64: 1e-3}, "confirmed", 10),
         ("B1", {4: 1e-3, 64: 4e-4}, "contradicted", 4),
-        ("B1", {4: 1e-3, 64: 1.6e-3}, "inconclusive", 16),
         ("B3", {1: 1e-4, 4: 1e-3, 16: 2e-3, 64: 1.5e-3}, "confirmed", 1.5),
         ("B3", {4: 1e-3, 16: 1e-3, 64: 4e-4}, "contradicted", 0.4),
         ("B4", {1: 5e-4, 4: 1e-4, 16: 1e-3, 64: 2e-3}, "confirmed", 2),
         ("B4", {1: 5e-4, 16: 1e-3, 64: 6e-4}, "contradicted", 1.2),
-        ("B4", {1: 5e-4, 8: 1e-3}, "confirmed", 2),
     ],
 )
 def test_ratios_of_optima(claim, optima, verdict, estimate):
@@ -74,7 +72,6 @@ def test_ratios_of_optima(claim, optima, verdict, estimate):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"seeds": (0.0,)}, "1 paired seeds, 3 needed"),
         ({"diverges_from": 1.2e-3}, "LoRA r64: no finished LR within a factor"),
     ],
 )
@@ -198,16 +195,6 @@ def test_the_slope_against_the_naive_one(power, verdict):
     assert row["margin_high"] == pytest.approx(0.7)
 
 
-def test_scatter_of_models_widens_a_slope():
-    def scattered(name, lr):
-        return lr * {"llama-2": 3, "llama-4": 0.4, "qwen-1": 0.4, "qwen-4": 2}.get(name, 1)
-
-    row = judged(*world(lora=scattered), "B6")
-    assert row["verdict"] == "inconclusive"
-    assert row["ci_high"] - row["ci_low"] > 1
-    assert row["would_decide"].startswith("more models")
-
-
 def test_optima_off_any_law_contradict_it():
     row = judged(*world(fullft=lambda name, lr: lr * (6 if name == "llama-3" else 1)), "B7")
     assert row["verdict"] == "contradicted"
@@ -228,15 +215,6 @@ def test_a_law_that_fits_but_does_not_predict_is_left_open():
 
 def _bent(name, lr):
     return lr * (2.4 if name == "qwen-4" else 1.0)
-
-
-def test_the_published_constants_are_held_against_the_same_losses():
-    same = LrLaw(base=5e-5, multiplier=10.0, exponents={"llama": 0.781, "qwen": 0.0775})
-    assert "0.00% with the published constants" in judged(*world(law=same), "B7")["reason"]
-    far = LrLaw(base=5e-3, multiplier=10.0, exponents={"llama": 0.781, "qwen": 0.0775})
-    row = judged(*world(law=far), "B7")
-    assert "unknown (a predicted LR lies outside of its grid) with the published constants" in row["reason"]
-    assert row["verdict"] == "confirmed"
 
 
 def test_an_exponent_far_from_the_published_one_contradicts():
@@ -279,31 +257,6 @@ def test_models_of_one_size_do_not_show_that_size_does_not_matter():
     assert "one hidden size" in claims.loc["B6", "reason"]
     assert "too few hidden sizes" in claims.loc["B7", "reason"]
     assert "qwen: fewer than two hidden sizes" in claims.loc["B8", "reason"]
-
-
-def test_models_are_compared_on_the_same_data_only():
-    runs, curves = world()
-    some = runs["model"].isin(["qwen-1", "qwen-2", "qwen-4"])
-    row = judged(runs.assign(dataset=runs["dataset"].where(~some, "worked")), curves, "B5")
-    assert row["verdict"] == "inconclusive"
-    assert "3 models on instruct" in row["reason"]
-
-
-def test_the_rank_is_one_that_all_models_have():
-    runs, curves = world()
-    more, _ = tables([arm(64, optimum=1e-4, lrs=around(1e-4), model="llama-2", family="llama", hidden_size=2048)])
-    row = judged(pd.concat([runs, more]), curves, "B5")
-    assert row["verdict"] == "confirmed"
-    assert "LoRA r16 / FullFT" in row["reason"]
-
-
-def test_families_and_sizes_must_be_known():
-    runs, curves = world()
-    ids = ("B5", "B6", "B7", "B8", "B11")
-    claims = judged(runs.drop(columns="hidden_size"), curves, *ids)
-    assert set(claims["verdict"]) == {"not tested"}
-    assert claims["reason"].str.contains("no column hidden_size").all()
-    assert set(judged(runs.assign(hidden_size=None), curves, *ids)["verdict"]) == {"not tested"}
 
 
 # Short and long runs -------------------------------------------------------------------------------------------------
@@ -349,7 +302,6 @@ def test_short_runs_want_more_where_they_do():
 @pytest.mark.parametrize(
     ("ratios", "estimate"),
     [
-        pytest.param({50: 16, 100: 14, 1000: 20}, 0.7, id="the ratio grows with length"),
         pytest.param({50: 30, 100: 18, 1000: 13}, 30, id="beyond the band at 50 steps"),
         pytest.param({50: 16, 100: 12, 1000: 12}, 1, id="no growth"),
     ],
@@ -360,9 +312,8 @@ def test_short_runs_contradict(ratios, estimate):
     assert row["estimate"] == pytest.approx(estimate, rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [{"sigma": 0.02}, {"seeds": (0.0,)}])
-def test_short_runs_left_open(settings):
-    assert judged(*lengths(**settings), "B9")["verdict"] == "inconclusive"
+def test_short_runs_left_open():
+    assert judged(*lengths(sigma=0.02), "B9")["verdict"] == "inconclusive"
 
 
 def test_the_errors_of_two_lengths_of_the_same_runs_cancel():
@@ -374,14 +325,6 @@ def test_the_errors_of_two_lengths_of_the_same_runs_cancel():
     apart = judged(*lengths({50: 10, 1000: 10}, sigma=0.01), "B9")
     assert shared["estimate"] == pytest.approx(1, abs=0.01)
     assert width(shared) < 0.3 * width(apart)
-
-
-def test_runs_of_some_hundred_steps_do_not_meet_the_setting():
-    row = judged(*lengths({50: 16, 100: 14, 400: 10}, steps=400), "B9")
-    assert row["verdict"] == "setting not met"
-    missing = "runs of 1,000 steps or more (here at most 400 steps; the preset long_runs, core or paper meets it)"
-    assert row["missing"] == missing
-    assert "ratio at step 100" in row["reason"]
 
 
 def test_one_short_length_is_enough_and_none_is_not_tested():

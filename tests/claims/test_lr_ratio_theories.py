@@ -108,9 +108,3 @@ def test_predictions_are_written_beside_the_claims(tmp_path):
     assert by_scale["verdict"].tolist().count("fitted") == 1
     np.testing.assert_allclose(by_scale["off_by"], 1.0, rtol=0.01)
     np.testing.assert_allclose(written["off_by"], written["ratio"] / written["predicted"], rtol=1e-6)
-
-
-def test_without_runs_of_the_experiment_nothing_is_written(tmp_path):
-    runs, curves = world(following("scale"), CONDITIONS[:1], experiments="rank")
-    write_predictions(Tables(runs, curves), None, None, tmp_path)
-    assert not list(tmp_path.iterdir())

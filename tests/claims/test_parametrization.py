@@ -44,13 +44,6 @@ def test_first_updates_do_not_depend_on_rank():
     assert claim["n_runs"] == 7 * len(SEEDS)
 
 
-def test_runs_of_one_rank_are_not_about_the_first_update():
-    # The runs on the redundant pair are such runs, with another epsilon.
-    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT, {"rank": 4, "eps": 1e-16})))
-    assert claim["verdict"] == "confirmed"
-    assert claim["n_runs"] == 7 * len(SEEDS)
-
-
 def rising(run, step):
     return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
 
@@ -59,32 +52,18 @@ def flat_always(run, step):
     return descent(run | {"alpha": 32.0}, step)
 
 
-def noisy(run, step):
-    return descent(run, step) * (1 + luck(run["rank"], run["seed"], 1, size=0.2))
-
-
 @pytest.mark.parametrize(
     ("configurations", "change", "verdict", "reason"),
     [
         (FLAT + ROOT, rising, "contradicted", "r1 0.7"),
-        (FLAT + ROOT, noisy, "inconclusive", ""),
         (FLAT + ROOT, flat_always, "inconclusive", "does not fail"),
         (FLAT, descent, "inconclusive", "no control"),
-        (FLAT[:1] + ROOT, descent, "inconclusive", "fewer than two ranks"),
     ],
 )
 def test_first_updates_that_leave_c4_open_or_fail(configurations, change, verdict, reason):
     claim = judged("C4", *lora_tables(grid(*configurations), descent=change))
     assert claim["verdict"] == verdict
     assert reason in claim["reason"]
-
-
-def test_first_updates_need_seeds():
-    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, seeds=range(2))))
-    assert claim["verdict"] == "inconclusive"
-    assert claim["decide_seeds"] == 3
-    runs, curves = lora_tables(grid(*FLAT, *ROOT))
-    assert judged("C4", runs, curves[curves["metric"] != "descent"])["verdict"] == "not tested"
 
 
 # Invariance ---------------------------------------------------------------------------------------------------------
@@ -146,7 +125,6 @@ def test_a_large_epsilon_contradicts_no_argument_about_zero():
     [
         (EQUIVALENT, {}, nll, "inconclusive", "no pair that should differ"),
         (EQUIVALENT + OTHER, {}, lambda run, step: 3.0, "inconclusive", "should differ do not"),
-        (EQUIVALENT + OTHER, {"steps": 30}, nll, "inconclusive", "fewer than 50 steps"),
         (OTHER, {}, nll, "not tested", "no runs that should be equivalent"),
     ],
 )
@@ -154,12 +132,6 @@ def test_what_leaves_invariance_open(configurations, columns, change, verdict, r
     judged_claim = judged("C5", *lora_tables(grid(*configurations, **columns), nll=change))
     assert judged_claim["verdict"] == verdict
     assert reason in judged_claim["reason"]
-
-
-def test_moves_within_equal_lrs_say_nothing_about_lora_plus():
-    runs, curves = lora_tables(grid(moved_by(1, 1), moved_by(4, 4), *OTHER[1:]))
-    assert judged("C5", runs, curves)["verdict"] == "confirmed"
-    assert judged("C8", runs, curves)["verdict"] == "not tested"
 
 
 # The initial slope and the time scale of A --------------------------------------------------------------------------
@@ -231,7 +203,7 @@ def moving(power, wobble=0.05):
 
 @pytest.mark.parametrize(
     ("power", "wobble", "verdict"),
-    [(1.0, 0.02, "confirmed"), (2.0, 0.02, "contradicted"), (1.2, 0.02, "inconclusive")],
+    [(1.0, 0.02, "confirmed"), (2.0, 0.02, "contradicted")],
 )
 def test_the_time_scale_of_a(power, wobble, verdict):
     # Another initial scale at the same update scale is a time scale like any other.
@@ -273,11 +245,6 @@ def test_runs_in_which_a_does_not_move_that_far_are_bounds():
     assert "nan" not in none["reason"]
 
 
-def test_equivalent_runs_are_one_time():
-    runs, curves = lora_tables(grid(*EQUIVALENT, *TIMES[2:], steps=256), a_moved=moving(1.0))
-    assert "3 times and 0 bounds" in judged("C7", runs, curves)["reason"]
-
-
 # Variants -----------------------------------------------------------------------------------------------------------
 
 VARIANTS = [{"alpha": 8.0}, {"alpha": 128.0}, {"lr_ratio": 4.0}, {"lr_ratio": 16.0}]
@@ -311,11 +278,9 @@ def variants(changes=None, every=None, chosen=VARIANTS):
     ("changes", "every", "verdict", "reason"),
     [
         ({}, {}, "confirmed", "LoRA r16 alpha 8 - LoRA r16 = -0.0003"),
-        ({1: {"floor": 2.1}, 4: {"floor": 2.1}}, {}, "confirmed", "LoRA r16 LR_B/LR_A 16 - LoRA r16 = 0.0997"),
         ({2: {"floor": 1.9}}, {}, "contradicted", "LoRA r16 alpha 128 - LoRA r16 = -0.09"),
         ({3: {"floor": 1.9405}}, {}, "inconclusive", "LoRA r16 LR_B/LR_A 4 - LoRA r16 = -0.0588"),
         ({1: {"lrs": (3e-3, 1e-2, 3e-2)}}, {}, "inconclusive", "alpha 8: best LR at the edge"),
-        ({}, {"offsets": (0.0,)}, "inconclusive", "1 paired seeds"),
     ],
 )
 def test_variants_of_the_parametrization(changes, every, verdict, reason):
@@ -363,7 +328,6 @@ def ended(runs, share):
         (lambda run, step: 0.8 + luck(run["seed"], size=0.02), "confirmed"),
         (lambda run, step: 0.52 + luck(run["seed"], size=0.01), "contradicted"),
         (lambda run, step: 0.57 + luck(run["seed"], size=0.1), "inconclusive"),
-        (lambda run, step: 1.0 if run["lr"] == 1e-3 and step == run["steps"] else 0.0, "confirmed"),
     ],
 )
 def test_b_outgrows_a(share, verdict):
@@ -372,14 +336,6 @@ def test_b_outgrows_a(share, verdict):
     assert "1000 steps" in claim["reason"]
     assert claim["n_runs"] == 10
     assert (claim["margin_low"], claim["unit"]) == (0.6, "share of layers")
-
-
-def test_short_runs_are_not_full_runs():
-    facts = sweeps(steps=1500, dataset="facts", entropy_bits=9.0)
-    claim = judged("C10", *ended(sweeps(steps=64) + facts, lambda run, step: 0.1))
-    assert claim["verdict"] == "setting not met"
-    assert claim["missing"].startswith("runs of 1,000 steps or more (here at most 64 steps")
-    assert claim["estimate"] == pytest.approx(0.1)
 
 
 def test_the_longest_runs_decide_whether_b_outgrows_a():
@@ -421,7 +377,6 @@ def after_adam(grows):
     [
         (update_norm, "confirmed"),
         (after_adam(-0.3), "inconclusive"),
-        (lambda run, step: run["lr"] * (1 + luck(run["seed"], step, size=0.2)), "inconclusive"),
     ],
 )
 def test_the_effective_lr(norm, verdict):
@@ -478,6 +433,3 @@ def test_the_effective_lr_needs_seeds_and_records():
     runs, curves = lora_tables(grid({}))
     assert judged("C11", runs, curves[curves["step"] != 1])["verdict"] == "not tested"
     assert judged("C11", *lora_tables(grid({"alpha": 8.0})))["verdict"] == "not tested"
-
-
-# All ----------------------------------------------------------------------------------------------------------------

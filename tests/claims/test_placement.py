@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.compute import PAPER_COUNTS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables
 
 from ..handmade import rl
@@ -102,21 +101,13 @@ def test_contradicted_where_it_fails(claims, changes, part):
     assert of_claims.loc[["E3", "E4"], "reason"].str.startswith(part).all()
 
 
-def test_an_mlp_that_is_better_than_all_layers_is_enough():
-    runs = world(changes={("mlp", 16): {"floor": 1.9}})
-    assert judged(runs, ids=["E2"]).loc["E2", "verdict"] == "confirmed"
-
-
 @pytest.mark.parametrize(
     ("claims", "settings"),
     [
         (IDS, {"every": {"offsets": (0.0,)}}),
-        (IDS, {"every": {"lrs": LRS[:4]}}),
         (["E1", "E3", "E4", "E7"], {"changes": {("attn", 17): {"floor": 2.02}}, "noise": 0.03}),
         (["E2", "E3", "E4"], {"changes": {("mlp", 8): {"floor": 2.01}}, "noise": 0.03}),
         (["E1", "E3", "E4", "E7"], {"without": [("attn", 17)]}),
-        (IDS, {"without": ["mlp"]}),
-        (["E2", "E3", "E4"], {"without": [("all", 8), ("mlp", 16)]}),
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
@@ -139,15 +130,6 @@ def test_attention_with_more_parameters_comes_first():
     claim = judged(world(fewer, without=[("attn", 17)]), ids=["E1"]).loc["E1"]
     assert "LoRA r8 attn - LoRA r8 mlp" in claim["reason"]
     assert claim["verdict"] == "confirmed"
-
-
-def test_two_parameter_counts_of_one_arm_decide_nothing():
-    runs = world()
-    runs.loc[runs["placement"].eq("attn") & runs["seed"].eq(1), "trainable_params"] += 5
-    assert judged(runs, ids=["E1"]).loc["E1", "verdict"] == "inconclusive"
-    without = judged(runs.drop(columns="trainable_params"), ids=["E1", "E2"])
-    assert without["verdict"].to_dict() == {"E1": "not tested", "E2": "confirmed"}
-    assert without.loc["E1", "reason"] == "the runs table has no column trainable_params"
 
 
 def test_dense_models_and_mixtures_of_experts_are_judged_apart():
@@ -185,7 +167,6 @@ def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
     [
         ({}, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
         ({"attention": 0.8}, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
-        ({"length": 7.0}, "setting not met", "responses of 8 tokens or more (here 7.0 tokens on average"),
     ],
 )
 def test_placement_in_rl(settings, verdict, words):

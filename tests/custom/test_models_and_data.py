@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from lorabench.config.models import GgufModel, HubModel, PathModel, TinyModel
+from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, examine_data, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG

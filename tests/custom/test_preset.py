@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from lorabench.config.datasets import FileDataset
 from lorabench.config.experiments import AutoLrs
+from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import PathModel
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import Choices, Splits, init_preset, splits
 from lorabench.data.problems import make_problems
@@ -17,7 +16,7 @@ from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.models.identity import model_id
+from lorabench.models.specs import model_id
 
 from .conftest import write_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lorabench.config.datasets import ReasoningProblems
+from lorabench.config.inputs import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job

@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from lorabench.config.models import TinyModel
-from lorabench.config.placement import SUFFIXES
+from lorabench.config.fields import SUFFIXES
+from lorabench.config.inputs import TinyModel
 from lorabench.custom import finetune
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.config.datasets import DocstringsDataset
+from lorabench.config.inputs import DocstringsDataset
 from lorabench.config.loading import load_preset
 from lorabench.data import sft
 from lorabench.data.identity import dataset_id

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from scipy import stats
 
-from lorabench.config.datasets import FactsDataset
+from lorabench.config.inputs import FactsDataset
 from lorabench.data.chat import prompt
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset
 

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.config.datasets import FileDataset, FileProblems
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import FileDataset, FileProblems, TinyModel
 from lorabench.data import files
 from lorabench.data.chat import Chat
 from lorabench.data.files import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lorabench.config.datasets import HubDataset
+from lorabench.config.inputs import HubDataset
 from lorabench.data.chat import prompt
 from lorabench.data.hub import hub_messages
 from lorabench.data.sft import about, build_dataset, read_dataset

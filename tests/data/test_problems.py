@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorabench.config.datasets import HubProblems, ReasoningProblems
+from lorabench.config.inputs import HubProblems, ReasoningProblems
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, last_number, number
 from lorabench.data.problems import make_problems, read_problems, write_problems
 from lorabench.errors import UserError

@@ -22,12 +22,13 @@ pytestmark = pytest.mark.long
 WORK = """
 import json, sys, threading, time
 from pathlib import Path
-from lorabench.config.datasets import HubDataset
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import HubDataset
+from lorabench.config.inputs import TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.base import load_tokenizer
-from lorabench.training.batches import collate, data_order
+from lorabench.training.loss import collate
+from lorabench.training.run import data_order
 
 def own():
     status = Path("/proc/self/status").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.config.datasets import ChatDataset
+from lorabench.config.inputs import ChatDataset
 from lorabench.data import sft
 from lorabench.data.chat import prompt
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS

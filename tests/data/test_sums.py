@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from lorabench.config.datasets import SumProblems
+from lorabench.config.inputs import SumProblems
 from lorabench.data.grading import Grader, last_number
 from lorabench.data.problems import make_problems
 from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums

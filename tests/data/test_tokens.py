@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lorabench.config.datasets import ChatDataset
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import ChatDataset, TinyModel
 from lorabench.data import sft
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import Limits, cache_key, count_left_out, encode_chat, read_tokens, write_tokens

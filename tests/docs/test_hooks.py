@@ -7,7 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 
 from ..conftest import REPOSITORY
 

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from lorabench.cli import app
-from lorabench.config.models import PathModel, TinyModel
+from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
 from lorabench.errors import UserError

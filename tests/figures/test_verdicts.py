@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
 from lorabench.figures.verdicts import END, FAMILIES, LOOKS, SHORT_NAMES, in_margins

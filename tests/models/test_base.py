@@ -8,10 +8,10 @@ import zipfile
 import pytest
 import torch
 
-from lorabench.config.models import GgufModel, PathModel, TinyModel
+from lorabench.config.inputs import GgufModel, PathModel, TinyModel
 from lorabench.models import base
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 
 
 def at(path):

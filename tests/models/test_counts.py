@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters, counts_table, train_flops_per_token
 from lorabench.models.lora import add_lora

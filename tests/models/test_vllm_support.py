@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
 from lorabench.models.vllm_support import cache_bytes, check_policy, check_vllm, max_lora_rank
 

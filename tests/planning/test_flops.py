@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import TinyModel
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_tokens
 from lorabench.planning.plan import make_plan
 

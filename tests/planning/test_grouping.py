@@ -33,29 +33,26 @@ def test_each_sweep_is_in_one_job_with_others_like_it(name, faster, data):
     jobs = group_sweeps(preset, chosen)
     assert sorted(sweep.sweep_id for job in jobs for sweep in job) == sorted(sweep.sweep_id for sweep in chosen)
     for job in jobs:
-        alike = {
-            (
-                sweep.condition.model,
-                sweep.condition.dataset,
-                sweep.condition.task,
-                sweep.experiments,
-                gpus_needed(preset, sweep),
-            )
-            for sweep in job
-        }
-        assert len(alike) == 1
+        kinds = {(sweep.condition.model, sweep.condition.dataset, sweep.condition.task) for sweep in job}
+        needs = {(sweep.experiments, gpus_needed(preset, sweep)) for sweep in job}
+        assert len(kinds) == len(needs) == 1
     times = [seconds(Plan(preset, ()), Job(job)) for job in jobs]
     assert times == sorted(times, reverse=True)
     assert group_sweeps(preset, chosen) == jobs
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_no_job_of_several_is_longer_than_the_longest_sweep_or_a_start(name):
+def test_long_sweeps_stay_alone_and_an_experiment_trains_what_it_needs(name):
     plan = PLANS[name]
-    alone = max(seconds(plan, Job((sweep,))) for sweep in plan.sweeps)
     start = start_seconds(plan.preset)
+    alone = {sweep: seconds(plan, Job((sweep,))) for sweep in plan.sweeps}
     for job in plan.jobs:
-        assert len(job.sweeps) == 1 or seconds(plan, job) <= max(alone, 2.5 * start)
+        if len(job.sweeps) > 1:
+            assert seconds(plan, job) <= max(*alone.values(), 2.5 * start)
+            assert max(alone[sweep] for sweep in job.sweeps) - start < start / START_SHARE
+    for experiment in plan.preset.experiments.trained():
+        trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
+        assert trained == {sweep for sweep in plan.sweeps if experiment in sweep.experiments}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -84,23 +81,6 @@ def test_starts_take_little_of_the_laptop_preset():
     start, whole = start_seconds(plan.preset), training(plan, plan.jobs).job_hours * 3600
     assert len(plan.jobs) < 0.6 * len(plan.sweeps)
     assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
-
-
-def test_long_sweeps_stay_alone():
-    plan = PLANS["paper"]
-    start = start_seconds(plan.preset)
-    for job in plan.jobs:
-        if len(job.sweeps) > 1:
-            worked = [seconds(plan, Job((sweep,))) - start for sweep in job.sweeps]
-            assert max(worked) < start / START_SHARE
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
-    plan = PLANS[name]
-    for experiment in plan.preset.experiments.trained():
-        trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
-        assert trained == {sweep for sweep in plan.sweeps if experiment in sweep.experiments}
 
 
 def test_a_start_is_paid_once_per_job():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan, merge_sweeps
 from lorabench.runs import Condition, Run, Seeds, Sweep, next_runs
@@ -28,14 +28,44 @@ def run_ids(plan):
     return {row["run_id"] for row in plan.rows() if row["run_id"]}
 
 
+def changed(raw, path, value):
+    """Return a plan of a preset in which a value is another one."""
+    raw = copy.deepcopy(raw)
+    *parents, last = path
+    inner = raw
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    return planned(raw)
+
+
+def changed_block(raw, **changes):
+    raw["experiments"]["rank"][0] |= changes
+    return planned(raw)
+
+
 def test_counts(raw_preset):
     plan = planned(raw_preset)
     # FullFT: 2 LRs and 1 repeat; two ranks: 3 LRs and 1 repeat each.
     assert len(plan.sweeps) == 3
-    assert sum(sweep.n_runs for sweep in plan.sweeps) == 3 + 4 + 4
-    assert len(plan.rows()) == 11
+    assert sum(sweep.n_runs for sweep in plan.sweeps) == len(plan.rows()) == 3 + 4 + 4
     assert len(run_ids(plan)) == 8
     assert all(sweep.condition.steps == 16 for sweep in plan.sweeps)
+    assert [run.seed for run in plan.sweeps[0].grid()] == [0] * len(plan.sweeps[0].lrs)
+    # The sweep with the most work is the first.
+    plan = changed_block(raw_preset, ranks={"all": [1, 64]})
+    assert plan.sweeps[0].condition.rank == 64
+    assert plan.job(plan.sweeps[0].sweep_id).sweeps == plan.sweeps[:1]
+    with pytest.raises(UserError, match="job 'nope' is not in the plan"):
+        plan.job("nope")
+
+
+def test_rl_counts_responses(raw_rl_preset):
+    plan = planned(raw_rl_preset)
+    assert sum(sweep.n_runs for sweep in plan.sweeps) == (1 + 1) + (3 + 1)
+    for sweep in plan.sweeps:
+        assert (sweep.condition.task, sweep.condition.steps, sweep.condition.batch_size) == ("rl", 3, 16)
+        assert sweep.condition.rollouts.held_out == ("gcd-of-three",)
 
 
 def test_run_id_of_known_content_never_changes():
@@ -44,70 +74,52 @@ def test_run_id_of_known_content_never_changes():
     assert Run(condition, 1e-3, 0).run_id == "99d66ac1a038"
 
 
-def test_ids_do_not_depend_on_names_or_order(raw_preset):
-    renamed = copy.deepcopy(raw_preset)
-    renamed["models"] = {"other": renamed["models"]["tiny"]}
-    renamed["experiments"]["rank"][0]["models"] = ["other"]
-    renamed["experiments"]["rank"][0]["ranks"] = {"all": [4, 1]}
-    assert run_ids(planned(raw_preset)) == run_ids(planned(renamed))
+@given(lr=st.floats(1e-8, 1.0), other=st.floats(1e-8, 1.0), seed=st.integers(0, 9))
+def test_run_ids_differ_exactly_when_runs_do(lr, other, seed):
+    condition = make_plan(load_preset("smoke")).sweeps[0].condition
+    assert (Run(condition, lr, seed).run_id == Run(condition, other, seed).run_id) == (lr == other)
+
+
+RANK, RL = ("experiments", "rank", 0), ("experiments", "rl_arithmetic", 0)
 
 
 @pytest.mark.parametrize(
-    ("where", "value"),
+    ("path", "value", "same"),
     [
-        (("protocol",), {"alpha": 16.0}),
-        (("datasets", "instruct", "seed"), 1),
-        (("experiments", "rank", 0, "epochs"), 2.0),
+        (("protocol",), {"alpha": 16.0}, False),
+        (("datasets", "instruct", "seed"), 1, False),
+        ((*RANK, "epochs"), 2.0, False),
+        ((*RANK, "ranks"), {"all": [4, 1]}, True),
+        (("execution",), {"gflops": 1.0, "threads": 2, "max_batch_tokens": 512, "keep_weights": "all"}, True),
+        ((*RL, "mean_response_tokens"), 3, True),
+        ((*RL, "group_size"), 2, False),
+        ((*RL, "held_out"), [], False),
+        ((*RL, "stop"), ["x"], False),
+        (("problems", "gcd", "seed"), 1, False),
+        (("problems", "gcd-of-three", "seed"), 1, False),
     ],
 )
-def test_what_changes_a_result_changes_the_id(raw_preset, where, value):
-    changed = copy.deepcopy(raw_preset)
-    *parents, last = where
-    inner = changed
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    lora = {row["run_id"] for row in planned(raw_preset).rows() if row["run_id"] and row["method"] == "lora"}
-    assert not lora & run_ids(planned(changed))
+def test_what_changes_a_result_changes_the_id_and_nothing_else_does(raw_preset, raw_rl_preset, path, value, same):
+    raw = raw_rl_preset if path[0] == "problems" or path[:3] == RL else raw_preset
+    before, after = run_ids(planned(raw)), run_ids(changed(raw, path, value))
+    if same:
+        assert after == before
+    else:
+        # Full fine-tuning has no alpha.
+        assert len(before & after) == (2 if path == ("protocol",) else 0)
 
 
-def test_a_local_model_is_known_by_its_files_not_by_its_place(raw_preset, tmp_path):
-    def ids(folder):
-        raw_preset["models"] = {"tiny": {"kind": "path", "path": str(folder), "parameters": 1, "hidden_size": 1}}
-        return run_ids(planned(raw_preset))
+def test_a_model_is_known_by_its_files_not_by_its_name_or_place(raw_preset, tmp_path):
+    def ids(folder, name="tiny"):
+        raw_preset["models"] = {name: {"kind": "path", "path": str(folder), "parameters": 1, "hidden_size": 1}}
+        return run_ids(changed_block(raw_preset, models=[name]))
 
     first, moved, retrained = (shutil.copytree(shipped_folder("llama-128"), tmp_path / name) for name in "abc")
     weights = bytearray((retrained / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (retrained / "model.safetensors").write_bytes(weights)
-    assert ids(first) == ids(moved)
+    assert ids(first) == ids(moved) == ids(first, "other")
     assert not ids(first) & ids(retrained)
-
-
-def test_execution_settings_do_not_change_ids(raw_preset):
-    changed = copy.deepcopy(raw_preset)
-    changed["execution"] = {"gflops": 1.0, "threads": 2, "max_batch_tokens": 512, "keep_weights": "all"}
-    assert run_ids(planned(raw_preset)) == run_ids(planned(changed))
-
-
-def test_a_wider_grid_keeps_the_runs_it_had(raw_preset):
-    wider = copy.deepcopy(raw_preset)
-    wider["experiments"]["rank"][0]["lrs"]["lora"].append(3e-2)
-    assert run_ids(planned(raw_preset)) < run_ids(planned(wider))
-
-
-def test_sweep_and_its_grid(raw_preset):
-    plan = planned(raw_preset)
-    sweep = plan.job(plan.sweeps[0].sweep_id).sweeps[0]
-    assert [run.seed for run in sweep.grid()] == [0] * len(sweep.lrs)
-    with pytest.raises(UserError, match="job 'nope' is not in the plan"):
-        plan.job("nope")
-
-
-@given(lr=st.floats(1e-8, 1.0), other=st.floats(1e-8, 1.0), seed=st.integers(0, 9))
-def test_run_ids_differ_exactly_when_runs_do(lr, other, seed):
-    condition = make_plan(load_preset("smoke")).sweeps[0].condition
-    assert (Run(condition, lr, seed).run_id == Run(condition, other, seed).run_id) == (lr == other)
 
 
 def test_runs_shared_between_experiments_appear_once(raw_preset):
@@ -118,12 +130,6 @@ def test_runs_shared_between_experiments_appear_once(raw_preset):
     assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
     assert merge_sweeps([merged, other]) == [merged]
     assert {run.run_id for run in sweep.grid()} < {run.run_id for run in merged.grid()}
-
-
-def test_longest_sweep_first(raw_preset):
-    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [1, 64]}
-    ranks = [sweep.condition.rank for sweep in planned(raw_preset).sweeps]
-    assert ranks[0] == 64
 
 
 def test_plan_is_fast_and_needs_no_torch():
@@ -137,11 +143,6 @@ def test_plan_is_fast_and_needs_no_torch():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def changed_block(raw, **changes):
-    raw["experiments"]["rank"][0] |= changes
-    return planned(raw)
 
 
 def test_seeds_at_every_lr(raw_preset):
@@ -163,9 +164,8 @@ def test_a_seed_that_is_repeated_anyway_is_not_run_twice(raw_preset):
 
 
 def test_steps_are_those_of_the_epochs_or_fewer(raw_preset):
-    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=5).sweeps} == {5}
-    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=500).sweeps} == {16}
-    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=None, epochs=2.0).sweeps} == {32}
+    for fields, steps in (({"steps": 5}, 5), ({"steps": 500}, 16), ({"steps": None, "epochs": 2.0}, 32)):
+        assert {sweep.condition.steps for sweep in changed_block(raw_preset, **fields).sweeps} == {steps}
 
 
 def test_a_method_without_lrs_is_no_arm(raw_preset):
@@ -180,17 +180,13 @@ def lora_conditions(plan):
     return [sweep.condition for sweep in plan.sweeps if sweep.condition.method == "lora"]
 
 
-def test_alpha_grows_with_a_power_of_the_rank(raw_preset):
-    powers = {0.0: {32.0}, 0.5: {32.0, 64.0}, 1.0: {32.0, 128.0}}
-    for power, alphas in powers.items():
-        conditions = lora_conditions(changed_block(raw_preset, alpha_power=power))
-        assert {condition.alpha for condition in conditions} == alphas
-
-
 def test_variants_are_a_factorial(raw_preset):
-    plan = changed_block(raw_preset, alphas=[8.0, 32.0], lr_ratios=[1.0, 4.0], inits_a=[0.5], eps=1e-12)
-    conditions = lora_conditions(plan)
-    arms = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in conditions}
+    for power, alphas in {0.0: {32.0}, 0.5: {32.0, 64.0}, 1.0: {32.0, 128.0}}.items():
+        plan = changed_block(raw_preset, alpha_power=power)
+        assert {condition.alpha for condition in lora_conditions(plan)} == alphas
+    changes = {"alpha_power": 0.0, "alphas": [8.0, 32.0], "lr_ratios": [1.0, 4.0], "inits_a": [0.5], "eps": 1e-12}
+    plan = changed_block(raw_preset, **changes)
+    arms = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in lora_conditions(plan)}
     assert arms == {(r, a, 0.5, q, 1e-12) for r in (1, 4) for a in (8.0, 32.0) for q in (1.0, 4.0)}
     fullft = next(sweep.condition for sweep in plan.sweeps if sweep.condition.method == "fullft")
     assert (fullft.alpha, fullft.init_a, fullft.lr_ratio, fullft.eps) == (None, None, None, 1e-12)
@@ -206,46 +202,13 @@ def test_a_transform_keeps_what_the_paper_says_it_keeps(raw_preset):
         )
         for run in runs
     }
-    assert len(runs) == 4 * 3
+    assert len({run.run_id for run in runs}) == len(runs) == 4 * 3
     assert len(kept) == 3, "one class for each LR"
-    assert len({run.run_id for run in runs}) == 12
-
-
-def test_rl_counts_responses(raw_rl_preset):
-    plan = planned(raw_rl_preset)
-    assert sum(sweep.n_runs for sweep in plan.sweeps) == (1 + 1) + (3 + 1)
-    for sweep in plan.sweeps:
-        assert (sweep.condition.task, sweep.condition.steps, sweep.condition.batch_size) == ("rl", 3, 16)
-        assert sweep.condition.rollouts.held_out == ("gcd-of-three",)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "same"),
-    [
-        ("mean_response_tokens", 3, True),
-        ("group_size", 2, False),
-        ("held_out", [], False),
-        ("stop", ["x"], False),
-    ],
-)
-def test_what_changes_an_rl_run_changes_its_id(raw_rl_preset, key, value, same):
-    changed = copy.deepcopy(raw_rl_preset)
-    changed["experiments"]["rl_arithmetic"][0][key] = value
-    assert (run_ids(planned(changed)) == run_ids(planned(raw_rl_preset))) == same
-
-
-def test_problems_are_part_of_an_rl_run(raw_rl_preset):
-    for name in ("gcd", "gcd-of-three"):
-        changed = copy.deepcopy(raw_rl_preset)
-        changed["problems"][name]["seed"] = 1
-        assert not run_ids(planned(changed)) & run_ids(planned(raw_rl_preset))
 
 
 def evaluated(raw, **changes):
     task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
-    raw = copy.deepcopy(raw)
-    raw["evaluation"] = {"experiments": ["rank"], "tasks": [task]} | changes
-    return planned(raw)
+    return planned(raw | {"evaluation": {"experiments": ["rank"], "tasks": [task]} | changes})
 
 
 def test_the_base_and_each_condition_are_evaluated_once(raw_preset):
@@ -257,7 +220,12 @@ def test_the_base_and_each_condition_are_evaluated_once(raw_preset):
     assert all(plan.evaluation(job.eval_id) == job for job in jobs)
     with pytest.raises(UserError, match="evaluation 'other' is not in the plan"):
         plan.evaluation("other")
+    # Four jobs of 1000 documents of 200 tokens.
+    work = bill.per_experiment(plan)["evaluation"]
+    assert (work.runs, work.jobs, work.tokens) == (0, 4, 4 * 1000 * 200)
+    assert bill.minutes(plan, work, 1) == pytest.approx(2 * bill.minutes(plan, work, 2))
     assert planned(raw_preset).evaluations() == []
+    assert "evaluation" not in bill.per_experiment(planned(raw_preset))
 
 
 def test_what_changes_scores_changes_an_evaluation(raw_preset):
@@ -268,19 +236,8 @@ def test_what_changes_scores_changes_an_evaluation(raw_preset):
     other_data["datasets"]["instruct"]["seed"] = 1
     own, vllm = (raw_preset | {"execution": raw_preset["execution"] | {"sampler": name}} for name in ("own", "vllm"))
     assert ids(own) == ids(raw_preset)
-    assert not ids(vllm) & ids(raw_preset)
-    assert not ids(raw_preset) & ids(raw_preset, batch_size=8)
-    assert not ids(raw_preset) & ids(other_data)
-
-
-def test_the_estimate_has_the_evaluation(raw_preset):
-    plan = evaluated(raw_preset)
-    work = bill.per_experiment(plan)["evaluation"]
-    assert (work.runs, work.jobs) == (0, 4)
-    # Four jobs of 1000 documents of 200 tokens.
-    assert work.tokens == 4 * 1000 * 200
-    assert bill.minutes(plan, work, 1) == pytest.approx(2 * bill.minutes(plan, work, 2))
-    assert "evaluation" not in bill.per_experiment(planned(raw_preset))
+    for changes in (ids(vllm), ids(raw_preset, batch_size=8), ids(other_data)):
+        assert not changes & ids(raw_preset)
 
 
 def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(raw_preset):

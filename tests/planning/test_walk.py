@@ -38,41 +38,47 @@ def parabola(optimum, seed_shift=0.0):
     return lambda lr, seed: math.log(lr / optimum) ** 2 + seed_shift * seed
 
 
-def test_an_optimum_among_the_first_lrs_takes_two_waves():
-    losses, waves = walk(parabola(1.1e-3, 0.1))
-    assert waves == [[4.64e-4, 1e-3, 2.15e-3]] * 2
-    assert len(losses) == 9
-    assert best_lr(SWEEP, losses) == 1e-3
-    assert ending(SWEEP, losses) == "bracketed by 3 LRs, the lowest loss at lr 1e-3"
+def diverging(above):
+    return lambda lr, seed: math.inf if lr > above else -lr
 
 
-@pytest.mark.parametrize(("optimum", "triple"), [(1e-2, [4.64e-3, 1e-2, 2.15e-2]), (1e-4, [4.64e-5, 1e-4, 2.15e-4])])
-def test_a_distant_optimum_is_reached_step_by_step(optimum, triple):
-    losses, waves = walk(parabola(optimum))
-    assert waves[-1] == triple
-    assert best_lr(SWEEP, losses) == optimum
-    assert len(losses) == len({lr for lr, _ in losses}) + 6
+def flat_between(low, high):
+    return lambda lr, seed: -0.6 if low < lr < high else -0.3
 
 
-def test_it_stops_at_the_most_lrs_and_says_so():
-    losses, _ = walk(parabola(1e2))
-    assert len({lr for lr, _ in losses}) == 9
-    assert (
-        ending(SWEEP, losses) == "stopped at 9 LRs, the lowest loss at lr 2.15e-1, with no higher loss at a higher LR"
-    )
+# By the first seed 1e-3 is best, by the mean of all 4.64e-4, whose lower neighbour is not trained yet.
+def best_elsewhere_by_the_mean(lr, seed):
+    return abs(math.log(lr / (1e-3 if seed == 0 else 3e-4)))
+
+
+FIRST = [4.64e-4, 1e-3, 2.15e-3]
+BRACKETED = "bracketed by {} LRs, the lowest loss at lr {}"
+STOPPED = "stopped at 9 LRs, the lowest loss at lr {}, with no higher loss at a {} LR"
+# The losses, the waves after the first one, the best LR, the number of runs, and how the walk ends.
+WALKS = [
+    (parabola(1.1e-3, 0.1), [FIRST], 1e-3, 9, BRACKETED.format(3, "1e-3")),
+    (parabola(1e-2), [[4.64e-3], [1e-2], [2.15e-2], [4.64e-3, 1e-2, 2.15e-2]], 1e-2, 12, BRACKETED.format(6, "1e-2")),
+    (parabola(1e-4), [[2.15e-4], [1e-4], [4.64e-5], [4.64e-5, 1e-4, 2.15e-4]], 1e-4, 12, BRACKETED.format(6, "1e-4")),
     # The third LR with seeds is the next but one below.
-    assert len(losses) == 9 + 6
+    (parabola(1e2), [[4.64e-3]], 2.15e-1, 9 + 6, STOPPED.format("2.15e-1", "higher")),
+    # Equal lowest losses are enclosed together; where all are equal the walk stops.
+    (flat_between(3e-4, 5e-3), [[2.15e-4, 4.64e-3], [1e-2]], 1e-3, 12, BRACKETED.format(6, "1e-3")),
+    (flat_between(0, 1e9), [], 1e-3, 9 + 6, STOPPED.format("1e-3", "lower or higher")),
+    # A diverged LR counts as higher, and a finer one is tried before it; beside it the third one is finer.
+    (diverging(1.8e-3), [[1.47e-3], [4.64e-4, 1e-3, 1.47e-3]], 1.47e-3, 10, BRACKETED.format(4, "1.47e-3")),
+    (diverging(1.2e-3), [[1.47e-3], [4.64e-4, 6.81e-4, 1e-3]], 1e-3, 11, BRACKETED.format(5, "1e-3")),
+    (diverging(0), [[2.15e-4], [1e-4]], None, 9, "all 9 LRs diverged"),
+    (best_elsewhere_by_the_mean, [FIRST, [2.15e-4]], 4.64e-4, 12, BRACKETED.format(4, "4.64e-4")),
+]
 
 
-def test_equal_lowest_losses_are_enclosed_together():
-    def reward(lr, seed):
-        return -0.6 if 3e-4 < lr < 5e-3 else -0.3
-
-    losses, waves = walk(reward)
-    assert waves[:2] == [[4.64e-4, 1e-3, 2.15e-3], [2.15e-4, 4.64e-3]]
-    assert waves[2] == [1e-2]
-    assert best_lr(SWEEP, losses) == 1e-3
-    assert ending(SWEEP, losses).startswith("bracketed by 6 LRs")
+@pytest.mark.parametrize(("loss", "waves_after_first", "best", "runs", "end"), WALKS)
+def test_a_walk_encloses_the_best_lr(loss, waves_after_first, best, runs, end):
+    losses, waves = walk(loss)
+    assert waves[: 1 + len(waves_after_first)] == [FIRST, *waves_after_first]
+    assert best_lr(SWEEP, losses) == best
+    assert len(losses) == runs
+    assert ending(SWEEP, losses) == end
 
 
 def test_in_rl_all_good_lrs_are_enclosed_and_the_best_of_them_is_chosen():
@@ -85,47 +91,6 @@ def test_in_rl_all_good_lrs_are_enclosed_and_the_best_of_them_is_chosen():
     assert best_lr(rl, losses) == 1e-3
     _, waves = walk(minus_accuracy)
     assert waves == [[4.64e-4, 1e-3, 2.15e-3]] * 2
-
-
-def test_where_all_losses_are_equal_it_stops():
-    losses, _ = walk(lambda lr, seed: 0.0)
-    assert len({lr for lr, _ in losses}) == 9
-    assert ending(SWEEP, losses).endswith("with no higher loss at a lower or higher LR")
-
-
-def test_a_diverged_lr_counts_as_higher_and_a_finer_one_is_tried_before_it():
-    def loss(lr, seed):
-        return math.inf if lr > 1.8e-3 else -lr
-
-    losses, waves = walk(loss)
-    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [1.47e-3], [4.64e-4, 1e-3, 1.47e-3]]
-    assert best_lr(SWEEP, losses) == 1.47e-3
-    assert ending(SWEEP, losses).startswith("bracketed by 4 LRs")
-
-
-def test_beside_diverged_lrs_the_third_one_is_finer():
-    losses, waves = walk(lambda lr, seed: math.inf if lr > 1.2e-3 else -lr)
-    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [1.47e-3], [4.64e-4, 6.81e-4, 1e-3]]
-    assert best_lr(SWEEP, losses) == 1e-3
-
-
-def test_where_all_runs_diverge_it_walks_down_and_has_no_best_lr():
-    losses, _ = walk(lambda lr, seed: math.inf)
-    assert (min(losses), len(losses)) == ((4.64e-6, 0), 9)
-    assert best_lr(SWEEP, losses) is None
-    assert ending(SWEEP, losses) == "all 9 LRs diverged"
-
-
-def test_seeds_follow_the_mean_to_the_edge_with_the_first_seed():
-    # By the first seed 1e-3 is best, by the mean of all 4.64e-4, whose lower neighbour is not trained yet.
-    def loss(lr, seed):
-        return abs(math.log(lr / (1e-3 if seed == 0 else 3e-4)))
-
-    losses, waves = walk(loss)
-    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [4.64e-4, 1e-3, 2.15e-3], [2.15e-4]]
-    assert (2.15e-4, 0) in losses
-    assert best_lr(SWEEP, losses) == 4.64e-4
-    assert len(losses) == 12
 
 
 def test_a_fixed_grid_of_the_same_condition_is_part_of_the_walk():

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS, CORE
+from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
 from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import blocks

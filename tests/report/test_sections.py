@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.report.page import SECTIONS, arrange
 

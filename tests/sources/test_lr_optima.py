@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lorabench.errors import UserError
 from lorabench.sources.lr_left_out import by_source, compared, left_out
-from lorabench.sources.lr_optima import LrOptimum, SweptOptimum, known_optima, optima_of_table, optima_table
+from lorabench.sources.lr_optima import LrOptimum, known_optima, optima_of_table, optima_table
 from lorabench.sources.studies import read_studies
 
 from ..conftest import REPOSITORY
@@ -17,8 +18,8 @@ from .conftest import row
 
 def test_the_optimum_of_a_grid(source):
     [study] = read_studies([source(models={"m": {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}})])
-    optima = [s for s in known_optima([study]) if s.optimum.source == "made-up"]
-    fullft, lora = (swept.optimum for swept in optima)
+    optima = [s for s in known_optima([study]) if s.source == "made-up"]
+    fullft, lora = optima
     # Losses 2.1, 2.0, 2.2 an octave apart: the parabola's lowest point is 1/6 of an octave below the middle.
     assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
     assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
@@ -30,24 +31,24 @@ def test_the_optimum_of_a_grid(source):
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     falling = [row("fullft", lr, loss) for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
     [study] = read_studies([source(falling)])
-    [edge] = [s.optimum for s in known_optima([study]) if s.optimum.source == "made-up"]
+    [edge] = [s for s in known_optima([study]) if s.source == "made-up"]
     assert (edge.lr, edge.counts) == (4e-5, False)
     assert math.isnan(edge.error)
     # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
-    by_model = {s.optimum.model: s.optimum for s in known_optima([]) if s.optimum.dataset == "tulu3"}
+    by_model = {s.model: s for s in known_optima([]) if s.dataset == "tulu3"}
     assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
 
 
 def test_alpha_is_converted(source):
     attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "16", "base_kind": "base"}
     [study] = read_studies([source(attributes=attributes)])
-    fullft, lora = (s.optimum for s in known_optima([study]) if s.optimum.source == "made-up")
+    fullft, lora = (s for s in known_optima([study]) if s.source == "made-up")
     assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))
     assert fullft.pooled.log_lr == pytest.approx(math.log(fullft.lr))
 
 
 def test_a_table_of_optima_is_read_back(tmp_path):
-    optima = [swept.optimum for swept in known_optima([], [REPOSITORY / "paper_figures/published/laptop"])]
+    optima = known_optima([], [REPOSITORY / "paper_figures/published/laptop"])
     assert repr(optima_of_table(optima_table(optima))) == repr(optima)
     assert {optimum.source for optimum in optima} >= {"lorabench", "the paper's authors", "Baseten"}
 
@@ -63,8 +64,8 @@ def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
 
 def optimum(source, factor, losses=(), lrs=(), method="fullft"):
     """Return an optimum at a factor of the law, at the law's reference."""
-    known = LrOptimum(source, "m", "llama", "d", method, None, 2000, 128, 780, 32, False, 5e-5 * factor, 0.05, True, "")
-    return SweptOptimum(known, tuple(map(math.log, lrs)), tuple(losses))
+    known = LrOptimum(source, "m", "llama", "d", method, None, 2000, 128, 780, 32, False, 5e-5 * factor, 0.05, True)
+    return replace(known, log_lrs=tuple(map(math.log, lrs)), losses=tuple(losses))
 
 
 def test_leaving_one_out_by_hand():

@@ -7,10 +7,9 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
-from lorabench.sources.matrix import matrix, read_own
-from lorabench.sources.measurements import measurement_table, measurements, summary_table
+from lorabench.sources.measurements import matrix, measurement_table, measurements, read_own, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
 from lorabench.utils.files import REFERENCE
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from lorabench.config.inputs import GgufModel, HubModel, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.config.models import GgufModel, HubModel, TinyModel
 from lorabench.planning.plan import make_plan
 from lorabench.store.collect import base_kind, collect, write_job
 from lorabench.store.io import read_table

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import ModelSpec, PathModel, TinyModel
+from lorabench.config.inputs import ModelSpec, PathModel, TinyModel
 from lorabench.models.base import load_model
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lorabench.config.models import PathModel
+from lorabench.config.inputs import PathModel
 from lorabench.models.base import load_model
 from lorabench.runs import Job
 

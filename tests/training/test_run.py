@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.training import run as module
 from lorabench.training import sft
 from lorabench.training.run import clip_gradient, deterministically

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lorabench.analysis.arms import ARM
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
 from lorabench.models.base import converted_folder

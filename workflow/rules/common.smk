@@ -1,7 +1,7 @@
 # The preset, its plan, and the paths of both. Every cluster job parses this file again, so it must stay fast.
 from snakemake.exceptions import WorkflowError
 
-from lorabench.config.models import GgufModel
+from lorabench.config.inputs import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder

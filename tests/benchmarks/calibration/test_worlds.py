@@ -18,7 +18,7 @@ from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import CLAIMS
 from lorabench.claims.learning_rate import LEAST_SHIFT
 
 NOISE = NoiseLevels()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lorabench.config.models import TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.models.base import load_model, load_tokenizer
 
 NARROW, WIDE = 16, 32

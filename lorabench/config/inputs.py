@@ -1,14 +1,30 @@
-"""The sections `datasets` and `problems` of a preset: examples for supervised fine-tuning (SFT), and sets of verifiable
-problems for reinforcement learning (RL)."""
+"""The sections `models`, `datasets` and `problems` of a preset: base models, examples for supervised fine-tuning (SFT),
+and sets of verifiable problems for reinforcement learning (RL)."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
-from lorabench.config.fields import DataFile, FileFormat, NotNegative, Positive, Strict, check_copies
+from lorabench.config.fields import (
+    ChatTemplate,
+    DataFile,
+    FileFormat,
+    Folder,
+    ModelFolder,
+    NotNegative,
+    Positive,
+    Strict,
+)
+from lorabench.utils.files import WORKFLOW
+
+MODELS = WORKFLOW / "models.yaml"
+"""The catalogue of models that every preset may name."""
 
 MaxChars = Annotated[int, Field(ge=32)]
 
@@ -23,6 +39,83 @@ HUB_PROBLEMS = {
     "aime25": ("math-ai/aime25",),
 }
 """The ids of the hub's datasets that each kind of problem set is made of."""
+
+
+class TinyModel(Strict):
+    """A tiny base model that is shipped with the package (see workflow/scripts/tiny_bases.py)."""
+
+    kind: Literal["tiny"]
+    name: Literal[
+        "llama-128", "llama-64", "llama-256", "qwen-128", "qwen-64", "moe-128", "llama-64-sums", "llama-64-long-sums"
+    ] = "llama-128"
+    """The base's family and width; those with `sums` are pretrained further on worked sums."""
+
+
+class ForeignModel(Strict):
+    """A model that is not shipped: what the estimates need to know, and its chat template."""
+
+    chat_template: ChatTemplate | None = None
+    """Chat template for a base without one: `plain`, or the path of a Jinja file; null for the model's own."""
+    parameters: Positive
+    """Number of parameters, for the cost estimate."""
+    hidden_size: Positive
+    """Width of the model, for the cost estimate."""
+
+
+class HubRepository(Strict):
+    """A repository on the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub id, `owner/name`."""
+    revision: str = "main"
+    """Commit, tag or branch. A tag or branch is fixed to its commit when it is first fetched (`results/<preset>/pins`);
+    give a commit for runs that others can repeat."""
+
+
+class HubModel(HubRepository, ForeignModel):
+    """A causal language model on the Hugging Face hub, in safetensors files."""
+
+    trust_remote_code: bool = False
+    """Run the repository's own Python code. Off unless you have read that code."""
+
+
+class PathModel(ForeignModel):
+    """A causal language model in a local folder, in safetensors files."""
+
+    kind: Literal["path"]
+    path: ModelFolder
+    """Folder with config.json, the tokenizer and *.safetensors."""
+    trust_remote_code: bool = False
+    """Run Python code from the folder. Off unless you have read that code."""
+
+
+class GgufModel(ForeignModel):
+    """A model in a GGUF file, which is dequantized once into safetensors."""
+
+    kind: Literal["gguf"]
+    path: str
+    """The .gguf file; with `wheel`, its path inside the wheel."""
+    wheel: str | None = None
+    """A pinned PyPI requirement whose wheel holds the file, as `name==version`."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the .gguf file."""
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.wheel is None and not Path(self.path).is_file():
+            raise ValueError(f"GGUF file {self.path!r} does not exist")
+        return self
+
+
+ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discriminator="kind")]
+
+
+@cache
+def model_catalogue() -> dict[str, Any]:
+    """Return the specifications, as plain data, of the models that every preset may name."""
+    catalogue: dict[str, Any] = yaml.safe_load(MODELS.read_text())
+    return catalogue
 
 
 class Splits(Strict):
@@ -84,15 +177,9 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
-class HubDataset(Splits):
+class HubDataset(HubRepository, Splits):
     """Chats of a dataset on the Hugging Face hub, in its column `messages` or `conversations`."""
 
-    kind: Literal["hub"]
-    id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub id, `owner/name`."""
-    revision: str = "main"
-    """Commit, tag or branch. A tag or branch is fixed to its commit when it is first fetched (`results/<preset>/pins`);
-    give a commit for runs that others can repeat."""
     config: str | None = None
     """Name of the dataset's configuration, where it has several."""
     split: str = "train"
@@ -102,15 +189,10 @@ class HubDataset(Splits):
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
     every example fits every model."""
-    path: str | None = None
+    path: Folder | None = None
     """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
     mean_tokens: Positive
     """Tokens of an average example, for the cost estimate."""
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        check_copies(self.path)
-        return self
 
 
 class FileDataset(Splits):
@@ -206,7 +288,7 @@ class HubProblems(Splits):
     """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
     revisions: dict[str, str] = {}
     """Commit, tag or branch by hub id, `main` where none is given; branches are fixed as those of hub datasets are."""
-    path: str | None = None
+    path: Folder | None = None
     """Folder with copies of the repositories, each in a folder `owner/name`, that are read in place of the hub."""
     train: NotNegative
     """Problems that are trained on."""
@@ -228,7 +310,6 @@ class HubProblems(Splits):
         for name in self.revisions:
             if name not in self.ids:
                 raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
-        check_copies(self.path)
         counts = f"train = {self.train}, validation = {self.validation}"
         if self.kind in ("aime24", "aime25"):
             if self.train or self.validation:
