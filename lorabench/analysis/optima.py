@@ -38,12 +38,10 @@ MAX_LOST = 0.1
 
 @kept_by_arm
 def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
-    """Return the finished runs of an arm that stand for it at its fitted optimum, with their weights.
+    """Return the finished runs of an arm that stand for it at its fitted optimum, with a column weight.
 
-    Returns:
-        The runs with a column weight. If MIN_SEEDS seeds have the three LRs around the optimum, these runs have the
-        weights of a parabola in ln LR through them, which sum to 1 for each seed. Otherwise they are those of
-        `Comparison.at_optimum`, one for each seed, with weight 1.
+    If MIN_SEEDS seeds have the three LRs around the optimum, these runs have the weights of a parabola in ln LR through
+    them, which sum to 1 for each seed. Otherwise they are those of `Comparison.at_optimum`, with weight 1.
     """
     label = arm_label(arm)
     grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
@@ -57,8 +55,7 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
         runs = comparison.rows[label]
         lr, seed = runs["lr"].to_numpy(float), runs["seed"].to_numpy(int)
         chosen = (runs["status"].to_numpy(object) == "done") & np.isin(lr, list(weights))
-        cells = set(zip(seed[chosen].tolist(), lr[chosen].tolist(), strict=True))
-        times = Counter(seed for seed, _ in cells)
+        times = Counter(number for number, _ in set(zip(seed[chosen].tolist(), lr[chosen].tolist(), strict=True)))
         complete = [number for number, lrs in times.items() if lrs == 3]
         if len(complete) >= MIN_SEEDS:
             kept = chosen & np.isin(seed, complete)
@@ -120,21 +117,17 @@ class Departure:
 
     @property
     def left(self) -> bool:
-        """Whether it has left."""
         return self.first is not None
 
 
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     """Find where one arm's loss leaves another's because the arm runs out of capacity.
 
+    `curves` is the loss of the arm minus that of the other, and `margin` the least gap that matters, in nats per token.
     The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
     windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
     departure is the window with the smallest gap of these, from which on the gap must grow. The last window alone shows
     no growth, so no departure is sought there.
-
-    Args:
-        curves: the loss of the arm minus that of the other.
-        margin: the least gap that matters, in nats per token.
     """
     windows = curves.windows(WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table, each_arm, with_arm_columns
+from lorabench.analysis.arms import arm_label, arm_table, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
@@ -154,7 +154,7 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     """Return the RL runs with their error rates as losses.
 
     A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. A sick run
-    (see `rl_health.is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
+    (see `is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
 
     Args:
         runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,
@@ -183,8 +183,8 @@ def reward_curves(
     Args:
         runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
         curves: columns run_id, step, split, metric, value, and optionally examples.
-        split: the split of the curves: train, validation, test, or the name of a held-out problem set.
-        metric: the metric of the curves, such as reward (train), accuracy (other splits), response_length.
+        split: train, validation, test, or the name of a held-out problem set.
+        metric: a metric of the split, such as reward (train), accuracy (other splits), response_length.
 
     Returns:
         One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
@@ -193,17 +193,13 @@ def reward_curves(
     points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
     points = points.sort_values(["step", "run_id"])
     rows: list[dict[str, Any]] = []
-    for comparison in comparisons(with_arm_columns(with_error_rates(runs)), curves):
+    for comparison in comparisons(with_error_rates(runs), curves):
         for arm in comparison.arms:
             chosen = comparison.at_optimum(arm)
-            arm_points = points[points["run_id"].isin(chosen["run_id"])]
-            rows += [
-                arm
-                | {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
-                | {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
-                | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])}
-                for step, at_step in arm_points.groupby("step")
-            ]
+            for step, at_step in points[points["run_id"].isin(chosen["run_id"])].groupby("step"):
+                row = {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
+                row |= {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
+                rows.append(arm | row | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])})
     table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
     return table.astype({"step": "Int64", "episodes": "Int64"})
 
@@ -292,15 +288,8 @@ def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
 def _good_range(
     comparison: Comparison, arm: Arm, rows: pd.DataFrame, shifts: dict[str, np.ndarray] | None, n_examples: int
 ) -> GoodRange:
-    """Measure the range of one arm.
-
-    Args:
-        comparison: holds the arm.
-        arm: the arm.
-        rows: its runs: columns run_id, lr, accuracy, and `lost` for a run that diverged, whose accuracy is 0.
-        shifts: draws of each run's error from test problems, (N_DRAWS,).
-        n_examples: the number of test problems.
-    """
+    # `rows` are the arm's runs, of which those that diverged are lost; `shifts` are draws of each run's error from test
+    # problems.
     at_optimum, by_lr = comparison.at_optimum(arm), rows.groupby("lr")
     accuracy = by_lr["accuracy"].mean()
     lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
@@ -337,17 +326,13 @@ def _good_range(
 
 
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
-    """Return which accuracies (..., LRs) are good, given the index of the LR of the peak."""
     return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1] - TIE)
 
 
 def _width(good: np.ndarray, steps: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the length of the good parts of grids, (...).
+    """Return the length of the good parts of a grid, (...), from whether each LR is good, (..., LRs).
 
-    Args:
-        good: whether each LR is good, (..., LRs).
-        steps: the steps of the grid in decades, (LRs - 1,).
-        ends: the share of each step that is good if one of its two LRs is, (..., LRs - 1).
+    Its steps are in decades, and `ends` is the share of each that is good if one of its two LRs is, (..., LRs - 1).
     """
     both, either = good[..., :-1] & good[..., 1:], good[..., :-1] ^ good[..., 1:]
     return np.asarray(((both + either * ends) * steps).sum(axis=-1))

@@ -148,12 +148,8 @@ def _at_equal_flops(
 ) -> pd.Series[float]:
     """Return, for one seed, the loss of the other run minus that of the own one at the own one's FLOPs, by step.
 
-    Args:
-        difference: that loss on the same batch, by step.
-        validation: the validation NLL of the other run by step.
-        tokens: the tokens trained on up to each step.
-        own: FLOPs per token of the own run.
-        other: FLOPs per token of the other run.
+    `difference` is that loss on the same batch, `validation` the other run's NLL, and `tokens` those trained on up to
+    each step; `own` and `other` are FLOPs per token.
     """
     # A training loss is measured before its step's update, a validation loss after it.
     measured = difference.dropna().index

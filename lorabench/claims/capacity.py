@@ -29,6 +29,7 @@ from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,
+    log_threshold,
     off_optimum,
     pair_at_optimum,
     paired_departure,
@@ -222,29 +223,23 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
     """Return the ranks with a threshold and the error of its log10 from seeds, and remarks on the other ranks."""
     rows, left_out = [], []
     for rank in _ranks(comparison):
-        name, departure = f"{comparison.label} r{rank.rank}", rank.departure
+        name = f"{comparison.label} r{rank.rank}"
+        threshold = log_threshold(rank.curves, rank.departure, comparison.margin.value)
         if rank.problems:
             left_out.append(f"{name}: {rank.problems[0].text}")
-        elif departure.first is None:
+        elif not rank.departure.left:
             left_out.append(f"{comparison.label} {rank}")
-        elif departure.before is None or departure.past is None:
-            left_out.append(f"{name} never joined")
+        elif isinstance(threshold, str):
+            left_out.append(f"{name} {threshold}")
         else:
-            crossing = rank.curves.crossing(departure.past, comparison.margin.value)
-            if not crossing.known:
-                left_out.append(f"{name} does not go on leaving after its departure")
-                continue
-            if crossing.interval()[1] < math.log10(departure.before):
-                left_out.append(f"{name} does not leave along a line in log(step)")
-                continue
             runs = runs_at_optimum(comparison, rank.arm)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": tokens_at(comparison, rank.arm, 10**crossing.value),
-                    "error": crossing.seed_error,
+                    "tokens": tokens_at(comparison, rank.arm, 10**threshold.value),
+                    "error": threshold.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }
             )

@@ -93,9 +93,11 @@ def plan(
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     planned, layout = plan_and_layout(preset)
     if out is not None:
-        from lorabench.store.collect import write_plan
+        import pyarrow as pa
 
-        write_plan(planned, out)
+        from lorabench.store.io import write_table
+
+        write_table(pa.Table.from_pylist(planned.rows()), out)
         return
     from lorabench.cli.show import plan_json, plan_table
     from lorabench.doctor.speeds import on_gpu, speed_of

@@ -70,9 +70,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     Raises:
         PresetError: a field is wrong; one line per field.
     """
-    experiments, tasks = _named(raw)
-    names = {f"experiments.{name}": [key for key in blocks if key != COMMON] for name, blocks in experiments.items()}
-    names["evaluation.tasks"] = list(tasks)
+    whole, names = _with_lists(raw, path)
 
     def called(match: re.Match[str]) -> str:
         """Return the name of a named block or task in place of its number."""
@@ -80,7 +78,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
         return f"{match[1]}.{known[number]}" if number < len(known) else match[0]
 
     try:
-        return Preset.model_validate(_with_models(_with_lists(raw, path)))
+        return Preset.model_validate(_with_models(whole))
     except ValidationError as error:
         text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
         raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
@@ -161,34 +159,28 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _named(raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the experiments whose blocks are a mapping by name, and the tasks of the evaluation if they are one."""
-    experiments = {
-        name: blocks
-        for name, blocks in _section(raw, "experiments").items()
-        if isinstance(blocks, dict) and name in Experiments.model_fields and name != "compute"
-    }
-    tasks = _section(_section(raw, "evaluation"), "tasks")
-    return experiments, tasks if all(isinstance(task, dict) for task in tasks.values()) else {}
-
-
-def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the data with lists in place of named blocks and of evaluation tasks by name."""
-    experiments, tasks = _named(raw)
-    whole = raw | {"experiments": dict(raw["experiments"])} if experiments else raw
-    for name, blocks in experiments.items():
+def _with_lists(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return the data with lists in place of blocks and evaluation tasks by name, and the names in each such list."""
+    names: dict[str, list[str]] = {}
+    experiments, evaluation = dict(_section(raw, "experiments")), _section(raw, "evaluation")
+    for experiment, blocks in experiments.items():
+        if not isinstance(blocks, dict) or experiment not in Experiments.model_fields or experiment == "compute":
+            continue
         for key, block in blocks.items():
             if not isinstance(block, dict):
                 raise PresetError(
-                    f"{path}: experiments.{name}.{key} = {block!r}: a block is a mapping; "
-                    f"allowed for {name}: a list of blocks, or a mapping of blocks by name"
+                    f"{path}: experiments.{experiment}.{key} = {block!r}: a block is a mapping; "
+                    f"allowed for {experiment}: a list of blocks, or a mapping of blocks by name"
                 )
-        common = blocks.get(COMMON, {})
-        whole["experiments"][name] = [_laid_over(common, block) for key, block in blocks.items() if key != COMMON]
-    if tasks:
+        names[f"experiments.{experiment}"] = named = [key for key in blocks if key != COMMON]
+        experiments[experiment] = [_laid_over(blocks.get(COMMON, {}), blocks[key]) for key in named]
+    whole = raw | {"experiments": experiments} if names else raw
+    tasks = _section(evaluation, "tasks")
+    if tasks and all(isinstance(task, dict) for task in tasks.values()):
+        names["evaluation.tasks"] = list(tasks)
         lists = [{"name": name} | task for name, task in tasks.items()]
-        whole = whole | {"evaluation": raw["evaluation"] | {"tasks": lists}}
-    return whole
+        whole = whole | {"evaluation": evaluation | {"tasks": lists}}
+    return whole, names
 
 
 def _with_models(raw: dict[str, Any]) -> dict[str, Any]:

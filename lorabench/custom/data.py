@@ -19,7 +19,7 @@ from lorabench.data.chat import FORMATS, Chat, formats_in, is_text
 from lorabench.data.files import RawRow, Tally, chosen_format, file_rows, tally_of, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.identity import template_text
+from lorabench.models.specs import template_text
 from lorabench.utils.hub import WantedRepository, check_on_hub
 
 if TYPE_CHECKING:

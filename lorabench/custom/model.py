@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config, shipped_folder
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
 from lorabench.utils.hub import WantedRepository, look_up

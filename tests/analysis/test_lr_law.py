@@ -24,13 +24,8 @@ from lorabench.analysis.lr_law import (
 # Family, hidden size, and the LRs of FullFT and LoRA by `get_lr` of the authors' tinker-cookbook, to four digits.
 TABLE = [
     ("llama", 2048, 4.908e-5, 4.908e-4),
-    ("llama", 3072, 3.576e-5, 3.576e-4),
-    ("llama", 4096, 2.856e-5, 2.856e-4),
     ("llama", 8192, 1.662e-5, 1.662e-4),
     ("qwen3", 1024, 5.266e-5, 5.266e-4),
-    ("qwen3", 2048, 4.991e-5, 4.991e-4),
-    ("qwen3", 2560, 4.905e-5, 4.905e-4),
-    ("qwen3", 4096, 4.730e-5, 4.730e-4),
     ("qwen3_moe", 5120, 4.649e-5, 4.649e-4),
 ]
 SIZES = (("llama", 64), ("llama", 256), ("llama", 2048), ("qwen3", 64), ("qwen3", 512))

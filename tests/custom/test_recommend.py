@@ -14,7 +14,7 @@ from lorabench.cli import app
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend, script
 from lorabench.errors import UserError
-from lorabench.models.dimensions import ARCHITECTURES
+from lorabench.models.specs import ARCHITECTURES
 from lorabench.store.io import write_frame
 from lorabench.utils import formats
 

@@ -24,7 +24,7 @@ from lorabench.custom.model import find_model
 from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.layout import Layout
