@@ -47,15 +47,15 @@ from lorabench.custom.preset import (
 from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.identity import template_text
+from lorabench.models.specs import template_text
 from lorabench.planning.bill import Bill, training
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.sources.lr_optima import LrOptimum, optima_of_table
 from lorabench.utils import formats
-from lorabench.utils.console import print_table
 from lorabench.utils.files import LR_OPTIMA
+from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB
 
 PAPER = "the paper"
