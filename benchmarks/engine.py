@@ -21,13 +21,11 @@ import torch
 from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import load_preset
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.vllm_support import vllm_version
+from lorabench.training.context import machine_state
 from lorabench.training.distributed import SINGLE_PROCESS
-from lorabench.training.provenance import machine_state
-from lorabench.training.rl.engine.process import EngineSettings, llm_options
-from lorabench.training.rl.engine.sampler import PolicyEngine
+from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 RESULTS = Path(__file__).with_suffix(".csv")

@@ -4,7 +4,7 @@
 
 The optimizations are: attention in blocks of queries (`lorabench.models.attention`) instead of PyTorch's kernel;
 `MAX_LOGITS` logits at once (`lorabench.training.loss`) instead of a quarter of them; LoRA's thin products transposed to
-the order that a CPU computes fast (`lorabench.models.lora_products`); the last MLP only at scored tokens
+the order that a CPU computes fast (`lorabench.models.lora`); the last MLP only at scored tokens
 (`lorabench.models.passes`). Steps with and without take turns in one process. The program prints the seconds of
 both and their ratio, and appends a row for each case to `benchmarks/parts.csv`.
 """
@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.speed.models import SMOLLM2, is_there
 from benchmarks.speed.steps import Method, Setting, median_seconds, training_step
-from lorabench.models import attention, lora_products
+from lorabench.models import attention, lora
 from lorabench.models.base import package_versions
 from lorabench.training import loss
+from lorabench.training.context import machine_state
 from lorabench.training.loss import MAX_LOGITS
-from lorabench.training.provenance import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -46,7 +46,7 @@ def a_quarter() -> AbstractContextManager[object]:
 
 def as_written() -> AbstractContextManager[object]:
     """Within, thin products are computed in the order of their formulas."""
-    return mock.patch.object(lora_products, "_narrow", torch.mm)
+    return mock.patch.object(lora, "_narrow", torch.mm)
 
 
 def everywhere() -> AbstractContextManager[object]:

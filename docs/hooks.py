@@ -20,7 +20,16 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, matrix, measured, published_folders, table
+from lorabench.report.blocks import (
+    NOT_PUBLISHED,
+    PUBLISHED,
+    SOURCES,
+    escaped,
+    matrix,
+    measured,
+    published_folders,
+    table,
+)
 from lorabench.report.facts import COUNTING, headline, in_order
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
@@ -97,17 +106,12 @@ def _section(claim: Claim) -> list[str]:
         "Conditions": "; ".join(conditions),
         "Experiments": _listed(claim.experiments),
     }
-    lines = [f"- **{name}**: {_escaped(text)}" for name, text in entries.items() if text]
-    return [f"### {claim.id} {_escaped(claim.statement)} {{ #{claim.id.lower()} }}", "", *lines]
+    lines = [f"- **{name}**: {escaped(text)}" for name, text in entries.items() if text]
+    return [f"### {claim.id} {escaped(claim.statement)} {{ #{claim.id.lower()} }}", "", *lines]
 
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "none"
-
-
-def _escaped(text: str) -> str:
-    """Return plain text as Markdown that shows the same characters."""
-    return re.sub(r"([*_<`])", r"\\\1", text)
 
 
 def results_page(folder: Path) -> str:

@@ -23,7 +23,6 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.store.layout import Layout
-from lorabench.store.progress import Progress
 
 StepTimes = tuple[list[float], list[float]]
 """The time at which each step ended, and its mean reward."""
@@ -31,12 +30,13 @@ StepTimes = tuple[list[float], list[float]]
 
 def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
     """Train the run as a job does."""
+    from lorabench.training.context import SweepContext
     from lorabench.training.rl.trainer import RlTrainer
-    from lorabench.training.sweep import SweepContext, machine_of
+    from lorabench.training.run import machine_of
 
     [sweep], ends = plan.sweeps, []
     [run] = sweep.grid()
-    context = SweepContext(plan, sweep, layout, machine_of(plan), Progress(layout.progress(sweep), sweep), print)
+    context = SweepContext(plan, sweep, layout, machine_of(plan))
     with RlTrainer() as train:
         train(context, run, lambda step: ends.append(time.perf_counter()))
     curves = context.folder(run).read_curves().to_pandas()

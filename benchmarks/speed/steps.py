@@ -21,8 +21,7 @@ from benchmarks.speed.table import Row, say
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.training.run import Machine
 from lorabench.training.sft import batch_gradient

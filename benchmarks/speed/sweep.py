@@ -36,7 +36,8 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.training.batches import IGNORED, data_order
+from lorabench.training.loss import IGNORED
+from lorabench.training.run import data_order
 
 # The datasets written here need no progress bars.
 disable_progress_bar()

@@ -117,11 +117,8 @@ def decide(
     if not known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
     low, high = estimate.interval() if known else (math.nan, math.nan)
-    undecided = finding(
-        run_ids, text, "inconclusive", problems, estimate.value, (low, high), strain=rule.strain(estimate)
-    )
     judged = replace(
-        undecided,
+        finding(run_ids, text, "inconclusive", problems, estimate.value, (low, high), rule.strain(estimate)),
         margin_low=rule.margins[0],
         margin_high=rule.margins[1],
         margin_rule=margin_rule,

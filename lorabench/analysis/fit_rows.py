@@ -65,7 +65,6 @@ class ArmRuns:
 class ArmGrid:
     """The LRs of one arm around its lowest loss."""
 
-    label: str
     lrs: np.ndarray
     """All LRs with a finished run, ascending."""
     centre: int
@@ -95,7 +94,7 @@ class ArmGrid:
         return None
 
 
-def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
+def arm_grid(runs: ArmRuns) -> ArmGrid | None:
     """Return the LRs of an arm; None if no run finished.
 
     The lowest loss is sought among the LRs of the first seed, by the mean of validation and test loss, which is less
@@ -131,7 +130,7 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     else:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
-    return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
+    return ArmGrid(lrs, centre, window, edge, coarse, diverged)
 
 
 _SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])

@@ -138,7 +138,7 @@ def fit_losses(
     runs = with_arm_columns(with_losses(runs))
     every_run = ArmRuns.of(runs)
     arms = [(arm_label(arm), every_run.at(places)) for arm, places in arm_places(runs)]
-    grids = {label: grid for label, rows in arms if (grid := arm_grid(label, rows))}
+    grids = {label: grid for label, rows in arms if (grid := arm_grid(rows))}
     counted = counted_rows(arms, grids)
     fitted = None if counted is None else _fitted(counted)
     if counted is None or fitted is None:

@@ -82,12 +82,10 @@ def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
 
 
 def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable] | None = None) -> np.ndarray:
-    """Return the matrix that maps the optima's ln LR to the errors of the predictions (ln predicted - ln optimal).
+    """Return the matrix that maps the ln LR of n optima to the errors of the predictions (ln predicted - ln optimal).
 
-    Args:
-        optima: the optima, n of them.
-        left_out: by default the law is fitted to all optima; otherwise a label for each optimum, which is predicted by
-            the law that is fitted to the optima with other labels.
+    By default the law is fitted to all optima. With a label for each in `left_out`, an optimum is predicted by the law
+    that is fitted to the optima with other labels.
 
     Returns:
         The matrix, shape (n, n); a row is NaN where the law is not determined.

@@ -291,11 +291,8 @@ def _residuals(comparison: Comparison) -> pd.Series[float]:
 def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) -> list[MeasuredRatio]:
     """Return the conditions that some runs measure: own runs first, then prefixes.
 
-    Args:
-        runs: supervised runs with the columns of `comparisons`, and hidden_size; LoRA with another parametrization
-            than alpha's, or on some layers only, is left out.
-        curves: columns run_id, step, split, metric, value.
-        judging: margins and losses by test example.
+    The runs are supervised, with the columns of `comparisons` and hidden_size. LoRA with another parametrization than
+    alpha's, or on some layers only, is left out.
     """
     lora, usual = runs["method"] == "lora", pd.Series(True, index=runs.index)
     for name, value in (("init_a", STANDARD["init_a"]), ("lr_ratio", STANDARD["lr_ratio"]), ("placement", "all")):

@@ -154,7 +154,7 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     """Return the RL runs with their error rates as losses.
 
     A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. A sick run
-    (see `rl_health.is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
+    (see `is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
 
     Args:
         runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,

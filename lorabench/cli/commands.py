@@ -93,9 +93,11 @@ def plan(
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     planned, layout = plan_and_layout(preset)
     if out is not None:
-        from lorabench.store.collect import write_plan
+        import pyarrow as pa
 
-        write_plan(planned, out)
+        from lorabench.store.io import write_table
+
+        write_table(pa.Table.from_pylist(planned.rows()), out)
         return
     from lorabench.cli.show import plan_json, plan_table
     from lorabench.doctor.speeds import on_gpu, speed_of
@@ -211,8 +213,8 @@ def recommend(
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     from lorabench.custom.model import find_model
-    from lorabench.custom.output import recommendation_table
     from lorabench.custom.recommend import recommend as recommend_settings
+    from lorabench.custom.recommend import recommendation_table
 
     if dataset_tokens is not None and data is not None:
         raise UserError("--dataset-tokens and --data: give one of them")
@@ -230,7 +232,7 @@ def recommend(
 
         print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
     elif as_script:
-        from lorabench.custom.output import script
+        from lorabench.custom.recommend import script
 
         print(script(recommendation, examined, template), end="")
     else:

@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 
 from lorabench.errors import UserError
 from lorabench.utils import signals
-from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for, space_for
+from lorabench.utils.gpus import own_devices, reduce_fragmentation
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.

@@ -13,7 +13,7 @@ from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.store.progress import Status
 from lorabench.utils import formats
-from lorabench.utils.console import print_table
+from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB, GPUS
 
 if TYPE_CHECKING:

@@ -132,7 +132,7 @@ def train(
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
-    from lorabench.training.launch import errors_to_launcher, is_worker, launch
+    from lorabench.training.distributed import errors_to_launcher, is_worker, launch
 
     with errors_to_launcher(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)

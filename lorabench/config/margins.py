@@ -1,6 +1,6 @@
 """The sections `margins` and `predictions` of a preset: the smallest effects that matter, and what theories predict.
 
-Both are written down before the runs. A theory is a function in `lorabench.analysis.lr_ratio_theories`, where its
+Both are written down before the runs. A theory is a function in `lorabench.analysis.lr_ratio`, where its
 derivation stands too; the preset gives its parameters only. A theory that the section leaves out makes no prediction.
 """
 

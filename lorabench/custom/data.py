@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileProblems, GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
-from lorabench.data.chat import Chat, is_text
-from lorabench.data.files import FORMATS, RawRow, Tally, chosen_format, file_rows, formats_in, tally_of, usable_chats
+from lorabench.data.chat import FORMATS, Chat, formats_in, is_text
+from lorabench.data.files import RawRow, Tally, chosen_format, file_rows, tally_of, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.identity import template_text
+from lorabench.models.specs import template_text
 from lorabench.utils.hub import WantedRepository, check_on_hub
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config, shipped_folder
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
 from lorabench.utils.hub import WantedRepository, look_up
@@ -60,7 +59,11 @@ def find_model(name: str) -> UserModel:
         UserError: there is no such model, or its dimensions can't be read.
     """
     if name == "tiny" or name in TINY:
-        return _tiny(name)
+        tiny = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
+        config, recipe = (
+            json.loads((shipped_folder(tiny.name) / f"{file}.json").read_text()) for file in ("config", "recipe")
+        )
+        return UserModel(name, tiny, config["model_type"], recipe["parameters"], config["max_position_embeddings"])
     path = Path(name)
     if path.suffix == ".gguf":
         return _gguf(name)
@@ -72,13 +75,6 @@ def find_model(name: str) -> UserModel:
     raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
 
 
-def _tiny(name: str) -> UserModel:
-    spec = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
-    config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
-    parameters = json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["parameters"]
-    return UserModel(name, spec, config["model_type"], parameters, config["max_position_embeddings"])
-
-
 def _folder(name: str) -> UserModel:
     folder = Path(name)
     if not (folder / "config.json").is_file():
@@ -87,25 +83,29 @@ def _folder(name: str) -> UserModel:
     if not files:
         raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
     config = _config((folder / "config.json").read_bytes(), name)
-    parameters = sum(_elements(file) for file in files)
+    parameters = 0
+    for file in files:
+        try:
+            # The headers say the shapes.
+            with safe_open(file, "numpy") as tensors:
+                names = tensors.keys()
+                parameters += sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a safetensors file") from error
     spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
-
-
-def _elements(file: Path) -> int:
-    """Return the number of elements in a safetensors file, from its header."""
-    try:
-        with safe_open(file, "numpy") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a safetensors file") from error
 
 
 def _hub(name: str) -> UserModel:
     """Describe a model of the hub by a shipped configuration of its name, or else by the hub's."""
     short = name.rpartition("/")[2].lower()
-    shipped_configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if _is_variant(short, path.stem)]
-    config = _config(shipped_configs[-1].read_bytes() if shipped_configs else _from_hub(name), name)
+    # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
+    shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
+    try:
+        text = shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
+    config = _config(text, name)
     try:
         parameters = dimensions_of_config(config).parameters
     except KeyError as error:
@@ -115,19 +115,6 @@ def _hub(name: str) -> UserModel:
         ) from error
     spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=config["hidden_size"])
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
-
-
-def _is_variant(name: str, architecture: str) -> bool:
-    """Return whether a model has a shipped architecture or is a variant of it, as in `llama-3.1-8b-instruct`."""
-    return name == architecture or name.startswith(f"{architecture}-")
-
-
-def _from_hub(name: str) -> str:
-    """Return the text of a model's configuration on the hub."""
-    try:
-        return look_up(WantedRepository("model", name, "main"), "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
 
 
 def _gguf(name: str) -> UserModel:

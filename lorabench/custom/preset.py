@@ -1,4 +1,8 @@
-"""A small preset for your own model and data, written by `lorabench init` from the template preset.yaml.j2."""
+"""A small preset for your own model and data, written by `lorabench init` from the template preset.yaml.j2.
+
+The settings to start from (rank, batch size, RL steps) are those of the paper and of its authors' code, which is
+tinker-cookbook, their library's public repository.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from typing import Any
 import jinja2
 import yaml
 
+from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
-from lorabench.custom import advice
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
 from lorabench.errors import UserError
@@ -26,11 +30,82 @@ from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
 
+ALPHA = 32.0
+"""The paper's alpha, the same at every rank."""
+DEFAULT_RANK = 32
+"""The default rank of the authors' library."""
+MAX_RANK = 512
+"""The paper's largest rank."""
+SHORT_STEPS = 100
+"""Steps below which the paper calls a run short."""
+SHORT_RATIO = 15.0
+"""The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
+SMALLEST_WIDTH = 1000
+"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
+GROUP_SIZE = PROBLEMS_PER_STEP = 16
+RL_STEPS = (50, 300)
+"""The smallest and the largest number of steps in reinforcement learning."""
+
+_LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
+
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
+
+
+def covered(family: str) -> bool:
+    """Return whether the law has an exponent for a family."""
+    return lineage(family) in PUBLISHED.exponents
+
+
+def rl_steps(problems: int, per_step: int, epochs: float) -> int:
+    """Return the number of steps, within RL_STEPS, that go through all problems `epochs` times.
+
+    Args:
+        problems: the number of problems for training.
+        per_step: the number of problems in each step.
+        epochs: passes over the problems.
+    """
+    fewest, most = RL_STEPS
+    return min(most, max(fewest, math.ceil(epochs * problems / per_step)))
+
+
+def recommended_batch(examples: int) -> int:
+    """Return a batch size: 32, halved down to 4 until an epoch has 100 steps.
+
+    In the paper both methods reach their lowest loss at small batches, and LoRA loses more at large ones.
+    """
+    size = _LARGEST_BATCH
+    while size > _SMALLEST_BATCH and examples // size < SHORT_STEPS:
+        size //= 2
+    return min(size, examples)
+
+
+def capacity_rank(parameters_per_rank: float, completion_tokens: float) -> int:
+    """Return the smallest power of two at which LoRA has a parameter for each completion token.
+
+    This is the rule in the documentation of the authors' library.
+    """
+    return 1 << math.ceil(math.log2(max(1.0, completion_tokens / parameters_per_rank)))
+
+
+def max_rank(hidden_size: int) -> int:
+    """Return the highest rank to use: the paper's highest, or the rank at which LoRA's matrices outgrow the weights."""
+    return min(MAX_RANK, hidden_size // 2)
+
+
+def recommended_rank(hidden_size: int, parameters_per_rank: float, completion_tokens: float | None) -> int:
+    """Return the authors' default rank, or a higher one up to `max_rank` if the data need it.
+
+    Args:
+        hidden_size: the model's width.
+        parameters_per_rank: LoRA's parameters at rank 1.
+        completion_tokens: scored tokens of the training data; None if unknown.
+    """
+    needed = 1 if completion_tokens is None else capacity_rank(parameters_per_rank, completion_tokens)
+    return min(max(DEFAULT_RANK, needed), max_rank(hidden_size))
 
 
 @dataclass(frozen=True)
@@ -131,10 +206,8 @@ def init_preset(
     say(f"split: {source.train} train, {source.validation} validation, {source.test} test")
     for block in preset.experiments.rank or []:
         steps = int(source.train * block.epochs) // block.batch_sizes[0]
-        if steps < advice.SHORT_STEPS:
-            say(
-                f"runs have {steps} steps; below {advice.SHORT_STEPS} little is learned and LoRA's optimal LR is higher"
-            )
+        if steps < SHORT_STEPS:
+            say(f"runs have {steps} steps; below {SHORT_STEPS} little is learned and LoRA's optimal LR is higher")
     return preset
 
 
@@ -157,20 +230,20 @@ def preset_text(
     sft = isinstance(data, UserData)
     if isinstance(data, UserData):
         tokens = data.mean_completion_tokens * sizes.train
-        high = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), tokens)
+        high = recommended_rank(model.sizes.hidden, model.lora_parameters(1), tokens)
         # A quarter of the recommended rank, and rank 1, show where capacity ends.
         ranks = choices.ranks or tuple(sorted({1, max(1, high // 4), high}))
         fields = {"max_chars": max(32, data.max_chars), "mean_tokens": max(1, round(data.mean_tokens))}
         about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
-        settings: dict[str, Any] = {"tokens": tokens, "batch_size": advice.batch_size(sizes.train)}
+        settings: dict[str, Any] = {"tokens": tokens, "batch_size": recommended_batch(sizes.train)}
         settings |= {"epochs": float(choices.epochs), "parameters": model.lora_parameters(max(ranks))}
     else:
-        recommended = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
+        recommended = recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
         ranks = choices.ranks or tuple(sorted({1, recommended}))
         fields, about = {}, f"{data.usable} usable problems."
-        per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
-        settings = {"problems_per_step": per_step, "group_size": advice.GROUP_SIZE}
-        settings["steps"] = advice.rl_steps(sizes.train, per_step, choices.epochs)
+        per_step = min(PROBLEMS_PER_STEP, sizes.train)
+        settings = {"problems_per_step": per_step, "group_size": GROUP_SIZE}
+        settings["steps"] = rl_steps(sizes.train, per_step, choices.epochs)
         settings["max_new_tokens"] = data.max_new_tokens
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = _yaml

@@ -1,4 +1,4 @@
-"""Settings to start from for a model and an amount of data (`lorabench recommend`), each with its source.
+"""Settings to start from for a model and its data, each with its source, as a table and as a script that trains.
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
 and of your own finished presets (`learning_rates`). What your presets measured on a model of the same family and size,
@@ -8,29 +8,46 @@ and what others published for it, is shown next to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.custom import advice
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import (
     PROBABILITY,
     RecommendedLr,
     SeenOptimum,
+    SourceShare,
     measured_optima,
     outside,
     published_optima,
     recommended_lr,
 )
 from lorabench.custom.model import UserModel
-from lorabench.custom.preset import checked_gpu
+from lorabench.custom.preset import (
+    ALPHA,
+    GROUP_SIZE,
+    PROBLEMS_PER_STEP,
+    RL_STEPS,
+    SHORT_RATIO,
+    SHORT_STEPS,
+    SMALLEST_WIDTH,
+    checked_gpu,
+    covered,
+    recommended_batch,
+    recommended_rank,
+)
+from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
+from lorabench.models.base import model_location
+from lorabench.models.specs import template_text
 from lorabench.planning.bill import Bill, training
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
@@ -38,6 +55,7 @@ from lorabench.runs import Job
 from lorabench.sources.lr_optima import LrOptimum, optima_of_table
 from lorabench.utils import formats
 from lorabench.utils.files import LR_OPTIMA
+from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB
 
 PAPER = "the paper"
@@ -50,6 +68,10 @@ _ASSUMED_MAX_CHARS = 6000
 # Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
 _MICRO_BATCH_TOKENS = 2048
 _MOST_GPUS = 1024
+
+
+_TEMPLATE = Path(__file__).with_name("finetune.py")
+_MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -127,14 +149,14 @@ def recommend(
         UserError: the GPU is not known, or the batch size is larger than the data.
     """
     examples = data.usable if data else math.ceil((completion_tokens or _ASSUMED_TOKENS) / _ASSUMED_EXAMPLE_TOKENS)
-    batch = batch_size or advice.batch_size(examples)
+    batch = batch_size or recommended_batch(examples)
     if data and batch > examples:
         raise UserError(f"batch size {batch} is more than the {examples} training examples")
     examples = max(examples, batch)
     length = float(steps or (max(1, examples // batch) if data or completion_tokens else math.nan))
     hidden = model.sizes.hidden
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
-    rank = advice.recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
+    rank = recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
     seen, own = measured_optima(model, results)
     optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
     lrs = tuple(recommended_lr(optima, model.family, hidden, method, batch, length) for method in ("lora", "fullft"))
@@ -149,7 +171,7 @@ def recommend(
         Setting("rank", "LoRA rank", rank, DOCS),
         Setting("lora_parameters", "LoRA parameters", model.lora_parameters(rank), "counted"),
         Setting("placement", "layers with LoRA", "all, and the unembedding", f"{PAPER}: attention alone is worse"),
-        Setting("alpha", "alpha, at every rank", advice.ALPHA, PAPER),
+        Setting("alpha", "alpha, at every rank", ALPHA, PAPER),
         Setting("schedule", "learning rate over time", "constant, no warm-up", PAPER),
         Setting("batch_size", "batch size", batch, why),
     ]
@@ -173,7 +195,7 @@ def recommend(
 
 def _rl_note(optima: Sequence[LrOptimum], model: UserModel) -> str:
     """Say what is known of RL, at the batch of the paper and a length within its rule."""
-    responses, steps = advice.GROUP_SIZE * advice.PROBLEMS_PER_STEP, min(advice.RL_STEPS)
+    responses, steps = GROUP_SIZE * PROBLEMS_PER_STEP, min(RL_STEPS)
     parts = []
     for method in ("lora", "fullft"):
         lr = recommended_lr(optima, model.family, model.sizes.hidden, method, responses, steps, rl=True)
@@ -202,12 +224,12 @@ def _too_large(title: str, gpu: str, large: TooLargeError) -> str:
 
 def _notes(model: UserModel, rank: int, steps: float, completion_tokens: float | None) -> list[str]:
     notes = []
-    if steps < advice.SHORT_STEPS:
+    if steps < SHORT_STEPS:
         notes.append(
-            f"The run has {steps:.0f} steps. Below {advice.SHORT_STEPS} the paper gives an optimal LR of LoRA of "
-            f"about {advice.SHORT_RATIO:g} times that of FullFT, in place of 10."
+            f"The run has {steps:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
+            f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
-    if model.sizes.hidden < advice.SMALLEST_WIDTH and advice.covered(model.family):
+    if model.sizes.hidden < SMALLEST_WIDTH and covered(model.family):
         notes.append(
             f"Width {model.sizes.hidden} is below the widths that the law was shown for: its form is an extrapolation."
         )
@@ -279,3 +301,94 @@ def _bills(
         except TooLargeError as large:
             bills[sweep.condition.method] = large
     return bills
+
+
+def recommendation_table(recommendation: Recommendation, data: UserData | None) -> None:
+    """Print the settings with their sources, the optimal LRs of published and of your own runs, and the notes."""
+    print(recommendation.model)
+    if data is not None:
+        print(data)
+    settings = []
+    for setting in recommendation.settings:
+        value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
+        if setting.name.endswith("_lr"):
+            value = f"{formats.lr(float(setting.value))} ({_interval(setting.low, setting.high, 2)})"
+        settings.append((setting.what, value, setting.source))
+    print_table(("setting", "value", "source"), settings)
+    print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), _sources(recommendation))
+    if recommendation.seen:
+        rows = []
+        for seen in recommendation.seen:
+            arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
+            rows.append((arm, formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where))
+        print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
+    for note in recommendation.notes:
+        print(f"- {note}")
+
+
+def _sources(recommendation: Recommendation) -> Iterable[tuple[str, ...]]:
+    """Return a row for each source, the heaviest first, and one for the law alone."""
+
+    def cells(share: SourceShare | None) -> tuple[str, str]:
+        if share is None:
+            return formats.DASH, formats.DASH
+        lrs = formats.lr(share.low, 2) if share.low == share.high else _interval(share.low, share.high, 2)
+        return lrs, f"{round(share.weight, 2) + 0.0:.0%}"
+
+    by_method = {lr.method: {share.source: share for share in lr.sources} for lr in recommendation.lrs}
+    shares = [share for lr in recommendation.lrs for share in lr.sources]
+    widths = {share.source: share.widths for share in reversed(shares)}
+    names = dict.fromkeys(share.source for share in shares)
+    weights = {name: sum(share.weight for share in shares if share.source == name) for name in names}
+    for name in sorted(names, key=lambda source: -weights[source]):
+        yield (name, widths[name], *cells(by_method["lora"].get(name)), *cells(by_method["fullft"].get(name)))
+    law = {lr.method: formats.lr(lr.law) for lr in recommendation.lrs}
+    yield ("the law alone", "", law["lora"], "", law["fullft"], "")
+
+
+def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"{formats.lr(low, digits)} to {formats.lr(high, digits)}"
+
+
+def script(recommendation: Recommendation, data: UserData | None, chat_template: str | None) -> str:
+    """Return a Python script that trains the model with transformers and PEFT.
+
+    Args:
+        recommendation: the model and its settings.
+        data: the training data; None leaves a placeholder for their path.
+        chat_template: a preset's setting for a model without its own template.
+
+    Raises:
+        UserError: the script does not support the model or the data.
+    """
+    model = recommendation.model
+    if model.sizes.experts:
+        raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
+    if isinstance(model.spec, GgufModel):
+        raise UserError(
+            f"{model.name} is a GGUF file; the script needs safetensors: `lorabench step convert` makes them"
+        )
+    settings: dict[str, object] = {
+        "MODEL": model_location(model.spec),
+        "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
+        "RANK": recommendation.rank,
+        "LORA_LR": recommendation.setting("lora_lr").value,
+        "FULL_LR": recommendation.setting("fullft_lr").value,
+        "BATCH_SIZE": recommendation.batch_size,
+        "MAX_TOKENS": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
+    }
+    if data is not None:
+        if data.source["kind"] != "file":
+            raise UserError(f"data {data.name} is on the hub; the script reads a file")
+        unsupported = {reason: rows for reason, rows in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
+        if unsupported:
+            reasons = replace(data.tally, bad=unsupported).reasons()
+            raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
+        settings |= {"DATA": data.name, "FORMAT": data.source["format"]}
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    for name, value in settings.items():
+        # The comment after the value is kept.
+        [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
+        comment = "".join(line.partition("  # ")[1:])
+        text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
+    return text

@@ -1,13 +1,14 @@
-"""Chats: the examples of every SFT dataset, whatever its source; and how examples are drawn from endless sources."""
+"""Chats: the examples of every SFT dataset; how a row becomes one, and how examples are drawn from endless sources."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+from lorabench.config.fields import FileFormat
 from lorabench.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -19,10 +20,18 @@ Messages = list[dict[str, str]]
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 """The roles of turns in the datasets of others, with the roles that they stand for."""
 
+FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
+NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
+NOT_UNICODE = "text that is not valid Unicode"
+
 Example = TypeVar("Example")
 
 # This many consecutive examples that are not wanted mean that there are no more.
 _MAX_MISSES = 500
+
+
+class UnusableRowError(ValueError):
+    """A row's content is not a usable example; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +110,65 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         yield example
     if taken < count:
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
+
+
+def formats_in(columns: Iterable[str]) -> list[FileFormat]:
+    """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
+    present = set(columns)
+    formats = [name for name in FORMATS if present.issuperset(name.split("/"))]
+    chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
+    return chats[:1] or [name for name in formats if "/" in name] or formats
+
+
+def file_messages(content: dict[str, Any], format_name: str) -> Messages:
+    """Return the messages of a row, each with `role` and `content`.
+
+    Raises:
+        UnusableRowError: the row is not an example of that format.
+    """
+    names = format_name.split("/")
+    if format_name == "text":
+        messages = [{"role": "text", "content": row_text(content.get("text"))}]
+    elif len(names) == 1:
+        messages = _turns(content.get(format_name))
+    else:
+        asked, answered = (content.get(name) for name in names)
+        if names[0] == "instruction" and content.get("input"):
+            asked = f"{row_text(asked)}\n\n{row_text(content['input'])}"
+        messages = []
+        # Each side of a pair is a text or a list of turns.
+        for value, role in ((asked, "user"), (answered, "assistant")):
+            messages += _turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
+    if not is_example(messages):
+        raise UnusableRowError(NO_ASSISTANT)
+    return messages
+
+
+def _turns(value: Any) -> Messages:
+    if not value:
+        raise UnusableRowError(NO_TEXT)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UnusableRowError(NO_CHAT)
+    messages = []
+    for turn in value:
+        role = turn.get("role") or turn.get("from")
+        if not isinstance(role, str) or role not in ROLES:
+            raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
+        content = turn.get("content") or turn.get("value")
+        # Many datasets have an empty system prompt.
+        if ROLES[role] != "system" or content:
+            messages.append({"role": ROLES[role], "content": row_text(content)})
+    return messages
+
+
+def row_text(value: Any) -> str:
+    """Return a value of a row as text; a number is converted, since JSON and parquet hold answers as numbers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    text = str(value) if is_number else value
+    if not isinstance(text, str) or not text.strip():
+        raise UnusableRowError(NO_TEXT)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRowError(NOT_UNICODE) from None
+    return text

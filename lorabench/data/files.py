@@ -22,27 +22,23 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.fields import FILE_SUFFIXES, FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
-from lorabench.data.chat import ROLES, Chat, Messages, is_example, prompt_digest
+from lorabench.data.chat import FORMATS, Chat, UnusableRowError, file_messages, formats_in, prompt_digest, row_text
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
-
-FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines of JSON, and longer fields of CSV, are not parsed."""
 # Examples of reasoning datasets take 50 kB each.
 _BATCH_ROWS = 256
-NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
-NOT_UNICODE, NO_NUMBER = "text that is not valid Unicode", "an answer that is no number"
-NOT_UTF8, NO_OBJECT = "not UTF-8", "not a JSON object"
+NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
 Example = TypeVar("Example")
@@ -59,10 +55,6 @@ class RawRow(NamedTuple):
     """Its line in JSON lines and CSV, else its number; both are counted from 1."""
     content: dict[str, Any] | str
     """Its columns by name, or the reason why it can't be read."""
-
-
-class UnusableRowError(ValueError):
-    """A row's content is not a usable example; the message is the reason."""
 
 
 @dataclass
@@ -275,7 +267,7 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     path, tally = Path(spec.path), Tally(f"{spec.question}/{spec.answer}")
 
     def parse(content: dict[str, Any]) -> Problem:
-        question, answer = (_text(content.get(name)).strip() for name in (spec.question, spec.answer))
+        question, answer = (row_text(content.get(name)).strip() for name in (spec.question, spec.answer))
         if len(question) > spec.max_chars:
             raise UnusableRowError(TOO_LONG)
         short = last_box(answer) or gsm8k_answer(answer) or answer
@@ -355,65 +347,3 @@ def chosen_format(path: Path) -> FileFormat:
 def _names(columns: Iterable[str]) -> str:
     # The names are quoted, since a file may hold anything.
     return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"
-
-
-def formats_in(columns: Iterable[str]) -> list[FileFormat]:
-    """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
-    present = set(columns)
-    formats = [name for name in FORMATS if present.issuperset(name.split("/"))]
-    chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
-    return chats[:1] or [name for name in formats if "/" in name] or formats
-
-
-def file_messages(content: dict[str, Any], format_name: str) -> Messages:
-    """Return the messages of a row, each with `role` and `content`.
-
-    Raises:
-        UnusableRowError: the row is not an example of that format.
-    """
-    names = format_name.split("/")
-    if format_name == "text":
-        messages = [{"role": "text", "content": _text(content.get("text"))}]
-    elif len(names) == 1:
-        messages = _turns(content.get(format_name))
-    else:
-        asked, answered = (content.get(name) for name in names)
-        if names[0] == "instruction" and content.get("input"):
-            asked = f"{_text(asked)}\n\n{_text(content['input'])}"
-        messages = []
-        # Each side of a pair is a text or a list of turns.
-        for value, role in ((asked, "user"), (answered, "assistant")):
-            messages += _turns(value) if isinstance(value, list) else [{"role": role, "content": _text(value)}]
-    if not is_example(messages):
-        raise UnusableRowError(NO_ASSISTANT)
-    return messages
-
-
-def _turns(value: Any) -> Messages:
-    if not value:
-        raise UnusableRowError(NO_TEXT)
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise UnusableRowError(NO_CHAT)
-    messages = []
-    for turn in value:
-        role = turn.get("role") or turn.get("from")
-        if not isinstance(role, str) or role not in ROLES:
-            raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
-        content = turn.get("content") or turn.get("value")
-        # Many datasets have an empty system prompt.
-        if ROLES[role] != "system" or content:
-            messages.append({"role": ROLES[role], "content": _text(content)})
-    return messages
-
-
-def _text(value: Any) -> str:
-    """Return a value as text; a number is converted, since JSON and parquet hold answers as numbers."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    text = str(value) if is_number else value
-    if not isinstance(text, str) or not text.strip():
-        raise UnusableRowError(NO_TEXT)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UnusableRowError(NOT_UNICODE) from None
-    return text

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, prompt_digest
-from lorabench.data.files import Choose, RawRow, Tally, UnusableRowError, json_lines, parquet_rows, usable
+from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, UnusableRowError, prompt_digest
+from lorabench.data.files import Choose, RawRow, Tally, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
 

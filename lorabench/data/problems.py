@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.inputs import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
-from lorabench.data.chat import SPLITS, Split, is_first, take, wanted
-from lorabench.data.files import Tally, UnusableRowError, file_problems, usable
+from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
+from lorabench.data.files import Tally, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
 from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import (

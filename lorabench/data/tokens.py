@@ -253,7 +253,7 @@ def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     """
     # safetensors maps tensors of torch on a CPU, but reads those of numpy whole.
     try:
-        tensors, header = read_tensors(path, "pt")
+        tensors, header = read_tensors(path)
     except DamagedTensorsError as error:
         raise UserError(f"token cache {error}; delete it to have it made again") from error
     different = ", ".join(name for name in key if header.get(name) != key[name])

@@ -21,20 +21,18 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.record import Check, Speed, measured
 from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
-from lorabench.models.dimensions import Dimensions, dimensions
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, longest_sequence, run_tokens
 from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.training.run import Machine, clip_gradient, make_optimizer
+from lorabench.training.run import Machine, clip_gradient, machine_of, make_optimizer
 from lorabench.training.sft import batch_gradient
 from lorabench.training.step_cost import growth
-from lorabench.training.sweep import machine_of
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import GB, GPUS, processor
 

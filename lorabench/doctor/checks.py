@@ -28,9 +28,8 @@ from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, evaluation_resources, job_resources
 from lorabench.store.layout import Layout
-from lorabench.training.provenance import code_state, machine_state
-from lorabench.training.run import Machine
-from lorabench.training.sweep import machine_of
+from lorabench.training.context import code_state, machine_state
+from lorabench.training.run import Machine, machine_of
 from lorabench.utils.gpus import GB, GPUS, is_called
 
 USABLE_MEMORY = 0.92

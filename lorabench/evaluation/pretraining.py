@@ -24,7 +24,7 @@ from lorabench.data.reasoning import (
     mixture,
     worked_solutions,
 )
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.store.io import write_table
 
 # The end token ends pretraining documents as well as assistants' turns, so that the base has learned it.

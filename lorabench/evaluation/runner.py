@@ -36,7 +36,7 @@ from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import EVALS
-from lorabench.training.sweep import machine_of
+from lorabench.training.run import machine_of
 
 if TYPE_CHECKING:
     import torch

@@ -67,7 +67,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     norm per unit of LR; n seeds), `still_a` (the norm per unit of LR of B, in runs whose A stays still) or `diverged`
     (one run).
     """
-    lora = with_scales(tables.runs) if len(tables.runs) else pd.DataFrame()
+    lora = with_scales(tables.runs)
     if lora.empty:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     groups = [(f"{model} · {dataset}", runs) for (model, dataset), runs in lora.groupby(["model", "dataset"])]
@@ -277,7 +277,16 @@ def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     token, with its 95% interval; `lr` is the fitted optimum of LR_A with its 95% interval), `margin_band` (from the
     standard's loss down by the margin, from `nll_low` to `nll_high`) or `diverged` (one run).
     """
-    settings = _settings(tables.runs)
+    settings = []
+    lora = with_lr_grid(tables.runs[tables.runs["method"] == "lora"])
+    for title, panel in grid.titled(lora):
+        for _, rows in panel.groupby(PAIR_SETTING, dropna=False):
+            standard = is_standard(rows)
+            # A setting has the standard parametrization and a variant of it.
+            if standard.any() and not standard.all():
+                rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
+                several = f" · eps {eps:g}" if panel["eps"].nunique() > 1 else ""
+                settings.append((f"{title} · r{rank}{several}", rows))
     if not settings:
         sentence = "There are no LR-tuned variants of the standard parametrization."
         return style.empty_figure(sentence), pd.DataFrame(columns=_VARIANTS)
@@ -302,21 +311,6 @@ def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     ]
     style.legends(figure, {}, marks)
     return figure, plotted
-
-
-def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return a title and the runs of each setting that has the standard parametrization and a variant of it."""
-    if runs.empty:
-        return []
-    lora = with_lr_grid(runs)
-    titles = []
-    for title, panel in grid.titled(lora[lora["method"] == "lora"]):
-        for _, rows in panel.groupby(PAIR_SETTING, dropna=False):
-            standard = is_standard(rows)
-            if standard.any() and not standard.all():
-                rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
-                titles.append((f"{title} · r{rank}" + (f" · eps {eps:g}" if panel["eps"].nunique() > 1 else ""), rows))
-    return titles
 
 
 def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:

@@ -220,7 +220,7 @@ def _cut(rows: pd.DataFrame) -> str:
     last = rows.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
     if last.empty:
         return ""
-    fewest, most = formats.percent(last.min()), formats.percent(last.max())
+    fewest, most = f"{last.min():.0%}", f"{last.max():.0%}"
     cap = rows["max_new_tokens"].max()
     share = fewest if fewest == most else f"{fewest} to {most}"
     return f"{share} cut" + ("" if pd.isna(cap) else f" at {cap:.0f} tokens")

@@ -2,8 +2,8 @@
 
 PyTorch's kernel for CPUs keeps only the result, and recomputes the scores, in small tiles, for the backward pass. Here
 the scores of a block of queries are one large product with the keys up to the block's end, so that few masked scores
-are computed, and the probabilities are kept. `lorabench.models.dimensions.blocks_pay` says
-for which rows this is faster.
+are computed, and the probabilities are kept. `lorabench.models.specs.blocks_pay` says for
+which rows this is faster.
 
 In bf16 the scores are rounded before they are exponentiated, as in the eager attention of transformers; the gradient of
 SmolLM2-135M then differs from that in fp32 by as much as with PyTorch's kernel.
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorabench.models.dimensions import blocks, blocks_pay
+from lorabench.models.specs import blocks, blocks_pay
 
 NAME = "lorabench_blocks"
 """The name of this attention in transformers."""

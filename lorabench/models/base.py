@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.dimensions import Dimensions
-from lorabench.models.identity import shipped_folder, template_text, weights_id
+from lorabench.models.specs import Dimensions, shipped_folder, template_text, weights_id
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
@@ -57,31 +56,18 @@ def model_folder(spec: ModelSpec) -> Path:
     Raises:
         ModelError: the model can't be read.
     """
-    check_folder(spec)
-    if not isinstance(spec, HubModel):
-        return Path(model_location(spec))
     from huggingface_hub import snapshot_download
 
     with _explained(spec):
+        if not isinstance(spec, HubModel):
+            return Path(model_location(spec))
         return Path(snapshot_download(spec.id, revision=spec.revision, local_files_only=True))
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": getattr(spec, "trust_remote_code", False)}
     # Models of the hub are fetched by a job of their own.
-    options["local_files_only"] = True
+    options = {"trust_remote_code": getattr(spec, "trust_remote_code", False), "local_files_only": True}
     return options | ({"revision": spec.revision} if isinstance(spec, HubModel) else {})
-
-
-def check_folder(spec: ModelSpec) -> None:
-    """Raise ModelError if a local model's folder lacks its configuration or its safetensors."""
-    if isinstance(spec, HubModel):
-        return
-    folder = Path(model_location(spec))
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model folder {folder} has no .safetensors file; pickled weights are not loaded")
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -92,7 +78,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    check_folder(spec)
     with _explained(spec):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(spec), **_options(spec))
     if not isinstance(spec, TinyModel) and spec.chat_template is not None:
@@ -123,7 +108,6 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    check_folder(spec)
     with _explained(spec):
         config: PretrainedConfig = AutoConfig.from_pretrained(model_location(spec), **_options(spec))
     return config
@@ -152,7 +136,6 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
     # A progress bar per run would bury the lines about the run's progress.
     logging.disable_progress_bar()
-    check_folder(spec)
     with _explained(spec):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_location(spec), dtype=torch.float32, use_safetensors=True, **_options(spec)
@@ -172,16 +155,14 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from lorabench.models.attention import attend_in_blocks
 
-    check_folder(spec)
-    options = _options(spec)
+    config, trusted = load_config(spec), _options(spec)["trust_remote_code"]
     with _explained(spec), init_empty_weights():
-        config = AutoConfig.from_pretrained(model_location(spec), **options)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
+            config, dtype=torch.float32, trust_remote_code=trusted
         )
     attend_in_blocks(model)
     return model.train()
@@ -227,10 +208,16 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 
 
 @contextmanager
-def _explained(spec: ModelSpec) -> Iterator[None]:
-    """Turn a loader's error into a ModelError that names the model."""
+def _explained(spec: ModelSpec, complete: bool = True) -> Iterator[None]:
+    """Turn a loader's error, or missing files of a local, `complete` model, into a ModelError that names the model."""
     from safetensors import SafetensorError
 
+    folder = Path(model_location(spec))
+    if complete and not isinstance(spec, HubModel):
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
+        if not list(folder.glob("*.safetensors")):
+            raise ModelError(f"model folder {folder} has no .safetensors file; pickled weights are not loaded")
     try:
         yield
     except SafetensorError as error:
@@ -260,14 +247,13 @@ def convert_gguf(spec: GgufModel) -> Path:
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
-        with _explained(spec):
+        with _explained(spec, complete=False):
             source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
-        config = AutoConfig.for_model(
-            **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-        )
+        plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        config = AutoConfig.for_model(**plain)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         tokenizer.save_pretrained(folder)

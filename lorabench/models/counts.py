@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lorabench.config.fields import SUFFIXES, Placement
-from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.models.lora import add_lora, in_expert, lora_layers
+from lorabench.models.specs import ARCHITECTURES
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lorabench.config.preset import Preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.flops import evaluated_documents, run_tokens, sweep_flops
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, Resources, compute_resources, evaluation_resources, job_resources

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorabench.config.preset import Preset
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.models.vllm_support import max_lora_rank
 from lorabench.planning.flops import longest_sequence, lora_parameters
 from lorabench.runs import Condition

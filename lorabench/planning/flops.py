@@ -8,7 +8,7 @@ from lorabench.config.execution import EvalTask
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import DatasetSpec, ModelSpec
 from lorabench.config.preset import Preset
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.runs import Condition, Sweep
 
 # Measured on the offline datasets: an example's mean length as a share of the limit, and its largest mean; characters

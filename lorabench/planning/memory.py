@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.fields import Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.models.dimensions import Dimensions, dimensions, kept_shares, merging_is_cheaper
+from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.planning.engine import engine_memory, uses_engine
 from lorabench.planning.flops import longest_sequence, lora_parameters
 from lorabench.runs import Sweep

@@ -18,8 +18,7 @@ from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment,
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import model_id
+from lorabench.models.specs import dimensions, model_id
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.memory import gpus_needed
 from lorabench.planning.seconds import start_seconds, sweep_seconds

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
 from lorabench.planning.flops import tokens_per_example
 from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters

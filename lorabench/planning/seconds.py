@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     evaluated_documents,

@@ -203,9 +203,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     return [
         f"| {' | '.join(header)} |",
         f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(_escaped(str(cell)) for cell in row)} |" for row in rows),
+        *(f"| {' | '.join(escaped(str(cell)) for cell in row)} |" for row in rows),
     ]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return text for Markdown, also for the cell of a table: markup of HTML is shown as it is, code is set as code."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import pandas as pd
 import yaml
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
@@ -18,19 +22,19 @@ from markupsafe import Markup
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
+from lorabench.config.experiments import AutoLrs, Block
 from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
+from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
-from lorabench.report import summary
-from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
+from lorabench.report import claim_text, summary
 from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
-from lorabench.report.text import FILTERS
-from lorabench.store.io import read_claims, read_table
+from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
+from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
-from lorabench.utils.formats import missing
 
 _HERE = Path(__file__).parent
 
@@ -64,7 +68,16 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
     curves = curves_to_draw(runs, all_curves)
     trained = plan.preset.experiments.trained()
-    page = _template().render(
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    environment.tests["missing"] = formats.missing
+    page = environment.get_template("page.html.j2").render(
         name=layout.name,
         question=not (PRESETS / f"{layout.name}.yaml").is_file(),
         preset=plan.preset,
@@ -88,7 +101,8 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         inputs=summary.inputs(runs),
         datasets=summary.dataset_origins(layout),
         doctor=record_for(plan.preset.execution),
-        curves=_json(curves),
+        # As JSON for the page's script, escaped so that no text in it can end its HTML element.
+        curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
         points=curves["points"],
         downloads=table_downloads(
             tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
@@ -101,19 +115,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         partial.write_text(page, encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(FILTERS)
-    environment.tests["missing"] = missing
-    return environment.get_template("page.html.j2")
-
-
 def _inline(name: str) -> dict[str, str]:
     """Return a file of this package to embed, and its hash for the page's content security policy.
 
@@ -124,16 +125,11 @@ def _inline(name: str) -> dict[str, str]:
     return {"text": Markup(text), "hash": f"sha256-{digest}"}
 
 
-def _json(data: Any) -> Markup:
-    """Return data as JSON for the page's script, escaped so that no text in it can end its HTML element."""
-    return htmlsafe_json_dumps(data, dumps=json.dumps, separators=(",", ":"), allow_nan=False)
-
-
 def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
     """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
-    files = {kind: data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+    files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
     command = _command(source, path.with_suffix(".svg"))
     return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
 
@@ -170,3 +166,149 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
     further = {"id": "further", "short": "Further", "title": "Further figures and claims", "paper": ""}
     arranged.append({"about": further, "figures": list(by_name.values()), "claims": list(by_id.values())})
     return [section for section in arranged if section["figures"] or section["claims"]]
+
+
+POINTS = 60
+"""The largest number of points of one curve; they are log-spaced in steps."""
+
+ALL_POINTS = 250_000
+"""The largest number of points of all curves together; where there are many curves, each has fewer points."""
+
+MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
+"""The largest sizes in bytes of a table that is embedded uncompressed, and of one that is embedded compressed."""
+
+_DASHES = {"-": "", "--": "6 3", ":": "2 3"}
+
+
+def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
+    """Return the thinned learning curves of all runs as plain data, for the page's script.
+
+    Args:
+        runs: columns run_id, label, method, rank and placement.
+        curves: the table `curves`.
+
+    Returns:
+        `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
+        of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
+        line. `points`: the largest number of points of one curve.
+    """
+    styles = arm_styles(runs.rename(columns={"label": "arm"}))
+    drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
+    if curves.empty:
+        return {"measures": [], "grids": [], "curves": {}, "styles": drawn, "points": POINTS}
+    curves = curves[curves["run_id"].isin(runs["run_id"]) & np.isfinite(curves["value"].astype(float))]
+    groups = curves.sort_values("step", kind="stable").groupby(["split", "metric", "run_id"], sort=True)
+    limit = max(8, min(POINTS, ALL_POINTS // max(1, groups.ngroups)))
+    measures: dict[tuple[str, str], int] = {}
+    grids: dict[tuple[int, ...], int] = {}
+    by_run: dict[str, list[Any]] = {}
+    for (split, metric, run_id), points in groups:
+        steps = points["step"].to_numpy(int)
+        kept = thinned(steps, limit)
+        measure = measures.setdefault((str(split), str(metric)), len(measures))
+        grid = grids.setdefault(tuple(steps[kept].tolist()), len(grids))
+        values = [float(f"{value:.4g}") for value in points["value"].to_numpy(float)[kept]]
+        by_run.setdefault(str(run_id), []).append([measure, grid, values])
+    return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn, "points": limit}
+
+
+def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
+    """Return the indices of at most `limit` of the ascending steps: the first, the last, and log-spaced ones."""
+    if len(steps) <= limit:
+        return np.arange(len(steps))
+    wanted = np.geomspace(max(1, steps[0]), steps[-1], limit - 1)
+    return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
+
+
+def table_downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the given tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
+
+    Returns:
+        For each table: `file` (its name), `bytes` (the size of the CSV file) and `uri` (None where the table is too
+        large even when compressed).
+    """
+    embedded = []
+    for name in names:
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            continue
+        text = path.read_bytes()
+        if len(text) <= MAX_PLAIN:
+            file, uri = path.name, _data_uri(text, "text/csv")
+        elif len(packed := gzip.compress(text, 6, mtime=0)) <= MAX_EMBEDDED:
+            file, uri = f"{path.name}.gz", _data_uri(packed, "application/gzip")
+        else:
+            file, uri = path.name, None
+        embedded.append({"file": file, "bytes": len(text), "uri": uri})
+    return embedded
+
+
+def _data_uri(content: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def text(value: Any) -> str:
+    """Write a value that is not a number; the members of a list are joined by commas."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(text(part) for part in value) or formats.DASH
+    return formats.DASH if formats.missing(value) or value == "" else str(value)
+
+
+def in_paper(figure: Any) -> str:
+    """Name the place in the paper that a claim's column `figure` holds: a figure's number, or a word."""
+    place = text(figure)
+    return f"fig. {place}" if place[0].isdigit() else place
+
+
+def parametrization(block: Block) -> str:
+    """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
+    parts = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
+    if block.alpha_power:
+        parts.append(f"alpha times rank^{block.alpha_power:g}")
+    if block.inits_a != [1.0]:
+        parts.append(f"init of A times {_listed(block.inits_a)}")
+    if block.lr_ratios != [1.0]:
+        parts.append(f"LR of B / LR of A {_listed(block.lr_ratios)}")
+    if block.transforms:
+        parts.append("p, q " + " and ".join(_listed(pair) for pair in block.transforms))
+    if block.eps is not None:
+        parts.append(f"Adam's epsilon {block.eps:g}")
+    return "; ".join(parts) or "standard"
+
+
+def lrs(grid: list[float] | AutoLrs) -> str:
+    """Describe a method's grid of LRs in a block of an experiment."""
+    if isinstance(grid, AutoLrs):
+        return f"found, at most {grid.most}"
+    return ", ".join(map(formats.lr, grid)) or formats.DASH
+
+
+def seeds(block: Block) -> str:
+    """Say at which LRs of a block all seeds are trained."""
+    if block.seeds.every > 1:
+        return f"{block.seeds.every} at every LR"
+    found = any(isinstance(grid, AutoLrs) for grid in (block.lrs.fullft, block.lrs.lora))
+    return f"{block.seeds.best} at the {'three LRs around the best' if found else 'best LR'}"
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def anchor(name: Any, kind: str) -> str:
+    """Return the HTML id of a run's row or a claim's card, safe in a link."""
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9_.-]', '-', str(name))}"
+
+
+FILTERS = {
+    function.__name__: function
+    for function in (
+        *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
+        *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
+        *(text, list_of_words, in_paper, parametrization, lrs, seeds, anchor),
+        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
+    )
+}
+"""The functions that the templates use as filters, by name."""

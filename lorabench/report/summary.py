@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -211,23 +210,14 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
     planned = bill.training(plan, plan.jobs)
+    tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
+    expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
+    by_status = {status: int((runs["status"] == status).sum()) for status in ("done", "diverged", "unrewarded")}
     return {
-        "planned": {
-            "runs": planned.runs,
-            "tokens": planned.tokens,
-            "flops": planned.flops,
-            "seconds": planned.job_hours * 3600,
-        },
-        "spent": {
-            "runs": len(runs),
-            "tokens": runs["train_tokens"].sum(),
-            "flops": runs["train_flops"].sum(),
-            "seconds": runs["wall_s"].sum(),
-        },
-        "done": int((runs["status"] == "done").sum()),
-        "diverged": int((runs["status"] == "diverged").sum()),
-        "unrewarded": int((runs["status"] == "unrewarded").sum()),
+        "planned": expected | {"seconds": planned.job_hours * 3600},
+        "spent": {"runs": len(runs), "tokens": tokens, "flops": flops, "seconds": seconds},
         "jobs": planned.jobs,
+        **by_status,
     }
 
 
@@ -252,36 +242,25 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
     """
     described = []
     for name in layout.preset.sources:
-        row = _taken_from(layout, name)
-        longer = list(_longer(layout, name)) if name in layout.preset.datasets else []
-        if row is None and longer:
-            row = {"source": "generated", "rows": None, "usable": None, "left_out": []}
-        if row is not None:
-            described.append({"name": name, **row, "left_out": row["left_out"] + longer})
+        tally, path = layout.tally(name), layout.dataset(name)
+        row: dict[str, Any] = {"name": name, "source": "generated", "rows": None, "usable": None, "left_out": []}
+        if tally.is_file():
+            read = json.loads(tally.read_text())
+            row |= {"source": f"file, {read['format']}", "rows": read["rows"], "usable": read["usable"]}
+            row["left_out"] = [
+                f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})" for bad in read["bad"]
+            ]
+        elif path.is_file() and (note := about(path)):
+            row |= {"source": note["id"], "rows": note["rows"], "usable": note["usable"]}
+            row["left_out"] = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
+        for model in layout.preset.models if name in layout.preset.datasets else ():
+            tokens = layout.tokens(model, name)
+            counts = count_left_out(tokens) if tokens.is_file() else {}
+            too_long = "with more tokens than max_tokens for"
+            row["left_out"] += [f"{count} of {split} {too_long} {model}" for split, count in counts.items() if count]
+        if row["source"] != "generated" or row["left_out"]:
+            described.append(row)
     return described
-
-
-def _taken_from(layout: Layout, name: str) -> dict[str, Any] | None:
-    tally, path = layout.tally(name), layout.dataset(name)
-    if tally.is_file():
-        read = json.loads(tally.read_text())
-        left_out = [f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})" for bad in read["bad"]]
-        source = f"file, {read['format']}"
-        return {"source": source, "rows": read["rows"], "usable": read["usable"], "left_out": left_out}
-    if path.is_file() and (note := about(path)):
-        left_out = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
-        return {"source": note["id"], "rows": note["rows"], "usable": note["usable"], "left_out": left_out}
-    return None
-
-
-def _longer(layout: Layout, name: str) -> Iterator[str]:
-    """Yield, for each model and split, how many examples have more tokens than the dataset allows."""
-    for model in layout.preset.models:
-        path = layout.tokens(model, name)
-        if path.is_file():
-            for split, count in count_left_out(path).items():
-                if count:
-                    yield f"{count} of {split} with more tokens than max_tokens for {model}"
 
 
 def _records(frame: pd.DataFrame) -> Records:

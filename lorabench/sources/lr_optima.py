@@ -27,8 +27,7 @@ from lorabench.analysis.published import published_ratios, published_sweeps, ver
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
 from lorabench.sources.measurements import PROJECT, Z
 from lorabench.sources.studies import Study

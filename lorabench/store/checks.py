@@ -29,8 +29,7 @@ def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are reinforcement learning; a run without a task counts as supervised fine-tuning."""
     if "task" not in runs:
         return pd.Series(False, index=runs.index)
-    rl = [isinstance(task, str) and task == "rl" for task in runs["task"].to_numpy(object)]
-    return pd.Series(rl, index=runs.index, dtype=bool)
+    return runs["task"].isin(["rl"])
 
 
 def check_table(runs: pd.DataFrame) -> None:
@@ -49,7 +48,9 @@ def check_table(runs: pd.DataFrame) -> None:
         twice = runs.loc[runs["run_id"].duplicated(), "run_id"]
         if len(twice):
             raise UserError(f"the runs table has these run_ids more than once: {listed(twice)}")
-    _check_values(runs)
+    for name, right, allowed in _rules(runs):
+        if name in runs:
+            refuse_rows(runs, ~right, "run_id", name, allowed)
     _check_one_per(runs, "runs", _ONE_PER)
 
 
@@ -74,7 +75,9 @@ def _check_one_per(table: pd.DataFrame, rows: str, one_per: dict[str, tuple[str,
                 )
 
 
-def _check_values(runs: pd.DataFrame) -> None:
+def _rules(runs: pd.DataFrame) -> list[tuple[str, np.ndarray, str]]:
+    """Return the rules for values: the column, which of its values are right, and what is allowed."""
+
     def known(name: str) -> np.ndarray:
         return runs[name].notna().to_numpy(bool) if name in runs else np.zeros(len(runs), bool)
 
@@ -82,44 +85,32 @@ def _check_values(runs: pd.DataFrame) -> None:
         missing = np.full(len(runs), np.nan)
         return runs[name].to_numpy(float, na_value=np.nan) if name in runs else missing
 
-    def words(name: str) -> np.ndarray:
-        return runs[name].to_numpy(object) if name in runs else np.full(len(runs), None)
-
     def equal(name: str, *values: str) -> np.ndarray:
-        return np.array([isinstance(word, str) and word in values for word in words(name)], bool)
+        return runs[name].isin(values).to_numpy(bool) if name in runs else np.zeros(len(runs), bool)
 
     lora, fullft, done = equal("method", "lora"), equal("method", "fullft"), equal("status", "done")
     rl = equal("task", "rl")
     ranked = (lora & (numbers("rank") >= 1)) | (fullft & ~known("rank")) | ("method" not in runs)
-    lr, n_seeds, deviation = numbers("lr"), numbers("n_seeds"), numbers("final_test_nll_sd")
+    lr, n_seeds, sd = numbers("lr"), numbers("n_seeds"), numbers("final_test_nll_sd")
+    ended = done | equal("status", "diverged") | (rl & equal("status", "unrewarded"))
     rules = [
         ("task", ~known("task") | equal("task", "sft", "rl"), "sft, rl"),
         ("method", lora | fullft, "fullft, lora"),
-        (
-            "status",
-            done | equal("status", "diverged") | (rl & equal("status", "unrewarded")),
-            "done, diverged, and unrewarded in RL",
-        ),
+        ("status", ended, "done, diverged, and unrewarded in RL"),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", np.isfinite(lr) & (lr > 0), "numbers above 0"),
         ("seed", known("seed"), "whole numbers"),
         ("n_seeds", ~known("n_seeds") | (n_seeds >= 1), "whole numbers from 1 up"),
-        (
-            "final_test_nll_sd",
-            ~known("final_test_nll_sd") | (np.isfinite(deviation) & (deviation >= 0)),
-            "numbers from 0 up",
-        ),
+        ("final_test_nll_sd", ~known("final_test_nll_sd") | (np.isfinite(sd) & (sd >= 0)), "numbers from 0 up"),
     ]
     for name in _LOSSES:
         rules.append((name, rl | ~done | np.isfinite(numbers(name)), "a finite number where status is done"))
     finished_rl = rl & equal("status", "done", "unrewarded")
     for name in _REWARDS:
-        needed = finished_rl if name.startswith("final") else np.zeros(len(runs), bool)
-        share = ((numbers(name) >= 0) & (numbers(name) <= 1)) | (~known(name) & ~needed)
-        rules.append((name, share, "a share of 0 to 1" + (" where RL finished" if name.startswith("final") else "")))
-    for name, right, allowed in rules:
-        if name in runs:
-            refuse_rows(runs, ~right, "run_id", name, allowed)
+        final = name.startswith("final")
+        share = ((numbers(name) >= 0) & (numbers(name) <= 1)) | (~known(name) & ~(finished_rl & final))
+        rules.append((name, share, "a share of 0 to 1" + (" where RL finished" if final else "")))
+    return rules
 
 
 def refuse_rows(

@@ -76,7 +76,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
     Raises:
         UserError: a file is damaged, or its job is not in the plan.
     """
-    table = _with_sources(pa.concat_tables([_read_job(path, plan) for path in jobs]))
+    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
     runs = table.drop_columns(["curve", "test_losses"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
@@ -101,17 +101,29 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
 
 
 def _read_job(path: Path, plan: Plan | None) -> pa.Table:
+    """Read the runs of a job, and fill the columns that runs don't record.
+
+    In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
+    of things that the preset names.
+    """
     table = read_parquet(path, JOB)
-    if plan is None:
-        return table
-    # Runs don't record the kinds of their data and base, since the preset names both.
-    sources, models = plan.preset.sources, plan.preset.models
+    lora = [method == "lora" for method in table.column("method").to_pylist()]
+    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table.column("protocol").to_pylist()]
     columns: dict[str, list[Any]] = {
-        "experiments": [plan.job(path.stem).experiments] * len(table),
-        "data_kind": [sources[name].kind for name in table.column("dataset").to_pylist()],
-        "base_kind": [base_kind(models[name]) for name in table.column("model").to_pylist()],
+        "alpha_convention": ["alpha/r" if is_lora else None for is_lora in lora],
+        "unembedding": [value if is_lora else None for value, is_lora in zip(unembedding, lora, strict=True)],
+        "precision": ["fp32"] * len(table),
+        "schedule": ["constant"] * len(table),
     }
-    return _with_columns(table, columns)
+    if plan is not None:
+        sources, models = plan.preset.sources, plan.preset.models
+        columns["experiments"] = [plan.job(path.stem).experiments] * len(table)
+        columns["data_kind"] = [sources[name].kind for name in table.column("dataset").to_pylist()]
+        columns["base_kind"] = [base_kind(models[name]) for name in table.column("model").to_pylist()]
+    for name, values in columns.items():
+        field = RUNS.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
 
 
 def base_kind(spec: ModelSpec) -> str | None:
@@ -125,26 +137,6 @@ def base_kind(spec: ModelSpec) -> str | None:
     if "instruct" in name:
         return "instruct"
     return "base" if "base" in name else None
-
-
-def _with_sources(runs: pa.Table) -> pa.Table:
-    """Fill the columns in which other projects' runs may differ with the values that all runs of this project share."""
-    lora = [method == "lora" for method in runs.column("method").to_pylist()]
-    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in runs.column("protocol").to_pylist()]
-    columns: dict[str, list[Any]] = {
-        "alpha_convention": ["alpha/r" if is_lora else None for is_lora in lora],
-        "unembedding": [value if is_lora else None for value, is_lora in zip(unembedding, lora, strict=True)],
-        "precision": ["fp32"] * len(runs),
-        "schedule": ["constant"] * len(runs),
-    }
-    return _with_columns(runs, columns)
-
-
-def _with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
-    for name, values in columns.items():
-        field = RUNS.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-    return table
 
 
 def collect_evals(files: list[Path], out: Path) -> None:
@@ -168,8 +160,3 @@ def collect_evals(files: list[Path], out: Path) -> None:
     # The stable sort keeps the rows of one model in the order of its tasks.
     frame = pa.concat_tables(tables).to_pandas()
     write_frame(frame.sort_values(order, na_position="first", kind="stable"), "evals", out)
-
-
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write the planned runs as parquet, one row per run."""
-    write_table(pa.Table.from_pylist(plan.rows()), path)

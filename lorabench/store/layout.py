@@ -11,7 +11,7 @@ from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
 from lorabench.config.loading import load_preset, preset_path
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
-from lorabench.models.identity import model_id
+from lorabench.models.specs import model_id
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched

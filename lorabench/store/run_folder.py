@@ -8,8 +8,8 @@
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
 A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
-the final name is therefore complete, even after a power cut. Two jobs on the same run take turns
-by a lock (`lorabench.utils.lock`).
+the final name is therefore complete, even after a power cut. Two jobs on the same run take turns by a lock
+(`lorabench.utils.lock`).
 """
 
 from __future__ import annotations

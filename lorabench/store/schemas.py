@@ -30,191 +30,133 @@ class ExampleLoss:
     tokens: int
 
 
-RUNS = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("experiments", pa.list_(pa.string())),
-        ("model", pa.string()),
-        ("dataset", pa.string()),
-        ("data_kind", pa.string()),
-        ("base_kind", pa.string()),
-        ("task", pa.string()),
-        ("method", pa.string()),
-        ("rank", pa.int64()),
-        ("placement", pa.string()),
-        ("alpha", pa.float64()),
-        ("init_a", pa.float64()),
-        ("lr_ratio", pa.float64()),
-        ("alpha_convention", pa.string()),
-        ("unembedding", pa.bool_()),
-        ("precision", pa.string()),
-        ("schedule", pa.string()),
-        ("eps", pa.float64()),
-        ("lr", pa.float64()),
-        ("batch_size", pa.int64()),
-        ("steps", pa.int64()),
-        ("seed", pa.int64()),
-        ("n_seeds", pa.int64()),
-        ("status", pa.string()),
-        ("diverged_at", pa.int64()),
-        ("final_valid_nll", pa.float64()),
-        ("final_test_nll", pa.float64()),
-        ("final_test_nll_sd", pa.float64()),
-        ("final_train_nll", pa.float64()),
-        ("test_scored_tokens", pa.int64()),
-        ("first_epoch_nats", pa.float64()),
-        ("first_epoch_scored_tokens", pa.int64()),
-        ("entropy_bits", pa.float64()),
-        ("group_size", pa.int64()),
-        ("max_new_tokens", pa.int64()),
-        ("base_reward", pa.float64()),
-        ("final_valid_reward", pa.float64()),
-        ("final_reward", pa.float64()),
-        ("best_reward", pa.float64()),
-        ("constant_reward", pa.float64()),
-        ("rule_reward", pa.float64()),
-        ("rule", pa.string()),
-        ("final_entropy", pa.float64()),
-        ("final_truncated", pa.float64()),
-        ("family", pa.string()),
-        ("hidden_size", pa.int64()),
-        ("trainable_params", pa.int64()),
-        ("base_params", pa.int64()),
-        ("train_tokens", pa.int64()),
-        ("train_flops", pa.float64()),
-        ("wall_s", pa.float64()),
-        ("peak_mem_bytes", pa.int64()),
-        ("device", pa.string()),
-        ("threads", pa.int64()),
-        ("host", pa.string()),
-        ("started", pa.string()),
-        ("git_sha", pa.string()),
-        ("git_dirty_patch", pa.string()),
-        ("versions", pa.string()),
-        ("model_sha256", pa.string()),
-        ("dataset_sha256", pa.string()),
-        ("tokenizer_sha256", pa.string()),
-        ("template_sha256", pa.string()),
-        ("protocol", pa.string()),
-    ]
+_TYPES = {
+    "text": pa.string(),
+    "words": pa.list_(pa.string()),
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+}
+
+
+def _schema(lines: str) -> pa.Schema:
+    """Return the columns that lines describe: on each line a type, and the names of the columns that have it."""
+    described = [line.split() for line in lines.strip().splitlines()]
+    return pa.schema([(name, _TYPES[kind]) for kind, *names in described for name in names])
+
+
+RUNS = _schema(
+    """
+    text run_id
+    words experiments
+    text model dataset data_kind base_kind task method
+    int64 rank
+    text placement
+    float64 alpha init_a lr_ratio
+    text alpha_convention
+    bool unembedding
+    text precision schedule
+    float64 eps lr
+    int64 batch_size steps seed n_seeds
+    text status
+    int64 diverged_at
+    float64 final_valid_nll final_test_nll final_test_nll_sd final_train_nll
+    int64 test_scored_tokens
+    float64 first_epoch_nats
+    int64 first_epoch_scored_tokens
+    float64 entropy_bits
+    int64 group_size max_new_tokens
+    float64 base_reward final_valid_reward final_reward best_reward constant_reward rule_reward
+    text rule
+    float64 final_entropy final_truncated
+    text family
+    int64 hidden_size trainable_params base_params train_tokens
+    float64 train_flops wall_s
+    int64 peak_mem_bytes
+    text device
+    int64 threads
+    text host started git_sha git_dirty_patch versions
+    text model_sha256 dataset_sha256 tokenizer_sha256 template_sha256 protocol
+    """
 )
 
-_CURVE = [
-    ("step", pa.int64()),
-    ("examples", pa.int64()),
-    ("tokens", pa.int64()),
-    ("split", pa.string()),
-    ("metric", pa.string()),
-    ("value", pa.float64()),
-]
-
+_CURVE = _schema(
+    """
+    int64 step examples tokens
+    text split metric
+    float64 value
+    """
+)
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
-_TEST_LOSS = [("loss", pa.float32()), ("tokens", pa.int32())]
-
+_TEST_LOSS = _schema(
+    """
+    float32 loss
+    int32 tokens
+    """
+)
 TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
 
-
-COMPUTE = pa.schema(
-    [
-        ("model", pa.string()),
-        ("method", pa.string()),
-        ("rank", pa.int64()),
-        ("placement", pa.string()),
-        ("batch_size", pa.int64()),
-        ("sequence_length", pa.int64()),
-        ("effective_width", pa.float64()),
-        ("linear_flops", pa.float64()),
-        ("total_flops", pa.float64()),
-        ("step_s", pa.float64()),
-        ("peak_mem_bytes", pa.int64()),
-        ("trainable_params", pa.int64()),
-        ("base_params", pa.int64()),
-        ("device", pa.string()),
-        ("threads", pa.int64()),
-    ]
+COMPUTE = _schema(
+    """
+    text model method
+    int64 rank
+    text placement
+    int64 batch_size sequence_length
+    float64 effective_width linear_flops total_flops step_s
+    int64 peak_mem_bytes trainable_params base_params
+    text device
+    int64 threads
+    """
 )
 
-COUNTS = pa.schema(
-    [
-        ("architecture", pa.string()),
-        ("placement", pa.string()),
-        ("part", pa.string()),
-        ("rank", pa.int64()),
-        ("include_unembedding", pa.bool_()),
-        ("trainable_params", pa.int64()),
-        ("base_params", pa.int64()),
-    ]
+COUNTS = _schema(
+    """
+    text architecture placement part
+    int64 rank
+    bool include_unembedding
+    int64 trainable_params base_params
+    """
 )
 
-EVALS = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("model", pa.string()),
-        ("dataset", pa.string()),
-        ("method", pa.string()),
-        ("rank", pa.int64()),
-        ("placement", pa.string()),
-        ("alpha", pa.float64()),
-        ("init_a", pa.float64()),
-        ("lr_ratio", pa.float64()),
-        ("eps", pa.float64()),
-        ("lr", pa.float64()),
-        ("batch_size", pa.int64()),
-        ("steps", pa.int64()),
-        ("seed", pa.int64()),
-        ("final_test_nll", pa.float64()),
-        ("final_reward", pa.float64()),
-        ("about", pa.string()),
-        ("task", pa.string()),
-        ("source", pa.string()),
-        ("metric", pa.string()),
-        ("filter", pa.string()),
-        ("value", pa.float64()),
-        ("stderr", pa.float64()),
-        ("higher_is_better", pa.bool_()),
-        ("n_samples", pa.int64()),
-        ("num_fewshot", pa.int64()),
-        ("sampler", pa.string()),
-        ("eval_batch_size", pa.int64()),
-        ("task_version", pa.string()),
-        ("task_config", pa.string()),
-        ("template_sha256", pa.string()),
-        ("versions", pa.string()),
-    ]
+EVALS = _schema(
+    """
+    text run_id model dataset method
+    int64 rank
+    text placement
+    float64 alpha init_a lr_ratio eps lr
+    int64 batch_size steps seed
+    float64 final_test_nll final_reward
+    text about task source metric filter
+    float64 value stderr
+    bool higher_is_better
+    int64 n_samples num_fewshot
+    text sampler
+    int64 eval_batch_size
+    text task_version task_config template_sha256 versions
+    """
 )
 
-CLAIMS = pa.schema(
-    [
-        ("claim_id", pa.string()),
-        ("kind", pa.string()),
-        ("fact", pa.string()),
-        ("statement", pa.string()),
-        ("figure", pa.string()),
-        ("criterion", pa.string()),
-        ("verdict", pa.string()),
-        ("borderline", pa.bool_()),
-        ("margin_low", pa.float64()),
-        ("margin_high", pa.float64()),
-        ("margin_rule", pa.string()),
-        ("estimate", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("unit", pa.string()),
-        ("detectable", pa.float64()),
-        ("scope", pa.string()),
-        ("missing", pa.string()),
-        ("would_decide", pa.string()),
-        ("decide_seeds", pa.int64()),
-        ("decide_around", pa.bool_()),
-        ("decide_test_examples", pa.int64()),
-        ("decide_lrs", pa.list_(pa.string())),
-        ("n_runs", pa.int64()),
-        ("reason", pa.string()),
-        ("paper_value", pa.string()),
-        ("published", pa.string()),
-        ("run_ids", pa.list_(pa.string())),
-    ]
+CLAIMS = _schema(
+    """
+    text claim_id kind fact statement figure criterion verdict
+    bool borderline
+    float64 margin_low margin_high
+    text margin_rule
+    float64 estimate ci_low ci_high
+    text unit
+    float64 detectable
+    text scope missing would_decide
+    int64 decide_seeds
+    bool decide_around
+    int64 decide_test_examples
+    words decide_lrs
+    int64 n_runs
+    text reason paper_value published
+    words run_ids
+    """
 )
 
 JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE))), ("test_losses", pa.list_(pa.struct(_TEST_LOSS)))])

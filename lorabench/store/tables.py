@@ -23,13 +23,13 @@ from lorabench.store.schemas import SCHEMAS
 KEYS = {
     "runs": ["run_id"],
     "curves": ["run_id", "step", "split", "metric"],
-    "test_losses": ["run_id", "example"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
     "evals": [
         *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
         *("sampler", "eval_batch_size", "task_version", "template_sha256"),
     ],
+    "test_losses": ["run_id", "example"],
 }
 """The columns that identify a row of each table."""
 
@@ -80,19 +80,20 @@ class Tables:
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
-        names = ("runs", "curves", "compute", "counts", "evals", "test_losses")
-        for folder in folders:
-            if not any(table_path(folder, name) for name in names):
-                raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
-        runs, *others = (_read_merged(folders, name) for name in names)
-        return cls(with_stand_ins(runs), *others)
+        merged = {
+            name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), empty_table())
+            for name, frames in _read_all(folders).items()
+        }
+        return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
 
 
-def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
-    frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
-    if len(frames) < 2:
-        return next(iter(frames.values()), empty_table())
-    return merge_tables(name, frames)
+def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:
+    """Return the tables that the folders hold, by name and folder."""
+    *names, last = KEYS
+    for folder in folders:
+        if not any(table_path(folder, name) for name in KEYS):
+            raise UserError(f"no table {', '.join(names)} or {last} (.parquet or .csv) in {folder}")
+    return {name: {folder: read_table(folder, name) for folder in folders if table_path(folder, name)} for name in KEYS}
 
 
 def merge(folders: list[Path], out: Path) -> None:
@@ -108,14 +109,7 @@ def merge(folders: list[Path], out: Path) -> None:
         UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
             and `check_evals`), or tables contradict each other (see `merge_tables`).
     """
-    for folder in folders:
-        if not any(table_path(folder, name) for name in KEYS):
-            raise UserError(f"no table {', '.join(KEYS)} (.parquet or .csv) in {folder}")
-    merged = {}
-    for name in KEYS:
-        frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
-        if frames:
-            merged[name] = merge_tables(name, frames)
+    merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
     check_evals(merged.get("evals", pd.DataFrame()))
@@ -190,11 +184,11 @@ def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
     read = ["model", "dataset", *(name for name in (_VALID, _TEST, _TRAIN) if name in filled)]
     for _, group in filled.loc[done, read].groupby(["model", "dataset"]):
         remarks = []
-        if _TRAIN in filled and _lacks(group, _TEST) and group[_TRAIN].notna().all():
+        if _TRAIN in filled and group[_TEST].isna().all() and group[_TRAIN].notna().all():
             filled.loc[group.index, _TEST] = group[_TRAIN]
             remarks.append(TRAINING_LOSS)
         test = filled.loc[group.index, _TEST]
-        if _lacks(group, _VALID):
+        if group[_VALID].isna().all():
             filled.loc[group.index, _VALID] = test
         if len(group) > 1 and filled.loc[group.index, _VALID].equals(test) and test.notna().all():
             remarks.append(ONE_SET)
@@ -202,10 +196,6 @@ def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
             filled.loc[group.index, REMARK] = "; ".join(remarks)
     absent = [name for name in (_VALID, _TEST) if name not in runs and filled[name].isna().all()]
     return filled.drop(columns=absent)
-
-
-def _lacks(group: pd.DataFrame, column: str) -> bool:
-    return bool(group[column].isna().all())
 
 
 def remarks_on(runs: pd.DataFrame) -> list[str]:
@@ -216,22 +206,15 @@ def remarks_on(runs: pd.DataFrame) -> list[str]:
     """
     remarks = sorted(set(runs[REMARK].dropna())) if REMARK in runs else []
     for column in SOURCE_COLUMNS:
-        if column not in runs:
-            continue
         # Several models may differ; what must be alike are the runs of one.
-        for _, group in runs.groupby(["model", "dataset"]):
-            remarks += _differences(group[column])
+        for _, group in runs.groupby(["model", "dataset"])[column] if column in runs else ():
+            values = {str(value) for value in group.dropna()}
+            known = sorted(values - {UNKNOWN, MIXED})
+            if len(known) > 1:
+                remarks.append(f"its runs differ in {column}: {', '.join(known)}")
+            if MIXED in values:
+                remarks.append(f"its runs differ in {column}, and the source does not say which has which")
+            if UNKNOWN in values:
+                which = "some of its runs" if len(values) > 1 else "its runs"
+                remarks.append(f"the {column} of {which} is unknown, so they may differ in it")
     return list(dict.fromkeys(remarks))
-
-
-def _differences(column: pd.Series[Any]) -> list[str]:
-    """Return in what runs of one model differ, or may differ since a source does not say."""
-    values = {str(value) for value in column.dropna()}
-    known = sorted(values - {UNKNOWN, MIXED})
-    remarks = [f"its runs differ in {column.name}: {', '.join(known)}"] if len(known) > 1 else []
-    if MIXED in values:
-        remarks.append(f"its runs differ in {column.name}, and the source does not say which has which")
-    if UNKNOWN in values:
-        which = "some of its runs" if len(values) > 1 else "its runs"
-        remarks.append(f"the {column.name} of {which} is unknown, so they may differ in it")
-    return remarks

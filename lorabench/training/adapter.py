@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,16 +25,6 @@ Pair = tuple[Tensor, Tensor, float]
 """The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
 
 
-@dataclass(frozen=True)
-class _Before:
-    """The factors of one layer and their gradients before a step."""
-
-    a: Tensor
-    b: Tensor
-    a_grad: Tensor
-    b_grad: Tensor
-
-
 class AdapterProbe:
     """Measures single optimizer steps of an adapter.
 
@@ -50,14 +39,13 @@ class AdapterProbe:
     def __init__(self, pairs: Mapping[str, Pair]) -> None:
         self._pairs = dict(pairs)
         self._initial_a = {name: a.detach().clone() for name, (a, _, _) in self._pairs.items()}
-        self._before: dict[str, _Before] = {}
+        self._before: dict[str, list[Tensor]] = {}
 
     def before_step(self) -> None:
         """Copy the factors and gradients that the step will change."""
-        self._before = {
-            name: _Before(a.detach().clone(), b.detach().clone(), _gradient(a), _gradient(b))
-            for name, (a, b, _) in self._pairs.items()
-        }
+        for name, (a, b, _) in self._pairs.items():
+            gradients = (torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in (a, b))
+            self._before[name] = [tensor.detach().clone() for tensor in (a, b, *gradients)]
 
     @torch.no_grad()
     def after_step(self) -> dict[str, float]:
@@ -75,13 +63,13 @@ class AdapterProbe:
             return {}
         layers, norms, grams = [], [], []
         for name, (a, b, scaling) in self._pairs.items():
-            before, initial_a = self._before.pop(name), full_tensor(self._initial_a[name])
-            before = _Before(*(full_tensor(tensor) for tensor in vars(before).values()))
+            initial_a = full_tensor(self._initial_a[name])
+            old_a, old_b, a_grad, b_grad = map(full_tensor, self._before.pop(name))
             a, b = full_tensor(a), full_tensor(b)
-            a_step, b_step = (a - before.a).double(), (b - before.b).double()
-            descent = -(a_step * before.a_grad).sum() - (b_step * before.b_grad).sum()
+            a_step, b_step = (a - old_a).double(), (b - old_b).double()
+            descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
             # B'A' - BA = (B' - B) A' + B (A' - A).
-            left = torch.cat([b_step, before.b.double()], dim=1)
+            left = torch.cat([b_step, old_b.double()], dim=1)
             right = torch.cat([a.double(), a_step], dim=0)
             update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
             moved = (a - initial_a).double().norm() / initial_a.double().norm()
@@ -96,11 +84,6 @@ class AdapterProbe:
         moved, larger = stacked[:, 0].mean(), (b_norms > a_norms).double().mean()
         norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 2].sum()
         return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter's gradient; zeros if it has none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
 
 def _gram(matrix: Tensor) -> Tensor:

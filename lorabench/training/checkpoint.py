@@ -104,7 +104,7 @@ class Checkpoint:
             return None
         progress, parts, reason = _verify(path, self._run_id, processes)
         with ExitStack() as opened:
-            files = [opened.enter_context(open_tensors(part, "pt")) for part in parts]
+            files = [opened.enter_context(open_tensors(part)) for part in parts]
             if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
                 progress, reason = None, f"{path} is of a model with other parameters"
             if progress is None:

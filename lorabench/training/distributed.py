@@ -1,4 +1,4 @@
-"""Training of one run by several processes, one per GPU: their communication, and the sharding of the model.
+"""Training of one run by several processes, one per GPU: their start, communication, and the sharding of the model.
 
 Each process computes its share of a batch; losses, gradients and norms are summed over all processes, so that the
 numbers equal those of one process up to the order of additions. A single process runs the same code and communicates
@@ -7,11 +7,19 @@ with none.
 The model is sharded with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
 optimizer state, in fp32. The parameters of a layer are gathered in fp32 while it is computed, under the same autocast
 as on one GPU.
+
+The processes are started by torch's elastic launcher, by `launch` or by `torchrun`; each runs the same command. A
+failure of one process ends all of them. A `UserError` is passed to the launching process, which shows it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
@@ -23,7 +31,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lorabench.errors import UserError
 from lorabench.models.lora import tie_beneath
+from lorabench.utils.exhaustion import NoMemoryError
+from lorabench.utils.signals import GRACE, Stopped
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -58,6 +69,13 @@ class Processes:
         everyone = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(everyone, own)
         return torch.stack(everyone).cpu().numpy()
+
+    def gather_objects(self, own: T) -> list[T]:
+        """Gather an object from every process; all receive those of all processes, by rank."""
+        everyone: list[Any] = [own] * self.count
+        if self.count > 1:
+            dist.all_gather_object(everyone, own)
+        return everyone
 
     def total(self, value: float) -> float:
         """Return the sum of a value over all processes."""
@@ -133,8 +151,80 @@ SINGLE_PROCESS = Processes()
 """A single process on the CPU."""
 
 
+def is_worker() -> bool:
+    """Return whether this process was started by the elastic launcher."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(count: int, arguments: Sequence[str]) -> None:
+    """Run the command line `lorabench ARGUMENTS` in `count` processes and wait for their end.
+
+    Raises:
+        UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.
+        Stopped: a signal asked the job to end.
+        SystemExit: a process failed otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(f"--processes = {count}: this machine shows {gpus} GPUs; at most one process each")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Thread pools read this before any setting of ours, and accelerate warns if it is not set.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+    # The launcher's own handlers would give up waiting for the processes at a second SIGTERM. Ours raise Stopped once,
+    # on which the launcher passes SIGTERM on and waits.
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        # The workflow restarts a failed job, which then goes on from its checkpoints.
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "lorabench.cli", *arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        message = failure.error_file_data["message"]
+        if isinstance(message, dict):
+            name, _, text = message["message"].partition(": ")
+            raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
+        sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
+    except SignalException as error:
+        raise Stopped(error.sigval) from error
+
+
+@contextmanager
+def errors_to_launcher() -> Iterator[None]:
+    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
+
+    The launching process receives the signals itself.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if not is_worker():
+            raise
+        sys.exit(stopped.exit_status)
+    except UserError as error:
+        if not is_worker():
+            raise
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        sys.exit(2)
+
+
 def join() -> Processes:
-    """Join the process group of the processes started with this one (see `launch.py`)."""
+    """Join the process group of the processes that were started with this one."""
     from accelerate import PartialState
 
     # The other processes wait while the first reads a large model, perhaps from a slow disk.

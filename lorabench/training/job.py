@@ -1,19 +1,35 @@
-"""A job: the sweeps that one process, or several together, trains one after another."""
+"""A job: the sweeps that one process, or several together, trains one after another.
+
+The runs of a sweep are trained in waves, which `lorabench.runs.next_runs` determines from the validation losses so far.
+Finished runs are skipped, and unfinished ones go on from their checkpoints.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.runs import Job
-from lorabench.store.collect import write_job
+from lorabench.runs import Job, Run, Sweep, best_lr, ending, next_runs, validation_loss
+from lorabench.store.collect import sweep_rows, write_job
 from lorabench.store.layout import Layout
+from lorabench.store.progress import Progress
+from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.sweep import Trainer, run_sweep
+from lorabench.training.run import machine_of
+from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
 from lorabench.utils.lock import locked
+
+Trainer = Callable[[SweepContext, Run, Callable[[int], None]], None]
+"""A trainer: trains a run, calls the function after each step with the number of finished steps, and writes the run."""
 
 
 def run_job(
@@ -26,7 +42,8 @@ def run_job(
         processes: the processes that train the job together; each calls this function.
 
     Raises:
-        UserError: memory or disk space ran out, or a sweep is locked by a process that shows no sign of life.
+        UserError: memory or disk space ran out, a sweep is locked by a process that shows no sign of life, or a
+            finished run was made with another commit of a Hugging Face repository than is fetched now.
         Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
     # The trainer keeps the model, data and graders of the job's sweeps until the end. It is imported here since each
@@ -54,3 +71,92 @@ def run_job(
                 rows += run_sweep(plan, sweep, layout, train, say, processes)
     if processes.first:
         write_job(rows, layout.job(job))
+
+
+def run_sweep(
+    plan: Plan, sweep: Sweep, layout: Layout, train: Trainer, say: Callable[[str], None], processes: Processes
+) -> list[dict[str, Any]]:
+    """Train all runs of a sweep; return their rows (see `sweep_rows`) in the first process, else nothing."""
+    progress = Progress(layout.progress(sweep), sweep)
+    context = SweepContext(plan, sweep, layout, machine_of(plan, processes))
+
+    def announce(number: int, run: Run, result: str = "") -> None:
+        if processes.first:
+            of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
+            say(f"{sweep.condition.label} run {number}{of}: lr {run.lr:g}, seed {run.seed}{result}")
+
+    def finish(number: int, run: Run) -> None:
+        if not context.folder(run).done():
+            if processes.any(signals.requested()):
+                signals.raise_stopped()
+            _reset_peak_memory(context.machine.device)
+            announce(number, run)
+            train(context, run, partial(progress.tick, number, run) if processes.first else lambda step: None)
+        announce(number, run, f": {_result(context.folder(run).read_record()['outcome'])}")
+
+    numbers: dict[Run, int] = {}
+    losses: dict[tuple[float, int], float] = {}
+    while wave := next_runs(sweep, losses):
+        if processes.first:
+            for run in wave:
+                context.folder(run).tidy()
+        processes.wait()
+        _check_commits(context, [run for run in wave if context.folder(run).done()])
+        for run in wave:
+            numbers[run] = len(numbers) + 1
+            finish(numbers[run], run)
+        losses |= {(run.lr, run.seed): validation_loss(context.folder(run).read_record()) for run in wave}
+    best = best_lr(sweep, losses)
+    if sweep.lattice is not None and processes.first:
+        say(f"{sweep.condition.label} {ending(sweep, losses)}")
+    # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
+    # weights of a restored run were left behind, and only an evaluation needs them.
+    evaluated = any(job.sweep == sweep for job in plan.evaluations())
+    chosen = next((run for run in numbers if (run.lr, run.seed) == (best, 0)), None)
+    folder = None if chosen is None else context.folder(chosen)
+    if chosen and folder and not folder.weights.exists() and (evaluated or not folder.restored.exists()):
+        processes.wait()
+        if processes.first:
+            folder.record.unlink()
+        processes.wait()
+        finish(numbers[chosen], chosen)
+    if not processes.first:
+        return []
+    if plan.preset.execution.keep_weights == "best":
+        for run in numbers:
+            if run.lr != best:
+                shutil.rmtree(context.folder(run).weights, ignore_errors=True)
+    progress.close()
+    return sweep_rows([context.folder(run) for run in numbers], sweep)
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak memory so far, so that runs of one process report their own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Where the system does not allow this, the peak stays that of all runs so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _check_commits(context: SweepContext, finished: list[Run]) -> None:
+    """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
+    now = context.layout.commits(context.sweep.condition)
+    for run in finished:
+        then = context.folder(run).read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in now if now[name] != then.get(name)):
+            raise UserError(
+                f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
+                f"write the former into the file of {name} in {context.layout.pins} and fetch again, or delete "
+                f"{context.folder(run).final} to train the run again"
+            )
+
+
+def _result(outcome: dict[str, Any]) -> str:
+    if outcome["status"] == "diverged":
+        return f"diverged at step {outcome['diverged_at']}"
+    if "final_reward" in outcome:
+        reward = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
+        return f"{reward}; stopped, no response was ever right" if outcome["status"] == "unrewarded" else reward
+    return f"test {outcome['final_test_nll']:.4f} nats"

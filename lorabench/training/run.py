@@ -1,4 +1,4 @@
-"""Parts shared by the loops of SFT and RL: the machine, the outcome, the optimizer, and gradients that repeat.
+"""Parts shared by the loops of SFT and RL: machine, outcome, data order, optimizer, and gradients that repeat.
 
 By default the backward pass of PyTorch's fused attention on a GPU, and of indexing, adds in an order that differs from
 one call to the next. Two runs that are equivalent by argument, or a run that was resumed, would then differ from the
@@ -16,14 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 from lorabench.config.experiments import Protocol
-from lorabench.models.bf16_products import Products
+from lorabench.models.bf16_products import Products, choose_faster
+from lorabench.planning.plan import Plan
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
+from lorabench.utils.exhaustion import keep_freed_memory
+from lorabench.utils.gpus import difference_from
 
 T = TypeVar("T")
 
@@ -51,6 +55,37 @@ class Machine:
         return torch.bfloat16 if protocol.precision == "bf16" else None
 
 
+def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
+    """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
+    execution = plan.preset.execution
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
+    products: Products | None = None
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, execution.threads // processes.count))
+        keep_freed_memory()
+        if plan.preset.protocol.precision == "bf16":
+            products = choose_faster()
+    else:
+        if execution.gpu is not None and processes.first:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            difference = difference_from(execution.gpu, torch.cuda.get_device_name(device), memory)
+            if difference is not None:
+                logging.warning(difference)
+        # cuBLAS gets workspaces of a fixed size, unless the user has chosen some, before the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
+        # TF32 has more digits than the bf16 of all other layers.
+        torch.backends.cuda.matmul.allow_tf32 = plan.preset.protocol.precision == "bf16"
+    return Machine(
+        device,
+        execution.max_batch_tokens,
+        execution.checkpoint_minutes * 60,
+        max_cache_tokens=execution.max_cache_tokens,
+        processes=processes,
+        bf16_products=products,
+    )
+
+
 @dataclass
 class Outcome:
     """The part of a run's outcome that SFT and RL share."""
@@ -65,6 +100,17 @@ class Outcome:
     curve: list[CurvePoint] = field(default_factory=list)
     test_losses: list[ExampleLoss] = field(default_factory=list)
     """The loss of each test example after the last step; empty if the run did not get there."""
+
+
+def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
+    """Return the example indices of every step, (steps, batch_size), with a new shuffle for each epoch.
+
+    The order depends on the seed alone, so all conditions with one seed see the same batches in the same order.
+    """
+    epochs = -(-steps * batch_size // n_examples)
+    rng = np.random.default_rng(seed)
+    shuffled = np.concatenate([rng.permutation(n_examples) for _ in range(epochs)])
+    return shuffled[: steps * batch_size].reshape(steps, batch_size)
 
 
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], run: Run, protocol: Protocol) -> torch.optim.Optimizer:
@@ -97,11 +143,6 @@ def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | No
     norm = torch.nn.utils.get_total_norm(pieces)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
     return float(full_tensor(norm))
-
-
-def fix_workspaces() -> None:
-    """Give cuBLAS workspaces of a fixed size, unless the user has chosen some; call this before the first product."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def deterministically(compute: Callable[[], T], undo: Callable[[], None], device: torch.device) -> T:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.runs import PROTOCOL_VERSION, Job, Run, Sweep, next_runs, validation_loss
+from lorabench.runs import PROTOCOL_VERSION, Job, next_runs, validation_loss
 from lorabench.store.collect import sweep_rows, write_job
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
@@ -85,10 +85,9 @@ def restore_runs(plan: Plan, layout: Layout) -> Restored:
     A run that is there already is left as it is. All files are checked before anything is written.
 
     Raises:
-        UserError: a file is damaged, was computed with another protocol version, or is none of this plan's; or no
-            saved run is in the plan.
+        UserError: a file is damaged or was computed with another protocol version, or no saved run is in the plan.
     """
-    planned = {run.run_id: run for sweep in plan.sweeps for run in sweep.possible_runs()}
+    planned = {run.run_id for sweep in plan.sweeps for run in sweep.possible_runs()}
     rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path)]
     known = [row for row in rows if row["run_id"] in planned]
     if rows and not known:
@@ -96,8 +95,6 @@ def restore_runs(plan: Plan, layout: Layout) -> Restored:
             f"none of the {len(rows)} runs in {layout.saved_runs} is in the plan of preset {layout.name}: its models, "
             "its data (such as the versions of the packages that they come from) or its settings have changed since"
         )
-    for row in known:
-        _check(row, planned[row["run_id"]], layout)
     missing = [row for row in known if not RunFolder(layout.runs, row["run_id"]).done()]
     for row in missing:
         run_id, folder = row["run_id"], RunFolder(layout.runs, row["run_id"])
@@ -122,22 +119,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
             f"{path} holds runs of protocol version {version or 'unknown'}, but this code computes version "
             f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
         )
-    if not table.schema.equals(_SCHEMA):
-        raise UserError(f"{path} was not written by `lorabench save-runs`: its columns are others")
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
-
-
-def _check(row: dict[str, Any], run: Run, layout: Layout) -> None:
-    """Raise UserError unless a saved record is that of the run with its id."""
-    try:
-        record = json.loads(row["record"])
-        spec = record["spec"]
-        identity = record["run_id"], spec["identity"], spec["lr"], spec["seed"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"run {run.run_id} in {layout.saved_runs} has a damaged record; save it again") from error
-    if identity != (run.run_id, run.condition.identity, run.lr, run.seed):
-        raise UserError(f"run {run.run_id} in {layout.saved_runs} has the record of another run; save it again")
 
 
 def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
@@ -151,24 +134,17 @@ def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
         condition = sweep.condition
         held_out = condition.rollouts.held_out if condition.rollouts else ()
         fetched = [layout.fetched_model(condition.model), *map(layout.fetched_data, (condition.dataset, *held_out))]
-        runs = _finished(sweep, layout)
-        if not runs or any(fetched) or any(evaluation.sweep == sweep for evaluation in plan.evaluations()):
+        if any(fetched) or any(evaluation.sweep == sweep for evaluation in plan.evaluations()):
             return False
-        rows += sweep_rows([RunFolder(layout.runs, run.run_id) for run in runs], sweep)
+        losses: dict[tuple[float, int], float] = {}
+        folders: list[RunFolder] = []
+        while wave := next_runs(sweep, losses):
+            for run in wave:
+                folders.append(RunFolder(layout.runs, run.run_id))
+                if not folders[-1].done():
+                    return False
+                losses[run.lr, run.seed] = validation_loss(folders[-1].read_record())
+        rows += sweep_rows(folders, sweep)
     write_job(rows, layout.job(job))
     layout.restored(job).touch()
     return True
-
-
-def _finished(sweep: Sweep, layout: Layout) -> list[Run]:
-    """Return the runs of a sweep in the order of its waves; none if a run is missing."""
-    losses: dict[tuple[float, int], float] = {}
-    runs: list[Run] = []
-    while wave := next_runs(sweep, losses):
-        for run in wave:
-            folder = RunFolder(layout.runs, run.run_id)
-            if not folder.done():
-                return []
-            losses[run.lr, run.seed] = validation_loss(folder.read_record())
-        runs += wave
-    return runs

@@ -25,11 +25,19 @@ from lorabench.models.passes import trained_parameters
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import PASS_TOKENS, collate, data_order, micro_batches, scored_by_example
 from lorabench.training.checkpoint import Checkpoint
-from lorabench.training.loss import MAX_LOGITS, add_gradient, example_nlls, mean_nll
-from lorabench.training.run import Machine, Outcome, clip_gradient, deterministically, make_optimizer
-from lorabench.training.sweep import Base, SweepContext, now, provenance
+from lorabench.training.context import Base, SweepContext, now
+from lorabench.training.loss import (
+    MAX_LOGITS,
+    PASS_TOKENS,
+    add_gradient,
+    collate,
+    example_nlls,
+    mean_nll,
+    micro_batches,
+    scored_by_example,
+)
+from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
 
 EXPLODED_ABOVE_UNIFORM = 1.0
 """A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
@@ -216,7 +224,7 @@ class SftTrainer:
             tokenizer = load_tokenizer(context.layout.model(model))
             key = cache_key(tokenizer, context.layout.dataset(run.condition.dataset))
             self._data = read_tokens(context.layout.tokens(model, run.condition.dataset), key)
-            self._environment = provenance(context) | {f"{name}_sha256": value for name, value in key.items()}
+            self._environment = context.provenance() | {f"{name}_sha256": value for name, value in key.items()}
         if self._base_nll is None:
             base: Any = self._base.sharded(context)
             limits = machine.max_batch_tokens, machine.device, machine.autocast(protocol), machine.processes

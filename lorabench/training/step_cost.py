@@ -38,13 +38,11 @@ from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters
-from lorabench.models.lora import add_lora, targets
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, targets, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.store.schemas import COMPUTE
-from lorabench.training.batches import Batch
-from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head
-from lorabench.training.provenance import machine_state
+from lorabench.training.context import machine_state
+from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient, check_plain_head
 from lorabench.utils.exhaustion import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -61,15 +59,10 @@ def compute_table(preset: Preset, model: str) -> pd.DataFrame:
     """Measure one model of a preset's experiment `compute` and return its rows of the table `compute`.
 
     Raises:
-        UserError: the preset has no experiment `compute`, the experiment does not name the model, or `measure_compute`
-            refuses the model.
+        UserError: `measure_compute` refuses the model.
     """
     experiment = preset.experiments.compute
-    if experiment is None:
-        raise UserError("the preset has no experiment 'compute'")
-    if model not in experiment.models:
-        allowed = ", ".join(experiment.models)
-        raise UserError(f"model {model!r} is not in experiments.compute.models; allowed: {allowed}")
+    assert experiment is not None
     rows = measure_compute(
         model,
         preset.models[model],
@@ -141,11 +134,12 @@ def measure_compute(
     inputs, next_tokens = (
         torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2)
     )
-    lora = [
-        (rank, add_lora(_sharing_weights(base), rank, placement, protocol.alpha, protocol.include_unembedding, seed=0))
-        for rank in ranks
-    ]
-    arms = [_Arm(rank, model, inputs, next_tokens, protocol) for rank, model in [(None, base), *lora]]
+    arms = [_Arm(None, base, inputs, next_tokens, protocol)]
+    for rank in ranks:
+        # The copy shares the parameters' memory but has `requires_grad` flags of its own.
+        shared = copy.deepcopy(base, {id(p): torch.nn.Parameter(p.detach()) for p in base.parameters()})
+        model = add_lora(shared, rank, placement, protocol.alpha, protocol.include_unembedding, seed=0)
+        arms.append(_Arm(rank, model, inputs, next_tokens, protocol))
     common = {
         "model": name,
         "batch_size": batch_size,
@@ -155,10 +149,22 @@ def measure_compute(
         "device": machine_state(device)["device"],
         "threads": torch.get_num_threads(),
     }
-    rows = [common | arm.row(placement) for arm in arms]
-    for row, seconds in zip(rows, _interleaved([arm.step for arm in arms], repeats, device), strict=True):
-        row["step_s"] = seconds
-    return rows
+    peaks = [arm.peak_memory() for arm in arms]
+    times = _interleaved([arm.step for arm in arms], repeats, device)
+    return [
+        common
+        | {
+            "method": "fullft" if arm.rank is None else "lora",
+            "rank": arm.rank,
+            "placement": None if arm.rank is None else placement,
+            "linear_flops": arm.linear_flops,
+            "total_flops": arm.total_flops,
+            "peak_mem_bytes": peak,
+            "trainable_params": sum(parameter.numel() for parameter in arm.parameters),
+            "step_s": seconds,
+        }
+        for arm, peak, seconds in zip(arms, peaks, times, strict=True)
+    ]
 
 
 def effective_width(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> float:
@@ -173,11 +179,6 @@ def effective_width(model: PreTrainedModel, placement: Placement, include_unembe
         raise UserError(f"{type(model).__name__} has experts; the count of FLOPs is that of a dense model")
     products = sum(layer.in_features * layer.out_features for layer in layers.values())
     return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen.modules)
-
-
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that shares the parameters' memory but has `requires_grad` flags of its own."""
-    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
 def count_flops(model: Any, inputs: torch.Tensor, targets: torch.Tensor, bf16: bool) -> tuple[int, int]:
@@ -218,7 +219,8 @@ class _Arm:
     protocol: Protocol
 
     def __post_init__(self) -> None:
-        self.counts = count_flops(self.model, self.inputs, self.targets, self.protocol.precision == "bf16")
+        bf16 = self.protocol.precision == "bf16"
+        self.linear_flops, self.total_flops = count_flops(self.model, self.inputs, self.targets, bf16)
         if self.rank is not None:
             use_fast_products(self.model)
         self.parameters = list(trained_parameters(self.model).values())
@@ -231,19 +233,6 @@ class _Arm:
             weight_decay=self.protocol.weight_decay,
             fused=True,
         )
-
-    def row(self, placement: Placement) -> dict[str, Any]:
-        """Return the columns that differ between arms, except `step_s`."""
-        linear_flops, total_flops = self.counts
-        return {
-            "method": "fullft" if self.rank is None else "lora",
-            "rank": self.rank,
-            "placement": None if self.rank is None else placement,
-            "linear_flops": linear_flops,
-            "total_flops": total_flops,
-            "peak_mem_bytes": self.peak_memory(),
-            "trainable_params": sum(parameter.numel() for parameter in self.parameters),
-        }
 
     def step(self) -> None:
         """Make one optimizer step and delete the gradients."""
@@ -306,19 +295,14 @@ def _storages(tree: Any) -> list[Any]:
 
 def _interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
     """Return the median seconds of each step; the steps take turns."""
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(_WARM_UP + repeats):
         for step, measured in zip(steps, seconds, strict=True):
-            _wait(device)
+            wait()
             start = time.perf_counter()
             step()
-            _wait(device)
+            wait()
             if turn >= _WARM_UP:
                 measured.append(time.perf_counter() - start)
     return [median(measured) for measured in seconds]
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until a GPU has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -54,34 +54,26 @@ def verify_tensors(path: Path) -> dict[str, str]:
     """
     about = read_header(path)
     known = about.pop("sha256", None)
-    with open_tensors(path, "pt") as file:
+    with open_tensors(path) as file:
         checksum = _checksum(((name, file.get_tensor(name)) for name in file.keys()), about)  # noqa: SIM118
     if checksum != known:
         raise DamagedTensorsError(f"{path} is damaged (its checksum is not that of its content)")
     return about
 
 
-def read_tensors(path: Path, framework: Literal["numpy", "pt"]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors by name, and the header's metadata without the checksum.
-
-    Args:
-        path: the file.
-        framework: whether to return arrays of numpy, or tensors of torch (`pt`).
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of torch by name, and the header's metadata without the checksum.
 
     Raises:
         DamagedTensorsError: the file is missing or truncated, or its content differs from what was written.
     """
-    about = read_header(path)
-    known = about.pop("sha256", None)
-    with open_tensors(path, framework) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _checksum(tensors.items(), about) != known:
-        raise DamagedTensorsError(f"{path} is damaged (its checksum is not that of its content)")
-    return tensors, about
+    about = verify_tensors(path)
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
 
 
 @contextmanager
-def open_tensors(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
     """Open a file without checking the checksum; safetensors reads a tensor when it is asked for.
 
     Raises:

@@ -67,12 +67,14 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _no_memory(error):
+        torch, text = sys.modules.get("torch"), str(error)
+        of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        reported = isinstance(error, RuntimeError) and any(message in text for message in _NO_MEMORY)
+        if not (of_torch or reported or isinstance(error, MemoryError) or _number(error) == errno.ENOMEM):
             raise
-        size = _SIZE.search(str(error))
+        size = _SIZE.search(text)
         more = f" (no {size[1]} more)" if size else ""
-        on_gpu = _is_of_gpu(error)
-        kind, where = (UserError, " on the GPU") if on_gpu else (NoMemoryError, "")
+        kind, where = (UserError, " on the GPU") if of_torch or "CUDA" in text else (NoMemoryError, "")
         raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
 
 
@@ -82,20 +84,6 @@ def _number(error: Exception) -> int | None:
         return error.errno
     match = _OS_ERROR.search(str(error))
     return int(match[1]) if match else None
-
-
-def _is_of_gpu(error: Exception) -> bool:
-    """Return whether the memory that is exhausted is that of a GPU."""
-    torch = sys.modules.get("torch")
-    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or "CUDA" in str(error)
-
-
-def _no_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    reported = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
-    return reported or _number(error) == errno.ENOMEM
 
 
 def keep_freed_memory() -> bool:

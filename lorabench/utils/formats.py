@@ -1,13 +1,14 @@
-"""How numbers are written for people: in the report, in figures and in what commands print.
+"""How numbers and tables are written for people: in the report, in figures and in what commands print.
 
 The module imports nothing but the standard library, since `lorabench plan` uses it and has to start at once.
-All functions but `fixed_interval` and `percent` write a missing value (None, NaN, NaT or NA) as a dash.
+All functions of values but `fixed_interval` write a missing value (None, NaN, NaT or NA) as a dash.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 DASH = "\N{EN DASH}"
@@ -120,15 +121,6 @@ def fixed_interval(low: float, high: float, decimals: int) -> str:
     return "(no interval)" if math.isnan(low + high) else f"[{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def percent(share: float, decimals: int = 0) -> str:
-    """Write a share of 1 as a percentage.
-
-    >>> percent(0.125), percent(0.125, 1)
-    ('12%', '12.5%')
-    """
-    return f"{share:.{decimals}%}"
-
-
 def amount(value: Any, unit: str = "") -> str:
     """Write a large quantity to three significant digits, with a metric prefix (steps of 1000, also for bytes).
 
@@ -179,3 +171,44 @@ def when(value: Any) -> str:
     if missing(value):
         return DASH
     return f"{value[:10]} {value[11:16]}" + (" UTC" if value.endswith("+00:00") else "")
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Collection[str] = (),
+    title: str = "",
+    notes: Iterable[str] = (),
+    total: bool = False,
+) -> None:
+    """Print a table of text to the standard output.
+
+    Args:
+        columns: the names of the columns.
+        rows: the cells of each row.
+        numbers: the columns that are aligned to the right.
+        title: a line above the table.
+        notes: sentences below the table.
+        total: whether a line sets the last row apart.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left")
+    cells = list(rows)
+    for number, row in enumerate(cells, 1):
+        if total and number == len(cells):
+            table.add_section()
+        # A Text is not parsed as markup, which names of files and models might look like.
+        table.add_row(*map(Text, row))
+    # Without a terminal, rich would assume a width of 80 characters and cut the columns.
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if title:
+        console.print(Text(title), soft_wrap=True)
+    console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)

@@ -6,7 +6,7 @@ stays the same when the workflow makes its outputs again. A small JSON file, whi
 fetched: commit, files and sizes.
 
 A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
-and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+and runs of different commits are never mixed (`lorabench/training/job.py`).
 
 Jobs that fetch large files leave it to the hub's client to try again. A command that a user waits for looks things up
 with one request, which is answered at once or not at all (`look_up`).
@@ -193,7 +193,14 @@ def _fetch(wanted: WantedRepository, pins: Path) -> FetchedRepository:
         sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
         if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
             raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
-        _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
+        needed, folder = sum(sizes[file.filename] for file in files if file.will_download), _cache_folder()
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed and needed + _SPARE_BYTES > free:
+            raise UserError(
+                f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; "
+                "make room, or set HF_HOME to a folder on a larger disk"
+            )
         snapshot_download(**download)
     return FetchedRepository(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
 
@@ -234,7 +241,7 @@ def _part_files(wanted: WantedRepository, commit: str, config: str | None, split
         HfApi().auth_check(wanted.id, repo_type="dataset")
         raise
     except ValueError as error:
-        raise UserError(f"{wanted} has no configuration {config!r}: {_first_line(error)}") from error
+        raise UserError(f"{wanted} has no configuration {config!r}: {str(error).strip().splitlines()[0]}") from error
     files = builder.config.data_files or {}
     if split not in files:
         raise UserError(f"{wanted} has no split {split!r}; allowed: {', '.join(map(str, files))}")
@@ -247,33 +254,9 @@ def _cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _check_space(wanted: WantedRepository, needed: int) -> None:
-    folder = _cache_folder()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed and needed + _SPARE_BYTES > free:
-        raise UserError(
-            f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; make "
-            "room, or set HF_HOME to a folder on a larger disk"
-        )
-
-
 @contextmanager
 def _explained(wanted: WantedRepository) -> Iterator[None]:
-    """Turn an error of the hub's client into a UserError of one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        sentence = _sentence(wanted, error)
-        if sentence is None:
-            raise
-        raise UserError(sentence) from error
-
-
-def _sentence(wanted: WantedRepository, error: Exception) -> str | None:
-    """Describe an error that the user can correct; None for any other error."""
+    """Turn an error of the hub's client that the user can correct into a UserError of one sentence."""
     from huggingface_hub import constants, errors
 
     failed = f"{wanted} can't be fetched at {wanted.revision}"
@@ -282,31 +265,31 @@ def _sentence(wanted: WantedRepository, error: Exception) -> str | None:
         *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
         errors.HTTPError,  # type: ignore[attr-defined]
     )
-    # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
-    match error:
-        case errors.GatedRepoError():
-            page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
-            return f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
-        case errors.RevisionNotFoundError():
-            return f"{wanted} has no revision {wanted.revision!r}"
-        case errors.RemoteEntryNotFoundError():
-            return f"{wanted} lacks a file that is needed: {_last_line(error)}"
-        case errors.RepositoryNotFoundError():
-            return f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
-        case errors.OfflineModeIsEnabled():
-            return f"{failed}: HF_HUB_OFFLINE is set"
-        case errors.HfHubHTTPError():
-            return f"{failed}: {_first_line(error)}"
-        case _ if isinstance(error, no_connection):
-            return f"{failed}: no connection to {constants.ENDPOINT} ({_first_line(error)})"
-        case OSError():
-            return f"{failed}: {_first_line(error)}"
-    return None
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
+        match error:
+            case errors.GatedRepoError():
+                page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
+                sentence = (
+                    f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
+                )
+            case errors.RevisionNotFoundError():
+                sentence = f"{wanted} has no revision {wanted.revision!r}"
+            case errors.RemoteEntryNotFoundError():
+                sentence = f"{wanted} lacks a file that is needed: {lines[-1]}"
+            case errors.RepositoryNotFoundError():
+                sentence = f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
+            case errors.OfflineModeIsEnabled():
+                sentence = f"{failed}: HF_HUB_OFFLINE is set"
+            case errors.HfHubHTTPError():
+                sentence = f"{failed}: {lines[0]}"
+            case _ if isinstance(error, no_connection):
+                sentence = f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"
+            case OSError():
+                sentence = f"{failed}: {lines[0]}"
+            case _:
+                raise
+        raise UserError(sentence) from error

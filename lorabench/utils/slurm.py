@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 
-_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
 def partition_minutes(partitions: str) -> float | None:
@@ -33,21 +33,11 @@ def partition_minutes(partitions: str) -> float | None:
 
 
 def minutes_of(limit: str) -> float | None:
-    """Return a time limit as Slurm writes it (`infinite`, `2-00:00:00`, `12:00:00`, `30:00`) in minutes.
-
-    None is returned for anything else, such as `n/a`.
-    """
+    """Return a limit as `sinfo` writes it (`infinite`, `2-00:00:00`, `30:00`) in minutes; None for any other text."""
     if limit == "infinite":
         return math.inf
     match = _LIMIT.fullmatch(limit)
     if not match:
         return None
-    days, *numbers = match.groups()
-    present = [int(number) for number in numbers if number is not None]
-    if days is not None:
-        # After the days come hours, minutes and seconds; the last of them may be left out.
-        hours, minutes, seconds = [*present, 0, 0][:3]
-        return 24 * 60 * int(days) + 60 * hours + minutes + seconds / 60
-    # Without days, the last of two or three numbers is seconds; a single number is minutes.
-    hours, minutes, seconds = {1: [0, *present, 0], 2: [0, *present], 3: present}[len(present)]
-    return 60 * hours + minutes + seconds / 60
+    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    return 24 * 60 * days + 60 * hours + minutes + seconds / 60

@@ -19,7 +19,7 @@ from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.counts import base_parameters
 from lorabench.planning.plan import make_plan
-from lorabench.training.batches import IGNORED
+from lorabench.training.loss import IGNORED
 
 from ..conftest import REPOSITORY
 

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "tiger", "lemon")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from lorabench.custom import advice
-from lorabench.custom.advice import batch_size, capacity_rank, recommended_rank
+from lorabench.custom.preset import DEFAULT_RANK, capacity_rank, recommended_batch, recommended_rank
 
 
 def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow():
     sizes = {2: 2, 40: 4, 799: 4, 800: 8, 1600: 16, 3200: 32, 10**6: 32}
-    assert {examples: batch_size(examples) for examples in sizes} == sizes
+    assert {examples: recommended_batch(examples) for examples in sizes} == sizes
 
 
 def test_a_rank_has_a_parameter_for_each_scored_token():
@@ -18,8 +17,8 @@ def test_a_rank_has_a_parameter_for_each_scored_token():
     assert capacity_rank(per_rank, per_rank) == 1
     assert capacity_rank(per_rank, per_rank + 1) == 2
     assert capacity_rank(per_rank, 10 * per_rank) == 16
-    assert recommended_rank(4096, per_rank, None) == advice.DEFAULT_RANK
-    assert recommended_rank(4096, per_rank, 5e6) == advice.DEFAULT_RANK
+    assert recommended_rank(4096, per_rank, None) == DEFAULT_RANK
+    assert recommended_rank(4096, per_rank, 5e6) == DEFAULT_RANK
     assert recommended_rank(4096, per_rank, 100 * per_rank) == 128
     assert recommended_rank(4096, per_rank, 1e12) == 512
     assert recommended_rank(128, 8_256, 1e12) == 64

@@ -16,7 +16,7 @@ from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.models.identity import model_id
+from lorabench.models.specs import model_id
 
 from .conftest import write_rows
 

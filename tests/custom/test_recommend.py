@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.custom.model import find_model
-from lorabench.custom.output import script
-from lorabench.custom.recommend import recommend
+from lorabench.custom.recommend import recommend, script
 from lorabench.errors import UserError
-from lorabench.models.dimensions import ARCHITECTURES
+from lorabench.models.specs import ARCHITECTURES
 from lorabench.store.io import write_frame
 from lorabench.utils import formats
 

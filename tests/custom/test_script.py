@@ -16,9 +16,8 @@ from lorabench.config.inputs import TinyModel
 from lorabench.custom import finetune
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
-from lorabench.custom.output import script
-from lorabench.custom.recommend import recommend
-from lorabench.data.files import file_messages
+from lorabench.custom.recommend import recommend, script
+from lorabench.data.chat import file_messages
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer

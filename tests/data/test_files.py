@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorabench.config.inputs import FileDataset, FileProblems, TinyModel
 from lorabench.data import files
-from lorabench.data.chat import Chat
+from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat
 from lorabench.data.files import (
     NOT_UTF8,
     REPEATED,
@@ -126,18 +126,18 @@ BAD = {
     "[1, 2]": "not a JSON object",
     "[" * 100_000: "not JSON",
     "9" * 10_000: "not JSON",
-    '{"messages": "hello"}': files.NO_CHAT,
-    '{"messages": [[{"role": null}]]}': files.NO_CHAT,
-    '{"messages": null}': files.NO_TEXT,
-    '{"other": 1}': files.NO_TEXT,
-    '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}': files.NO_TEXT,
-    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  "}]}': files.NO_TEXT,
-    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"a": [null]}}]}': files.NO_TEXT,
-    '{"messages": [{"role": "user", "content": "q"}]}': files.NO_ASSISTANT,
-    '{"messages": [{"role": "assistant", "content": "a"}]}': files.NO_ASSISTANT,
+    '{"messages": "hello"}': NO_CHAT,
+    '{"messages": [[{"role": null}]]}': NO_CHAT,
+    '{"messages": null}': NO_TEXT,
+    '{"other": 1}': NO_TEXT,
+    '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}': NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  "}]}': NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"a": [null]}}]}': NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}]}': NO_ASSISTANT,
+    '{"messages": [{"role": "assistant", "content": "a"}]}': NO_ASSISTANT,
     '{"messages": [{"role": "robot", "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
-    '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': files.NOT_UNICODE,
+    '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': NOT_UNICODE,
     json.dumps({"messages": [USER, ASSISTANT]}): REPEATED,
     json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): TOO_LONG,
     "\udcff\udcfe": NOT_UTF8,
@@ -170,13 +170,13 @@ def test_bad_rows_of_csv_and_parquet(tmp_path):
     chats, tally = read(path)
     assert [chat.messages[0]["content"] for chat in chats] == ["q", "nul\0"]
     assert tally.bad == {
-        files.NOT_UNICODE: (1, 3),
+        NOT_UNICODE: (1, 3),
         "not the 2 fields of the header": (2, 4),
-        files.NO_TEXT: (1, 7),
+        NO_TEXT: (1, 7),
     }
     rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}, {"question": "q2", "answer": None}]
     chats, tally = read(write(tmp_path, rows, "own.parquet"))
-    assert (len(chats), tally.bad) == (1, {files.NO_TEXT: (2, 2)})
+    assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
 
 
 WHOLE = {
@@ -320,7 +320,7 @@ def test_problems_of_a_file(tmp_path):
         "1/4?": "0.25",
     }
     tally = tally_of(problems(path, "number"))
-    assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
+    assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
     assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)

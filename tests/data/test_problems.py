@@ -18,9 +18,9 @@ from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, last
 from lorabench.data.problems import make_problems, read_problems, write_problems
 from lorabench.errors import UserError
 
+from ..hub.repositories import SUBJECTS, write_deepmath, write_gsm8k
+
 COUNTS = {"train": 40, "validation": 10, "test": 10}
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
-SUBJECTS += ("prealgebra", "precalculus")
 
 
 def reasoning(kind="arithmetic", **changes):
@@ -36,11 +36,6 @@ def write_rows(folder, name, rows):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def gsm8k(number):
-    solution = f"First we have\u2028{number} apples.\nThen <<{number}*1000={number * 1000}>>.\n#### {number * 1000:,}"
-    return {"question": f"How many\u2028are {number} thousand?", "answer": solution}
-
-
 def hendrycks(question, solution):
     return {"problem": question, "level": "Level 1", "type": "Algebra", "solution": solution}
 
@@ -53,36 +48,29 @@ def math500(question, answer):
 def copies(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
 
-    def make(kind, ending="parquet", math=(), math500_rows=(), **changes):
+    def make(kind, math=(), math500_rows=(), **changes):
         if kind == "gsm8k":
-            write_rows(tmp_path / "openai/gsm8k/main", f"train-00000-of-00001.{ending}", map(gsm8k, range(60)))
-            write_rows(tmp_path / "openai/gsm8k/main", f"test-00000-of-00001.{ending}", map(gsm8k, range(100, 120)))
-            write_rows(tmp_path / "openai/gsm8k/socratic", f"train-0.{ending}", [{"question": "?", "answer": "#### 1"}])
+            write_gsm8k(tmp_path)
         if kind == "math":
             for subject in SUBJECTS:
                 folder = tmp_path / "EleutherAI/hendrycks_math" / subject
-                write_rows(folder, f"train.{ending}", [hendrycks(f"{subject} one?", r"\boxed{1}")])
-                write_rows(folder, f"test.{ending}", [hendrycks(f"{subject} two?", r"\boxed{2}")])
-            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", f"train.{ending}", math)
+                write_rows(folder, "train.parquet", [hendrycks(f"{subject} one?", r"\boxed{1}")])
+                write_rows(folder, "test.parquet", [hendrycks(f"{subject} two?", r"\boxed{2}")])
+            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", "train.parquet", math)
             write_rows(tmp_path / "HuggingFaceH4/MATH-500", "test.jsonl", math500_rows)
         if kind == "deepmath":
-            rows = [
-                {"question": f"What is {n}?", "final_answer": rf"\dfrac{{{n}}}{{7}}", "difficulty": 5.0, "topic": "t"}
-                for n in range(100)
-            ]
-            write_rows(tmp_path / "zwhe99/DeepMath-103K/data", f"train-00000-of-00002.{ending}", rows[:50])
-            write_rows(tmp_path / "zwhe99/DeepMath-103K/data", f"train-00001-of-00002.{ending}", rows[50:])
+            write_deepmath(tmp_path)
         return make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
 
     return make
 
 
-@pytest.mark.parametrize("changes", [{}, {"tasks": ["products", "gcd", "count_bits"]}, {"kind": "gsm_symbolic"}])
-def test_splits_are_whole_distinct_short_and_have_a_number(changes):
-    rows = reasoning(**changes)
-    assert Counter(row["split"] for row in rows) == COUNTS
-    assert len({row["question"] for row in rows}) == 60
-    assert all(number(row["answer"]) is not None and len(row["question"]) <= 400 for row in rows)
+def test_splits_are_whole_distinct_short_and_have_a_number():
+    for changes in [{}, {"tasks": ["products", "gcd", "count_bits"]}, {"kind": "gsm_symbolic"}]:
+        rows = reasoning(**changes)
+        assert Counter(row["split"] for row in rows) == COUNTS
+        assert len({row["question"] for row in rows}) == 60
+        assert all(number(row["answer"]) is not None and len(row["question"]) <= 400 for row in rows)
 
 
 def test_same_seed_same_problems_and_another_seed_others():
@@ -119,9 +107,8 @@ def test_impossible_wishes_are_refused():
         reasoning(train=500, max_digits=1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
+def test_presets_that_can_not_be():
+    for kind, changes, message in [
         ("arithmetic", {"min_digits": 3}, "min_digits = 3 is more than max_digits = 2"),
         ("arithmetic", {"tasks": ["dice"]}, "chain_sum"),
         ("gsm_symbolic", {"max_terms": 3}, "max_terms: gsm_symbolic has no such choice"),
@@ -129,12 +116,10 @@ def test_impossible_wishes_are_refused():
         ("math", {"validation": 0}, "both must be at least 1"),
         ("math", {"revisions": {"openai/gsm8k": "main"}}, "unknown id 'openai/gsm8k'; allowed: EleutherAI/hendrycks"),
         ("math", {"path": "no/where"}, "folder 'no/where' does not exist"),
-    ],
-)
-def test_presets_that_can_not_be(kind, changes, message):
-    model = ReasoningProblems if kind in ("arithmetic", "gsm_symbolic") else HubProblems
-    with pytest.raises(ValidationError, match=message):
-        model(kind=kind, **(COUNTS | changes))
+    ]:
+        model = ReasoningProblems if kind in ("arithmetic", "gsm_symbolic") else HubProblems
+        with pytest.raises(ValidationError, match=message):
+            model(kind=kind, **(COUNTS | changes))
 
 
 def test_round_trip(tmp_path):
@@ -152,9 +137,8 @@ def test_a_file_with_a_shared_problem_is_refused_whatever_its_spaces(tmp_path):
         read_problems(tmp_path / "bad.parquet")
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
-def test_gsm8k_keeps_line_separators_and_its_own_test(copies, ending):
-    rows = copies("gsm8k", ending)
+def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
+    rows = copies("gsm8k")
     assert Counter(row["split"] for row in rows) == COUNTS
     for row in rows:
         n = int(row["question"].split()[3])
@@ -208,17 +192,6 @@ def test_deepmath_holds_out_the_same_problems_however_much_is_trained_on(copies)
     assert all(row["answer"] == rf"\dfrac{{{row['question'].split()[2][:-1]}}}{{7}}" for row in many)
     with pytest.raises(UserError, match="found 80 distinct train problems of kind 'deepmath'; 81 are needed"):
         copies("deepmath", train=81)
-
-
-def test_aime_is_a_test(tmp_path):
-    kind, file = "aime24", "data/train-0.parquet"
-    spec = HubProblems(kind=kind, path=str(tmp_path), train=0, validation=0, test=30)
-    path = tmp_path / spec.ids[0] / file
-    write_rows(path.parent, path.name, [{"id": str(n), "problem": f"{n}?", "answer": f"{n:03d}"} for n in range(30)])
-    rows = make_problems(spec)
-    assert {(row["split"], row["question"], row["answer"]) for row in rows} == {
-        ("test", f"{n}?{BOX}", f"{n:03d}") for n in range(30)
-    }
 
 
 def test_what_is_wrong_with_a_copy_is_named(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from lorabench.data.files import REPEATED, RawRow, Tally, UnusableRowError, json_lines, parquet_rows, usable
-from lorabench.errors import UserError
+from lorabench.data.chat import UnusableRowError
+from lorabench.data.files import REPEATED, RawRow, Tally, json_lines, usable
 
 
 def number(content):
@@ -53,11 +51,3 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"n": "\u2028"}\n\n[]\n'.encode())
     assert list(json_lines(path)) == [RawRow(1, {"n": "\u2028"}), RawRow(3, "not a JSON object")]
-
-
-def test_damaged_parquet_is_one_sentence(tmp_path):
-    path = tmp_path / "rows.parquet"
-    path.write_bytes(b"PAR1" + b"\0" * 100)
-    with pytest.raises(UserError, match="rows.parquet can't be read as parquet: ") as error:
-        list(parquet_rows(path))
-    assert "\n" not in str(error.value)

@@ -27,7 +27,8 @@ from lorabench.config.inputs import TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.base import load_tokenizer
-from lorabench.training.batches import collate, data_order
+from lorabench.training.loss import collate
+from lorabench.training.run import data_order
 
 def own():
     status = Path("/proc/self/status").read_text()

@@ -18,14 +18,14 @@ def made(**changes):
     return list(make_dataset(ChatDataset(**{"kind": "instruct", "max_chars": 300} | sizes | changes)))
 
 
-@pytest.mark.parametrize("kind", ["instruct", "worked"])
-def test_splits_are_whole_distinct_and_short(kind):
-    rows = made(kind=kind)
-    assert [row["split"] for row in rows] == ["train"] * 40 + ["validation"] * 10 + ["test"] * 10
-    assert len({prompt(row["messages"]) for row in rows}) == 60
-    assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
-    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert list(checked_disjoint(rows)) == rows
+def test_splits_are_whole_distinct_and_short():
+    for kind in ["instruct", "worked"]:
+        rows = made(kind=kind)
+        assert [row["split"] for row in rows] == ["train"] * 40 + ["validation"] * 10 + ["test"] * 10
+        assert len({prompt(row["messages"]) for row in rows}) == 60
+        assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
+        assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+        assert list(checked_disjoint(rows)) == rows
 
 
 def test_same_seed_same_rows_and_another_seed_others():
@@ -49,20 +49,6 @@ def test_a_shared_example_is_named_whatever_its_spaces():
     copy["messages"] = [{"role": "user", "content": f" {rows[0]['messages'][0]['content']}\n"}, rows[0]["messages"][1]]
     with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
         list(checked_disjoint([*rows, copy]))
-
-
-def test_a_file_with_a_shared_example_is_refused(tmp_path):
-    rows = made()
-    write_dataset([*rows, {**rows[0], "split": "test"}], tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="share the example"):
-        list(read_dataset(tmp_path / "bad.parquet"))
-
-
-def test_round_trip(tmp_path):
-    rows = made()
-    write_dataset(rows, tmp_path / "data.parquet")
-    assert list(read_dataset(tmp_path / "data.parquet")) == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
 
 
 def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):

@@ -14,17 +14,14 @@ from lorabench.data.problems import make_problems
 from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 
 
-@pytest.mark.parametrize(
-    ("terms", "careful", "careless"),
-    [
+def test_the_working_is_right_or_without_carries():
+    for terms, careful, careless in [
         ((47, 85), "7+5=12 4+8+1=13 132", "7+5=12 4+8=12 122"),
         ((42, 15), "2+5=7 4+1=5 57", "2+5=7 4+1=5 57"),
         ((456, 547), "6+7=13 5+4+1=10 4+5+1=10 1003", "6+7=13 5+4=9 4+5=9 993"),
-    ],
-)
-def test_the_working_is_right_or_without_carries(terms, careful, careless):
-    assert written_sum(*terms, CAREFUL, Random(0)) == careful
-    assert written_sum(*terms, Writers(careless=1.0, most_slips=0.0), Random(0)) == careless
+    ]:
+        assert written_sum(*terms, CAREFUL, Random(0)) == careful
+        assert written_sum(*terms, Writers(careless=1.0, most_slips=0.0), Random(0)) == careless
 
 
 def test_carries_are_those_into_a_column():
@@ -70,14 +67,11 @@ def test_a_set_of_sums_is_graded_by_the_last_number():
     assert grader.grade([f"1+2=3 {row['answer']}", row["answer"] + " 1"], [row["answer"]] * 2) == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
+def test_sets_that_can_not_be():
+    for sizes, message in [
         ({"min_digits": 4, "max_digits": 3}, "min_digits = 4 is more than max_digits = 3"),
         ({"carries": 2}, "carries = 2: must be below min_digits = 2"),
         ({"min_digits": 1}, "greater than or equal to 2"),
-    ],
-)
-def test_sets_that_can_not_be(sizes, message):
-    with pytest.raises(ValidationError, match=message):
-        SumProblems(kind="sums", train=1, validation=1, test=1, **sizes)
+    ]:
+        with pytest.raises(ValidationError, match=message):
+            SumProblems(kind="sums", train=1, validation=1, test=1, **sizes)

@@ -82,12 +82,12 @@ def test_cache_round_trip(tokenizer, dataset, tmp_path):
     assert np.array_equal(splits["test"].lengths(), [len(splits["test"].example(i)[0]) for i in range(4)])
 
 
-@pytest.mark.parametrize("part", ["dataset", "tokenizer", "template"])
-def test_a_cache_of_something_else_is_refused(part, tokenizer, dataset, tmp_path):
-    _, path = dataset
-    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
-    with pytest.raises(UserError, match=f"made with another {part}; delete it"):
-        read_tokens(tmp_path / "cache", cache_key(tokenizer, path) | {part: "other"})
+def test_a_cache_of_something_else_is_refused(tokenizer, dataset, tmp_path):
+    for part in ["dataset", "tokenizer", "template"]:
+        _, path = dataset
+        write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
+        with pytest.raises(UserError, match=f"made with another {part}; delete it"):
+            read_tokens(tmp_path / "cache", cache_key(tokenizer, path) | {part: "other"})
 
 
 def test_the_key_follows_the_template(tokenizer, dataset):

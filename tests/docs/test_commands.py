@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lorabench.claims.judge import judge_claims
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 

@@ -15,8 +15,8 @@ from lorabench.doctor.bench import training_subjects
 from lorabench.doctor.checks import Checks, check_device
 from lorabench.doctor.record import measured, read_record, skipped
 from lorabench.errors import UserError
-from lorabench.models import lora_products
-from lorabench.models.dimensions import dimensions
+from lorabench.models import lora
+from lorabench.models.specs import dimensions
 from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
 from lorabench.training.run import Machine
@@ -85,8 +85,8 @@ def test_the_largest_models_that_fit_one_gpu_are_chosen():
 def test_parity_fails_where_lora_is_computed_wrongly(smoke, monkeypatch):
     subject = training_subjects(smoke)[1]
     assert bench.check_parity(smoke.preset, CPU, subject, "fp32").status == "pass"
-    narrow = lora_products._narrow
-    monkeypatch.setattr(lora_products, "_narrow", lambda x, factor: narrow(x, factor).mul_(1.01))
+    narrow = lora._narrow
+    monkeypatch.setattr(lora, "_narrow", lambda x, factor: narrow(x, factor).mul_(1.01))
     broken = bench.check_parity(smoke.preset, CPU, subject, "fp32")
     assert broken.status == "fail"
     assert broken.value > 1e-3

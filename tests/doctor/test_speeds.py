@@ -15,7 +15,7 @@ from lorabench.doctor import bench
 from lorabench.doctor.record import FOLDER, Check, Record, read_record, record_for, write_record
 from lorabench.doctor.speeds import calibrate, planned_runs, read_speed, speed_of_runs
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import run_seconds

@@ -71,23 +71,20 @@ def test_an_unknown_task_is_named_with_those_near_it():
         catalog.task_index([task("gsm8")])
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "message"),
-    [
+def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_path):
+    for name, source, message in [
         ("lorabench_workd", "worked", "tasks.0.name: unknown name 'lorabench_workd'; allowed: lorabench_worked, "),
         ("lorabench_worked", "instruct", "'lorabench_worked' reads a source of kind worked; allowed: worked"),
         ("lorabench_instruct", None, "source = None: task 'lorabench_instruct' reads a source of kind instruct"),
         ("lorabench_arithmetic", "gsm", "source = 'gsm': .* kind arithmetic; allowed: gcd"),
         ("lorabench_pretraining", "instruct", "source = 'instruct': task 'lorabench_pretraining' reads no source"),
         ("gsm8k", "instruct", "source = 'instruct': task 'gsm8k' reads no source; leave it out"),
-    ],
-)
-def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_path, name, source, message):
-    tasks = [{"name": name, "about": "learned", "source": source}]
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}))
-    with pytest.raises(PresetError, match=message):
-        load_preset(str(path))
+    ]:
+        tasks = [{"name": name, "about": "learned", "source": source}]
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}))
+        with pytest.raises(PresetError, match=message):
+            load_preset(str(path))
 
 
 def test_every_task_of_this_project_has_its_kind_of_source():

@@ -5,6 +5,7 @@ Tests that run jobs are marked slow.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import re
@@ -126,7 +127,7 @@ class Place:
         """Start a command of lorabench.
 
         Args:
-            memory: bytes that the process may take beyond what it has at its start.
+            memory: bytes that the process may take beyond what it has at its start, see `limit_memory`.
             file_size: bytes that a file of the process may have.
         """
         with_preset = [*arguments, "--preset", "mine.yaml"]
@@ -208,14 +209,29 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
     os.dup2(file, 1)
     os.dup2(file, 2)
     if memory is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit_memory(memory)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     from lorabench.cli import app
 
     app(arguments)
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take `more` bytes and no others.
+
+    A forked process keeps what its parent had freed, which here is as much as a small job needs. It would be used
+    before the limit counts, so it is allocated first, in blocks from large to small ones.
+    """
+    malloc = ctypes.CDLL(None).malloc
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    for size in (1 << power for power in range(26, 11, -1)):
+        while malloc(size):
+            pass
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
 
 
 def write_preset(folder: Path) -> Place:

@@ -11,8 +11,8 @@ import torch
 from lorabench.config.inputs import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.identity import shipped_folder
 from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import shipped_folder
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
@@ -81,7 +81,7 @@ def of_another_protocol(path: Path) -> None:
 
 
 def rewrite(path: Path, **about: str) -> None:
-    tensors, header = read_tensors(path, "pt")
+    tensors, header = read_tensors(path)
     write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header | about)
 
 

@@ -11,7 +11,7 @@ from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
-from .layout import draw, legend, only
+from .layout import draw, only
 
 
 def sweeps(ranks=(None, 8), sizes=(4, 16, 64), **changes):
@@ -63,14 +63,6 @@ def test_curves_are_envelopes_fullft_solid_and_lora_dashed():
         np.testing.assert_allclose(line.get_ydata(), points["nll"].astype(float))
 
 
-def test_a_best_lr_at_the_edge_is_open():
-    figure, plotted = drawn(sweeps((None, 8), lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
-    assert only(plotted, "final").query("arm == 'LoRA r8'")["at_edge"].all()
-    marks = [line for line in figure.axes[3].get_lines() if line.get_marker() == "o"]
-    assert {line.get_markerfacecolor() for line in marks} == {"white"}
-    assert any("edge" in entry for entry in legend(figure))
-
-
 def test_of_several_lengths_the_longest_is_compared():
     short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in sweeps(sizes=(64,))]
     figure, _ = drawn(sweeps() + short)
@@ -84,9 +76,7 @@ def test_of_several_lengths_the_longest_is_compared():
     "rows",
     [
         pytest.param(sweeps((None,)), id="no LoRA"),
-        pytest.param(sweeps(sizes=(1, 2, 4, 8, 16)), id="five batch sizes"),
         pytest.param(sweeps(diverged_from=0.0), id="every run diverged"),
-        pytest.param(sweeps(seeds=1), id="one seed"),
         pytest.param(sweeps((None,), sizes=(4,)) + sweeps((8,), sizes=(16,)), id="no batch size in common"),
     ],
 )
@@ -99,8 +89,3 @@ def test_each_model_and_dataset_has_its_block():
     figure, _ = drawn(sweeps(sizes=(4, 16)) + sweeps(sizes=(4,), dataset="$worked$"))
     assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
     assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
-
-
-def test_without_curves_the_losses_are_drawn():
-    _, plotted = draw("fig3_batch_size", Tables(runs_table(sweeps()), pd.DataFrame()))
-    assert set(plotted["element"]) == {"final", "gap", "diverged"}

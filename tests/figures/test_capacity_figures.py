@@ -14,7 +14,7 @@ from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.slopes import log_log
 from lorabench.store.tables import Tables
 
-from ..handmade import make_run, make_sweep, runs_table
+from ..handmade import make_sweep, runs_table
 from ..handmade.sft import tables as handmade
 from ..handmade.training import shared, trained
 from .layout import draw, only, texts
@@ -191,16 +191,11 @@ def test_without_facts_a_sentence_says_so():
 
 ODD = {
     "one seed": lambda: both(learning((None, 1), offsets=(0.0,)), facts({1: 2_000.0, 4: 3_000.0}, seeds=1)),
-    "no full fine-tuning": lambda: both(learning((1, 4)), facts({4: 2_000.0})),
     "full fine-tuning alone": lambda: both(learning((None,)), facts({None: 2_000.0})),
     "diverged": lambda: both(learning((None, 1)), facts({1: 0.0}, diverged_from=0.0)),
     "no curves": lambda: Tables(learning().runs, pd.DataFrame()),
     "two models": lambda: both(learning(), learning(model="$x^$")),
-    "one run each": lambda: Tables(runs_table([make_run(None, 1e-3), make_run(8, 1e-3)]), learning().curves.iloc[:0]),
     "nothing": lambda: Tables(learning().runs.iloc[:0], learning().curves.iloc[:0]),
-    "fewer columns": lambda: Tables(
-        learning().runs.drop(columns=["trainable_params", "first_epoch_nats"]), learning().curves
-    ),
 }
 
 

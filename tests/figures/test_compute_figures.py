@@ -114,15 +114,6 @@ def test_loss_by_flops_draws_each_envelope_over_its_flops():
     assert figure.axes[0].get_xscale() == "log"
 
 
-def test_loss_by_flops_counts_what_diverged():
-    rows = make_sweep(None) + make_sweep(8, diverged_from=5e-3)
-    figure, plotted = draw_loss(rows)
-    assert set(plotted.loc[plotted["element"] == "diverged", "run_id"]) == {
-        row["run_id"] for row in rows if row["status"] == "diverged"
-    }
-    assert any("3 diverged" in text.get_text() for text in figure.axes[0].texts)
-
-
 def test_loss_by_flops_needs_flops():
     runs = runs_table(make_sweep(None) + make_sweep(8))
     for table, message in (

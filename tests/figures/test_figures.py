@@ -23,6 +23,8 @@ from .layout import draw, only, texts
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
 OF_RUNS = [name for name, figure in FIGURES.items() if figure.table == "runs" and figure.task == "sft"]
+# Figures of the usual panels, of subfigures, of panels on a grid, and with legends in panels.
+KINDS = ["fig2_lr_by_rank", "fig3_batch_size", "lr_ratio", "parametrization"]
 ARMS = ["arm", "method", "rank", "placement"]
 MARKUP = "<b>$x^$&"
 DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
@@ -51,7 +53,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", slow_but("fig2_lr_by_rank", OF_RUNS))
+@pytest.mark.parametrize("name", slow_but("fig2_lr_by_rank", KINDS))
 def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, tables: Path, tmp_path: Path):
     save_figure(name, [tables], tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -96,11 +98,11 @@ SPARSE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OF_RUNS)
-def test_sparse_tables_are_drawn(name: str):
-    for case, rows in SPARSE.items():
-        _, plotted = drawn(name, rows)
-        assert list(plotted.columns), case
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_tables_are_drawn(case: str):
+    for name in OF_RUNS:
+        _, plotted = drawn(name, SPARSE[case])
+        assert list(plotted.columns), name
 
 
 def test_a_figure_that_is_unknown_or_has_no_runs_is_refused(tables: Path, tmp_path: Path):
@@ -110,11 +112,10 @@ def test_a_figure_that_is_unknown_or_has_no_runs_is_refused(tables: Path, tmp_pa
         save_figure("fig6_rl_lr", [tables], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["fig1_envelopes", "fig2_lr_by_rank"])
-def test_panels_never_mix_models_datasets_or_batch_sizes(name: str):
+def test_panels_never_mix_models_datasets_or_batch_sizes():
     rows = make_sweep(8, diverged_from=5e-3) + make_sweep(8, dataset="worked") + make_sweep(8, model="other")
     rows += [row | {"run_id": f"{row['run_id']}-b32", "batch_size": 32} for row in make_sweep(8)]
-    figure, plotted = drawn(name, rows)
+    figure, plotted = drawn("fig2_lr_by_rank", rows)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
         "other · instruct · batch 16",
@@ -141,12 +142,6 @@ def test_fig1_leaves_no_step_0_on_the_log_axis_but_says_the_loss_before_training
     assert (only(plotted, "envelope")["step"] > 0).all()
     assert only(plotted, "before_training")["nll"].item() == pytest.approx(4.2)
     assert "before training 4.20" in texts(figure)
-
-
-def test_fig1_has_no_band_where_the_noise_is_unknown():
-    figure, plotted = drawn("fig1_envelopes", make_sweep(None, seeds=1))
-    assert "noise_band" not in set(plotted["element"])
-    assert "unknown" in texts(figure)
 
 
 def test_fig2_is_the_mean_over_seeds_with_their_deviation():

@@ -123,12 +123,6 @@ def test_without_any_accuracy_the_last_panel_shows_the_likelihood_too():
     assert left.get_ylim() == right.get_ylim()
 
 
-def test_without_a_bases_likelihood_accuracy_is_what_was_learned():
-    figure, plotted = draw(ROWS + ANSWERED[1:])
-    assert plotted["learned_bits"].isna().all()
-    assert figure.axes[0].get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
-
-
 def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
     rows = [make_eval(rank, 0.5, **ACC) for rank in ("base", None, 8)]
     for rank, hella, arc in (("base", 0.70, 0.50), (None, 0.60, 0.46), (8, 0.70, 0.48)):
@@ -173,18 +167,6 @@ def test_without_the_base_or_a_loss_there_is_a_sentence():
     assert plotted["learned"].tolist() == [0.60, 0.55]
     figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
     assert "There is no test NLL" in words(figure)
-
-
-def test_a_score_without_standard_error_is_drawn_without_a_bar():
-    figure, plotted = draw([row | {"stderr": None} for row in ROWS])
-    assert plotted["learned_stderr"].isna().all()
-    assert [len(axes.containers) for axes in figure.axes] == [3, 2]
-
-
-def test_only_runs_of_what_nothing_was_learned_still_make_a_figure():
-    figure, plotted = draw([row for row in ROWS if row["about"] == "forgotten"])
-    assert plotted["learned"].isna().all()
-    assert "2 without a score" in words(figure)
 
 
 def test_a_table_that_says_nothing_is_refused():

@@ -102,28 +102,11 @@ def test_law_published_optima_are_those_of_the_reference():
     assert set(only(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
 
 
-def test_law_reference_lines():
-    _, plotted = draw("lr_law", models()[0])
-    assert set(only(plotted, "reference")["ratio"]) == {10.0}
-    naive = only(plotted, "naive")
-    np.testing.assert_allclose(naive["ratio"].astype(float), naive["hidden_size"].astype(float) / 64)
-
-
-def test_law_marks_what_is_not_resolved():
-    figure, plotted = draw("lr_law", models(offsets=(0.0,))[0])
-    assert not only(plotted, "optimum")["resolved"].any()
-    assert "not resolved" in legend(figure)
-
-
 ODD_MODELS = {
     "one model": lambda: models({"l64": MODELS["l64"]})[0],
-    "no full fine-tuning": lambda: models(ranks=(16,))[0],
-    "one learning rate": lambda: models(lrs=[1e-3])[0],
-    "diverged runs": lambda: models(lrs=(1e-4, 1e-3, 1e-2), diverges_from=1e-3)[0],
     "all diverged": lambda: models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan),
     "no sizes": lambda: models()[0].drop(columns=["family", "hidden_size"]),
     "a family without a published law": lambda: models({"g": ("gemma3", 64), "l": ("llama", 64)})[0],
-    "no steps": lambda: models()[0].drop(columns="steps"),
 }
 
 
@@ -185,11 +168,8 @@ def test_short_run_counts_what_had_diverged_by_then():
 ODD_LENGTHS = {
     "no full fine-tuning": lambda: lengths(ranks=(16,)),
     "one learning rate and seed": lambda: lengths(lrs=(1e-3,), offsets=(0.0,)),
-    "diverged runs": lambda: lengths(diverges_from=1e-3),
     "no curves": lambda: (lengths()[0], pd.DataFrame()),
-    "no steps": lambda: (lengths()[0].drop(columns="steps"), lengths()[1]),
     "neither steps nor curves": lambda: (lengths()[0].drop(columns="steps"), pd.DataFrame()),
-    "short runs only": lambda: lengths(steps=100),
 }
 
 

@@ -203,14 +203,6 @@ def test_variants_are_those_of_the_tables():
     assert {line.get_xdata()[0] for line in right.get_lines()} == set(rows["lr"])
 
 
-def test_variants_at_the_edge_are_open():
-    figure, plotted = draw("variants", *variant_tables({"alpha": 8.0, "optimum": 1.0}))
-    assert of(plotted, "variant", arm="LoRA r16 alpha 8")["at_edge"].item()
-    faces = {line.get_marker(): line.get_markerfacecolor() for line in figure.axes[0].get_lines()}
-    assert faces["o"] == "white"
-    assert faces["s"] == "black"
-
-
 def test_variants_that_diverged_are_named():
     runs, curves = variant_tables({"alpha": 8.0})
     lost = runs["alpha"] == 8.0
@@ -223,25 +215,14 @@ def test_variants_that_diverged_are_named():
 # Odd tables
 
 
-def early_without(**changes):
-    """Make the early tables with some columns of runs replaced, and a single run per seed where they become one arm."""
-    runs, curves = early_tables()
-    return runs.assign(**changes).drop_duplicates(["method", "rank", "lr", "seed"]), curves
-
-
 DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
 ODD = {
-    "no curves": lambda runs, curves: (runs, curves.iloc[:0]),
     "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
     "one run": lambda runs, curves: (runs.iloc[:1], curves),
-    "one seed": lambda runs, curves: (runs[runs["seed"] == 0], curves),
     "one rank": lambda runs, curves: (runs[runs["rank"] == 4], curves),
     "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),
     "every run diverged": lambda runs, curves: (runs.assign(**DIVERGED), curves),
-    "two lengths": lambda *_: lora_tables(grid({"steps": 8}, {"steps": 16}, {"steps": 16, "rank": 4})),
     "no parametrization": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
-    "FullFT": lambda *_: early_without(method="fullft", rank=pd.NA, placement=None),
-    "variants without curves": lambda *_: variant_tables({"alpha": 8.0}, {"lr_ratio": 4.0}),
     "variants of one seed": lambda *_: variant_tables({"alpha": 8.0}, offsets=(0.0,)),
 }
 
@@ -252,13 +233,3 @@ def test_odd_tables_are_drawn(case):
     for name in NAMES:
         figure, _ = draw(name, *ODD[case](*early_tables()))
         assert figure.axes
-
-
-def test_two_models_are_drawn():
-    names = {"model": "$x^$", "placement": "attn"}
-    tables = [lora_tables(grid(*CONFIGURATIONS[:3], steps=8) + grid(*CONFIGURATIONS[:3], steps=8, **names))]
-    tables.append(variant_tables({"alpha": 8.0}))
-    runs, curves = (pd.concat(parts) for parts in zip(*tables, strict=True))
-    for name in NAMES:
-        _, plotted = draw(name, runs, curves)
-        assert set(plotted["model"]) >= ({"tiny"} if name == "variants" else {"tiny", "$x^$"})

@@ -69,10 +69,7 @@ def test_a_best_lr_at_the_edge_is_open():
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param(sweeps(()), id="no LoRA"),
-        pytest.param(sweeps(fullft=False), id="no full fine-tuning"),
         pytest.param(sweeps((("mlp", 16),), diverged_from=0.0), id="every run diverged"),
-        pytest.param(sweeps(seeds=1), id="one seed"),
         pytest.param([row | {"trainable_params": None} for row in sweeps()], id="no parameter counts"),
         pytest.param([row | {"placement": None} for row in sweeps((("all", 16),))], id="placement not given"),
     ],

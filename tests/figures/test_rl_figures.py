@@ -9,7 +9,7 @@ import pytest
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import reward_curves, with_error_rates
-from lorabench.figures.catalog import FIGURES, drawable_figures, save_figure
+from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.io import with_all_columns
@@ -151,11 +151,6 @@ def test_no_accuracy_is_beyond_the_range():
     assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
 
 
-def test_fig6_has_a_panel_per_model_and_problem_set():
-    figure, _ = draw("fig6_rl_lr", arms(dataset="gsm8k") + arms(dataset="math") + arms(dataset="math", model="big"))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["big · math", "tiny · gsm8k", "tiny · math"]
-
-
 # Placement.
 
 
@@ -209,13 +204,6 @@ def test_fig8_shows_each_further_set():
     assert texts(figure, 0) == "3 seeds · 480 answers"
 
 
-def test_fig8_says_where_there_is_no_further_set():
-    figure, plotted = draw("fig8_aime_and_length", arms(sets={}))
-    assert only(plotted, "accuracy").empty
-    assert "no accuracies on a problem set" in texts(figure, 0)
-    assert [axes.get_ylabel() for axes in figure.axes[1:]] == OF_RESPONSES
-
-
 def test_fig8_lengths_are_running_means_of_the_training_batches():
     zigzag = {"response_length": lambda done: 200 + 100 * done + (-1) ** round(done * 100)}
     rl_tables = read(arms())
@@ -262,11 +250,7 @@ def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_l
 
 ODD = {
     "every run diverged": lambda: diverged(arms((None, 16))),
-    "an arm with all runs diverged": lambda: arms((None,)) + diverged(arms((1,))),
     "one learning rate and seed": lambda: arms((None, 16), lrs=(1e-3,), offsets=(0.0,)),
-    "no full fine-tuning": lambda: arms((16,)),
-    "full fine-tuning alone": lambda: arms((None,)),
-    "never rewarded": lambda: arms((None, 16), lrs=(1e-5,)),
     "out of reach": lambda: out_of_reach(arms((None, 16))),
     "all right everywhere": lambda: arms((None, 16), peak=1.0, curvature=0.0),
     "base not measured": lambda: arms((None, 16), base_reward=None),
@@ -317,38 +301,3 @@ def test_supervised_and_rl_runs_are_never_drawn_together(mixed):
             own = Tables(figure.own_runs(mixed.runs), mixed.curves)
             datasets = set(drawn(name, own)[1]["dataset"].dropna())
             assert datasets == {"problems"} if figure.task == "rl" else "problems" not in datasets, name
-
-
-# Somebody else's tables, and several folders.
-
-
-def write(folder, runs, curves=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.to_csv(folder / "runs.csv", index=False)
-    if curves is not None:
-        curves.to_csv(folder / "curves.csv", index=False)
-    return folder
-
-
-def test_a_few_columns_are_enough(tmp_path):
-    columns = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
-    kept = tables(arms())[0][[*columns, "task", "final_valid_reward", "final_reward"]]
-    folder = write(tmp_path / "tables", kept)
-    assert drawable_figures([folder]) == OF_RL
-    for name in OF_RL:
-        save_figure(name, [folder], tmp_path / "drawn")
-    assert {path.stem for path in (tmp_path / "drawn").glob("*.svg")} == set(OF_RL)
-
-
-def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
-    shared, of_math = arms((None,), dataset="gsm8k"), arms((16,), dataset="math")
-    folders = []
-    for name, parts in {"rl_gsm8k": shared, "rl_math": [*shared, *of_math]}.items():
-        runs, curves = tables(parts)
-        folders.append(write(tmp_path / name, runs.assign(experiments="rl_gsm8k rl_math"), curves))
-    save_figure("fig6_rl_lr", folders, tmp_path / "both")
-    save_figure("fig6_rl_lr", folders[1:], tmp_path / "one")
-    # A run that both folders have is drawn once.
-    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
-    save_figure("fig6_rl_lr", folders[:1], tmp_path / "one")
-    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()

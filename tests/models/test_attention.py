@@ -16,8 +16,8 @@ from lorabench.config.inputs import TinyModel
 from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
 from lorabench.models.base import load_model, skeleton
-from lorabench.models.dimensions import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.passes import cache_argument
+from lorabench.models.specs import MAX_BLOCK_QUERIES, blocks
 
 from ..training.conftest import base_of
 
@@ -62,10 +62,6 @@ def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width,
         assert_close(own, other)
 
 
-def test_its_gradient_is_that_of_differences():
-    assert torch.autograd.gradcheck(lambda *given: causal_attention(*given, 0.5), draw(1, 4, 2, 5, 3, 2))
-
-
 def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
     given = draw(2, 6, 2, 200, 16, 16, torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
@@ -93,13 +89,6 @@ def test_blocks_cover_each_query_once(length):
     sizes = [block.stop - block.start for block in parts]
     assert max(sizes) <= MAX_BLOCK_QUERIES
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_probabilities_that_are_kept_by_hand():
-    # There are two blocks of 80 queries: 80 x 80 and 80 x 160.
-    assert kept_shares(160, bf16=False) == (80 * 80 + 80 * 160) / 160
-    assert kept_shares(2, bf16=True) == 2
-    assert kept_shares(128, bf16=False) == kept_shares(MAX_ROW_TOKENS + 1, bf16=True) == kept_shares(0, bf16=True) == 0
 
 
 @pytest.fixture
@@ -185,18 +174,3 @@ def test_loaded_models_attend_in_blocks_and_do_not_say_so_where_they_are_saved(t
         assert model.config._attn_implementation == attention.NAME
     load_model(TINY).save_pretrained(tmp_path)
     assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
-
-
-def test_blocks_are_for_rows_of_medium_length_and_in_bf16_for_short_ones():
-    assert [blocks_pay(length, bf16=False) for length in (128, 129, MAX_ROW_TOKENS, MAX_ROW_TOKENS + 1)] == [
-        False,
-        True,
-        True,
-        False,
-    ]
-    assert [blocks_pay(length, bf16=True) for length in (1, 2, MAX_ROW_TOKENS, MAX_ROW_TOKENS + 1)] == [
-        False,
-        True,
-        True,
-        False,
-    ]

@@ -11,7 +11,7 @@ import torch
 from lorabench.config.inputs import GgufModel, PathModel, TinyModel
 from lorabench.models import base
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 
 
 def at(path):

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorabench.config.inputs import HubModel, PathModel
 from lorabench.config.loading import load_preset
-from lorabench.models.dimensions import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.models.lora import add_lora, expert_rank, in_expert, lora_layers, targets
+from lorabench.models.specs import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.planning.memory import step_memory
 
 SIZES = {

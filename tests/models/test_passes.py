@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from lorabench.models.passes import computing_only, recompute_activations
-from lorabench.training.batches import IGNORED, Batch
-from lorabench.training.loss import add_gradient
+from lorabench.training.loss import IGNORED, Batch, add_gradient
 
 from ..training.conftest import base_of
 

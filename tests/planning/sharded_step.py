@@ -18,9 +18,8 @@ from lorabench.config.inputs import TinyModel
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora
 from lorabench.models.passes import recompute_activations
-from lorabench.training.batches import Batch
 from lorabench.training.distributed import join, leave
-from lorabench.training.loss import add_gradient
+from lorabench.training.loss import Batch, add_gradient
 
 
 class Alive(TorchDispatchMode):

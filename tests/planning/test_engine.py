@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
 from lorabench.planning.flops import run_flops

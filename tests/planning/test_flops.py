@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_tokens
 from lorabench.planning.plan import make_plan
 

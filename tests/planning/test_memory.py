@@ -12,7 +12,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory, sweep_memory
 from lorabench.planning.plan import make_plan
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan, merge_sweeps
 from lorabench.runs import Condition, Run, Seeds, Sweep, next_runs

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning.flops import run_flops, run_tokens
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import make_plan

@@ -1,4 +1,4 @@
-"""How the numbers of a judged claim are written."""
+"""How the numbers of a judged claim are written, and other texts of the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from lorabench.report import claim_text
+from lorabench.report import claim_text, page
 from lorabench.utils.formats import DASH
 
 from ..handmade import make_claim
@@ -50,3 +50,10 @@ def test_a_borderline_verdict_is_said_to_be():
     # A claim of an older table is not known to be borderline.
     others = [make_claim("B1"), *(make_claim("B1", borderline=value) for value in (False, None, pd.NA))]
     assert {claim_text.verdict(claim) for claim in others} == {"confirmed"}
+
+
+def test_texts_of_the_page():
+    assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
+    assert page.text([0.9, 0.95]) == "0.9, 0.95"
+    assert page.text(True) == "yes"
+    assert [page.in_paper(figure) for figure in ("1, 2", "text", None)] == ["fig. 1, 2", "text", DASH]

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.report import explorer
-from lorabench.report.explorer import curves_to_draw, table_downloads, thinned
+from lorabench.report import page
+from lorabench.report.page import curves_to_draw, table_downloads, thinned
 from lorabench.report.summary import labelled
 
 from ..handmade import curves_of, make_sweep, runs_table
@@ -57,12 +57,6 @@ def test_curves_are_those_of_the_table(runs):
     assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
 
 
-def test_arms_look_as_in_the_figures(runs):
-    styles = curves_to_draw(runs, curves_of(runs))["styles"]
-    assert set(styles) == {"FullFT", "LoRA r4"}
-    assert styles["FullFT"][0] == "black"
-
-
 def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs):
     curves = curves_of(runs)
     odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
@@ -70,14 +64,8 @@ def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs
     assert drawn["curves"] == curves_to_draw(runs, curves)["curves"]
 
 
-def test_without_curves_there_are_none(runs):
-    for curves in (pd.DataFrame(), curves_of(runs).head(0)):
-        drawn = curves_to_draw(runs, curves)
-        assert (drawn["curves"], drawn["measures"]) == ({}, [])
-
-
 def test_many_curves_have_fewer_points_each(runs, monkeypatch):
-    monkeypatch.setattr(explorer, "ALL_POINTS", 10 * len(runs))
+    monkeypatch.setattr(page, "ALL_POINTS", 10 * len(runs))
     drawn = curves_to_draw(runs, curves_of(runs))
     assert drawn["points"] == 10
     assert max(len(values) for [[_, _, values]] in drawn["curves"].values()) == 10

@@ -120,11 +120,6 @@ def test_figures_stand_beside_their_claims_in_the_papers_order(report, rows):
     assert page.ids.index("rank") < page.ids.index("learning-rate") < page.ids.index("batch-size")
 
 
-def test_claims_and_figures_that_no_section_names_are_shown_last(report, rows):
-    page = report(rows, claims=lambda table: table.assign(claim_id=["Z9", *table["claim_id"][1:]]))
-    assert "claim-Z9" in page.section("further").ids
-
-
 def test_anchors_are_unique_and_resolve(report, rows):
     page = report(rows)
     assert len(page.ids) == len(set(page.ids))
@@ -346,14 +341,6 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     assert "perplexity" not in section.text
     assert "lm-eval 0.4.13, sampler own, 16 sequences at once" in section.text
     assert "learned_forgotten" in page.ids
-
-
-def test_a_score_that_is_not_there_is_a_dash(report, rows):
-    evals = [*evals_of("base", None), make_eval(16, 0.5, num_fewshot=None, n_samples=None, versions=None)]
-    page = report(rows, evals, evaluation=EVALUATION)
-    section = page.section("evaluation")
-    assert "LoRA r16 3e-3 0.5000 ± 0.0200 \N{EN DASH} \N{EN DASH}" in section.text
-    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", section.text)
 
 
 def test_without_scores_of_runs_there_is_no_section(report, rows):

@@ -37,9 +37,8 @@ def test_a_run_says_itself_what_it_has_of_its_own(source):
 LEAST = {"schedule": "constant", "alpha": "32"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_is_not_explained_is_refused_in_a_sentence(source):
+    for changes, message in [
         (
             {"rows": [*ROWS, ROWS[0].replace("fullft-", "again-", 1)]},
             "has several runs with model m.* seed 0; give them seeds of their own, or their mean as one run",
@@ -71,12 +70,10 @@ LEAST = {"schedule": "constant", "alpha": "32"}
             {"attributes": LEAST | {"precision": "bf16", "base_kind": "chat"}},
             r"attributes\.base_kind = 'chat'; allowed: base, instruct, mixed or unknown",
         ),
-    ],
-)
-def test_what_is_not_explained_is_refused_in_a_sentence(source, changes, message):
-    with pytest.raises(UserError, match=message) as refused:
-        import_source(source(**changes))
-    assert len(str(refused.value).splitlines()) == 1
+    ]:
+        with pytest.raises(UserError, match=message) as refused:
+            import_source(source(**changes))
+        assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_folder_without_a_source_is_refused(tmp_path):

@@ -116,16 +116,6 @@ def test_merging_again_changes_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in once.iterdir()} == files
 
 
-def test_csv_and_parquet_of_the_result_are_the_same_table(tmp_path):
-    merge([write(tmp_path / "one", runs=RUNS, curves=CURVES)], tmp_path / "out")
-    from_parquet = Tables.read(tmp_path / "out")
-    for name in ("runs", "curves"):
-        (tmp_path / "out" / f"{name}.parquet").unlink()
-    from_csv = Tables.read(tmp_path / "out")
-    same(from_parquet.runs, from_csv.runs, "runs")
-    same(from_parquet.curves, from_csv.curves, "curves")
-
-
 def test_a_run_has_the_experiments_of_all_and_the_first_machine(tmp_path):
     here = runs_table([make_run(8, 1e-3, experiments=["rank"], host="here", wall_s=10.0)])
     there = runs_table([make_run(8, 1e-3, experiments=["batch_size", "rank"], host="there", wall_s=20.0)])
@@ -151,16 +141,6 @@ def test_other_results_of_one_run_are_refused(tmp_path, column, value, contradic
     assert not (tmp_path / "out").exists()
 
 
-def test_other_points_of_one_curve_are_refused(tmp_path):
-    changed = CURVES.assign(value=CURVES["value"].where(CURVES.index != 5, 9.0))
-    a, b = write(tmp_path / "a", curves=CURVES), write(tmp_path / "b", curves=changed)
-    message = (
-        r"curves: run_id tiny-instruct-fullft-0.0003-0 step 8 split validation metric nll has value = \d.* and 9.0 in"
-    )
-    with pytest.raises(UserError, match=message):
-        merge([a, b], tmp_path / "out")
-
-
 def test_counts_must_agree_and_so_must_flops_but_not_times(tmp_path):
     a = write(tmp_path / "a", compute=COMPUTE, counts=COUNTS)
     result = merged(a, write(tmp_path / "b", compute=COMPUTE.assign(step_s=9.0)))
@@ -173,11 +153,6 @@ def test_counts_must_agree_and_so_must_flops_but_not_times(tmp_path):
             merge([a, write(tmp_path / "c", **{name: changed})], tmp_path / "no")
         (tmp_path / "c" / f"{name}.parquet").unlink()
     assert not (tmp_path / "no").exists()
-
-
-def test_steps_timed_on_two_machines_stay_two_rows(tmp_path):
-    a, b = (write(tmp_path / name, compute=COMPUTE.assign(device=name, threads=1)) for name in "ab")
-    assert len(merged(a, b).compute) == 2 * len(COMPUTE)
 
 
 def test_columns_may_be_missing_on_one_side(tmp_path):
@@ -239,7 +214,7 @@ def test_a_row_must_have_its_keys(tmp_path):
 def test_a_folder_without_tables_is_named(tmp_path):
     a = write(tmp_path / "a", runs=RUNS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"no table runs, curves, test_losses, .*evals .* in {tmp_path / 'empty'}"):
+    with pytest.raises(UserError, match=f"no table runs, curves, .* or test_losses .* in {tmp_path / 'empty'}"):
         merge([a, tmp_path / "empty"], tmp_path / "out")
 
 

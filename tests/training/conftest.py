@@ -19,8 +19,7 @@ from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model, load_tokenizer, skeleton
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import recompute_activations
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Condition, Job, Run

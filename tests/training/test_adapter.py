@@ -98,18 +98,6 @@ def test_the_first_descent_is_the_projection_on_the_gradient_of_full_fine_tuning
     assert measured["b_over_a"] == 0.0
 
 
-def test_the_first_descent_is_the_fall_of_the_loss_in_the_limit_of_small_steps():
-    model, optimizer = adapted()
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-4
-    probe = AdapterProbe(adapter_pairs(model))
-    loss = backward(model, 0)
-    probe.before_step()
-    optimizer.step()
-    measured = probe.after_step()
-    assert measured["descent"] == pytest.approx((loss - backward(model, 0)).item(), rel=0.05)
-
-
 @pytest.mark.parametrize("limit", [1 << 23, 1])
 def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
     """Layers of several sizes, whose matrices are decomposed all at once, or layer by layer."""
@@ -125,17 +113,6 @@ def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
     larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
     assert 0 < sum(larger) < len(larger)
     assert probe.after_step()["b_over_a"] == pytest.approx(sum(map(float, larger)) / len(larger))
-
-
-def test_b_larger_than_a_is_counted_by_layer():
-    model, _ = adapted()
-    pairs = adapter_pairs(model)
-    probe = AdapterProbe(pairs)
-    backward(model, 0)
-    probe.before_step()
-    with torch.no_grad():
-        pairs["wide"][1].fill_(5.0)
-    assert probe.after_step()["b_over_a"] == 0.5
 
 
 def test_a_step_that_changes_nothing_measures_zero():

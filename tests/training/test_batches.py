@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches
+from lorabench.training.loss import IGNORED, collate, micro_batches
+from lorabench.training.run import data_order
 from lorabench.training.sft import curve_steps
 
 
@@ -37,14 +38,6 @@ def test_micro_batches_are_the_batch_and_cost_least(lengths, max_tokens, pass_to
     assert np.isfinite(chosen)
 
 
-def test_a_batch_of_equal_lengths_is_one_part_and_of_unequal_ones_two():
-    [alike] = micro_batches(np.full(8, 70), 2048, 64)
-    assert sorted(alike) == list(range(8))
-    apart = [part.tolist() for part in micro_batches(np.array([90, 20, 95, 22, 21]), 2048, 64)]
-    assert apart == [[1, 4, 3], [0, 2]]
-    assert micro_batches(np.zeros(0, np.int64), 2048, 64) == []
-
-
 def test_arms_of_one_seed_see_the_same_batches_and_seeds_differ():
     order = data_order(64, 16, 4, seed=0)
     assert np.array_equal(order, data_order(64, 16, 4, seed=0))
@@ -65,14 +58,6 @@ def test_collate_by_hand():
     assert inputs.tolist() == [[9, 0, 0], [5, 6, 7]]
     assert targets.tolist() == [[3, IGNORED, IGNORED], [IGNORED, 7, 8]]
     assert collate(split, []).scored == 0
-
-
-@given(steps=st.integers(1, 5000), points=st.integers(2, 40))
-def test_curve_steps_are_log_spaced_with_both_ends(steps, points):
-    chosen = sorted(curve_steps(steps, Protocol(curve_points=points)))
-    assert chosen[0] == 1
-    assert chosen[-1] == steps
-    assert len(chosen) <= points
 
 
 def test_curve_steps_by_hand():

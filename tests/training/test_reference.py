@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.models.identity import shipped_folder
 from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import shipped_folder
 from lorabench.runs import Run
 from lorabench.training import reference
 from lorabench.training.rl import loop
@@ -89,7 +89,7 @@ def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
 
     def reward(problem, tokens):
         said = texts.text(rl.Response(np.array(tokens), np.zeros(len(tokens)), False))
-        return float(environment.grader.grade([said], [problems.answers[problem]])[0])
+        return float(environment.grade([said], [problems.answers[problem]])[0])
 
     expected, rewards, theirs = reference.train_rl(
         shipped_folder(BASE),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,11 +12,10 @@ from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.progress import status
-from lorabench.store.run_folder import RunFolder
 from lorabench.training import saved_runs, sft
+from lorabench.training.context import SweepContext
 from lorabench.training.job import run_job
 from lorabench.training.saved_runs import restore_runs, save_runs
-from lorabench.training.sweep import SweepContext
 
 from .conftest import trained
 
@@ -120,17 +117,3 @@ def test_runs_of_other_settings_are_refused(saved):
     other = make_plan(plan.preset.model_copy(update={"protocol": protocol}))
     with pytest.raises(UserError, match="none of the 2 runs in .* is in the plan of preset mine: its models"):
         restore_runs(other, layout)
-
-
-def test_a_record_of_another_run_is_refused(saved):
-    plan, layout = saved
-    [path] = layout.saved_runs.glob("*.parquet")
-    table = pq.read_table(path)
-    rows = table.to_pylist()
-    record = json.loads(rows[0]["record"])
-    record["spec"]["lr"] *= 2
-    rows[0]["record"] = json.dumps(record)
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
-    with pytest.raises(UserError, match=f"run {rows[0]['run_id']} in .* has the record of another run"):
-        restore_runs(plan, layout)
-    assert not any(RunFolder(layout.runs, row["run_id"]).done() for row in rows)

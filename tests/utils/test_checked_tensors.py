@@ -26,7 +26,7 @@ def test_safetensors_reads_what_was_written(tmp_path):
         "trained": torch.ones(3, 2).requires_grad_(),
     }
     write_tensors(path, tensors, {"about": "these"})
-    loaded, (read, about) = load_file(path), read_tensors(path, "pt")
+    loaded, (read, about) = load_file(path), read_tensors(path)
     assert about == {"about": "these"}
     assert loaded.keys() == read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -34,7 +34,7 @@ def test_safetensors_reads_what_was_written(tmp_path):
         assert torch.equal(loaded[name], tensor), name
         assert torch.equal(read[name], tensor), name
     write_tensors(path, {"ids": np.arange(7, dtype=np.int32)}, {})
-    assert read_tensors(path, "numpy")[0]["ids"].tolist() == list(range(7))
+    assert read_tensors(path)[0]["ids"].tolist() == list(range(7))
 
 
 def state_of(width: int):

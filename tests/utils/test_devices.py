@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.devices import own_devices, reduce_fragmentation, visible_devices
+from lorabench.utils.gpus import own_devices, reduce_fragmentation, visible_devices
 
 # Each line is written at once: a job says which devices it takes and that it gives them back.
 JOB = """
 import os, sys, time
-from lorabench.utils.devices import own_devices
+from lorabench.utils.gpus import own_devices
 with own_devices(int(sys.argv[1]), lambda line: None), open("log", "a") as log:
     for word in ("takes", "leaves"):
         print(word, os.environ["CUDA_VISIBLE_DEVICES"], file=log, flush=True)

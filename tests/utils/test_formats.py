@@ -23,7 +23,6 @@ def test_numbers():
     assert [formats.lr(value) for value in (1e-3, 2.204e-3)] == ["1e-3", "2.20e-3"]
     assert [formats.signed(value) for value in (0.0041, -0.5, 0.0)] == ["+0.0041", "-0.5000", "+0.0000"]
     assert [formats.amount(1.06e14, "FLOP"), formats.amount(240_000)] == ["106 TFLOP", "240 k"]
-    assert [formats.percent(share) for share in (0, 0.125, 1)] == ["0%", "12%", "100%"]
 
 
 def test_parameters_are_written_as_in_the_paper():

@@ -24,7 +24,7 @@ from lorabench.custom.model import find_model
 from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.layout import Layout
@@ -139,19 +139,19 @@ def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub, fetc
     assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
 
 
-@pytest.mark.parametrize("kind", PARTS)
-def test_problem_sets_are_those_of_local_copies(hub, fetched, kind):
-    for write in PARTS[kind]:
-        write(hub.root / "datasets")
-    counts = COUNTS if kind not in ("aime24", "aime25") else {"train": 0, "validation": 0, "test": 30}
-    spec = HubProblems(kind=kind, **counts)
-    wanted = repositories(spec)
-    assert tuple(repository.id for repository in wanted) == spec.ids
-    rows = make_problems(spec, fetched(*wanted))
-    assert Counter(row["split"] for row in rows) == Counter(counts)
-    assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
-    requests = " ".join(hub.requests)
-    assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
+def test_problem_sets_are_those_of_local_copies(hub, fetched):
+    for kind in PARTS:
+        for write in PARTS[kind]:
+            write(hub.root / "datasets")
+        counts = COUNTS if kind not in ("aime24", "aime25") else {"train": 0, "validation": 0, "test": 30}
+        spec = HubProblems(kind=kind, **counts)
+        wanted = repositories(spec)
+        assert tuple(repository.id for repository in wanted) == spec.ids
+        rows = make_problems(spec, fetched(*wanted))
+        assert Counter(row["split"] for row in rows) == Counter(counts)
+        assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
+        requests = " ".join(hub.requests)
+        assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
 
 
 def preset(hub, **data):

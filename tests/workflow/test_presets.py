@@ -13,7 +13,7 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.figures.catalog import FIGURES, figures_of_preset
-from lorabench.models.dimensions import dimensions
+from lorabench.models.specs import dimensions
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 

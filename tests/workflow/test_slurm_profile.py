@@ -107,13 +107,6 @@ def test_a_site_takes_gres_only(checkout):
     assert all("gres" not in resources for resources in requested(output, "tokens").values())
 
 
-def test_a_wrong_gpu_option_is_one_sentence(checkout):
-    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: grse")
-    output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
-    assert "gpu_option = 'grse' in the profile: allowed: gpu, gres" in output
-    assert "Traceback" not in output
-
-
 def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
     plan = make_plan(Layout.of("paper").preset)
     partition("1-00:00:00")
@@ -151,15 +144,22 @@ def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
         assert int(resources["cpus_per_task"]) > 0
 
 
-def test_a_wrong_limit_of_time_is_one_sentence(checkout):
-    adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 0")
-    output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
-    assert "max_runtime = 0 in the profile: minutes are needed, at least 1" in output
-    assert "Traceback" not in output
-
-
-def test_arrays_of_jobs_are_refused_since_they_would_wait_forever(checkout):
-    arguments = ("--slurm-array-jobs=all", "results/smoke/plan.parquet", "--config", "preset=smoke")
+@pytest.mark.parametrize(
+    ("old", "new", "option", "sentence"),
+    [
+        ("gpu_option: gpu", "gpu_option: grse", "--dry-run", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
+        (
+            *("# max_runtime: 1440", "max_runtime: 0", "--dry-run"),
+            "max_runtime = 0 in the profile: minutes are needed, at least 1",
+        ),
+        # They would wait forever.
+        ("", "", "--slurm-array-jobs=all", "slurm-array-jobs = 'all': leave this option out"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(checkout, old, new, option, sentence):
+    if old:
+        adapt_profile(checkout, old, new)
+    arguments = (option, "results/smoke/plan.parquet", "--config", "preset=smoke")
     output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
-    assert "slurm-array-jobs = 'all': leave this option out" in output
+    assert sentence in output
     assert "Traceback" not in output

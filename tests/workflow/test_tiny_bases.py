@@ -15,8 +15,7 @@ from lorabench.config.inputs import TinyModel
 from lorabench.data.grading import last_number
 from lorabench.data.reasoning import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
-from lorabench.models.dimensions import dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
 
 from ..conftest import REPOSITORY
 
@@ -125,11 +124,6 @@ def test_tokenizer_is_lossless_and_splits_digits():
     text = "Calculate 1234 + 5.6 → «naïve» 日本\n\tx"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert list(tokenizer.tokenize("1234")) == ["1", "2", "3", "4"]
-
-
-def test_a_mixture_is_sized_by_its_recipe():
-    config = tiny_bases.new_model(RECIPES["moe-128"]).config
-    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 128)
 
 
 def test_the_balancing_loss_is_least_when_experts_share_the_work():

@@ -1,4 +1,4 @@
-from lorabench.models.identity import SHIPPED
+from lorabench.models.specs import SHIPPED
 
 TINY_BASES = sorted(path.name for path in SHIPPED.iterdir())
 

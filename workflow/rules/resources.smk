@@ -9,7 +9,7 @@ from lorabench.planning.resources import (
     restarts,
     tokens_resources,
 )
-from lorabench.utils.devices import visible_devices
+from lorabench.utils.gpus import visible_devices
 from lorabench.utils.slurm import partition_minutes
 
 # Settings of GPUs and time in a site's profile, besides the resources that the executor knows.
@@ -67,7 +67,7 @@ onstart:
 
 
 # Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
-# (lorabench/utils/devices.py). Where there is none, the jobs run on the CPU as well as they can.
+# (lorabench/utils/gpus.py). Where there is none, the jobs run on the CPU as well as they can.
 HERE = []
 if not ON_CLUSTER and CONTROLS and LAYOUT.preset.execution.gpu is not None:
     HERE = visible_devices()

@@ -32,8 +32,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from lorabench.data.reasoning import Writers, written_sums
 from lorabench.evaluation.pretraining import ASSISTANT, END, SYSTEM, USER, documents, pretraining_problems
 from lorabench.models.base import config_of
-from lorabench.models.dimensions import Dimensions
-from lorabench.models.identity import shipped_folder
+from lorabench.models.specs import Dimensions, shipped_folder
 from lorabench.utils.exhaustion import keep_freed_memory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -23,12 +23,14 @@ from lorabench.data.problems import Controls
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
-from lorabench.training.batches import data_order
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.rl.objective import ResponseGroup, backward
-from lorabench.training.rl.prompts import EncodedProblems, GraderProtocol, ProblemTexts, grade
+from lorabench.training.rl.prompts import EncodedProblems, ProblemTexts
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.run import Machine, Outcome, clip_gradient, deterministically, make_optimizer
+from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
+
+Grade = Callable[[list[str], list[str]], np.ndarray]
+"""Returns the rewards of responses, given their texts and the right answers, (n,): 1 for a right answer, else 0."""
 
 Sampler = Callable[[list[Request], bool], list[Response]]
 """Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
@@ -45,16 +47,15 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Environment:
-    """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated.
+    """The problems that a run is trained and evaluated on, with their grading; `held_out` sets are only evaluated.
 
     `controls` are the accuracies of answers that solve no problem, None where they are not known.
     """
 
     texts: ProblemTexts
     splits: Mapping[str, EncodedProblems]
-    held_out: Mapping[str, EncodedProblems]
-    grader: GraderProtocol
-    held_out_graders: Mapping[str, GraderProtocol]
+    grade: Grade
+    held_out: Mapping[str, tuple[EncodedProblems, Grade]]
     controls: Controls | None = None
 
 
@@ -95,9 +96,8 @@ def evaluate(
         step: the number of finished steps, for the random numbers of the samples.
         draw: draws from the policy.
     """
-    sets = {split: (environment.splits[split], environment.grader, 1) for split in ("validation", "test")}
-    for name, problems in environment.held_out.items():
-        sets[name] = (problems, environment.held_out_graders[name], rollouts.held_out_samples)
+    sets = {split: (environment.splits[split], environment.grade, 1) for split in ("validation", "test")}
+    sets |= {name: (*held_out, rollouts.held_out_samples) for name, held_out in environment.held_out.items()}
     requests = [
         Request(prompt, None if samples == 1 else (seed, step, problem, sample, number))
         for number, (problems, _, samples) in enumerate(sets.values())
@@ -108,11 +108,11 @@ def evaluate(
     responses = iter(draw(requests, True))
     scores: Scores = {}
     right: list[bool] = []
-    for name, (problems, grader, samples) in sets.items():
+    for name, (problems, grade, samples) in sets.items():
         answers = [answer for answer in problems.answers for _ in range(samples)]
         drawn = [next(responses) for _ in answers]
         texts = [environment.texts.text(response) for response in drawn]
-        rewards = grade(grader, texts, answers)
+        rewards = grade(texts, answers)
         if name == "test":
             right = [reward > 0 for reward in rewards.tolist()]
         scores[name] = {"accuracy": float(rewards.mean()), **_response_metrics(drawn, texts)}
@@ -256,9 +256,8 @@ def train_rl(
             save(step, evaluated=False)
         finish(step)
 
-    outcome.final_entropy, outcome.final_truncated = (
-        _at_the_end(outcome.curve, metric) for metric in ("entropy", "truncated")
-    )
+    outcome.final_entropy = _at_the_end(outcome.curve, "entropy")
+    outcome.final_truncated = _at_the_end(outcome.curve, "truncated")
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
@@ -275,7 +274,7 @@ def _graded(
     train = environment.splits["train"]
     texts = [environment.texts.text(response) for response in responses]
     answers = [train.answers[problem] for problem in chosen for _ in range(group_size)]
-    rewards = grade(environment.grader, texts, answers)
+    rewards = environment.grade(texts, answers)
     groups = [
         ResponseGroup.of(
             train.prompts[problem], responses[start : start + group_size], rewards[start : start + group_size]

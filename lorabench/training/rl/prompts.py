@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lorabench.data.problems import read_problems
 from lorabench.errors import UserError
@@ -93,15 +90,3 @@ class ProblemTexts:
             splits[row["split"]].prompts.append(prompt)
             splits[row["split"]].answers.append(row["answer"])
         return splits
-
-
-class GraderProtocol(Protocol):
-    """The interface of graders: `lorabench.data.grading.Grader`, or an object that delegates to it."""
-
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return whether each response gives the answer with the same index."""
-
-
-def grade(grader: GraderProtocol, texts: list[str], answers: list[str]) -> np.ndarray:
-    """Return the rewards of responses, (n,): 1 for a right answer, else 0."""
-    return np.array(grader.grade(texts, answers), dtype=np.float64)

@@ -219,7 +219,11 @@ def _sample_chunk(
         new_owners[row, column] = _on_device(rows.seats[live], device)
         position_ids[row, column] = starts[row] + step
         owners = torch.cat([owners, new_owners], -1)
-        visible = _attention_mask(owners, new_owners, rows.shared)
+        visible = owners != _PADDING
+        if rows.shared:
+            # Each new token attends to the prompt and to its own response.
+            own = owners[:, None] == new_owners[:, :, None]
+            visible = (own | (owners == _PROMPT)[:, None])[:, None]
         logits = _logits_at_end(model, ids, visible, position_ids, cache, width)[row, column]
         contexts = torch.arange(len(live), device=device)
 
@@ -269,13 +273,6 @@ class _Rows:
         row = self._rows[live]
         _, first, place = np.unique(row, return_index=True, return_inverse=True)
         return row, np.arange(len(row)) - first[place]
-
-
-def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
-    """Return the attention mask of new tokens: each attends to the prompt and to its own response."""
-    if not shared:
-        return owners != _PADDING
-    return ((owners[:, None] == new_owners[:, :, None]) | (owners == _PROMPT)[:, None])[:, None]
 
 
 def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
@@ -374,24 +371,5 @@ def sample_in_processes(
     owner = dict(zip(prompts, processes.owners(np.array([len(prompt) for prompt in prompts])), strict=True))
     owners = [owner[request.prompt] for request in requests]
     drawn = draw([request for request, rank in zip(requests, owners, strict=True) if rank == processes.rank])
-    # Each process sends one row of doubles, which hold any token and any single-precision number exactly: for each
-    # response the number of tokens, whether it is truncated, the tokens, and their log-probabilities.
-    packed = [
-        np.concatenate([[len(response.tokens), response.truncated], response.tokens, response.logprobs])
-        for response in drawn
-    ]
-    numbers = np.concatenate([np.zeros(0), *packed])
-    row = np.zeros(int(processes.most(len(numbers))))
-    row[: len(numbers)] = numbers
-    streams = [_unpacked(gathered) for gathered in processes.gather(row)]
-    return [next(streams[rank]) for rank in owners]
-
-
-def _unpacked(numbers: np.ndarray) -> Iterator[Response]:
-    """Decode the responses of one process; the row is filled up with zeros."""
-    start = 0
-    while start < len(numbers) and numbers[start]:
-        length = int(numbers[start])
-        tokens, logprobs = numbers[start + 2 :][:length], numbers[start + 2 + length :][:length]
-        yield Response(tokens.astype(np.int64), logprobs.astype(np.float32), bool(numbers[start + 1]))
-        start += 2 + 2 * length
+    gathered = [iter(part) for part in processes.gather_objects(drawn)]
+    return [next(gathered[rank]) for rank in owners]

@@ -7,11 +7,11 @@ random numbers (see `sampler.py`), so it is the same in whichever process it is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorabench.data.grading import Grader
@@ -20,12 +20,12 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_policy, vllm_version
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
-from lorabench.training.distributed import Processes, full_tensor
-from lorabench.training.rl.engine.sampler import PolicyEngine, engine_settings
-from lorabench.training.rl.loop import Environment, Sampler, Scores, evaluate, train_rl
-from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
+from lorabench.training.context import Base, SweepContext, now, with_adapter
+from lorabench.training.distributed import full_tensor
+from lorabench.training.rl.engine import PolicyEngine, engine_settings
+from lorabench.training.rl.loop import Environment, Grade, Sampler, Scores, evaluate, train_rl
+from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
-from lorabench.training.sweep import Base, SweepContext, now, provenance, with_adapter
 from lorabench.utils import signals
 from lorabench.utils.files import file_sha256, write_json
 
@@ -66,7 +66,13 @@ class RlTrainer:
             check_policy(spec, machine.device, condition.rank, condition.placement)
         if rollouts not in self._environments:
             environment = _environment(context, self._open)
-            source = _provenance(context, environment.texts, self._engine is not None)
+            source = context.provenance() | {
+                "dataset_sha256": file_sha256(context.layout.dataset(condition.dataset))[:16],
+                "tokenizer_sha256": tokenizer_key(environment.texts.tokenizer),
+                "template_sha256": template_key(environment.texts.tokenizer),
+            }
+            if self._engine is not None:
+                source["packages"] |= {"vllm": vllm_version()}
             self._environments[rollouts] = environment, source
         environment, source = self._environments[rollouts]
         if self._engine is None and not machine.processes.sharded:
@@ -90,7 +96,7 @@ class RlTrainer:
         engine = self._engine
         replica: Replica | None = None
         if engine is not None:
-            problems = (*environment.splits.values(), *environment.held_out.values())
+            problems = (*environment.splits.values(), *(held_out for held_out, _ in environment.held_out.values()))
             longest = max(len(prompt) for encoded in problems for prompt in encoded.prompts) + stop.max_new_tokens
             settings = engine_settings(context, longest, bool(stop.texts))
         elif machine.processes.sharded:
@@ -124,7 +130,17 @@ class RlTrainer:
         assert rollouts
         if rollouts not in self._scores:
             environment, source = self._environments[rollouts]
-            path = context.layout.base_scores(_determining(context, rollouts, source))
+            preset, layout = context.plan.preset, context.layout
+            names = (context.sweep.condition.dataset, *rollouts.held_out)
+            own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
+            determining = {
+                "protocol_version": PROTOCOL_VERSION,
+                "precision": preset.protocol.precision,
+                "rollouts": rollouts.determining,
+                "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
+                **{name: source[name] for name in own},
+            }
+            path = layout.base_scores(determining)
             scores: Scores | None = None
             # A file that cannot be read is written again.
             with suppress(OSError, ValueError):
@@ -140,68 +156,34 @@ class RlTrainer:
 
 
 def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
-    condition, preset = context.sweep.condition, context.plan.preset
+    condition, preset, processes = context.sweep.condition, context.plan.preset, context.machine.processes
     rollouts = condition.rollouts
     assert rollouts
     spec = context.layout.model(condition.model)
     texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
 
-    def grader(name: str) -> GraderProtocol:
-        workers = preset.execution.threads
-        opened = open_graders.enter_context(Grader(preset.problems[name].grader, workers))
-        return FirstProcessGrader(opened, context.machine.processes)
+    def grading(name: str) -> Grade:
+        grader = open_graders.enter_context(Grader(preset.problems[name].grader, preset.execution.threads))
+
+        def grade(responses: list[str], answers: list[str]) -> np.ndarray:
+            # All processes use the first one's verdicts, since time limits may expire in some only.
+            verdicts = grader.grade(responses, answers) if processes.first else [False] * len(responses)
+            rewards: np.ndarray = processes.gather(verdicts)[0]
+            return rewards
+
+        return grade
 
     rows = read_problems(context.layout.dataset(condition.dataset))
     train, test = (
         [(row["question"], row["answer"]) for row in rows if row["split"] == split] for split in ("train", "test")
     )
-    held_out = {name: texts.read(context.layout.dataset(name))["test"] for name in rollouts.held_out}
     return Environment(
         texts,
         texts.read(context.layout.dataset(condition.dataset)),
-        held_out,
-        grader(condition.dataset),
-        {name: grader(name) for name in held_out},
+        grading(condition.dataset),
+        {name: (texts.read(context.layout.dataset(name))["test"], grading(name)) for name in rollouts.held_out},
         controls(train, test),
     )
-
-
-def _provenance(context: SweepContext, texts: ProblemTexts, by_engine: bool) -> dict[str, Any]:
-    source = provenance(context) | {
-        "dataset_sha256": file_sha256(context.layout.dataset(context.sweep.condition.dataset))[:16],
-        "tokenizer_sha256": tokenizer_key(texts.tokenizer),
-        "template_sha256": template_key(texts.tokenizer),
-    }
-    if by_engine:
-        source["packages"] |= {"vllm": vllm_version()}
-    return source
-
-
-def _determining(context: SweepContext, rollouts: Rollouts, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the base model's scores depend on, as plain data."""
-    preset, layout = context.plan.preset, context.layout
-    names = (context.sweep.condition.dataset, *rollouts.held_out)
-    own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
-    return {
-        "protocol_version": PROTOCOL_VERSION,
-        "precision": preset.protocol.precision,
-        "rollouts": rollouts.determining,
-        "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
-        **{name: source[name] for name in own},
-    }
-
-
-@dataclass(frozen=True)
-class FirstProcessGrader:
-    """A grader that uses the first process's verdicts in all processes, since time limits may expire in some only."""
-
-    grader: Grader
-    processes: Processes
-
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return whether each response is right."""
-        verdicts = self.grader.grade(responses, answers) if self.processes.first else [False] * len(responses)
-        return [bool(right) for right in self.processes.gather(verdicts)[0]]
 
 
 class Replica:

@@ -13,8 +13,7 @@ from lorabench.config.inputs import ReasoningProblems, TinyModel
 from lorabench.data.grading import Grader
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.runs import Condition, Rollouts, Run
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
@@ -61,7 +60,12 @@ def environment(tmp_path_factory, tokenizer) -> Environment:
 
 def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Environment:
     texts = ProblemTexts(tokenizer, rollouts, 512)
-    return Environment(texts, texts.read(path), {}, Grader("arithmetic"), {})
+    grader = Grader("arithmetic")
+
+    def grade(responses, answers):
+        return np.array(grader.grade(responses, answers), np.float64)
+
+    return Environment(texts, texts.read(path), grade, {})
 
 
 @pytest.fixture

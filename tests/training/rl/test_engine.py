@@ -18,8 +18,7 @@ from lorabench.config.loading import load_preset
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
@@ -28,8 +27,7 @@ from lorabench.store.io import read_table
 from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
-from lorabench.training.rl.engine.process import Engine, EngineSettings, llm_options
-from lorabench.training.rl.engine.sampler import PolicyEngine
+from lorabench.training.rl.engine import Engine, EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 from ...conftest import MARGINS

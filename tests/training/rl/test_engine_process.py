@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 from lorabench.training.distributed import SINGLE_PROCESS
-from lorabench.training.rl.engine.sampler import _handover_folder
+from lorabench.training.rl.engine import handover_folder
 
-CHILD = (
-    "import sys; from lorabench.training.rl.engine.worker import _end_with; _end_with(int(sys.argv[1]), sys.argv[2])"
-)
+CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2])"
 PARENT = (
     "import os, subprocess, sys, time; "
     f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}, str(os.getpid()), sys.argv[1]]); "
@@ -44,12 +42,12 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
 def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with _handover_folder(SINGLE_PROCESS) as folder:
+    with handover_folder(SINGLE_PROCESS) as folder:
         assert folder.is_dir()
         left, running = (folder.with_name(f"lorabench-policy-{process}-1") for process in (ended.pid, os.getppid()))
         for other in (left, running):
             other.mkdir()
-        with _handover_folder(SINGLE_PROCESS) as another:
+        with handover_folder(SINGLE_PROCESS) as another:
             assert another != folder
             assert not left.exists()
             assert running.is_dir()

@@ -75,7 +75,7 @@ def test_lora_leaves_the_base_as_it_was(environment, tmp_path, base):
 
 def test_equal_rewards_change_nothing(environment, tmp_path, base):
     """This holds after steps with differing rewards too: Adam's momentum must not move the policy."""
-    rights = replace(environment, grader=Every(True))
+    rights = replace(environment, grade=every(1.0))
     outcome, model = train(Run(condition_of(None), 1e-3, 0), rights, tmp_path)
     assert outcome.status == "done"
     assert metric(outcome, "equal_groups") == [1.0] * 4
@@ -85,9 +85,9 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
     # The last of three steps has equal rewards, so the policy is the one after two steps.
     after = {
         steps: weights_hash(
-            train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grader=grader), tmp_path)[1]
+            train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grade=grade), tmp_path)[1]
         )
-        for steps, grader in ((2, environment.grader), (3, Until(environment.grader, 2)))
+        for steps, grade in ((2, environment.grade), (3, until(environment.grade, 2)))
     }
     assert after[2] == after[3] != weights_hash(base)
 
@@ -122,27 +122,17 @@ def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environmen
     assert "differs from the learner's by 0.034 nats per token (KL); above 0.01 " in message
 
 
-class Every:
-    """A grader with one verdict for all responses."""
-
-    def __init__(self, verdict: bool) -> None:
-        self.verdict = verdict
-
-    def grade(self, responses, answers):
-        return [self.verdict] * len(responses)
+def every(reward):
+    """Return a grading that gives all responses one reward."""
+    return lambda responses, answers: np.full(len(responses), reward)
 
 
-class Until:
-    """A grader that is right for some training steps (batches of 32) and then accepts all responses."""
-
-    def __init__(self, grader, steps: int) -> None:
-        self.grader, self.left = grader, steps
-
-    def grade(self, responses, answers):
-        if len(responses) != 32:
-            return self.grader.grade(responses, answers)
-        self.left -= 1
-        return self.grader.grade(responses, answers) if self.left >= 0 else [True] * len(responses)
+def until(grade, steps):
+    """Return a grading that is right for some training steps (batches of 32) and then accepts all responses."""
+    batches = iter(range(1, 100))
+    return lambda responses, answers: (
+        grade(responses, answers) if len(responses) != 32 or next(batches) <= steps else np.ones(len(responses))
+    )
 
 
 def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
@@ -226,7 +216,7 @@ def test_held_out_problems_are_evaluated_and_not_trained_on(environment, tmp_pat
     rollouts = replace(ROLLOUTS, held_out=("sums",), held_out_samples=3)
     path = problem_file(tmp_path, tasks=["chain_sum"], max_digits=1)
     sums = ProblemTexts(tokenizer, rollouts, 512).read(path)["test"]
-    both = replace(environment, held_out={"sums": sums}, held_out_graders={"sums": environment.grader})
+    both = replace(environment, held_out={"sums": (sums, environment.grade)})
     with_sums, _ = train(Run(condition_of(None, rollouts=rollouts), 1e-4, 0), both, tmp_path)
     without, _ = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)
     assert metric(with_sums, "n_problems", "sums") == [16] * 3

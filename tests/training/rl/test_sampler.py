@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
-from lorabench.models.lora import add_lora
-from lorabench.models.lora_products import use_fast_products
+from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.training.rl import sampler
 from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, draw, uniforms
@@ -40,10 +39,6 @@ def test_draws_follow_the_distribution():
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     tokens = draw(logprobs, grid, torch.zeros(1000, dtype=torch.long))
     assert tokens.bincount(minlength=4).tolist() == [100, 0, 600, 300]
-
-
-def test_a_negative_number_takes_the_most_likely():
-    assert draw(torch.log(torch.tensor([[0.2, 0.5, 0.3]])), torch.tensor([-1.0]), torch.tensor([0])).item() == 1
 
 
 @given(st.lists(st.floats(-60, 5), min_size=2, max_size=50), st.floats(0, 1, exclude_max=True), st.integers(0, 49))
@@ -140,18 +135,6 @@ def test_a_response_does_not_depend_on_those_in_its_row(base, tokenizer, prompts
     assert len({len(response.tokens) for response in together}) > 2
     for response, alone in zip(together, by_itself, strict=True):
         assert response.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
-
-
-def test_rows_are_dropped_when_all_their_responses_have_ended():
-    rows = sampler._Rows(np.array([0, 0, 0, 1, 1, 1, 1, 2]), 2)
-    assert rows.prompts.tolist() == [0, 0, 1, 1, 2]
-    assert rows.seats.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
-    # The second response to the first prompt, and the last two of the second prompt.
-    live = np.array([1, 5, 6])
-    assert rows.keep(live).tolist() == [0, 3]
-    assert rows.prompts.tolist() == [0, 1]
-    assert [places.tolist() for places in rows.places(live)] == [[0, 1, 1], [0, 0, 1]]
-    assert rows.keep(live) is None
 
 
 def test_a_length_limit_only_cuts(base, tokenizer, prompts):

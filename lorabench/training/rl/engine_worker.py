@@ -1,8 +1,8 @@
-"""The process in which vLLM draws responses: `python -m lorabench.training.rl.engine.worker DESCRIPTOR`.
+"""The process in which vLLM draws responses: `python -m lorabench.training.rl.engine_worker DESCRIPTOR START`.
 
-It answers the messages of `lorabench.training.rl.engine.process`, which are JSON in both directions, over the socket of
-that descriptor. Signals that ask a job to end are left to the trainer, which still needs responses until its step is
-finished.
+It answers the messages of `lorabench.training.rl.engine`, which are JSON in both directions, over the socket of that
+descriptor. START is JSON: the trainer's process id, the folder that both share, and the arguments of vLLM's `LLM`.
+Signals that ask a job to end are left to the trainer, which still needs responses until its step is finished.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
-
-# Seconds between two looks at whether the trainer lives.
-_LOOK = 1.0
 
 
 class _Engine:
@@ -93,37 +88,34 @@ class _Engine:
 
 
 def main() -> None:
-    """Answer messages until the trainer ends this process, or dies."""
+    """Answer messages, the first one without being asked, until the trainer ends this process, or dies."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
-    start = json.loads(connection.recv_bytes())
-    threading.Thread(target=_end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
-    engine = _answer(connection, partial(_Engine, start["options"]), silent=True)
-    while engine is not None:
-        message = json.loads(connection.recv_bytes())
-        _answer(connection, partial(getattr(engine, message["do"]), **message["with"]))
+    connection, start = Connection(int(sys.argv[1])), json.loads(sys.argv[2])
+    threading.Thread(target=end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
+    engine: _Engine | None = None
+    while True:
+        try:
+            if engine is None:
+                engine, result = _Engine(start["options"]), None
+            else:
+                message = json.loads(connection.recv_bytes())
+                result = getattr(engine, message["do"])(**message["with"])
+            answer = {"result": result}
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            answer = {"error": f"{type(error).__name__}: {reason}"}
+        connection.send_bytes(json.dumps(answer).encode())
+        if engine is None:
+            return
 
 
-def _end_with(trainer: int, folder: str) -> None:
+def end_with(trainer: int, folder: str) -> None:
     """End this process, whatever it computes, when the trainer has died; remove the folder that both share."""
     while os.getppid() == trainer:
-        time.sleep(_LOOK)
+        time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
-
-
-def _answer(connection: Connection, work: Callable[[], Any], silent: bool = False) -> Any:
-    """Do the work and send its result, or its error; return the result, None after an error."""
-    result, answer = None, {}
-    try:
-        result = work()
-        answer = {"result": None if silent else result}
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        answer = {"error": f"{type(error).__name__}: {reason}"}
-    connection.send_bytes(json.dumps(answer).encode())
-    return result
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Sampling by vLLM: before each batch of responses, the present policy is handed over to the engine through files.
+"""Sampling by vLLM, in a process of its own (`engine_worker.py`).
 
-LoRA stays unmerged: the adapter gets a fresh name each time, since the engine keeps keys and values by that name. In
-full fine-tuning the engine reads all weights again.
+Before each batch of responses, the present policy is handed over to the engine through files. LoRA stays unmerged: the
+adapter gets a fresh name each time, since the engine keeps keys and values by that name. In full fine-tuning the engine
+reads all weights again.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import json
 import os
 import secrets
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +29,59 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from lorabench.config.inputs import HubModel
+from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
-from lorabench.models.vllm_support import max_lora_rank
+from lorabench.models.vllm_support import max_lora_rank, vllm_environment
 from lorabench.planning.engine import engine_memory
+from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
-from lorabench.training.rl.engine.process import Engine, EngineSettings, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
-from lorabench.training.sweep import SweepContext
 
 _PREFIX = "lorabench-policy-"
+# Seconds between two looks at whether the job is asked to end.
+_LOOK = 0.2
+# Seconds in which a process has ended that has closed its connection.
+_END = 20
+# Lines of the engine's log that an error shows.
+_LINES = 3
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is started with."""
+
+    options: dict[str, Any]
+    """The arguments of vLLM's `LLM`."""
+    device: int | None
+    """Index of this process's GPU among the visible ones; None for a CPU."""
+    threads: int
+
+
+def llm_options(model: str, dtype: str, max_length: int, cache_bytes: int, max_rank: int | None) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM` with which it draws from a policy.
+
+    Args:
+        model: folder or hub id of the model.
+        dtype: the name of the type of products.
+        max_length: tokens of the longest prompt with its response.
+        cache_bytes: bytes of keys and values.
+        max_rank: largest rank of the adapter; None for an engine without one.
+    """
+    lora = {} if max_rank is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
+    return lora | {
+        "model": model,
+        "dtype": dtype,
+        "max_model_len": max_length,
+        "kv_cache_memory_bytes": cache_bytes,
+        "skip_tokenizer_init": True,
+        # Log-probabilities of the distribution that tokens are drawn from.
+        "logprobs_mode": "processed_logprobs",
+        # Not the sampling settings in the model's folder.
+        "generation_config": "vllm",
+        "seed": 0,
+        "disable_log_stats": True,
+    }
 
 
 def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
@@ -72,17 +121,18 @@ class PolicyEngine:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self._processes, self._opened, self._handed_over = processes, ExitStack(), 0
-        self._folder = self._opened.enter_context(_handover_folder(processes))
+        self._processes, self._handed_over = processes, 0
+        self._handover = handover_folder(processes)
+        self._folder = self._handover.__enter__()
         self._engine: Engine | None = None
 
     def __enter__(self) -> PolicyEngine:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._opened.close()
+        self._handover.__exit__(*error)
 
     def draw(
         self,
@@ -127,9 +177,9 @@ class PolicyEngine:
 
     def _started(self, settings: EngineSettings) -> tuple[Engine, bool]:
         """Return an engine with these settings, and whether it was started now, since the present one had others."""
-        if self._engine is not None and self._engine.settings == settings:
-            return self._engine, False
         if self._engine is not None:
+            if self._engine.settings == settings:
+                return self._engine, False
             self._engine.close()
             self._engine = None
         self._engine = Engine(settings, self._folder)
@@ -192,20 +242,22 @@ def _seed(key: tuple[int, ...] | None) -> int | None:
 
 
 @contextmanager
-def _handover_folder(processes: Processes) -> Iterator[Path]:
+def handover_folder(processes: Processes) -> Iterator[Path]:
     """Make a folder that all processes of a job, which share a machine, see; it is removed at the end.
 
     It is in memory where there is such a file system. Folders that killed jobs left behind are removed first.
     """
     memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
     owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
     folder = parent / f"{_PREFIX}{owner}-{token}"
     if processes.first:
         for old in parent.glob(f"{_PREFIX}*"):
-            # Another job may remove it at the same moment.
-            with suppress(FileNotFoundError):
-                if old.stat().st_uid == os.getuid() and not _alive(int(old.name.split("-")[2])):
+            # Another user's process is alive too.
+            with suppress(PermissionError):
+                try:
+                    os.kill(int(old.name.split("-")[2]), 0)
+                except ProcessLookupError:
                     shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(mode=0o700)
     processes.wait()
@@ -216,11 +268,91 @@ def _handover_folder(processes: Processes) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+class Engine:
+    """The trainer's side of a process in which vLLM draws."""
+
+    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        """Start an engine.
+
+        Args:
+            folder: the folder through which weights are handed over; the process removes it if this one dies.
+
+        Raises:
+            UserError: it does not start.
+        """
+        self.settings = settings
+        ours, theirs = socket.socketpair()
+        start = json.dumps({"trainer": os.getpid(), "folder": str(folder), "options": settings.options})
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
+            pass_fds=[theirs.fileno()],
+            env=_environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        try:
+            self._answer(None, lambda: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, name: str, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+        """Send a message, a method of the worker's `_Engine`, and return the answer.
+
+        Args:
+            interrupt: called while the answer is awaited; it may raise.
+
+        Raises:
+            UserError: the engine failed or has ended.
+        """
+        return self._answer({"do": name, "with": arguments}, interrupt)
+
+    def close(self) -> None:
+        """End the process, which holds nothing that would have to be saved."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        self._log.close()
+
+    def _answer(self, message: dict[str, Any] | None, interrupt: Callable[[], None]) -> Any:
+        try:
+            if message:
+                self._connection.send_bytes(json.dumps(message).encode())
+            while not self._connection.poll(_LOOK):
+                interrupt()
+            answer = json.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            try:
+                status = self._process.wait(_END)
+                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            except subprocess.TimeoutExpired:
+                end = "does not answer any more"
+            self._log.seek(0)
+            log = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+            raise UserError(
+                f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
+                f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-_LINES:])
+            ) from error
+        if "error" in answer:
+            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
+        return answer["result"]
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """Return this process's environment, without its place among the job's processes, with vLLM's variables."""
+    distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
+    # Models of the hub are fetched by a job of their own.
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= vllm_environment(settings.device is None)
+    if settings.device is None:
+        environment["OMP_NUM_THREADS"] = str(settings.threads)
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else []
+        environment["CUDA_VISIBLE_DEVICES"] = devices[settings.device] if devices else str(settings.device)
+    return environment
