@@ -65,7 +65,7 @@ def test_sft_of_other_families(name, short_data, tmp_path, monkeypatch):
     assert_same_weights(model, expected)
 
 
-@pytest.mark.parametrize(("rank", "lr"), [(2, 3e-3), (None, 3e-4)])
+@pytest.mark.parametrize(("rank", "lr"), [(2, 1e-3), (None, 3e-4)])
 def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
     """The reference learns from the responses that the loop has drawn."""
     steps, drawn, losses = 5, {}, []
