@@ -125,7 +125,6 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
         f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
-    paper_value="no number",
     over=chosen(learning, full_runs, longest_run),
     core=True,
 )
@@ -164,7 +163,6 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
         f"floor is the claim's content. {LONG_ONLY}"
     ),
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
-    paper_value="no number",
     unit="share of FullFT's slope",
     over=chosen(learning, full_runs, longest_runs),
 )

@@ -60,14 +60,13 @@ class Evidence:
         return comparisons(self.runs[is_standard(self.runs)], self.curves, self.judging)
 
     @cached_property
-    def at_last_evaluation(self) -> list[Comparison]:
+    def rl_comparisons(self) -> list[Comparison]:
         """The comparisons of RL on test error rates after the last step, of problem sets that give a reward."""
-        return comparisons(rewarded_errors(self.runs[is_standard(self.runs)]), self.curves, self.judging)
+        return self.compared_by("final_reward")
 
-    @cached_property
-    def at_best_evaluation(self) -> list[Comparison]:
-        """The same at the evaluation that is best on validation."""
-        runs = rewarded_errors(self.runs[is_standard(self.runs)], "best_reward")
+    def compared_by(self, test_reward: TestReward) -> list[Comparison]:
+        """Return the comparisons of RL on test error rates by one of the test rewards of a run."""
+        runs = rewarded_errors(self.runs[is_standard(self.runs)], test_reward)
         return comparisons(runs, self.curves, self.judging)
 
     @cached_property
@@ -111,13 +110,13 @@ class Claim:
     """The conditions for the verdict `confirmed`, and for `contradicted`."""
     needs: str
     """The runs or tables that the criterion needs, for the reason of a claim that is not tested."""
-    paper_value: str
-    """The paper's number for the estimate, or its statement without a number."""
     experiments: tuple[str, ...]
     """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
     judge: Judge
     over: Callable[[Evidence], Iterable[tuple[str, Any]]] | None = None
     """Returns what the claim is judged on, each part after its name; the worst finding decides. None: the evidence."""
+    paper_value: str = "no number"
+    """The paper's number for the estimate, or its statement without a number."""
     kind: Kind = "empirical"
     figure: str = "text"
     """The number of the paper's figure, or several with commas, or `text`; `own` if the paper has no such statement."""

@@ -246,7 +246,6 @@ def _same_final_loss(comparison: Comparison) -> Finding:
         f"of its slope; a gap that does not grow is slow learning, and the verdict is inconclusive. {AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
-    paper_value="no number",
     experiments=("rank", "capacity"),
     over=chosen(learning, longest_run),
 )
@@ -267,7 +266,7 @@ def _rank_1_worse(comparison: Comparison) -> Finding:
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-_early_claim = partial(claim, figure="early curves", experiments=("early",))
+_early_claim = partial(claim, figure="early curves", experiments=("early",), over=every_dataset)
 
 
 def _early(
@@ -306,7 +305,6 @@ def _early(
     ),
     needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
-    over=every_dataset,
     core=True,
 )
 def _same_early_curves(comparison: Comparison) -> Finding:
@@ -346,7 +344,6 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
     paper_value="grows; no number",
     unit="share of the mean per tenfold steps",
-    over=every_dataset,
 )
 def _difference_grows(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, MIN_SEEDS)
@@ -376,7 +373,6 @@ def _difference_grows(comparison: Comparison) -> Finding:
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",
-    over=every_dataset,
 )
 def _difference_negative_at_first(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)

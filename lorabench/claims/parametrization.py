@@ -178,8 +178,6 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     conditions=(LONG,),
 )
 def _b_outgrows_a(comparison: Comparison) -> Finding:
-    if not comparison.lora:
-        raise UnjudgedError("not tested", "no LoRA on all layers")
     last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
     last = last[last["step"] == last["steps"].fillna(last["step"])]
     shares = last["value"].astype(float)

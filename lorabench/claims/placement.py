@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -92,7 +92,6 @@ def tiny_dataset(named: Named) -> Named:
     statement="Attention alone is worse even with very little data",
     criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
     needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
-    paper_value="no number",
     experiments=("placement_small",),
     over=chosen(tiny_dataset),
     columns=("trainable_params",),
@@ -150,32 +149,25 @@ def _attention_adds_nothing(comparison: Comparison) -> Finding:
     return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 
-Judge = Callable[[Comparison], Finding]
+def _judge_part(
+    part: Callable[[Comparison], Finding], choose: Callable[[Evidence], Named], evidence: Evidence
+) -> Finding:
+    def judge(comparison: Comparison) -> Finding:
+        judged = part(comparison)
+        if not comparison.is_rl:
+            return judged
+        lora = [arm for arm in comparison.arms if arm["method"] == "lora"]
+        return at_one_peak(if_learned(comparison, judged, list(comparison.placed("mlp").values())), comparison, lora)
 
-PARTS: dict[str, Judge] = {
-    "attention against the MLP": _attention_worse,
-    "the MLP against all layers": _attention_adds_nothing,
-}
-"""The two parts of E3, E4 and E5, each as the function that judges it on one comparison."""
-
-
-def _in_rl(part: Judge, comparison: Comparison) -> Finding:
-    arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
-    judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-    return at_one_peak(judged, comparison, arms)
+    return judge_each(choose(evidence), judge)
 
 
-PARTS_IN_RL = {name: partial(_in_rl, part) for name, part in PARTS.items()}
-"""The same in RL."""
-
-Part = tuple[Callable[[Evidence], Named], Judge, Evidence]
-
-
-def both_parts(
-    choose: Callable[[Evidence], Named], parts: Mapping[str, Judge], evidence: Evidence
-) -> list[tuple[str, Part]]:
-    """Return the parts of a claim, each after its name, with what it is judged on."""
-    return [(name, (choose, part, evidence)) for name, part in parts.items()]
+def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[tuple[str, Callable[[], Finding]]]:
+    """Return functions that judge the two parts of E3, E4 and E5 on chosen comparisons, each after its name."""
+    return [
+        ("attention against the MLP", partial(_judge_part, _attention_worse, choose, evidence)),
+        ("the MLP against all layers", partial(_judge_part, _attention_adds_nothing, choose, evidence)),
+    ]
 
 
 @claim(
@@ -189,7 +181,7 @@ def both_parts(
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     experiments=("placement",),
-    over=partial(both_parts, chosen(mixtures), PARTS),
+    over=partial(both_parts, chosen(mixtures)),
     columns=("trainable_params", "family"),
 )
 @claim(
@@ -200,7 +192,7 @@ def both_parts(
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
     experiments=("placement_small",),
-    over=partial(both_parts, every_dataset, PARTS),
+    over=partial(both_parts, every_dataset),
     columns=("trainable_params",),
     fact=_FACT,
 )
@@ -219,12 +211,10 @@ def both_parts(
         "at one rank, each with an LR grid whose best LR is not at its edge; "
         f"{MIN_SEEDS} seeds at the LRs around each optimum"
     ),
-    paper_value="no number",
     unit="error rate",
     experiments=("placement_rl",),
-    over=partial(both_parts, partial(problem_sets, at_best=True), PARTS_IN_RL),
+    over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),
     columns=("base_reward", "best_reward", "trainable_params"),
 )
-def _both_parts(part: Part) -> Finding:
-    choose, judge, evidence = part
-    return judge_each(choose(evidence), judge)
+def _both_parts(part: Callable[[], Finding]) -> Finding:
+    return part()

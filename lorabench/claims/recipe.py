@@ -15,7 +15,7 @@ from typing import Literal
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_standard
-from lorabench.analysis.comparison import MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
+from lorabench.analysis.comparison import COMPARED, MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.optima import ratio_interval
@@ -26,17 +26,6 @@ from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
-
-
-@dataclass(frozen=True)
-class SharedSetting:
-    """The settings that all arms of a comparison have in common."""
-
-    task: Task
-    model: str
-    dataset: str
-    batch_size: int
-    steps: int | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,8 @@ class Choice:
 class RankRecommendation:
     """The recommendation from the runs of one model, dataset, batch size and length."""
 
-    setting: SharedSetting
+    setting: Arm
+    """Its task, model, dataset, batch_size and steps, which all arms have in common."""
     answer: MatchAnswer
     """Yes: some rank matches. No: no rank that was tried matches. Undecided: no rank is known to match, some may."""
     fullft: Choice
@@ -111,7 +101,8 @@ class RankRecommendation:
 class PlacementChoice:
     """LoRA on all and on some layers of one model, dataset, batch size and length, each at its best rank."""
 
-    setting: SharedSetting
+    setting: Arm
+    """As of `RankRecommendation`."""
     all_layers: Choice
     """LoRA on all layers."""
     parts: tuple[Choice, ...]
@@ -139,11 +130,10 @@ class MeasuredRecipe:
         They ascend in batch size; of several lengths at one batch size, the longest is taken.
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        in_order = sorted(self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0))
-        for recommendation in in_order:
-            setting = recommendation.setting
-            groups.setdefault((setting.task, setting.model, setting.dataset), {})[setting.batch_size] = recommendation
-        return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
+        for recommendation in sorted(self.recommendations, key=lambda each: each.setting["steps"] or 0):
+            task, model, dataset, batch_size, _ = recommendation.setting.values()
+            groups.setdefault((task, model, dataset), {})[batch_size] = recommendation
+        return [tuple(sizes[size] for size in sorted(sizes)) for sizes in groups.values() if len(sizes) > 1]
 
 
 def measured_recipe(
@@ -219,10 +209,9 @@ def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
     )
 
 
-def _setting(comparison: Comparison) -> SharedSetting:
-    arm = comparison.arms[0]
-    task: Task = "rl" if comparison.is_rl else "sft"
-    return SharedSetting(task, arm["model"], arm["dataset"], arm["batch_size"], arm["steps"])
+def _setting(comparison: Comparison) -> Arm:
+    shared = {name: comparison.arms[0][name] for name in COMPARED}
+    return {"task": "rl" if comparison.is_rl else "sft", **shared}
 
 
 def _against(comparison: Comparison, arm: Arm, other: Arm) -> Choice:

@@ -17,7 +17,7 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, flat_top, good_ranges
+from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, TestReward, flat_top, good_ranges
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number
 from lorabench.claims.scope import BEATS_CONTROLS, RL_PRESETS, SWEPT, Named, response_length
@@ -56,18 +56,14 @@ CONDITIONS = (SWEPT, response_length(8, RL_PRESETS), BEATS_CONTROLS)
 """The conditions of the claims that compare arms in RL."""
 
 
-def problem_sets(evidence: Evidence, at_best: bool = False) -> Named:
-    """Return the comparisons of error rates on each model and problem set.
+def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -> Named:
+    """Return the comparisons of error rates on each model and problem set, by one of the test rewards of a run.
 
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
     some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
-
-    Args:
-        evidence: the tables.
-        at_best: whether the error rates are those at the evaluation that is best on validation, and not those after
-            the last step.
     """
-    compared = evidence.at_best_evaluation if at_best else evidence.at_last_evaluation
+    last = test_reward == "final_reward"
+    compared = evidence.rl_comparisons if last else evidence.compared_by(test_reward)
     if not compared:
         raise UnjudgedError("not tested", "no run ever got a reward")
     return [(comparison.label, comparison) for comparison in compared]
@@ -80,8 +76,7 @@ RankJudge = Callable[[Comparison, Arm, Arm], Finding]
 def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Finding]]:
     """Return a decorator that makes a judge of one LoRA arm and FullFT judge every rank on all layers.
 
-    Args:
-        learners: the methods, `lora` and `fullft`, that must have learned for a verdict.
+    The methods among `lora` and `fullft` that are given must have learned for a verdict.
     """
     return lambda judge: partial(_judge_ranks, judge, learners)
 

@@ -203,7 +203,6 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
         f"cautious. {HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
     ),
     needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
-    paper_value="no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
 )
@@ -233,7 +232,6 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
         "checking are reported, not judged"
     ),
     needs=RL_RUNS.format("LoRA") + ", with response lengths",
-    paper_value="no number",
     unit="ratio",
     experiments=DEEPMATH_EXPERIMENTS,
     conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
@@ -335,8 +333,6 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
     The table of first epochs has a row per dataset: dataset, run_ids, and bits (per scored token, by run).
     """
     sft = evidence.every_run[~is_rl(evidence.every_run)]
-    if missing := [name for name in (*NEEDED_BY["sft"], *_FIRST_EPOCH) if name not in sft]:
-        raise UnjudgedError("not tested", f"the runs table has no column {', '.join(missing)}")
     lengths = description_lengths(sft[~is_memorisation(sft)])
     bits = sft[_FIRST_EPOCH[0]].astype(float) / sft[_FIRST_EPOCH[1]].astype(float) / math.log(2)
     epochs = lengths.assign(bits=lengths["run_ids"].map(lambda run_ids: bits[sft["run_id"].isin(run_ids)].tolist()))
@@ -359,6 +355,7 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
     unit="ratio",
     experiments=RL_EXPERIMENTS,
     over=sft_of_problem_sets,
+    columns=(*NEEDED_BY["sft"], *_FIRST_EPOCH),
     task="rl",
     conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
 )

@@ -168,7 +168,8 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
         for run, recipe in recipes:
             shared, size = recipe.setting, abs(float(run["base_params"]) / model.parameters - 1)
             is_shown = (run["family"], run["hidden_size"]) == (model.family, model.sizes.hidden) and size < _SAME_SIZE
-            where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
+            batch = f"batch {shared['batch_size']}, {shared['steps']} steps"
+            where = f"measured, {folder.parent}: {shared['dataset']}, {batch}"
             for method, choice, remark in (
                 ("fullft", recipe.fullft, ""),
                 ("lora", recipe.use, _MATCHES[recipe.answer]),
@@ -182,14 +183,14 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
                     pooled.append(
                         LrOptimum(
                             source=OWN,
-                            model=shared.model,
+                            model=shared["model"],
                             family=str(run["family"]),
-                            dataset=shared.dataset,
+                            dataset=shared["dataset"],
                             method=method,
                             rank=choice.rank,
                             width=float(run["hidden_size"]),
-                            batch_size=float(shared.batch_size),
-                            steps=math.nan if shared.steps is None else float(shared.steps),
+                            batch_size=float(shared["batch_size"]),
+                            steps=math.nan if shared["steps"] is None else float(shared["steps"]),
                             alpha=ALPHA,
                             rl=False,
                             lr=lr,

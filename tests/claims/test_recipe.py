@@ -101,7 +101,7 @@ def test_each_batch_size_has_its_answer():
     large += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in shifted(sft(64), 0.3)]
     recommended = measured_recipe(runs_table(small + large))
     [sizes] = recommended.by_batch_size()
-    assert [(size.setting.batch_size, size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
+    assert [(size.setting["batch_size"], size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
     assert recommended.answer == "mixed"
 
 
@@ -115,7 +115,7 @@ def test_placements_against_all_layers():
 
 def test_rl_is_judged_by_error_rate():
     recommendation = only(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
-    assert recommendation.setting.task == "rl"
+    assert recommendation.setting["task"] == "rl"
     assert [choice.answer for choice in recommendation.lora] == ["yes", "no"]
     assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
     assert recommendation.use.loss == pytest.approx(0.2, abs=0.01)
