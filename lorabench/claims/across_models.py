@@ -14,7 +14,6 @@ from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, 
 from lorabench.analysis.finding import (
     Finding,
     Outcome,
-    UnjudgedError,
     decide,
     finding,
     in_unit,
@@ -39,7 +38,7 @@ from lorabench.analysis.lr_law import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Condition, Evidence, claim, named_problems, number
+from lorabench.claims.claim import Condition, Evidence, claim, named_problems, number, problem_if, unjudged_if
 from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import widths
 
@@ -80,8 +79,7 @@ def model_groups(evidence: Evidence) -> list[tuple[str, list[SweptModel]]]:
     """
     groups = swept_models(evidence.comparisons)
     largest = max(map(len, groups), default=0)
-    if largest < 2:
-        raise UnjudgedError("not tested", "no two models with FullFT and LoRA swept on the same data")
+    unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
     named = []
     for models in groups:
         if len(models) >= min(MIN_MODELS, largest):
@@ -97,25 +95,14 @@ def _as_many_models(evidence: Evidence) -> str | None:
     return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
-def _two_widths(family: str) -> Condition:
-    on_all = widths(SMALLEST_WIDTH, 2, _PRESETS)
-
-    def instead(evidence: Evidence) -> str | None:
-        chosen = evidence.runs["family"].astype(str).str.lower().str.startswith(family)
-        return on_all.instead(replace(evidence, runs=evidence.runs[chosen]))
-
-    return Condition(f"{on_all.text} in the family {family}", instead, _PRESETS)
-
-
 _claim = partial(
     claim, over=model_groups, needs=MODELS, experiments=("lr_law", "rank"), columns=("family", "hidden_size")
 )
 
 
 def _too_few(number: int, needed: int, what: str) -> list[Problem]:
-    if number >= needed:
-        return []
-    return [Problem(f"{number} {what}, {needed} needed", Remedy(f"{needed} {what} (now {number})"))]
+    remedy = Remedy(f"{needed} {what} (now {number})")
+    return problem_if(number < needed, f"{number} {what}, {needed} needed", remedy)
 
 
 def _problems(models: Sequence[SweptModel]) -> list[Problem]:
@@ -348,12 +335,11 @@ def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{PUBLISHED.exponents['llama']} and {PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    conditions=tuple(_two_widths(family) for family in PUBLISHED.exponents),
+    conditions=tuple(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in PUBLISHED.exponents),
 )
 def _families_scale_differently(models: list[SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in PUBLISHED.exponents}
-    if not any(by_family.values()):
-        raise UnjudgedError("not tested", "no models of the Llama and Qwen families")
+    unjudged_if(not any(by_family.values()), "no models of the Llama and Qwen families")
     for family, members in by_family.items():
         if len({model.hidden_size for model in members}) < 2:
             remedy = Remedy(f"{family} models of two hidden sizes or more")

@@ -24,6 +24,7 @@ from lorabench.claims.claim import (
     judge_each,
     margin_problems,
     named_problems,
+    unjudged_if,
 )
 from lorabench.claims.learning_curves import AT_OPTIMUM
 
@@ -98,9 +99,8 @@ class BatchSizes:
         fullft = next((comparison.fullft for comparison in compared if comparison.fullft), None)
         require(("LoRA above rank 1", highest), ("FullFT", fullft))
         steps = {size: comparison.runs["steps"].iloc[0] for size, comparison in self.by_size.items()}
-        if any(map(pd.isna, steps.values())):
-            text = "the runs table has no steps, which say how much data each batch size saw"
-            raise UnjudgedError("not tested", text)
+        text = "the runs table has no steps, which say how much data each batch size saw"
+        unjudged_if(any(map(pd.isna, steps.values())), text)
         examples = {size: int(steps[size] * size) for size in steps}
         if not max(examples.values()) <= MAX_DATA_RATIO * min(examples.values()):
             seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
@@ -216,9 +216,7 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
             windows = []
             for start, end in (EARLY, LATE):
                 steps = [step for step in curves.by_seed.index if start * curves.last < step <= end * curves.last]
-                if not steps:
-                    text = f"no training losses of paired seeds along the runs at batch {size}"
-                    raise UnjudgedError("not tested", text)
+                unjudged_if(not steps, f"no training losses of paired seeds along the runs at batch {size}")
                 windows.append((steps[0], steps[-1]))
             halfway[size], at_end[size] = curves.means(windows)
             run_ids += curves.run_ids
@@ -259,8 +257,7 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
 )
 def _gap_independent_of_rank(sizes: BatchSizes) -> Finding:
     lowest, *higher = sizes.ranks
-    if not higher:
-        raise UnjudgedError("not tested", "fewer than two LoRA ranks above 1")
+    unjudged_if(not higher, "fewer than two LoRA ranks above 1")
     low, high = sizes.arms(lowest), sizes.arms(higher[-1])
     named = ((f"batch {size}", size) for size in sizes.by_size)
     return judge_each(named, lambda size: sizes.by_size[size].equal_losses(high[size], low[size]))

@@ -37,7 +37,7 @@ from lorabench.analysis.optima import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number
+from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
 from lorabench.claims.scope import NATURAL, Named, chosen, full_runs, learning, longest_run, longest_runs
 from lorabench.utils.formats import fixed_interval
@@ -92,13 +92,11 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         if rank == highest["rank"]:
             continue
         curves, problems = pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
-        if not len(curves.by_seed) and not problems:
-            raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
+        unjudged_if(not len(curves.by_seed) and not problems, "no training curves with seeds and steps in common")
         departure = paired_departure(curves, margin.value)
         problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, arm, highest, margin.value)
         ranks.append(_Rank(rank, arm, curves, departure, problems))
-    if not ranks:
-        raise UnjudgedError("inconclusive", "only one rank")
+    unjudged_if(not ranks, "only one rank", "inconclusive")
     return ranks
 
 
@@ -170,8 +168,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
     gone = [rank for rank in ranks if rank.departure.left]
     departures, problems = ", ".join(map(str, ranks)), _problems(ranks)
-    if not gone and not problems:
-        raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
+    unjudged_if(not gone and not problems, f"no rank leaves the shared curve: {departures}")
     if not gone:
         yield finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     for rank in gone:
@@ -214,8 +211,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     columns=("trainable_params",),
 )
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
-    if "tokens" not in evidence.curves:
-        raise UnjudgedError("not tested", "the curves table has no column tokens")
+    unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
     for label, comparison in chosen(learning, longest_runs)(evidence):
         try:
@@ -236,17 +232,14 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
                 tokens, parameters = tokens_at(comparison, rank.arm, 10**threshold.value), runs["trainable_params"]
                 dataset, ids = runs["dataset"].iloc[0], list(runs["run_id"])
                 rows.append((dataset, name, float(parameters.iloc[0]), tokens, threshold.seed_error, ids))
-    if not rows and not left_out:
-        raise UnjudgedError("not tested", "no such runs")
+    unjudged_if(not rows and not left_out, "no such runs")
     gone = pd.DataFrame(rows, columns=["dataset", "name", "parameters", "tokens", "error", "run_ids"])
     at_tokens = ", ".join(
         f"{name} {tokens:.3g} tokens" for name, tokens in zip(gone["name"], gone["tokens"], strict=True)
     )
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
     dof = len(gone) - gone["dataset"].nunique() - 1
-    if dof < 1:
-        reason = f"{at_tokens or 'no departures'}: too few for a slope{others}"
-        raise UnjudgedError("inconclusive", reason, MORE_RANKS)
+    unjudged_if(dof < 1, f"{at_tokens or 'no departures'}: too few for a slope{others}", "inconclusive", MORE_RANKS)
     floor = math.sqrt(float((gone["error"] ** 2).mean()))
     line = log_log(gone["parameters"], gone["tokens"], floor, gone["dataset"])
     slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
@@ -312,8 +305,7 @@ def _about_one_bit(comparison: Comparison) -> Finding:
 )
 def _two_bits_per_parameter(comparison: Comparison) -> Finding:
     arms = list(comparison.lora.values())
-    if not arms:
-        raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    unjudged_if(not arms, "no runs of LoRA on the facts", "inconclusive")
     run_ids = comparison.run_ids(arms)
     stores, saturated, findings, texts = [], [], [], []
     for arm in arms:

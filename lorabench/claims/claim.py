@@ -172,9 +172,19 @@ def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
     for name, part in named:
         judged = judge_part(judge, part)
         findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
-    if not findings:
-        raise UnjudgedError("not tested", "no such runs")
+    unjudged_if(not findings, "no such runs")
     return together(findings)
+
+
+def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested", remedy: Remedy | None = None) -> None:
+    """Raise UnjudgedError with a verdict and its reason if a condition holds."""
+    if condition:
+        raise UnjudgedError(verdict, reason, remedy)
+
+
+def problem_if(condition: object, text: str, remedy: Remedy | None = None) -> list[Problem]:
+    """Return a reason against a verdict if a condition holds, with what would remove it."""
+    return [Problem(text, remedy)] if condition else []
 
 
 def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
@@ -214,9 +224,8 @@ def named_problems(problems: Iterable[Problem], name: str, where: str = "") -> l
 
 def few_seeds(seeds: int, what: str = "paired seeds", needed: int = MIN_SEEDS) -> list[Problem]:
     """Return the problem that there are fewer seeds than a verdict needs, if so."""
-    if seeds >= needed:
-        return []
-    return [Problem(f"{seeds} {what}, {needed} needed", Remedy(f"{needed} seeds (now {seeds})", seeds=needed))]
+    remedy = Remedy(f"{needed} seeds (now {seeds})", seeds=needed)
+    return problem_if(seeds < needed, f"{seeds} {what}, {needed} needed", remedy)
 
 
 def margin_problems(margin: Margin) -> list[Problem]:

@@ -17,7 +17,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems
+from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
@@ -36,14 +36,11 @@ _count = partial(claim, kind="count", experiments=())
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return `flops_ratio` of the table `compute`; raise UnjudgedError where it has none."""
-    if compute.empty:
-        raise UnjudgedError("not tested", "no table compute")
+    unjudged_if(compute.empty, "no table compute")
     missing = [name for name in columns if name not in compute]
-    if missing:
-        raise UnjudgedError("not tested", f"the compute table has no column {', '.join(missing)}")
+    unjudged_if(missing, f"the compute table has no column {', '.join(missing)}")
     ratios = flops_ratio(compute)
-    if ratios.empty:
-        raise UnjudgedError("not tested", "the compute table has no LoRA")
+    unjudged_if(ratios.empty, "the compute table has no LoRA")
     return ratios
 
 
@@ -102,8 +99,7 @@ def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
 )
 def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     hidden = comparison.runs["hidden_size"].dropna().unique()
-    if len(hidden) != 1:
-        raise UnjudgedError("not tested", "hidden_size is not known, or not the same in all runs")
+    unjudged_if(len(hidden) != 1, "hidden_size is not known, or not the same in all runs")
     low_ranks = [arm for rank, arm in comparison.lora.items() if rank <= hidden[0] / FAR_BELOW]
     what = f"LoRA up to rank {hidden[0] // FAR_BELOW} (hidden size {hidden[0]})"
     lora, fullft = require((what, low_ranks[-1] if low_ranks else None), ("FullFT", comparison.fullft))
@@ -111,9 +107,7 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     runs = [runs_at_optimum(comparison, arm) for arm in (lora, fullft)]
     curves = equal_flops_curves(runs[0], runs[1], comparison.curves, f"{comparison.label} {label} at equal FLOPs")
     windows = curves.windows(WINDOWS)
-    if not windows:
-        text = "no training and validation curves of paired seeds with training FLOPs in common"
-        raise UnjudgedError("not tested", text)
+    unjudged_if(not windows, "no training and validation curves of paired seeds with training FLOPs in common")
     problems, margin = comparison.problems([lora, fullft]), comparison.margin
     if not problems and curves.n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {curves.n_seeds} paired seeds, {MIN_SEEDS} needed"))
@@ -160,8 +154,7 @@ _EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
 
 
 def _counts(evidence: Evidence, architecture: str) -> pd.DataFrame:
-    if evidence.counts.empty:
-        raise UnjudgedError("not tested", "there is no table of parameter counts")
+    unjudged_if(evidence.counts.empty, "there is no table of parameter counts")
     return evidence.counts[evidence.counts["architecture"] == architecture]
 
 
@@ -191,8 +184,7 @@ def _parameter_counts(evidence: Evidence) -> Finding:
         texts.append(f"{name} {counted[arm]:,}")
         if off[arm]:
             wrong.append(f"{name} is off by {off[arm]:+,}")
-    if not off:
-        raise UnjudgedError("not tested", "the counts table has none of the paper's configurations on llama-3.1-8b")
+    unjudged_if(not off, "the counts table has none of the paper's configurations on llama-3.1-8b")
     verdict: Verdict = "contradicted" if wrong else "inconclusive" if missing else "confirmed"
     text = "; ".join([f"llama-3.1-8b with the unembedding: {', '.join(texts)}", *wrong, *missing])
     return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
@@ -220,8 +212,7 @@ _MOE_PARTS = ("experts", "attention", "unembedding")
 def _expert_ratio(evidence: Evidence) -> Iterator[Finding]:
     counts = _counts(evidence, "qwen3-30b-a3b")
     counts = counts[counts["part"].isin(_MOE_PARTS)]
-    if counts.empty:
-        raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
+    unjudged_if(counts.empty, "the counts table has no parts of qwen3-30b-a3b")
     shares = counts.assign(share=counts["trainable_params"].astype(float) / counts["base_params"].astype(float))
     for rank, rows in shares.groupby(shares["rank"].astype(int)):
         share = rows.drop_duplicates("part").set_index("part")["share"]
@@ -263,9 +254,8 @@ def _rank_1_holds_math(evidence: Evidence) -> Finding:
     rank_1 = counts["placement"].eq("all") & counts["rank"].eq(1) & counts["part"].eq("all")
     rows = counts[rank_1].dropna(subset=["include_unembedding", "trainable_params"])
     by_unembedding = {bool(row["include_unembedding"]): int(row["trainable_params"]) for row in rows.to_dict("records")}
-    if True not in by_unembedding:
-        text = "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
-        raise UnjudgedError("not tested", text)
+    text = "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
+    unjudged_if(True not in by_unembedding, text)
     findings = []
     for include, parameters in sorted(by_unembedding.items()):
         ratio = parameters / MATH_BITS

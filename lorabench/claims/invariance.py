@@ -23,7 +23,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Evidence, claim, few_seeds, number
+from lorabench.claims.claim import Evidence, claim, few_seeds, number, problem_if, unjudged_if
 from lorabench.claims.scope import lora_runs
 
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
@@ -94,12 +94,10 @@ def _named(pair: pd.Series[Any], speed: str) -> str:
 )
 def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Finding:
     pairs, curves = tested
-    if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that should be equivalent")
+    unjudged_if(pairs.empty, "no runs that should be equivalent")
     last = differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
     equal, control = last[last["equivalent"]], last[~last["equivalent"]]
-    if equal.empty:
-        raise UnjudgedError("not tested", "no training losses of runs that should be equivalent")
+    unjudged_if(equal.empty, "no training losses of runs that should be equivalent")
     furthest, least = equal.sort_values("difference").iloc[-1], float(control["difference"].min())
     largest, eps, steps = float(furthest["difference"]), float(furthest["eps"]), equal["step"].min()
     at_eps = "" if math.isnan(eps) else f", eps {eps:g}"
@@ -109,8 +107,7 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
     )
     text += f"; {len(control)} other pairs by at least {least:.2g}" if len(control) else ""
     problems = []
-    if len(equal) < int(pairs["equivalent"].sum()):
-        problems.append(Problem("some equivalent pairs have no training losses"))
+    problems += problem_if(len(equal) < int(pairs["equivalent"].sum()), "some equivalent pairs have no training losses")
     if largest > IDENTICAL and not eps <= ZERO_EPS:
         remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
         problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
@@ -143,8 +140,7 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
 )
 def _same_initial_slope(lora: Evidence) -> Finding:
     pairs = tenfold_pairs(lora.runs)
-    if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
+    unjudged_if(pairs.empty, "no runs that differ tenfold in init_a/LR_A alone")
     # Validation losses, as training losses of single steps differ more between batches than over so few updates.
     losses = train_curves(lora.runs[["run_id"]], lora.curves, split="validation")
     early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
@@ -157,8 +153,7 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     fast, slow = pairs["run_id_fast"], pairs["run_id_slow"]
     both = pairs.assign(fast=fast.map(falls), slow=slow.map(falls), moved=fast.map(moved))
     both = both.dropna(subset=["fast", "slow"])
-    if both.empty:
-        raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
+    unjudged_if(both.empty, f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
     all_pairs = [pair for _, pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
     still = [pair for pair in all_pairs if not pair["moved"].max() > STILL]
@@ -236,14 +231,12 @@ _LONGER = Remedy(
 )
 def _time_scale_of_a(lora: Evidence) -> Finding:
     times = move_times(lora.runs, lora.curves)
-    if times.empty:
-        raise UnjudgedError("not tested", "no a_moved in the curves")
+    unjudged_if(times.empty, "no a_moved in the curves")
     cells = _time_cells(times)
     groups_known = cells.loc[cells["bound"] == 0, "group"]
     compared = cells[cells["group"].isin(groups_known) & (cells.groupby("group")["group"].transform("size") > 1)]
-    if compared.empty:
-        text = "no two values of init_a/LR_A at one alpha * init_a * LR_B, in one of which A moved by its own norm"
-        raise UnjudgedError("inconclusive", text, _LONGER)
+    text = "no two values of init_a/LR_A at one alpha * init_a * LR_B, in one of which A moved by its own norm"
+    unjudged_if(compared.empty, text, "inconclusive", _LONGER)
     slope = censored_slope(
         np.log(compared["time_scale"].to_numpy(float)),
         np.log(compared["limit"].to_numpy(float)),

@@ -35,6 +35,8 @@ from lorabench.claims.claim import (
     margin_problems,
     named_problems,
     number,
+    problem_if,
+    unjudged_if,
 )
 from lorabench.claims.scope import (
     FULL_STEPS,
@@ -97,8 +99,7 @@ def _same_curve(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
     curves = pair_at_optimum(comparison, lora, fullft)
     windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
-    if not windows:
-        raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
+    unjudged_if(not windows, "no training curves with seeds and steps in common")
     margin = comparison.margin
     problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
 
@@ -127,11 +128,9 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
     for arm in reversed(highest_and_full(comparison)):
         label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
         curve = curves_at_optimum(comparison, arm).dropna()
-        if curve.empty:
-            raise UnjudgedError("not tested", f"no training curves of {label}")
+        unjudged_if(curve.empty, f"no training curves of {label}")
         windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
-        if len(windows) < 4:
-            raise UnjudgedError("inconclusive", f"{label} has too few steps")
+        unjudged_if(len(windows) < 4, f"{label} has too few steps", "inconclusive")
         # Each window counts at its geometric middle.
         means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
         slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
@@ -185,8 +184,7 @@ def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
     conditions=(NATURAL,),
 )
 def _better_and_worse(datasets: list[Comparison]) -> Finding:
-    if len(datasets) < 2:
-        raise UnjudgedError("not tested", "only one dataset")
+    unjudged_if(len(datasets) < 2, "only one dataset")
     gaps: list[Estimate] = []
     texts, problems, run_ids = [], [], []
     for comparison in datasets:
@@ -278,19 +276,16 @@ def _early(
         The difference, its curves, what it is a difference of, and what speaks against a verdict; a verdict needs a
         number of seeds.
     """
-    if not comparison.lora:
-        raise UnjudgedError("not tested", "no LoRA on all layers")
+    unjudged_if(not comparison.lora, "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
     if early is None:
         raise UnjudgedError("inconclusive", "no two ranks above 1 with training losses at one LR and seed")
-    if early.low < PAPER_RANK:
-        ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
-        raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
+    ranks = f"it needs two ranks of {PAPER_RANK} or more (here {', '.join(f'r{rank}' for rank in comparison.lora)})"
+    unjudged_if(early.low < PAPER_RANK, ranks, "setting not met")
     ranks = f"r{early.low} - r{early.high}"
     curves = PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, f"{comparison.label} {ranks}")
     problems = few_seeds(early.n_seeds, needed=seeds)
-    if early.n_diverged:
-        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    problems += problem_if(early.n_diverged, f"{early.n_diverged} runs at that LR diverged")
     return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
@@ -310,8 +305,7 @@ def _early(
 def _same_early_curves(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
     windows = curves.windows(WINDOWS)
-    if not windows:
-        raise UnjudgedError("not tested", "no training losses after the first update")
+    unjudged_if(not windows, "no training losses after the first update")
     margin = comparison.margin
     problems += margin_problems(margin)
 
@@ -378,6 +372,5 @@ def _difference_negative_at_first(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
     [mean] = curves.means([(2, FIRST_STEPS)])
     text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    if early.by_seed.index.max() < FIRST_STEPS:
-        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
+    problems += problem_if(early.by_seed.index.max() < FIRST_STEPS, f"fewer than {FIRST_STEPS} steps")
     return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")

@@ -30,7 +30,7 @@ from lorabench.analysis.lr_ratio import (
 )
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
-from lorabench.claims.claim import SWEEP, Evidence, claim, highest_and_full, named_problems
+from lorabench.claims.claim import SWEEP, Evidence, claim, highest_and_full, named_problems, unjudged_if
 from lorabench.claims.scope import FULL_STEPS, LONG, every_dataset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
@@ -156,8 +156,7 @@ def _short_runs_want_more(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
     steps = fullft["steps"]
     lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
-    if not lengths:
-        raise UnjudgedError("not tested", f"runs of {steps or 'unknown'} steps, none longer than {SHORT_STEPS[0]}")
+    unjudged_if(not lengths, f"runs of {steps or 'unknown'} steps, none longer than {SHORT_STEPS[0]}")
     runs = comparison.of([lora, fullft])
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
@@ -232,8 +231,7 @@ _LEFT_OUT = " The conditions where its parameters were fitted (width 128, 50 ste
 def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[MeasuredRatio, LogRatio]]]:
     """Return the measured ratios of which a theory speaks and to which it was not fitted, with its predictions."""
     predictions = evidence.judging.predictions.lr_ratio
-    if getattr(predictions, theory) is None:
-        raise UnjudgedError("not tested", f"the preset states no prediction of the theory {theory}")
+    unjudged_if(getattr(predictions, theory) is None, f"the preset states no prediction of the theory {theory}")
     return [
         (ratio.label, (ratio, theories[theory]))
         for ratio in evidence.lr_ratios
@@ -277,11 +275,10 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED, *_COLUMNS}
-    if not needed <= set(tables.runs.columns):
+    if not {*NEEDED, *_COLUMNS, "experiments"} <= set(tables.runs.columns):
         return
     runs = tables.runs[in_experiments(tables.runs, _EXPERIMENTS) & ~is_rl(tables.runs)]
-    if runs.empty or "experiments" not in runs:
+    if runs.empty:
         return
     known = predictions or DEFAULT_PREDICTIONS
     judging = Judging(margins or DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses), predictions=known)

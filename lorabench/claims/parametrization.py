@@ -14,7 +14,7 @@ from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, in_unit, together, without, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, in_unit, together, without, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,
@@ -29,7 +29,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number
+from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, unjudged_if
 from lorabench.claims.scope import LONG, Named, chosen, learning, lora_runs
 
 # Bounds whose meaning the criteria say.
@@ -76,13 +76,11 @@ def _flat(rows: pd.DataFrame) -> Finding:
 )
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
     ratios = descent_ratios(first_descents(lora.runs, lora.curves))
-    if ratios.empty:
-        raise UnjudgedError("not tested", "no descent at step 1")
+    unjudged_if(ratios.empty, "no descent at step 1")
     groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
     comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
-    if not comparable:
-        text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
-        raise UnjudgedError("inconclusive", text, Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
+    text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
+    unjudged_if(not comparable, text, "inconclusive", Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
     for group in comparable:
         controls = {rule: _flat(rows) for rule, rows in group.groupby("rule") if len(rows) > 1}
         run_ids = tuple(sorted({run_id for each in controls.values() for run_id in each.run_ids}))
@@ -114,9 +112,7 @@ def tuned_variants(evidence: Evidence) -> list[tuple[str, Variants]]:
             variants = [arm for arm in arms if arm not in standard]
             if standard and variants:
                 named.append((comparison.label, (comparison, standard[0], variants)))
-    if not named:
-        text = "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
-        raise UnjudgedError("not tested", text)
+    unjudged_if(not named, "no LR-tuned variants of alpha or LR ratio beside the standard parametrization")
     return named
 
 
@@ -192,8 +188,7 @@ def _b_outgrows_a(comparison: Comparison) -> Finding:
             problems = [*comparison.problems([arm]), *few_seeds(len(run_ids), "seeds")]
             judged = decide(Above(MAJORITY), excess, text, run_ids, problems, f"a share of {HALF + MAJORITY:g}")
             findings.append(in_unit(judged, lambda value: value + HALF))
-    if not findings:
-        raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its optimal LR")
+    unjudged_if(not findings, "no b_over_a at the last step of a run at its optimal LR")
     decided = together(findings)
     return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
 
@@ -247,8 +242,7 @@ def _effective_lr_grows(lora: Evidence) -> Finding:
         )
         run_ids, problems = [*pairs["run_id_fast"], *pairs["run_id_slow"]], few_seeds(len(pairs))
         controlled.append(as_ratio(decide(rule, over_control, text, run_ids, problems, margin_rule)))
-    if not controlled and not alone:
-        raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
+    unjudged_if(not controlled and not alone, "no update_norm of the standard parametrization at step 1 and later")
     decided = together(controlled or alone)
     if not controlled or not alone:
         return decided

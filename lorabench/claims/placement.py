@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
-from lorabench.claims.claim import Evidence, claim, judge_each
+from lorabench.claims.claim import Evidence, claim, judge_each, unjudged_if
 from lorabench.claims.reinforcement import LEARNED, at_one_peak, if_learned, problem_sets, rl_claim
 from lorabench.claims.scope import Named, chosen, every_dataset
 
@@ -54,8 +54,7 @@ def _with_experts(experts: bool, named: Named) -> Named:
         families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
         if bool(families.str.endswith("moe").any()) == experts:
             picked.append((name, comparison))
-    if not picked:
-        raise UnjudgedError("not tested", f"no {'mixture of experts' if experts else 'dense model'} among these runs")
+    unjudged_if(not picked, f"no {'mixture of experts' if experts else 'dense model'} among these runs")
     return picked
 
 
@@ -69,8 +68,7 @@ def tiny_dataset(named: Named) -> Named:
         examples = comparison.runs["steps"] * comparison.runs["batch_size"]
         if examples.notna().all() and (examples <= SMALL_DATA).all():
             picked.append((f"{name} ({examples.max()} examples)", comparison))
-    if not picked:
-        raise UnjudgedError("not tested", f"no runs on at most {SMALL_DATA} examples")
+    unjudged_if(not picked, f"no runs on at most {SMALL_DATA} examples")
     return picked
 
 
@@ -103,8 +101,7 @@ def _attention_worse(comparison: Comparison) -> Finding:
     counts: dict[str, int] = {}
     for label in map(arm_label, (*attn.values(), *mlp.values())):
         known = comparison.rows[label]["trainable_params"].dropna().unique()
-        if len(known) != 1:
-            raise UnjudgedError("inconclusive", f"{label}: {len(known)} parameter counts in the runs table")
+        unjudged_if(len(known) != 1, f"{label}: {len(known)} parameter counts in the runs table", "inconclusive")
         counts[label] = int(known[0])
     excess: dict[tuple[int, int], float] = {}
     for ranks in product(attn, mlp):
@@ -144,8 +141,7 @@ def _attention_adds_nothing(comparison: Comparison) -> Finding:
         ("LoRA on all layers", next(iter(all_layers.values()), None)),
     )
     ranks = [rank for rank in mlp if rank in all_layers]
-    if not ranks:
-        raise UnjudgedError("inconclusive", "no rank with LoRA on the MLP and on all layers")
+    unjudged_if(not ranks, "no rank with LoRA on the MLP and on all layers", "inconclusive")
     return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 

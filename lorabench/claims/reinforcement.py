@@ -19,7 +19,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, TestReward, flat_top, good_ranges
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number
+from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
 from lorabench.claims.scope import BEATS_CONTROLS, RL_PRESETS, SWEPT, Named, response_length
 from lorabench.runs import GOOD
 
@@ -64,8 +64,7 @@ def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -
     """
     last = test_reward == "final_reward"
     compared = evidence.rl_comparisons if last else evidence.compared_by(test_reward)
-    if not compared:
-        raise UnjudgedError("not tested", "no run ever got a reward")
+    unjudged_if(not compared, "no run ever got a reward")
     return [(comparison.label, comparison) for comparison in compared]
 
 
@@ -145,23 +144,6 @@ def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
     return problems
 
 
-def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
-    """Return a problem if half of an arm's gain over the base or more is lost at both neighbours of its best LR.
-
-    What lies between is then not known, and a parabola through such points has an optimum with too small an error.
-    """
-    label = arm_label(arm)
-    rows, base = comparison.rows[label], float(comparison.runs["base_reward"].astype(float).mean())
-    accuracy = (1 - rows["test_loss"].astype(float)).fillna(0.0).groupby(rows["lr"].astype(float)).mean()
-    best = int(accuracy.to_numpy().argmax())
-    neighbours = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
-    if len(neighbours) < 2 or not bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
-        return None
-    lrs = tuple((label, math.sqrt(lr * accuracy.index[best])) for lr in neighbours.index)
-    text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
-    return Problem(text, Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs))
-
-
 @rl_claim(
     id="B10",
     statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
@@ -181,17 +163,29 @@ def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
     experiments=RL_EXPERIMENTS,
 )
 def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
-    arms = highest_and_full(comparison)
-    factor, problems = comparison.judging.margins.lr_factor, []
+    arms, factor = highest_and_full(comparison), comparison.judging.margins.lr_factor
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, *arms, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
+    base = float(comparison.runs["base_reward"].astype(float).mean())
+    flat_tops, breakdowns = [], []
     for arm in arms:
+        label, rows = arm_label(arm), comparison.rows[arm_label(arm)]
         if flat := flat_top(comparison, arm):
-            text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
-            remedy = Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ")
-            problems.append(Problem(text, remedy))
-    problems += [problem for arm in arms if (problem := _breakdown(comparison, arm))]
-    return if_learned(comparison, doubted(judged, problems + _overshoots(comparison, arms)), arms)
+            text = f"{label}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
+            remedy = Remedy(f"more seeds at these LRs of {label}, or problems on which they differ")
+            flat_tops.append(Problem(text, remedy))
+        accuracy = (1 - rows["test_loss"].astype(float)).fillna(0.0).groupby(rows["lr"].astype(float)).mean()
+        best = int(accuracy.to_numpy().argmax())
+        neighbours = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
+        # Where half of the gain over the base or more is lost at both neighbours of the best LR, what lies between is
+        # not known, and a parabola through such points has an optimum with too small an error.
+        if len(neighbours) == 2 and bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
+            lrs = tuple((label, math.sqrt(lr * accuracy.index[best])) for lr in neighbours.index)
+            text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
+            remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
+            breakdowns.append(Problem(text, remedy))
+    problems = [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]
+    return if_learned(comparison, doubted(judged, problems), arms)
 
 
 @rl_claim(

@@ -19,7 +19,7 @@ from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems
+from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems, problem_if, unjudged_if
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     HEALTHY,
@@ -61,8 +61,7 @@ def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) ->
     for arm in arms:
         rows, chosen = comparison.rows[arm_label(arm)], comparison.at_optimum(arm)
         lost = int((rows["lr"].isin(chosen["lr"]) & rows["status"].eq("diverged")).sum())
-        if lost:
-            problems.append(Problem(f"{arm_label(arm)}: {lost} seeds diverged at its best LR"))
+        problems += problem_if(lost, f"{arm_label(arm)}: {lost} seeds diverged at its best LR")
     return problems
 
 
@@ -137,8 +136,7 @@ def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in (runs, others)]
     name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
     curves = paired(runs, others, by_seed[0], by_seed[1], name)
-    if curves.by_seed.empty:
-        raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
+    unjudged_if(curves.by_seed.empty, "no train rewards at steps that FullFT has too")
     rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
     windows = progress_windows(curves.by_seed.index.tolist(), rewards.astype(float))
     margin = comparison.margin
@@ -165,11 +163,9 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     before, after = float(full[0].mean()), float(full[steps[-1]].mean())
     margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
-    if not after - before >= MIN_GAIN:
-        problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))
+    problems += problem_if(not after - before >= MIN_GAIN, f"FullFT gains less than {MIN_GAIN:g} on it")
     counts = points_at_optimum(comparison, fullft, name, "n_problems")["value"]
-    if counts.empty:
-        problems.append(Problem("the number of problems is not known"))
+    problems += problem_if(counts.empty, "the number of problems is not known")
     n_problems = 0 if counts.empty else int(counts.min())
     ids = pd.concat([comparison.at_optimum(arm) for arm in (lora, fullft)])["run_id"]
     findings = []
@@ -212,8 +208,7 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
         curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
     names = [] if curves.empty else sorted(set(curves["split"]) - set(_OWN_SPLITS))
     aime = [name for name in names if name.lower().startswith("aime")]
-    if not names:
-        raise UnjudgedError("not tested", "no accuracies on further problem sets")
+    unjudged_if(not names, "no accuracies on further problem sets")
     judges = ((name, each_rank()(partial(_follows, name))) for name in aime or names)
     judged = judge_each(judges, lambda judge: judge(comparison))
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
@@ -242,8 +237,7 @@ def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) ->
     arms = [lora, fullft]
     lengths = [tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna() for arm in arms]
     logs = [table.clip(lower=1).map(math.log) for table in lengths]
-    if any(table.empty for table in logs):
-        raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
+    unjudged_if(any(table.empty for table in logs), "no response lengths of both at the start and the end of training")
     name = f"lengths of {comparison.label} {arm_label(lora)}"
     ratio = mean_over_seeds((logs[0][10] - logs[1][10]).dropna(), name)
     growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(logs)]
@@ -292,8 +286,7 @@ def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     equal = steps["equal_groups"] == 1
     least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
     never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
-    if not equal.any() and never.empty:
-        raise UnjudgedError("not tested", "no step whose groups all have equal rewards")
+    unjudged_if(not equal.any() and never.empty, "no step whose groups all have equal rewards")
     at_start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
     base = never["run_id"].map(curves[at_start].set_index("run_id")["value"])
     pairs = [(never["base_reward"], never["final_reward"]), (base, never["final_valid_reward"])]
@@ -311,8 +304,7 @@ def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
         texts.append(
             f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
         )
-    if not learning.any():
-        problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
+    problems += problem_if(not learning.any(), "no step learns, so the gradients of 0 check nothing")
     verdict: Verdict = "confirmed"
     if largest > 0 or changed.any():
         # These steps learned, whatever other steps did.
@@ -366,8 +358,7 @@ def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
     highest = next(reversed(comparison.lora.values()), None)
     [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
     tokens = tenths(comparison, arm, "response_length").mean(axis=1)
-    if tokens.empty:
-        raise UnjudgedError("not tested", "no response lengths")
+    unjudged_if(tokens.empty, "no response lengths")
     per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
     episodes = f"{per_episode.value:.3g} tokens per episode, at most 1 bit each"
     rewards = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
@@ -382,7 +373,6 @@ def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
         run_ids = [*comparison.at_optimum(arm)["run_id"], *row["run_ids"]]
         rule = Within(*map(math.log, BITS_BAND))
         findings.append(as_ratio(decide(rule, ratio, text, run_ids, (), f"a factor of 10 around {BITS_RATIO:,.0f}")))
-    if not findings:
-        raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
+    unjudged_if(not findings, f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses", "inconclusive")
     decisive = together(findings)
     return replace(decisive, reason=f"{episodes}; {decisive.reason}")
