@@ -128,9 +128,11 @@ def widths(smallest: int, number: int, presets: tuple[str, ...], family: str = "
     """Return the condition that a number of models, or of models of a family, have a hidden size."""
 
     def instead(evidence: Evidence) -> str | None:
-        known = evidence.runs.reindex(columns=["model", "hidden_size", "family"]).drop_duplicates("model")
-        known = known[known["family"].astype(str).str.lower().str.startswith(family)]
-        sizes = sorted({int(size) for size in known["hidden_size"].dropna()})
+        runs = evidence.runs
+        if family:
+            runs = runs[runs["family"].astype(str).str.lower().str.startswith(family)]
+        known = runs.reindex(columns=["model", "hidden_size"]).dropna().drop_duplicates("model")
+        sizes = sorted({int(size) for size in known["hidden_size"]})
         if sum(size >= smallest for size in sizes) >= number:
             return None
         return f"hidden sizes {', '.join(map(str, sizes))}" if sizes else "hidden sizes are not known"

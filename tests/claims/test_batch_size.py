@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables
-
 from ..handmade.sft import LRS, arm, tables
+from . import jitter, judged, verdict_is
 
 IDS = ["D1", "D2", "D3", "D4"]
 EXAMPLES = 4096
@@ -22,10 +19,6 @@ GAP = {8: 0.02, 32: 0.06, 128: 0.12}
 HALFWAY = {8: 4.0, 32: 1.2, 128: 1.1}  # gap in the first half of the data, as a multiple of that in the second
 MARGIN = 0.02 * (BASE - FULLFT[8] - 0.1)  # the validation NLL is 0.1 above the test NLL
 NOISE = 0.0005
-
-
-def jitter(key, scale):
-    return scale * np.random.default_rng(zlib.crc32(key.encode())).standard_normal()
 
 
 def world(gap=None, rank_gap=None, fullft=None, ranks=(4, 64), halfway=None, steps=None, noise=NOISE, **settings):
@@ -59,22 +52,10 @@ def curves_of(runs, gap, halfway, noise):
     return pd.DataFrame(rows).astype({"step": "Int64"})
 
 
-def judged(runs, curves, ids=IDS):
-    claims = [claim for claim in CLAIMS if claim.id in ids]
-    return judge_claims(Tables(runs, curves), claims).set_index("claim_id")
-
-
-@pytest.fixture(scope="module")
-def confirmed():
-    return judged(*world(), ids=[*IDS, "D5"])
-
-
-def test_every_claim_is_confirmed_where_all_hold(confirmed):
+def test_every_claim_is_confirmed_where_all_hold():
+    confirmed = judged([*IDS, "D5"], *world())
     assert confirmed["verdict"].to_dict() == dict.fromkeys(IDS, "confirmed") | {"D5": "not tested"}
     assert not confirmed["reason"].str.contains("nan").any()
-
-
-def test_the_numbers_are_those_of_the_tables(confirmed):
     tolerance = {"abs": 4 * NOISE}
     assert confirmed.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8], **tolerance)
     assert confirmed.loc["D3", "estimate"] == pytest.approx(0.0, **tolerance)
@@ -97,7 +78,7 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
     ],
 )
 def test_contradicted_where_it_fails(claim, changes):
-    assert judged(*world(**changes), ids=[claim]).loc[claim, "verdict"] == "contradicted"
+    assert judged(claim, *world(**changes))["verdict"] == "contradicted"
 
 
 @pytest.mark.parametrize(
@@ -108,10 +89,10 @@ def test_contradicted_where_it_fails(claim, changes):
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, remedy):
-    judged_claims = judged(*world(**changes))
-    assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
-    assert judged_claims.loc[claims, "would_decide"].str.contains(remedy, regex=False).all()
-    assert not judged_claims["reason"].str.contains("nan").any()
+    table = judged(IDS, *world(**changes)).loc[claims]
+    for _, row in table.iterrows():
+        verdict_is(row, "inconclusive")
+        assert remedy in row["would_decide"]
 
 
 def test_curves_that_disagree_leave_the_gap_in_time_open():
@@ -119,44 +100,56 @@ def test_curves_that_disagree_leave_the_gap_in_time_open():
     seeds = curves["run_id"].map(runs.set_index("run_id")["seed"]).astype(int)
     lora = curves["run_id"].str.contains("-lora-") & curves["split"].eq("train")
     curves.loc[lora, "value"] += seeds[lora].map({0: 0.0, 1: 0.3, 2: -0.3})
-    assert judged(runs, curves, ids=["D2"]).loc["D2", "verdict"] == "inconclusive"
+    verdict_is(judged("D2", runs, curves), "inconclusive")
 
 
-def test_rank_1_is_left_out():
+def test_what_test_examples_add_to_the_gap_at_all_batch_sizes_cancels_in_its_growth():
+    runs, curves = world()
+    hard, own = np.random.default_rng(0).normal(0, 1, (2, 50))
+
+    def width(sign):
+        """Return the width of D1's interval where LoRA finds some examples harder, by a sign for each batch size."""
+        adds = (runs["batch_size"].map(sign) * (runs["method"] == "lora")).astype(float)
+        losses = pd.concat(
+            pd.DataFrame({"run_id": run_id, "example": range(50), "loss": 2.0 + hard + 0.1 * add * own, "tokens": 1})
+            for run_id, add in zip(runs["run_id"], adds, strict=True)
+        )
+        row = judged("D1", runs, curves, test_losses=losses)
+        return row["ci_high"] - row["ci_low"]
+
+    plain = judged("D1", runs, curves)
+    assert width({8: 1, 32: 1, 128: 1}) == pytest.approx(plain["ci_high"] - plain["ci_low"])
+    assert width({8: 1, 32: 1, 128: -1}) == pytest.approx(2 * 1.96 * 0.2 * own.std() / math.sqrt(50), rel=0.1)
+
+
+def test_rank_1_is_left_out_and_large_batches_are_a_condition():
     runs, curves = world(ranks=(1, 4, 64), rank_gap={(1, 8): 0.5})
-    assert judged(runs, curves)["verdict"].tolist() == ["confirmed"] * 4
-
-
-def test_large_batches_are_a_condition():
+    assert judged(IDS, runs, curves)["verdict"].tolist() == ["confirmed"] * 4
     runs, curves = world(gap={16: 0.03}, fullft={16: 2.0}, halfway={16: 2.0})
-    claims = judged(runs[runs["batch_size"].lt(128)], curves)
+    claims = judged(IDS, runs[runs["batch_size"].lt(128)], curves)
     assert claims["verdict"].tolist() == ["setting not met"] * 4
     assert claims["missing"].str.contains("here 8 to 32, with 128 steps at 32", regex=False).all()
     assert claims.loc["D1", "estimate"] == pytest.approx(GAP[32] - GAP[8], abs=4 * NOISE)
 
 
-def test_no_training_curves_is_not_tested():
+def test_missing_curves_and_arms():
     runs, curves = world()
     for kept in (curves[curves["split"] != "train"], curves[curves["step"] < 20]):
-        claims = judged(runs, kept, ids=["D1", "D2"])
+        claims = judged(["D1", "D2"], runs, kept)
         assert claims["verdict"].to_dict() == {"D1": "confirmed", "D2": "not tested"}
-
-
-def test_batch_sizes_that_saw_other_amounts_of_data_decide_nothing():
-    claims = judged(*world(steps={128: 64}))
-    assert claims["verdict"].tolist() == ["inconclusive"] * 4
-    assert "batch 128 8,192" in claims.loc["D1", "reason"]
-    # As far as whole steps allow, it is the same data.
-    assert judged(*world(steps={8: 480}), ids=["D1"]).loc["D1", "verdict"] == "confirmed"
-
-
-def test_missing_arms():
-    runs, curves = world()
     fullft, large = runs["method"].eq("fullft"), runs["batch_size"].eq(128)
     r64 = runs["rank"].eq(64).fillna(False)
     for kept in (runs[~fullft], runs[fullft], runs[~(fullft & large)], runs[~(r64 & large)]):
-        assert "confirmed" not in set(judged(kept, curves, ids=["D1", "D2", "D4"])["verdict"])
-    reason = judged(runs[~(r64 & large)], curves, ids=["D1"]).loc["D1", "reason"]
+        assert "confirmed" not in set(judged(["D1", "D2", "D4"], kept, curves)["verdict"])
+    reason = judged("D1", runs[~(r64 & large)], curves)["reason"]
     assert reason.endswith("no runs of LoRA r64 at batch 128")
-    claims = judged(runs[~r64], curves, ids=["D1", "D3"])
+    claims = judged(["D1", "D3"], runs[~r64], curves)
     assert claims["verdict"].to_dict() == {"D1": "confirmed", "D3": "not tested"}
+
+
+def test_batch_sizes_that_saw_other_amounts_of_data_decide_nothing():
+    claims = judged(IDS, *world(steps={128: 64}))
+    assert claims["verdict"].tolist() == ["inconclusive"] * 4
+    assert "batch 128 8,192" in claims.loc["D1", "reason"]
+    # As far as whole steps allow, it is the same data.
+    assert judged("D1", *world(steps={8: 480}))["verdict"] == "confirmed"

@@ -1,4 +1,4 @@
-"""Claims A1 to A6, A8 and N1 on training curves whose truth is known."""
+"""Claims A1 to A6, A8 and N1 on training curves whose truth is known, and N2 on adapters that store known bits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables
-
-from ..handmade.sft import LRS, tables
+from ..handmade.sft import LRS, arm, tables
 from ..handmade.training import FALL, STEPS, shared, trained
+from . import judged, verdict_is
 
 CURVES = ["A1", "A2", "A3", "A4", "A5"]
 # The first steps of three of the windows in which a departure is sought.
@@ -62,21 +60,12 @@ def world(changes=None, every=None, datasets=("short", "long"), leaves=LEAVES):
     )
 
 
-def judged(runs, curves, ids):
-    claims = [claim for claim in CLAIMS if claim.id in ids]
-    return judge_claims(Tables(runs, curves), claims).set_index("claim_id")
-
-
-def one(tables_, claim):
-    return judged(*tables_, [claim]).loc[claim]
-
-
 def long_world(changes=None, every=None, leaves=LEAVES):
     return world(changes, every, ("long",), leaves)
 
 
 def test_confirmed_where_they_hold():
-    claims = judged(*world(), [*CURVES, "A7", "A8", "N1"])
+    claims = judged([*CURVES, "A7", "A8", "N1"], *world())
     assert set(claims["verdict"]) == {"confirmed"}
     assert claims.loc["A1", "estimate"] == pytest.approx(0, abs=1e-9)
     assert claims.loc["A2", "estimate"] == pytest.approx(0, abs=0.02)
@@ -92,32 +81,24 @@ def test_confirmed_where_they_hold():
     assert not claims["reason"].str.contains("nan").any()
 
 
-def bent(step):
-    return 2.0 + 40 / step
-
-
-def rising(step):
-    return 2.0 + 0.1 * math.log10(step)
-
-
 @pytest.mark.parametrize(
     ("claim", "changes", "leaves"),
     [
         ("A1", {64: {"shape": departing(100)}}, LEAVES),
-        ("A2", {None: {"shape": bent}}, LEAVES),
-        ("A2", {64: {"shape": rising}}, LEAVES),
+        ("A2", {None: {"shape": lambda step: 2.0 + 40 / step}}, LEAVES),
+        ("A2", {64: {"shape": lambda step: 2.0 + 0.1 * math.log10(step)}}, LEAVES),
         ("A3", {}, {1: 218, 4: 47, 16: 10}),
     ],
 )
 def test_contradicted_where_they_fail(claim, changes, leaves):
-    assert one(long_world(changes, leaves=leaves), claim)["verdict"] == "contradicted"
+    assert judged(claim, *long_world(changes, leaves=leaves))["verdict"] == "contradicted"
 
 
 def test_a_floor_contradicts_a4():
     floor = {1: {"shape": departing(10, slope=FALL)}}
-    claim = one(long_world(floor), "A4")
-    assert (claim["verdict"], claim["estimate"]) == ("contradicted", pytest.approx(0, abs=0.05))
-    assert "LoRA r1 from step 21 on" in claim["reason"]
+    claim = judged("A4", *long_world(floor))
+    verdict_is(claim, "contradicted", "LoRA r1 from step 21 on")
+    assert claim["estimate"] == pytest.approx(0, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -133,58 +114,52 @@ def test_a_floor_contradicts_a4():
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claim, changes, every, why):
-    row = one(long_world(changes, every), claim)
-    assert row["verdict"] == "inconclusive"
-    assert why in row["reason"]
+    verdict_is(judged(claim, *long_world(changes, every)), "inconclusive", why)
 
 
 @pytest.mark.parametrize(
-    ("claims", "changes", "every", "why"),
+    ("claims", "changes", "why"),
     [
-        (CURVES, {64: {"lrs": LRS[:4]}}, {}, "edge of its grid"),
+        (CURVES, {64: {"lrs": LRS[:4]}}, "edge of its grid"),
         # The seeds are at an LR of the grid that loses 0.03 nats.
-        (["A1", "A3", "A5"], {64: {"optimum": 5.2e-3}}, {}, "not the fitted optima"),
+        (["A1", "A3", "A5"], {64: {"optimum": 5.2e-3}}, "not the fitted optima"),
     ],
 )
-def test_what_leaves_all_open(claims, changes, every, why):
-    rows = judged(*long_world(changes, every), claims)
-    assert set(rows["verdict"]) == {"inconclusive"}
-    assert rows["reason"].str.contains(why).all()
+def test_what_leaves_all_open(claims, changes, why):
+    rows = judged(claims, *long_world(changes))
+    for claim in claims:
+        verdict_is(rows.loc[claim], "inconclusive", why)
 
 
-def test_a4_is_not_tested_where_no_rank_leaves():
+def test_a4_is_not_tested_where_no_rank_leaves_and_a8_needs_a_gap_that_grows():
     stays = {("short", rank): {"shape": shared} for rank in LEAVES}
-    assert one(world(stays), "A4")["verdict"] == "confirmed"
-    assert one(long_world(every={"shape": shared}), "A4")["verdict"] == "not tested"
+    verdict_is(judged("A4", *world(stays)), "confirmed")
+    verdict_is(judged("A4", *long_world(every={"shape": shared})), "not tested")
+    slow = {1: {"shape": lambda step: shared(step) + 0.4 / step**0.2}}
+    verdict_is(judged("A8", *long_world(slow)), "inconclusive", "slow learning")
+    verdict_is(judged("A8", *long_world({1: {"floor": 2.0}})), "contradicted")
 
 
-def test_a_rank_that_never_joined_gives_no_threshold():
-    row = one(long_world({1: {"shape": departing(1.5)}}), "A5")
-    assert "tiny/long r1 never joined" in row["reason"]
-
-
-def late(left: float):
-    """Return a loss by step that leaves the shared curve between two windows' first steps, without a jump."""
-    return lambda step: shared(step) + 0.4 * max(math.log10(step / left), 0.0)
+def test_ranks_that_give_no_threshold():
+    # One leaves at once, the gap of another jumps.
+    early = long_world({1: {"shape": departing(1.5)}})
+    assert "tiny/long r1 never joined" in judged("A5", *early)["reason"]
+    jump = departing(47, slope=0.05)
+    jumping = long_world({4: {"shape": lambda step: jump(step) + (0.4 if step >= 47 else 0.0)}})
+    assert "tiny/long r4 does not leave along a line in log(step)" in judged("A5", *jumping)["reason"]
 
 
 def test_departures_within_windows_do_not_bend_the_threshold():
+    def late(left):
+        """Return a loss by step that leaves the shared curve between two windows' first steps, without a jump."""
+        return lambda step: shared(step) + 0.4 * max(math.log10(step / left), 0.0)
+
     changes = {rank: {"shape": late(left), "trainable_params": left} for rank, left in {1: 14, 4: 40, 16: 130}.items()}
     # The windows in which they depart begin at other ratios of steps.
-    assert one(long_world(changes), "A5")["estimate"] == pytest.approx(1, abs=0.01)
-
-
-def test_a5_is_contradicted_where_the_threshold_does_not_grow():
+    assert judged("A5", *long_world(changes))["estimate"] == pytest.approx(1, abs=0.01)
     same = {rank: {"shape": departing(47), "trainable_params": 100 * rank**2} for rank in LEAVES}
-    row = one(world(same), "A5")
+    row = judged("A5", *world(same))
     assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(0, abs=1e-9))
-
-
-def test_a8_needs_a_gap_that_grows():
-    slow = one(long_world({1: {"shape": lambda step: shared(step) + 0.4 / step**0.2}}), "A8")
-    assert slow["verdict"] == "inconclusive"
-    assert "slow learning" in slow["reason"]
-    assert one(long_world({1: {"floor": 2.0}}), "A8")["verdict"] == "contradicted"
 
 
 # The highest rank is worse on one dataset and better on the other, by twice the margin of 0.058 nats.
@@ -200,7 +175,7 @@ OPPOSITE = {("short", 64): {"floor": 2.116}, ("long", 64): {"floor": 1.884}}
     ],
 )
 def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
-    row = one(world(changes, every), "A6")
+    row = judged("A6", *world(changes, every))
     assert row["verdict"] == verdict
     assert row["estimate"] == pytest.approx(2 if changes == OPPOSITE else 0, abs=0.01)
 
@@ -211,23 +186,25 @@ def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
 )
 def test_the_first_epochs_bits(nats, verdict):
     runs, curves = long_world()
-    row = one((runs.assign(first_epoch_nats=runs["seed"].map(lambda seed: nats[seed])), curves), "N1")
+    row = judged("N1", runs.assign(first_epoch_nats=runs["seed"].map(lambda seed: nats[seed])), curves)
     assert (row["verdict"], row["estimate"]) == (verdict, pytest.approx(np.mean(nats) / 100))
     generated = runs.assign(data_kind="worked")
-    assert one((generated, curves), "N1")["verdict"] == "setting not met"
+    assert judged("N1", generated, curves)["verdict"] == "setting not met"
+    short = judged("N1", runs.assign(first_epoch_nats=math.nan), curves)
+    verdict_is(short, "not tested", "no run that went through an epoch")
 
 
 def test_missing_arms_and_curves():
     runs, curves = long_world()
-    no_fullft = judged(runs[runs["method"] == "lora"], curves, ["A1", "A2", "A4", "A8"])
+    no_fullft = judged(["A1", "A2", "A4", "A8"], runs[runs["method"] == "lora"], curves)
     assert set(no_fullft["verdict"]) == {"inconclusive"}
     validation = curves[curves["split"] == "validation"]
     for without in (pd.DataFrame(), validation, curves.assign(value=math.nan)):
-        claims = judged(runs, without, CURVES)["verdict"].to_dict()
+        claims = judged(CURVES, runs, without)["verdict"].to_dict()
         assert claims == {"A1": "not tested", "A2": "not tested", "A3": "not tested", "A4": "not tested"} | {
             "A5": "inconclusive" if len(without) else "not tested"
         }
-    assert "no column tokens" in one((runs, curves.drop(columns="tokens")), "A5")["reason"]
+    assert "no column tokens" in judged("A5", runs, curves.drop(columns="tokens"))["reason"]
 
 
 def test_facts_are_left_out():
@@ -235,5 +212,74 @@ def test_facts_are_left_out():
     facts, more = long_world({64: {"shape": departing(100)}})
     facts = facts.assign(run_id="f" + facts["run_id"], dataset="facts", entropy_bits=9.0)
     both = pd.concat([runs, facts]), pd.concat([curves, more.assign(run_id="f" + more["run_id"])])
-    assert set(judged(*both, [*CURVES, "A8", "N1"])["verdict"]) <= {"confirmed", "inconclusive"}
-    assert one(both, "A1")["verdict"] == "confirmed"
+    assert set(judged([*CURVES, "A8", "N1"], *both)["verdict"]) <= {"confirmed", "inconclusive"}
+    assert judged("A1", *both)["verdict"] == "confirmed"
+
+
+# Bits of random facts -------------------------------------------------------------------------------------------------
+
+PARAMS, ENTROPY, TOKENS = 1000, 40_000.0, 10_000
+# Ranks 1 and 4 store about 2 bits per parameter, and the next rank stores more.
+SATURATED = {None: 39_000.0, 1: 2_000.0, 4: 8_200.0, 16: 30_080.0}
+
+
+def facts(bits_by_rank, growth=0.02, entropy=ENTROPY, own=0.0, **settings):
+    """Make arms that store the given bits of random facts, a share `growth` of them in the second half of the steps.
+
+    `own` is what one seed changes the loss of an arm by, the more the higher its rank.
+    """
+    runs, curves = tables(
+        arm(
+            rank,
+            optimum=1e-3,
+            floor=(entropy - bits) * math.log(2) / TOKENS,
+            dataset="facts",
+            entropy_bits=entropy,
+            test_scored_tokens=TOKENS,
+            trainable_params=PARAMS * (rank or 100),
+            **settings,
+        )
+        for rank, bits in bits_by_rank.items()
+    )
+    shift = own * runs["seed"].map({0: 0.0, 1: 1.0, 2: -1.0}).astype(float) * runs["rank"].fillna(0).astype(float)
+    runs["final_test_nll"] += shift
+    final = curves["run_id"].map(runs.set_index("run_id")["final_test_nll"])
+    bits = curves["run_id"].map(runs.set_index("run_id")["rank"].map(bits_by_rank).fillna(39_000.0)).astype(float)
+    late = (curves["step"] < 128).astype(float) * growth * bits * math.log(2) / TOKENS
+    return runs, curves.assign(value=final + late)
+
+
+def test_two_bits_per_parameter_confirmed():
+    row = judged("N2", *facts(SATURATED, own=1e-4))
+    assert row["verdict"] == "confirmed"
+    # Of ranks 1 and 4, which the next rank outdoes, rank 4 is further from 2.
+    assert row["estimate"] == pytest.approx(2.05)
+    assert row["ci_low"] < 2.05 < row["ci_high"]
+    assert (row["margin_low"], row["margin_high"]) == (1.5, 2.5)
+    assert "r16 1.88" in row["reason"]
+    assert row["n_runs"] == 3 * (len(LRS) + 2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "settings", "verdict", "why"),
+    [
+        (SATURATED | {4: 3_000.0}, {}, "contradicted", "r4 is saturated at 0.75"),
+        # A value above the band stays above it, however long training goes on.
+        (SATURATED | {1: 4_000.0}, {"growth": 0.3}, "contradicted", "r1 is saturated at 4.00"),
+        (SATURATED | {4: 3_000.0}, {"growth": 0.3}, "inconclusive", "still storing"),
+        # A single rank, a next rank that stores no more, and a rank that stores all facts.
+        ({1: 2_000.0, 4: 8_000.0}, {"entropy": 2_100.0}, "inconclusive", "no rank is saturated"),
+        (SATURATED, {"own": 0.01}, "inconclusive", "r1 is saturated at 2.00 ["),
+    ],
+)
+def test_saturation_otherwise(bits, settings, verdict, why):
+    verdict_is(judged("N2", *facts(bits, **({"own": 1e-4} | settings))), verdict, why)
+
+
+def test_what_bits_per_parameter_need():
+    runs, curves = facts(SATURATED, own=1e-4)
+    row = judged("N2", runs)
+    # Without curves it is not known whether storing has ended.
+    assert (row["verdict"], row["would_decide"]) == ("inconclusive", "more epochs")
+    verdict_is(judged("N2", runs.assign(entropy_bits=math.nan), curves), "not tested")
+    verdict_is(judged("N2", runs.drop(columns="entropy_bits"), curves), "not tested", "entropy_bits")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lorabench.analysis.step_flops import each_setting, equal_flops_curves, flops_ratio, loss_by_flops
-from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
-from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
+from . import jitter, judged, verdict_is
 
 NOISE = 5e-4
 BASE = 3.0
@@ -30,16 +28,12 @@ WORLD = {
 }
 
 
-def jitter(key):
-    return NOISE * np.random.default_rng(zlib.crc32(key.encode())).standard_normal()
-
-
 def world(changes=None, hidden_size=128, slow=0.0, **every):
     """Make runs whose loss falls by 0.2 nats with each doubling of the steps; FullFT's in training is `slow` higher."""
     changes = changes or {}
     every |= {"hidden_size": hidden_size}
     runs, curves = tables(arm(rank, **(own | every | changes.get(rank, {}))) for rank, own in WORLD.items())
-    runs["final_test_nll"] += [jitter(run_id) for run_id in runs["run_id"]]
+    runs["final_test_nll"] += [jitter(run_id, NOISE) for run_id in runs["run_id"]]
     validation = 2.0 - 0.2 * np.log2(curves["step"].clip(1).astype(float) / STEPS)
     curves = curves.assign(value=validation.where(curves["step"] > 0, BASE))
     return runs, pd.concat([curves, trained(runs, slow)])
@@ -52,7 +46,7 @@ def trained(runs, slow):
             # A step's loss is measured after the updates before it.
             value = 2.0 - 0.2 * math.log2(max(step - 1, 0.5) / STEPS) + (slow if run["method"] == "fullft" else 0.0)
             point = {"run_id": run["run_id"], "step": step, "examples": step, "tokens": 1600 * step}
-            value += jitter(f"{run['run_id']} {step}")
+            value += jitter(f"{run['run_id']} {step}", NOISE)
             rows.append(point | {"split": "train", "metric": "nll", "value": value})
     return pd.DataFrame(rows).astype({"step": "Int64"})
 
@@ -80,13 +74,6 @@ def compute_table(ranks=(1, 8, 64), width=150.0, **columns):
     return pd.DataFrame(rows).astype({"rank": "Int64", "peak_mem_bytes": "Int64"}).assign(**columns)
 
 
-def judged(claim_id, runs=None, curves=None, compute=None):
-    claims = [claim for claim in CLAIMS if claim.id == claim_id]
-    nothing = pd.DataFrame()
-    table = judge_claims(Tables(*(nothing if t is None else t for t in (runs, curves, compute))), claims)
-    return table.iloc[0]
-
-
 def changed(compute, column, factor, rank=8):
     of_rank = compute["rank"].eq(rank).fillna(False)
     return compute.assign(**{column: compute[column].where(~of_rank, compute[column] * factor)})
@@ -105,41 +92,32 @@ def test_g1_is_confirmed_where_every_count_is_the_formula():
     assert judged("G1", compute=compute_table(step_s=[1.0, 5.0, 5.0, 5.0]))["verdict"] == "confirmed"
 
 
-def test_g1_is_contradicted_by_one_rank_of_one_model():
+def test_g1_is_contradicted_by_one_rank_of_one_model_and_open_without_a_count():
     factor = 1.011
     other = changed(compute_table(), "linear_flops", factor).assign(model="other")
     claim = judged("G1", compute=pd.concat([compute_table(), other]))
-    assert claim["verdict"] == "contradicted"
-    assert claim["estimate"] == pytest.approx(factor - 1)
+    assert (claim["verdict"], claim["estimate"]) == ("contradicted", pytest.approx(factor - 1))
     assert claim["reason"].startswith("other: ")
     assert "tiny: " in claim["reason"]
+    table = compute_table()
+    for known, ranks in (
+        (table[table["method"] == "lora"], "r1, r8, r64"),
+        (changed(table, "linear_flops", math.nan), "r8"),
+    ):
+        verdict_is(judged("G1", compute=known), "inconclusive", f"no count of FullFT or LoRA for {ranks}")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda table: table[table["method"] == "lora"], "no count of FullFT or LoRA for r1, r8, r64"),
-        (lambda table: changed(table, "linear_flops", math.nan), "no count of FullFT or LoRA for r8"),
-    ],
-)
-def test_g1_is_inconclusive_where_a_count_is_missing(change, reason):
-    claim = judged("G1", compute=change(compute_table()))
-    assert claim["verdict"] == "inconclusive"
-    assert reason in claim["reason"]
-    assert "nan" not in claim["reason"]
-
-
-@pytest.mark.parametrize(
-    ("compute", "reason"),
-    [
-        (None, "no table compute"),
-        (compute_table().drop(columns=["rank", "linear_flops"]), "the compute table has no column rank, linear_flops"),
-    ],
-)
-def test_without_the_table_nothing_is_tested(compute, reason):
-    for claim in ("G1", "G3"):
-        row = judged(claim, compute=compute)
-        assert (row["verdict"], reason in row["reason"]) == ("not tested", True)
+def test_g3_reports_memory_and_neither_is_tested_without_the_table():
+    claim = judged("G3", compute=compute_table())
+    verdict_is(claim, "not tested", "FullFT / LoRA: tiny r1 2.00, tiny r8 2.00, tiny r64 2.00")
+    assert math.isnan(claim["estimate"])
+    unknown = judged("G3", compute=compute_table().astype({"peak_mem_bytes": float}).assign(peak_mem_bytes=math.nan))
+    assert unknown["reason"] == "memory was not measured"
+    few = compute_table().drop(columns=["rank", "linear_flops"])
+    for compute, reason in ((None, "no table compute"), (few, "the compute table has no column rank, linear_flops")):
+        claims = judged(["G1", "G3"], compute=compute)
+        assert claims["verdict"].tolist() == ["not tested"] * 2
+        assert claims["reason"].str.contains(reason).all()
 
 
 # LoRA has spent its FLOPs when FullFT has done 0.7 of its steps.
@@ -158,18 +136,10 @@ def test_g2_is_confirmed_where_lora_is_ahead_at_equal_flops():
     assert set(claim["run_ids"]) < set(of_both["run_id"])
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        world(slow=-AHEAD + 0.005),  # ahead by less than the margin
-        world({16: {"train_flops": 1.4 * FULLFT_FLOPS}}),  # alike in steps but dearer
-    ],
-)
-def test_g2_is_contradicted_where_lora_is_not_ahead(given):
-    assert judged("G2", *given)["verdict"] == "contradicted"
-
-
-def test_g2_looks_at_the_later_half_only():
+def test_g2_is_contradicted_where_lora_is_not_ahead_in_the_later_half():
+    assert judged("G2", *world(slow=-AHEAD + 0.005))["verdict"] == "contradicted"  # ahead by less than the margin
+    dearer = world({16: {"train_flops": 1.4 * FULLFT_FLOPS}})  # alike in steps
+    assert judged("G2", *dearer)["verdict"] == "contradicted"
     # LoRA is far behind up to step 8, of 128, and ahead later.
     runs, curves = world()
     slow = curves["run_id"].str.contains("lora-16") & curves["step"].le(8)
@@ -183,39 +153,20 @@ def unsure(runs, curves):
     return runs, curves.assign(value=curves["value"] + seeds.where(changed, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
+def test_g2_is_left_open_and_needs_flops_and_curves():
+    for given, reason in (
         (unsure(*world()), "3 seeds, in steps"),
         (world({16: {"lrs": LRS[:4]}}), "LoRA r16: best LR at the edge of its grid"),
         (world(hidden_size=16), "no runs of LoRA up to rank 2 (hidden size 16)"),
-    ],
-)
-def test_g2_is_inconclusive(given, reason):
-    claim = judged("G2", *given)
-    assert claim["verdict"] == "inconclusive"
-    assert reason in claim["reason"]
-
-
-def test_g2_without_flops_or_curves_is_not_tested():
+    ):
+        claim = judged("G2", *given)
+        assert (claim["verdict"], reason in claim["reason"]) == ("inconclusive", True)
     runs, curves = world()
     for column in ("hidden_size", "train_flops", "train_tokens"):
-        claim = judged("G2", runs.drop(columns=column), curves)
-        assert claim["verdict"] == "not tested"
-        assert f"no column {column}" in claim["reason"]
+        verdict_is(judged("G2", runs.drop(columns=column), curves), "not tested", f"no column {column}")
         assert judged("G2", runs.assign(**{column: math.nan}), curves)["verdict"] == "not tested"
-    assert judged("G2", runs, curves.iloc[:0])["verdict"] == "not tested"
-    assert judged("G2", runs, pd.DataFrame())["verdict"] == "not tested"
-    assert judged("G2", runs, curves.drop(columns="tokens"))["verdict"] == "not tested"
-
-
-def test_g3_reports_memory_and_is_not_tested():
-    claim = judged("G3", compute=compute_table())
-    assert claim["verdict"] == "not tested"
-    assert "FullFT / LoRA: tiny r1 2.00, tiny r8 2.00, tiny r64 2.00" in claim["reason"]
-    assert math.isnan(claim["estimate"])
-    unknown = judged("G3", compute=compute_table().astype({"peak_mem_bytes": float}).assign(peak_mem_bytes=math.nan))
-    assert unknown["reason"] == "memory was not measured"
+    for few in (curves.iloc[:0], pd.DataFrame(), curves.drop(columns="tokens")):
+        assert judged("G2", runs, few)["verdict"] == "not tested"
 
 
 def test_ratios_are_within_a_setting():
@@ -230,21 +181,17 @@ def test_ratios_are_within_a_setting():
     assert [name for name, _ in each_setting(ratios.reset_index())] == ["tiny batch_size 8", "tiny batch_size 16"]
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"method": "dora"}, "model tiny: method = 'dora'; allowed: fullft, lora"),
-        ({"rank": 8}, "the compute table has two rows of tiny with batch_size 8, sequence_length 128, device cpu, "),
-    ],
-)
-def test_a_bad_compute_table_is_refused(change, reason):
-    compute = compute_table()
-    for column, value in change.items():
+def test_a_bad_compute_table_is_refused():
+    twice = "the compute table has two rows of tiny with batch_size 8, sequence_length 128, device cpu, "
+    for column, value, reason in (
+        ("method", "dora", "model tiny: method = 'dora'; allowed: fullft, lora"),
+        ("rank", 8, twice),
+    ):
+        compute = compute_table()
         compute.loc[3, column] = value
-    with pytest.raises(UserError, match=reason):
-        flops_ratio(compute)
-    with pytest.raises(UserError, match=reason):
-        judged("G1", compute=compute)
+        for refuse in (flops_ratio, lambda compute: judged("G1", compute=compute)):
+            with pytest.raises(UserError, match=reason):
+                refuse(compute)
 
 
 def test_a_run_that_diverged_counts_by_its_own_tokens():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-import pytest
 
 from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
@@ -60,40 +59,22 @@ def test_conditions_say_what_there_is_instead():
     assert scope.widths(128, 2, ()).instead(evidence()) is None
     assert scope.response_length(8, ()).instead(evidence()) == "4.5 tokens on average"
     assert scope.response_length(4, ()).instead(evidence()) is None
-
-
-def test_batches_are_large_over_a_range_and_for_some_steps():
+    # Batches are large over a range and for some steps.
     assert LARGE_BATCHES.instead(evidence()) == "8 to 32, with 12 steps at 32"
     assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32]))) == "2 to 32, with 12 steps at 32"
     assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
-
-
-def test_text_is_natural_unless_all_of_it_is_known_to_be_generated():
-    condition = scope.NATURAL
-    assert condition.instead(evidence()) == "text that a program generated"
-    assert condition.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
-    assert condition.instead(evidence(RUNS.drop(columns="data_kind"))) is None
-
-
-def claim(judge, *needed):
-    return Claim(
-        id="X1",
-        kind="empirical",
-        statement="A statement",
-        figure="text",
-        criterion="A criterion",
-        needs="runs",
-        paper_value="none",
-        unit="nats",
-        experiments=("rank",),
-        judge=judge,
-        conditions=needed,
-    )
+    # Text is natural unless all of it is known to be generated.
+    assert scope.NATURAL.instead(evidence()) == "text that a program generated"
+    assert scope.NATURAL.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
+    assert scope.NATURAL.instead(evidence(RUNS.drop(columns="data_kind"))) is None
 
 
 def judged(judge, *needed, **options):
-    table = judge_claims(Tables(RUNS, pd.DataFrame()), [claim(judge, *needed)], **options)
-    return table.iloc[0]
+    """Judge a claim with some conditions on RUNS."""
+    about = {"statement": "A statement", "criterion": "A criterion", "needs": "runs", "experiments": ("rank",)}
+    claim = Claim(id="X1", **about, judge=judge, conditions=needed)
+    losses = pd.DataFrame({"run_id": "a", "example": [0, 1], "loss": [2.0, 4.0], "tokens": [1, 2]})
+    return judge_claims(Tables(RUNS, pd.DataFrame(), test_losses=losses), [claim], **options).iloc[0]
 
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
@@ -134,29 +115,22 @@ def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():
 def test_the_judge_hands_margins_and_test_losses_to_the_claims():
     margins = Margins(loss=0.5, reward=0.2, lr_factor=3.0)
     given = []
-    losses = pd.DataFrame({"run_id": "a", "example": [0, 1], "loss": [2.0, 4.0], "tokens": [1, 2]})
 
     def keep(evidence):
         given.append(evidence.judging)
         return Finding("confirmed", "")
 
-    judge_claims(Tables(RUNS, pd.DataFrame(), test_losses=losses), [claim(keep)], margins=margins)
+    judged(keep, margins=margins)
     assert given[0].margins == margins
     assert given[0].examples.nats["a"].tolist() == [2.0, 4.0]
 
 
-@pytest.fixture(scope="module")
-def planned():
-    """Return the runs that the shipped presets plan, by preset."""
-    rows = {}
+def test_presets_meet_the_conditions_that_claims_say_they_meet():
+    planned = {}
     for name in ("laptop", "laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "core", "paper"):
         preset = load_preset(name)
         table = pd.DataFrame(make_plan(preset).rows())
-        rows[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])
-    return rows
-
-
-def test_presets_meet_the_conditions_that_claims_say_they_meet(planned):
+        planned[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])
     kinds = ("runs of", "batch sizes", "sweeps of", "natural text")
     for claim in CLAIMS:
         for condition in claim.conditions:

@@ -8,18 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables
-
 from ..handmade.lora import lora_run, lora_tables, luck, nll
+from . import judged, verdict_is
 
 SEEDS = range(5)
 MARGIN = 0.02 * 0.9  # of the fall from 3.0 nats to 2.1
-
-
-def judged(claim, runs, curves):
-    [chosen] = [declared for declared in CLAIMS if declared.id == claim]
-    return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
 
 
 def early(excess, seeds=SEEDS, ranks=(4, 16, 64), steps=128):
@@ -57,8 +50,7 @@ def growing(size, wobble=0.1):
 )
 def test_verdicts(claim, excess, verdict):
     row = judged(claim, *early(excess))
-    assert row["verdict"] == verdict
-    assert "r16 - r64" in row["reason"]
+    verdict_is(row, verdict, "r16 - r64")
     assert row["ci_low"] <= row["estimate"] <= row["ci_high"]
     assert row["n_runs"] == 10
 
@@ -81,13 +73,10 @@ def test_what_they_need():
     claim = "C2"  # all three judge the same difference
     for seeds in (range(2), range(1)):
         few = judged(claim, *early(growing(-0.001), seeds=seeds))
-        assert few["verdict"] == "inconclusive"
-        assert f"{len(seeds)} paired seeds" in few["reason"]
+        verdict_is(few, "inconclusive", f"{len(seeds)} paired seeds")
         assert few["decide_seeds"] >= 3
-        assert "nan" not in few["reason"]
     low = judged(claim, *early(growing(-0.001), ranks=(1, 4, 16)))
-    assert low["verdict"] == "setting not met"
-    assert "two ranks of 16 or more (here r1, r4, r16)" in low["reason"]
+    verdict_is(low, "setting not met", "two ranks of 16 or more (here r1, r4, r16)")
     assert judged(claim, *early(growing(-0.001), ranks=(1, 16)))["verdict"] == "inconclusive"
     runs, curves = early(growing(-0.001))
     assert judged(claim, runs, curves.iloc[:0])["verdict"] == "inconclusive"

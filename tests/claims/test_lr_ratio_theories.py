@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.lr_ratio import COLUMNS, Setting, predicted
-from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.learning_rate import write_predictions
 from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import arm, tables
+from . import judged
 
 IDS = {"movement": "P1", "scale": "P2", "fixed_lora": "P3", "constant": "P4", "naive": "P5"}
 FULLFT_LR = 3e-4
@@ -44,14 +44,9 @@ def following(name):
     return ratio
 
 
-def judged(runs, curves, **options):
-    theories = [claim for claim in CLAIMS if claim.kind == "own prediction"]
-    return judge_claims(Tables(runs, curves), theories, **options).set_index("claim_id")
-
-
 @pytest.mark.parametrize("name", IDS)
 def test_a_theory_is_confirmed_in_a_world_that_follows_it(name):
-    row = judged(*world(following(name))).loc[IDS[name]]
+    row = judged(IDS[name], *world(following(name)))
     assert (row["verdict"], row["kind"]) == ("confirmed", "own prediction")
     assert row["estimate"] == pytest.approx(1.0, abs=0.01)
 
@@ -68,15 +63,19 @@ def test_a_theory_is_confirmed_in_a_world_that_follows_it(name):
 )
 def test_one_condition_that_differs_contradicts(name, change):
     ratio = following(name)
-    row = judged(*world(lambda setting: ratio(setting) * change(setting))).loc[IDS[name]]
+    row = judged(IDS[name], *world(lambda setting: ratio(setting) * change(setting)))
     assert row["verdict"] == "contradicted"
     assert row["estimate"] == pytest.approx(2.0, rel=0.01) or row["estimate"] == pytest.approx(0.5, rel=0.01)
 
 
-def test_where_parameters_were_fitted_no_verdict_is_given():
-    rows = judged(*world(lambda setting: 100.0, [(128, 50, 8, 32.0)]))
+def test_where_parameters_were_fitted_or_not_stated_no_verdict_is_given():
+    rows = judged(IDS.values(), *world(lambda setting: 100.0, [(128, 50, 8, 32.0)]))
     assert rows.loc[["P1", "P2", "P3"], "verdict"].tolist() == ["not tested"] * 3
     assert rows.loc["P4", "verdict"] == "contradicted"
+    nothing = Predictions(lr_ratio=LrRatioPredictions())
+    rows = judged(IDS.values(), *world(following("scale"), CONDITIONS[:1]), predictions=nothing)
+    assert (rows["verdict"] == "not tested").all()
+    assert rows["reason"].str.startswith("the preset states no prediction").all()
 
 
 def test_the_beginning_of_a_long_run_is_tabulated_and_not_judged(tmp_path):
@@ -89,14 +88,7 @@ def test_the_beginning_of_a_long_run_is_tabulated_and_not_judged(tmp_path):
     np.testing.assert_allclose(written["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
     # The theory of A's movement predicts other ratios at both lengths from the same optimal LRs.
     assert written.loc[("own", 400), "predicted"] < written.loc[("prefix", 25), "predicted"]
-    assert "prefix" not in judged(runs, curves).loc["P1", "reason"]
-
-
-def test_a_preset_without_predictions_tests_none():
-    nothing = Predictions(lr_ratio=LrRatioPredictions())
-    rows = judged(*world(following("scale"), CONDITIONS[:1]), predictions=nothing)
-    assert (rows["verdict"] == "not tested").all()
-    assert rows["reason"].str.startswith("the preset states no prediction").all()
+    assert "prefix" not in judged("P1", runs, curves)["reason"]
 
 
 def test_predictions_are_written_beside_the_claims(tmp_path):

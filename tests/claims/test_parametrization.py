@@ -7,17 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables
-
 from ..handmade.lora import descent, lora_run, lora_tables, luck, nll, update_norm
 from ..handmade.sft import arm, tables
+from . import judged, verdict_is
 
 SEEDS = range(5)
-
-
-def judged(claim, runs, curves):
-    return judge_claims(Tables(runs, curves), [declared for declared in CLAIMS if declared.id == claim]).iloc[0]
 
 
 def grid(*configurations, seeds=SEEDS, **columns):
@@ -33,15 +27,6 @@ ROOT = [{"rank": rank, "alpha": 32 * math.sqrt(rank)} for rank in RANKS[1:]]
 CONSTANT = [{"rank": rank, "alpha": 32.0 * rank} for rank in RANKS[1:]]
 
 
-def test_first_updates_do_not_depend_on_rank():
-    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
-    assert claim["verdict"] == "confirmed"
-    assert 0.95 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.05
-    assert "control alpha / sqrt(r)" in claim["reason"]
-    assert "control constant factor" in claim["reason"]
-    assert claim["n_runs"] == 7 * len(SEEDS)
-
-
 def rising(run, step):
     return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
 
@@ -50,18 +35,17 @@ def flat_always(run, step):
     return descent(run | {"alpha": 32.0}, step)
 
 
-@pytest.mark.parametrize(
-    ("configurations", "change", "verdict", "reason"),
-    [
+def test_first_updates_do_not_depend_on_rank():
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
+    verdict_is(claim, "confirmed", "control alpha / sqrt(r)", "control constant factor")
+    assert 0.95 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.05
+    assert claim["n_runs"] == 7 * len(SEEDS)
+    for configurations, change, verdict, reason in (
         (FLAT + ROOT, rising, "contradicted", "r1 0.7"),
         (FLAT + ROOT, flat_always, "inconclusive", "does not fail"),
         (FLAT, descent, "inconclusive", "no control"),
-    ],
-)
-def test_first_updates_that_leave_c4_open_or_fail(configurations, change, verdict, reason):
-    claim = judged("C4", *lora_tables(grid(*configurations), descent=change))
-    assert claim["verdict"] == verdict
-    assert reason in claim["reason"]
+    ):
+        verdict_is(judged("C4", *lora_tables(grid(*configurations), descent=change)), verdict, reason)
 
 
 # Invariance ---------------------------------------------------------------------------------------------------------
@@ -76,60 +60,46 @@ EQUIVALENT = [moved_by(1, 1), moved_by(2, 1), moved_by(1, 3), moved_by(4, 4)]
 OTHER = [{"lr": 1e-2, "lr_ratio": 0.1}, {"lr": 2e-3}]
 
 
-@pytest.mark.parametrize("claim", ["C5", "C8"])
-def test_equivalent_runs_are_one_run(claim):
-    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER))
-    judged_claim = judged(claim, runs, curves)
-    assert judged_claim["verdict"] == "confirmed"
-    assert judged_claim["estimate"] < 1e-12
+def test_equivalent_runs_are_one_run():
+    claims = judged(["C5", "C8"], *lora_tables(grid(*EQUIVALENT, *OTHER)))
     # There are six pairs a seed; C8 takes the pairs of equal LRs in one run with unequal LRs in the other.
-    assert f"{30 if claim == 'C5' else 20} equivalent pairs" in judged_claim["reason"]
+    for claim, pairs in (("C5", 30), ("C8", 20)):
+        verdict_is(claims.loc[claim], "confirmed", f"{pairs} equivalent pairs")
+        assert claims.loc[claim, "estimate"] < 1e-12
 
 
 def test_the_largest_difference_of_equivalent_runs_is_the_estimate():
     def loss(run, step):
         return nll(run, step) + (3e-5 if run["lr_ratio"] == 3.0 and run["seed"] == 2 and step == 50 else 0.0)
 
-    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=loss)
-    for claim in ("C5", "C8"):
-        judged_claim = judged(claim, runs, curves)
-        assert judged_claim["verdict"] == "contradicted"
-        assert judged_claim["estimate"] == pytest.approx(3e-5)
+    claims = judged(["C5", "C8"], *lora_tables(grid(*EQUIVALENT, *OTHER), nll=loss))
+    assert claims["verdict"].tolist() == ["contradicted"] * 2
+    assert claims["estimate"].tolist() == pytest.approx([3e-5] * 2)
     # After step 50 the losses of equivalent runs may differ.
-    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=lambda run, step: loss(run, step - 1))
-    assert judged("C5", runs, curves)["estimate"] < 1e-12
+    later = lora_tables(grid(*EQUIVALENT, *OTHER), nll=lambda run, step: loss(run, step - 1))
+    assert judged("C5", *later)["estimate"] < 1e-12
 
 
 def test_a_large_epsilon_contradicts_no_argument_about_zero():
     def loss(run, step):
-        return nll(run, step) + 1e-4 * run["init_a"]
+        return nll(run, step) + (1e-4 * run["init_a"] if run["eps"] > 1e-9 else 0.0)
 
     coarse = grid(*EQUIVALENT, *OTHER, eps=1e-8)
-    claim = judged("C5", *lora_tables(coarse, nll=loss))
-    assert claim["verdict"] == "inconclusive"
-    assert "epsilon" in claim["reason"]
+    verdict_is(judged("C5", *lora_tables(coarse, nll=loss)), "inconclusive", "epsilon")
     # Of two values of epsilon, the smaller is judged.
-    fine = grid(*EQUIVALENT, *OTHER)
-    both = judged(
-        "C5",
-        *lora_tables(coarse + fine, nll=lambda run, step: loss(run, step) if run["eps"] > 1e-9 else nll(run, step)),
-    )
-    assert both["verdict"] == "confirmed"
-    assert "eps 1e-30" in both["reason"]
+    verdict_is(judged("C5", *lora_tables(coarse + grid(*EQUIVALENT, *OTHER), nll=loss)), "confirmed", "eps 1e-30")
 
 
 @pytest.mark.parametrize(
-    ("configurations", "columns", "change", "verdict", "reason"),
+    ("configurations", "change", "verdict", "reason"),
     [
-        (EQUIVALENT, {}, nll, "inconclusive", "no pair that should differ"),
-        (EQUIVALENT + OTHER, {}, lambda run, step: 3.0, "inconclusive", "should differ do not"),
-        (OTHER, {}, nll, "not tested", "no runs that should be equivalent"),
+        (EQUIVALENT, nll, "inconclusive", "no pair that should differ"),
+        (EQUIVALENT + OTHER, lambda run, step: 3.0, "inconclusive", "should differ do not"),
+        (OTHER, nll, "not tested", "no runs that should be equivalent"),
     ],
 )
-def test_what_leaves_invariance_open(configurations, columns, change, verdict, reason):
-    judged_claim = judged("C5", *lora_tables(grid(*configurations, **columns), nll=change))
-    assert judged_claim["verdict"] == verdict
-    assert reason in judged_claim["reason"]
+def test_what_leaves_invariance_open(configurations, change, verdict, reason):
+    verdict_is(judged("C5", *lora_tables(grid(*configurations), nll=change)), verdict, reason)
 
 
 # The initial slope and the time scale of A --------------------------------------------------------------------------
@@ -148,20 +118,14 @@ def sooner(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "moved", "verdict"),
-    [
-        (0.0, 0.0, "confirmed"),
-        (1.0, 0.05, "contradicted"),
-        (1.0, 0.5, "inconclusive"),
-    ],
+    ("size", "moved", "verdict", "left_out"),
+    [(0.0, 0.0, "confirmed", 0), (1.0, 0.05, "contradicted", 0), (1.0, 0.5, "inconclusive", 1)],
 )
-def test_lr_a_does_not_matter_at_first(size, moved, verdict):
+def test_lr_a_does_not_matter_at_first(size, moved, verdict, left_out):
     runs, curves = lora_tables(grid(*TENFOLD), nll=sooner(size), a_moved=lambda run, step: moved)
     claim = judged("C6", runs, curves)
-    assert claim["verdict"] == verdict
-    # Pairs whose A moved are left out.
-    assert claim["n_runs"] == (0 if moved > 0.1 else 10)
-    assert ("1 pairs left out" in claim["reason"]) == (moved > 0.1)
+    verdict_is(claim, verdict, f"{left_out} pairs left out")
+    assert claim["n_runs"] == 10 * (1 - left_out)
     if not size:
         assert claim["estimate"] == pytest.approx(1.0, abs=0.01)
         assert 0.98 < claim["ci_low"] < claim["ci_high"] < 1.02
@@ -169,12 +133,10 @@ def test_lr_a_does_not_matter_at_first(size, moved, verdict):
 
 def test_slopes_need_seeds_and_a_falling_loss():
     few = judged("C6", *lora_tables(grid(*TENFOLD, seeds=range(2)), a_moved=lambda run, step: 0.0))
-    assert few["verdict"] == "inconclusive"
-    assert "2 paired seeds" in few["reason"]
+    verdict_is(few, "inconclusive", "2 paired seeds")
     rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
     claim = judged("C6", *rising_loss)
-    assert claim["verdict"] == "inconclusive"
-    assert "does not fall" in claim["reason"]
+    verdict_is(claim, "inconclusive", "does not fall")
     assert judged("C6", *lora_tables(grid({}, {"lr": 1e-2})))["verdict"] == "not tested"
 
 
@@ -199,17 +161,14 @@ def moving(power, wobble=0.05):
     return moved
 
 
-@pytest.mark.parametrize(
-    ("power", "wobble", "verdict"),
-    [(1.0, 0.02, "confirmed"), (2.0, 0.02, "contradicted")],
-)
-def test_the_time_scale_of_a(power, wobble, verdict):
+@pytest.mark.parametrize(("power", "verdict"), [(1.0, "confirmed"), (2.0, "contradicted")])
+def test_the_time_scale_of_a(power, verdict):
     # Another initial scale at the same update scale is a time scale like any other.
     configurations = [*TIMES, at_time_scale(0.5, 1e-3), at_time_scale(4.0, 1e-3)]
-    claim = judged("C7", *lora_tables(grid(*configurations, steps=1024), a_moved=moving(power, wobble)))
-    assert claim["verdict"] == verdict
+    claim = judged("C7", *lora_tables(grid(*configurations, steps=1024), a_moved=moving(power, 0.02)))
+    times = f"{4 if power == 2 else 5} times and {int(power == 2)} bounds at 1 update scales"
+    verdict_is(claim, verdict, times)
     assert claim["estimate"] == pytest.approx(power, abs=0.05)
-    assert f"{4 if power == 2 else 5} times and {int(power == 2)} bounds at 1 update scales" in claim["reason"]
 
 
 def test_times_at_other_update_scales_are_not_compared():
@@ -220,8 +179,7 @@ def test_times_at_other_update_scales_are_not_compared():
 
     mixed = [*TIMES, *({"init_a": init_a, "lr": 1e-3} for init_a in (0.25, 0.5, 2.0, 4.0))]
     claim = judged("C7", *lora_tables(grid(*mixed, steps=512), a_moved=moved))
-    assert claim["verdict"] == "confirmed"
-    assert claim["estimate"] == pytest.approx(1, abs=0.05)
+    assert (claim["verdict"], claim["estimate"]) == ("confirmed", pytest.approx(1, abs=0.05))
     only = judged("C7", *lora_tables(grid(*mixed[4:], steps=512), a_moved=moved))
     assert only["verdict"] == "inconclusive"
     assert only["would_decide"].startswith("3 values of init_A / LR_A")
@@ -230,71 +188,48 @@ def test_times_at_other_update_scales_are_not_compared():
 def test_runs_in_which_a_does_not_move_that_far_are_bounds():
     slow = at_time_scale(1.0, 1e-4)
     claim = judged("C7", *lora_tables(grid(*TIMES, slow, steps=256), a_moved=moving(1.0)))
-    assert claim["verdict"] == "confirmed"
-    assert "4 times and 1 bounds" in claim["reason"]
+    verdict_is(claim, "confirmed", "4 times and 1 bounds")
     assert claim["n_runs"] == 5 * len(SEEDS)
     runs, curves = lora_tables(grid(*TIMES[:2], slow, steps=256), a_moved=moving(1.0))
-    few = judged("C7", runs, curves)
-    assert few["verdict"] == "inconclusive"
-    assert "3 known times" in few["reason"]
+    verdict_is(judged("C7", runs, curves), "inconclusive", "3 known times")
     assert judged("C7", runs, curves[curves["metric"] != "a_moved"])["verdict"] == "not tested"
-    none = judged("C7", *lora_tables(grid({"lr": 1e-5}, {"lr": 2e-5})))
-    assert none["verdict"] == "inconclusive"
-    assert "nan" not in none["reason"]
+    verdict_is(judged("C7", *lora_tables(grid({"lr": 1e-5}, {"lr": 2e-5}))), "inconclusive")
 
 
 # Variants -----------------------------------------------------------------------------------------------------------
 
 VARIANTS = [{"alpha": 8.0}, {"alpha": 128.0}, {"lr_ratio": 4.0}, {"lr_ratio": 16.0}]
-LUCK = [
-    (0.0, 0.004, -0.004),
-    (0.001, 0.003, -0.005),
-    (-0.001, 0.006, -0.004),
-    (0.0, 0.005, -0.003),
-    (0.001, 0.004, -0.006),
-]
+LUCK = [(0.0, 0.004, -0.004), (0.001, 0.003, -0.005), (-0.001, 0.006, -0.004), (0.0, 0.005, -0.003)]
+LUCK += [(0.001, 0.004, -0.006)]
 
 
 def variants(changes=None, every=None, chosen=VARIANTS):
     """Make the standard arm and LR-tuned variants, with the loss of some changed by their place."""
-    configurations = [
-        {"alpha": 32.0, "lr_ratio": 1.0},
-        *({"alpha": 32.0, "lr_ratio": 1.0} | variant for variant in chosen),
-    ]
+    standard = {"alpha": 32.0, "lr_ratio": 1.0, "init_a": 1.0, "optimum": 3.2e-3}
     return tables(
-        arm(
-            16,
-            optimum=3.2e-3,
-            init_a=1.0,
-            **({"offsets": LUCK[place]} | config | (every or {}) | (changes or {}).get(place, {})),
-        )
-        for place, config in enumerate(configurations)
+        arm(16, **(standard | {"offsets": LUCK[place]} | variant | (every or {}) | (changes or {}).get(place, {})))
+        for place, variant in enumerate([{}, *chosen])
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "every", "verdict", "reason"),
+    ("changes", "verdict", "reason"),
     [
-        ({}, {}, "confirmed", "LoRA r16 alpha 8 - LoRA r16 = -0.0003"),
-        ({2: {"floor": 1.9}}, {}, "contradicted", "LoRA r16 alpha 128 - LoRA r16 = -0.09"),
-        ({3: {"floor": 1.9405}}, {}, "inconclusive", "LoRA r16 LR_B/LR_A 4 - LoRA r16 = -0.0588"),
-        ({1: {"lrs": (3e-3, 1e-2, 3e-2)}}, {}, "inconclusive", "alpha 8: best LR at the edge"),
+        ({}, "confirmed", "LoRA r16 alpha 8 - LoRA r16 = -0.0003"),
+        ({2: {"floor": 1.9}}, "contradicted", "LoRA r16 alpha 128 - LoRA r16 = -0.09"),
+        ({3: {"floor": 1.9405}}, "inconclusive", "LoRA r16 LR_B/LR_A 4 - LoRA r16 = -0.0588"),
+        ({1: {"lrs": (3e-3, 1e-2, 3e-2)}}, "inconclusive", "alpha 8: best LR at the edge"),
     ],
 )
-def test_variants_of_the_parametrization(changes, every, verdict, reason):
-    claim = judged("C9", *variants(changes, every))
-    assert claim["verdict"] == verdict
-    assert reason in claim["reason"]
-    assert "nan" not in claim["reason"]
+def test_variants_of_the_parametrization(changes, verdict, reason):
+    claim = judged("C9", *variants(changes))
+    verdict_is(claim, verdict, reason)
     # 2% of the gain from the base's 5 nats to the standard arm's validation NLL of 2.1.
-    if "lrs" not in changes.get(0, {}):
-        assert claim["margin_low"] == pytest.approx(-0.058, abs=0.003)
+    assert claim["margin_low"] == pytest.approx(-0.058, abs=0.003)
 
 
 def test_variants_of_both_kinds_are_needed_and_a_grid():
-    claim = judged("C9", *variants(chosen=VARIANTS[:2]))
-    assert claim["verdict"] == "inconclusive"
-    assert "no variant of lr_ratio" in claim["reason"]
+    verdict_is(judged("C9", *variants(chosen=VARIANTS[:2])), "inconclusive", "no variant of lr_ratio")
     assert judged("C9", *variants(chosen=[]))["verdict"] == "not tested"
     assert judged("C9", *variants(every={"lrs": (1e-3, 3e-3)}))["verdict"] == "not tested"
 
@@ -330,22 +265,15 @@ def ended(runs, share):
 )
 def test_b_outgrows_a(share, verdict):
     claim = judged("C10", *ended(sweeps(), share))
-    assert claim["verdict"] == verdict
-    assert "1000 steps" in claim["reason"]
+    verdict_is(claim, verdict, "1000 steps")
     assert claim["n_runs"] == 10
     assert (claim["margin_low"], claim["unit"]) == (0.6, "share of layers")
 
 
 def test_the_longest_runs_decide_whether_b_outgrows_a():
-    def share(run, step):
-        return 0.9 if run["dataset"] == "worked" else 0.1
-
-    short, long, facts = (
-        sweeps(),
-        sweeps(dataset="worked", steps=1200),
-        sweeps(dataset="facts", steps=1500, entropy_bits=9.0),
-    )
-    claim = judged("C10", *ended(short + long + facts, share))
+    longer = sweeps(dataset="worked", steps=1200) + sweeps(dataset="facts", steps=1500, entropy_bits=9.0)
+    share = {"instruct": 0.1, "worked": 0.9, "facts": 0.1}
+    claim = judged("C10", *ended(sweeps() + longer, lambda run, step: share[run["dataset"]]))
     assert claim["verdict"] == "confirmed"
     assert claim["reason"].startswith("tiny/worked (longest runs, 1200 steps)")
 
@@ -356,9 +284,7 @@ def test_b_against_a_needs_the_end_and_an_optimum():
 
     runs, curves = ended(sweeps(), share)
     assert judged("C10", runs, curves[curves["step"] < 1000])["verdict"] == "not tested"
-    edge = judged("C10", *ended(sweeps(curvature=-0.1), share))
-    assert edge["verdict"] == "inconclusive"
-    assert "edge" in edge["reason"]
+    verdict_is(judged("C10", *ended(sweeps(curvature=-0.1), share)), "inconclusive", "edge")
     assert judged("C10", *ended(sweeps(seeds=range(1)), share))["verdict"] == "inconclusive"
 
 
@@ -370,13 +296,7 @@ def after_adam(grows):
     return lambda run, step: run["lr"] * (1 if step == 1 else 0.3 * step**grows * (1 + luck(run["seed"], size=0.05)))
 
 
-@pytest.mark.parametrize(
-    ("norm", "verdict"),
-    [
-        (update_norm, "confirmed"),
-        (after_adam(-0.3), "inconclusive"),
-    ],
-)
+@pytest.mark.parametrize(("norm", "verdict"), [(update_norm, "confirmed"), (after_adam(-0.3), "inconclusive")])
 def test_the_effective_lr(norm, verdict):
     claim = judged("C11", *lora_tables(grid({"rank": 8}, {"rank": 16}, steps=64), update_norm=norm))
     assert claim["verdict"] == verdict
@@ -402,32 +322,28 @@ def shrinking(by_a):
     """Return the size of a step, which shrinks as Adam's does, and grows by a power of the step where A moves."""
 
     def norm(run, step):
+        noise = (1 + luck(run["seed"], step, size=0.02)) * (
+            1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
+        )
         moves = 1.0 if run["lr_ratio"] == 1 else 0.0
-        return run["lr"] * run["lr_ratio"] * (1 + luck(run["seed"], step, size=0.02)) * step ** (moves * by_a - 0.5)
+        return run["lr"] * run["lr_ratio"] * noise * step ** (moves * by_a - 0.5)
 
     return norm
 
 
 @pytest.mark.parametrize(("by_a", "verdict"), [(0.2, "confirmed"), (0.0, "contradicted")])
 def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
-    def norm(run, step):
-        noise = 1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
-        return shrinking(by_a)(run, step) * noise
-
-    claim = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=norm))
-    assert claim["verdict"] == verdict
+    claim = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=shrinking(by_a)))
+    verdict_is(claim, verdict, "with LR_A 0.0001 and the same LR_B")
     assert claim["estimate"] == pytest.approx(64**by_a, rel=0.05)
-    assert "with LR_A 0.0001 and the same LR_B" in claim["reason"]
     assert claim["n_runs"] == 2 * len(SEEDS)
-    few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=norm))
+    few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=shrinking(by_a)))
     assert few["verdict"] == "inconclusive"
 
 
 def test_the_effective_lr_needs_seeds_and_records():
-    assert judged("C11", *lora_tables(grid({}, seeds=range(2))))["verdict"] == "inconclusive"
-    single = judged("C11", *lora_tables(grid({}, seeds=range(1))))
-    assert single["verdict"] == "inconclusive"
-    assert "nan" not in single["reason"]
+    for seeds in (1, 2):
+        verdict_is(judged("C11", *lora_tables(grid({}, seeds=range(seeds)))), "inconclusive")
     runs, curves = lora_tables(grid({}))
     assert judged("C11", runs, curves[curves["step"] != 1])["verdict"] == "not tested"
     assert judged("C11", *lora_tables(grid({"alpha": 8.0})))["verdict"] == "not tested"

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
 import pandas as pd
 import pytest
 
 from lorabench.claims.compute import PAPER_COUNTS
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables
 
 from ..handmade import rl
 from ..handmade.sft import LRS, arm, tables
+from . import jitter, judged, verdict_is
 
 IDS = ["E1", "E2", "E3", "E4", "E7"]
 PER_RANK = {"attn": 100, "mlp": 200, "all": 300}  # parameters
 FLOORS = {("attn", 8): 2.2, ("attn", 17): 2.1, ("mlp", 8): 2.0, ("mlp", 16): 2.0, ("all", 8): 2.0, ("all", 16): 2.0}
 NOISE = 0.0005
 BASE = 3.0  # so that the margin is about 0.018
-
-
-def jitter(key):
-    return np.random.default_rng(zlib.crc32(key.encode())).standard_normal()
 
 
 def world(changes=None, without=(), batch_size=16, steps=128, every=None, noise=NOISE, **columns):
@@ -41,31 +33,22 @@ def world(changes=None, without=(), batch_size=16, steps=128, every=None, noise=
     return runs
 
 
-def judged(runs, counts=None, ids=(*IDS, "E6", "M1"), curves=None):
-    if curves is None and len(runs):
-        curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "examples": 0, "tokens": 0})
-        curves = curves.assign(split="validation", metric="nll", value=BASE).astype({"step": "Int64"})
-    nothing = pd.DataFrame()
-    read = Tables(runs, nothing if curves is None else curves, counts=nothing if counts is None else counts)
-    return judge_claims(read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
+def placed(ids, runs):
+    """Judge claims on runs whose base has a loss of BASE."""
+    curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "examples": 0, "tokens": 0})
+    curves = curves.assign(split="validation", metric="nll", value=BASE).astype({"step": "Int64"})
+    return judged(ids, runs, curves)
 
 
 def moe(**settings):
     return world(model="sparse", family="qwen3_moe", **settings)
 
 
-@pytest.fixture(scope="module")
-def confirmed():
-    return judged(pd.concat([world(family="llama", batch_size=8, steps=120), moe(batch_size=8, steps=120)]))
-
-
-def test_every_claim_is_confirmed_where_all_hold(confirmed):
+def test_every_claim_is_confirmed_where_all_hold():
+    confirmed = placed(IDS, pd.concat([world(family="llama", batch_size=8, steps=120), moe(batch_size=8, steps=120)]))
     assert confirmed.loc[IDS, "verdict"].to_dict() == dict.fromkeys(IDS, "confirmed")
     assert not confirmed["reason"].str.contains("nan").any()
     assert confirmed.loc[["E1", "E4", "E7"], "fact"].nunique() == 1
-
-
-def test_the_numbers_are_those_of_the_tables(confirmed):
     assert confirmed.loc["E1", "estimate"] == pytest.approx(0.1, abs=4 * NOISE)
     assert confirmed.loc["E1", "margin_low"] == pytest.approx(0.018, abs=3e-4)
     assert "LoRA r17 attn - LoRA r8 mlp" in confirmed.loc["E1", "reason"]
@@ -92,7 +75,7 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
 )
 def test_contradicted_where_it_fails(claims, changes, part):
     runs = pd.concat([make(changes=changes, batch_size=8, steps=120) for make in (world, moe)])
-    of_claims = judged(runs, ids=claims).loc[claims]
+    of_claims = placed(claims, runs).loc[claims]
     assert of_claims["verdict"].tolist() == ["contradicted"] * len(claims)
     assert of_claims.loc[["E3", "E4"], "reason"].str.startswith(part).all()
 
@@ -108,68 +91,58 @@ def test_contradicted_where_it_fails(claims, changes, part):
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
     runs = pd.concat([make(**settings, batch_size=8, steps=120) for make in (world, moe)])
-    judged_claims = judged(runs, ids=claims)
+    judged_claims = placed(claims, runs)
     assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
     assert not judged_claims["reason"].str.contains("nan").any()
 
 
-def test_half_of_the_claim_confirms_nothing():
-    only_all = judged(moe(without=["attn", "mlp"]), ids=["E3"])
-    assert only_all.loc["E3", "verdict"] == "inconclusive"
-    assert judged(moe(without=["attn", "mlp", "all"]), ids=["E3"]).loc["E3", "verdict"] == "not tested"
+def test_a_better_mlp_confirms_that_attention_adds_nothing():
+    row = placed("E2", world({("mlp", rank): {"floor": 1.9} for rank in (8, 16)}))
+    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(-0.1, abs=4 * NOISE))
 
 
 def test_attention_with_more_parameters_comes_first():
     fewer = {("attn", 8): {"trainable_params": 1590}}
-    assert "LoRA r17 attn - LoRA r8 mlp" in judged(world(fewer), ids=["E1"]).loc["E1", "reason"]
+    assert "LoRA r17 attn - LoRA r8 mlp" in placed("E1", world(fewer))["reason"]
     # Without such a pair, the nearest.
-    claim = judged(world(fewer, without=[("attn", 17)]), ids=["E1"]).loc["E1"]
+    claim = placed("E1", world(fewer, without=[("attn", 17)]))
     assert "LoRA r8 attn - LoRA r8 mlp" in claim["reason"]
     assert claim["verdict"] == "confirmed"
 
 
-def test_dense_models_and_mixtures_of_experts_are_judged_apart():
+def test_what_each_claim_is_about():
     worse = {("attn", 17): {"floor": 2.0}}
-    claims = judged(pd.concat([world(family="llama"), moe(changes=worse)]), ids=["E1", "E3"])
-    assert claims.loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "contradicted"]
-    assert judged(moe(), ids=["E1"]).loc["E1", "verdict"] == "not tested"
+    claims = placed(["E1", "E3"], pd.concat([world(family="llama"), moe(changes=worse)]))
+    assert claims["verdict"].tolist() == ["confirmed", "contradicted"]
+    verdict_is(placed("E1", moe()), "not tested")
     # Without the column, all count as dense.
     for runs in (world(), world(family=None), world(family="qwen3")):
-        assert judged(runs, ids=["E1", "E3"]).loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "not tested"]
-
-
-def test_more_examples_are_no_tiny_dataset():
-    few = judged(world(batch_size=10, steps=100), ids=["E7"])
-    more = judged(world(batch_size=10, steps=101), ids=["E4", "E7"])
-    assert few.loc["E7", "verdict"] == "confirmed"
+        assert placed(["E1", "E3"], runs)["verdict"].tolist() == ["confirmed", "not tested"]
+    # Half of the claim confirms nothing.
+    verdict_is(placed("E3", moe(without=["attn", "mlp"])), "inconclusive")
+    verdict_is(placed("E3", moe(without=["attn", "mlp", "all"])), "not tested")
+    # More examples are no tiny dataset.
+    verdict_is(placed("E7", world(batch_size=10, steps=100)), "confirmed")
+    more = placed(["E4", "E7"], world(batch_size=10, steps=101))
     assert more["verdict"].to_dict() == {"E4": "confirmed", "E7": "not tested"}
 
 
-def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
-    """Make RL runs by placement; the base's accuracy is 0.1, so that the margin is about 0.07."""
-    peaks = {("attn", 17): attention, ("mlp", 8): 0.8, ("all", 8): 0.8}
-    arms = [
-        rl.arm(rank, optimum=2e-3, peak=peak, placement=name, trainable_params=PER_RANK[name] * rank, lrs=lrs)
-        for (name, rank), peak in peaks.items()
-    ]
-    runs, curves = tables(arms)
-    runs["best_reward"] += [0.002 * jitter(run_id) for run_id in runs["run_id"]]
-    lengths = curves["metric"] == "response_length"
-    return runs, curves.assign(value=curves["value"].where(~lengths, length))
-
-
 @pytest.mark.parametrize(
-    ("settings", "verdict", "words"),
+    ("attention", "verdict", "words"),
     [
-        ({}, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
-        ({"attention": 0.8}, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
+        (0.6, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
+        (0.8, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
     ],
 )
-def test_placement_in_rl(settings, verdict, words):
-    runs, curves = rl_world(**settings)
-    claim = judged(runs, ids=["E5"], curves=curves).loc["E5"]
-    assert claim["verdict"] == verdict
-    assert words in claim["reason"]
+def test_placement_in_rl(attention, verdict, words):
+    # The base's accuracy is 0.1, so that the margin is about 0.07.
+    peaks = {("attn", 17): attention, ("mlp", 8): 0.8, ("all", 8): 0.8}
+    runs, curves = tables(
+        rl.arm(rank, optimum=2e-3, peak=peak, placement=name, trainable_params=PER_RANK[name] * rank)
+        for (name, rank), peak in peaks.items()
+    )
+    runs["best_reward"] += [0.002 * jitter(run_id) for run_id in runs["run_id"]]
+    verdict_is(judged("E5", runs, curves), verdict, words)
 
 
 def counts_by_hand(changes=None):
@@ -186,7 +159,7 @@ def counts_by_hand(changes=None):
 
 def test_parameter_counts():
     def claim(counts):
-        return judged(pd.DataFrame(), counts, ids=["E6"]).loc["E6"]
+        return judged("E6", counts=counts)
 
     exact = claim(counts_by_hand())
     assert (exact["verdict"], exact["estimate"], exact["n_runs"]) == ("confirmed", 0, 0)
@@ -195,8 +168,7 @@ def test_parameter_counts():
     assert (off["verdict"], off["estimate"]) == ("contradicted", -3)
     assert "attn r256 is off by -3" in off["reason"]
     missing = claim(counts_by_hand().drop(index=2))
-    assert missing["verdict"] == "inconclusive"
-    assert "all r256 is not counted" in missing["reason"]
+    verdict_is(missing, "inconclusive", "all r256 is not counted")
     for none in (pd.DataFrame(), counts_by_hand().assign(architecture="qwen3-8b"), counts_by_hand().iloc[4:]):
         assert claim(none)["verdict"] == "not tested"
 
@@ -213,7 +185,7 @@ def test_expert_ratio():
         ]
         columns = ["architecture", "placement", "part", "rank", "include_unembedding"]
         counts = pd.DataFrame(rows, columns=[*columns, "trainable_params", "base_params"])
-        return judged(pd.DataFrame(), counts, ids=["M1"]).loc["M1"]
+        return judged("M1", counts=counts)
 
     # Without the division attention would be at 5 / 8 of the experts' share, which is nearer to 1 than 5.
     further = claim()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.margins import Margins
 
-from ..handmade import LRS, make_sweep, runs_table
+from ..handmade import make_sweep, rl, runs_table
 
 SEEDS = 24
 
@@ -26,21 +25,6 @@ def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
     """Return the rows with the losses of both splits shifted."""
     losses = ("final_valid_nll", "final_test_nll")
     return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
-
-
-def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **changes: Any) -> list[dict[str, Any]]:
-    """Make a sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
-    rows = []
-    for lr in LRS:
-        for seed in range(seeds if lr == best else 1):
-            accuracy = max(0.0, peak - 0.2 * abs(math.log10(lr / best))) + 0.01 * (seed % 3)
-            rewards = {"final_valid_reward": accuracy, "final_reward": accuracy, "base_reward": 0.2}
-            name = f"rl-{rank}-{lr:g}-{seed}-{changes.get('dataset', 'gcd')}"
-            row = {"run_id": name, "task": "rl", "experiments": ["rl_arithmetic"], "model": "tiny", "dataset": "gcd"}
-            row |= {"method": "fullft" if rank is None else "lora", "rank": rank, "lr": lr, "seed": seed}
-            row |= {"placement": None if rank is None else "all", "alpha": None if rank is None else 32.0}
-            rows.append(row | {"batch_size": 64, "steps": 50, "status": "done"} | rewards | changes)
-    return rows
 
 
 def only(rows: list[dict[str, Any]]):
@@ -114,7 +98,8 @@ def test_placements_against_all_layers():
 
 
 def test_rl_is_judged_by_error_rate():
-    recommendation = only(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
+    arms = [rl.arm(rank, optimum=1e-3, peak=peak) for rank, peak in ((None, 0.8), (1, 0.8), (8, 0.5))]
+    recommendation = only([row for rows, _ in arms for row in rows])
     assert recommendation.setting["task"] == "rl"
     assert [choice.answer for choice in recommendation.lora] == ["yes", "no"]
     assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
@@ -128,7 +113,7 @@ def test_without_two_tuned_methods_there_is_no_answer():
 
 
 def test_a_table_may_lack_columns():
-    runs = runs_table(sft(None, 64) + rl(None, 0.8) + rl(1, 0.8))
+    runs = runs_table(sft(None, 64) + rl.arm(optimum=1e-3)[0] + rl.arm(1, optimum=1e-3)[0])
     few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
     assert measured_recipe(few).recommendations == ()
     assert measured_recipe(pd.DataFrame()).recommendations == ()

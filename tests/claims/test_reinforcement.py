@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 from scipy.special import ndtri
 
-from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.rl_progress import progress_windows
-from lorabench.store.tables import Tables
 
 from ..handmade.rl import BASE, LRS, STEPS, arm, grown
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables
+from . import judged, verdict_is
 
 IDS = ["B10", "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9"]
 ON_RUNS = [name for name in IDS if name not in ("F6", "F8")]
@@ -64,31 +63,19 @@ def supervised(nats=0.7, model="tiny", dataset="instruct", **settings):
     return runs
 
 
-def judged(runs=None, curves=None, counts=None, ids=IDS):
-    read = Tables(*(pd.DataFrame() if table is None else table for table in (runs, curves, None, counts)))
-    return judge_claims(read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
-
-
 def rl_and_sft(tables_of_rl, *sft):
     runs, curves = tables_of_rl
     return pd.concat([runs, *(sft or (supervised(),))]), curves
 
 
-@pytest.fixture(scope="module")
-def confirmed():
-    return judged(*rl_and_sft(world()))
-
-
-def test_every_claim_on_runs_is_confirmed_where_all_hold(confirmed):
+def test_every_claim_on_runs_is_confirmed_where_all_hold():
+    confirmed = judged(IDS, *rl_and_sft(world()))
     assert confirmed.loc[ON_RUNS, "verdict"].to_dict() == dict.fromkeys(ON_RUNS, "confirmed")
     assert confirmed.loc[["F6", "F8"], "verdict"].tolist() == ["not tested"] * 2
     assert not confirmed["reason"].str.contains("nan").any()
     assert confirmed.loc[["F6", "F7", "F9"], "kind"].tolist() == ["count", "derivation", "derivation"]
     assert "true by construction" in confirmed.loc["F7", "reason"]
     assert confirmed.loc[COMPARED, "scope"].tolist() == [f"tiny, {STEPS} steps, RL on problems"] * len(COMPARED)
-
-
-def test_the_numbers_are_those_of_the_tables(confirmed):
     estimates = confirmed["estimate"]
     assert estimates["B10"] == pytest.approx(10, rel=0.2)
     assert estimates["F1"] == pytest.approx(0, abs=0.005)
@@ -126,7 +113,7 @@ SHRINKING = {"train": {"response_length": grown(400, 250)}}
     ],
 )
 def test_contradicted_where_it_fails(claim, changes):
-    assert judged(*world(changes), ids=[claim]).loc[claim, "verdict"] == "contradicted"
+    assert judged(claim, *world(changes))["verdict"] == "contradicted"
 
 
 @pytest.mark.parametrize(
@@ -140,14 +127,33 @@ def test_contradicted_where_it_fails(claim, changes):
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings, reason):
-    judged_claims = judged(*world(**settings), ids=claims)
+    judged_claims = judged(claims, *world(**settings))
     assert judged_claims["verdict"].to_dict() == dict.fromkeys(claims, "inconclusive")
     for found in judged_claims["reason"]:
         assert reason in found
 
 
+def test_a_better_rank_1_reaches_the_peak_too():
+    row = judged("F1", *world({RANK_1: {"peak": 0.95}}))
+    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(-0.15, abs=0.01))
+
+
+def test_problems_that_only_one_arm_solves_are_part_of_the_error():
+    runs, curves = world()
+    # FullFT fails at the first 20 of 100 problems in all of its runs, rank 1 at the next 20.
+    first = runs["rank"].map({1: 20, 8: 40}).fillna(0).astype(int)
+    losses = [
+        {"run_id": run_id, "example": place, "loss": float(start <= place < start + 20), "tokens": 1}
+        for run_id, start in zip(runs["run_id"], first, strict=True)
+        for place in range(100)
+    ]
+    row = judged("F1", runs, curves, test_losses=pd.DataFrame(losses))
+    assert row["verdict"] == "inconclusive"
+    assert (row["ci_high"] - row["ci_low"]) / 2 == pytest.approx(1.96 * math.sqrt(0.4 / 100), rel=0.1)
+
+
 def test_the_remedy_of_an_open_range_is_lrs_where_it_ends():
-    claim = judged(*world({RANK_1: {"curvature": 0.05}, RANK_8: {"curvature": 0.05}}), ids=["F2"]).loc["F2"]
+    claim = judged("F2", *world({RANK_1: {"curvature": 0.05}, RANK_8: {"curvature": 0.05}}))
     assert claim["verdict"] == "inconclusive"
     assert claim["would_decide"].startswith("LRs where the ranges end")
     assert any(text.startswith("FullFT=5") for text in claim["decide_lrs"])
@@ -160,14 +166,13 @@ def test_a_flat_top_has_no_optimal_lr(tied):
     for name in ("final_reward", "final_valid_reward"):
         # Two tied LRs would give a parabola whose optimum lies halfway between them, with a small error.
         runs.loc[top, name] = 0.82 if len(tied) == 2 else noisy(0.82, runs.loc[top, "run_id"] + name)
-    claim = judged(runs, curves, ids=["B10"]).loc["B10"]
-    assert claim["verdict"] == "inconclusive"
-    assert f"FullFT: LRs {', '.join(f'{lr:.2g}' for lr in tied)} are equally good" in claim["reason"]
+    claim = judged("B10", runs, curves)
+    verdict_is(claim, "inconclusive", f"FullFT: LRs {', '.join(f'{lr:.2g}' for lr in tied)} are equally good")
 
 
 def test_an_optimum_between_two_breakdowns_is_not_known():
-    claim = judged(*world({FULLFT: {"curvature": 0.4}}), ids=["B10"]).loc["B10"]
-    assert (claim["verdict"], "breaks down at both LRs beside 0.0001" in claim["reason"]) == ("inconclusive", True)
+    claim = judged("B10", *world({FULLFT: {"curvature": 0.4}}))
+    verdict_is(claim, "inconclusive", "breaks down at both LRs beside 0.0001")
     assert claim["decide_lrs"] == ["FullFT=5.48e-05", "FullFT=0.000173"]
 
 
@@ -175,76 +180,68 @@ def test_seeds_that_agree_exactly_or_a_peak_between_lrs_decide_nothing_on_f1():
     runs, curves = world()
     rank_1 = runs["rank"].eq(1).fillna(False)
     alike = runs.assign(final_reward=runs["final_reward"].mask(rank_1 & runs["lr"].eq(1e-3), 0.8))
-    claim = judged(alike, curves, ids=["F1"]).loc["F1"]
-    assert (claim["verdict"], "all 4 seeds have the accuracy 0.800" in claim["reason"]) == ("inconclusive", True)
+    claim = judged("F1", alike, curves)
+    verdict_is(claim, "inconclusive", "all 4 seeds have the accuracy 0.800")
     # Between two LRs with breakdowns at both sides a parabola has its peak where no run was.
     broken = runs["final_reward"].mask(rank_1, 0.2).mask(rank_1 & runs["lr"].isin([1e-3, 3e-3]), runs["final_reward"])
     cliffs = runs.assign(final_reward=broken)
-    claim = judged(cliffs, curves, ids=["F1"]).loc["F1"]
-    assert (claim["verdict"], "but no LR has more than" in claim["reason"]) == ("inconclusive", True)
+    claim = judged("F1", cliffs, curves)
+    verdict_is(claim, "inconclusive", "but no LR has more than")
     assert claim["decide_lrs"][0].startswith("LoRA_r1=")
 
 
 def test_nothing_is_claimed_of_arms_that_do_not_learn():
     never = {"peak": BASE + 0.04, "curvature": 0.001, "sets": {"aime24": 0.02}}
-    claims = judged(*world(every=never), ids=COMPARED)
+    claims = judged(COMPARED, *world(every=never))
     assert not set(claims["verdict"]) & {"confirmed", "contradicted"}
     for claim in ("B10", "F1", "F2", "F3"):
         assert "has not learned" in claims.loc[claim, "reason"]
-    unknown = judged(*world(base_reward=None), ids=["F1"]).loc["F1"]
-    assert (unknown["verdict"], "base not known" in unknown["reason"]) == ("inconclusive", True)
+    verdict_is(judged("F1", *world(base_reward=None)), "inconclusive", "base not known")
 
 
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        (
-            {"every": {"lrs": LRS[1:6]}},
-            "sweeps with the best LR between two others and 3 seeds at these, or of 6 LRs (here at most 5 LRs of",
-        ),
-        (
-            {"every": {"train": {"response_length": grown(2, 2)}}},
-            "8 tokens or more (here 2.0 tokens on average",
-        ),
-        (
-            {"rule_reward": 0.7},
-            "15 points above the best constant answer and cheap rule (here tiny/problems: FullFT 0.80",
-        ),
+        ({"every": {"lrs": LRS[1:6]}}, "two others and 3 seeds at these, or of 6 LRs (here at most 5 LRs of"),
+        ({"every": {"train": {"response_length": grown(2, 2)}}}, "8 tokens or more (here 2.0 tokens on average"),
+        ({"rule_reward": 0.7}, "the best constant answer and cheap rule (here tiny/problems: FullFT 0.80"),
     ],
 )
 def test_a_setting_that_is_not_met_is_named(settings, missing):
-    claims = judged(*world(**settings), ids=["B10", "F1", "F2", "F3", "F4"])
+    claims = judged(["B10", "F1", "F2", "F3", "F4"], *world(**settings))
     assert set(claims["verdict"]) == {"setting not met"}
-    for text in claims["missing"]:
-        assert missing in text
+    assert claims["missing"].str.contains(missing, regex=False).all()
 
 
 def test_a_bracketed_optimum_with_seeds_around_it_needs_no_more_lrs():
-    few = world(every={"lrs": LRS[1:6]})
-    repeated = []
-    for seed in (1, 2):
-        runs = few[0][few[0]["seed"].eq(0)].assign(seed=seed)
-        runs["run_id"] += f"-again-{seed}"
-        for name in ("final_reward", "final_valid_reward"):
-            runs[name] = noisy(runs[name], runs["run_id"] + name)
-        repeated.append(runs)
-    runs = pd.concat([few[0][few[0]["seed"].eq(0)], *repeated], ignore_index=True)
-    assert judged(runs, few[1], ids=["F1"]).loc["F1", "verdict"] == "confirmed"
+    few, curves = world(every={"lrs": LRS[1:6]})
+    first = few[few["seed"].eq(0)]
+    repeated = [first.assign(seed=seed, run_id=first["run_id"] + f"-again-{seed}") for seed in (1, 2)]
+    more = pd.concat(repeated)
+    for name in ("final_reward", "final_valid_reward"):
+        more[name] = noisy(more[name], more["run_id"] + name)
+    verdict_is(judged("F1", pd.concat([first, more], ignore_index=True), curves), "confirmed")
 
 
-def test_problem_sets_within_reach_of_a_cheap_rule_do_not_count_beside_others():
+def test_problem_sets_that_do_not_count_beside_others():
     runs, curves = world()
+    # On one set a cheap rule is nearly as good, on the other no run ever got a reward.
     easy, _ = world(dataset="easy", rule_reward=0.75, changes={RANK_1: {"peak": 0.3}})
-    both = pd.concat([runs, easy], ignore_index=True)
-    claim = judged(both, curves, ids=["F1"]).loc["F1"]
-    assert (claim["verdict"], "easy" in claim["reason"]) == ("confirmed", False)
+    hopeless, at_hopeless = world(dataset="hopeless")
+    hopeless = hopeless.assign(status="unrewarded", base_reward=0.0)
+    hopeless[["final_valid_reward", "final_reward", "best_reward"]] = 0.0
+    claim = judged("F1", pd.concat([runs, easy, hopeless], ignore_index=True), pd.concat([curves, at_hopeless]))
+    verdict_is(claim, "confirmed")
+    assert "easy" not in claim["reason"]
+    assert "hopeless" not in claim["reason"]
+    verdict_is(judged("F1", hopeless, at_hopeless), "not tested")
 
 
 def test_a_repeat_that_diverged_decides_nothing_on_curves():
     runs, curves = world()
     lost = runs["rank"].eq(1).fillna(False) & runs["seed"].eq(2)
     runs.loc[lost, ["status", "final_valid_reward", "final_reward"]] = ["diverged", math.nan, math.nan]
-    claims = judged(runs, curves, ids=["F3", "F4", "F5"])
+    claims = judged(["F3", "F4", "F5"], runs, curves)
     assert set(claims["verdict"]) == {"inconclusive"}
     assert "1 seeds diverged at its best LR" in claims.loc["F3", "reason"]
 
@@ -261,54 +258,43 @@ def test_the_plateau_divides_the_windows():
 
 
 def test_further_sets_stand_for_aime_where_it_is_not_there():
-    claim = judged(*world(every={"sets": {"longer_sums": 0.3}}), ids=["F4"]).loc["F4"]
-    assert (claim["verdict"], "no AIME problems" in claim["reason"]) == ("confirmed", True)
+    verdict_is(judged("F4", *world(every={"sets": {"longer_sums": 0.3}})), "confirmed", "no AIME problems")
     # With AIME in the tables they do not count.
     both = {RANK_1: {"sets": {"aime24": 0.3, "longer_sums": 0.1}}}
     beside = world(both, every={"sets": {"aime24": 0.3, "longer_sums": 0.3}})
-    assert judged(*beside, ids=["F4"]).loc["F4", "verdict"] == "confirmed"
-    assert judged(*world(every={"sets": {}}), ids=["F4"]).loc["F4", "verdict"] == "not tested"
+    assert judged("F4", *beside)["verdict"] == "confirmed"
+    assert judged("F4", *world(every={"sets": {}}))["verdict"] == "not tested"
 
 
 def test_a_further_set_needs_its_number_of_problems_and_a_start():
     runs, curves = world()
-    unknown = judged(runs, curves[curves["metric"] != "n_problems"], ids=["F4"]).loc["F4"]
-    assert (unknown["verdict"], "number of problems is not known" in unknown["reason"]) == ("inconclusive", True)
-    no_start = judged(runs, curves[curves["step"] > 0], ids=["F4"]).loc["F4"]
-    assert (no_start["verdict"], "before and after" in no_start["reason"]) == ("inconclusive", True)
-
-
-def unrewarded(after=BASE):
-    """Make runs of which one never got a reward and stopped after a fifth of its steps."""
-    runs, curves = world()
-    first = runs.loc[0, "run_id"]
-    runs.loc[0, ["status", "final_valid_reward", "final_reward", "best_reward"]] = ["unrewarded", BASE, after, BASE]
-    of_first = curves["run_id"] == first
-    at_train = of_first & (curves["split"] == "train")
-    curves = curves[~at_train | curves["step"].le(STEPS // 5)]
-    of_first = curves["run_id"] == first
-    curves.loc[of_first & (curves["metric"] == "equal_groups"), "value"] = 1.0
-    curves.loc[of_first & (curves["metric"] == "grad_norm"), "value"] = 0.0
-    return runs, curves, first
+    unknown = judged("F4", runs, curves[curves["metric"] != "n_problems"])
+    verdict_is(unknown, "inconclusive", "number of problems is not known")
+    no_start = judged("F4", runs, curves[curves["step"] > 0])
+    verdict_is(no_start, "inconclusive", "before and after")
 
 
 def test_a_run_without_rewards_stays_its_base():
-    runs, curves, first = unrewarded()
-    claim = judged(runs, curves, ids=["F7"]).loc["F7"]
-    assert claim["verdict"] == "confirmed"
-    assert "of 1 runs without other steps 0 of 2 accuracies changed" in claim["reason"]
-    assert first in claim["run_ids"]
-    assert f"largest gradient of {len(runs) - 1 + STEPS // 5} steps" in claim["reason"]
-    runs, curves, _ = unrewarded(after=BASE + 0.001)
-    assert judged(runs, curves, ids=["F7"]).loc["F7", "verdict"] == "contradicted"
+    runs, curves = world()
+    first = runs.loc[0, "run_id"]
+    columns = ["status", "final_valid_reward", "final_reward", "best_reward"]
+    # It stopped after a fifth of its steps.
+    of_first = curves["run_id"].eq(first)
+    curves = curves[~of_first | curves["split"].ne("train") | curves["step"].le(STEPS // 5)]
+    for metric, value in (("equal_groups", 1.0), ("grad_norm", 0.0)):
+        curves.loc[of_first & curves["metric"].eq(metric), "value"] = value
+    for after, verdict, changed in ((BASE, "confirmed", 0), (BASE + 0.001, "contradicted", 1)):
+        runs.loc[0, columns] = ["unrewarded", BASE, after, BASE]
+        claim = judged("F7", runs, curves)
+        steps = f"largest gradient of {len(runs) - 1 + STEPS // 5} steps"
+        verdict_is(claim, verdict, f"of 1 runs without other steps {changed} of 2 accuracies changed", steps)
+        assert first in claim["run_ids"]
 
 
 def test_gradients_of_0_need_others_beside_them():
     for gradients, verdict in ((lambda done: 0.0, "inconclusive"), (lambda done: 0.3 * (done > 0.5), "confirmed")):
-        claim = judged(*world(every={"train": {"grad_norm": gradients}}), ids=["F7"]).loc["F7"]
-        assert claim["verdict"] == verdict
-    never = judged(*world(every={"train": {"equal_groups": lambda done: 0.5}}), ids=["F7"]).loc["F7"]
-    assert never["verdict"] == "not tested"
+        verdict_is(judged("F7", *world(every={"train": {"grad_norm": gradients}})), verdict)
+    verdict_is(judged("F7", *world(every={"train": {"equal_groups": lambda done: 0.5}})), "not tested")
 
 
 @pytest.mark.parametrize(
@@ -320,56 +306,38 @@ def test_gradients_of_0_need_others_beside_them():
     ],
 )
 def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):
-    assert judged(*rl_and_sft(world(), *sft), ids=["F9"]).loc["F9", "verdict"] == verdict
+    assert judged("F9", *rl_and_sft(world(), *sft))["verdict"] == verdict
 
 
 def test_each_task_is_judged_by_its_own_claims():
     runs, curves = world()
     sft = supervised()
-    alone, beside = (judged(table, curves, ids=["B10", "F1"]) for table in (runs, pd.concat([runs, sft])))
+    alone, beside = (judged(["B10", "F1"], table, curves) for table in (runs, pd.concat([runs, sft])))
     pd.testing.assert_frame_equal(alone, beside)
-    claims = judged(sft, curves)
+    claims = judged(IDS, sft, curves)
     assert set(claims["verdict"]) == {"not tested"}
     assert "no runs of the experiment rl_math or rl_gsm8k" in claims.loc["F1", "reason"]
-
-
-def test_a_set_without_any_reward_decides_nothing_but_f7():
-    good, bad = world(dataset="easy"), world(dataset="hopeless")
-    bad[0]["status"], bad[0]["base_reward"] = "unrewarded", 0.0
-    bad[0][["final_valid_reward", "final_reward", "best_reward"]] = 0.0
-    both = judged(*(pd.concat(pair) for pair in zip(good, bad, strict=True)), ids=["F1"]).loc["F1"]
-    assert both["verdict"] == "confirmed"
-    assert "hopeless" not in both["reason"]
-    assert judged(*bad, ids=["F1"]).loc["F1", "verdict"] == "not tested"
 
 
 def test_tables_without_curves_test_no_curves():
     runs, curves = world()
     for none in (pd.DataFrame(), curves.iloc[:0]):
-        claims = judged(pd.concat([runs, supervised()]), none)
+        claims = judged(IDS, pd.concat([runs, supervised()]), none)
         assert claims.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["setting not met"] * 3
         assert claims.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
 
 
-def rank_1(with_head=2_753_792, without_head=2_621_440, **changes):
-    rows = {
-        "architecture": "llama-3.1-8b",
-        "placement": "all",
-        "part": "all",
-        "rank": 1,
-        "include_unembedding": [True, False],
-        "trainable_params": [with_head, without_head],
-        "base_params": 8_030_261_248,
-    }
-    return pd.DataFrame(rows | changes)
-
-
 def test_rank_1_against_the_bits_of_math():
-    claim = judged(counts=rank_1()).loc["F6"]
-    assert claim["verdict"] == "confirmed"
+    counted = {"architecture": "llama-3.1-8b", "placement": "all", "part": "all", "rank": 1}
+    counted |= {"include_unembedding": [True, False], "trainable_params": [2_753_792, 2_621_440]}
+    counts = pd.DataFrame(counted).assign(base_params=8_030_261_248)
+    claim = judged("F6", counts=counts)
+    without = "2,621,440 without the unembedding (8.2 times)"
+    verdict_is(claim, "confirmed", without, "2,753,792 with the unembedding (8.6 times)")
     assert claim["estimate"] == pytest.approx(2_621_440 / 320_000)
-    assert "2,621,440 without the unembedding (8.2 times)" in claim["reason"]
-    assert "2,753,792 with the unembedding (8.6 times)" in claim["reason"]
-    assert judged(counts=rank_1(without_head=900_000)).loc["F6", "verdict"] == "contradicted"
-    for counts in (pd.DataFrame(), rank_1(rank=2), rank_1(placement="mlp"), rank_1(part="experts"), rank_1().iloc[1:]):
-        assert judged(counts=counts).loc["F6", "verdict"] == "not tested"
+    verdict_is(judged("F6", counts=counts.assign(trainable_params=[2_753_792, 900_000])), "contradicted")
+    others = [
+        counts.assign(**{name: value}) for name, value in (("rank", 2), ("placement", "mlp"), ("part", "experts"))
+    ]
+    for none in (pd.DataFrame(), counts.iloc[1:], *others):
+        verdict_is(judged("F6", counts=none), "not tested")

@@ -8,6 +8,7 @@ are parabolas in log LR, and in `lora` training curves follow the theory of the 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,43 +106,25 @@ def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str,
     return row | changes
 
 
-def runs_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the table `runs` of the rows, typed as by `read_table`."""
-    return _table(rows, RUNS)
-
-
-def evals_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the table `evals` of the rows, typed as by `read_table`."""
-    return _table(rows, EVALS)
-
-
-def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
+def _table(schema: pa.Schema, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return a table of rows, typed as by `read_table`."""
     table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
     whole = {field.name: "Int64" for field in schema if pa.types.is_int64(field.type)}
     return table.to_pandas().astype(whole)
 
 
+runs_table, evals_table, claims_table = (partial(_table, schema) for schema in (RUNS, EVALS, CLAIMS))
+
+
 def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
     """Return validation curves, which fall with log(step) from 4.2 nats to the final loss; diverged runs stop early."""
-    rows = []
-    for run in runs.itertuples():
-        final = 5.0 if run.status == "diverged" else run.final_valid_nll
-        for step in STEPS:
-            gone = run.status == "diverged" and step > 20
-            value = 4.2 + (final - 4.2) * math.log1p(step) / math.log1p(STEPS[-1])
-            rows.append(
-                {
-                    "run_id": run.run_id,
-                    "step": step,
-                    "examples": step * 16,
-                    "tokens": step * 1600,
-                    "split": "validation",
-                    "metric": "nll",
-                    "value": None if gone else value,
-                }
-            )
-    frame = pa.Table.from_pylist(rows, schema=CURVES).to_pandas()
-    return frame.astype(dict.fromkeys(("step", "examples", "tokens"), "Int64"))
+    points = runs.merge(pd.DataFrame({"step": STEPS}), how="cross", suffixes=("_of_run", ""))
+    step, diverged = points["step"], points["status"].eq("diverged")
+    final = points["final_valid_nll"].astype(float).mask(diverged, 5.0)
+    value = 4.2 + (final - 4.2) * np.log1p(step) / math.log1p(STEPS[-1])
+    points = points.assign(examples=16 * step, tokens=1600 * step, split="validation", metric="nll")
+    points = points.assign(value=value.mask(diverged & (step > 20)))[CURVES.names]
+    return points.astype(dict.fromkeys(("step", "examples", "tokens"), "Int64"))
 
 
 def laptop_like() -> pd.DataFrame:
@@ -183,8 +166,3 @@ def make_claim(claim_id: str, verdict: str = "confirmed", **changes: Any) -> dic
     if verdict == "setting not met":
         row["missing"] = "runs of 1,000 steps or more (here at most 200 steps; the preset core has them)"
     return row | changes
-
-
-def claims_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the table `claims` of the rows, typed as by `read_table`."""
-    return _table(rows, CLAIMS)

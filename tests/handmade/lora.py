@@ -94,27 +94,16 @@ def lora_tables(
     runs: Iterable[dict[str, Any]], **changes: Callable[[Mapping[str, Any], int], float]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `runs` and `curves` of the given runs, with the metrics above except for the changes."""
-    runs = list(runs)
+    runs, metrics = list(runs), METRICS | changes
     rows = []
     for run in runs:
-        for metric, value in (METRICS | changes).items():
-            steps = range(1, run["steps"] + 1) if metric == "nll" else sorted({*RECORDED, run["steps"]})
-            rows += [
-                {"run_id": run["run_id"], "step": step, "metric": metric, "value": value(run, step)}
-                for step in steps
-                if step <= run["steps"]
-            ]
+        recorded = sorted(step for step in {*RECORDED, run["steps"]} if step <= run["steps"])
+        for metric, value in metrics.items():
+            steps = range(1, run["steps"] + 1) if metric == "nll" else recorded
+            rows += [(run["run_id"], step, "train", metric, value(run, step)) for step in steps]
         # Validation is measured after a step's update, on examples of average difficulty.
-        rows += [
-            {
-                "run_id": run["run_id"],
-                "step": step,
-                "metric": "nll",
-                "split": "validation",
-                "value": (METRICS | changes)["nll"](run, step + 1) - difficulty(run["seed"], step + 1),
-            }
-            for step in sorted({0, *RECORDED, run["steps"]})
-            if step <= run["steps"]
-        ]
-    curves = pd.DataFrame(rows, columns=["run_id", "step", "split", "metric", "value"]).fillna({"split": "train"})
+        for step in (0, *recorded):
+            loss = metrics["nll"](run, step + 1) - difficulty(run["seed"], step + 1)
+            rows.append((run["run_id"], step, "validation", "nll", loss))
+    curves = pd.DataFrame(rows, columns=["run_id", "step", "split", "metric", "value"])
     return typed(pd.DataFrame(runs), curves)

@@ -24,7 +24,6 @@ def arm(
     *,
     optimum: float,
     floor: float = 2.0,
-    leaves_at: int | None = None,
     lrs: Sequence[float] = LRS,
     offsets: Sequence[float] = OFFSETS,
     diverges_from: float = math.inf,
@@ -37,8 +36,7 @@ def arm(
 ) -> ArmTables:
     """Return the runs and curves of one arm, which is FullFT if it has no rank.
 
-    `floor` is its final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed, and
-    are 0.2 nats higher from step `leaves_at` on.
+    `floor` is its final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed.
     """
     method = "fullft" if rank is None else "lora"
     best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
@@ -69,8 +67,7 @@ def arm(
             }
         )
         for step in STEPS:
-            left = 0.2 if leaves_at is not None and step >= leaves_at else 0.0
-            value = 5.0 if step == 0 else 2.0 + 1 / step + excess + left
+            value = 5.0 if step == 0 else 2.0 + 1 / step + excess
             curves.append(
                 {
                     "run_id": run_id,
