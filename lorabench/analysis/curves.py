@@ -20,7 +20,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
 from lorabench.analysis.estimate import Estimate, mean_interval, mean_over_seeds, unknown
-from lorabench.analysis.finding import Finding, decide, worst
+from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
 from lorabench.analysis.slopes import slopes_by_seed
 
@@ -211,9 +211,10 @@ def scan(
     rule: Rule,
     curves: PairedCurves,
     windows: Sequence[tuple[int, int]],
-    text: Callable[[Estimate], str],
+    text: str,
     problems: Sequence[Problem] = (),
     margin_rule: str = "",
+    number: Callable[[Estimate], str] = nats,
 ) -> Finding:
     """Judge the difference in every window of steps; the claim must hold in each.
 
@@ -224,13 +225,14 @@ def scan(
         rule: the rule for each window.
         curves: the paired curves.
         windows: the first and last step of each window; at least one.
-        text: formats a difference.
+        text: the difference as text, with {} in place of its number.
         problems: see `decide`, also for `margin_rule`.
         margin_rule: the rule that gives the margin, as text.
+        number: formats a difference.
     """
     findings = []
     for window, estimate in zip(windows, curves.means(windows), strict=True):
-        reason = f"{text(estimate)} in steps {window[0]} to {window[1]}"
+        reason = f"{text.format(number(estimate))} in steps {window[0]} to {window[1]}"
         findings.append(decide(rule, estimate, reason, curves.run_ids, problems, margin_rule))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} (one of {len(windows)} windows of steps)")

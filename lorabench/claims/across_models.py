@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from lorabench.analysis import lr_law
 from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
 from lorabench.analysis.finding import (
@@ -21,24 +22,9 @@ from lorabench.analysis.finding import (
     without,
     worst,
 )
-from lorabench.analysis.lr_law import (
-    METHODS,
-    PIVOT,
-    PUBLISHED,
-    ArmOptimum,
-    SweptModel,
-    by_base,
-    fit_lr_law,
-    mean_of,
-    predict_lr,
-    prediction_errors,
-    run_ids,
-    slope_over_models,
-    swept_models,
-)
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Condition, Evidence, claim, named_problems, number, problem_if, unjudged_if
+from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
 from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import widths
 
@@ -56,11 +42,8 @@ MODELS = (
 )
 """The runs that these claims need."""
 
-NAIVE_SLOPE = 1.0
-"""The slope of log ratio on log hidden size in the naive derivation: the ratio is hidden size / (2 alpha)."""
-
-NAIVE_DIVISOR = 2 * STANDARD["alpha"]
-"""The divisor of the hidden size in the naive derivation."""
+NAIVE_SLOPE, NAIVE_DIVISOR = 1.0, 2 * STANDARD["alpha"]
+"""The slope of log ratio on log hidden size in the naive derivation, hidden size / (2 alpha), and the divisor there."""
 
 MAX_REGRET = 0.005
 """The mean regret, as a share of the lowest loss, up to which a law predicts the optimal LR: the number of the authors'
@@ -72,12 +55,12 @@ SMALLEST_WIDTH = 1024
 _PRESETS = ("core", "paper")
 
 
-def model_groups(evidence: Evidence) -> list[tuple[str, list[SweptModel]]]:
+def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]:
     """Return the groups of models with one dataset, batch size and length, each after its name.
 
     Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
     """
-    groups = swept_models(evidence.comparisons)
+    groups = lr_law.swept_models(evidence.comparisons)
     largest = max(map(len, groups), default=0)
     unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
     named = []
@@ -90,8 +73,9 @@ def model_groups(evidence: Evidence) -> list[tuple[str, list[SweptModel]]]:
     return named
 
 
+@condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", "paper")
 def _as_many_models(evidence: Evidence) -> str | None:
-    swept = max(map(len, swept_models(evidence.comparisons)), default=0)
+    swept = max(map(len, lr_law.swept_models(evidence.comparisons)), default=0)
     return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
@@ -105,13 +89,9 @@ def _too_few(number: int, needed: int, what: str) -> list[Problem]:
     return problem_if(number < needed, f"{number} {what}, {needed} needed", remedy)
 
 
-def _problems(models: Sequence[SweptModel]) -> list[Problem]:
+def _problems(models: Sequence[lr_law.SweptModel]) -> list[Problem]:
     by_model = (named_problems(model.problems, f"{model.name}:", f" on {model.name}") for model in models)
     return [problem for problems in by_model for problem in problems]
-
-
-def _mean_ratio(models_of_base: Sequence[SweptModel]) -> Estimate:
-    return mean_of([model.log_ratio for model in models_of_base])
 
 
 def _or_more_models(judged: Finding) -> Finding:
@@ -120,7 +100,7 @@ def _or_more_models(judged: Finding) -> Finding:
     return replace(judged, remedy=judged.remedy or more) if judged.verdict == "inconclusive" else judged
 
 
-def _ratios_text(models: Sequence[SweptModel]) -> str:
+def _ratios_text(models: Sequence[lr_law.SweptModel]) -> str:
     ranks = sorted({model.lora["rank"] for model in models})
     each = [
         f"{model.name} {in_words(model.log_ratio)}"
@@ -145,23 +125,23 @@ def _ratios_text(models: Sequence[SweptModel]) -> str:
     unit="ratio over the mean ratio",
     fact=LR_RATIO,
 )
-def _ratio_independent_of_model(models: list[SweptModel]) -> Finding:
-    bases = by_base(models)
+def _ratio_independent_of_model(models: list[lr_law.SweptModel]) -> Finding:
+    bases = lr_law.by_base(models)
     problems = _too_few(len(bases), MIN_MODELS, "bases")
     if len({(model.lineage, model.hidden_size) for model in models}) < 2:
         problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
-    resolved = by_base([model for model in models if not model.problems]) or bases
+    resolved = lr_law.by_base([model for model in models if not model.problems]) or bases
     factor = models[0].comparison.judging.margins.lr_factor
     rule = Within(-math.log(factor), math.log(factor))
     margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
     findings = []
     for base in bases:
-        ratios = map(_mean_ratio, (base, *resolved))
+        ratios = [lr_law.mean_of([model.log_ratio for model in each]) for each in (base, *resolved)]
         distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), *ratios)
         names = " and ".join(model.name for model in base)
         text = f"{names} over the mean of {len(resolved)} bases {in_words(distance)}"
         against = [*problems, *_problems(base)]
-        findings.append(as_ratio(decide(rule, distance, text, run_ids(models), against, margin_rule)))
+        findings.append(as_ratio(decide(rule, distance, text, lr_law.run_ids(models), against, margin_rule)))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
 
@@ -176,13 +156,13 @@ def _ratio_independent_of_model(models: list[SweptModel]) -> Finding:
     ),
     paper_value=f"{PAPER_MODELS} models",
     unit="models",
-    conditions=(Condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", _as_many_models, ("paper",)),),
+    conditions=(_as_many_models,),
     fact=LR_RATIO,
 )
-def _models_swept(models: list[SweptModel]) -> Finding:
+def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
     count, resolved = len(models), sum(not model.problems for model in models)
     text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
-    return finding(run_ids(models), text, "confirmed", [], float(count), strain=-count)
+    return finding(lr_law.run_ids(models), text, "confirmed", [], float(count), strain=-count)
 
 
 @_claim(
@@ -198,17 +178,18 @@ def _models_swept(models: list[SweptModel]) -> Finding:
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",
     unit="slope",
 )
-def _naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
+def _naive_ratio_is_wrong(models: list[lr_law.SweptModel]) -> Finding:
     resolved = [model for model in models if not model.problems]
-    bases, slope = by_base(resolved), unknown()
+    bases, slope = lr_law.by_base(resolved), unknown()
     problems = _too_few(len(bases), MIN_SLOPE_MODELS, "bases with both optima resolved")
     if problems:
         # What would resolve a model comes first, since the first remedy is the one that is given.
         problems = [*_problems(models), *problems]
     else:
-        sizes, ratios = [math.log(base[0].hidden_size) for base in bases], [_mean_ratio(base) for base in bases]
+        sizes = [math.log(base[0].hidden_size) for base in bases]
+        ratios = [lr_law.mean_of([model.log_ratio for model in base]) for base in bases]
         name = "LR ratio on hidden size: " + ", ".join(model.name for model in resolved)
-        slope = slope_over_models(sizes, ratios, ["all"] * len(bases), name)
+        slope = lr_law.slope_over_models(sizes, ratios, ["all"] * len(bases), name)
         if len({model.hidden_size for model in resolved}) < 2:
             problems.append(Problem("all of one hidden size", Remedy("models of another hidden size")))
     naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
@@ -218,12 +199,12 @@ def _naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
     )
     below = combined(lambda value: NAIVE_SLOPE - value, slope)
     margin_rule = f"{SLOPE_MARGIN:g} below the naive slope"
-    judged = decide(Above(SLOPE_MARGIN), below, text, run_ids(models), problems, margin_rule)
+    judged = decide(Above(SLOPE_MARGIN), below, text, lr_law.run_ids(models), problems, margin_rule)
     return _or_more_models(in_unit(judged, lambda distance: NAIVE_SLOPE - distance))
 
 
 def _mean_regret(
-    arms: Sequence[tuple[SweptModel, str]], optima: Sequence[ArmOptimum], errors: np.ndarray, method: str
+    arms: Sequence[tuple[lr_law.SweptModel, str]], optima: Sequence[lr_law.ArmOptimum], errors: np.ndarray, method: str
 ) -> Estimate:
     """Estimate the mean over models of the regret of a method, from the `prediction_errors` of all arms.
 
@@ -236,7 +217,6 @@ def _mean_regret(
     off = (errors @ np.array([optimum.log_lr for optimum in optima]))[chosen]
     mean = float((steepness * off**2).mean())
     estimates = [model.log_optimum(arm_method) for model, arm_method in arms]
-
     parts: dict[str, np.ndarray] = {}
     for part in ("seed_part", "example_part"):
         draws = [getattr(estimate, part) for estimate in estimates]
@@ -255,10 +235,11 @@ def _share(regret: Estimate) -> str:
     return f"{regret.value:.2%}" + (f" [{max(0.0, low):.2%}, {high:.2%}]" if regret.known else "")
 
 
-def _published_regret(models: Sequence[SweptModel], method: str) -> str:
+def _published_regret(models: Sequence[lr_law.SweptModel], method: str) -> str:
     regrets = []
     for model in models:
-        lr, optimum = predict_lr(PUBLISHED, model.lineage, model.hidden_size, method), model.arm_optimum(method)
+        optimum = model.arm_optimum(method)
+        lr = lr_law.predict_lr(lr_law.PUBLISHED, model.lineage, model.hidden_size, method)
         lrs = model.comparison.fit.grids[arm_label(model.arm(method))].lrs
         if optimum is None or not lrs[0] <= lr <= lrs[-1]:
             return "unknown (a predicted LR lies outside of its grid)"
@@ -268,7 +249,7 @@ def _published_regret(models: Sequence[SweptModel], method: str) -> str:
 
 @_claim(
     id="B7",
-    statement=f"A law in {PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
+    statement=f"A law in {lr_law.PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
     criterion=(
         "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
         "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
@@ -282,18 +263,19 @@ def _published_regret(models: Sequence[SweptModel], method: str) -> str:
     unit="share of loss",
     conditions=(widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS),),
 )
-def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
-    problems, ids = _too_few(len(by_base(models)), MIN_MODELS, "bases") + _problems(models), run_ids(models)
-    arms = [(model, method) for model in models for method in METHODS]
+def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
+    ids = lr_law.run_ids(models)
+    problems = _too_few(len(lr_law.by_base(models)), MIN_MODELS, "bases") + _problems(models)
+    arms = [(model, method) for model in models for method in lr_law.METHODS]
     optima = [optimum for model, method in arms if (optimum := model.arm_optimum(method))]
-    law = fit_lr_law(optima) if len(optima) == len(arms) else None
+    law = lr_law.fit_lr_law(optima) if len(optima) == len(arms) else None
     if law is None:
         problems.append(Problem("too few hidden sizes to fit the law", Remedy("models of further hidden sizes")))
         return finding(ids, "no law fitted", "inconclusive", problems)
-    fits = prediction_errors(optima), prediction_errors(optima, [model.base for model, _ in arms])
+    fits = lr_law.prediction_errors(optima), lr_law.prediction_errors(optima, [model.base for model, _ in arms])
     rule, margin_rule = Within(-math.inf, MAX_REGRET), f"{MAX_REGRET:.1%} of the loss, of the authors' documentation"
     findings = []
-    for method in METHODS:
+    for method in lr_law.METHODS:
         regrets = [_mean_regret(arms, optima, errors, method) for errors in fits]
         text = (
             f"{'FullFT' if method == 'fullft' else 'LoRA'}: mean regret {_share(regrets[1])} with the law fitted to "
@@ -324,8 +306,8 @@ def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     id="B8",
     statement="The optimal LR scales with hidden size differently in the Llama and Qwen families",
     criterion=(
-        f"For each family, the exponent of {PIVOT:g} / hidden size is the published one (Llama "
-        f"{PUBLISHED.exponents['llama']:.2f}, Qwen {PUBLISHED.exponents['qwen']:.2f}) within a margin of "
+        f"For each family, the exponent of {lr_law.PIVOT:g} / hidden size is the published one (Llama "
+        f"{lr_law.PUBLISHED.exponents['llama']:.2f}, Qwen {lr_law.PUBLISHED.exponents['qwen']:.2f}) within a margin of "
         f"{MAX_EXPONENT_DISTANCE:g}. The exponent is the slope of the log of the fitted optima, with an intercept for "
         "FullFT and one for LoRA, over at least 2 hidden sizes. Its error is that of the optima, drawn together, or "
         "else that from their scatter around the line, where this is larger; scatter between models that both methods "
@@ -333,29 +315,29 @@ def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
         "mean"
     ),
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
-    paper_value=f"{PUBLISHED.exponents['llama']} and {PUBLISHED.exponents['qwen']} (authors' code)",
+    paper_value=f"{lr_law.PUBLISHED.exponents['llama']} and {lr_law.PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    conditions=tuple(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in PUBLISHED.exponents),
+    conditions=tuple(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
 )
-def _families_scale_differently(models: list[SweptModel]) -> Iterator[Finding]:
-    by_family = {name: [model for model in models if model.lineage == name] for name in PUBLISHED.exponents}
+def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
+    by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}
     unjudged_if(not any(by_family.values()), "no models of the Llama and Qwen families")
     for family, members in by_family.items():
         if len({model.hidden_size for model in members}) < 2:
             remedy = Remedy(f"{family} models of two hidden sizes or more")
             yield Finding("inconclusive", f"{family}: fewer than two hidden sizes", remedy=remedy)
             continue
-        arms = [(base, method) for method in METHODS for base in by_base(members)]
-        exponent = slope_over_models(
+        arms = [(base, method) for method in lr_law.METHODS for base in lr_law.by_base(members)]
+        exponent = lr_law.slope_over_models(
             [-math.log(base[0].hidden_size) for base, _ in arms],
-            [mean_of([model.log_optimum(method) for model in base]) for base, method in arms],
+            [lr_law.mean_of([model.log_optimum(method) for model in base]) for base, method in arms],
             [method for _, method in arms],
             f"exponent of {', '.join(model.name for model in members)}",
         )
-        expected = PUBLISHED.exponents[family]
+        expected = lr_law.PUBLISHED.exponents[family]
         sizes = ", ".join(f"{model.name} ({model.hidden_size})" for model in members)
         text = f"{family}: exponent {number(exponent)}, published {expected:.2g}; over {sizes}"
         rule = Within(expected - MAX_EXPONENT_DISTANCE, expected + MAX_EXPONENT_DISTANCE)
         margin_rule = f"{MAX_EXPONENT_DISTANCE:g} around the published exponent"
-        judged = decide(rule, exponent, text, run_ids(members), _problems(members), margin_rule)
+        judged = decide(rule, exponent, text, lr_law.run_ids(members), _problems(members), margin_rule)
         yield _or_more_models(judged)

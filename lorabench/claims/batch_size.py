@@ -17,9 +17,9 @@ from lorabench.analysis.optima import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem
 from lorabench.claims.claim import (
     SWEEP,
-    Condition,
     Evidence,
     claim,
+    condition,
     doubted,
     judge_each,
     margin_problems,
@@ -31,21 +31,20 @@ from lorabench.claims.learning_curves import AT_OPTIMUM
 # Bounds whose meaning the criteria say.
 MIN_BATCH_SIZES = 3
 LARGE_FACTOR = 16
+HALFWAY, END = (0.25, 0.5), (0.75, 1.0)
 
 MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
-
-EARLY = (0.25, 0.5)
-"""The part of the steps in which D2 takes the gap halfway: the second quarter of a run."""
-
-LATE = (0.75, 1.0)
-"""The part of the steps in which D2 takes the gap at the end: the last quarter of a run."""
 
 LARGE_STEPS = 19
 """The number of steps at the largest batch size: that of one pass over the paper's 10,000 examples at batch 512."""
 
 
-def _without_large_batches(evidence: Evidence) -> str | None:
+@condition(
+    f"batch sizes over a factor of {LARGE_FACTOR:g}, with {LARGE_STEPS} steps or more at the largest",
+    *("laptop", "overnight", "smollm2", "core", "paper"),
+)
+def large_batches(evidence: Evidence) -> str | None:
     known = evidence.runs.dropna(subset=["batch_size", "steps"]) if "steps" in evidence.runs else pd.DataFrame()
     if known.empty:
         return "batch sizes and steps are not known"
@@ -125,26 +124,24 @@ class BatchSizes:
     def margin(self, sizes: Iterable[int]) -> Margin:
         """Return the largest margin of several batch sizes; of those without a margin, the first."""
         margins = {size: self.by_size[size].margin for size in sizes}
-        without_margin = [size for size in margins if margins[size].problem]
-        size = without_margin[0] if without_margin else max(margins, key=lambda size: margins[size].value)
+        unknown = [size for size, margin in margins.items() if margin.problem]
+        size = unknown[0] if unknown else max(margins, key=lambda size: margins[size].value)
         margin = margins[size]
         problem = f"batch {size}: {margin.problem}" if margin.problem else None
         return Margin(margin.value, f"{margin.rule} at batch {size}", problem)
 
     def problems(self, sizes: Iterable[int], margin: Margin, *arms: ArmBySize) -> list[Problem]:
         """Return what speaks against a verdict on the fitted minima of arms at several batch sizes."""
-        by_size = {size: self.by_size[size].problems([arm[size] for arm in arms]) for size in sizes}
-        at_sizes = [problem for size, problems in by_size.items() for problem in _at_batch(size, problems)]
-        return at_sizes + margin_problems(margin)
+        problems = []
+        for size in sizes:
+            at_size = self.by_size[size].problems([arm[size] for arm in arms])
+            problems += named_problems(at_size, f"batch {size}:", f" at batch {size}")
+        return problems + margin_problems(margin)
 
     def run_ids(self, *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms."""
         by_size = self.by_size.items()
         return [run_id for size, comparison in by_size for run_id in comparison.run_ids([arm[size] for arm in arms])]
-
-
-def _at_batch(size: int, problems: Iterable[Problem]) -> list[Problem]:
-    return named_problems(problems, f"batch {size}:", f" at batch {size}")
 
 
 def batch_sizes(evidence: Evidence) -> list[tuple[str, BatchSizes]]:
@@ -157,14 +154,7 @@ def batch_sizes(evidence: Evidence) -> list[tuple[str, BatchSizes]]:
     return [(name, BatchSizes(by_size)) for name, by_size in datasets.items()]
 
 
-LARGE_BATCHES = Condition(
-    f"batch sizes over a factor of {LARGE_FACTOR:g}, with {LARGE_STEPS} steps or more at the largest",
-    _without_large_batches,
-    ("laptop", "overnight", "smollm2", "core", "paper"),
-)
-
-
-_claim = partial(claim, over=batch_sizes, figure="3", experiments=("batch_size",), conditions=(LARGE_BATCHES,))
+_claim = partial(claim, over=batch_sizes, figure="3", experiments=("batch_size",), conditions=(large_batches,))
 
 
 @_claim(
@@ -214,7 +204,7 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
         for size in sizes.ends:
             curves = pair_at_optimum(sizes.by_size[size], lora[size], fullft[size])
             windows = []
-            for start, end in (EARLY, LATE):
+            for start, end in (HALFWAY, END):
                 steps = [step for step in curves.by_seed.index if start * curves.last < step <= end * curves.last]
                 unjudged_if(not steps, f"no training losses of paired seeds along the runs at batch {size}")
                 windows.append((steps[0], steps[-1]))
@@ -226,7 +216,8 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
         if not problems and n_seeds < MIN_SEEDS:
             problems.append(Problem(f"training losses of {n_seeds} paired seeds, {MIN_SEEDS} needed"))
         for size in [] if problems else sizes.ends:
-            problems += _at_batch(size, off_optimum(sizes.by_size[size], lora[size], fullft[size], margin.value))
+            off = off_optimum(sizes.by_size[size], lora[size], fullft[size], margin.value)
+            problems += named_problems(off, f"batch {size}:", f" at batch {size}")
         above, half = (Above(margin.value), margin.rule), (Above(0.0), "half of the gap halfway")
         over_half = combined(lambda late, early: late - early / 2, at_end[large], halfway[large])
         over_small = combined(np.subtract, at_end[large], at_end[small])
@@ -307,4 +298,4 @@ def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
 )
 def _product_causes_the_gap(evidence: Evidence) -> Finding:
     text = "needs a control that trains the update of the weights without a product; no such runs exist"
-    raise UnjudgedError("not tested", text)
+    return Finding("not tested", text)

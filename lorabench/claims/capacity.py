@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 
 import pandas as pd
 
+from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves
@@ -24,22 +25,11 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optima import (
-    WINDOWS,
-    Departure,
-    curves_at_optimum,
-    log_threshold,
-    off_optimum,
-    pair_at_optimum,
-    paired_departure,
-    runs_at_optimum,
-    tokens_at,
-)
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import NATURAL, Named, chosen, full_runs, learning, longest_run, longest_runs
+from lorabench.claims.scope import Named, chosen, full_runs, learning, longest_run, longest_runs, natural_text
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -54,8 +44,8 @@ MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs g
 
 LEAVES = (
     "A rank leaves the shared curve where its training NLL minus the highest rank's exceeds the margin in each of "
-    f"{WINDOWS} windows of log(step) to the end, with an interval above 0 that holds for all windows at once, and from "
-    "which on the gap grows with log(step); a gap that shrinks is slow learning. "
+    f"{optima.WINDOWS} windows of log(step) to the end, with an interval above 0 that holds for all windows at once, "
+    "and from which on the gap grows with log(step); a gap that shrinks is slow learning. "
 )
 """The definition of a departure, for the criteria."""
 
@@ -68,7 +58,7 @@ class _Rank:
     arm: Arm
     curves: PairedCurves
     """Its training NLL minus that of the highest rank."""
-    departure: Departure
+    departure: optima.Departure
     problems: list[Problem]
     """What speaks against the departure."""
 
@@ -78,7 +68,6 @@ class _Rank:
         return math.inf if self.departure.first is None else self.departure.first
 
     def __str__(self) -> str:
-        """Describe the departure."""
         if self.departure.growth is None:
             return f"r{self.rank} stays"
         verb = f"leaves at step {self.departure.first}" if self.departure.left else "lags without leaving"
@@ -91,23 +80,24 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
     for rank, arm in comparison.lora.items():
         if rank == highest["rank"]:
             continue
-        curves, problems = pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
+        curves, problems = optima.pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
         unjudged_if(not len(curves.by_seed) and not problems, "no training curves with seeds and steps in common")
-        departure = paired_departure(curves, margin.value)
-        problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, arm, highest, margin.value)
+        departure = optima.paired_departure(curves, margin.value)
+        problems = [*problems, *margin_problems(margin)] or optima.off_optimum(comparison, arm, highest, margin.value)
         ranks.append(_Rank(rank, arm, curves, departure, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")
     return ranks
 
 
-def _problems(ranks: Sequence[_Rank]) -> list[Problem]:
-    """Return the problems of ranks, each once."""
-    return list({problem.text: problem for rank in ranks for problem in rank.problems}.values())
+def _described(ranks: Sequence[_Rank]) -> tuple[str, list[Problem]]:
+    """Return the departures of ranks as text, and what speaks against them, each once."""
+    problems = {problem.text: problem for rank in ranks for problem in rank.problems}
+    return ", ".join(map(str, ranks)), list(problems.values())
 
 
 def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     """Return the loss of a rank minus that of a higher rank over the steps between their departures."""
-    curves = pair_at_optimum(comparison, lower.arm, higher.arm)
+    curves = optima.pair_at_optimum(comparison, lower.arm, higher.arm)
     first, end = sorted((lower.step, higher.step))
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
@@ -128,7 +118,7 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
 )
 def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     ranks = _ranks(comparison)
-    ids, text, problems = comparison.run_ids(comparison.lora.values()), ", ".join(map(str, ranks)), _problems(ranks)
+    ids, (text, problems) = comparison.run_ids(comparison.lora.values()), _described(ranks)
     findings = []
     for lower, higher in combinations(ranks, 2):
         if higher.step < lower.step:
@@ -167,14 +157,14 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
     gone = [rank for rank in ranks if rank.departure.left]
-    departures, problems = ", ".join(map(str, ranks)), _problems(ranks)
+    departures, problems = _described(ranks)
     unjudged_if(not gone and not problems, f"no rank leaves the shared curve: {departures}")
     if not gone:
         yield finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     for rank in gone:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
         past = rank.departure.past
-        curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
+        curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
         slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
@@ -220,8 +210,8 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
             left_out.append(f"{label}: {unjudged.finding.reason}")
             continue
         for rank in ranks:
-            name, runs = f"{label} r{rank.rank}", runs_at_optimum(comparison, rank.arm)
-            threshold = log_threshold(rank.curves, rank.departure, comparison.margin.value)
+            name, runs = f"{label} r{rank.rank}", optima.runs_at_optimum(comparison, rank.arm)
+            threshold = optima.log_threshold(rank.curves, rank.departure, comparison.margin.value)
             if rank.problems:
                 left_out.append(f"{name}: {rank.problems[0].text}")
             elif not rank.departure.left:
@@ -229,9 +219,9 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
             elif isinstance(threshold, str):
                 left_out.append(f"{name} {threshold}")
             else:
-                tokens, parameters = tokens_at(comparison, rank.arm, 10**threshold.value), runs["trainable_params"]
-                dataset, ids = runs["dataset"].iloc[0], list(runs["run_id"])
-                rows.append((dataset, name, float(parameters.iloc[0]), tokens, threshold.seed_error, ids))
+                tokens = optima.tokens_at(comparison, rank.arm, 10**threshold.value)
+                dataset, parameters = runs["dataset"].iloc[0], float(runs["trainable_params"].iloc[0])
+                rows.append((dataset, name, parameters, tokens, threshold.seed_error, list(runs["run_id"])))
     unjudged_if(not rows and not left_out, "no such runs")
     gone = pd.DataFrame(rows, columns=["dataset", "name", "parameters", "tokens", "error", "run_ids"])
     at_tokens = ", ".join(
@@ -267,7 +257,7 @@ def memorising(named: Named) -> Named:
     experiments=("rank", "capacity"),
     over=chosen(learning, longest_runs),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(NATURAL,),
+    conditions=(natural_text,),
 )
 def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest

@@ -53,10 +53,7 @@ class Evidence:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """The comparisons of FullFT with LoRA in the paper's parametrization, on any layers.
-
-        There is one per model, dataset, batch size and length.
-        """
+        """The comparisons of runs in the paper's parametrization, one per model, dataset, batch size and length."""
         return comparisons(self.runs[is_standard(self.runs)], self.curves, self.judging)
 
     @cached_property
@@ -98,6 +95,11 @@ class Condition:
     """Returns None if the evidence meets the condition, and otherwise a text on what it has instead."""
     presets: tuple[str, ...]
     """The shipped presets whose runs meet it."""
+
+
+def condition(text: str, *presets: str) -> Callable[[Callable[[Evidence], str | None]], Condition]:
+    """Return a decorator that makes a condition of the function that says what the evidence has instead."""
+    return lambda instead: Condition(text, instead, presets)
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,7 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
-    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name.
-
-    Raises:
-        UnjudgedError: there is nothing to judge.
-    """
+    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name."""
     findings = []
     for name, part in named:
         judged = judge_part(judge, part)
@@ -188,11 +186,7 @@ def problem_if(condition: object, text: str, remedy: Remedy | None = None) -> li
 
 
 def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
-    """Return LoRA at the highest rank above 1, and FullFT.
-
-    Raises:
-        UnjudgedError: an arm is missing.
-    """
+    """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
     lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
     return lora, fullft
 
@@ -235,6 +229,6 @@ def margin_problems(margin: Margin) -> list[Problem]:
     return [] if math.isfinite(margin.value) else [Problem("the margin is not known")]
 
 
-def number(estimate: Estimate, digits: int = 2) -> str:
-    """Format a number with its 95% interval."""
-    return f"{estimate.value:.{digits}f} {fixed_interval(*estimate.interval(), digits)}"
+def number(estimate: Estimate, digits: int = 2, sign: str = "") -> str:
+    """Format a number with its 95% interval; with the sign `+`, the number is never without a sign."""
+    return f"{estimate.value:{sign}.{digits}f} {fixed_interval(*estimate.interval(), digits)}"

@@ -12,8 +12,8 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
-from lorabench.analysis.estimate import Estimate, exact
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, worst
+from lorabench.analysis.estimate import exact
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
 from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
@@ -27,6 +27,7 @@ WINDOWS = 2
 MATH_PROBLEMS = 10_000
 MATH_SAMPLES = 32
 MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
+FAR_MORE = 5.0
 
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
@@ -112,11 +113,8 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     if not problems and curves.n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {curves.n_seeds} paired seeds, {MIN_SEEDS} needed"))
     problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, lora, fullft, margin.value)
-
-    def text_of(difference: Estimate) -> str:
-        return f"{label} at the FLOPs of LoRA = {nats(difference)}, {curves.n_seeds} seeds,"
-
-    return scan(Above(margin.value), curves, windows, text_of, problems, margin.rule)
+    text = f"{label} at the FLOPs of LoRA = {{}}, {curves.n_seeds} seeds,"
+    return scan(Above(margin.value), curves, windows, text, problems, margin.rule)
 
 
 @claim(
@@ -174,19 +172,14 @@ def _parameter_counts(evidence: Evidence) -> Finding:
     counts = _counts(evidence, "llama-3.1-8b")
     with_unembedding = counts[counts["part"].eq("all") & counts["include_unembedding"].eq(True)]
     counted = with_unembedding.set_index(["placement", "rank"])["trainable_params"].astype(int).to_dict()
-    off, wrong, missing, texts = {}, [], [], []
-    for arm, expected in PAPER_COUNTS.items():
-        name = f"{arm[0]} r{arm[1]}"
-        if arm not in counted:
-            missing.append(f"{name} is not counted")
-            continue
-        off[arm] = counted[arm] - expected
-        texts.append(f"{name} {counted[arm]:,}")
-        if off[arm]:
-            wrong.append(f"{name} is off by {off[arm]:+,}")
+    off = {arm: counted[arm] - expected for arm, expected in PAPER_COUNTS.items() if arm in counted}
     unjudged_if(not off, "the counts table has none of the paper's configurations on llama-3.1-8b")
+    names = {arm: f"{arm[0]} r{arm[1]}" for arm in PAPER_COUNTS}
+    wrong = [f"{names[arm]} is off by {difference:+,}" for arm, difference in off.items() if difference]
+    missing = [f"{name} is not counted" for arm, name in names.items() if arm not in off]
     verdict: Verdict = "contradicted" if wrong else "inconclusive" if missing else "confirmed"
-    text = "; ".join([f"llama-3.1-8b with the unembedding: {', '.join(texts)}", *wrong, *missing])
+    all_counts = ", ".join(f"{names[arm]} {counted[arm]:,}" for arm in off)
+    text = "; ".join([f"llama-3.1-8b with the unembedding: {all_counts}", *wrong, *missing])
     return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
 
 
@@ -231,10 +224,6 @@ def _expert_ratio(evidence: Evidence) -> Iterator[Finding]:
             f"division {texts[1]}, which is {'further from' if strain <= 0 else 'nearer to'} 1"
         )
         yield Finding("confirmed" if strain <= 0 else "contradicted", text, estimate=furthest, strain=strain)
-
-
-FAR_MORE = 5.0
-"""The ratio from which on there are far more parameters than bits; the paper has almost 10."""
 
 
 @_count(

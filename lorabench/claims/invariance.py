@@ -10,17 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis import invariances
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import exact, ratio_of_means
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
-from lorabench.analysis.invariances import (
-    CONFIGURATION,
-    PAIR_SETTING,
-    differences,
-    invariance_pairs,
-    move_times,
-    tenfold_pairs,
-)
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
 from lorabench.claims.claim import Evidence, claim, few_seeds, number, problem_if, unjudged_if
@@ -34,14 +27,12 @@ _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 # Bounds whose meaning the criteria say.
 TRAJECTORY_STEPS = 50
 IDENTICAL = 1e-5
+ZERO_EPS = 1e-12
 SLOPE_STEPS = 5
 STILL = 0.1
 TIME_BAND = (0.8, 1.2)
 MIN_TIMES = 3
 MIN_TIMES_RANGE = 4
-
-ZERO_EPS = 1e-12
-"""The epsilon of Adam up to which it counts as 0, which the invariances assume."""
 
 SLOPE_BAND = (0.98, 1.02)
 """The ratios of two initial slopes that count as equal: the losses of equal first updates differ by rounding and by
@@ -54,14 +45,14 @@ recorded steps."""
 
 def _pairs(evidence: Evidence, plus: bool = False) -> list[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
     """Return the `invariance_pairs` of each model and dataset, and the table `curves`, after their name."""
-    return [(name, (invariance_pairs(lora.runs, plus), lora.curves)) for name, lora in lora_runs(evidence)]
+    return [(name, (invariances.invariance_pairs(lora.runs, plus), lora.curves)) for name, lora in lora_runs(evidence)]
 
 
 _claim = partial(claim, kind="derivation", experiments=("parametrization",), over=lora_runs)
 
 
 def _named(pair: pd.Series[Any], speed: str) -> str:
-    alpha, init_a, lr, ratio = (pair[f"{name}_{speed}"] for name in CONFIGURATION)
+    alpha, init_a, lr, ratio = (pair[f"{name}_{speed}"] for name in invariances.CONFIGURATION)
     return f"alpha {alpha:g} init x{init_a:g} LR_A {lr:g} LR_B/LR_A {ratio:g}"
 
 
@@ -95,7 +86,7 @@ def _named(pair: pd.Series[Any], speed: str) -> str:
 def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Finding:
     pairs, curves = tested
     unjudged_if(pairs.empty, "no runs that should be equivalent")
-    last = differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
+    last = invariances.differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
     equal, control = last[last["equivalent"]], last[~last["equivalent"]]
     unjudged_if(equal.empty, "no training losses of runs that should be equivalent")
     furthest, least = equal.sort_values("difference").iloc[-1], float(control["difference"].min())
@@ -139,7 +130,7 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
     unit="ratio",
 )
 def _same_initial_slope(lora: Evidence) -> Finding:
-    pairs = tenfold_pairs(lora.runs)
+    pairs = invariances.tenfold_pairs(lora.runs)
     unjudged_if(pairs.empty, "no runs that differ tenfold in init_a/LR_A alone")
     # Validation losses, as training losses of single steps differ more between batches than over so few updates.
     losses = train_curves(lora.runs[["run_id"]], lora.curves, split="validation")
@@ -154,8 +145,8 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     both = pairs.assign(fast=fast.map(falls), slow=slow.map(falls), moved=fast.map(moved))
     both = both.dropna(subset=["fast", "slow"])
     unjudged_if(both.empty, f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    all_pairs = [pair for _, pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
+    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
+    all_pairs = [pair for _, pair in both.groupby([*invariances.PAIR_SETTING, *names], dropna=False)]
     still = [pair for pair in all_pairs if not pair["moved"].max() > STILL]
     left_out = (
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
@@ -181,18 +172,14 @@ def _same_initial_slope(lora: Evidence) -> Finding:
 
 
 def _time_cells(times: pd.DataFrame) -> pd.DataFrame:
-    """Return one time until A has moved for each setting, update scale and time scale.
+    """Return one time until A has moved for each setting and update scale (column group), and time scale.
 
     Runs that are equivalent are one cell, as are seeds. The log times of a cell are averaged; if A did not move that
-    far in a run, or had done so by its first record, the mean is a bound as that run's limit is.
-
-    Returns:
-        The columns group (the number of the setting and update scale), time_scale, limit and bound (as of `move_times`)
-        and run_ids.
+    far in a run, or had done so by its first record, the mean is a bound as that run's limit is (see `move_times`).
     """
     scales = {name: times[name].map(lambda value: f"{value:.9g}") for name in ("update_scale", "time_scale")}
     keyed = times.assign(**{f"{name}_key": scale for name, scale in scales.items()})
-    keyed["group"] = keyed.groupby([*PAIR_SETTING, "update_scale_key"], dropna=False, sort=False).ngroup()
+    keyed["group"] = keyed.groupby([*invariances.PAIR_SETTING, "update_scale_key"], dropna=False, sort=False).ngroup()
     cells = keyed.groupby(["group", "time_scale_key"], as_index=False, sort=False).agg(
         time_scale=("time_scale", "first"),
         limit=("limit", lambda limits: math.exp(np.log(limits).mean())),
@@ -230,7 +217,7 @@ _LONGER = Remedy(
     unit="exponent",
 )
 def _time_scale_of_a(lora: Evidence) -> Finding:
-    times = move_times(lora.runs, lora.curves)
+    times = invariances.move_times(lora.runs, lora.curves)
     unjudged_if(times.empty, "no a_moved in the curves")
     cells = _time_cells(times)
     groups_known = cells.loc[cells["bound"] == 0, "group"]

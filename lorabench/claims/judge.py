@@ -37,12 +37,10 @@ from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables, remarks_on
 from lorabench.utils.formats import count, parameters
 
-_FAMILIES = "ANBCDEMFGP"
-"""The families in the order of the table `claims`; all claims on RL belong to family F."""
-
 
 def _position(claim: Claim) -> tuple[int, str, int]:
-    return _FAMILIES.index("F" if claim.task == "rl" else claim.id[0]), claim.id[0], int(claim.id[1:])
+    # All claims on RL belong to family F.
+    return "ANBCDEMFGP".index("F" if claim.task == "rl" else claim.id[0]), claim.id[0], int(claim.id[1:])
 
 
 CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))

@@ -40,15 +40,15 @@ from lorabench.claims.claim import (
 )
 from lorabench.claims.scope import (
     FULL_STEPS,
-    LONG,
-    NATURAL,
     chosen,
     every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
+    natural_text,
     smallest_dataset,
+    whole_runs,
 )
 from lorabench.utils.formats import fixed_interval
 
@@ -56,9 +56,9 @@ SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
-"""Which runs count for claims with the condition `LONG`, for the criteria."""
+"""Which runs count for claims with the condition `whole_runs`, for the criteria."""
 
-long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(LONG,))
+long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(whole_runs,))
 """A claim on whole learning curves."""
 
 AT_OPTIMUM = (
@@ -73,9 +73,7 @@ MIN_SHARE = 0.01
 MIN_GROWTH = 0.2
 FIRST_STEPS = 10
 SIGN_SEEDS = 5
-
 WINDOWS = 6
-"""The number of windows of steps, equally long on a logarithmic axis, in which A1, A2 and C1 average a curve."""
 
 MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
@@ -102,11 +100,8 @@ def _same_curve(comparison: Comparison) -> Finding:
     unjudged_if(not windows, "no training curves with seeds and steps in common")
     margin = comparison.margin
     problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
-
-    def text(gap: Estimate) -> str:
-        return f"training NLL of {arm_label(lora)} - FullFT = {nats(gap)}, {curves.n_seeds} seeds"
-
     problems = problems or off_optimum(comparison, lora, fullft, margin.value)
+    text = f"training NLL of {arm_label(lora)} - FullFT = {{}}, {curves.n_seeds} seeds"
     return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
 
 
@@ -181,7 +176,7 @@ def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
     unit="margins",
     experiments=("rank",),
     over=datasets_by_model,
-    conditions=(NATURAL,),
+    conditions=(natural_text,),
 )
 def _better_and_worse(datasets: list[Comparison]) -> Finding:
     unjudged_if(len(datasets) < 2, "only one dataset")
@@ -270,12 +265,7 @@ _early_claim = partial(claim, figure="early curves", experiments=("early",), ove
 def _early(
     comparison: Comparison, seeds: int, first_steps: float = math.inf
 ) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
-    """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
-
-    Returns:
-        The difference, its curves, what it is a difference of, and what speaks against a verdict; a verdict needs a
-        number of seeds.
-    """
+    """Return the difference of the ranks that stand for the paper's, its curves, name, and what speaks against it."""
     unjudged_if(not comparison.lora, "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
     if early is None:
@@ -308,10 +298,7 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     unjudged_if(not windows, "no training losses after the first update")
     margin = comparison.margin
     problems += margin_problems(margin)
-
-    def text(gap: Estimate) -> str:
-        return f"{name} = {nats(gap)}, {early.n_seeds} seeds"
-
+    text = f"{name} = {{}}, {early.n_seeds} seeds"
     judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):

@@ -31,7 +31,7 @@ from lorabench.analysis.lr_ratio import (
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Evidence, claim, highest_and_full, named_problems, unjudged_if
-from lorabench.claims.scope import FULL_STEPS, LONG, every_dataset
+from lorabench.claims.scope import FULL_STEPS, every_dataset, whole_runs
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -149,7 +149,7 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     unit="ratio",
     experiments=("short_run",),
     over=every_dataset,
-    conditions=(LONG,),
+    conditions=(whole_runs,),
     fact=LR_RATIO,
 )
 def _short_runs_want_more(comparison: Comparison) -> Finding:
@@ -268,12 +268,7 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
     """Write `predictions.csv` into a folder: one row per condition and theory (see `prediction_table`).
 
     Without runs of the experiment `lr_ratio`, or with a table `runs` that lacks a column for it, nothing is written.
-
-    Args:
-        tables: the tidy tables.
-        margins: as for `judge_claims`.
-        predictions: as for `judge_claims`.
-        out: the folder.
+    Margins and predictions are those of `judge_claims`.
     """
     if not {*NEEDED, *_COLUMNS, "experiments"} <= set(tables.runs.columns):
         return

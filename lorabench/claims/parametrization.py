@@ -10,27 +10,16 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis import invariances
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, in_unit, together, without, worst
-from lorabench.analysis.invariances import (
-    CONFIGURATION,
-    PAIR_SETTING,
-    RULES,
-    descent_ratios,
-    first_descents,
-    fixed_a_controls,
-    step_sizes,
-    update_growth,
-    with_lr_grid,
-    with_scales,
-)
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, unjudged_if
-from lorabench.claims.scope import LONG, Named, chosen, learning, lora_runs
+from lorabench.claims.scope import Named, chosen, learning, lora_runs, whole_runs
 
 # Bounds whose meaning the criteria say.
 FLAT_BAND = (0.95, 1.05)
@@ -41,7 +30,7 @@ GROWTH = 1.1
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
 
-_STANDARD_RULE = RULES[0.0]
+_STANDARD_RULE = invariances.RULES[0.0]
 
 _derivation = partial(claim, kind="derivation", unit="ratio", experiments=("parametrization",), over=lora_runs)
 
@@ -75,7 +64,7 @@ def _flat(rows: pd.DataFrame) -> Finding:
     paper_value="equal; derived",
 )
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
-    ratios = descent_ratios(first_descents(lora.runs, lora.curves))
+    ratios = invariances.descent_ratios(invariances.first_descents(lora.runs, lora.curves))
     unjudged_if(ratios.empty, "no descent at step 1")
     groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
     comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
@@ -86,7 +75,7 @@ def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
         run_ids = tuple(sorted({run_id for each in controls.values() for run_id in each.run_ids}))
         judged = controls.pop(_STANDARD_RULE)
         reasons, problems = [judged.reason], []
-        for rule in [rule for rule in RULES.values() if rule in controls]:
+        for rule in [rule for rule in invariances.RULES.values() if rule in controls]:
             reasons.append(f"control {rule}: {controls[rule].reason}")
             if controls[rule].verdict != "contradicted":
                 problems.append(Problem(f"the control {rule} does not fail, so the measure can't tell rules apart"))
@@ -96,17 +85,16 @@ def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
 
 
 Variants = tuple[Comparison, Arm, list[Arm]]
-"""A comparison, its arm in the standard parametrization, and the other arms of the same rank, placement and epsilon."""
 
 
 def tuned_variants(evidence: Evidence) -> list[tuple[str, Variants]]:
-    """Return the LR-tuned variants of the standard parametrization, after the name of their comparison."""
+    """Return comparisons, each with its standard arm and the LR-tuned variants of the same rank, layers and epsilon."""
     named = []
-    tuned = with_lr_grid(with_scales(evidence.runs))
+    tuned = invariances.with_lr_grid(invariances.with_scales(evidence.runs))
     for comparison in comparisons(tuned, evidence.curves, evidence.judging):
         settings: dict[tuple[object, ...], list[Arm]] = {}
         for arm in comparison.arms:
-            settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
+            settings.setdefault(tuple(arm[name] for name in invariances.PAIR_SETTING), []).append(arm)
         for arms in settings.values():
             standard = [arm for arm in arms if all(arm[name] in (None, value) for name, value in STANDARD.items())]
             variants = [arm for arm in arms if arm not in standard]
@@ -171,7 +159,7 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     over=chosen(most_examples),
-    conditions=(LONG,),
+    conditions=(whole_runs,),
 )
 def _b_outgrows_a(comparison: Comparison) -> Finding:
     last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
@@ -209,7 +197,7 @@ def _b_outgrows_a(comparison: Comparison) -> Finding:
 )
 def _effective_lr_grows(lora: Evidence) -> Finding:
     rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
-    sizes = step_sizes(lora.runs, lora.curves)
+    sizes = invariances.step_sizes(lora.runs, lora.curves)
     first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
     alone, controlled = [], []
     for arm, rows in each_arm(first_half):
@@ -230,9 +218,9 @@ def _effective_lr_grows(lora: Evidence) -> Finding:
             reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
             judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
         alone.append(as_ratio(without(judged, "contradicted")))
-    growth = update_growth(fixed_a_controls(lora.runs), lora.curves)
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False):
+    growth = invariances.update_growth(invariances.fixed_a_controls(lora.runs), lora.curves)
+    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
+    for _, pairs in growth.groupby([*invariances.PAIR_SETTING, *names], dropna=False):
         first = pairs.iloc[0]
         rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
         over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")

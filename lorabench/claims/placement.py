@@ -16,14 +16,12 @@ from lorabench.claims.claim import Evidence, claim, judge_each, unjudged_if
 from lorabench.claims.reinforcement import LEARNED, at_one_peak, if_learned, problem_sets, rl_claim
 from lorabench.claims.scope import Named, chosen, every_dataset
 
-MAX_COUNT_DIFFERENCE = 0.1
-"""The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
-
-The paper's pair differs by 3.5%.
-"""
-
+# A bound whose meaning the criteria say.
 SMALL_DATA = 1000
-"""The number of training examples seen up to which a dataset is tiny."""
+
+MAX_COUNT_DIFFERENCE = 0.1
+"""The difference of two parameter counts, as a share of the smaller, up to which they are about equal. The paper's
+pair differs by 3.5%."""
 
 _NEEDS = (
     "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "

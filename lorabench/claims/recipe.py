@@ -59,10 +59,8 @@ class Choice:
     """The fitted minimum of the test loss."""
     n_seeds: int
     gap: Finding | None = None
-    """Whether its loss is that of full fine-tuning or lower; for LoRA on some layers, that of LoRA on all layers.
-
-    The estimate is in nats per token, in RL in error rate. Above 0 the arm is worse.
-    """
+    """Whether its loss is that of full fine-tuning or lower; for LoRA on some layers, that of LoRA on all layers. The
+    estimate is in nats per token, in RL in error rate; above 0 the arm is worse."""
     ratio: LrRatioEstimate | None = None
     """Over full fine-tuning; None for LoRA on some layers."""
 

@@ -20,14 +20,17 @@ from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, TestReward, flat_top, good_ranges
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
-from lorabench.claims.scope import BEATS_CONTROLS, RL_PRESETS, SWEPT, Named, response_length
+from lorabench.claims.scope import RL_PRESETS, Named, beats_controls, response_length, swept
 from lorabench.runs import GOOD
 
-LONG_PRESETS = ("core", "paper")
-"""The shipped presets whose RL has responses that are long enough to hold a chain of thought."""
+WIDER = 0.2
+"""The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
+
+LONG_RESPONSES = response_length(LONG_RESPONSE, ("core", "paper"))
+"""The condition of claims on chains of thought."""
 
 RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
@@ -52,7 +55,7 @@ LEARNED = (
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
 
-CONDITIONS = (SWEPT, response_length(8, RL_PRESETS), BEATS_CONTROLS)
+CONDITIONS = (swept, response_length(8, RL_PRESETS), beats_controls)
 """The conditions of the claims that compare arms in RL."""
 
 
@@ -62,8 +65,7 @@ def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
     some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
     """
-    last = test_reward == "final_reward"
-    compared = evidence.rl_comparisons if last else evidence.compared_by(test_reward)
+    compared = evidence.rl_comparisons if test_reward == "final_reward" else evidence.compared_by(test_reward)
     unjudged_if(not compared, "no run ever got a reward")
     return [(comparison.label, comparison) for comparison in compared]
 
@@ -75,7 +77,7 @@ RankJudge = Callable[[Comparison, Arm, Arm], Finding]
 def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Finding]]:
     """Return a decorator that makes a judge of one LoRA arm and FullFT judge every rank on all layers.
 
-    The methods among `lora` and `fullft` that are given must have learned for a verdict.
+    Those of the methods `lora` and `fullft` that are given must have learned for a verdict.
     """
     return lambda judge: partial(_judge_ranks, judge, learners)
 
@@ -209,10 +211,6 @@ def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.equal_losses(rank_1, fullft, better_too=True)
     return if_learned(comparison, at_one_peak(judged, comparison, [rank_1, fullft]), [fullft])
-
-
-WIDER = 0.2
-"""The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
 
 @rl_claim(

@@ -19,35 +19,21 @@ from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems, problem_if, unjudged_if
-from lorabench.claims.reinforcement import (
-    CONDITIONS,
-    HEALTHY,
-    LEARNED,
-    LONG_PRESETS,
-    LONG_RESPONSE,
-    RL_EXPERIMENTS,
-    RL_RUNS,
-    each_rank,
-    problem_sets,
-    rl_claim,
-)
-from lorabench.claims.scope import response_length
+from lorabench.claims import reinforcement as rl
+from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems, number, problem_if, unjudged_if
+from lorabench.claims.scope import beats_controls, swept
 from lorabench.store.checks import is_rl
-from lorabench.utils.formats import fixed_interval
 
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
 # Bounds whose meaning the criteria say.
 PLATEAU = 0.9
+BEFORE, AFTER = 3, 2
 LENGTH_BAND = (0.8, 1.25)
 LEAST_GROWTH = 1.1
 BITS_RATIO = 1000.0
 BITS_BAND = (100.0, 10_000.0)
-
-BEFORE, AFTER = 3, 2
-"""The numbers of equally long windows of steps before the plateau and on it."""
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -66,11 +52,7 @@ def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) ->
 
 
 def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """Return the points of a metric over training at the LR of an arm's grid that is nearest to its fitted optimum.
-
-    Returns:
-        Columns seed, step and value.
-    """
+    """Return seed, step and value of a metric at the LR of an arm's grid that is nearest to its fitted optimum."""
     points, chosen = comparison.points(split, metric), comparison.at_optimum(arm)
     run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
     of_arm: pd.DataFrame = points[run >= 0]
@@ -78,11 +60,7 @@ def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str)
 
 
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
-    """Return means of a train metric over tenths of the steps, at the LR nearest to an arm's fitted optimum.
-
-    Returns:
-        One row per seed and one column (1 to 10) per tenth of the steps.
-    """
+    """Return means of a train metric at that LR, a row per seed and a column (1 to 10) per tenth of the steps."""
     points = points_at_optimum(comparison, arm, "train", metric)
     last = arm["steps"] or points["step"].max()
     values = points[points["step"] > 0].astype({"step": float, "value": float})
@@ -95,14 +73,7 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
 
     The plateau begins where running means of the rewards over a tenth of the steps have made the share PLATEAU of their
     rise from the first to the last tenth; without a rise it is the last step. Before the first update all arms are the
-    base model, so step 1 does not count.
-
-    Args:
-        steps: ascending.
-        rewards: by step, ascending.
-
-    Returns:
-        The first and last step of each window; fewer windows if the steps do not suffice for one each.
+    base model, so step 1 does not count. There are fewer windows if the steps do not suffice for one each.
     """
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
@@ -114,7 +85,7 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
     return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
 
 
-@rl_claim(
+@rl.rl_claim(
     id="F3",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
@@ -123,14 +94,14 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
         f"the margin, paired by seed, in each of {BEFORE + AFTER} windows of steps: {BEFORE} before FullFT has made "
         f"{PLATEAU:.0%} of its rise and {AFTER} after that. The intervals hold for all windows at once. The margin is "
         "the share of the gain in test accuracy from the base to FullFT that the preset gives. "
-        f"{LEARNED.format('FullFT')}"
+        f"{rl.LEARNED.format('FullFT')}"
     ),
-    needs=RL_RUNS.format("LoRA") + ", with train rewards",
+    needs=rl.RL_RUNS.format("LoRA") + ", with train rewards",
     paper_value="almost identical; no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
 )
-@each_rank("fullft")
+@rl.each_rank("fullft")
 def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     runs, others = comparison.at_optimum(lora), comparison.at_optimum(fullft)
     by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in (runs, others)]
@@ -141,11 +112,8 @@ def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     windows = progress_windows(curves.by_seed.index.tolist(), rewards.astype(float))
     margin = comparison.margin
     problems = [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin_problems(margin)]
-
-    def text(gap: Estimate) -> str:
-        return f"train reward - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)}"
-
-    return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
+    text, signed = "train reward - FullFT's = {}", partial(number, digits=4, sign="+")
+    return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule, signed)
 
 
 def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
@@ -179,7 +147,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
         error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
         by_seed = mean_over_seeds((both[0] - both[1]).dropna(), about)
         gap = replace(by_seed, example_part=error * normal(f"problems of {about}"), n_examples=n_problems)
-        text = f"accuracy - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)} after step {step}"
+        text = f"accuracy - FullFT's = {number(gap, 4, '+')} after step {step}"
         rule = f"{margin.rule} on {name}"
         findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
     decisive = worst(findings)
@@ -187,7 +155,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     return replace(decisive, reason=f"{decisive.reason} ({more})")
 
 
-@rl_claim(
+@rl.rl_claim(
     id="F4",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
@@ -196,9 +164,9 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
         "evaluation after step 0: the accuracy is the same as FullFT's within the margin, at the LRs nearest to the "
         "fitted optima and paired by seed. The margin is the share that the preset gives of FullFT's own gain in "
         "accuracy on that set. The error from the problems of the set is that of two independent sets, which is "
-        f"cautious. {HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
+        f"cautious. {rl.HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
     ),
-    needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
+    needs=rl.RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
 )
@@ -209,12 +177,12 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
     names = [] if curves.empty else sorted(set(curves["split"]) - set(_OWN_SPLITS))
     aime = [name for name in names if name.lower().startswith("aime")]
     unjudged_if(not names, "no accuracies on further problem sets")
-    judges = ((name, each_rank()(partial(_follows, name))) for name in aime or names)
+    judges = ((name, rl.each_rank()(partial(_follows, name))) for name in aime or names)
     judged = judge_each(judges, lambda judge: judge(comparison))
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
-@rl_claim(
+@rl.rl_claim(
     id="F5",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
@@ -223,15 +191,15 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
         "For every LoRA rank, the mean length in the last tenth of the steps over FullFT's is the same within "
         f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, and the lengths of both grow from the first tenth to the last by a "
         f"factor of {LEAST_GROWTH:g} or more. The estimate is the number that decides. Inconclusive where more than "
-        f"{MAX_TRUNCATED:.0%} of the last responses are cut off. {LEARNED.format('FullFT')}. Words of backtracking and "
-        "checking are reported, not judged"
+        f"{MAX_TRUNCATED:.0%} of the last responses are cut off. {rl.LEARNED.format('FullFT')}. Words of backtracking "
+        "and checking are reported, not judged"
     ),
-    needs=RL_RUNS.format("LoRA") + ", with response lengths",
+    needs=rl.RL_RUNS.format("LoRA") + ", with response lengths",
     unit="ratio",
     experiments=DEEPMATH_EXPERIMENTS,
-    conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
+    conditions=(swept, rl.LONG_RESPONSES, beats_controls),
 )
-@each_rank("fullft")
+@rl.each_rank("fullft")
 def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     # Empty responses have no ratio of lengths, so they count as one token.
     arms = [lora, fullft]
@@ -256,7 +224,7 @@ def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) ->
     same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
     rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
     band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
-    return as_ratio(worst([decide(rule, number, text, ids, problems, band) for rule, number in rules]))
+    return as_ratio(worst([decide(rule, each, text, ids, problems, band) for rule, each in rules]))
 
 
 @claim(
@@ -328,7 +296,8 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
     lengths = description_lengths(sft[~is_memorisation(sft)])
     bits = sft[_FIRST_EPOCH[0]].astype(float) / sft[_FIRST_EPOCH[1]].astype(float) / math.log(2)
     epochs = lengths.assign(bits=lengths["run_ids"].map(lambda run_ids: bits[sft["run_id"].isin(run_ids)].tolist()))
-    return [(name, (each, epochs[epochs["model"] == each.arms[0]["model"]])) for name, each in problem_sets(evidence)]
+    sets = rl.problem_sets(evidence)
+    return [(name, (each, epochs[epochs["model"] == each.arms[0]["model"]])) for name, each in sets]
 
 
 @claim(
@@ -342,14 +311,15 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
         f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, near its "
         "optimal LR"
     ),
-    needs=f"RL runs with responses of {LONG_RESPONSE} tokens or more, and SFT runs of the same model; 2 seeds of both",
+    needs=f"RL runs with responses of {rl.LONG_RESPONSE} tokens or more, and SFT runs of the same model; 2 seeds of "
+    "both",
     paper_value="about 1,000",
     unit="ratio",
-    experiments=RL_EXPERIMENTS,
+    experiments=rl.RL_EXPERIMENTS,
     over=sft_of_problem_sets,
     columns=(*NEEDED_BY["sft"], *_FIRST_EPOCH),
     task="rl",
-    conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
+    conditions=(rl.LONG_RESPONSES,),
 )
 def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
     from scipy.special import entr

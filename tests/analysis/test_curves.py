@@ -11,7 +11,6 @@ import pytest
 
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points, paired, scan
 from lorabench.analysis.estimate import generator
-from lorabench.analysis.finding import nats
 from lorabench.analysis.rules import Above, Within
 
 from ..handmade.lora import lora_run, lora_tables, nll
@@ -159,7 +158,7 @@ def test_a_scan_needs_every_window(lift, verdict):
     lifted = np.repeat(lift, 50)
     curves = of({seed: lifted + 0.002 * (seed - 1) for seed in SEEDS})
     windows = [(1, 50), (51, 100), (101, 150), (151, 200)]
-    judged = scan(Within.margin(0.02), curves, windows, nats)
+    judged = scan(Within.margin(0.02), curves, windows, "{}")
     assert judged.verdict == verdict
     assert judged.estimate == pytest.approx(max(lift))
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
@@ -170,10 +169,10 @@ def test_a_scan_of_equal_curves_rarely_contradicts():
     random, verdicts = generator("scan"), Counter()
     for _ in range(300):
         curves = of(dict(enumerate(simulated(random).T)))
-        verdicts[scan(Above(0.004), curves, curves.windows(6), nats).verdict] += 1
+        verdicts[scan(Above(0.004), curves, curves.windows(6), "{}").verdict] += 1
         # The truth lies at the end of the band.
         shifted = of(dict(enumerate(simulated(random, mean=0.015).T)))
-        verdicts[f"equal {scan(Within.margin(0.015), shifted, shifted.windows(6), nats).verdict}"] += 1
+        verdicts[f"equal {scan(Within.margin(0.015), shifted, shifted.windows(6), '{}').verdict}"] += 1
     assert verdicts["confirmed"] <= 2
     assert verdicts["equal confirmed"] / 300 < 0.05
     assert verdicts["equal contradicted"] / 300 < 0.09

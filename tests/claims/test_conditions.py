@@ -8,7 +8,7 @@ from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.rules import Remedy
 from lorabench.claims import scope
-from lorabench.claims.batch_size import LARGE_BATCHES
+from lorabench.claims.batch_size import large_batches
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.loading import load_preset
@@ -53,20 +53,20 @@ def evidence(runs=RUNS, curves=CURVES):
 
 
 def test_conditions_say_what_there_is_instead():
-    assert scope.LONG.instead(evidence()) == "at most 50 steps"
-    assert scope.LONG.instead(evidence(RUNS.assign(steps=[1000, 12, 12]))) is None
+    assert scope.whole_runs.instead(evidence()) == "at most 50 steps"
+    assert scope.whole_runs.instead(evidence(RUNS.assign(steps=[1000, 12, 12]))) is None
     assert scope.widths(2048, 2, ()).instead(evidence()) == "hidden sizes 128, 2048"
     assert scope.widths(128, 2, ()).instead(evidence()) is None
     assert scope.response_length(8, ()).instead(evidence()) == "4.5 tokens on average"
     assert scope.response_length(4, ()).instead(evidence()) is None
     # Batches are large over a range and for some steps.
-    assert LARGE_BATCHES.instead(evidence()) == "8 to 32, with 12 steps at 32"
-    assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32]))) == "2 to 32, with 12 steps at 32"
-    assert LARGE_BATCHES.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
+    assert large_batches.instead(evidence()) == "8 to 32, with 12 steps at 32"
+    assert large_batches.instead(evidence(RUNS.assign(batch_size=[2, 32, 32]))) == "2 to 32, with 12 steps at 32"
+    assert large_batches.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
     # Text is natural unless all of it is known to be generated.
-    assert scope.NATURAL.instead(evidence()) == "text that a program generated"
-    assert scope.NATURAL.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
-    assert scope.NATURAL.instead(evidence(RUNS.drop(columns="data_kind"))) is None
+    assert scope.natural_text.instead(evidence()) == "text that a program generated"
+    assert scope.natural_text.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
+    assert scope.natural_text.instead(evidence(RUNS.drop(columns="data_kind"))) is None
 
 
 def judged(judge, *needed, **options):
@@ -79,7 +79,7 @@ def judged(judge, *needed, **options):
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
     measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
-    row = judged(lambda evidence: measured, scope.LONG, scope.widths(128, 2, ("paper",)))
+    row = judged(lambda evidence: measured, scope.whole_runs, scope.widths(128, 2, ("paper",)))
     assert row["verdict"] == "setting not met"
     assert (
         row["missing"]
@@ -97,7 +97,7 @@ def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so
     def nothing(evidence):
         raise UnjudgedError("not tested", "no runs of LoRA")
 
-    row = judged(nothing, scope.LONG)
+    row = judged(nothing, scope.whole_runs)
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 
 
