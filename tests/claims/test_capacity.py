@@ -95,8 +95,7 @@ def test_contradicted_where_they_fail(claim, changes, leaves):
 
 
 def test_a_floor_contradicts_a4():
-    floor = {1: {"shape": departing(10, slope=FALL)}}
-    claim = judged("A4", *long_world(floor))
+    claim = judged("A4", *long_world({1: {"shape": departing(10, slope=FALL)}}))
     verdict_is(claim, "contradicted", "LoRA r1 from step 21 on")
     assert claim["estimate"] == pytest.approx(0, abs=0.05)
 
@@ -194,26 +193,21 @@ def test_the_first_epochs_bits(nats, verdict):
     verdict_is(short, "not tested", "no run that went through an epoch")
 
 
-def test_missing_arms_and_curves():
+def test_missing_arms_and_curves_and_facts_are_left_out():
     runs, curves = long_world()
     no_fullft = judged(["A1", "A2", "A4", "A8"], runs[runs["method"] == "lora"], curves)
     assert set(no_fullft["verdict"]) == {"inconclusive"}
     validation = curves[curves["split"] == "validation"]
     for without in (pd.DataFrame(), validation, curves.assign(value=math.nan)):
-        claims = judged(CURVES, runs, without)["verdict"].to_dict()
-        assert claims == {"A1": "not tested", "A2": "not tested", "A3": "not tested", "A4": "not tested"} | {
-            "A5": "inconclusive" if len(without) else "not tested"
-        }
+        verdicts = judged(CURVES, runs, without)["verdict"].tolist()
+        assert verdicts == ["not tested"] * 4 + ["inconclusive" if len(without) else "not tested"]
     assert "no column tokens" in judged("A5", runs, curves.drop(columns="tokens"))["reason"]
-
-
-def test_facts_are_left_out():
-    runs, curves = long_world()
     facts, more = long_world({64: {"shape": departing(100)}})
     facts = facts.assign(run_id="f" + facts["run_id"], dataset="facts", entropy_bits=9.0)
     both = pd.concat([runs, facts]), pd.concat([curves, more.assign(run_id="f" + more["run_id"])])
-    assert set(judged([*CURVES, "A8", "N1"], *both)["verdict"]) <= {"confirmed", "inconclusive"}
-    assert judged("A1", *both)["verdict"] == "confirmed"
+    claims = judged([*CURVES, "A8", "N1"], *both)
+    assert set(claims["verdict"]) <= {"confirmed", "inconclusive"}
+    verdict_is(claims.loc["A1"], "confirmed")
 
 
 # Bits of random facts -------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ def world(changes=None, every=None):
 
 
 def test_every_claim_is_confirmed_where_all_hold():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+    assert all(claim.statement and claim.criterion and claim.needs and claim.paper_value for claim in CLAIMS)
     confirmed = judged(IDS, *world())
     assert confirmed["verdict"].to_dict() == dict.fromkeys(IDS, "confirmed")
     assert list(judge_claims(Tables(*world())).columns) == COLUMNS.names
@@ -60,16 +62,18 @@ def test_one_seed_or_an_optimum_at_the_edge_decides_nothing():
             verdict_is(claims.loc[claim], "inconclusive", why)
 
 
-@pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
-def test_tables_without_runs_or_columns_are_not_tested(runs):
-    claims = judged([claim.id for claim in CLAIMS], runs)
-    assert set(claims["verdict"]) == {"not tested"}
-    assert claims.loc[IDS, "reason"].str.contains("empty|no runs of the experiment|no column seed").all()
-    assert list(claims.index) == [claim.id for claim in CLAIMS]
-
-
-def test_columns_that_no_criterion_needs_may_be_missing():
+def test_what_tables_may_lack():
     runs, curves = world()
+    for few, why in (
+        (pd.DataFrame(), "empty"),
+        (runs[:0], "no runs of the exp"),
+        (runs.drop(columns="seed"), "no column seed"),
+    ):
+        claims = judged([claim.id for claim in CLAIMS], few)
+        assert set(claims["verdict"]) == {"not tested"}
+        assert claims.loc[IDS, "reason"].str.contains(why).all()
+        assert list(claims.index) == [claim.id for claim in CLAIMS]
+    # Columns that no criterion needs may be missing.
     few = runs.drop(columns=["train_tokens", "steps"])
     assert set(judged(IDS, few, curves.drop(columns=["examples", "tokens"]))["verdict"]) == {"confirmed"}
 
@@ -98,12 +102,6 @@ def test_mixed_tokenizers_repeated_ids_and_missing_losses_are_refused():
         judge_claims(Tables(mixed, curves))
     with pytest.raises(UserError, match="more than once"):
         judge_claims(Tables(pd.concat([runs, runs.iloc[:1]]), curves))
-
-
-def test_claims_have_unique_ids_and_say_everything():
-    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
-    for claim in CLAIMS:
-        assert all((claim.statement, claim.figure, claim.criterion, claim.needs, claim.paper_value, claim.unit))
 
 
 # Final losses at the fitted minima ------------------------------------------------------------------------------------

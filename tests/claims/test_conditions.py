@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from lorabench.analysis.arms import in_experiments
-from lorabench.analysis.finding import Finding, UnjudgedError
+from lorabench.analysis.finding import Finding
 from lorabench.analysis.rules import Remedy
 from lorabench.claims import scope
 from lorabench.claims.batch_size import large_batches
@@ -79,25 +79,17 @@ def judged(judge, *needed, **options):
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
     measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
-    row = judged(lambda evidence: measured, scope.whole_runs, scope.widths(128, 2, ("paper",)))
+    two_widths = scope.widths(128, 2, ("paper",))
+    row = judged(lambda evidence: measured, scope.whole_runs, two_widths)
     assert row["verdict"] == "setting not met"
-    assert (
-        row["missing"]
-        == "runs of 1,000 steps or more (here at most 50 steps; the preset long_runs, core or paper meets it)"
-    )
+    instead = "here at most 50 steps; the preset long_runs, core or paper meets it"
+    assert row["missing"] == f"runs of 1,000 steps or more ({instead})"
     assert "the gap is 0.1 nats" in row["reason"]
     assert row["estimate"] == 0.1
     assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
-
-
-def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
-    measured = Finding("confirmed", "all well", 0.1)
-    assert judged(lambda evidence: measured, scope.widths(128, 2, ("paper",)))["verdict"] == "confirmed"
-
-    def nothing(evidence):
-        raise UnjudgedError("not tested", "no runs of LoRA")
-
-    row = judged(nothing, scope.whole_runs)
+    # A condition that is met changes nothing, and what is not tested stays so.
+    assert judged(lambda evidence: Finding("confirmed", "all well", 0.1), two_widths)["verdict"] == "confirmed"
+    row = judged(lambda evidence: Finding("not tested", "no runs of LoRA"), scope.whole_runs)
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 
 
@@ -105,24 +97,21 @@ def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():
     remedy = Remedy("9 seeds and LR 0.01", seeds=9, test_examples=400, lrs=(("LoRA r64", 0.01),))
     row = judged(lambda evidence: Finding("inconclusive", "too noisy", remedy=remedy))
     assert row["would_decide"] == "9 seeds and LR 0.01"
-    assert (row["decide_seeds"], row["decide_test_examples"]) == (9, 400)
+    assert (row["decide_seeds"], row["decide_test_examples"], row["decide_around"]) == (9, 400, False)
     assert row["decide_lrs"] == ["LoRA_r64=0.01"]
-    assert not row["decide_around"]
     decided = judged(lambda evidence: Finding("confirmed", "well", remedy=remedy))
     assert (decided["would_decide"], decided["decide_lrs"]) == (None, [])
 
 
 def test_the_judge_hands_margins_and_test_losses_to_the_claims():
     margins = Margins(loss=0.5, reward=0.2, lr_factor=3.0)
-    given = []
 
-    def keep(evidence):
-        given.append(evidence.judging)
-        return Finding("confirmed", "")
+    def given(evidence):
+        assert evidence.judging.margins == margins
+        assert evidence.judging.examples.nats["a"].tolist() == [2.0, 4.0]
+        return Finding("confirmed", "as given")
 
-    judged(keep, margins=margins)
-    assert given[0].margins == margins
-    assert given[0].examples.nats["a"].tolist() == [2.0, 4.0]
+    assert judged(given, margins=margins)["verdict"] == "confirmed"
 
 
 def test_presets_meet_the_conditions_that_claims_say_they_meet():

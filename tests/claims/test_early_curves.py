@@ -21,12 +21,8 @@ def early(excess, seeds=SEEDS, ranks=(4, 16, 64), steps=128):
     def loss(run, step):
         return nll(run, step) + (excess(run["seed"], step) * 64 / 3 / run["rank"] if step > 1 else 0.0)
 
-    runs = [
-        lora_run(rank, seed=seed, steps=steps, final_valid_nll=2.1, final_test_nll=2.0)
-        for rank in ranks
-        for seed in seeds
-    ]
-    return lora_tables(runs, nll=loss)
+    final = {"steps": steps, "final_valid_nll": 2.1, "final_test_nll": 2.0}
+    return lora_tables([lora_run(rank, seed=seed, **final) for rank in ranks for seed in seeds], nll=loss)
 
 
 def growing(size, wobble=0.1):

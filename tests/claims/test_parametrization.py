@@ -136,7 +136,7 @@ def test_slopes_need_seeds_and_a_falling_loss():
     verdict_is(few, "inconclusive", "2 paired seeds")
     rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
     claim = judged("C6", *rising_loss)
-    verdict_is(claim, "inconclusive", "does not fall")
+    assert (claim["verdict"], "does not fall" in claim["reason"]) == ("inconclusive", True)
     assert judged("C6", *lora_tables(grid({}, {"lr": 1e-2})))["verdict"] == "not tested"
 
 
@@ -228,12 +228,6 @@ def test_variants_of_the_parametrization(changes, verdict, reason):
     assert claim["margin_low"] == pytest.approx(-0.058, abs=0.003)
 
 
-def test_variants_of_both_kinds_are_needed_and_a_grid():
-    verdict_is(judged("C9", *variants(chosen=VARIANTS[:2])), "inconclusive", "no variant of lr_ratio")
-    assert judged("C9", *variants(chosen=[]))["verdict"] == "not tested"
-    assert judged("C9", *variants(every={"lrs": (1e-3, 3e-3)}))["verdict"] == "not tested"
-
-
 # B against A --------------------------------------------------------------------------------------------------------
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -276,16 +270,6 @@ def test_the_longest_runs_decide_whether_b_outgrows_a():
     claim = judged("C10", *ended(sweeps() + longer, lambda run, step: share[run["dataset"]]))
     assert claim["verdict"] == "confirmed"
     assert claim["reason"].startswith("tiny/worked (longest runs, 1200 steps)")
-
-
-def test_b_against_a_needs_the_end_and_an_optimum():
-    def share(run, step):
-        return 0.8 + luck(run["seed"], size=0.02)
-
-    runs, curves = ended(sweeps(), share)
-    assert judged("C10", runs, curves[curves["step"] < 1000])["verdict"] == "not tested"
-    verdict_is(judged("C10", *ended(sweeps(curvature=-0.1), share)), "inconclusive", "edge")
-    assert judged("C10", *ended(sweeps(seeds=range(1)), share))["verdict"] == "inconclusive"
 
 
 # The effective LR ---------------------------------------------------------------------------------------------------
@@ -341,9 +325,22 @@ def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
     assert few["verdict"] == "inconclusive"
 
 
-def test_the_effective_lr_needs_seeds_and_records():
+def test_what_c9_to_c11_need():
+    verdict_is(judged("C9", *variants(chosen=VARIANTS[:2])), "inconclusive", "no variant of lr_ratio")
+    verdict_is(judged("C9", *variants(chosen=[])), "not tested")
+    verdict_is(judged("C9", *variants(every={"lrs": (1e-3, 3e-3)})), "not tested")
+
+    def share(run, step):
+        return 0.8 + luck(run["seed"], size=0.02)
+
+    # The end of runs at an optimum.
+    runs, curves = ended(sweeps(), share)
+    verdict_is(judged("C10", runs, curves[curves["step"] < 1000]), "not tested")
+    verdict_is(judged("C10", *ended(sweeps(curvature=-0.1), share)), "inconclusive", "edge")
+    verdict_is(judged("C10", *ended(sweeps(seeds=range(1)), share)), "inconclusive")
+    # Seeds and records.
     for seeds in (1, 2):
         verdict_is(judged("C11", *lora_tables(grid({}, seeds=range(seeds)))), "inconclusive")
     runs, curves = lora_tables(grid({}))
-    assert judged("C11", runs, curves[curves["step"] != 1])["verdict"] == "not tested"
-    assert judged("C11", *lora_tables(grid({"alpha": 8.0})))["verdict"] == "not tested"
+    verdict_is(judged("C11", runs, curves[curves["step"] != 1]), "not tested")
+    verdict_is(judged("C11", *lora_tables(grid({"alpha": 8.0}))), "not tested")

@@ -75,9 +75,9 @@ def test_every_claim_is_confirmed_where_all_hold():
 )
 def test_contradicted_where_it_fails(claims, changes, part):
     runs = pd.concat([make(changes=changes, batch_size=8, steps=120) for make in (world, moe)])
-    of_claims = placed(claims, runs).loc[claims]
-    assert of_claims["verdict"].tolist() == ["contradicted"] * len(claims)
-    assert of_claims.loc[["E3", "E4"], "reason"].str.startswith(part).all()
+    table = placed(claims, runs)
+    assert set(table["verdict"]) == {"contradicted"}
+    assert table.loc[["E3", "E4"], "reason"].str.startswith(part).all()
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,8 @@ def test_contradicted_where_it_fails(claims, changes, part):
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
     runs = pd.concat([make(**settings, batch_size=8, steps=120) for make in (world, moe)])
-    judged_claims = placed(claims, runs)
-    assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
-    assert not judged_claims["reason"].str.contains("nan").any()
+    for _, row in placed(claims, runs).iterrows():
+        verdict_is(row, "inconclusive")
 
 
 def test_a_better_mlp_confirms_that_attention_adds_nothing():
@@ -145,32 +144,21 @@ def test_placement_in_rl(attention, verdict, words):
     verdict_is(judged("E5", runs, curves), verdict, words)
 
 
-def counts_by_hand(changes=None):
-    rows = [("llama-3.1-8b", name, "all", rank, True, count) for (name, rank), count in PAPER_COUNTS.items()] + [
-        ("llama-3.1-8b", "mlp", "all", 256, False, 1)
-    ]
-    frame = pd.DataFrame(
-        rows, columns=["architecture", "placement", "part", "rank", "include_unembedding", "trainable_params"]
-    ).assign(base_params=8_030_261_248)
-    for place, change in (changes or {}).items():
-        frame.loc[place, "trainable_params"] += change
-    return frame.astype({"trainable_params": "Int64", "rank": "Int64", "include_unembedding": "boolean"})
-
-
 def test_parameter_counts():
-    def claim(counts):
-        return judged("E6", counts=counts)
-
-    exact = claim(counts_by_hand())
-    assert (exact["verdict"], exact["estimate"], exact["n_runs"]) == ("confirmed", 0, 0)
-    assert "attn r256 251,985,920" in exact["reason"]
-    off = claim(counts_by_hand({1: -3}))
-    assert (off["verdict"], off["estimate"]) == ("contradicted", -3)
-    assert "attn r256 is off by -3" in off["reason"]
-    missing = claim(counts_by_hand().drop(index=2))
-    verdict_is(missing, "inconclusive", "all r256 is not counted")
-    for none in (pd.DataFrame(), counts_by_hand().assign(architecture="qwen3-8b"), counts_by_hand().iloc[4:]):
-        assert claim(none)["verdict"] == "not tested"
+    rows = [("llama-3.1-8b", name, "all", rank, True, count) for (name, rank), count in PAPER_COUNTS.items()]
+    rows.append(("llama-3.1-8b", "mlp", "all", 256, False, 1))
+    columns = ["architecture", "placement", "part", "rank", "include_unembedding", "trainable_params"]
+    counts = pd.DataFrame(rows, columns=columns).assign(base_params=8_030_261_248)
+    counts = counts.astype({"trainable_params": "Int64", "rank": "Int64", "include_unembedding": "boolean"})
+    exact = judged("E6", counts=counts)
+    verdict_is(exact, "confirmed", "attn r256 251,985,920")
+    assert (exact["estimate"], exact["n_runs"]) == (0, 0)
+    off = judged("E6", counts=counts.assign(trainable_params=counts["trainable_params"] - [0, 3, 0, 0, 0]))
+    verdict_is(off, "contradicted", "attn r256 is off by -3")
+    assert off["estimate"] == -3
+    verdict_is(judged("E6", counts=counts.drop(index=2)), "inconclusive", "all r256 is not counted")
+    for none in (pd.DataFrame(), counts.assign(architecture="qwen3-8b"), counts.iloc[4:]):
+        verdict_is(judged("E6", counts=none), "not tested")
 
 
 def test_expert_ratio():

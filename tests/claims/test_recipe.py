@@ -44,6 +44,11 @@ def test_lora_matches_from_some_rank_up():
     # The tables here do not know the loss of the base.
     assert recommendation.margin.value == pytest.approx(0.01 * recommendation.fullft.loss)
     assert recommendation.best.rank in (64, 256)
+    none = only(sft(None, 1, 2, 4))
+    assert (none.answer, none.smallest) == ("no", None)
+    # The lowest loss, not the lowest rank.
+    assert none.use.rank == none.best.rank == 4
+    assert none.use.gap.ci_low > none.margin.value
 
 
 def test_learning_rates_are_those_of_the_optima():
@@ -58,32 +63,21 @@ def test_learning_rates_are_those_of_the_optima():
     assert use.ratio.problems == ()
 
 
-def test_lora_does_not_match():
-    recommendation = only(sft(None, 1, 2, 4))
-    assert recommendation.answer == "no"
-    assert recommendation.smallest is None
-    # The lowest loss, not the lowest rank.
-    assert recommendation.use.rank == recommendation.best.rank == 4
-    assert recommendation.use.gap.ci_low > recommendation.margin.value
-
-
 def test_margins_are_those_of_the_gain_where_the_base_is_known():
     runs = runs_table(sft(None, 1, 64))
     curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
-    [recommendation] = measured_recipe(
-        runs, curves, Judging(Margins(loss=0.025, reward=0.1, lr_factor=1.6))
-    ).recommendations
+    judging = Judging(Margins(loss=0.025, reward=0.1, lr_factor=1.6))
+    [recommendation] = measured_recipe(runs, curves, judging).recommendations
     assert recommendation.margin.value == pytest.approx(0.025 * (20 - 2.57), rel=0.01)
     # Rank 1 is 0.3 nats worse, which is less.
     assert recommendation.smallest.rank == 1
 
 
 def test_each_batch_size_has_its_answer():
-    small, large = sft(None, 64), sft(None, 64)
-    small = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in small]
-    large = [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in large if row["method"] == "fullft"]
-    large += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in shifted(sft(64), 0.3)]
-    recommended = measured_recipe(runs_table(small + large))
+    rows = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in sft(None, 64)]
+    worse = sft(None) + shifted(sft(64), 0.3)
+    rows += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in worse]
+    recommended = measured_recipe(runs_table(rows))
     [sizes] = recommended.by_batch_size()
     assert [(size.setting["batch_size"], size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
     assert recommended.answer == "mixed"
