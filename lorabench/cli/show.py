@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lorabench.config.execution import Execution
-from lorabench.planning import bill
+from lorabench.planning.costs import Cost, minutes, per_experiment
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.store.progress import Status
@@ -36,16 +36,16 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         given = "measured"
     else:
         given = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
-    rows = bill.per_experiment(plan)
+    rows = per_experiment(plan)
     total = rows["total"]
-    costs: dict[str, Callable[[bill.Bill], str]] = {}
+    costs: dict[str, Callable[[Cost], str]] = {}
     if execution.gpu is None:
-        at_once = bill.jobs_at_once(plan.preset, cores)
+        at_once = max(1, cores // execution.threads)
         caption = [f"minutes at {formats.number(rate, 4)} GFLOP/s per job ({given}), {at_once} at a time"]
         costs["minutes"] = lambda row: _and_most(
             row,
-            formats.number(bill.minutes(plan, row, cores), 2),
-            formats.number(bill.minutes(plan, row, cores, most=True), 2),
+            formats.number(minutes(row, at_once), 2),
+            formats.number(minutes(row, at_once, most=True), 2),
         )
     else:
         caption = [
@@ -70,7 +70,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     if total.most_runs > total.runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
 
-    def cells(name: str, row: bill.Bill) -> list[str]:
+    def cells(name: str, row: Cost) -> list[str]:
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
         amounts = [formats.amount(row.tokens), formats.number(row.flops / 1e15)]
         return [name, str(row.jobs), runs, *amounts, *(text(row) for text in costs.values())]
@@ -83,8 +83,11 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
     """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
-    rows = {name: asdict(row) for name, row in bill.per_experiment(plan).items()}
+    rows = {name: asdict(row) for name, row in per_experiment(plan).items()}
     for row in rows.values():
+        # What a single job requests of a cluster says nothing of an experiment.
+        for request in ("cpus", "mem_mb", "minutes", "saving_seconds"):
+            del row[request]
         row["money"] = None if price is None else row["gpu_hours"] * price
     execution = plan.preset.execution
     machine = {
@@ -103,7 +106,7 @@ def _speed_of(execution: Execution) -> str:
     return "assumed" if execution.sampler == "own" else "computed from the GPU's data sheet until it is measured"
 
 
-def _and_most(row: bill.Bill, expected: str, most: str) -> str:
+def _and_most(row: Cost, expected: str, most: str) -> str:
     return f"{expected} (most {most})" if row.most_runs > row.runs else expected
 
 
