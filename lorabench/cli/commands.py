@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.errors import NothingToDrawError, UserError
+from lorabench.utils import formats
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 app = typer.Typer(
@@ -138,34 +140,39 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
             profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """
-    parts: list[str] = []
-    for option in options:
-        # The options that are treated specially here get their long form.
-        name, equals, value = option.partition("=")
-        if equals and name in ("--config", "--profile"):
-            parts += [name, value]
-        else:
-            parts.append("--config" if option == "-C" else option)
-    for place, part in enumerate(parts):
-        profile = WORKFLOW / "profiles" / part
-        if parts[place - 1] == "--profile" and not Path(part).exists() and profile.is_dir():
-            parts[place] = str(profile)
-    if not any(part.partition("=")[0].startswith(("--cores", "-c", "--jobs", "-j")) for part in parts):
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--profile")
+    parser.add_argument("--config", "-C", nargs="*", action="extend", default=[])
+    known, parts = parser.parse_known_args(options)
+    if known.profile is not None:
+        shipped = WORKFLOW / "profiles" / known.profile
+        parts += ["--profile", str(shipped) if shipped.is_dir() and not Path(known.profile).exists() else known.profile]
+    if not any(part.startswith(("--cores", "-c", "--jobs", "-j")) for part in parts):
         parts += ["--cores", "all"]
-    # Snakemake takes the last --config only, so the preset joins a --config that the user gave.
-    if "--config" not in parts:
-        parts.append("--config")
-    parts.insert(parts.index("--config") + 1, f"preset={preset}")
+    # Snakemake takes the last --config only, and all words that follow it.
+    parts += ["--config", f"preset={preset}", *known.config]
     return [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), *parts]
 
 
 @app.command()
 def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
-    from lorabench.cli.show import status_table
     from lorabench.store.progress import status as read_status
 
-    status_table(read_status(*plan_and_layout(preset)))
+    state = read_status(*plan_and_layout(preset))
+    share = state.runs_done / max(1, state.runs_planned)
+    print(
+        f"{state.runs_done}/{state.runs_planned} runs ({share:.0%}), {state.jobs_done}/{state.jobs_planned} jobs done"
+    )
+    for job in state.at_work:
+        # A job that was killed counts as at work until it is started again; its silence tells.
+        silence = f"; last sign of life {job['age_s'] / 60:.0f} minutes ago" if job["age_s"] >= 60 else ""
+        print(
+            f"  {job['label']}: run {job['run']}/{job['runs']}, "
+            f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{silence}"
+        )
+    if state.report is not None:
+        print(f"  report: {state.report}")
 
 
 @app.command()
@@ -177,17 +184,17 @@ def doctor(preset: PresetOption = "laptop") -> None:
     """
     planned, layout = plan_and_layout(preset)
     with own_gpus(planned):
-        from lorabench.cli.show import checks_table
         from lorabench.doctor.checks import examine
-        from lorabench.doctor.record import Check, write_record
+        from lorabench.doctor.record import write_record
 
-        def say(check: Check) -> None:
-            print(f"{check.status}: {check.name}", file=sys.stderr, flush=True)
-
-        record = examine(planned, layout, say)
+        record = examine(planned, layout, lambda check: print(f"{check.status}: {check.name}", file=sys.stderr))
         path = write_record(record)
-        checks_table(record.checks)
-        print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
+    rows = []
+    for check in record.checks:
+        numbers = ["" if value is None else formats.number(value) for value in (check.value, check.planned)]
+        rows.append([check.name, check.status, *numbers, check.unit, check.sentence])
+    formats.print_table(("check", "result", "measured", "planned", "unit", ""), rows, ("measured", "planned"))
+    print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
     if record.failed:
         print(f"lorabench: {len(record.failed)} of {len(record.checks)} checks failed", file=sys.stderr)
         raise typer.Exit(1)
@@ -324,10 +331,12 @@ def import_source(
 ) -> None:
     """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
     from lorabench.sources.studies import import_source as read
-    from lorabench.sources.studies import write_tables
+    from lorabench.store.io import write_frame
 
     imported = read(source)
-    write_tables(imported, out)
+    # Of the documented columns, those that the source has are written.
+    write_frame(imported.tables.runs, "runs", out, all_columns=False)
+    write_frame(imported.tables.curves, "curves", out, all_columns=False)
     print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
 
 
@@ -351,20 +360,21 @@ def evidence(
     Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
     recommended ones would have been for each source, had it not been known.
     """
-    from lorabench.report.blocks import published_folders
-    from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
+    from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
     from lorabench.sources.measurements import read_own
 
-    own = {preset.name: preset for preset in published_presets(publish or Path())}
+    folders = published_folders(publish or Path())
+    own = {folder.name: read_own(folder, folder.name) for folder in folders}
     for folder in tables or []:
         # A finished preset stands for what was published of it.
         name = folder.parent.name if folder.name == "tables" else folder.name
         own[name] = read_own(folder, name)
-    gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
+    gathered = evidence_tables(source or (), list(own.values()), folders)
     write_evidence(gathered, out)
     if publish is not None:
         publish_evidence(gathered, publish)
-    print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+    models = len(gathered["claims"].drop_duplicates(["source", "model"]))
+    print(f"{models} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()

@@ -232,24 +232,23 @@ def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Fol
 
 
 @steps.command()
-def compute(
-    preset: PresetOption = "laptop",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table, by default the preset's.")] = None,
-) -> None:
+def compute(preset: PresetOption = "laptop") -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
     planned, layout = plan_and_layout(preset)
-    if planned.preset.experiments.compute is None:
+    experiment = planned.preset.experiments.compute
+    if experiment is None:
         raise UserError(f"preset {layout.name} has no experiment compute")
-    names = planned.preset.experiments.compute.models
     with own_gpus(planned):
         import pandas as pd
 
         from lorabench.store.io import write_frame
         from lorabench.training.step_cost import compute_table
 
-        at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
-        measured = [compute_table(at_commits, name) for name in names]
-        write_frame(pd.concat(measured), "compute", out or layout.tables())
+        at_commits = {name: layout.model(name) for name in experiment.models}
+        measured = [
+            compute_table(planned.preset.model_copy(update={"models": at_commits}), name) for name in at_commits
+        ]
+        write_frame(pd.concat(measured), "compute", layout.tables())
 
 
 @steps.command()

@@ -29,7 +29,6 @@ from lorabench.figures.catalog import PaperFigure, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
-from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
@@ -83,9 +82,9 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),
-        headline=headline(judged),
-        counting=COUNTING,
-        tally=summary.tally(judged),
+        headline=claim_text.headline(judged),
+        counting=claim_text.COUNTING,
+        tally=claim_text.tally(judged),
         statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
         claims=claims,
         verdicts=next(drawn for figure, drawn in shown if figure.table == "claims"),
@@ -97,7 +96,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),
-        runs=summary.runs_with_versions(runs),
+        runs=runs.to_dict("records"),
         inputs=summary.inputs(runs),
         datasets=summary.dataset_origins(layout),
         doctor=record_for(plan.preset.execution),

@@ -21,9 +21,8 @@ START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
         (["--dry-run", "--cores=2"], ["--dry-run", "--cores=2", "--config", "preset=my.yaml"]),
         (["-c1", "report.html"], ["-c1", "report.html", "--config", "preset=my.yaml"]),
         # Snakemake would take the last --config only.
-        (["--config=other=3", "-j4"], ["--config", "preset=my.yaml", "other=3", "-j4"]),
-        (["-C", "other=3", "-j4"], ["--config", "preset=my.yaml", "other=3", "-j4"]),
-        (["--config", "other=3", "-j", "4"], ["--config", "preset=my.yaml", "other=3", "-j", "4"]),
+        (["--config=other=3", "-j4"], ["-j4", "--config", "preset=my.yaml", "other=3"]),
+        (["-C", "a=1", "b=2", "-j", "4", "-C", "c=3"], ["-j", "4", "--config", "preset=my.yaml", "a=1", "b=2", "c=3"]),
     ],
 )
 def test_options_are_passed_on(options, expected):

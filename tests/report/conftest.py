@@ -54,9 +54,12 @@ class Page(HTMLParser):
     def ids(self) -> list[str]:
         return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
-    def section(self, of: str) -> Page:
-        """Return the section with the given heading."""
-        return Page(self.source.split(f'<section aria-labelledby="{of}"')[1].split("</section>")[0])
+    @property
+    def header(self) -> Page:
+        return Page(self.source.split("<header>")[1].split("</header>")[0])
+
+    def section(self, heading: str) -> Page:
+        return Page(self.source.split(f'<section aria-labelledby="{heading}"')[1].split("</section>")[0])
 
 
 @pytest.fixture(scope="module")

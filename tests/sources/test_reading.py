@@ -8,30 +8,25 @@ import shutil
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.sources.studies import import_source, write_tables
-from lorabench.store.tables import Tables
+from lorabench.sources.studies import import_source
 from lorabench.utils.files import REFERENCE
 
 from .conftest import COLUMNS, ROWS, row
 
 
-def test_what_the_file_says_stands_beside_the_runs(source, tmp_path):
+def test_what_the_file_says_stands_next_to_what_the_runs_say_themselves(source):
     curves = "run_id,step,split,metric,value\nfullft-1e-05-0,0,validation,nll,3.5\nnobody,0,validation,nll,1\n"
-    write_tables(import_source(source(curves=curves)), tmp_path / "tables")
-    tables = Tables.read(tmp_path / "tables")
-    assert tables.runs["method"].tolist() == ["fullft"] * 3 + ["lora"] * 3
-    assert tables.runs["rank"].isna().tolist() == [True] * 3 + [False] * 3
-    assert set(tables.runs["base_params"]) == {1_000_000_000}
-    assert set(tables.runs["alpha_convention"]) == {"alpha 32"}
+    rows = [*ROWS, row("fullft", 1e-5, 2.5, seed=1)]
+    kinds = ["bf16"] * 3 + ["fp32"] * 4
+    rows = [f"{line},{kind}" for line, kind in zip(rows, kinds, strict=True)]
+    tables = import_source(source(rows, f"{COLUMNS},precision", curves=curves)).tables
+    assert tables.runs["precision"].tolist() == kinds
+    assert tables.runs["seed"].tolist() == [0] * 6 + [1]
+    assert tables.runs["rank"].isna().tolist() == [True] * 3 + [False] * 3 + [True]
+    columns = ["base_params", "alpha_convention", "schedule"]
+    assert (tables.runs[columns] == [1_000_000_000, "alpha 32", "constant"]).all(axis=None)
     # The curve of a run that the runs table lacks is left out.
     assert tables.curves[["run_id", "step", "value"]].values.tolist() == [["fullft-1e-05-0", 0, 3.5]]
-
-
-def test_a_run_says_itself_what_it_has_of_its_own(source):
-    rows = [f"{line},{kind}" for line, kind in zip(ROWS, ["bf16"] * 3 + ["fp32"] * 3, strict=True)]
-    runs = import_source(source(rows, f"{COLUMNS},precision")).tables.runs
-    assert runs["precision"].tolist() == ["bf16"] * 3 + ["fp32"] * 3
-    assert set(runs["schedule"]) == {"constant"}
 
 
 LEAST = {"schedule": "constant", "alpha": "32"}
@@ -63,27 +58,17 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         ({"wall": 3}, "wall: unknown key"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32}, "about": 1, "sha256": ...},
-            r"missing: attributes\.precision \(a description .* or mixed, or unknown\), attributes\.base_kind \(base, "
-            r"instruct, mixed or unknown\), sha256; about = 1: .*; attributes\.alpha = 32; allowed: ",
+            r"about = 1: .*; attributes\.precision: missing \(allowed: a description .* or mixed, or unknown\); "
+            r"attributes\.alpha = 32: .* \(allowed: .*; attributes\.base_kind: missing .*; sha256: miss",
         ),
         (
             {"attributes": LEAST | {"precision": "bf16", "base_kind": "chat"}},
-            r"attributes\.base_kind = 'chat'; allowed: base, instruct, mixed or unknown",
+            r"attributes\.base_kind = 'chat': .*\(allowed: base, instruct, mixed or unknown\)",
         ),
     ]:
         with pytest.raises(UserError, match=message) as refused:
             import_source(source(**changes))
         assert len(str(refused.value).splitlines()) == 1
-
-
-def test_a_folder_without_a_source_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no source, since it has no file source.yaml"):
-        import_source(tmp_path)
-
-
-def test_seeds_of_ones_own_are_several_runs(source):
-    runs = import_source(source([*ROWS, row("fullft", 1e-5, 2.5, seed=1)])).tables.runs
-    assert runs["seed"].tolist() == [0] * 6 + [1]
 
 
 def test_the_shipped_tables_are_what_the_scripts_write(tmp_path):
