@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.errors import NothingToDrawError, UserError
@@ -26,42 +27,40 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+    str, Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
 ]
 DataFormat = Annotated[
     str | None,
-    typer.Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
+    Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
 ]
-TablesFolder = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
-TablesFolders = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
-FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+TablesFolder = Annotated[Path, Option("--tables", help="Folder with the tidy tables.")]
+TablesFolders = Annotated[list[Path], Option("--tables", help="Folder with tidy tables; several are merged.")]
+FigureFolder = Annotated[Path, Option("--out", help="Folder for SVG, PNG and CSV.")]
 
 
 @app.command()
 def init(
-    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
     model: ModelName,
-    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
     data_format: DataFormat = None,
     ranks: Annotated[
-        list[int] | None,
-        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
+        list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    seeds: Annotated[int, Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, Option(help="Passes over the training data.")] = 1.0,
     held_out: Annotated[
-        float,
-        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
+        float, Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test.")
     ] = 0.1,
-    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
+    gpu: Annotated[str | None, Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
     grader: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
             "response, `boxed` the content of its \\boxed{}."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
     """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
     from lorabench.cli.show import plan_table
@@ -78,19 +77,17 @@ def init(
 def plan(
     preset: PresetOption = "laptop",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the planned runs to this parquet file and print nothing.")
+        Path | None, Option("--out", help="Write the planned runs to this parquet file and print nothing.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
+    gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
+    price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     planned, layout = plan_and_layout(preset)
@@ -120,7 +117,7 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(
     context: typer.Context,
-    preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
+    preset: Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
 ) -> None:
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     from lorabench.config.loading import preset_path
@@ -204,18 +201,18 @@ def doctor(preset: PresetOption = "laptop") -> None:
 def recommend(
     model: ModelName,
     dataset_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
+        int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
+    data: Annotated[str | None, Option(help="The training data, as for init.")] = None,
     data_format: DataFormat = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Examples per step, in place of the recommended number.")
+        int | None, Option(min=1, help="Examples per step, in place of the recommended number.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
-    gpu: Annotated[str, typer.Option(help="The GPU to estimate costs for.")] = "H100-80GB",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int | None, Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
+    gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     as_script: Annotated[
-        bool, typer.Option("--script", help="Print a training script for transformers and PEFT with these settings.")
+        bool, Option("--script", help="Print a training script for transformers and PEFT with these settings.")
     ] = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
@@ -249,26 +246,21 @@ def recommend(
 @app.command()
 def claims(
     tables: TablesFolder,
-    out: Annotated[Path, typer.Option(help="Folder for the claims table.")],
+    out: Annotated[Path, Option(help="Folder for the claims table.")],
     preset: Annotated[
-        str | None, typer.Option(help="The preset of the runs, which states the margins of the verdicts.")
+        str | None, Option(help="The preset of the runs, which states the margins of the verdicts.")
     ] = None,
     margins: Annotated[
-        Path | None,
-        typer.Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor."),
+        Path | None, Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor.")
     ] = None,
     noise: Annotated[
-        Path | None,
-        typer.Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed."),
+        Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
     ] = None,
     noise_sd: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise."),
+        float | None, Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise.")
     ] = None,
-    noise_dof: Annotated[
-        int | None, typer.Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")
-    ] = None,
-    noise_source: Annotated[str | None, typer.Option(help="The source of --noise-sd, for the reasons.")] = None,
+    noise_dof: Annotated[int | None, Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
+    noise_source: Annotated[str | None, Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
     """Judge the paper's claims from tidy tables."""
     from lorabench.analysis.loss_fit import Noise
@@ -317,7 +309,7 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 
 
 @app.command()
-def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+def merge(folders: list[Path], out: Annotated[Path, Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     from lorabench.store.tables import merge as merge_folders
 
@@ -326,8 +318,8 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 
 @app.command("import")
 def import_source(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
+    source: Annotated[Path, Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
+    out: Annotated[Path, Option(help="Folder for the tidy tables.")],
 ) -> None:
     """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
     from lorabench.sources.studies import import_source as read
@@ -342,17 +334,17 @@ def import_source(
 
 @app.command()
 def evidence(
-    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
+    out: Annotated[Path, Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
     source: Annotated[
         list[Path] | None,
-        typer.Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
+        Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
     ] = None,
     tables: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
+        Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
     ] = None,
     publish: Annotated[
-        Path | None, typer.Option(help="The repository's root: write the matrix into its README and docs too.")
+        Path | None, Option(help="The repository's root: write the matrix into its README and docs too.")
     ] = None,
 ) -> None:
     """Judge all published runs by the paper's claims, and test what would have been recommended for each.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from lorabench.errors import UserError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
+PresetOption = Annotated[str, Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
 
 
 def plan_and_layout(preset: str) -> tuple[Plan, Layout]:

@@ -72,7 +72,7 @@ def publish(layout: Layout, root: Path) -> None:
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
-    check_places(root, layout.name)
+    _filled(root, dict.fromkeys(_parts(root, layout.name), ""))
     for path in drawn:
         with atomic_path(layout.published / path.name) as unfinished:
             shutil.copyfile(path, unfinished)
@@ -80,7 +80,7 @@ def publish(layout: Layout, root: Path) -> None:
         path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), layout.published / "claims.csv")
     write_json(_provenance(layout, runs), layout.published / "provenance.json")
-    write_pages(root)
+    _write_pages(root)
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
@@ -159,26 +159,12 @@ def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
     Raises:
         UserError: a page has no place for its part; then nothing is changed.
     """
-    check_places(root)
+    _filled(root, dict.fromkeys(_parts(root), ""))
     write_evidence(tables, root / PUBLISHED / "evidence")
-    write_pages(root)
+    _write_pages(root)
 
 
-def check_places(root: Path, *presets: str) -> None:
-    """Check that every page has a place for its parts, also for those of presets that were not published before.
-
-    Raises:
-        UserError: a page has no place for its part.
-    """
-    _filled(root, dict.fromkeys(_parts(root, *presets), ""))
-
-
-def write_pages(root: Path) -> None:
-    """Write all generated parts of a repository.
-
-    Raises:
-        UserError: a page has no place for its part; then no page is changed.
-    """
+def _write_pages(root: Path) -> None:
     for page, text in pages(root).items():
         with atomic_path(root / page) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
@@ -194,7 +180,7 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path], str]]:
-    """Return what makes each part, by its page and name."""
+    """Return what makes each part, by its page and name; presets may be named that were not published before."""
     names = {*presets, *(folder.name for folder in published_folders(root))}
     return {
         (Path("README.md"), "matrix"): matrix_part,

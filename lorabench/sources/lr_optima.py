@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _LAW_WIDTHS = {"llama": (2048, 4096, 8192), "qwen": (1024, 2560, 4096)}
 """Widths of the models that the law was fitted to."""
 
 _CONDITION = ["model", "dataset", "batch_size", "steps"]
+_NUMBERS = ("width", "batch_size", "steps", "alpha", "lr", "error")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ class LrOptimum:
     """The grid where it is known: ln LR in ascending order."""
     losses: tuple[float, ...] = field(default=(), repr=False)
     """The losses of the grid, error rates in RL."""
+
+    @classmethod
+    def of_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
+        """Return the optimum of a table's row, whose LR is rounded; null stands for what the source does not say."""
+        known = {}
+        for column in fields(cls):
+            value = row.get(column.name)
+            if isinstance(value, tuple) or pd.notna(value):
+                known[column.name] = float(value) if column.name in _NUMBERS else value
+        if "rank" in known:
+            known["rank"] = int(known["rank"])
+        return cls(**known | {"lr": rounded(known["lr"])})
 
     @property
     def shift(self) -> float:
@@ -112,32 +126,24 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
 
 def _study_optima(study: Study) -> list[LrOptimum]:
     """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
+    about = {"source": study.origin.name, "family": study.about.family, "width": study.about.hidden_size}
+    # An alpha may also be a rule, in place of a number.
+    alpha = pd.to_numeric(study.origin.source.attributes.alpha, errors="coerce")
     optima = []
     for runs in study.conditions():
-        first = runs.iloc[0]
-        about = LrOptimum(
-            source=study.origin.name,
-            model=study.model,
-            family=study.about.family or "",
-            dataset=str(first["dataset"]),
-            width=float(study.about.hidden_size or NAN),
-            batch_size=_number(first["batch_size"]),
-            steps=_number(first["steps"]),
-            # An alpha may also be a rule, in place of a number.
-            alpha=float(pd.to_numeric(study.origin.source.attributes.alpha, errors="coerce")),
-            rl=study.is_rl,
-        )
+        first = {name: runs[name].iloc[0] for name in _CONDITION} | about | {"rl": study.is_rl}
         fullft = runs[runs["method"] == "fullft"]
         if fullft["lr"].nunique() >= MIN_LRS:
-            optima.append(_grid_optimum(fullft, replace(about, method="fullft", alpha=ALPHA)))
+            optima.append(_grid_optimum(fullft, first | {"method": "fullft", "alpha": ALPHA}))
         lora = runs[runs["method"] == "lora"].groupby("rank").filter(lambda arm: arm["lr"].nunique() >= MIN_LRS)
         if len(lora):
             highest = lora[lora["rank"] == lora["rank"].max()]
-            optima.append(_grid_optimum(highest, replace(about, method="lora", rank=int(lora["rank"].max()))))
+            rank = highest["rank"].iloc[0]
+            optima.append(_grid_optimum(highest, first | {"method": "lora", "alpha": alpha, "rank": rank}))
     return optima
 
 
-def _grid_optimum(arm: pd.DataFrame, about: LrOptimum) -> LrOptimum:
+def _grid_optimum(arm: pd.DataFrame, about: Mapping[Any, Any]) -> LrOptimum:
     """Return the optimum of an arm's grid, given what is known of it besides LR, error, counts and remark."""
     cells = arm.assign(lost=~arm["status"].eq("done"), loss=arm["loss"].astype(float)).groupby(arm["lr"].astype(float))
     grid = cells.agg(loss=("loss", "mean"), lost=("lost", "any"))
@@ -153,83 +159,60 @@ def _grid_optimum(arm: pd.DataFrame, about: LrOptimum) -> LrOptimum:
         error = float(logs[best + 1] - logs[best - 1]) / 2 / math.sqrt(12)
         if not lost[around].any():
             log_lr = float(vertex(logs[around], losses[around]))
-    return replace(
-        about,
-        lr=rounded(math.exp(log_lr)),
-        error=error,
-        counts=inside,
-        remark=f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid",
-        log_lrs=tuple(logs[known].tolist()),
-        losses=tuple(losses[known].tolist()),
-    )
+    remark = f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid"
+    optimum = {"lr": math.exp(log_lr), "error": error, "counts": inside, "remark": remark}
+    points = {"log_lrs": tuple(logs[known].tolist()), "losses": tuple(losses[known].tolist())}
+    return LrOptimum.of_row({**about, **optimum, **points})
 
 
 def _authors_optima() -> list[LrOptimum]:
     """Return the published sweep of the paper's authors, and their law at some widths of its models."""
     optima = []
     # Both are of 100,000 examples at batch size 128.
-    authors = LrOptimum(AUTHORS, batch_size=128.0, alpha=ALPHA)
-    table = published_sweeps()
-    for model, sweep in table[table["source"] == "tinker-cookbook"].groupby("model"):
-        first, rank = sweep.iloc[0], int(sweep["rank"].max())
-        runs = sweep[sweep["rank"] == rank].rename(columns={"nll": "loss"}).assign(status="done")
+    authors = {"source": AUTHORS, "batch_size": 128.0, "alpha": ALPHA}
+    table = published_sweeps().rename(columns={"nll": "loss", "hidden_size": "width"})
+    for _, sweep in table[table["source"] == "tinker-cookbook"].groupby("model"):
+        runs = sweep[sweep["rank"] == sweep["rank"].max()].assign(status="done")
+        about = runs.iloc[0].to_dict() | authors | {"steps": 780.0}
         # The source tried 3e-3 with every model, and leaves out the runs that ended above 2 nats.
         if runs["lr"].max() < 3e-3:
             runs = pd.concat([runs, pd.DataFrame([{"lr": 3e-3, "loss": NAN, "status": "diverged"}])])
-        about = replace(authors, model=str(model), family=str(first["family"]), dataset=str(first["dataset"]),
-                        method="lora", rank=rank, width=float(first["hidden_size"]), steps=780.0)  # fmt: skip
         optima.append(_grid_optimum(runs, about))
     for family, widths in _LAW_WIDTHS.items():
-        for width in widths:
-            place = replace(authors, model=f"{family} {width}", family=family, dataset="law", width=float(width))
-            for method in ("fullft", "lora"):
-                optima.append(_stated(replace(place, method=method), predict_lr(LAW, family, width, method)))
+        for width, method in product(widths, ("fullft", "lora")):
+            law = {"model": f"{family} {width}", "family": family, "dataset": "law", "width": width, "method": method}
+            optima.append(_stated(authors | law | {"lr": predict_lr(LAW, family, width, method)}))
     return optima
 
 
 def _stated_optima(names: set[str]) -> list[LrOptimum]:
     """Return the optima of published tables that have no grid, of other sources than those named."""
-    optima = []
-    sweeps = published_sweeps()
+    sweeps = published_sweeps().rename(columns={"hidden_size": "width"})
     sweeps = sweeps[(sweeps["source"] == "michaelbzhu") & (sweeps["placement"].fillna("all") == "all")]
-    for method, arm in sweeps.groupby("method"):
-        highest = arm.sort_values("rank").iloc[-1]
-        about = LrOptimum(
-            source="michaelbzhu",
-            model=highest["model"],
-            family=highest["family"],
-            dataset=highest["dataset"],
-            method=str(method),
-            rank=None if pd.isna(highest["rank"]) else int(highest["rank"]),
-            width=float(highest["hidden_size"]),
-            batch_size=32.0,
-            steps=200.0,
-            alpha=ALPHA,
-        )
-        optima.append(_stated(about, float(highest["lr"])))
+    highest = sweeps.sort_values(["method", "rank"]).groupby("method").tail(1)
+    optima = [_stated(row) for row in highest.assign(batch_size=32, steps=200, alpha=ALPHA).to_dict("records")]
     for row in published_ratios().to_dict("records"):
         for method in ("fullft", "lora"):
             low, high = row[f"{method}_lr_low"], row[f"{method}_lr_high"]
             if pd.isna(low) or row["source"].casefold().startswith(tuple(names)):
                 continue
-            about = LrOptimum(
-                source=row["source"].split(" arXiv")[0],
-                model=row["model"],
-                family=_family(row["model"]),
-                method=method,
-                width=math.sqrt(row["width_low"] * row["width_high"]),
-                steps=_number(row["steps"]),
-                alpha=ALPHA if method == "fullft" else _number(row["alpha"]),
-                rl=row["task"] == "rl",
-            )
-            optima.append(_stated(about, math.sqrt(low * high), math.log(high / low) / math.sqrt(12)))
+            about = {
+                "source": row["source"].split(" arXiv")[0],
+                "family": _family(row["model"]),
+                "method": method,
+                "width": math.sqrt(row["width_low"] * row["width_high"]),
+                "alpha": ALPHA if method == "fullft" else row["alpha"],
+                "rl": row["task"] == "rl",
+                "lr": math.sqrt(low * high),
+            }
+            optima.append(_stated(row | about, math.log(high / low) / math.sqrt(12)))
     return optima
 
 
-def _stated(about: LrOptimum, lr: float, spread: float = 0.0) -> LrOptimum:
+def _stated(row: Mapping[Any, Any], spread: float = 0.0) -> LrOptimum:
     """Return an optimum without a grid, with the error of a grid of half-decade steps and that of a stated range."""
     error = math.hypot(math.log(10) / 2 / math.sqrt(12), spread)
-    return replace(about, lr=rounded(lr), error=error, counts=True, remark="as stated by the source")
+    return LrOptimum.of_row({**row, "error": error, "counts": True, "remark": "as stated by the source"})
 
 
 def _preset_optima(folder: Path) -> list[LrOptimum]:
@@ -243,20 +226,24 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
         path = folder / f"{figure}.csv"
         if not path.is_file():
             continue
-        table, grid = pd.read_csv(path), pd.DataFrame()
+        table = pd.read_csv(path)
         if figure == "lr_ratio":
             at_alpha = (table["element"] == "condition") & (table["runs"] == "own") & (table["alpha"] == ALPHA)
             own = table[at_alpha].drop_duplicates(_CONDITION)
             # The two optima share the error of their ratio.
             own = own.assign(error=np.log(own["ratio_high"] / own["ratio_low"]) / (2 * Z) / math.sqrt(2))
-            by_method = [own.assign(method=method, lr=own[f"{method}_lr"]) for method in ("fullft", "lora")]
-            fitted = pd.concat(by_method).sort_index(kind="stable")
+            fullft = own.assign(method="fullft", lr=own["fullft_lr"], rank=None)
+            fitted = pd.concat([fullft, own.assign(method="lora", lr=own["lora_lr"])]).sort_index(kind="stable")
         else:
             fitted = table[(table["element"] == "optimum") & table["lr_low"].notna()]
             fitted = fitted.assign(error=np.log(fitted["lr_high"] / fitted["lr_low"]) / (2 * Z))
         if value:
             fitted = fitted.sort_values([*_CONDITION, "method", "rank"]).groupby([*_CONDITION, "method"]).tail(1)
-            grid = table[(table["element"] == ("loss" if value == "nll" else value)) & np.isfinite(table[value])]
+            points = table[(table["element"] == ("loss" if value == "nll" else value)) & np.isfinite(table[value])]
+            losses = points[value] if value == "nll" else 1 - points[value]
+            points = points.assign(log_lrs=np.log(points["lr"]), losses=losses).sort_values("lr")
+            arms = [*_CONDITION, "arm"]
+            fitted = fitted.join(points.groupby(arms)[["log_lrs", "losses"]].agg(tuple), on=arms)
         for row in fitted.to_dict("records"):
             spec = models.get(row["model"])
             if spec is None:
@@ -265,32 +252,10 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
             family = _family(spec.id.rsplit("/", 1)[-1]) if isinstance(spec, HubModel) else ""
             if isinstance(spec, TinyModel):
                 family = json.loads((shipped_folder(spec.name) / "config.json").read_text())["model_type"]
-            points = grid
-            if len(grid):
-                same = [*_CONDITION, "arm"]
-                points = grid[(grid[same] == [row[name] for name in same]).all(axis=1)].sort_values("lr")
-            losses = points.get(value, pd.Series(dtype=float))
-            optima.append(
-                LrOptimum(
-                    source=PROJECT,
-                    model=row["model"],
-                    family=family,
-                    dataset=row["dataset"],
-                    method=row["method"],
-                    rank=None if row["method"] == "fullft" or pd.isna(row["rank"]) else int(row["rank"]),
-                    width=float(dimensions(spec).hidden),
-                    batch_size=float(row["batch_size"]),
-                    steps=float(row["steps"]),
-                    alpha=ALPHA,
-                    rl=value == "accuracy",
-                    lr=rounded(row["lr"]),
-                    error=max(LEAST_ERROR, row["error"]),
-                    counts=True,
-                    remark="fitted" if row["resolved"] else "fitted, not resolved",
-                    log_lrs=tuple(np.log(points.get("lr", losses)).tolist()),
-                    losses=tuple((1 - losses if value == "accuracy" else losses).tolist()),
-                )
-            )
+            about = {"source": PROJECT, "family": family, "width": dimensions(spec).hidden, "alpha": ALPHA}
+            about |= {"rl": value == "accuracy", "error": max(LEAST_ERROR, row["error"]), "counts": True}
+            remark = "fitted" if row["resolved"] else "fitted, not resolved"
+            optima.append(LrOptimum.of_row(row | about | {"remark": remark}))
     return optima
 
 
@@ -301,18 +266,8 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 
 
 def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
-    """Return the optima of a table, the inverse of `optima_table`; a column of text may be null for an empty text."""
-    texts = ["source", "model", "family", "dataset", "method", "remark"]
-    table = table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
-    ranks = [None if pd.isna(rank) else int(rank) for rank in table["rank"]]
-    rows = table.drop(columns="rank").to_dict("records")
-    return [
-        LrOptimum(**{str(name): row[name] for name in row}, rank=rank) for row, rank in zip(rows, ranks, strict=True)
-    ]
-
-
-def _number(value: Any) -> float:
-    return NAN if pd.isna(value) else float(value)
+    """Return the optima of a table, the inverse of `optima_table`."""
+    return [LrOptimum.of_row(row) for row in table.to_dict("records")]
 
 
 def _family(model: str) -> str:
