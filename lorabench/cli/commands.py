@@ -325,11 +325,11 @@ def import_source(
     from lorabench.sources.studies import import_source as read
     from lorabench.store.io import write_frame
 
-    imported = read(source)
+    imported = read(source)[1]
     # Of the documented columns, those that the source has are written.
-    write_frame(imported.tables.runs, "runs", out, all_columns=False)
-    write_frame(imported.tables.curves, "curves", out, all_columns=False)
-    print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
+    write_frame(imported.runs, "runs", out, all_columns=False)
+    write_frame(imported.curves, "curves", out, all_columns=False)
+    print(f"{source}: {len(imported.runs)} runs and {len(imported.curves)} points of curves")
 
 
 @app.command()

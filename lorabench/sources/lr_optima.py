@@ -115,7 +115,7 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
         UserError: a figure's table names a model that the preset does not have.
     """
     optima = [optimum for study in studies for optimum in _study_optima(study)]
-    optima += [*_authors_optima(), *_stated_optima({study.origin.name for study in studies})]
+    optima += [*_authors_optima(), *_stated_optima({study.source for study in studies})]
     # A condition that several figures or presets show counts once.
     own: dict[tuple[Any, ...], LrOptimum] = {}
     for folder in presets:
@@ -126,9 +126,9 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
 
 def _study_optima(study: Study) -> list[LrOptimum]:
     """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
-    about = {"source": study.origin.name, "family": study.about.family, "width": study.about.hidden_size}
+    about = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
     # An alpha may also be a rule, in place of a number.
-    alpha = pd.to_numeric(study.origin.source.attributes.alpha, errors="coerce")
+    alpha = pd.to_numeric(study.description.attributes.alpha, errors="coerce")
     optima = []
     for runs in study.conditions():
         first = {name: runs[name].iloc[0] for name in _CONDITION} | about | {"rl": study.is_rl}

@@ -172,7 +172,7 @@ def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Seque
         for runs in study.conditions():
             rows += _measured_condition(study, runs)
     for study in studies:
-        of_study = (claims["source"] == study.origin.name) & (claims["model"] == study.model)
+        of_study = (claims["source"] == study.source) & (claims["model"] == study.model)
         growth = _fitted(claims[of_study], "D1", "gap_growth")
         if growth is not None:
             runs = study.tables.runs
@@ -219,9 +219,9 @@ def _measured_preset(claims: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _about(study: Study) -> dict[str, Any]:
-    attributes = study.origin.source.attributes
+    attributes = study.description.attributes
     return {
-        "source": study.origin.name,
+        "source": study.source,
         "study": study.name,
         "scale": study.about.scale,
         "parameters": study.about.parameters,

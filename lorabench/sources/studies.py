@@ -121,19 +121,11 @@ class Source(Strict):
     """The SHA-256 of each table, so that a change is noticed."""
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A source with its tidy tables."""
-
-    name: str
-    folder: Path
-    source: Source
-    tables: Tables
-    """Its runs and curves as published: nothing stands in for a loss that they lack."""
-
-
-def import_source(folder: Path) -> Imported:
+def import_source(folder: Path) -> tuple[Source, Tables]:
     """Read a source.
+
+    Returns:
+        Its file, and its runs and curves as published: nothing stands in for a loss that they lack.
 
     Raises:
         UserError: the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
@@ -156,7 +148,7 @@ def import_source(folder: Path) -> Imported:
         check_curves(curves)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    return Imported(folder.name, folder, source, Tables(runs, curves))
+    return source, Tables(runs, curves)
 
 
 def _source_file(path: Path) -> Source:
@@ -218,7 +210,9 @@ def _runs(path: Path, source: Source) -> pd.DataFrame:
 class Study:
     """The runs of one model in one source."""
 
-    origin: Imported
+    source: str
+    """The name of the source, that of its folder."""
+    description: Source
     model: str
     about: ModelOf
     """What the source says of the model."""
@@ -231,7 +225,7 @@ class Study:
     @property
     def name(self) -> str:
         """The source and the model's name without its owner."""
-        return f"{self.origin.name}/{self.model.rsplit('/', 1)[-1]}"
+        return f"{self.source}/{self.model.rsplit('/', 1)[-1]}"
 
     def conditions(self) -> list[pd.DataFrame]:
         """Return the runs of each dataset, batch size and number of steps, with LoRA on all layers if it has LoRA.
@@ -271,31 +265,31 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     Raises:
         UserError: a source is refused (see `import_source`), or takes its noise from one that is not there or has none.
     """
-    sources = {folder.name: import_source(folder) for folder in folders}
+    sources = {folder: import_source(folder) for folder in folders}
+    published = {folder.name: tables.runs for folder, (_, tables) in sources.items()}
     studies = []
-    for imported in sources.values():
-        for model, about in imported.source.models.items():
-            runs = imported.tables.runs[imported.tables.runs["model"] == model]
+    for folder, (source, imported) in sources.items():
+        for model, about in source.models.items():
+            runs = imported.runs[imported.runs["model"] == model]
             if runs.empty:
-                raise UserError(f"{imported.folder}: no runs of the model {model!r}")
-            stated, rl = about.noise or imported.source.noise, bool(is_rl(runs).all())
-            noise = None if stated is None else _noise(stated, imported.folder, sources, rl)
-            tables = Tables(with_stand_ins(runs.reset_index(drop=True)), curves_of(imported.tables.curves, runs))
-            studies.append(Study(imported, model, about, tables, rl, noise))
+                raise UserError(f"{folder}: no runs of the model {model!r}")
+            stated, rl = about.noise or source.noise, bool(is_rl(runs).all())
+            noise = None if stated is None else _noise(stated, folder, published, rl)
+            tables = Tables(with_stand_ins(runs.reset_index(drop=True)), curves_of(imported.curves, runs))
+            studies.append(Study(folder.name, source, model, about, tables, rl, noise))
     return sorted(studies, key=lambda study: (study.about.parameters, study.name))
 
 
-def _noise(stated: NoiseOf, folder: Path, sources: Mapping[str, Imported], rl: bool) -> Noise:
+def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame], rl: bool) -> Noise:
     """Return the noise that a source states, or that of another source; in RL from deviations of mean accuracies."""
     if stated.sd is not None and stated.dof is not None and stated.source is not None:
         return Noise(stated.sd, stated.dof, stated.source)
     name = str(stated.other)
-    if name not in sources:
-        raise UserError(f"{folder}: takes its noise from {name!r}, which is none of {', '.join(sources)}")
-    runs = sources[name].tables.runs
+    if name not in published:
+        raise UserError(f"{folder}: takes its noise from {name!r}, which is none of {', '.join(published)}")
     if not rl:
-        return pooled_noise(with_stand_ins(runs), name)
-    known = runs.reindex(columns=[REWARD_SD, "n_seeds"]).astype(float).dropna()
+        return pooled_noise(with_stand_ins(published[name]), name)
+    known = published[name].reindex(columns=[REWARD_SD, "n_seeds"]).astype(float).dropna()
     dof = known["n_seeds"] - 1
     if not dof.sum() > 0:
         raise UserError(f"{name}: has no accuracies with a deviation over seeds, so their noise is not known")
@@ -312,10 +306,10 @@ def judge(study: Study) -> pd.DataFrame:
     noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
     claims = judge_claims(study.tables, noise=noise, reward_noise=reward_noise)
     about: dict[str, Any] = {
-        "source": study.origin.name,
+        "source": study.source,
         "model": study.model,
         "scale": study.about.scale,
         "parameters": study.about.parameters,
-        "doubts": "; ".join(study.origin.source.doubts),
+        "doubts": "; ".join(study.description.doubts),
     }
     return claims.assign(**about)[[*about, *claims]]

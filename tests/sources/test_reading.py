@@ -19,7 +19,7 @@ def test_what_the_file_says_stands_next_to_what_the_runs_say_themselves(source):
     rows = [*ROWS, row("fullft", 1e-5, 2.5, seed=1)]
     kinds = ["bf16"] * 3 + ["fp32"] * 4
     rows = [f"{line},{kind}" for line, kind in zip(rows, kinds, strict=True)]
-    tables = import_source(source(rows, f"{COLUMNS},precision", curves=curves)).tables
+    _, tables = import_source(source(rows, f"{COLUMNS},precision", curves=curves))
     assert tables.runs["precision"].tolist() == kinds
     assert tables.runs["seed"].tolist() == [0] * 6 + [1]
     assert tables.runs["rank"].isna().tolist() == [True] * 3 + [False] * 3 + [True]
@@ -74,7 +74,7 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
 def test_the_shipped_tables_are_what_the_scripts_write(tmp_path):
     for script in sorted(REFERENCE.glob("*/convert.py")):
         folder = shutil.copytree(script.parent, tmp_path / script.parent.name)
-        tables = [folder / name for name in import_source(folder).source.sha256]
+        tables = [folder / name for name in import_source(folder)[0].sha256]
         written = [table for table in tables if (folder / f"raw_{table.name}").exists()]
         for table in written:
             table.unlink()

@@ -28,16 +28,16 @@ def claims(studies):
 
 
 def test_every_shipped_source_is_read_and_judged(studies, claims):
-    assert {study.origin.name for study in studies} == {path.parent.name for path in REFERENCE.glob("*/source.yaml")}
+    assert {study.source for study in studies} == {path.parent.name for path in REFERENCE.glob("*/source.yaml")}
     assert {study.about.scale for study in studies} == {"0.6B", "1.7B", "3B", "8B", "70B"}
     assert len(claims) == len(studies) * len(CLAIMS)
     for study in studies:
-        assert all(study.origin.source.origin.model_dump().values()), study.name
+        assert all(study.description.origin.model_dump().values()), study.name
 
 
 def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
     decided = claims[claims["verdict"].isin(["confirmed", "contradicted"])]
-    several = {study.origin.name: study.tables.runs.groupby(["lr"])["seed"].nunique().max() for study in studies
+    several = {study.source: study.tables.runs.groupby(["lr"])["seed"].nunique().max() for study in studies
                if "lr" in study.tables.runs}  # fmt: skip
     for row in decided.to_dict("records"):
         assert several[row["source"]] >= 3 or "seed noise from" in row["reason"], row["claim_id"]
