@@ -70,8 +70,8 @@ def judged() -> pd.DataFrame:
 def finished(judged: pd.DataFrame, root: Path) -> Layout:
     """Make the laptop preset as if it had been run and published before."""
     layout, runs = Layout.of("laptop"), laptop_like()
-    for name, table in (("runs", runs), ("curves", curves_of(runs)), ("claims", judged)):
-        write_frame(table, name, layout.tables())
+    for name, frame in (("runs", runs), ("curves", curves_of(runs)), ("claims", judged)):
+        write_frame(frame, name, layout.tables())
     for folder, name in ((layout.figures, "verdicts.svg"), (layout.published, "of_an_older_version.svg")):
         folder.mkdir(parents=True)
         (folder / name).write_text("<svg/>")
