@@ -255,12 +255,6 @@ def text(value: Any) -> str:
     return formats.DASH if formats.missing(value) or value == "" else str(value)
 
 
-def in_paper(figure: Any) -> str:
-    """Name the place in the paper that a claim's column `figure` holds: a figure's number, or a word."""
-    place = text(figure)
-    return f"fig. {place}" if place[0].isdigit() else place
-
-
 def parametrization(block: Block) -> str:
     """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
     parts = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
@@ -306,7 +300,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, in_paper, parametrization, lrs, seeds, anchor),
+        *(text, list_of_words, parametrization, lrs, seeds, anchor),
         *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
     )
 }

@@ -56,7 +56,6 @@ def test_texts_of_the_page():
     assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
     assert page.text([0.9, 0.95]) == "0.9, 0.95"
     assert page.text(True) == "yes"
-    assert [page.in_paper(figure) for figure in ("1, 2", "text", None)] == ["fig. 1, 2", "text", DASH]
 
 
 def test_a_fact_counts_once_with_its_worst_verdict():

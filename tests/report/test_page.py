@@ -52,6 +52,7 @@ def test_every_claim_is_there_with_its_verdict_and_links_to_its_runs(report, row
         card = cards[claim.claim_id]
         for text in (claim.statement, claim.criterion, claim.verdict, claim.paper_value, claim.reason):
             assert " ".join(text.split()) in Page(card).text
+        assert f"({'fig. ' if claim.figure[0].isdigit() else ''}{claim.figure})" in Page(card).text
         assert sorted(re.findall(r'href="#run-([^"]+)"', card)) == sorted(claim.run_ids)
 
 
