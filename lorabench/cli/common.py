@@ -40,10 +40,7 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
 
 
 def entry(section: Mapping[str, T], name: str, what: str) -> T:
-    """Return the entry of a preset's section by its name.
-
-    Args:
-        what: what the section holds, such as `dataset`, for the message.
+    """Return the entry of a preset's section by its name; `what` is the word for it in the message, such as `dataset`.
 
     Raises:
         UserError: the preset has no such entry.

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
     Args:
-        plan: the plan of the preset.
-        layout: where tables and figures lie.
         source: the preset as the user named it: the name of a shipped preset, or the path of its file.
         out: the HTML file; it appears only when it is complete.
         evaluated: whether to show the scores of lm-eval. Without them the page needs neither their table nor their
@@ -103,9 +101,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         # As JSON for the page's script, escaped so that no text in it can end its HTML element.
         curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
         points=curves["points"],
-        downloads=table_downloads(
-            tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
-        ),
+        downloads=table_downloads(tables, without=() if evaluated else ("evals",)),
         tables=tables,
         figures_folder=layout.figures,
         command=_command(source, out),
@@ -141,16 +137,9 @@ def _command(source: str, target: Path) -> str:
 
 
 def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the sections that have a figure or a claim, each with its figures and claims in order.
+    """Return the sections that have a figure or a claim: `about` (one of SECTIONS), and its `figures` and `claims`.
 
-    Figures and claims that no section names are in a last section.
-
-    Args:
-        figures: what the page shows of each figure, which has a `name`.
-        claims: what the page shows of each claim, which has a `claim_id`.
-
-    Returns:
-        For each section: `about` (a member of SECTIONS), `figures` and `claims`.
+    Figures (by `name`) and claims (by `claim_id`) that no section names are in a last section.
     """
     by_name = {figure["name"]: figure for figure in figures}
     by_id = {claim["claim_id"]: claim for claim in claims}
@@ -181,10 +170,6 @@ _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     """Return the thinned learning curves of all runs as plain data, for the page's script.
-
-    Args:
-        runs: columns run_id, label, method, rank and placement.
-        curves: the table `curves`.
 
     Returns:
         `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
@@ -219,17 +204,16 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
     return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
 
 
-def table_downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the given tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
+def table_downloads(folder: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return the tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
 
     Returns:
         For each table: `file` (its name), `bytes` (the size of the CSV file) and `uri` (None where the table is too
         large even when compressed).
     """
     embedded = []
-    for name in names:
-        path = folder / f"{name}.csv"
-        if not path.is_file():
+    for path in (folder / f"{name}.csv" for name in ("runs", "curves", "claims", "evals", "compute", "counts")):
+        if path.stem in without or not path.is_file():
             continue
         text = path.read_bytes()
         if len(text) <= MAX_PLAIN:

@@ -58,11 +58,7 @@ def published_folders(root: Path) -> list[Path]:
 
 
 def publish(layout: Layout, root: Path) -> None:
-    """Copy a preset's figures, claims and provenance to where the repository shows them, and write its pages.
-
-    Args:
-        layout: the preset, finished.
-        root: the root of the repository.
+    """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
     Raises:
         UserError: a page has no place for its part, the figure of the verdicts has not been drawn, or the table claims
@@ -106,12 +102,11 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def evidence_tables(
-    sources: Sequence[Path] = (), own: Sequence[pd.DataFrame] = (), presets: Sequence[Path] = ()
+    more: Sequence[Path] = (), own: Sequence[pd.DataFrame] = (), presets: Sequence[Path] = ()
 ) -> dict[str, pd.DataFrame]:
-    """Judge the shipped sources and others, and set own presets next to them.
+    """Judge the shipped sources and those in more folders, and set own presets next to them.
 
     Args:
-        sources: folders of further sources.
         own: presets of one's own, each as from `read_own`.
         presets: folders of published presets, whose optimal learning rates are pooled with those of the sources.
 
@@ -123,7 +118,7 @@ def evidence_tables(
     Raises:
         UserError: a source is refused; then nothing is judged.
     """
-    studies = read_studies(source_folders(*sources))
+    studies = read_studies(source_folders(*more))
     claims = pd.concat([judge(study) for study in studies], ignore_index=True)
     measurements = measurement_table(studies, claims, own)
     optima = known_optima(studies, presets)

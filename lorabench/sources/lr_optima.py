@@ -108,7 +108,6 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
     """Return all known optima.
 
     Args:
-        studies: those of the sources.
         presets: folders of published presets, such as paper_figures/published/laptop.
 
     Raises:

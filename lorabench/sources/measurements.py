@@ -144,24 +144,23 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
 
 
 class _Best(NamedTuple):
-    """The best learning rate of an arm."""
+    """The best learning rate of an arm: the geometric middle of those that may be the best.
+
+    `log_error` is the standard error of ln LR, NaN at an edge of the grid or without a grid. `loss` is the lowest loss,
+    in RL the error rate, of `n` seeds.
+    """
 
     lr: float
-    """The geometric middle of the LRs that may be the best."""
     log_error: float
-    """The standard error of its natural logarithm; NaN at an edge of the grid, or without a grid."""
     edge: bool
     loss: float
-    """The lowest loss, or error rate in RL."""
     n: int
-    """The number of seeds behind it."""
 
 
 def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
     """Measure presets and studies, in their order.
 
     Args:
-        studies: the studies.
         claims: as from `studies.judge`, of all studies.
         own: presets of one's own, each as from `read_own`; of those only the comparison that decides a claim counts.
     """

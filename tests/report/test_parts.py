@@ -101,10 +101,11 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(noise))
-    small, large, huge = table_downloads(tmp_path, ("runs", "absent", "evals", "curves"))
+    small, huge, large = table_downloads(tmp_path)
     assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
     assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
     packed = base64.b64decode(large["uri"].partition(",")[2])
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
     assert huge["uri"] is None
+    assert [table["file"] for table in table_downloads(tmp_path, without=("evals",))] == ["runs.csv", "curves.csv"]
     assert huge["bytes"] == 4_000_000
