@@ -22,7 +22,7 @@ from markupsafe import Markup
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.experiments import AutoLrs, Block
+from lorabench.config.experiments import Block
 from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
@@ -255,21 +255,6 @@ def parametrization(block: Block) -> str:
     return "; ".join(parts) or "standard"
 
 
-def lrs(grid: list[float] | AutoLrs) -> str:
-    """Describe a method's grid of LRs in a block of an experiment."""
-    if isinstance(grid, AutoLrs):
-        return f"found, at most {grid.most}"
-    return ", ".join(map(formats.lr, grid)) or formats.DASH
-
-
-def seeds(block: Block) -> str:
-    """Say at which LRs of a block all seeds are trained."""
-    if block.seeds.every > 1:
-        return f"{block.seeds.every} at every LR"
-    found = any(isinstance(grid, AutoLrs) for grid in (block.lrs.fullft, block.lrs.lora))
-    return f"{block.seeds.best} at the {'three LRs around the best' if found else 'best LR'}"
-
-
 def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
@@ -284,7 +269,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, parametrization, lrs, seeds, anchor),
+        *(text, list_of_words, parametrization, anchor),
         *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
     )
 }

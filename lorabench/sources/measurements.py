@@ -30,10 +30,9 @@ from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import p_of_groups, random_effects
 from lorabench.claims.judge import CORE
-from lorabench.errors import UserError
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
-from lorabench.store.io import read_claims, table_path
+from lorabench.store.io import read_claims
 from lorabench.store.tables import MIXED, UNKNOWN
 
 PROJECT = "lorabench"
@@ -91,8 +90,6 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     Raises:
         UserError: there is no such table, or it is from another version.
     """
-    if table_path(folder, "claims") is None:
-        raise UserError(f"no table claims.parquet or claims.csv in {folder}")
     claims = read_claims(folder, without=("run_ids",))
     scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
     return claims.join(scales).assign(origin=name)
