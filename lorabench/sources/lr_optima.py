@@ -76,7 +76,7 @@ class LrOptimum:
     @classmethod
     def of_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
         """Return the optimum of a table's row, whose LR is rounded; null stands for what the source does not say."""
-        known = {}
+        known: dict[str, Any] = {}
         for column in fields(cls):
             value = row.get(column.name)
             if isinstance(value, tuple) or pd.notna(value):
