@@ -78,7 +78,7 @@ class LrOptimum:
         """Return the optimum of a table's row, whose LR is rounded; null stands for what the source does not say."""
         known: dict[str, Any] = {}
         for column in fields(cls):
-            value = row.get(column.name)
+            value: Any = row.get(column.name)
             if isinstance(value, tuple) or pd.notna(value):
                 known[column.name] = float(value) if column.name in _NUMBERS else value
         if "rank" in known:
