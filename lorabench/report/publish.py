@@ -68,6 +68,7 @@ def publish(layout: Layout, root: Path) -> None:
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
+    # Nothing is written before every part is known to have its place.
     _filled(root, dict.fromkeys(_parts(root, layout.name), ""))
     for path in drawn:
         with atomic_path(layout.published / path.name) as unfinished:
@@ -75,15 +76,8 @@ def publish(layout: Layout, root: Path) -> None:
     for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
         path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), layout.published / "claims.csv")
-    write_json(_provenance(layout, runs), layout.published / "provenance.json")
-    _write_pages(root)
-
-
-def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
-    """Describe the runs, machines, code and inputs that the figures and claims of a preset were computed from."""
     environment = summary.environment(runs)
-    first, last = environment["started"]
-    return {
+    provenance = {
         "preset": layout.name,
         "preset_sha256": digest(layout.preset.model_dump(mode="json"), 64),
         "protocol_version": PROTOCOL_VERSION,
@@ -92,13 +86,15 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
         "run_seconds": round(float(runs["wall_s"].sum())),
         "devices": environment["devices"],
         "threads_per_job": [int(threads) for threads in environment["threads"]],
-        "first_started": first,
-        "last_started": last,
+        "first_started": environment["started"][0],
+        "last_started": environment["started"][1],
         "commits": environment["commits"],
         "runs_of_changed_code": environment["dirty"],
         "versions": environment["versions"],
         "inputs": summary.inputs(runs),
     }
+    write_json(provenance, layout.published / "provenance.json")
+    _write_pages(root)
 
 
 def evidence_tables(

@@ -161,17 +161,10 @@ def _source_file(path: Path) -> Source:
     except ValidationError as error:
         sentences = []
         for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            match problem["type"]:
-                case "missing":
-                    sentence = f"{place}: missing"
-                case "extra_forbidden":
-                    sentence = f"{place}: unknown key"
-                case "value_error":
-                    sentence = f"{place}: {problem['ctx']['error']}"
-                case _:
-                    sentence = f"{place} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-            sentences.append(sentence + (f" (allowed: {_ALLOWED[place]})" if place in _ALLOWED else ""))
+            place, message = ".".join(map(str, problem["loc"])), problem["msg"]
+            value = "" if problem["type"] in ("missing", "value_error") else f" = {problem['input']!r}"
+            allowed = f" (allowed: {_ALLOWED[place]})" if place in _ALLOWED else ""
+            sentences.append(f"{place}{value}: {message[0].lower()}{message[1:]}{allowed}")
         raise UserError(f"{path}: {'; '.join(sentences)}") from error
 
 

@@ -61,12 +61,15 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         ),
         ({"doubts": []}, "doubts = "),
         ({"about": None}, "about = None: input should be a valid string"),
-        ({"noise": {"sd": 0.1}}, "noise: state sd, dof and source, or the name of another source as `from`"),
-        ({"wall": 3}, "wall: unknown key"),
+        (
+            {"noise": {"sd": 0.1}},
+            "noise: value error, state sd, dof and source, or the name of another source as `from`",
+        ),
+        ({"wall": 3}, "wall = 3: extra inputs are not permitted"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32}, "about": 1, "sha256": ...},
-            r"about = 1: .*; attributes\.precision: missing \(allowed: a description .* or mixed, or unknown\); "
-            r"attributes\.alpha = 32: .* \(allowed: .*; attributes\.base_kind: missing .*; sha256: miss",
+            r"about = 1: .*; attributes\.precision: field required \(allowed: a description .* or mixed, or unknown\); "
+            r"attributes\.alpha = 32: .* \(allowed: .*; attributes\.base_kind: field required .*; sha256: field",
         ),
         (
             {"attributes": LEAST | {"precision": "bf16", "base_kind": "chat"}},
