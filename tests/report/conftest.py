@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,6 +58,12 @@ class Page(HTMLParser):
     @property
     def header(self) -> Page:
         return Page(self.source.split("<header>")[1].split("</header>")[0])
+
+    @property
+    def rows(self) -> list[str]:
+        """The texts of the rows of the page's first table."""
+        body = self.source.split("<tbody>")[1]
+        return [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
 
     def section(self, heading: str) -> Page:
         return Page(self.source.split(f'<section aria-labelledby="{heading}"')[1].split("</section>")[0])

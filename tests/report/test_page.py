@@ -157,14 +157,6 @@ def test_figures_and_tables_are_embedded_with_caption_data_and_command(report, r
         assert f"snakemake --cores all paper_figures/mine/{name}.svg --config preset=mine.yaml" in page.text
 
 
-def test_commands_are_for_a_shell(layout, tmp_path):
-    out = tmp_path / "page.html"
-    build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
-    assert f"{out} --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
-    build(make_plan(layout.preset), layout, "laptop", out)
-    assert "--config" not in Page(out.read_text()).section("cost").text
-
-
 def test_text_from_outside_stays_text(report):
     page = hostile_report(report)
     for table in ("runs", "evals", "claims"):
@@ -222,15 +214,14 @@ def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(r
         points += [point | {"metric": "ratio_max", "value": 2.5}]
     page = report(rows, curves=lambda _: pd.DataFrame(points), **raw_rl_preset)
     assert "Sampler of responses vllm ! KL above 0.01 in 1 run " in page.header.text
-    section = page.section("sampler").source.split("<tbody>")[1]
     # Metrics that the curves do not have are dashes.
-    assert [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)] == [
+    assert page.section("sampler").rows == [
         "vllm tiny gcd 16 3 FullFT 3.40e-2 3.40e-2 \N{EN DASH} 2.50000 \N{EN DASH} 1 of 1",
         "vllm tiny gcd 16 3 LoRA r2 4e-3 4e-3 \N{EN DASH} 2.50000 \N{EN DASH} 0 of 1",
     ]
 
 
-def test_sparse_runs_and_missing_provenance_show_dashes_and_no_nan(report):
+def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(report):
     unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
     sparse = [make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")]
     whole = make_sweep(None, diverged_from=1.0) + make_sweep(1, diverged_from=1.0)
@@ -241,11 +232,8 @@ def test_sparse_runs_and_missing_provenance_show_dashes_and_no_nan(report):
         assert "\N{EN DASH}" in shown
         assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", shown)
     assert "No run diverged: all 14 runs ended with finite losses." in page.text
-
-
-def test_uncommitted_changes_and_limits_are_shown(report):
-    rows = make_sweep(None) + [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
-    page = report(rows, limits=["It cannot fly."])
+    changed = [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
+    page = report(make_sweep(None) + changed, limits=["It cannot fly."])
     for text in ("7 runs with uncommitted changes", "abc123", "It cannot fly."):
         assert text in page.text
 
@@ -268,8 +256,7 @@ def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
 def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     page = report(rows, evals_of(16, None, "base"), evaluation=EVALUATION)
     section = page.section("evaluation")
-    body = [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section.source.split("<tbody>")[1], re.DOTALL)]
-    assert body == [
+    assert section.rows == [
         "base \N{EN DASH} 0.2700 ± 0.0200 0.3500 1.5200 ± 0.0200",
         "FullFT 3e-3 0.2600 ± 0.0200 0.3500 1.5100 ± 0.0200",
         "LoRA r16 3e-3 0.2500 ± 0.0200 0.3500 1.5000 ± 0.0200",
@@ -282,17 +269,13 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     assert "learned_forgotten" in page.ids
 
 
-def test_without_scores_of_runs_there_is_no_section(report, rows):
+def test_without_scores_of_runs_there_is_no_section_and_a_page_without_evaluation_needs_none(report, rows):
     for evals in (None, [make_eval("base", 0.1)]):
-        page = report(rows, evals)
+        page = report(rows, evals, evaluation=EVALUATION)
         assert "evaluation" not in page.ids
         assert "#evaluation" not in page.all("a", "href")
-
-
-def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report, rows):
-    report(rows, None, evaluation=EVALUATION)
     layout = Layout.of("mine.yaml")
-    for file in layout.figures.glob("learned_forgotten.*"):
+    for file in (*layout.figures.glob("learned_forgotten.*"), *layout.tables().glob("evals.*")):
         file.unlink()
     out = layout.report_without_evaluation
     build(make_plan(layout.preset), layout, "mine.yaml", out, evaluated=False)
@@ -303,9 +286,14 @@ def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report,
 
 
 def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
-    plan, before = make_plan(layout.preset), layout.report.read_text()
+    plan, before, other = make_plan(layout.preset), layout.report.read_text(), Path("other.html")
     build(plan, layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == before
+    # The commands are for a shell, and for this preset.
+    build(plan, layout, "my presets/mine.yaml", other)
+    assert f"{other} --config 'preset=my presets/mine.yaml'" in Page(other.read_text()).text
+    build(plan, layout, "laptop", other)
+    assert "--config" not in Page(other.read_text()).section("cost").text
     (layout.figures / "fig1_envelopes.svg").unlink()
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
         build(plan, layout, "mine.yaml", layout.report)

@@ -81,22 +81,26 @@ def preset(raw_preset, tmp_path, monkeypatch):
     return make
 
 
-def test_bad_rows_of_a_file_are_shown_with_the_first(preset, tmp_path):
+def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
     lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
     lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    sizes = {"max_chars": 400, "mean_tokens": 10}
-    layout = preset(rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes})
+    # One row repeats a prompt, and another has an answer that is too long.
+    rows = [tulu3_row(number) for number in range(30)] + [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
+    write_tulu3(tmp_path / "copies", rows)
+    sizes = {"max_chars": 1500, "mean_tokens": 50}
+    layout = preset(
+        rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes},
+        tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", "train": 16, "validation": 4,
+              "test": 4, **sizes},
+    )  # fmt: skip
     write_json(tally_of(layout.preset.datasets["rows"]).plain(), layout.tally("rows"))
-    assert dataset_origins(layout) == [
-        {
-            "name": "rows",
-            "source": "file, prompt/completion",
-            "rows": 15,
-            "usable": 12,
-            "left_out": ["2 not JSON (first: line 4)", "1 no text (first: line 5)"],
-        }
-    ]
+    build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
+    file, hub = dataset_origins(layout)
+    bad = ["2 not JSON (first: line 4)", "1 no text (first: line 5)"]
+    assert file == {"name": "rows", "source": "file, prompt/completion", "rows": 15, "usable": 12, "left_out": bad}
+    assert (hub["name"], hub["rows"], hub["usable"]) == ("tulu", 32, 30)
+    assert hub["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
 
 
 def test_generated_data_have_a_row_for_examples_too_long_only(preset):
@@ -115,16 +119,3 @@ def test_generated_data_have_a_row_for_examples_too_long_only(preset):
     counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
     assert sum(counts) == (lengths > limit).sum()
     assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in row["left_out"])
-
-
-def test_rows_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
-    rows = [tulu3_row(number) for number in range(30)]
-    # One row repeats a prompt, and another has an answer that is too long.
-    rows += [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
-    write_tulu3(tmp_path / "copies", rows)
-    sizes = {"train": 16, "validation": 4, "test": 4, "max_chars": 1500, "mean_tokens": 50}
-    layout = preset(tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", **sizes})
-    build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
-    [row] = dataset_origins(layout)
-    assert (row["rows"], row["usable"]) == (32, 30)
-    assert row["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
