@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
+from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import p_of_groups, random_effects
 from lorabench.claims.judge import CORE
@@ -49,8 +50,6 @@ _MATRIX = (
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
 what others of the same scale find."""
-
-_WORST_FIRST = ("contradicted", "inconclusive", "confirmed", "setting not met", "not tested")
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -129,7 +128,7 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     # Of equal verdicts, one with a number is shown.
     order = every.assign(
         claim=every["claim_id"].map(CORE.index),
-        rank=every["verdict"].map(_WORST_FIRST.index),
+        rank=-every["verdict"].map(SEVERITY.index),
         unknown=every["estimate"].isna(),
     )
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
@@ -168,8 +167,8 @@ def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Seque
         for runs in study.conditions():
             rows += _measured_condition(study, runs)
     for study in studies:
-        of_study = (claims["source"] == study.source) & (claims["model"] == study.model)
-        growth = _fitted(claims[of_study], "D1", "gap_growth")
+        judged = claims[(claims["source"] == study.source) & (claims["model"] == study.model)]
+        growth = _fitted(judged, "D1", "gap_growth")
         if growth is not None:
             runs = study.tables.runs
             batches = f"batch {runs['batch_size'].min()} to {runs['batch_size'].max()}"
