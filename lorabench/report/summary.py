@@ -190,7 +190,7 @@ def inputs(runs: pd.DataFrame) -> Records:
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
-    """Describe each dataset that comes from a file or the hub, and each of which something was left out.
+    """Describe each dataset that comes from a file or the hub, and each other one from which something was left out.
 
     Returns:
         For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null

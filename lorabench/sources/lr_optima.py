@@ -74,7 +74,7 @@ class LrOptimum:
     """The losses of the grid, error rates in RL."""
 
     @classmethod
-    def of_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
+    def from_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
         """Return the optimum of a table's row, whose LR is rounded; null stands for what the source does not say."""
         known: dict[str, Any] = {}
         for column in fields(cls):
@@ -161,7 +161,7 @@ def _grid_optimum(arm: pd.DataFrame, about: Mapping[Any, Any]) -> LrOptimum:
     remark = f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid"
     optimum = {"lr": math.exp(log_lr), "error": error, "counts": inside, "remark": remark}
     points = {"log_lrs": tuple(logs[known].tolist()), "losses": tuple(losses[known].tolist())}
-    return LrOptimum.of_row({**about, **optimum, **points})
+    return LrOptimum.from_row({**about, **optimum, **points})
 
 
 def _authors_optima() -> list[LrOptimum]:
@@ -211,7 +211,7 @@ def _stated_optima(names: set[str]) -> list[LrOptimum]:
 def _stated(row: Mapping[Any, Any], spread: float = 0.0) -> LrOptimum:
     """Return an optimum without a grid, with the error of a grid of half-decade steps and that of a stated range."""
     error = math.hypot(math.log(10) / 2 / math.sqrt(12), spread)
-    return LrOptimum.of_row({**row, "error": error, "counts": True, "remark": "as stated by the source"})
+    return LrOptimum.from_row({**row, "error": error, "counts": True, "remark": "as stated by the source"})
 
 
 def _preset_optima(folder: Path) -> list[LrOptimum]:
@@ -254,7 +254,7 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
             about = {"source": PROJECT, "family": family, "width": dimensions(spec).hidden, "alpha": ALPHA}
             about |= {"rl": value == "accuracy", "error": max(LEAST_ERROR, row["error"]), "counts": True}
             remark = "fitted" if row["resolved"] else "fitted, not resolved"
-            optima.append(LrOptimum.of_row(row | about | {"remark": remark}))
+            optima.append(LrOptimum.from_row(row | about | {"remark": remark}))
     return optima
 
 
@@ -266,7 +266,7 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 
 def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
     """Return the optima of a table, the inverse of `optima_table`."""
-    return [LrOptimum.of_row(row) for row in table.to_dict("records")]
+    return [LrOptimum.from_row(row) for row in table.to_dict("records")]
 
 
 def _family(model: str) -> str:
