@@ -25,7 +25,7 @@ from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
-from lorabench.store.collect import write_curves, write_test_losses
+from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.training.checkpoint import Checkpoint, whole_weights
@@ -104,8 +104,8 @@ class SweepContext:
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
-                write_curves(run.run_id, outcome.curve, staged.curves)
-                write_test_losses(run.run_id, outcome.test_losses, staged.test_losses)
+                write_entries(run.run_id, map(vars, outcome.curve), "curves", staged.curves)
+                write_entries(run.run_id, map(vars, outcome.test_losses), "test_losses", staged.test_losses)
                 if keep:
                     model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
                 write_json(record, staged.record)

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import PROTOCOL_VERSION, Job, next_runs, validation_loss
-from lorabench.store.collect import sweep_rows, write_job
-from lorabench.store.io import write_table
+from lorabench.store.collect import sweep_rows, write_entries, write_job
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
+from lorabench.store.schemas import JOB
 from lorabench.utils.files import atomic_path, digest, read_parquet
 
 _VERSION = b"protocol_version"
@@ -64,13 +63,8 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
         for run_id in planned:
             folder = RunFolder(layout.runs, run_id)
             if folder.done():
-                losses = folder.read_test_losses()
-                rows[run_id] = {
-                    "run_id": run_id,
-                    "record": json.dumps(folder.read_record(), separators=(",", ":")),
-                    "curve": folder.read_curves().drop_columns(["run_id"]).to_pylist(),
-                    "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
-                }
+                record = json.dumps(folder.read_record(), separators=(",", ":"))
+                rows[run_id] = {"run_id": run_id, "record": record, **folder.read_nested()}
         if rows:
             table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
             with atomic_path(path) as partial:
@@ -100,11 +94,9 @@ def restore_runs(plan: Plan, layout: Layout) -> Restored:
         run_id, folder = row["run_id"], RunFolder(layout.runs, row["run_id"])
         with folder.finishing() as staging:
             staged = RunFolder(staging.parent, staging.name)
-            curves = [{"run_id": run_id, **point} for point in row["curve"]]
-            write_table(pa.Table.from_pylist(curves, schema=CURVES), staged.curves)
+            write_entries(run_id, row["curve"], "curves", staged.curves)
             if row["test_losses"] is not None:
-                losses = [{"run_id": run_id, "example": i, **loss} for i, loss in enumerate(row["test_losses"])]
-                write_table(pa.Table.from_pylist(losses, schema=TEST_LOSSES), staged.test_losses)
+                write_entries(run_id, row["test_losses"], "test_losses", staged.test_losses)
             staged.restored.touch()
             staged.record.write_text(row["record"] + "\n")
     jobs = [job for job in plan.jobs if missing and not layout.job(job).exists() and _restore_job(plan, job, layout)]
