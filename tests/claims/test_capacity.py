@@ -179,16 +179,14 @@ def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
     assert row["estimate"] == pytest.approx(2 if changes == OPPOSITE else 0, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("nats", "verdict"),
-    [((69.0, 70.0, 68.0), "confirmed"), ((20.0, 21.0, 19.0), "contradicted"), ((110.0, 120.0, 130.0), "inconclusive")],
-)
-def test_the_first_epochs_bits(nats, verdict):
+def test_the_first_epochs_bits():
     runs, curves = long_world()
-    row = judged("N1", runs.assign(first_epoch_nats=runs["seed"].map(lambda seed: nats[seed])), curves)
-    assert (row["verdict"], row["estimate"]) == (verdict, pytest.approx(np.mean(nats) / 100))
-    generated = runs.assign(data_kind="worked")
-    assert judged("N1", generated, curves)["verdict"] == "setting not met"
+    seeds = {"confirmed": (69, 70, 68), "contradicted": (20, 21, 19), "inconclusive": (110, 120, 130)}
+    for verdict, nats in seeds.items():
+        measured = runs.assign(first_epoch_nats=runs["seed"].map(dict(enumerate(nats))).astype(float))
+        row = judged("N1", measured, curves)
+        assert (row["verdict"], row["estimate"]) == (verdict, pytest.approx(np.mean(nats) / 100))
+    assert judged("N1", runs.assign(data_kind="worked"), curves)["verdict"] == "setting not met"
     short = judged("N1", runs.assign(first_epoch_nats=math.nan), curves)
     verdict_is(short, "not tested", "no run that went through an epoch")
 

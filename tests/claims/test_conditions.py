@@ -37,15 +37,8 @@ RUNS = pd.DataFrame(
         "final_test_nll": 1.0,
     }
 )
-CURVES = pd.DataFrame(
-    {
-        "run_id": ["a", "a"],
-        "step": [1, 2],
-        "split": "train",
-        "metric": "response_length",
-        "value": [3.0, 6.0],
-    }
-)
+LENGTHS = {"split": "train", "metric": "response_length", "value": [3.0, 6.0]}
+CURVES = pd.DataFrame({"run_id": "a", "step": [1, 2], **LENGTHS})
 
 
 def evidence(runs=RUNS, curves=CURVES):

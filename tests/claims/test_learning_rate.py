@@ -165,12 +165,11 @@ def test_one_model_off_the_mean_contradicts_that_all_are_alike():
     assert judged("B5", *world(lora=lambda name, lr: lr / 3))["verdict"] == "confirmed"
 
 
-@pytest.mark.parametrize(("power", "verdict"), [(0.5, "confirmed"), (1.0, "contradicted")])
-def test_the_slope_against_the_naive_one(power, verdict):
-    row = judged("B6", *world(lora=lambda name, lr: lr * (WIDE[name][1] / 2048) ** power))
-    assert row["verdict"] == verdict
-    assert row["estimate"] == pytest.approx(power, abs=0.03)
-    assert row["margin_high"] == pytest.approx(0.7)
+def test_the_slope_against_the_naive_one():
+    for power, verdict in ((0.5, "confirmed"), (1.0, "contradicted")):
+        row = judged("B6", *world(lora=lambda name, lr, power=power: lr * (WIDE[name][1] / 2048) ** power))
+        assert (row["verdict"], row["estimate"]) == (verdict, pytest.approx(power, abs=0.03))
+        assert row["margin_high"] == pytest.approx(0.7)
 
 
 def test_the_error_of_the_slope_is_that_of_the_scatter_of_models():
@@ -217,7 +216,7 @@ def test_noise_or_an_optimum_at_the_edge_leave_claims_open():
     assert claims.loc["B5", "decide_lrs"]
     # One unresolved model can not save a claim that another contradicts.
     beyond = world(lora=lambda name, lr: lr * (6 if name == "llama-2" else 1), qwen_1=cut)
-    verdict_is(judged("B5", *beyond), "contradicted")
+    assert judged("B5", *beyond)["verdict"] == "contradicted"
 
 
 def test_too_few_models_or_models_of_one_size_decide_nothing():

@@ -111,8 +111,7 @@ def test_a_table_may_lack_columns():
     few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
     assert measured_recipe(few).recommendations == ()
     assert measured_recipe(pd.DataFrame()).recommendations == ()
-    [recommendation] = measured_recipe(
-        few[:56].assign(**{name: runs[name] for name in ("final_valid_nll", "final_test_nll")})
-    ).recommendations
+    supervised = few[:56].assign(final_valid_nll=runs["final_valid_nll"], final_test_nll=runs["final_test_nll"])
+    [recommendation] = measured_recipe(supervised).recommendations
     assert recommendation.answer == "yes"
     assert recommendation.use.trainable_params is None

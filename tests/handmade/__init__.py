@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from lorabench.config.experiments import SeedNumbers
+from lorabench.config.preset import Preset
 from lorabench.store.schemas import CLAIMS, CURVES, EVALS, RUNS
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -166,3 +168,11 @@ def make_claim(claim_id: str, verdict: str = "confirmed", **changes: Any) -> dic
     if verdict == "setting not met":
         row["missing"] = "runs of 1,000 steps or more (here at most 200 steps; the preset core has them)"
     return row | changes
+
+
+def with_model(preset: Preset, **changes: Any) -> Preset:
+    """A GPU preset that has only the experiment `rank`, on one model."""
+    experiments = preset.experiments.model_copy(update=dict.fromkeys(preset.experiments.chosen()))
+    block = preset.experiments.rank[0].model_copy(update={"seeds": SeedNumbers(), **changes})
+    experiments = experiments.model_copy(update={"rank": [block]})
+    return preset.model_copy(update={"experiments": experiments, "evaluation": None})

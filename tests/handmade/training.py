@@ -33,10 +33,8 @@ def trained(
     """Return the runs and curves of one arm of `sft` with a training curve of each run.
 
     Args:
-        rank: the rank; None for FullFT.
         shape: the loss by step at the optimal LR. Other LRs lose as much as in the end.
         own: what each seed adds to the curve of a LoRA arm, in units that grow with log(rank).
-        steps: the steps of the runs.
         settings: as for `sft.arm`.
     """
     runs, curves = arm(rank, steps=steps, **settings)

@@ -32,7 +32,7 @@ from lorabench.planning.seconds import flops_per_second, job_seconds
 from lorabench.runs import Job
 from lorabench.utils.gpus import GPUS
 
-from ..handmade.presets import with_model
+from ..handmade import with_model
 
 
 def total(preset):

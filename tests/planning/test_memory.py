@@ -17,7 +17,7 @@ from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
-from ..handmade.presets import with_model
+from ..handmade import with_model
 
 
 @pytest.mark.parametrize(
