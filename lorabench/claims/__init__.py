@@ -1,7 +1,8 @@
 """The paper's claims, each with a criterion and a function that judges it from the tidy tables.
 
-Each module declares the claims of one subject, each directly below the function that judges it; a new claim is such a
-pair, and its name in the module's `CLAIMS`. `judge` lists the claims of all modules and judges them on tables.
+Each module judges the claims of one subject. A claim is a decorator, with its statement, its criterion and what it is
+judged on, above the function that judges one part of that; a new claim is such a function in a module that `judge`
+imports. `judge` lists the claims of all modules and judges them on tables.
 
 The first letter of an id is the claim's family: A learning curves and capacity, N stored bits, B learning rate, C early
 curves and parametrization, D batch size, E placement, M mixtures of experts, F reinforcement learning, G compute.
