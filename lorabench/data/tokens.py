@@ -34,10 +34,10 @@ from lorabench.utils.files import atomic_path, file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows of a batch that is read.
-_BATCH_ROWS = 256
 # Leaving out more than this share of a split would change the dataset: it is an error.
 _MOST_LEFT_OUT = 0.1
+_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
+_Encoded = tuple[Split, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,6 @@ def write_tokens(
             write_tensors(partial, tensors, metadata)
 
 
-_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
-_Encoded = tuple[Split, np.ndarray, np.ndarray]
-
-
 def _encoded(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int) -> Iterator[_Encoded]:
     """Yield the split, token ids and scored mask of each example, in order; several processes encode a group each."""
     with pq.ParquetFile(dataset) as file:
@@ -227,16 +223,13 @@ def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, g
     """Encode the examples of a row group of a dataset file."""
     encoded = []
     with pq.ParquetFile(dataset) as file:
-        rows = (row for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]) for row in batch.to_pylist())
-        for row in rows:
+        for row in file.read_row_group(group).to_pylist():
             ids, scored = encode_chat(tokenizer, row["messages"])
+            where = f"an example of split {row['split']!r}"
             if not any(scored):
-                text = tokenizer.decode(ids)[:80]
-                raise UserError(f"an example of split {row['split']!r} has no assistant token: {text!r}")
+                raise UserError(f"{where} has no assistant token: {tokenizer.decode(ids)[:80]!r}")
             if len(ids) > limits.model and limits.dataset is None:
-                raise UserError(
-                    f"an example of split {row['split']!r} has {len(ids)} tokens; the model takes {limits.model}"
-                )
+                raise UserError(f"{where} has {len(ids)} tokens; the model takes {limits.model}")
             encoded.append((row["split"], np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])))
     return encoded
 

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFWriter
 
 from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
-from lorabench.custom.data import examine, examine_data, load_tokenizer
+from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
 from lorabench.errors import UserError
@@ -95,7 +95,7 @@ def test_other_names_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="can't be read as GGUF"):
         find_model(str(tmp_path / "own.gguf"))
     with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
-        examine_data("nothing", None, None, None)
+        examine(find_model("tiny"), "nothing", None)
 
 
 def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, base):

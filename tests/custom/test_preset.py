@@ -10,7 +10,7 @@ from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
-from lorabench.custom.preset import Choices, Splits, init_preset, splits
+from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
@@ -87,11 +87,25 @@ def test_names_of_files_can_hold_anything(tmp_path):
 
 
 def test_split_sizes():
-    assert splits(50, 0.1) == Splits(40, 5, 5)
-    assert splits(10, 0.01) == Splits(8, 1, 1)
-    assert splits(100_000, 0.1) == Splits(98_500, 500, 1000)
+    sizes = {(50, 0.1): [40, 5, 5], (10, 0.01): [8, 1, 1], (100_000, 0.1): [98_500, 500, 1000]}
+    assert {case: list(splits(*case).values()) for case in sizes} == sizes
     with pytest.raises(UserError, match="9 usable examples are too few; at least 10 are needed"):
         splits(9, 0.1)
+
+
+def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow():
+    sizes = {2: 2, 40: 4, 799: 4, 800: 8, 1600: 16, 3200: 32, 10**6: 32}
+    assert {examples: recommended_batch(examples) for examples in sizes} == sizes
+
+
+def test_a_rank_has_a_parameter_for_each_scored_token():
+    llama = find_model("meta-llama/Llama-3.1-8B")
+    # The parameters of a rank, the unembedding included.
+    per_rank = 2_753_792
+    ranks = {None: DEFAULT_RANK, 5e6: DEFAULT_RANK, 32 * per_rank: 32, 32 * per_rank + 1: 64, 100 * per_rank: 128}
+    assert {tokens: recommended_rank(llama, tokens) for tokens in ranks} == ranks
+    assert recommended_rank(llama, 1e12) == 512
+    assert recommended_rank(find_model("tiny"), 1e12) == 64, "half of the width"
 
 
 MISTAKES = {

@@ -32,7 +32,7 @@ def written(tmp_path, data, model="tiny"):
     tokens = examined.usable * examined.mean_completion_tokens
     settings = recommend(described, tokens, examined, "A10", tmp_path)
     path = tmp_path / "finetune.py"
-    path.write_text(script(settings, examined, template))
+    path.write_text(script(described, settings, examined, template))
     return path
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import prompt
-from lorabench.data.hub import hub_messages
+from lorabench.data.chat import NO_CHAT, NO_TEXT, prompt
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
@@ -38,6 +35,10 @@ def make(tmp_path):
         return list(read_dataset(tmp_path / "made.parquet"))
 
     return make
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
 
 
 def prompts(rows, split=None):
@@ -134,24 +135,23 @@ def test_lines_of_json_are_read_as_parquet_is(make, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
-    with pytest.raises(ValidationError, match="folder 'no/where' does not exist"):
+    with pytest.raises(ValueError, match="folder 'no/where' does not exist"):
         HubDataset(kind="hub", id="a/b", path="no/where", train=1, validation=1, test=1, max_chars=99, mean_tokens=9)
 
 
-def test_turns_of_another_form_are_refused():
-    for row, message in [
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "owner/name has a turn of role 'tool'; allowed: user, human",
-        ),
-        ({"messages": [{"role": "user", "content": None}]}, "user without text"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "a turn of messages with from, value; role and content are"),
-        ({"conversations": [{"from": "gpt"}]}, "a turn of conversations with from; from and value are needed"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            hub_messages(row, "owner/name")
-
-
-def test_empty_text_is_text():
-    row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": json.dumps({})}]}
-    assert hub_messages(row, "owner/name") == row["messages"]
+def test_turns_of_another_form_are_left_out_and_empty_text_is_text(make, tmp_path):
+    empty = {"messages": [{"role": role, "content": ""} for role in ("system", "user")] + [turn("assistant", "a")]}
+    rows = [
+        {"messages": [turn("tool", "x"), turn("assistant", "a")]},
+        {"messages": [turn("user", None), turn("assistant", "a")]},
+        {"messages": "text"},
+        {"messages": [turn("assistant", "a")]},
+        empty,
+        *({"messages": [turn("user", str(n)), turn("assistant", "a")]} for n in range(4)),
+    ]
+    write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
+    made = make(tmp_path / "owner/name", train=3, validation=1, test=1)
+    assert empty["messages"] in [row["messages"] for row in made]
+    reasons = ["a turn of unknown role (known: user, human, assistant, gpt, system)", NO_TEXT, NO_CHAT]
+    left_out = dict.fromkeys([*reasons, "without a last answer"], 1) | {"with the prompt of another": 0}
+    assert about(tmp_path / "made.parquet")["left_out"] == left_out

@@ -133,7 +133,7 @@ def test_a_file_with_a_shared_problem_is_refused_whatever_its_spaces(tmp_path):
     rows = reasoning()
     copy = {**rows[0], "split": "test", "question": f" {rows[0]['question']}\n"}
     write_problems([*rows, copy], tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the problem"):
+    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
         read_problems(tmp_path / "bad.parquet")
 
 

@@ -56,6 +56,13 @@ def test_what_a_template_puts_after_the_end_is_not_scored(tokenizer):
     assert scored == ["4", "<|end|>", "6", "<|end|>"]
 
 
+def test_all_of_a_plain_text_is_scored_and_no_template_touches_it(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    tokens, scored = scored_text(other, [{"role": "text", "content": "2+2"}])
+    assert tokens == scored == ["2", "+", "2", "<|end|>"]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages | length }}" + CHATML
