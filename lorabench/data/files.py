@@ -22,14 +22,23 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.fields import FILE_SUFFIXES, FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
-from lorabench.data.chat import FORMATS, Chat, UnusableRowError, file_messages, formats_in, prompt_digest, row_text
+from lorabench.data.chat import (
+    FORMATS,
+    Chat,
+    Example,
+    UnusableRowError,
+    file_messages,
+    formats_in,
+    prompt_digest,
+    row_text,
+)
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
@@ -40,8 +49,6 @@ MAX_LINE_BYTES = 64 << 20
 _BATCH_ROWS = 256
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
-
-Example = TypeVar("Example")
 
 Row = tuple[int, dict[str, Any] | str]
 """A row as it was read: its place, which is its line in JSON lines and CSV and else its number, both counted from 1;
@@ -144,11 +151,7 @@ def json_lines(path: Path) -> Iterator[Row]:
 
 
 def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[Row]:
-    """Yield the rows of a parquet file, a batch of which is held in memory.
-
-    Args:
-        path: the file.
-        choose: returns the columns to read among those of a file, given with its path; None to read all.
+    """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
 
     Raises:
         UserError: the file is not parquet, or is damaged.
@@ -267,15 +270,10 @@ def usable_chats(rows: Iterable[Row], source: str, tally: Tally, max_chars: int 
 
 
 def file_chats(path: Path, form: FileFormat | None, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
-    """Return the usable examples of a file, each prompt once, and the tally that counts its rows as they are read.
-
-    Args:
-        path: the file.
-        form: the format; None if the columns imply it.
-        max_chars: the longest example in characters; None to keep all.
+    """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
 
     Raises:
-        UserError: the columns imply no format or several, or the file can't be read.
+        UserError: no format is given and the columns imply none or several, or the file can't be read.
     """
     tally = Tally(form or chosen_format(path))
     return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
@@ -329,11 +327,7 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
 
 
 def tally_of(spec: FileDataset | FileProblems) -> Tally:
-    """Return the tally of a dataset's file, which is read once through.
-
-    Raises:
-        UserError: the file can't be read or lacks a column, or a problem set has too few usable rows.
-    """
+    """Return the tally of a dataset's file, which is read once through; the errors are those of its examples."""
     if isinstance(spec, FileProblems):
         return file_problems(spec)[1]
     chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars)

@@ -36,8 +36,8 @@ def part_files(
     """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
 
     Args:
-        fetched: the fetched repositories by id; not used if there is a folder with copies.
-        copies: the folder with copies, `copies/owner/name`; None for the hub's cache.
+        fetched: the fetched repositories by id.
+        copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
         name: the repository, `owner/name`.
         config: the configuration within the repository; None for its only one.
         split: the split within the configuration.

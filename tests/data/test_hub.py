@@ -134,11 +134,6 @@ def test_lines_of_json_are_read_as_parquet_is(make, tmp_path):
         make(tmp_path / "owner/name")
 
 
-def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
-    with pytest.raises(ValueError, match="folder 'no/where' does not exist"):
-        HubDataset(kind="hub", id="a/b", path="no/where", train=1, validation=1, test=1, max_chars=99, mean_tokens=9)
-
-
 def test_turns_of_another_form_are_left_out_and_empty_text_is_text(make, tmp_path):
     empty = {"messages": [{"role": role, "content": ""} for role in ("system", "user")] + [turn("assistant", "a")]}
     rows = [

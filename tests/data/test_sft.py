@@ -1,4 +1,4 @@
-"""SFT datasets that need no download, deterministic, distinct and disjoint: generated, of docstrings, of random facts."""
+"""SFT datasets that need no download are deterministic, distinct and disjoint: generated, of docstrings, of facts."""
 
 from __future__ import annotations
 
