@@ -67,13 +67,9 @@ def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_
     ids, scored = encode_chat(tokenizer, turns)
     assert tokenizer.decode(ids) == "User:\n2+2\n\nAssistant:\n4<|end|>\n\n"
     assert tokenizer.decode([i for i, is_scored in zip(ids, scored, strict=True) if is_scored]) == "4<|end|>"
-
-
-def test_a_template_of_ones_own(tmp_path, base):
     own = tmp_path / "own.jinja"
     own.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    spec = find_model(str(base)).spec.model_copy(update={"chat_template": str(own)})
-    assert load_tokenizer(spec).chat_template == own.read_text()
+    assert load_tokenizer(spec.model_copy(update={"chat_template": str(own)})).chat_template == own.read_text()
     with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
         PathModel.model_validate(spec.model_dump() | {"chat_template": "fancy"})
 
@@ -108,32 +104,27 @@ def test_a_rank_has_a_parameter_for_each_scored_token():
     assert recommended_rank(find_model("tiny"), 1e12) == 64, "half of the width"
 
 
-MISTAKES = {
-    "suffix": ("mine.txt", {}, "mine.txt must end in .yaml"),
-    "shipped": ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
-    "there": ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
-    "gpu": ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
-    "rank": ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
-    "format": ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
-    "grader": ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
-    "both": ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
-    "other format": ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
-}
+MISTAKES = (
+    ("mine.txt", {}, "mine.txt must end in .yaml"),
+    ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
+    ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
+    ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
+    ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
+    ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
+    ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
+    ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
+    ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
+)
 
 
 def test_a_mistake_is_reported_and_nothing_written(tmp_path):
     data = write_rows(tmp_path / "own.jsonl", 20)
     (tmp_path / "there.yaml").write_text("mine")
-    for name, changes, message in MISTAKES.values():
+    for name, changes, message in MISTAKES:
         with pytest.raises(UserError, match=message):
             init(tmp_path / name, "tiny", data, **changes)
         assert {path.name for path in tmp_path.iterdir()} == {"own.jsonl", "there.yaml"}
         assert (tmp_path / "there.yaml").read_text() == "mine"
-
-
-def test_force_overwrites(tmp_path):
-    data = write_rows(tmp_path / "own.jsonl", 20)
-    (tmp_path / "there.yaml").write_text("mine")
     preset, _ = init(tmp_path / "there.yaml", "tiny", data, force=True)
     assert load_preset(str(tmp_path / "there.yaml")) == preset
 
@@ -174,10 +165,7 @@ def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_p
     [block] = preset.experiments.rl or []
     assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
     assert "chat_template: plain" in said
-
-
-def test_problems_must_be_a_file_with_their_columns(tmp_path):
     with pytest.raises(UserError, match="problems 'owner/name' is no file"):
-        init(tmp_path / "mine.yaml", "tiny", "owner/name", Choices(grader="boxed"))
+        init(tmp_path / "other.yaml", "tiny", "owner/name", Choices(grader="boxed"))
     with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
-        init(tmp_path / "mine.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))
+        init(tmp_path / "other.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

@@ -189,34 +189,30 @@ def test_rows_are_used_or_counted_by_reason_and_first_place():
     assert tally.reasons() == "5 negative (first: row 2), 1 not JSON (row 1)"
 
 
-WHOLE = {
-    "empty": (b"", "own.jsonl", "is empty"),
-    "blank": (b"\n\n \n", "own.jsonl", "has no rows"),
-    "header only": (b"question,answer\n", "own.csv", "has no rows"),
-    "utf-16": ("\ufefftext".encode("utf-16-le"), "own.csv", "is UTF-16; save it as UTF-8"),
-    "binary lines": (bytes(range(128, 255)) + b"\n\0\0\n", "own.jsonl", "none of its 2 rows can be used: 1 not UTF-8"),
-    "binary csv": (b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "own.csv", "has the columns '\\udc89PNG'; needed are those of"),
-    "binary parquet": (b"\0" * 100, "own.parquet", "can't be read as parquet: "),
-    "binary json": (b"\x89PNG\0", "own.json", "is not JSON: "),
-    "deep json": (b"[" * 200_000, "own.json", "is not JSON: nested too deeply"),
-    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is not JSON: Expecting ':' delimiter: line 2 column 8"),
-    "no array": (b"3", "own.json", "must be an array of objects, or hold one object per line"),
-    "other columns": (
-        b'{"a": 1, "b": 2}\n',
+WHOLE = (
+    ("own.jsonl", b"", "is empty"),
+    ("own.jsonl", b"\n\n \n", "has no rows"),
+    ("own.csv", b"question,answer\n", "has no rows"),
+    ("own.csv", "\ufefftext".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
+    ("own.jsonl", bytes(range(128, 255)) + b"\n\0\0\n", "none of its 2 rows can be used: 1 not UTF-8"),
+    ("own.csv", b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "has the columns '\\udc89PNG'; needed are those of"),
+    ("own.parquet", b"\0" * 100, "can't be read as parquet: "),
+    ("own.json", b"\x89PNG\0", "is not JSON: "),
+    ("own.json", b"[" * 200_000, "is not JSON: nested too deeply"),
+    ("own.json", b'[{"text": "a"},\n{"text"', "is not JSON: Expecting ':' delimiter: line 2 column 8"),
+    ("own.json", b"3", "must be an array of objects, or hold one object per line"),
+    ("own.jsonl", b'{"a": 1, "b": 2}\n', "has the columns 'a', 'b'; needed are those of one format: mes"),
+    ("own.jsonl", b"{}\n", "has the columns none; needed"),
+    (
         "own.jsonl",
-        "has the columns 'a', 'b'; needed are those of one format: mes",
-    ),
-    "no columns": (b"{}\n", "own.jsonl", "has the columns none; needed"),
-    "two pairs": (
         b'{"prompt": "q", "completion": "a", "question": "q", "answer": "a"}\n',
-        "own.jsonl",
         "may be read as prompt/completion or question/answer; set `format`",
     ),
-}
+)
 
 
 def test_a_file_that_is_no_use_is_one_sentence(tmp_path):
-    for content, name, message in WHOLE.values():
+    for name, content, message in WHOLE:
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError) as error:

@@ -67,19 +67,15 @@ def test_openthoughts3_has_each_question_once(make, tmp_path):
         assert assistant["content"] == f"<think>\u2028</think> {answer}"
 
 
-def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(make, tmp_path):
+def test_the_choice_is_spread_over_the_dataset_follows_from_the_seed_and_holds_out_the_same_examples(make, tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
-    chosen = make(folder)
-    assert make(folder) == chosen
-    assert prompts(make(folder, seed=1)) != prompts(chosen)
-    numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in chosen if len(row["messages"]) == 2]
+    few, many = make(folder), make(folder, train=150)
+    assert make(folder) == few
+    assert prompts(make(folder, seed=1)) != prompts(few)
+    numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in few if len(row["messages"]) == 2]
     # With a uniform choice the mean is 500, with a standard error of about 50.
     assert 300 < np.mean(numbers) < 700
-
-
-def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(make, tmp_path):
-    folder = write_tulu3(tmp_path, map(tulu3_row, range(200)))
-    few, many = make(folder), make(folder, train=150)
+    # What is held out does not depend on how much is trained on.
     for split in ("validation", "test"):
         assert prompts(few, split) == prompts(many, split)
     assert set(prompts(few, "train")) < set(prompts(many, "train"))
@@ -117,20 +113,18 @@ def test_too_few_examples_are_one_sentence_with_counts(make, tmp_path):
     assert not (tmp_path / "made.parquet").exists()
 
 
-def test_other_columns_are_named(make, tmp_path):
-    write_parquet(tmp_path / "owner/name/train.parquet", {"question": "string", "answer": "string"}, [])
-    with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
-        make(tmp_path / "owner/name")
-
-
-def test_lines_of_json_are_read_as_parquet_is(make, tmp_path):
+def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, tmp_path):
     rows = [tulu3_row(number) for number in range(100)]
-    write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
-    of_lines = make(tmp_path / "owner/name")
-    assert of_lines == make(write_tulu3(tmp_path, rows, files=1))
-    with (tmp_path / "owner/name/train.jsonl").open("a") as file:
+    path = tmp_path / "owner/name/train.jsonl"
+    write_jsonl(path, rows)
+    assert make(tmp_path / "owner/name") == make(write_tulu3(tmp_path, rows, files=1))
+    with path.open("a") as file:
         file.write("{")
     with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
+        make(tmp_path / "owner/name")
+    path.unlink()
+    write_parquet(path.with_suffix(".parquet"), {"question": "string", "answer": "string"}, [])
+    with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
         make(tmp_path / "owner/name")
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import islice, product
 from random import Random
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -18,7 +15,14 @@ from lorabench.data.problems import controls, make_problems, read_problems, writ
 from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 from lorabench.errors import UserError
 
-from ..hub.repositories import SUBJECTS, write_deepmath, write_gsm8k
+from ..hub.repositories import (
+    SUBJECTS,
+    write_deepmath,
+    write_gsm8k,
+    write_hendrycks_math,
+    write_jsonl,
+    write_math500,
+)
 
 COUNTS = {"train": 40, "validation": 10, "test": 10}
 
@@ -27,42 +31,12 @@ def reasoning(kind="arithmetic", **changes):
     return make_problems(ReasoningProblems(kind=kind, **(COUNTS | changes)))
 
 
-def write_rows(folder, name, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".parquet"):
-        pq.write_table(pa.Table.from_pylist(list(rows)), folder / name)
-    else:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def hendrycks(question, solution):
-    return {"problem": question, "level": "Level 1", "type": "Algebra", "solution": solution}
-
-
-def math500(question, answer):
-    return {"problem": question, "solution": "?", "answer": answer, "subject": "A", "level": 1, "unique_id": question}
-
-
 @pytest.fixture
 def copies(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
-
-    def make(kind, math=(), math500_rows=(), **changes):
-        if kind == "gsm8k":
-            write_gsm8k(tmp_path)
-        if kind == "math":
-            for subject in SUBJECTS:
-                folder = tmp_path / "EleutherAI/hendrycks_math" / subject
-                write_rows(folder, "train.parquet", [hendrycks(f"{subject} one?", r"\boxed{1}")])
-                write_rows(folder, "test.parquet", [hendrycks(f"{subject} two?", r"\boxed{2}")])
-            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", "train.parquet", math)
-            write_rows(tmp_path / "HuggingFaceH4/MATH-500", "test.jsonl", math500_rows)
-        if kind == "deepmath":
-            write_deepmath(tmp_path)
-        return make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
-
-    return make
+    for write in (write_gsm8k, write_hendrycks_math, write_math500, write_deepmath):
+        write(tmp_path)
+    return lambda kind, **changes: make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
 
 
 def test_splits_are_whole_distinct_short_and_have_a_number():
@@ -137,36 +111,27 @@ def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
         assert (n >= 100) == (row["split"] == "test")
 
 
-def test_math_trains_on_everything_but_math_500(copies, caplog):
-    rows = copies(
-        "math",
-        math=[
-            hendrycks("tested?", r"so \boxed{5}"),
-            hendrycks("empty?", r"so \boxed{}"),
-            hendrycks("blank?", r"so \fbox{ }."),
-            hendrycks("bare?", r"so $\boxed 2$."),
-            hendrycks("nested?", r"not \boxed{1} but $\boxed{\frac{1}{\sqrt{2}}}$."),
-            hendrycks("fbox?", r"so \fbox{$\{1,2\}$}."),
-            hendrycks(" bare? ", r"so $\boxed 2$."),
-        ],
-        math500_rows=[math500("tested? ", "5"), math500("other?", "6")],
-        train=15,
-        validation=1,
-        test=1,
-    )
-    answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
-    held_out = {row["question"].removesuffix(BOX) for row in rows if row["split"] == "test"}
-    assert held_out < {"tested?", "other?"}
-    assert set(answers) - held_out == {
-        *(f"{subject} one?" for subject in SUBJECTS if subject != "geometry"),
-        *(f"{subject} two?" for subject in SUBJECTS),
-        *("bare?", "nested?", "fbox?"),
+def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
+    more = {
+        "empty?": r"so \boxed{}",
+        "blank?": r"so \fbox{ }.",
+        "nested?": r"not \boxed{1} but $\boxed{\frac{1}{\sqrt{2}}}$.",
+        " nested? ": "",
     }
-    assert answers["bare?"] == "2"
-    assert answers["nested?"] == r"\frac{1}{\sqrt{2}}"
-    assert answers["fbox?"] == r"$\{1,2\}$"
+    rows = [{"problem": question, "solution": solution} for question, solution in more.items()]
+    write_jsonl(tmp_path / "EleutherAI/hendrycks_math/geometry/train-more.jsonl", rows)
+    rows = copies("math", train=72, validation=1, test=12)
+    answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
+    questions = {
+        f"What is {n} in {subject} of {split}?" for subject in SUBJECTS for split in ("train", "test") for n in range(6)
+    }
+    assert set(answers) == questions | {"nested?"}
+    assert answers.pop("nested?") == r"\frac{1}{\sqrt{2}}"
+    assert all(answer == rf"\frac{{{question.split()[2]}}}{{7}}" for question, answer in answers.items())
+    held_out = {row["question"].removesuffix(BOX) for row in rows if row["split"] == "test"}
+    assert held_out == {f"What is {n % 6} in {SUBJECTS[n // 6]} of test?" for n in range(12)}
     [record] = caplog.records
-    left_out = "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 2 without an answer (first: row "
+    left_out = "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 3 without an answer (first: row "
     assert record.getMessage().startswith(left_out)
 
 
@@ -187,7 +152,7 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     folder = tmp_path / "math-ai/aime25"
     with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
         make_problems(spec)
-    write_rows(folder, "test.jsonl", [{"problem": "?", "result": "1"}])
+    write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
     with pytest.raises(
         UserError, match=r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
     ):
