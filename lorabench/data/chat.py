@@ -24,6 +24,9 @@ FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
 NOT_UNICODE = "text that is not valid Unicode"
 
+Row = dict[str, Any]
+"""A row of a dataset file or a problem file: its `split` and `source`, and what the kind of file holds."""
+
 Example = TypeVar("Example")
 
 # This many consecutive examples that are not wanted mean that there are no more.
@@ -111,25 +114,16 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
-def disjoint(
-    rows: Iterable[dict[str, Any]], identity: Callable[[dict[str, Any]], str | None]
-) -> Iterator[dict[str, Any]]:
-    """Yield the same rows of a dataset or problem set, and check that no two splits share an example.
+def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iterator[Row]:
+    """Yield the same rows; raise UserError if two splits share an example, by the text that identifies a row's example.
 
-    Args:
-        rows: the rows, each with its `split`.
-        identity: returns the text that identifies a row's example; None for one that splits may share.
-
-    Raises:
-        UserError: two splits share an example.
+    Rows without such a text may be shared.
     """
     split_of: dict[int, Split] = {}
     for row in rows:
         text = identity(row)
-        if text is not None:
-            first = split_of.setdefault(_digest(text), row["split"])
-            if first != row["split"]:
-                raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
+        if text is not None and (first := split_of.setdefault(_digest(text), row["split"])) != row["split"]:
+            raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
         yield row
 
 
@@ -166,14 +160,10 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
 
 
 def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
-    """Return the turns of a chat as messages.
-
-    Args:
-        value: a list of turns, each with `role` and `content`, or with `from` and `value`.
-        keep_empty: whether turns may be empty; otherwise an empty system prompt, as many datasets have, is left out.
+    """Return turns with `role` and `content`, or with `from` and `value`, as messages.
 
     Raises:
-        UnusableRowError: the value is something else, or a turn has an unknown role or no text.
+        UnusableRowError: a turn has another form, an unknown role, or no text although empty ones are not kept.
     """
     if not value and not keep_empty:
         raise UnusableRowError(NO_TEXT)
@@ -186,6 +176,7 @@ def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
         if not isinstance(role, str) or role not in ROLES:
             raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
         content = turn.get("content") or turn.get("value", turn.get("content"))
+        # Many datasets have an empty system prompt.
         if keep_empty or content or ROLES[role] != "system":
             messages.append({"role": ROLES[role], "content": row_text(content, keep_empty)})
     return messages

@@ -50,7 +50,7 @@ _BATCH_ROWS = 256
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
-Row = tuple[int, dict[str, Any] | str]
+RawRow = tuple[int, dict[str, Any] | str]
 """A row as it was read: its place, which is its line in JSON lines and CSV and else its number, both counted from 1;
 and its columns by name, or the reason why it can't be read."""
 
@@ -94,7 +94,7 @@ class Tally:
 
 
 def usable(
-    rows: Iterable[Row],
+    rows: Iterable[RawRow],
     parse: Callable[[dict[str, Any]], Example],
     tally: Tally,
     identity: Callable[[Example], Hashable] | None = None,
@@ -127,7 +127,7 @@ def usable(
         yield place, example
 
 
-def json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
         file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
@@ -150,7 +150,7 @@ def json_lines(path: Path) -> Iterator[Row]:
                 yield place, "not JSON"
 
 
-def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[Row]:
+def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
     """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
 
     Raises:
@@ -166,7 +166,7 @@ def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error
 
 
-def file_rows(path: Path, tally: Tally) -> Iterator[Row]:
+def file_rows(path: Path, tally: Tally) -> Iterator[RawRow]:
     """Yield all rows of a file, and set the tally's unit.
 
     Raises:
@@ -193,7 +193,7 @@ def file_rows(path: Path, tally: Tally) -> Iterator[Row]:
         raise UserError(f"{path} has no rows")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
     with path.open("rb") as file:
         if file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
@@ -209,7 +209,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     yield from enumerate((value if isinstance(value, dict) else NO_OBJECT for value in values), 1)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
     # Python's limit is 128 KiB by default, and holds for the whole process.
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -253,7 +253,7 @@ def chosen_format(path: Path) -> FileFormat:
     )
 
 
-def usable_chats(rows: Iterable[Row], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
+def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
     """Yield the usable examples among rows, in their order and each prompt once.
 
     The tally says the format and counts the rows as they are read. Examples of more than `max_chars` are left out.

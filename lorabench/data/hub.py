@@ -22,7 +22,7 @@ import pandas as pd
 
 from lorabench.config.inputs import HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt_digest
-from lorabench.data.files import Row, Tally, json_lines, parquet_rows, usable
+from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
 
@@ -56,7 +56,7 @@ def part_files(
 
 def part_rows(
     files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
     Args:

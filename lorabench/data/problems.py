@@ -150,11 +150,7 @@ def _hub_pools(
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """Return the problems to train on and the problems to test on, in an order that the seed decides.
 
-    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
-    their number is logged.
-
-    Raises:
-        UserError: the files do not exist, or can't be read.
+    For DeepMath, which has no test split, both are the same iterator.
     """
     pools: dict[str, list[Problem]] = {"train": [], "test": []}
     for part in _PARTS:
@@ -169,6 +165,7 @@ def _hub_pools(
 
 
 def _hub_problems(spec: HubProblems, fetched: Mapping[str, FetchedRepository], part: _Part) -> list[Problem]:
+    """Return the problems of a part; those without an answer are left out, and their number is logged."""
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
 

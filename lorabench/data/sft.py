@@ -16,16 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.inputs import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
-from lorabench.data.chat import SPLITS, Chat, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
+from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
 from lorabench.data.files import shuffled_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, worked_solutions
 from lorabench.errors import UserError
 from lorabench.utils.files import atomic_path, damage_explained, file_sha256
 from lorabench.utils.hub import FetchedRepository
-
-ExampleRow = dict[str, Any]
-"""An example of a dataset file: `split`, `source` and `messages`."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages", pa.list_(_MESSAGE))])
@@ -69,7 +66,7 @@ def build_dataset(
         write_dataset(make_dataset(spec), path)
 
 
-def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[ExampleRow]:
+def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
     """Yield the rows of a generated dataset or a file, distinct by prompt across all splits.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
@@ -163,11 +160,11 @@ def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Ch
     return iter(chosen), note | {"rows": usable + sum(left_out.values()), "usable": usable, "left_out": left_out}
 
 
-def _row(split: Split, chat: Chat) -> ExampleRow:
+def _row(split: Split, chat: Chat) -> Row:
     return {"split": split, "source": chat.source, "messages": chat.messages}
 
 
-def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] | None = None) -> None:
+def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
     """Write rows as parquet, a row group at a time; the file appears only once it is complete.
 
     Args:
@@ -177,7 +174,7 @@ def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] 
     """
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        group: list[ExampleRow] = []
+        group: list[Row] = []
         chars = 0
         for row in rows:
             group.append(row)
@@ -189,7 +186,7 @@ def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] 
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def read_dataset(path: Path) -> Iterator[ExampleRow]:
+def read_dataset(path: Path) -> Iterator[Row]:
     """Yield the rows of a dataset file.
 
     Raises:
