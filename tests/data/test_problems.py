@@ -170,14 +170,11 @@ def test_the_working_is_right_or_without_carries():
     ]:
         assert written_sum(*terms, CAREFUL, Random(0)) == careful
         assert written_sum(*terms, Writers(careless=1.0, most_slips=0.0), Random(0)) == careless
-
-
-def test_carries_are_those_into_a_column():
     assert [n_carries(*terms) for terms in ((42, 15), (47, 85), (99, 11), (456, 547), (456, 546))] == [0, 1, 1, 2, 2]
     assert n_carries(540, 540) == 0, "the leftmost column is written whole"
 
 
-def test_problems_have_carries_and_right_workings():
+def test_sets_of_sums_have_carries_and_right_workings_and_are_graded_by_the_last_number():
     problems = list(islice(sum_problems(2, 3, 1, seed=0), 200))
     for problem in problems:
         first, second = map(int, problem.question.split("+"))
@@ -186,6 +183,11 @@ def test_problems_have_carries_and_right_workings():
         assert n_carries(first, second) >= 1
     assert {len(problem.question) for problem in problems} == {5, 7}
     assert problems == list(islice(sum_problems(2, 3, 1, seed=0), 200))
+    spec = SumProblems(kind="sums", min_digits=3, max_digits=3, carries=2, **COUNTS)
+    rows = make_problems(spec)
+    assert Counter(row["split"] for row in rows) == COUNTS
+    answer = rows[0]["answer"]
+    assert Grader(spec.grader).grade([f"1+2=3 {answer}", f"{answer} 1"], [answer] * 2) == [True, False]
 
 
 def test_writers_make_the_mistakes_that_they_should():
@@ -202,15 +204,6 @@ def test_writers_make_the_mistakes_that_they_should():
     carried, right = shares(careless=0.0, most_slips=0.6)
     assert 0.9 < carried < 1
     assert right == pytest.approx(0.7**2, abs=0.08)
-
-
-def test_a_set_of_sums_is_graded_by_the_last_number():
-    spec = SumProblems(kind="sums", train=20, validation=4, test=6, min_digits=3, max_digits=3, carries=2)
-    rows = make_problems(spec)
-    assert [row["split"] for row in rows].count("train") == 20
-    grader = Grader(spec.grader)
-    row = rows[0]
-    assert grader.grade([f"1+2=3 {row['answer']}", row["answer"] + " 1"], [row["answer"]] * 2) == [True, False]
 
 
 def asked(answer, numbers=range(2, 22), question="What is {} with {}?"):
