@@ -32,8 +32,7 @@ SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 # The part of the colour map that is neither too pale on white nor too near to black. Lightness falls all along it,
 # so that the order of ranks survives in greyscale.
 _RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
-_PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
-_PLACEMENT_MARKERS = {"all": "o", "mlp": "P", "attn": "v"}
+_PLACEMENT_LOOKS = {"all": ("-", "o"), "mlp": ("--", "P"), "attn": (":", "v")}
 
 
 @contextmanager
@@ -47,10 +46,7 @@ def applied() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How an arm is drawn.
-
-    FullFT is a wide line below the thin LoRA lines, so that both are visible where they coincide.
-    """
+    """How an arm is drawn. FullFT is a wide line below the thin LoRA lines, so that both are visible together."""
 
     label: str
     colour: str
@@ -74,21 +70,19 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
     """
     unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
-    ordered = unique.sort_values(["method", "rank", "placement"], na_position="first")
     styles = {}
-    for arm in ordered.to_dict("records"):
-        label = arm["arm"]
+    for arm in unique.sort_values(["method", "rank", "placement"], na_position="first").to_dict("records"):
+        label, placement = arm["arm"], arm["placement"]
         if arm["method"] == "fullft":
             styles[label] = ArmStyle(label, FULLFT_COLOUR, "-", 2.8, "s", 2.0)
-        else:
-            rank, placement = int(arm["rank"]), arm["placement"]
-            linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
-            # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
-            low, high = math.log(ranks[0]), math.log(ranks[-1])
-            place = (math.log(rank) - low) / (high - low) if high > low else 0.5
-            colour = to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
-            # Low ranks are drawn on top, since their curves differ most from the others.
-            styles[label] = ArmStyle(label, colour, linestyle, 1.4, marker, 3 - ranks.index(rank) / 100)
+            continue
+        linestyle, marker = _PLACEMENT_LOOKS.get(placement, ("-", "o"))
+        # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
+        rank, low, high = (math.log(rank) for rank in (arm["rank"], ranks[0], ranks[-1]))
+        place = (rank - low) / (high - low) if high > low else 0.5
+        colour = to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
+        # Low ranks are drawn on top, since their curves differ most from the others.
+        styles[label] = ArmStyle(label, colour, linestyle, 1.4, marker, 3 - ranks.index(arm["rank"]) / 100)
     return styles
 
 
@@ -121,17 +115,19 @@ def log_ticks(
     axis.set_minor_formatter(NullFormatter())
 
 
-def ratio_axis(axes: Axes) -> None:
-    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
-    axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
-    log_ticks(axes.yaxis, subs=(1.0, 2.0, 5.0))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def plain_log_ticks(axes: Axes) -> None:
-    """Label the powers of ten on a log x-axis as plain numbers."""
+def log_axes(axes: Axes, xlabel: str, ylabel: str = "", yscale: str = "linear", base: int = 10) -> None:
+    """Label the axes and make the x-axis logarithmic, with plain numbers at the powers of the base."""
+    axes.set_xscale("log", base=base)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def ratio_axes(axes: Axes, xlabel: str) -> None:
+    """Set up the axes for a ratio of optimal LRs over a logarithmic x-axis, labelled with plain numbers."""
+    log_axes(axes, xlabel, "optimal LR, LoRA / FullFT", "log")
+    log_ticks(axes.yaxis, subs=(1.0, 2.0, 5.0))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:

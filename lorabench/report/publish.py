@@ -11,9 +11,8 @@ from typing import Any
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest, draw_left_out
+from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
 from lorabench.figures.style import write_figure
-from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import summary
 from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, check_places, published_folders, write_blocks
 from lorabench.runs import PROTOCOL_VERSION
