@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
@@ -69,7 +66,7 @@ LEVELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 look of the line."""
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw figure 2 or 6; return it, and what it plots as one tidy table.
 
     Its rows are those of `lr_rows`, or in RL of `accuracy_rows`. With losses, rows of the element `published` are those
@@ -235,7 +232,7 @@ def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
         (_is_above(plotted).any(), style.mark("above the range", "^")),
         ("diverged" in elements, style.mark("diverged", _DIVERGED, mew=1.5)),
         ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
-        *((level in elements, Line2D([], [], label=label, **look)) for level, (_, label, look) in LEVELS.items()),
+        *((level in elements, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
     ]
 
 
@@ -244,7 +241,7 @@ _BEST_COLUMNS = ["nll_low", "nll_high", "at_edge", "trainable_params", "paramete
 _AXIS_POINTS = 30  # the height in points of the x-axis with its labels
 
 
-def draw_placement(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_placement(tables: Tables) -> style.Drawn:
     """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: one of `lr_rows`, or one of `_best_rows`. Losses are in nats per scored
@@ -257,7 +254,7 @@ def draw_placement(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         comparisons = compared(tables)
         parts = [lr_rows(comparisons), *map(_best_rows, comparisons)]
         plotted = grid.joined(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
-    shade = Patch(label="within the margin of the best", facecolor="0.85")
+    shade = style.shade("within the margin of the best")
     marks = [*lr_marks(plotted), ("margin_band", shade)]
     return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted
 

@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from lorabench.analysis.arms import ARM, is_standard
@@ -36,10 +33,11 @@ _COLUMNS = [
     *("trainable_params", "slope", "slope_low", "slope_high", "bits"),
 ]
 _REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
-_LINE = "0.35"
+_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 1.1}
+_HELD: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": "--"}
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure of capacity; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is. In the left panel: `excess` (one step of an arm's envelope: `nll` is the
@@ -78,17 +76,13 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     marks = {
         "departure": style.mark("leaves the highest rank's curve", "o", mfc="white", mew=1.4),
-        "noise_band": Patch(label=f"within 2{style.SIGMA} of seeds", facecolor="0.85"),
+        "noise_band": style.shade(f"within 2{style.SIGMA} of seeds"),
         "stays": style.mark("never left", "^"),
-        "slope": _line("fitted slope, 95% interval"),
-        "proportional": _line("slope 1", ":"),
-        "description_length": _line("2 bits / parameter hold the first epoch's loss", "--", 1.0),
+        "slope": style.line("fitted slope, 95% interval", **_LINE),
+        "proportional": style.line("slope 1", linestyle=":", **_LINE),
+        "description_length": style.line("2 bits / parameter hold the first epoch's loss", **_HELD),
     }
     return grid.draw(plotted, [_draw_excess, _draw_thresholds], marks.items()), plotted
-
-
-def _line(label: str, linestyle: str = "-", linewidth: float = 1.1) -> Line2D:
-    return Line2D([], [], color=_LINE, linestyle=linestyle, linewidth=linewidth, label=label)
 
 
 def _thresholds(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -158,11 +152,11 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     grid.band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
     for element, linestyle in (("slope", "-"), ("proportional", ":")):
         line = only(rows, element)
-        axes.plot(line["trainable_params"].astype(float), line["tokens"], linestyle, color=_LINE, linewidth=1.1)
+        axes.plot(line["trainable_params"].astype(float), line["tokens"], linestyle, **_LINE)
     marks = pd.concat([thresholds.assign(marker="o", filled=False), stays.assign(marker="^", filled=True)])
     points(axes, marks, "trainable_params", "tokens", styles, 6)
     for params in held["trainable_params"]:
-        axes.axvline(float(params), color=_LINE, linestyle="--", linewidth=1.0)
+        axes.axvline(float(params), **_HELD)
     axes.set(xscale="log", yscale="log", xlabel="adapter parameters", ylabel="train tokens at departure")
     for axis in (axes.xaxis, axes.yaxis):
         style.log_ticks(axis, EngFormatter(sep=""))
@@ -179,7 +173,7 @@ _STORED = [
 _PER_PARAMETER = {1.0: ":", 2.0: "--"}
 
 
-def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_memorisation(tables: Tables) -> style.Drawn:
     """Draw how many bits of random facts an adapter stores; return the figure, and what it plots as one tidy table.
 
     The column `element` says what a row is: `seed` (one run at the LR nearest to its arm's optimum), `stored` (by the
@@ -208,9 +202,9 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     }
     plotted = grid.tidy(parts, _STORED)
     marks = [
-        ("entropy", _line("all of the facts")),
-        ("per_parameter", _line("1 bit / parameter", _PER_PARAMETER[1.0])),
-        ("per_parameter", _line("2 bits / parameter", _PER_PARAMETER[2.0])),
+        ("entropy", style.line("all of the facts", **_LINE)),
+        ("per_parameter", style.line("1 bit / parameter", linestyle=_PER_PARAMETER[1.0], **_LINE)),
+        ("per_parameter", style.line("2 bits / parameter", linestyle=_PER_PARAMETER[2.0], **_LINE)),
         ("stored", style.mark("fitted lowest loss, 95% interval", "o", ls="-", lw=1.2)),
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
@@ -221,9 +215,9 @@ def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
     for bits, linestyle in _PER_PARAMETER.items():
         line = rows[rows["bits_per_parameter"].eq(bits) & rows["element"].eq("per_parameter")]
-        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, color=_LINE, linewidth=1.1)
+        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
     for bits in entropy["bits"]:
-        axes.axhline(bits, color=_LINE, linewidth=1.1, zorder=1)
+        axes.axhline(bits, **_LINE, zorder=1)
     shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
     adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
     axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lorabench.analysis.step_flops import COMPUTE_SETTING, each_setting, flops_ratio
 from lorabench.errors import UserError
@@ -36,7 +34,7 @@ _REFERENCES: dict[float, dict[str, Any]] = {
 _ELEMENTS = {"counted": "flops_ratio", "step_time": "step_ratio", "memory": "memory_ratio"}
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says of what quantity a row's ratio LoRA / FullFT is: `counted` (FLOPs of the linear layers as
@@ -84,5 +82,5 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = pd.concat(drawn, ignore_index=True)
     shown = set(plotted["element"])
     looks = [*(look for element, look in _LOOKS.items() if element in shown), *_REFERENCES.values()]
-    figure.legend(handles=[Line2D([], [], **look) for look in looks], loc="outside upper left", ncols=len(looks))
+    figure.legend(handles=[style.line(**look) for look in looks], loc="outside upper left", ncols=len(looks))
     return figure, plotted

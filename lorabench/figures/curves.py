@@ -6,18 +6,18 @@ Figures 1 and 3 show envelopes, the lowest validation loss of an arm at every st
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, rows_of
+from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
@@ -34,7 +34,7 @@ _BY_STEP = [
 ]
 
 
-def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_step(tables: Tables) -> style.Drawn:
     """Draw figure 1; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `envelope` (one step of an arm), `departure` (the step at which a rank
@@ -61,27 +61,17 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = grid.tidy(parts, _BY_STEP)
     if plotted.empty:
         raise NothingToDrawError("no validation curves beyond step 0")
-    departure = style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4)
-    shade = Patch(label=f"lowest envelope ± 2{style.SIGMA} of seeds", facecolor="0.85")
-    return grid.draw(plotted, [_draw_by_step], [("departure", departure), ("noise_band", shade)]), plotted
-
-
-def _draw_by_step(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    noise, envelope = only(rows, "noise_band"), only(rows, "envelope")
-    grid.band(axes, noise, "step", "nll_low", "nll_high")
-    grid.lines(axes, envelope, "step", "nll", styles)
-    departure = only(rows, "departure")[["arm", "step", "nll"]].assign(marker="o", filled=False)
-    grid.points(axes, departure, "step", "nll", styles, 6)
-    style.log_axes(axes, "training step", _LOSS)
-    before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
-    sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
-    style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
+    marks = {
+        "departure": style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4),
+        "noise_band": style.shade(f"lowest envelope ± 2{style.SIGMA} of seeds"),
+    }
+    return grid.draw(plotted, [_envelope_panel(comparisons)], marks.items()), plotted
 
 
 _BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
 
 
-def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_flops(tables: Tables) -> style.Drawn:
     """Draw envelopes over training FLOPs, of which the paper predicts what they show; return what they plot, too.
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
@@ -94,16 +84,29 @@ def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
     if plotted.empty:
         raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
-    noise = fitted_noise(compared(tables))
+    return grid.draw(plotted, [_envelope_panel(compared(tables))]), plotted
+
+
+def _envelope_panel(comparisons: Sequence[Comparison]) -> grid.DrawPanel:
+    """Return what draws envelopes, over FLOPs or else over steps, and the step at which each rank leaves."""
+    noise = fitted_noise(comparisons)
 
     def draw_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-        curves = only(rows, "envelope")
-        grid.lines(axes, curves, "flops", "nll", styles)
-        axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
-        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
-        style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
+        envelope, around, departure = (only(rows, element) for element in ("envelope", "noise_band", "departure"))
+        if "flops" in rows:
+            grid.lines(axes, envelope, "flops", "nll", styles)
+            axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
+        else:
+            grid.band(axes, around, "step", "nll_low", "nll_high")
+            grid.lines(axes, envelope, "step", "nll", styles)
+            circles = departure[["arm", "step", "nll"]].assign(marker="o", filled=False)
+            grid.points(axes, circles, "step", "nll", styles, 6)
+            style.log_axes(axes, "training step", _LOSS)
+        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
+        sigma = grid.sigma_text(float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0]))
+        style.note(axes, *before, sigma, *grid.diverged_facts(rows, envelope, "no curve"))
 
-    return grid.draw(plotted, [draw_panel]), plotted
+    return draw_panel
 
 
 _BY_BATCH_SIZE = [
@@ -115,7 +118,7 @@ _BY_BATCH_SIZE = [
 _CURVES_IN_A_ROW, _CURVES_HEIGHT, _BY_SIZE_HEIGHT = 4, 2.3, 2.6
 
 
-def draw_by_batch_size(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_batch_size(tables: Tables) -> style.Drawn:
     """Draw figure 3; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (an arm's fitted
@@ -215,7 +218,7 @@ _EARLY = [
 ]
 
 
-def draw_early(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_early(tables: Tables) -> style.Drawn:
     """Draw the figure of early curves; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `curve` (one step of a rank; `nll` is its training loss), `difference`
@@ -228,8 +231,8 @@ def draw_early(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_EARLY)
     plotted = pd.concat([_early_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
     difference = only(plotted, "difference")["difference"].astype(float)
-    grey = Line2D([], [], color="0.6", linewidth=1.1, label="half width of its 95% interval")
-    dashed = Line2D([], [], color="black", linestyle="--", linewidth=1.1, label=f"2{style.SIGMA} of batches")
+    grey = style.line("half width of its 95% interval", color="0.6", linewidth=1.1)
+    dashed = style.line(f"2{style.SIGMA} of batches", color="black", linestyle="--", linewidth=1.1)
     marks = [
         ((difference > 0).any(), style.mark("higher loss at the lower rank", "o", ms=4)),
         ((difference < 0).any(), style.mark("lower loss at the lower rank", "o", ms=4, mfc="white")),

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lorabench.figures import style
 from lorabench.figures.verdicts import LOOKS, SHORT_NAMES
@@ -161,13 +160,12 @@ def draw_left_out(sources: pd.DataFrame) -> Figure:
         right.set_yticklabels([])
     for axes in panels[-1]:
         axes.set_xlabel("predicted over measured optimal LR")
-    handles = [Line2D([], [], linestyle="", label=label, **_RULES[rule]) for rule, label in RULES.items()]
+    handles = [style.line(label, linestyle="", **_RULES[rule]) for rule, label in RULES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 _CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.42, 0.98, 2.75  # inches, of the matrix
-_PAPER = "paper"
 
 
 @style.applied()
@@ -178,7 +176,7 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         cells: as from `lorabench.sources.measurements.matrix`.
     """
     sizes = list(dict.fromkeys(cells.sort_values("parameters", kind="stable")["scale"]))
-    scales = [_PAPER, *sizes]
+    scales = ["paper", *sizes]
     claims = list(dict.fromkeys(cells["claim_id"]))
     paper = cells.drop_duplicates("claim_id").set_index("claim_id")["paper_value"]
     width, height = _NAMES_WIDTH + _CELL_WIDTH * len(scales) + 0.1, _CELL_HEIGHT * (len(claims) + 1) + 0.55
@@ -186,43 +184,37 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
     axes = figure.add_axes((_NAMES_WIDTH / width, 0.5 / height, _CELL_WIDTH * len(scales) / width, 1 - 0.52 / height))
     axes.set(xlim=(-0.5, len(scales) - 0.5), ylim=(len(claims) - 0.5, -1.5), xticks=[], yticks=[])
     axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
+    middle: dict[str, Any] = {"ha": "center", "va": "center"}
     for column, scale in enumerate(scales):
-        axes.text(column, -0.95, scale, ha="center", va="center", weight="bold", fontsize=10)
+        axes.text(column, -0.95, scale, weight="bold", fontsize=10, **middle)
     axes.axhline(-0.5, color="0.4", linewidth=0.8)
+    left = -0.5 - _NAMES_WIDTH / _CELL_WIDTH + 0.06
     at = {(cell["claim_id"], cell["scale"]): cell for cell in cells.to_dict("records")}
     for row, claim_id in enumerate(claims):
-        left = -0.5 - _NAMES_WIDTH / _CELL_WIDTH + 0.06
-        colour = "0.1"
-        axes.text(left, row, claim_id, weight="bold", va="center", color=colour, clip_on=False)
-        axes.text(left + 0.36, row, SHORT_NAMES.get(claim_id, ""), va="center", color=colour, clip_on=False, fontsize=8)
+        axes.text(left, row, claim_id, weight="bold", va="center", color="0.1")
+        axes.text(left + 0.36, row, SHORT_NAMES[claim_id], va="center", color="0.1", fontsize=8)
         if row:
             axes.axhline(row - 0.5, color="0.9", linewidth=0.6)
-        axes.text(0, row, _paper_text(str(paper[claim_id])), ha="center", va="center", fontsize=6.5, color="0.25")
+        # The paper's number or statement, in at most three short lines.
+        said = str(paper[claim_id]).partition(";")[0].partition(" (")[0]
+        said = "says so" if said in ("no number", "lower", "wider") else said
+        said = "\n".join(textwrap.wrap(textwrap.shorten(said, 42, placeholder="..."), 17))
+        axes.text(0, row, said, fontsize=6.5, color="0.25", **middle)
         for column, scale in enumerate(sizes, start=1):
             cell = at.get((claim_id, scale))
             if cell is None or cell["verdict"] == "not tested":
-                axes.text(column, row, "\N{EN DASH}", ha="center", va="center", color="0.7")
+                axes.text(column, row, "\N{EN DASH}", color="0.7", **middle)
                 continue
-            colour, mark, filled = LOOKS[str(cell["verdict"])]
+            colour, mark, face = LOOKS[str(cell["verdict"])]
             known = not pd.isna(cell["estimate"])
-            look: dict[str, Any] = {"markersize": 7, "markerfacecolor": colour if filled else "white"}
-            axes.plot(column, row - 0.14 if known else row, mark, color=colour, **look)
+            axes.plot(column, row - 0.14 if known else row, mark, color=colour, markersize=7, markerfacecolor=face)
             if known:
-                text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-                axes.text(column, row + 0.26, number(cell["estimate"]), color=colour, **text)
+                axes.text(column, row + 0.26, number(cell["estimate"]), color=colour, fontsize=7, **middle)
     handles = [
-        style.mark(verdict, mark, color=colour, markerfacecolor=colour if filled else "white")
-        for verdict, (colour, mark, filled) in LOOKS.items()
+        style.mark(verdict, mark, color=colour, markerfacecolor=face)
+        for verdict, (colour, mark, face) in LOOKS.items()
         if verdict != "not tested"
     ]
     figure.legend(handles=handles, loc="lower left", ncols=4, handletextpad=0.2, columnspacing=1.0, borderaxespad=0.3)
     return figure
-
-
-def _paper_text(value: str) -> str:
-    """Return the paper's number or statement in at most three short lines."""
-    said = value.partition(";")[0].partition(" (")[0]
-    said = "says so" if said in ("no number", "lower", "wider") else said
-    return "\n".join(textwrap.wrap(textwrap.shorten(said, 42, placeholder="..."), 17))

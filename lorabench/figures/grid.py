@@ -32,6 +32,9 @@ _OPTIMA = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_
 Styles = Mapping[str, ArmStyle]
 """The look of each arm, by its label."""
 
+DrawPanel = Callable[[Axes, pd.DataFrame, Styles], None]
+"""What draws the rows of one panel."""
+
 
 def tidy(parts: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """Join what a figure plots into one table with the given columns.
@@ -186,7 +189,7 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def draw(
     plotted: pd.DataFrame,
-    draws: Sequence[Callable[[Axes, pd.DataFrame, Styles], None]],
+    draws: Sequence[DrawPanel],
     marks: Iterable[tuple[Any, Artist]] = (),
     strip: float = 0.0,
 ) -> Figure:
@@ -216,10 +219,17 @@ def draw(
     return figure
 
 
-def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles) -> None:
-    """Draw a line for each arm through its rows, in their order."""
+def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, **look: Any) -> None:
+    """Draw a line for each arm through its rows, in their order.
+
+    Rows with values in the columns `<y>_low` and `<y>_high` get a pale band between them.
+    """
     for arm, points in rows.groupby("arm"):
-        axes.plot(points[x].astype(float), points[y].astype(float), **styles[str(arm)].line)
+        at = points[x].astype(float)
+        axes.plot(at, points[y].astype(float), **styles[str(arm)].line, **look)
+        if f"{y}_low" in points and points[f"{y}_low"].notna().any():
+            low, high = (points[f"{y}_{end}"].astype(float) for end in ("low", "high"))
+            axes.fill_between(at, low, high, color=styles[str(arm)].colour, alpha=0.15, linewidth=0)
 
 
 def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, size: float = 5.5) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import arm_label
@@ -34,7 +33,7 @@ _COLUMNS = [*_RUN, *_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgo
 _BASE, _NLL = "base", "final_test_nll"
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The table has one row per run (and the base, whose `arm` is `base`) and measure of forgetting. `learned` is an

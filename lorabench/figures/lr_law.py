@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.comparison import comparisons
@@ -27,7 +26,7 @@ _MARKERS, _LINES = {"llama": "o", "qwen": "s"}, {"llama": "-", "qwen": "--"}
 _OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `optimum` (fitted optimal LR of an arm with its 95% interval; `nll` is the

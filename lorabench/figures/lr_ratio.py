@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import ALPHA, arm_label, is_standard
@@ -45,7 +42,7 @@ _FIRST_STEP = 10
 _REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
 
 
-def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_length(tables: Tables) -> style.Drawn:
     """Draw losses by LR, and the LR ratio, had runs ended at several steps; return what is plotted, too.
 
     The columns and elements are those of `lr_rows`, with losses on the validation split at step `steps` of runs of
@@ -109,7 +106,7 @@ def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
             text = f"paper, {length}: {printed[key]:g}"
             axes.annotate(text, (0, printed[key]), (2, 3), ("axes fraction", "data"), **small)
     known = rows[rows["ratio"].notna() & (rows["steps"] > 0)].sort_values("steps")
-    grid.lines(axes, known, "steps", "ratio", styles)
+    grid.lines(axes, known[["arm", "steps", "ratio"]], "steps", "ratio", styles)
     grid.points(axes, known.assign(filled=known["resolved"]), "steps", "ratio", styles, 4.5)
     style.ratio_axes(axes, "training step")
 
@@ -139,7 +136,7 @@ _PAPER_STEPS = 780
 """The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the LR ratio by condition; return the figure, and what it plots as one tidy table.
 
     The column `element` says what a row is: `condition` (a measured ratio with what a theory predicts of it, see
@@ -168,13 +165,23 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     places = figure.add_gridspec(2, len(_PANELS))
     marks = dict(zip(sorted(conditions["width"].unique()), _MARKERS, strict=False))
     _draw_widths(figure.add_subplot(places[0, :]), plotted, marks)
-    for place, (column, label) in enumerate(_PANELS.items()):
+    for place, column in enumerate(_PANELS):
         axes = figure.add_subplot(places[1, place])
         _draw_panel(axes, conditions, column, marks)
-        axes.set_xlabel(label)
         if place:
             axes.set_ylabel("")
-    style.legends(figure, {}, _entries(conditions, marks))
+    # Theories and published ratios always occur.
+    entries = [style.line(label, color=colour) for colour, label in _THEORIES.values()]
+    entries.append(style.line("A moves, the paper's LRs", color=_THEORIES["movement"][0], linestyle="--"))
+    entries += [style.mark(f"measured, width {int(width)}", mark, color="black") for width, mark in marks.items()]
+    if (conditions["runs"] == "prefix").any():
+        entries.append(style.mark("prefix of longer runs", "o", color="0.45"))
+    if not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all():
+        entries.append(style.mark("not resolved", "o", mfc="white", mew=1.2))
+    entries += [style.mark("published, SFT", "d", color="0.5"), style.mark("published, RL", "v", color="0.5")]
+    entries.append(style.mark("published, another alpha", "d", mfc="white", mec="0.5"))
+    entries.append(style.mark("the paper", "*", color="black", ms=10))
+    style.legends(figure, {}, [(True, entry) for entry in entries])
     return figure, plotted
 
 
@@ -191,9 +198,8 @@ def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> No
             rows = plotted[(plotted["element"] == element) & (plotted["theory"] == name)]
             width, ratio = rows["width"].astype(float), rows["predicted"].astype(float)
             axes.plot(width, ratio, line, color=colour, lw=1.3, zorder=2)
-    here = only(plotted, "condition").query(
-        "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
-    )
+    at_base = "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
+    here = only(plotted, "condition").query(at_base)
     given = here[here["theory"] == "movement"].sort_values("width")
     colour = _THEORIES["movement"][0]
     axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
@@ -247,20 +253,3 @@ def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]
         axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
         face = colour if row["resolved"] else "white"
         axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)
-
-
-def _entries(conditions: pd.DataFrame, marks: dict[Any, str]) -> list[tuple[Any, Artist]]:
-    """Return the legend entries, each after whether its mark occurs; theories and published ratios always do."""
-    unresolved = not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all()
-    theories = [Line2D([], [], color=colour, label=label) for colour, label in _THEORIES.values()]
-    at_paper = Line2D([], [], color=_THEORIES["movement"][0], linestyle="--", label="A moves, the paper's LRs")
-    widths = [style.mark(f"measured, width {int(width)}", mark, color="black") for width, mark in marks.items()]
-    return [
-        *((True, entry) for entry in (*theories, at_paper, *widths)),
-        ((conditions["runs"] == "prefix").any(), style.mark("prefix of longer runs", "o", color="0.45")),
-        (unresolved, style.mark("not resolved", "o", mfc="white", mew=1.2)),
-        (True, style.mark("published, SFT", "d", color="0.5")),
-        (True, style.mark("published, RL", "v", color="0.5")),
-        (True, style.mark("published, another alpha", "d", mfc="white", mec="0.5")),
-        (True, style.mark("the paper", "*", color="black", ms=10)),
-    ]

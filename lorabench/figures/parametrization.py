@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import arm_label, arm_table, is_standard
 from lorabench.analysis.curves import train_curves
@@ -41,7 +39,7 @@ _STEPS = 50
 # The numerical precision of a training loss, in nats per token.
 _IDENTICAL = 1e-5
 
-_ENDS = ["value", "low", "high"]
+_ENDS, _BAND = ["value", "low", "high"], {"low": "value_low", "high": "value_high"}
 _COLUMNS = [
     *(*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"),
     *("step", "value", "low", "high", "n", "run_id"),
@@ -55,7 +53,7 @@ _RULE_LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is; `value` is what is drawn, `low` and `high` are the ends of its interval,
@@ -193,8 +191,7 @@ def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         return
     facts = []
     if len(moved):
-        ends = moved.rename(columns={"low": "value_low", "high": "value_high"}).assign(marker="o")
-        grid.points(axes, ends, "time_scale", "value", styles, 4)
+        grid.points(axes, moved.rename(columns=_BAND).assign(marker="o"), "time_scale", "value", styles, 4)
         # Only runs whose first updates have the same size can be compared.
         scale = moved["update_scale"].map(lambda value: f"{value:.9g}")
         comparable = moved.sort_values("time_scale").groupby([*PAIR_SETTING, scale], dropna=False)
@@ -222,10 +219,7 @@ def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     if norms.empty:
         style.say(axes, "The curves hold no update norms\nin the standard parametrization.")
         return
-    for arm, curve in norms.sort_values("step").groupby("arm"):
-        steps, value, low, high = curve[["step", *_ENDS]].to_numpy(float).T
-        axes.fill_between(steps, low, high, color=styles[str(arm)].colour, alpha=0.15, linewidth=0)
-        axes.plot(steps, value, **styles[str(arm)].line, marker="o", ms=3)
+    grid.lines(axes, norms.sort_values("step").rename(columns=_BAND), "step", "value", styles, marker="o", ms=3)
     for _, control in still.sort_values("step").groupby([*PAIR_SETTING, "time_scale"], dropna=False):
         axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
     style.log_axes(axes, "training step", "||change of W|| / LR, one step", "log")
@@ -242,7 +236,7 @@ _VARIANTS = [
 _ROW = 0.27  # the height in inches of the row of one variant
 
 
-def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_variants(tables: Tables) -> style.Drawn:
     """Draw the variants; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `variant` (`nll` is the fitted minimum of the test loss, in nats per scored
@@ -273,7 +267,7 @@ def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     white = {"mfc": "white", "mew": 1.1, "ms": 5}
     marks = [
         (True, style.mark("standard", "s", color="black", ls="-", lw=1.4, ms=5)),
-        (len(only(plotted, "margin_band")), Patch(label="within the margin of the standard", facecolor="0.88")),
+        (len(only(plotted, "margin_band")), style.shade("within the margin of the standard", "0.88")),
         (variants["at_edge"].astype(bool).any(), style.mark("best LR at the edge", "o", **white)),
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.4, ms=5)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", **white)),

@@ -6,11 +6,9 @@ The panel of the sampler's distribution is one that the paper does not have.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import ARM, rows_of
@@ -38,7 +36,7 @@ _KL = "KL (nats per token)"
 _OWN_SPLITS = {"train", "validation", "test"}
 
 
-def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_accuracy(tables: Tables) -> style.Drawn:
     """Draw figure 7; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `curve` (greedy test accuracy of an arm near its optimal LR after a step,
@@ -84,11 +82,8 @@ def _curve_rows(tables: Tables, split: str, *metrics: str) -> pd.DataFrame:
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw the mean of each arm as a line, and its standard deviation over seeds as a band."""
-    for arm, points in rows.groupby("arm"):
-        mean, sd = points["mean"].astype(float), points["sd"].astype(float)
-        look: dict[str, Any] = {"color": styles[str(arm)].colour, "alpha": 0.15, "linewidth": 0, "zorder": 1}
-        axes.fill_between(points["step"].astype(float), mean - sd, mean + sd, **look)
-    grid.lines(axes, rows, "step", "mean", styles)
+    ends = {"mean_low": rows["mean"] - rows["sd"], "mean_high": rows["mean"] + rows["sd"]}
+    grid.lines(axes, rows.assign(**ends), "step", "mean", styles)
     axes.set_xlabel("training step")
     # Runs that were stopped at once have only a point at step 0.
     axes.set_xlim(0, max(1, axes.get_xlim()[1]))
@@ -98,7 +93,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-def draw_responses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_responses(tables: Tables) -> style.Drawn:
     """Draw figure 8; return it, and what it plots as one tidy table.
 
     Arms are shown at the LR of their grid nearest to the fitted optimum; `mean` and `sd` are over seeds. The column

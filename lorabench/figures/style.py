@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.utils.files import atomic_path
@@ -25,6 +26,9 @@ from lorabench.utils.files import atomic_path
 # These are inches: 7.2 in at 100 dpi is about the 700 px of a text column, so text appears at its nominal size.
 WIDTH, PANEL_HEIGHT = 7.2, 3.1
 PNG_DPI = 200
+
+Drawn = tuple[Figure, pd.DataFrame]
+"""A figure, and exactly what it plots as one tidy table."""
 
 FULLFT_COLOUR = "black"
 MUTED = "0.35"
@@ -144,7 +148,7 @@ def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tu
         styles: the arms.
         entries: whether a mark occurs, and its entry.
     """
-    lines: list[Artist] = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
+    lines = [line(look.label, **look.line) for look in styles.values()]
     marks = [entry for occurs, entry in entries if occurs]
     for handles, place in ((lines, "upper"), (marks, "lower")):
         if handles:
@@ -155,10 +159,20 @@ def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tu
             figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
 
 
+def line(label: str, **look: Any) -> Line2D:
+    """Make the legend entry of a line."""
+    return Line2D([], [], label=label, **look)
+
+
+def shade(label: str, colour: str = "0.85") -> Patch:
+    """Make the legend entry of a band."""
+    return Patch(label=label, facecolor=colour)
+
+
 def mark(label: str, marker: str, **properties: Any) -> Line2D:
     """Make the legend entry of a mark that means the same in the colour of every arm."""
     look: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6, **properties}
-    return Line2D([], [], label=label, marker=marker, **look)
+    return line(label, marker=marker, **look)
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -12,7 +12,6 @@ import pandas as pd
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
 
@@ -35,14 +34,14 @@ LINEAR, END = 2.0, 30.0
 _LAST = 20.0
 """Where a mark beyond the end of the axis is drawn."""
 
-LOOKS: Mapping[str, tuple[str, str, bool]] = {
-    "confirmed": ("#17683a", "o", True),
-    "contradicted": ("#a3211b", "X", True),
-    "inconclusive": ("#b07a00", "o", False),
-    "setting not met": ("#4a4fb0", "D", False),
-    "not tested": ("#77818b", "s", False),
+LOOKS: Mapping[str, tuple[str, str, str]] = {
+    "confirmed": ("#17683a", "o", "#17683a"),
+    "contradicted": ("#a3211b", "X", "#a3211b"),
+    "inconclusive": ("#b07a00", "o", "white"),
+    "setting not met": ("#4a4fb0", "D", "white"),
+    "not tested": ("#77818b", "s", "white"),
 }
-"""By verdict: colour, mark, and whether the mark is filled. Marks tell verdicts apart where colours don't."""
+"""By verdict: colour, mark, and the colour inside the mark. Marks tell verdicts apart where colours don't."""
 
 # Inches. The figure is narrow, so that its text can be read where the page is 390 pixels wide.
 _WIDTH, _ROW, _GUTTER = 4.1, 0.155, 2.1
@@ -56,7 +55,7 @@ _COLUMNS = [
 ]
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw all verdicts; return the figure, and what it plots as one tidy table.
 
     `x`, `x_low` and `x_high` are the estimate and the ends of its 95% interval in units of the margin; they are null
@@ -79,11 +78,11 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     else:
         _draw_claims(axes, drawn)
     marks: list[Any] = [
-        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=colour if filled else "white")
-        for verdict, (colour, marker, filled) in LOOKS.items()
+        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face)
+        for verdict, (colour, marker, face) in LOOKS.items()
         if (plotted["verdict"] == verdict).any()
     ]
-    marks.append(Patch(facecolor="#dcefe2", label="where the claim holds"))
+    marks.append(style.shade("where the claim holds", "#dcefe2"))
     gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.02 / height)}
     figure.legend(handles=marks, ncols=3, fontsize=_TEXT["fontsize"], **place, **gaps)
@@ -126,14 +125,8 @@ def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
         return {}
     x, *interval = ((to_scale(number) - middle) / unit for number in numbers)
     holds = [(to_scale(end) - middle) / unit if math.isfinite(end) else end for end in (low, high)]
-    return {
-        "scale": "log" if log else "linear",
-        "x": x,
-        "x_low": min(interval),
-        "x_high": max(interval),
-        "holds_from": holds[0],
-        "holds_to": holds[1],
-    }
+    scaled = {"scale": "log" if log else "linear", "x": x, "x_low": min(interval), "x_high": max(interval)}
+    return scaled | {"holds_from": holds[0], "holds_to": holds[1]}
 
 
 def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
@@ -145,7 +138,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
         axes.text(left, slot, FAMILIES.get(str(family), str(family)), weight="bold", **text)
         for row in claims.to_dict("records"):
             slot += 1
-            colour, marker, filled = LOOKS[row["verdict"]]
+            colour, marker, face = LOOKS[row["verdict"]]
             axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
             axes.text(left + _ID_WIDTH, slot, _shortened(row["name"], 34), **text)
             holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
@@ -155,8 +148,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
             for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
                 if abs(end) > END:
                     axes.plot(math.copysign(END * 0.88, end), slot, arrow, color=colour, markersize=3.5, zorder=3)
-            look: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": colour if filled else "white"}
-            axes.plot(x, slot, marker, color=colour, markeredgewidth=1.1, zorder=4, **look)
+            axes.plot(x, slot, marker, color=colour, mfc=face, markersize=4.6, markeredgewidth=1.1, zorder=4)
         slot += 1
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.9)
     axes.set(xlim=(-END, END), ylim=(slot - 0.4, -0.6), yticks=[])
@@ -174,12 +166,11 @@ def _shortened(text: str, most: int) -> str:
 def _draw_badges(figure: Figure, named: pd.DataFrame, height: float, top: float) -> None:
     """Write the ids of the claims without numbers as badges at the bottom; `top` is in inches from there."""
     figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **_TEXT)
-    order = list(LOOKS)
-    ranked = sorted(named.to_dict("records"), key=lambda row: order.index(row["verdict"]))
-    for place, row in enumerate(ranked):
+    order = named["verdict"].map(list(LOOKS).index)
+    for place, row in enumerate(named.loc[order.sort_values(kind="stable").index].to_dict("records")):
         across = 0.24 + (place % _BADGES) * (_WIDTH - 0.3) / _BADGES
         up = top - 0.2 - 0.19 * (place // _BADGES)
-        colour, _, filled = LOOKS[row["verdict"]]
-        box = {"boxstyle": "round,pad=0.22", "facecolor": colour if filled else "white", "edgecolor": colour}
-        look: dict[str, Any] = {"color": "white" if filled else colour, "ha": "center", "bbox": box}
+        colour, _, face = LOOKS[row["verdict"]]
+        box = {"boxstyle": "round,pad=0.22", "facecolor": face, "edgecolor": colour}
+        look: dict[str, Any] = {"color": colour if face == "white" else "white", "ha": "center", "bbox": box}
         figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)
