@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from lorabench.analysis.arms import ARM, arm_label, with_losses
+from lorabench.analysis.arms import ARM, with_losses
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.published import sweep_of
 from lorabench.analysis.rewards import with_error_rates
@@ -76,14 +76,11 @@ def draw(tables: Tables) -> style.Drawn:
     if is_rl(tables.runs).any():
         plotted = accuracy_rows(tables)
     else:
-        ours = lr_rows(compared(tables))
-        parts = [ours]
-        for _, panel in ours[PANEL].drop_duplicates().iterrows():
-            rows = sweep_of(panel["model"], panel["dataset"])
-            rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
-            labels = [arm_label(row) for _, row in rows.iterrows()]
-            parts.append(rows.assign(**dict(panel), arm=labels, element="published"))
-        plotted = grid.joined(parts, [*LR_COLUMNS, "source"])
+        plotted = lr_rows(compared(tables))
+        for _, panel in plotted[PANEL].drop_duplicates().iterrows():
+            sweep = sweep_of(panel["model"], panel["dataset"]).assign(**dict(panel))
+            sweep = sweep[(sweep["method"] == "fullft") | (sweep["placement"] == "all")]
+            plotted = grid.tidy({"published": sweep}, [*LR_COLUMNS, "source"], plotted)
     sources = sorted(plotted.get("source", pd.Series(dtype=str)).dropna().unique())
     marks = [(True, style.mark(f"published ({name})", "o", color="0.6", ls="-", ms=3)) for name in sources]
     return grid.draw(plotted, [draw_lr_panel], [*lr_marks(plotted), *marks], STRIP), plotted
@@ -121,11 +118,7 @@ def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
     the base model), `base` (the model before training), `constant` (the most frequent answer to all problems) or
     `rule` (the best cheap rule, see `lorabench.data.problems`). Accuracies are of greedy answers to the test split,
-    from 0 to 1.
-
-    Args:
-        tables: RL runs.
-        with_best: whether to add the rows and columns of `_best_rows`.
+    from 0 to 1. With `with_best` the rows and columns of `_best_rows` are among them.
     """
     runs = tables.runs
     comparisons = compared(tables, with_error_rates(runs))
@@ -142,7 +135,7 @@ def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     for element, (column, _, _) in LEVELS.items():
         level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
         parts[element] = level.dropna(subset=["accuracy"])
-    return grid.joined([learned, grid.tidy(parts, columns)], columns)
+    return grid.tidy({}, columns, learned, grid.tidy(parts, ACCURACY_COLUMNS))
 
 
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -205,8 +198,7 @@ def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
 
 def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
     """Return which rows are losses above the range; rows of accuracies have no such column."""
-    above: pd.Series[bool] = rows.get("above_range", pd.Series(False, index=rows.index)).eq(True)
-    return above
+    return rows["above_range"].eq(True) if "above_range" in rows else pd.Series(False, rows.index)
 
 
 def _marks_above(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -252,8 +244,8 @@ def draw_placement(tables: Tables) -> style.Drawn:
         plotted = accuracy_rows(tables, with_best=True)
     else:
         comparisons = compared(tables)
-        parts = [lr_rows(comparisons), *map(_best_rows, comparisons)]
-        plotted = grid.joined(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
+        best = map(_best_rows, comparisons)
+        plotted = grid.tidy({}, [*LR_COLUMNS, *_BEST_COLUMNS], lr_rows(comparisons), *best)
     shade = style.shade("within the margin of the best")
     marks = [*lr_marks(plotted), ("margin_band", shade)]
     return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted

@@ -71,7 +71,7 @@ def draw(tables: Tables) -> style.Drawn:
         "noise_band": ends.assign(excess=2 * ends["sigma"]).dropna(subset=["excess"]),
     }
     slopes = [_slopes(panel) for _, panel in left.groupby(PANEL, dropna=False)]
-    plotted = grid.joined([grid.tidy(parts, _COLUMNS), *slopes], _COLUMNS)
+    plotted = grid.tidy(parts, _COLUMNS, *slopes)
     if plotted.empty:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     marks = {

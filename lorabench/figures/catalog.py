@@ -44,7 +44,7 @@ class PaperFigure:
     """An explanation for a reader who sees only the figure and this text."""
     experiments: list[str]
     drawn_by: str
-    """The module in this package and the function that draw it, with a dot between them."""
+    """The module of this package and its function that draw it, with a dot between them."""
     task: Task = "sft"
 
     @property

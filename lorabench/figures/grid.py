@@ -36,36 +36,28 @@ DrawPanel = Callable[[Axes, pd.DataFrame, Styles], None]
 """What draws the rows of one panel."""
 
 
-def tidy(parts: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Join what a figure plots into one table with the given columns.
+def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str], *tables: pd.DataFrame) -> pd.DataFrame:
+    """Join what a figure plots into one table with the given columns: tables, and parts by their `element`.
 
-    What the rows of a part are becomes the column `element`. Rows that have a method get the label of their arm as
-    `arm`.
+    Rows of the parts that have a method get the label of their arm as `arm`.
     """
-    labelled = []
+    kept = [rows.reindex(columns=columns) for rows in tables if len(rows)]
     for element, rows in parts.items():
         if "method" in rows and "arm" not in rows:
             rows = rows.assign(arm=[arm_label(row) for _, row in rows.iterrows()])
-        labelled.append(rows.assign(element=element))
-    return joined(labelled, columns)
-
-
-def joined(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Join tables that are not empty into one with the given columns."""
-    kept = [rows.reindex(columns=list(columns)) for rows in parts if len(rows)]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=list(columns))
+        if len(rows):
+            kept.append(rows.assign(element=element).reindex(columns=columns))
+    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)
 
 
 def only(rows: pd.DataFrame, element: str) -> pd.DataFrame:
     """Return the rows of one element."""
-    chosen: pd.DataFrame = rows[rows["element"] == element]
-    return chosen
+    return rows[rows["element"] == element]
 
 
 def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that diverged, which every figure lists in what it plots."""
-    diverged: pd.DataFrame = runs[runs["status"] == "diverged"]
-    return diverged
+    return runs[runs["status"] == "diverged"]
 
 
 def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
@@ -157,12 +149,9 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
 
 
 def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the step at which each rank leaves, with the values of its envelope there.
+    """Return the step at which each rank leaves, with columns of its envelope (ARM, step from 1 on) at that step.
 
-    Args:
-        of: the comparisons.
-        envelope: columns ARM, step (from 1 on) and `columns`.
-        columns: what to interpolate between the steps of the envelope, along log(step).
+    The columns are interpolated between the steps of the envelope, along log(step).
     """
     rows = []
     for comparison in of:

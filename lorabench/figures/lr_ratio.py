@@ -54,8 +54,7 @@ def draw_by_length(tables: Tables) -> style.Drawn:
     lengths = [sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique()) for rows in parts]
     heights = [math.ceil((len(steps) + 1) / 2) for steps in lengths]
     ratios = [paper_numbers()[key] for key in _REFERENCES if any(len(only(rows, "ratio")) for rows in parts)]
-    reference = grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)
-    plotted = pd.concat([*parts, reference], ignore_index=True)
+    plotted = grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH, *parts)
     figure = style.new_figure(style.PANEL_HEIGHT * sum(heights))
     styles = style.arm_styles(plotted)
     for place, ((title, _), rows, steps) in enumerate(zip(groups, parts, lengths, strict=True)):
@@ -93,8 +92,7 @@ def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
                 ratio = grid.lr_ratio(comparison.fit.log_ratio(arm_label(arm), "FullFT"))
                 resolved = not comparison.problems([arm, comparison.fullft], resolved=True)
                 ratios.append(arm | ratio | {"resolved": resolved})
-    parts.append(grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH))
-    return grid.joined(parts, _BY_LENGTH).assign(full_steps=full)
+    return grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH, *parts).assign(full_steps=full)
 
 
 def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -113,6 +111,7 @@ def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
 
 _COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
 
+# The colour of each theory, and its name in the legend.
 _THEORIES = {
     "movement": ("#0072B2", "A moves, given FullFT's LR"),
     "scale": ("#D55E00", "width / alpha alone"),
@@ -120,20 +119,15 @@ _THEORIES = {
     "constant": ("0.55", "always 10 (paper)"),
     "naive": ("#CC79A7", "width / (2 alpha)"),
 }
-"""The colour of each theory, and its name in the legend."""
 
+# The marks of the widths, ascending, and the columns of the lower panels with the labels of their axes.
 _MARKERS = ("o", "s", "^", "D", "P", "X")
-"""The marks of the widths, ascending."""
-
 _PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
-"""The columns of the lower panels with the labels of their axes."""
 
 _CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
 
-_PAPER = "LoRA Without Regret"
-
-_PAPER_STEPS = 780
-"""The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
+# The paper as a source of ratios, and the length of its authors' published sweeps (100,000 examples in batches of 128).
+_PAPER, _PAPER_STEPS = "LoRA Without Regret", 780
 
 
 def draw(tables: Tables) -> style.Drawn:

@@ -100,6 +100,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     times = move_times(runs, curves)
     times = times.assign(size=np.log(times["step"].astype(float)))
     times = _over_seeds(times, [*PAIR_SETTING, *CONFIGURATION], "update_scale", "time_scale")
+    times[_ENDS] = np.exp(times[_ENDS].astype(float))
     moved = times["value"].notna()
     # In runs whose A stays still, only B is updated noticeably, so the norm is per unit of the LR of B.
     still = train_curves(runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])], curves, "update_norm")
@@ -107,10 +108,10 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     descents = descent_ratios(first_descents(runs, curves))
     parts = {
         "first_descent": descents.rename(columns={"ratio": "value", "n_seeds": "n"}),
-        "equivalent": ranges[equivalent].assign(value=ranges["high"]),
-        "not_equivalent": ranges[~equivalent].assign(value=ranges["low"]),
-        "a_moved": times[moved].assign(**{end: np.exp(times[end].astype(float)) for end in _ENDS}),
-        "a_not_moved": times[~moved & times["steps"].notna()].assign(value=times["steps"].astype(float)),
+        "equivalent": ranges.assign(value=ranges["high"])[equivalent],
+        "not_equivalent": ranges.assign(value=ranges["low"])[~equivalent],
+        "a_moved": times[moved],
+        "a_not_moved": times.assign(value=times["steps"].astype(float))[~moved & times["steps"].notna()],
         "update_norm": _over_seeds(step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
         "still_a": _over_seeds(still, [*PAIR_SETTING, "lr", "lr_ratio", "step"], "time_scale"),
         "diverged": diverged_runs(runs),

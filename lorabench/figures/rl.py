@@ -44,7 +44,7 @@ def draw_accuracy(tables: Tables) -> style.Drawn:
     """
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
-    plotted = grid.joined([grid.tidy({"curve": curves}, columns), accuracy_rows(tables)], columns)
+    plotted = grid.tidy({"curve": curves}, columns, accuracy_rows(tables))
     return grid.draw(plotted, [_draw_accuracies, draw_lr_panel], lr_marks(plotted), STRIP), plotted
 
 

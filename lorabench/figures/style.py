@@ -69,8 +69,7 @@ class ArmStyle:
 def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
     """Return the style of each arm by its label, FullFT first, then by rank.
 
-    Args:
-        arms: columns arm (its label), method, rank and placement; rows may repeat or have no arm.
+    `arms` has the columns arm (its label), method, rank and placement; rows may repeat or have no arm.
     """
     unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
@@ -141,13 +140,7 @@ def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:
 
 
 def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tuple[Any, Artist]] = ()) -> None:
-    """Draw two legends: of the arms above the panels, and below them of the other marks that occur.
-
-    Args:
-        figure: the figure.
-        styles: the arms.
-        entries: whether a mark occurs, and its entry.
-    """
+    """Draw two legends: of the arms above the panels, and below them of the other marks that occur, as entries say."""
     lines = [line(look.label, **look.line) for look in styles.values()]
     marks = [entry for occurs, entry in entries if occurs]
     for handles, place in ((lines, "upper"), (marks, "lower")):

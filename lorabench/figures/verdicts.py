@@ -92,11 +92,7 @@ def draw(tables: Tables) -> style.Drawn:
 
 
 def in_margins(claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the claims with their estimates in units of their margins.
-
-    Args:
-        claims: the table `claims`.
-    """
+    """Return the table `claims` with the estimates in units of their margins."""
     rows = []
     for claim in claims.to_dict("records"):
         row = {name: claim.get(name) for name in _COLUMNS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -19,9 +21,12 @@ def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, plotted
 
 
-def only(plotted: pd.DataFrame, element: str) -> pd.DataFrame:
-    """Return the rows of one element."""
-    return plotted[plotted["element"] == element]
+def only(plotted: pd.DataFrame, element: str, **values: Any) -> pd.DataFrame:
+    """Return the rows of one element with the given values."""
+    rows = plotted[plotted["element"] == element]
+    for column, value in values.items():
+        rows = rows[rows[column] == value]
+    return rows
 
 
 def texts(figure: Figure, panel: int | None = None) -> str:
@@ -33,3 +38,8 @@ def texts(figure: Figure, panel: int | None = None) -> str:
 def legend(figure: Figure) -> list[str]:
     """Return the entries of a figure's legends."""
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def titles(figure: Figure) -> list[str]:
+    """Return the titles of a figure's panels."""
+    return [axes.get_title(loc="left") for axes in figure.axes]
