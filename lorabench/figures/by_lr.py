@@ -7,7 +7,7 @@ In RL the result is the accuracy: the rows are made from error rates as if these
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -32,21 +32,12 @@ LR_COLUMNS = [
 ACCURACY_COLUMNS = [name.replace("nll", "accuracy") for name in LR_COLUMNS if name != "above_range"]
 
 
-class FinalResult(NamedTuple):
-    """The final result of a run that a panel shows: the test loss, or in RL the test accuracy.
-
-    It has the column that holds the result, the `element` of rows that are its means over seeds, and the labels of its
-    axis in a panel by learning rate (`final`) and where arms are shown at their best learning rate (`best`).
-    """
-
-    column: str
-    element: str
-    final: str
-    best: str
-
-
-LOSS = FinalResult("nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)")
-ACCURACY = FinalResult("accuracy", "accuracy", "final test accuracy", "accuracy at the best LR")
+# For the column of the final result, the test loss or in RL the test accuracy: the `element` of rows that are its means
+# over seeds, and the labels of its axis in a panel by learning rate and where arms are at their best learning rate.
+_RESULTS = {
+    "nll": ("loss", "final test NLL (nats / token)", "best test NLL (nats / token)"),
+    "accuracy": ("accuracy", "final test accuracy", "accuracy at the best LR"),
+}
 
 STRIP = 11.0
 """The height in points of the strip above a panel that holds the marks of runs outside the panel."""
@@ -125,7 +116,7 @@ def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     rows = [lr_rows(comparisons), *(_best_rows(comparison) for comparison in comparisons if with_best)]
     # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
     names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
-    learned = pd.concat(rows).replace({"element": {LOSS.element: ACCURACY.element}}).rename(columns=names)
+    learned = pd.concat(rows).replace({"element": {"loss": "accuracy"}}).rename(columns=names)
     # The parabola of an optimum may pass below an error of 0.
     learned["accuracy"] = (1 - learned["accuracy"].astype(float)).clip(0, 1)
     for end in {"accuracy_low", "accuracy_high"} & set(learned.columns):
@@ -141,9 +132,11 @@ def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw the rows of one panel, which hold losses or accuracies; it needs STRIP points of free height above it."""
     rows = rows[~rows["element"].isin(["best", "margin_band", "curve", "ratio"])]
-    measure = ACCURACY if ACCURACY.column in rows else LOSS
-    means, value = only(rows, measure.element), measure.column
-    axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
+    rows = rows.assign(above_range=rows.get("above_range", pd.Series(False, rows.index)).eq(True))
+    value = "accuracy" if "accuracy" in rows else "nll"
+    element, label, _ = _RESULTS[value]
+    means = only(rows, element)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=label)
     # The labels of minor ticks would overlap.
     axes.xaxis.set_minor_formatter(NullFormatter())
     draw_levels(axes, rows, value)
@@ -156,7 +149,7 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         marker = "s" if pd.isna(rank) else "o"
         axes.plot(points["lr"], points[value], marker, ls="-", color=str(grey), lw=0.9, ms=3, zorder=1.5)
     grid.lines(axes, means, "lr", value, styles)
-    for arm, points in means[~_is_above(means)].groupby("arm"):
+    for arm, points in means[~means["above_range"]].groupby("arm"):
         look = styles[str(arm)]
         axes.plot(points["lr"], points[value], look.marker, color=look.colour, ms=3.5, zorder=look.zorder)
         repeated = points[points["n_seeds"] > 1]
@@ -170,22 +163,22 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     around = max(1.3, (highest / lowest) ** 0.1)
     axes.set_xlim(lowest / around, highest * around)
-    shown = rows[rows[value].notna() & ~_is_above(rows)]
+    shown = rows[rows[value].notna() & ~rows["above_range"]]
     if shown.empty:
         axes.set(ylim=(0, 1), yticks=[])
     else:
         spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
         low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
-        if measure is ACCURACY:
+        if value == "accuracy":
             # The range is not empty even where all accuracies are 0, or all are 1.
             low, high = min(low, 0.95), max(high, 0.05)
         pad = 0.04 * (high - low) or 0.04 * abs(high)
         axes.set_ylim(low - pad, high + pad)
-    above, diverged, unrewarded = means[_is_above(means)], only(rows, "diverged"), only(rows, "unrewarded")
+    above, diverged, unrewarded = means[means["above_range"]], only(rows, "diverged"), only(rows, "unrewarded")
     outside = {"^": above, _DIVERGED: diverged, _UNREWARDED: unrewarded}
     _marks_above(axes, pd.concat([part.assign(marker=marker) for marker, part in outside.items()]), styles)
-    counted = f"{len(above)} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded"
-    lost = grid.lacking(f"no {measure.element}", diverged["arm"], means["arm"])
+    counted = f"{len(unrewarded)} unrewarded" if value == "accuracy" else f"{len(above)} above the range"
+    lost = grid.lacking(f"no {element}", diverged["arm"], means["arm"])
     style.note(axes, f"{len(diverged)} diverged", counted, lost, strip=STRIP)
 
 
@@ -194,11 +187,6 @@ def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     for element, (_, _, look) in LEVELS.items():
         for level in only(rows, element)[column]:
             axes.axhline(level, **look)
-
-
-def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows are losses above the range; rows of accuracies have no such column."""
-    return rows["above_range"].eq(True) if "above_range" in rows else pd.Series(False, rows.index)
 
 
 def _marks_above(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -221,7 +209,7 @@ def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
     return [
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.2)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", mfc="white", mew=1.2)),
-        (_is_above(plotted).any(), style.mark("above the range", "^")),
+        ("above_range" in plotted and plotted["above_range"].eq(True).any(), style.mark("above the range", "^")),
         ("diverged" in elements, style.mark("diverged", _DIVERGED, mew=1.5)),
         ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
         *((level in elements, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
@@ -267,8 +255,7 @@ def _best_rows(comparison: Comparison) -> pd.DataFrame:
 
 def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
-    measure = ACCURACY if ACCURACY.column in rows else LOSS
-    value = measure.column
+    value = "accuracy" if "accuracy" in rows else "nll"
     for band in only(rows, "margin_band").to_dict("records"):
         axes.axhspan(band[f"{value}_low"], band[f"{value}_high"], color="0.85", linewidth=0, zorder=0)
     best = only(rows, "best")
@@ -281,7 +268,7 @@ def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{int(row['rank'])}"
         label = f"{layers}  {row['parameters']}"
         grid.bars(axes, placed.iloc[[place]], "trainable_params", value, styles[row["arm"]], 6, label)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=measure.best)
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=_RESULTS[value][2])
     if placed.empty:
         axes.set(xticks=[], yticks=[])
     else:

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from lorabench.analysis.comparison import Task
     from lorabench.config.preset import Preset
 
-_TABLES = {"compute": "compute", "evaluation": "evals", "claims": "claims"}
-"""The tables of figures that show no runs, by what such a figure has in place of experiments."""
-
 
 @dataclass(frozen=True)
 class PaperFigure:
@@ -46,11 +43,8 @@ class PaperFigure:
     drawn_by: str
     """The module of this package and its function that draw it, with a dot between them."""
     task: Task = "sft"
-
-    @property
-    def table(self) -> str:
-        """The table that it shows."""
-        return _TABLES.get(self.experiments[0], "runs")
+    table: str = "runs"
+    """The table that it shows."""
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
         """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table.

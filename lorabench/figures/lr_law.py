@@ -120,16 +120,10 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
     table = table[table["rank"].isna() | (table["rank"] == highest)]
     ids, nll = [str(row) for row in table.index], table["nll"]
     runs = table.assign(run_id=ids, batch_size=0, seed=0, status="done", final_valid_nll=nll, final_test_nll=nll)
-    best = grid.optima(comparisons(runs, pd.DataFrame()))[
-        ["model", "method", "rank", "placement", "arm", "lr", "at_edge"]
-    ]
-    about = table.groupby(["model", "method"], as_index=False).agg(
-        family=("family", "first"),
-        hidden_size=("hidden_size", "first"),
-        source=("source", "first"),
-        lrs=("lr", "nunique"),
-    )
-    best = best.merge(about, on=["model", "method"])
+    best = grid.optima(comparisons(runs, pd.DataFrame()))
+    firsts = dict.fromkeys(("family", "hidden_size", "source"), "first")
+    about = table.groupby(["model", "method"]).agg({**firsts, "lr": "nunique"}).rename(columns={"lr": "lrs"})
+    best = best[["model", "method", "rank", "placement", "arm", "lr", "at_edge"]].join(about, on=["model", "method"])
     # A best LR that was published without its grid counts as resolved, as its source says it is best.
     return best.assign(family=best["family"].map(lineage), resolved=~(best["lrs"].gt(1) & best["at_edge"].astype(bool)))
 

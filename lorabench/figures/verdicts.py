@@ -92,37 +92,32 @@ def draw(tables: Tables) -> style.Drawn:
 
 
 def in_margins(claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the table `claims` with the estimates in units of their margins."""
-    rows = []
-    for claim in claims.to_dict("records"):
-        row = {name: claim.get(name) for name in _COLUMNS}
-        claim_id = str(claim["claim_id"])
-        row |= {"family": claim_id[:1], "name": SHORT_NAMES.get(claim_id, str(claim["statement"]))}
-        rows.append(row | _scaled(claim))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    """Return the table `claims` with estimate, interval and confirming range in units of the margin.
 
-
-def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return estimate, interval and confirming range in units of the margin; nothing if one of them is not known.
-
-    Between two finite ends, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect and 1 or -1
-    that end.
+    Between two finite ends of the margin, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect
+    and 1 or -1 that end. Where one of the numbers is not known, there is nothing in these units.
     """
-    names = ("margin_low", "margin_high", "estimate", "ci_low", "ci_high")
-    low, high, *numbers = (math.nan if pd.isna(claim[name]) else float(claim[name]) for name in names)
-    ends = [end for end in (low, high) if math.isfinite(end)]
-    if not ends or math.isnan(low) or math.isnan(high) or not all(map(math.isfinite, numbers)):
-        return {}
-    log = str(claim["unit"]).startswith("ratio") and min(*ends, *numbers) > 0
-    to_scale = math.log if log else float
-    placed = [to_scale(end) for end in ends]
-    middle, unit = (sum(placed) / 2, (placed[1] - placed[0]) / 2) if len(placed) == 2 else (0.0, abs(placed[0]))
-    if unit < 1e-12:
-        return {}
-    x, *interval = ((to_scale(number) - middle) / unit for number in numbers)
-    holds = [(to_scale(end) - middle) / unit if math.isfinite(end) else end for end in (low, high)]
-    scaled = {"scale": "log" if log else "linear", "x": x, "x_low": min(interval), "x_high": max(interval)}
-    return scaled | {"holds_from": holds[0], "holds_to": holds[1]}
+    ids, ends = claims["claim_id"].astype(str), ["margin_low", "margin_high"]
+    numbers = claims[[*ends, "estimate", "ci_low", "ci_high"]].astype(float)
+    finite = numbers.where(np.isfinite(numbers))
+    known = numbers.notna().all(axis=1) & finite.drop(columns=ends).notna().all(axis=1)
+    log = claims["unit"].astype(str).str.startswith("ratio") & (finite.min(axis=1) > 0)
+    finite[log] = np.log(finite[log])
+    low, high = finite["margin_low"], finite["margin_high"]
+    # With one end, the unit is its distance from no effect.
+    unit = ((high - low) / 2).fillna(low.abs()).fillna(high.abs())
+    middle = ((low + high) / 2).fillna(0.0)
+    placed = finite.fillna(numbers).sub(middle, axis=0).div(unit, axis=0).where(known & (unit >= 1e-12))
+    return claims.assign(
+        family=ids.str[:1],
+        name=ids.map(SHORT_NAMES).fillna(claims["statement"]),
+        scale=log.map({True: "log", False: "linear"}).where(placed["estimate"].notna()),
+        x=placed["estimate"],
+        x_low=placed[["ci_low", "ci_high"]].min(axis=1),
+        x_high=placed[["ci_low", "ci_high"]].max(axis=1),
+        holds_from=placed["margin_low"],
+        holds_to=placed["margin_high"],
+    )[_COLUMNS]
 
 
 def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
