@@ -39,7 +39,7 @@ class PaperFigure:
     title: str
     caption: str
     """An explanation for a reader who sees only the figure and this text."""
-    experiments: list[str]
+    experiments: tuple[str, ...]
     drawn_by: str
     """The module of this package and its function that draw it, with a dot between them."""
     task: Task = "sft"
@@ -75,7 +75,10 @@ for _name, _text in _TEXTS["shared"].items():
     _SHARED[_name] = _text.format_map(_SHARED)
 
 FIGURES = {
-    name: PaperFigure(name, **about | {"caption": about["caption"].format_map(_SHARED)})
+    name: PaperFigure(
+        name,
+        **about | {"caption": about["caption"].format_map(_SHARED), "experiments": tuple(about["experiments"])},
+    )
     for name, about in _TEXTS["figures"].items()
 }
 """All figures by name: the verdicts, then the others in the paper's order."""

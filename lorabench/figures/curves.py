@@ -103,8 +103,9 @@ def _envelope_panel(comparisons: Sequence[Comparison]) -> grid.DrawPanel:
             grid.points(axes, circles, "step", "nll", styles, 6)
             style.log_axes(axes, "training step", _LOSS)
         before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
-        sigma = grid.sigma_text(float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0]))
-        style.note(axes, *before, sigma, *grid.diverged_facts(rows, envelope, "no curve"))
+        known = "flops" in rows or len(around)
+        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0]) if known else math.nan
+        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
 
     return draw_panel
 

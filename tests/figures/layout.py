@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import applied
 from lorabench.store.tables import Tables
+
+DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
+"""What a run that diverged has in place of a result."""
 
 
 def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -27,6 +33,11 @@ def only(plotted: pd.DataFrame, element: str, **values: Any) -> pd.DataFrame:
     for column, value in values.items():
         rows = rows[rows[column] == value]
     return rows
+
+
+def lines(axes: Axes, **properties: Any) -> list[Line2D]:
+    """Return the lines and marks of a panel with the given properties."""
+    return [line for line in axes.get_lines() if all(getattr(line, f"get_{k}")() == v for k, v in properties.items())]
 
 
 def texts(figure: Figure, panel: int | None = None) -> str:

@@ -17,7 +17,7 @@ from lorabench.store.tables import Tables
 from ..handmade import make_sweep, runs_table
 from ..handmade.sft import tables as handmade
 from ..handmade.training import shared, trained
-from .layout import draw, only, texts
+from .layout import draw, lines, only, texts
 
 ENTROPY, TOKENS = 40_000.0, 13_000
 RANKS = (None, 1, 4, 16, 64)
@@ -76,8 +76,7 @@ def test_excess_is_that_of_the_envelopes(drawn):
     excess = only(plotted, "excess")
     np.testing.assert_allclose(excess["excess"].astype(float), (envelope["value"] - lowest).astype(float))
     np.testing.assert_allclose(excess["nll"].astype(float), envelope["value"].astype(float))
-    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
-    assert len(lines) == len(RANKS)
+    assert len(lines(figure.axes[0], marker="None")) == len(RANKS)
 
 
 def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
@@ -89,7 +88,7 @@ def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
     assert threshold["trainable_params"].to_dict() == {rank: 1000 * rank for rank in LEAVES}
     assert (threshold["tokens_low"] <= threshold["tokens"]).all()
     assert (threshold["tokens"] <= threshold["tokens_high"]).all()
-    circles = [line for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
+    circles = lines(figure.axes[1], marker="o")
     marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in circles}
     assert marks == set(zip(threshold["trainable_params"], threshold["tokens"], strict=True))
     _, first = draw("fig1_envelopes", learning())
@@ -101,7 +100,7 @@ def test_a_rank_that_never_leaves_is_a_triangle():
     stays = only(plotted, "stays")
     assert stays["rank"].tolist() == [32]
     assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
-    triangles = [line for line in figure.axes[1].get_lines() if line.get_marker() == "^"]
+    triangles = lines(figure.axes[1], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [32_000]
 
 
@@ -128,7 +127,7 @@ def test_the_fitted_line_and_the_description_length(drawn):
     [held] = only(plotted, "description_length").to_dict("records")
     assert held["bits"] == pytest.approx(9e4 / math.log(2))
     assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
-    vertical = [line for line in figure.axes[1].get_lines() if line.get_linestyle() == "--"]
+    vertical = lines(figure.axes[1], linestyle="--")
     assert [line.get_xdata()[0] for line in vertical] == [held["trainable_params"]]
     assert "130 kbit" in texts(figure)
 
@@ -152,13 +151,13 @@ def test_bits_stored_are_those_of_the_tables():
     assert len(seeds) == 3 * 3
     np.testing.assert_allclose(seeds, stored_bits(tables.runs).set_index("run_id")["bits_stored"][seeds.index])
     assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
-    lines = only(plotted, "per_parameter")
-    assert sorted(lines["bits"] / lines["trainable_params"]) == [1, 1, 2, 2]
+    ends = only(plotted, "per_parameter")
+    assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
     assert len(only(plotted, "diverged")) == 3
     assert "3 diverged" in texts(figure)
     levels = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if list(line.get_xdata()) == [0, 1]]
     assert levels == [ENTROPY]
-    squares = [line for line in figure.axes[0].get_lines() if line.get_marker() == "s"]
+    squares = lines(figure.axes[0], marker="s")
     assert [line.get_xdata()[0] for line in squares] == [828_288]
 
 

@@ -15,7 +15,7 @@ from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
 from ..handmade import curves_of, make_sweep, runs_table
-from .layout import draw, only, titles
+from .layout import draw, lines, only, titles
 
 NOTHING = pd.DataFrame()
 
@@ -30,7 +30,7 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
     wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
     wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}
     for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
-        [line] = [line for line in axes.get_lines() if line.get_marker() == marker]
+        [line] = lines(axes, marker=marker)
         rows = only(plotted, element)
         np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
         assert rows["rank"].tolist() == [1, 8, 64]
@@ -42,9 +42,9 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
     np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)
     assert formula["rank"].min() < 1
     assert formula["rank"].max() > 64
-    lines = [line.get_xydata().tolist() for line in flops.get_lines()]
-    assert formula[["rank", "ratio"]].to_numpy().tolist() in lines
-    assert {points[0][1] for points in lines if len(points) == 2} == {2 / 3, 1.0}
+    drawn = [line.get_xydata().tolist() for line in flops.get_lines()]
+    assert formula[["rank", "ratio"]].to_numpy().tolist() in drawn
+    assert {points[0][1] for points in drawn if len(points) == 2} == {2 / 3, 1.0}
 
 
 def test_each_model_and_setting_has_a_row_of_panels():
@@ -75,7 +75,7 @@ def test_loss_by_flops_draws_each_envelope_over_its_flops():
     wanted = loss_by_flops(runs, curves_of(runs))
     for label, style in arm_styles(plotted).items():
         points = wanted[wanted["method"] == ("fullft" if label == "FullFT" else "lora")]
-        [line] = [line for line in figure.axes[0].get_lines() if line.get_color() == style.colour]
+        [line] = lines(figure.axes[0], color=style.colour)
         np.testing.assert_array_equal(line.get_xydata(), points[["flops", "value"]].to_numpy(float))
         rows = only(plotted, "envelope", arm=label)
         np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])

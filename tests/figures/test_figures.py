@@ -18,7 +18,7 @@ from lorabench.store.tables import Tables
 
 from ..conftest import slow_but
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
-from .layout import draw, only, texts, titles
+from .layout import draw, lines, only, texts, titles
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
 OF_RUNS = [name for name, figure in FIGURES.items() if figure.table == "runs" and figure.task == "sft"]
@@ -130,8 +130,7 @@ def test_fig1_draws_the_envelope_of_each_arm_and_says_the_loss_before_training()
         envelope = only(plotted, "envelope", arm=label)
         # A log axis has no step 0.
         assert (envelope["step"] > 0).all()
-        lines = [line for line in figure.axes[0].get_lines() if line.get_color() == style.colour]
-        [line] = [line for line in lines if line.get_linewidth() == style.linewidth]
+        [line] = lines(figure.axes[0], color=style.colour, linewidth=style.linewidth)
         np.testing.assert_array_equal(line.get_xydata(), envelope[["step", "nll"]].to_numpy(float))
     assert only(plotted, "before_training")["nll"].item() == pytest.approx(4.2)
     assert "before training 4.20" in texts(figure)
@@ -154,7 +153,7 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     above = plotted[plotted["above_range"].eq(True)]
     assert above["nll"].tolist() == [40.0]
     assert figure.axes[0].get_ylim()[1] < 10
-    triangles = [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
+    triangles = lines(figure.axes[0], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [1e-4]
     rows = make_sweep(8) + [make_run(1, lr, final_test_nll=9.0 + lr, final_valid_nll=9.0 + lr) for lr in LRS]
     _, plotted = drawn("fig2_lr_by_rank", rows)
@@ -168,7 +167,7 @@ def test_fig2_marks_an_optimum_at_the_edge_as_not_resolved():
     assert not optimum["resolved"].item()
     assert optimum["lr"].item() == 3e-3
     assert optimum["lr_low"].isna().all()
-    diamonds = [line for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
+    diamonds = lines(figure.axes[0], marker="D")
     assert [line.get_markerfacecolor() for line in diamonds] == ["white"]
 
 

@@ -16,12 +16,12 @@ from lorabench.store.tables import Tables
 
 from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
+from .layout import DIVERGED, legend, lines, only, texts, titles
 from .layout import draw as drawn
-from .layout import legend, only, texts, titles
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
-LENGTHS = {25: 20.0, 50: 16.0, 100: 14.0, 400: 10.0}
+LENGTHS = {"step": [25, 50, 100, 400], "ratio": [20.0, 16.0, 14.0, 10.0]}
 
 
 def draw(name, runs, curves=None):
@@ -44,9 +44,7 @@ def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
     runs, _ = tables(
         arm(rank, optimum=3e-4 if rank is None else 3e-3, steps=steps, offsets=offsets, **settings) for rank in ranks
     )
-    points = runs[["run_id", "method", "lr", "seed"]].merge(
-        pd.Series(LENGTHS, name="ratio").rename_axis("step").reset_index(), "cross"
-    )
+    points = runs[["run_id", "method", "lr", "seed"]].merge(pd.DataFrame(LENGTHS), "cross")
     optimum = 3e-4 * points["ratio"].where(points["method"] == "lora", 1)
     luck = points["seed"].map(dict(enumerate(offsets)))
     points["value"] = 2.1 + CURVATURE * np.log(points["lr"] / optimum) ** 2 + luck
@@ -94,7 +92,7 @@ def test_law_published_optima_are_those_of_the_reference():
 
 ODD_MODELS = {
     "one model": lambda: models({"l64": MODELS["l64"]})[0],
-    "all diverged": lambda: models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan),
+    "all diverged": lambda: models()[0].assign(**DIVERGED),
     "no sizes": lambda: models()[0].drop(columns=["family", "hidden_size"]),
     "a family without a published law": lambda: models({"g": ("gemma3", 64), "l": ("llama", 64)})[0],
 }
@@ -118,24 +116,17 @@ def test_law_of_odd_tables():
 def test_short_run_draws_losses_as_of_each_length():
     runs, curves = lengths()
     figure, plotted = draw("short_run", runs, curves)
-    assert titles(figure) == [
-        f"tiny · instruct · {what}" for what in ("at step 50", "at step 100", "at step 400", "LR ratio")
-    ]
-    for step in (50, 100):
-        loss = only(plotted, "loss")
-        loss = loss[loss["steps"] == step]
-        at = curves[curves["step"] == step].merge(runs[["run_id", "method", "lr"]], on="run_id")
-        means = at.groupby(["method", "lr"])["value"].mean()
-        assert loss.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
-    full = only(plotted, "loss")[only(plotted, "loss")["steps"] == 400]
-    means = runs.groupby(["method", "lr"])["final_valid_nll"].mean()
-    assert full.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
+    panels = ["at step 50", "at step 100", "at step 400", "LR ratio"]
+    assert titles(figure) == [f"tiny · instruct · {panel}" for panel in panels]
+    measured = curves.merge(runs[["run_id", "method", "lr"]], on="run_id").groupby(["step", "method", "lr"])["value"]
+    shown = only(plotted, "loss").set_index(["steps", "method", "lr"])["nll"]
+    assert shown.to_dict() == pytest.approx(measured.mean().loc[[50, 100, 400]].to_dict())
     ratio = only(plotted, "ratio").set_index("steps")
-    assert ratio["ratio"].to_dict() == pytest.approx(LENGTHS)
+    assert ratio["ratio"].to_dict() == pytest.approx(dict(zip(*LENGTHS.values(), strict=True)))
     assert (ratio["ratio_low"] < ratio["ratio"]).all()
     assert (ratio["ratio_high"] > ratio["ratio"]).all()
     assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
-    levels = {line.get_ydata()[0] for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"}
+    levels = {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")}
     assert levels == {10.0, 15.0}
 
 
@@ -143,7 +134,7 @@ def test_short_run_counts_what_had_diverged_by_then():
     runs, curves = lengths()
     gone = (runs["lr"] > 2e-2) & (runs["method"] == "lora")
     runs = runs.assign(diverged_at=pd.array([70 if diverged else None for diverged in gone], dtype="Int64"))
-    runs.loc[gone, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    runs.loc[gone, list(DIVERGED)] = list(DIVERGED.values())
     curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
     _, plotted = draw("short_run", runs, curves)
     assert only(plotted, "diverged")["steps"].tolist() == [100, 400]
@@ -192,8 +183,8 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
     low, high = figure.axes[0].get_ylim()
     assert low < shown.min()
     assert shown.max() < high
-    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
-    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in shown.groupby("rank")}
+    drawn = {tuple(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    assert drawn >= {tuple(sweep) for _, sweep in shown.groupby("rank")}
 
 
 # The LR ratio by condition, with theories.

@@ -13,12 +13,11 @@ from lorabench.store.tables import Tables
 
 from ..handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
+from .layout import DIVERGED, lines, only, texts
 from .layout import draw as drawn
-from .layout import only, texts
 
 SEEDS = range(3)
 NAMES = ("early", "parametrization", "variants")
-DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
 
 
 def draw(name, runs, curves):
@@ -27,12 +26,6 @@ def draw(name, runs, curves):
 
 def grid(*configurations, seeds=SEEDS, **columns):
     return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
-
-
-def line_at(axes, name, value):
-    """Return the only line of the axes with a value of a property."""
-    [line] = [line for line in axes.get_lines() if getattr(line, f"get_{name}")() == value]
-    return line
 
 
 # Early curves
@@ -57,14 +50,15 @@ def test_early_curves_are_means_over_seeds_and_differences_show_their_sign():
     expected = [np.mean([nll(run | {"seed": seed}, step) for seed in SEEDS]) for step in range(1, 33)]
     np.testing.assert_allclose(curve["nll"].astype(float), expected)
     colour = arm_styles(plotted.dropna(subset=["arm"]))["LoRA r64"].colour
-    np.testing.assert_allclose(line_at(left, "color", colour).get_ydata(), expected)
+    [line] = lines(left, color=colour)
+    np.testing.assert_allclose(line.get_ydata(), expected)
     rows = only(plotted, "difference").set_index("step")
     # The lowest rank is 1, which the paper's figure does not have.
     assert set(rows["rank"]) == {4}
     assert set(rows["other_rank"]) == {64}
     for step in (2, 9, 10, 32):
         assert rows.loc[step, "difference"] == pytest.approx(0.001 * sign(step) * step * 1.1)
-    below = line_at(right, "markerfacecolor", "white")
+    [below] = lines(right, markerfacecolor="white")
     assert list(below.get_xdata()) == list(range(1, 10))
     assert (below.get_ydata() > 0).all()
     assert right.get_yscale() == "log"
@@ -112,7 +106,7 @@ def test_first_descents_by_rule(parametrization):
     assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)
     assert rows["alpha / sqrt(r)", 1] == pytest.approx(1 / 4, rel=0.05)
     assert rows["constant factor", 1] == pytest.approx(1 / 16, rel=0.05)
-    dotted = [line.get_ydata() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    dotted = [line.get_ydata() for line in lines(figure.axes[0], linestyle=":")]
     assert any(np.allclose(values, [rows["constant factor", 1], 1.0]) for values in dotted if len(values) == 2)
 
 
@@ -125,7 +119,7 @@ def test_equivalent_pairs_and_others(parametrization):
     # The four configurations of the setting have five other pairs.
     assert others["n"].item() == 5 * len(SEEDS)
     assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
-    levels = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if line.get_linestyle() == ":"]
+    levels = [line.get_ydata()[0] for line in lines(figure.axes[1], linestyle=":")]
     assert levels == [1e-5]
     assert plotted["step"].min() >= 1
     figure, _ = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=lambda run, step: 3.0 + run["seed"]))
@@ -138,7 +132,7 @@ def test_times_until_a_moves_and_sizes_of_updates(parametrization):
     assert a_moved({"init_a": 1.0, "lr": 4e-3}, 1 + 12.5) == pytest.approx(1.0)
     assert moved["value"].item() == pytest.approx(13.5, rel=0.03)
     assert only(plotted, "a_not_moved")["value"].tolist() == [64]
-    triangles = [line for line in figure.axes[2].get_lines() if line.get_marker() == "^"]
+    triangles = lines(figure.axes[2], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [pytest.approx(1e5)]
     sizes = only(plotted, "update_norm", arm="LoRA r16").set_index("step")
     assert set(sizes.index) == {1, 2, 4, 8, 16, 32, 64}
@@ -150,7 +144,7 @@ def test_sizes_of_updates_beside_runs_in_which_a_is_still():
     still = only(plotted, "still_a").set_index("step")
     norms = [update_norm({"lr": 1e-4, "seed": seed}, 16) / 1e-3 for seed in SEEDS]
     assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
-    line = line_at(figure.axes[3], "linestyle", "--")
+    [line] = lines(figure.axes[3], linestyle="--")
     np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
 
 

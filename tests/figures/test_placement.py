@@ -11,7 +11,7 @@ from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
-from .layout import draw, only, texts, titles
+from .layout import draw, lines, only, texts, titles
 
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 
@@ -48,13 +48,13 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
         for label, minimum in comparison.fit.minima.items():
             numbers = final.loc[(size, label), ["nll", "low", "high"]].astype(float)
             np.testing.assert_allclose(numbers, [minimum.value, *minimum.interval()])
-    [line] = [line for line in figure.axes[4].get_lines() if line.get_linestyle() == "--"]
+    [line] = lines(figure.axes[4], linestyle="--")
     assert line.get_color() == arm_styles(plotted.dropna(subset=["arm"]))["LoRA r8"].colour
     np.testing.assert_allclose(line.get_ydata(), gaps["gap"].astype(float))
     # Curves are envelopes, solid of FullFT and dashed of LoRA.
     for arm, linestyle, size, axes in (("FullFT", "-", 4, 0), ("LoRA r8", "--", 64, 2)):
         points = only(plotted, "envelope", arm=arm, batch_size=size)
-        [line] = [line for line in figure.axes[axes].get_lines() if line.get_linestyle() == linestyle]
+        [line] = lines(figure.axes[axes], linestyle=linestyle)
         np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
 
 
@@ -62,7 +62,7 @@ def test_of_several_lengths_the_longest_is_compared():
     short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in by_size(sizes=(64,))]
     figure, _ = drawn_by_size(by_size() + short)
     assert titles(figure)[:4] == ["batch 4", "batch 16", "batch 64", "batch 64"]
-    [line] = [line for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"]
+    [line] = lines(figure.axes[-1], linestyle="--")
     assert len(line.get_xdata()) == 3
 
 
@@ -103,10 +103,10 @@ def test_losses_by_parameters_are_those_of_the_fit():
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "attn r27  0.15M", "all r16  0.22M", "FullFT  0.83M"]
     # Placement is line style and marker, and rank is colour.
-    lines = [line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None"]
-    assert {line.get_linestyle() for line in lines} == {"-", "--", ":"}
-    assert {"o", "P", "v", "s"} <= {line.get_marker() for line in figure.axes[0].get_lines()}
-    assert len({line.get_color() for line in lines if line.get_linestyle() == ":"}) == 2
+    shown = figure.axes[0].get_lines()
+    assert {line.get_linestyle() for line in shown} == {"-", "--", ":", "None"}
+    assert {"o", "P", "v", "s"} <= {line.get_marker() for line in shown}
+    assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
 
 
 def test_a_best_lr_at_the_edge_is_open():

@@ -18,7 +18,7 @@ from ..handmade import curves_of, make_sweep, runs_table
 from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
 from ..handmade.sft import tables
 from .layout import draw as drawn
-from .layout import legend, only, texts, titles
+from .layout import legend, lines, only, texts, titles
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 OF_RESPONSES = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
@@ -112,7 +112,7 @@ def test_the_base_and_controls_are_lines_with_an_entry():
         assert only(plotted, element)["accuracy"].tolist() == [height]
     for axes in figure.axes[:2]:
         for look, height in zip(("-", ":", "--"), heights.values(), strict=True):
-            assert height in [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == look]
+            assert height in [line.get_ydata()[0] for line in lines(axes, linestyle=look)]
         low, high = axes.get_ylim()
         assert low < BASE < high
     assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
@@ -129,7 +129,7 @@ def test_no_accuracy_is_beyond_the_range():
     low, high = figure.axes[0].get_ylim()
     assert low < only(plotted, "accuracy")["accuracy"].min() == 0
     assert high > 1
-    assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
+    assert not lines(figure.axes[0], marker="^")
 
 
 # Placement.
@@ -166,9 +166,9 @@ def test_fig7_curves_are_test_accuracies_at_the_best_lr():
     assert set(curves["step"]) == {0, STEPS // 2, STEPS}
     assert curves.loc[curves["step"] == STEPS, "accuracy"].tolist() == pytest.approx([0.8] * 3)
     styles = arm_styles(plotted.dropna(subset=["arm"]))
-    lines = {line.get_color(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
     for label, points in curves.groupby("arm"):
-        assert lines[styles[str(label)].colour] == pytest.approx(points["accuracy"].tolist())
+        [line] = lines(figure.axes[0], color=styles[str(label)].colour)
+        np.testing.assert_allclose(line.get_ydata(), points["accuracy"])
     assert "3 seeds" in texts(figure, 0)
 
 
@@ -219,7 +219,7 @@ def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_l
     assert only(plotted, "above_max_kl")["lr"].tolist() == [1e-5]
     assert texts(figure, 3) == "3 seeds · 1 run above 0.01"
     assert axes.get_yscale() == "log"
-    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == "--"] == [0.01]
+    assert [line.get_ydata()[0] for line in lines(axes, linestyle="--")] == [0.01]
 
 
 # Tables of every kind.
