@@ -238,18 +238,18 @@ def compute(
 ) -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
     planned, layout = plan_and_layout(preset)
-    if planned.preset.experiments.compute is None:
+    experiment = planned.preset.experiments.compute
+    if experiment is None:
         raise UserError(f"preset {layout.name} has no experiment compute")
-    names = planned.preset.experiments.compute.models
     with own_gpus(planned):
         import pandas as pd
 
         from lorabench.store.io import write_frame
-        from lorabench.training.step_cost import compute_table
+        from lorabench.training.step_cost import measure_compute
 
-        at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
-        measured = [compute_table(at_commits, name) for name in names]
-        write_frame(pd.concat(measured), "compute", out or layout.tables())
+        settings = experiment, planned.preset.execution.threads, planned.preset.protocol
+        tables = [measure_compute(name, layout.model(name), *settings) for name in experiment.models]
+        write_frame(pd.concat(tables), "compute", out or layout.tables())
 
 
 @steps.command()

@@ -21,6 +21,7 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.record import Check, Speed, measured
 from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
+from lorabench.models.base import config_of
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
@@ -140,26 +141,9 @@ def random_model(
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
-    common: dict[str, Any] = {
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": sizes.tied,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    }
-    config: Any
-    if sizes.experts:
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        config = Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    else:
-        family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-        config = family(intermediate_size=sizes.intermediate, **common)
+    config = config_of(sizes, 1 << 17)
     options: dict[str, Any] = {}
     if plain:
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
@@ -214,8 +198,8 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
     try:
-        autocast = torch.bfloat16 if precision == "bf16" else None
-        loss = batch_gradient(model, split, np.arange(_ROWS), _one_pass(machine, subject), autocast)[0]
+        precise = replace(_one_pass(machine, subject), autocast=torch.bfloat16 if precision == "bf16" else None)
+        loss = batch_gradient(model, split, np.arange(_ROWS), precise)[0]
     finally:
         matmul.allow_tf32 = before
     difference = square = 0.0
@@ -248,10 +232,10 @@ def training_step(preset: Preset, machine: Machine, subject: Subject) -> Callabl
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
     split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
-    at_once, autocast = _one_pass(machine, subject), machine.autocast(preset.protocol)
+    at_once = _one_pass(machine, subject)
 
     def step() -> None:
-        batch_gradient(model, split, np.arange(len(split)), at_once, autocast)
+        batch_gradient(model, split, np.arange(len(split)), at_once)
         clip_gradient(parameters.values(), preset.protocol.clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -29,7 +29,7 @@ from lorabench.models.base import (
     package_versions,
     weights_sha256,
 )
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, set_vllm_environment, vllm_version
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -84,12 +84,13 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
             check_run(record, job.model, spec, layout)
         machine = machine_of(plan)
         if plan.preset.execution.sampler == "vllm":
-            check_vllm(spec, machine.device, None if record is None else record["spec"]["placement"])
+            placement = None if record is None else record["spec"]["placement"]
+            check_vllm(spec, machine.device, placement=placement)
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
         catalog.check_settings(loaded, job.model, max_length(spec))
-        autocast = machine.autocast(plan.preset.protocol)
+        autocast = machine.autocast
         lm: TemplateLM
         if plan.preset.execution.sampler == "vllm":
             lm = vllm_lm_eval_model(spec, record, layout, evaluation.batch_size, autocast, machine.device)
@@ -210,7 +211,8 @@ def vllm_lm_eval_model(
         folder = str(RunFolder(layout.runs, record["run_id"]).weights)
         lora = {"lora_local_path": folder, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    set_vllm_environment(device)
+    for name, value in vllm_environment(on_cpu).items():
+        os.environ.setdefault(name, value)
     # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
     importlib.metadata.version = lambda distribution_name: (
         vllm_version() if distribution_name == "vllm" else version(distribution_name)

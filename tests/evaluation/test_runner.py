@@ -39,6 +39,7 @@ from lorabench.runs import EvalJob
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import EVALS
 from lorabench.training.loss import mean_nll
+from lorabench.training.run import Machine
 from lorabench.utils.files import write_json
 
 from ..training.several import write_tied
@@ -162,7 +163,7 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
     tokenizer = load_tokenizer(spec)
     rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
     split = split_of([encode_chat(tokenizer, row["messages"]) for row in rows])
-    own = mean_nll(model, split, 2048, CPU, None)
+    own = mean_nll(model, split, Machine(CPU, 2048))
     lm = lm_eval_model(model, tokenizer, 4, None)
     pairs = [
         (lm.apply_chat_template(row["messages"][:1]), row["messages"][1]["content"] + tokenizer.eos_token)
@@ -203,7 +204,7 @@ def test_rolling_likelihood_starts_from_the_end_token(trained, base):
     texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
     encoded = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
     split = split_of([(ids, [False] + [True] * (len(ids) - 1)) for ids in encoded])
-    own = mean_nll(load_model(spec), split, 2048, CPU, None)
+    own = mean_nll(load_model(spec), split, Machine(CPU, 2048))
     assert nats_per_token(bits(base, "lorabench_pretraining"), texts, split) == pytest.approx(own, abs=1e-3)
 
 
@@ -214,7 +215,7 @@ def test_bits_of_right_answers_are_their_nll_without_the_end_token(trained, base
     encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
     without = [[on and i != tokenizer.eos_token_id for i, on in zip(*text, strict=True)] for text in encoded]
     split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
-    own = mean_nll(load_model(spec), split, 2048, CPU, None)
+    own = mean_nll(load_model(spec), split, Machine(CPU, 2048))
     answers = [row["messages"][1]["content"] for row in rows]
     assert nats_per_token(bits(base, "lorabench_instruct_bits"), answers, split) == pytest.approx(own, abs=1e-3)
 
