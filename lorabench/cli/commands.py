@@ -105,10 +105,10 @@ def plan(
 
     if gpu is not None:
         planned = make_plan(on_gpu(planned.preset, gpu))
-    speed = speed_of(planned, layout, measured or [])
-    if speed is not None:
-        planned = make_plan(planned.preset.with_execution(gflops=speed.gflops))
-    cores, notes = os.cpu_count() or 1, [] if speed is None else [speed.sentence]
+    cores, notes = os.cpu_count() or 1, list[str]()
+    if (speed := speed_of(planned, layout, measured or [])) is not None:
+        gflops, sentence = speed
+        planned, notes = make_plan(planned.preset.with_execution(gflops=gflops)), [sentence]
     if as_json:
         print(plan_json(planned, cores, price, notes))
     else:

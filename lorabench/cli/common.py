@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for, space_for
-from lorabench.utils.gpus import own_devices, reduce_fragmentation
+from lorabench.utils.gpus import own_devices
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
@@ -91,6 +91,5 @@ def own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
     if planned.preset.execution.gpu is None:
         yield
         return
-    reduce_fragmentation()
     with own_devices(processes, lambda line: print(line, file=sys.stderr)):
         yield

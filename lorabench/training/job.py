@@ -30,7 +30,7 @@ from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Job, Run, Sweep, best_lr, ending, next_runs, validation_loss
-from lorabench.store.collect import sweep_rows, write_curves, write_job, write_test_losses
+from lorabench.store.collect import sweep_rows, write_entries, write_job
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
 from lorabench.store.run_folder import RunFolder
@@ -120,8 +120,8 @@ class SweepContext:
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
-                write_curves(run.run_id, outcome.curve, staged.curves)
-                write_test_losses(run.run_id, outcome.test_losses, staged.test_losses)
+                write_entries(run.run_id, map(vars, outcome.curve), "curves", staged.curves)
+                write_entries(run.run_id, map(vars, outcome.test_losses), "test_losses", staged.test_losses)
                 if keep:
                     model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
                 write_json(record, staged.record)

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.store.io import write_table
+from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
+from lorabench.store.schemas import JOB
 from lorabench.utils.files import atomic_path, digest, read_parquet
 
 _VERSION = b"protocol_version"
@@ -49,13 +49,8 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
         rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in planned} if path.exists() else {}
         for folder in (RunFolder(layout.runs, run_id) for run_id in planned):
             if folder.done():
-                losses = folder.read_test_losses()
-                rows[folder.run_id] = {
-                    "run_id": folder.run_id,
-                    "record": json.dumps(folder.read_record(), separators=(",", ":")),
-                    "curve": folder.read_curves().drop_columns(["run_id"]).to_pylist(),
-                    "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
-                }
+                record = json.dumps(folder.read_record(), separators=(",", ":"))
+                rows[folder.run_id] = {"run_id": folder.run_id, "record": record, **folder.read_nested()}
         if rows:
             table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
             with atomic_path(path) as partial:
@@ -88,11 +83,9 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
         run_id = row["run_id"]
         with RunFolder(layout.runs, run_id).finishing() as staging:
             staged = RunFolder(staging.parent, staging.name)
-            curves = [{"run_id": run_id, **point} for point in row["curve"]]
-            write_table(pa.Table.from_pylist(curves, schema=CURVES), staged.curves)
+            write_entries(run_id, row["curve"], "curves", staged.curves)
             if row["test_losses"] is not None:
-                losses = [{"run_id": run_id, "example": i, **loss} for i, loss in enumerate(row["test_losses"])]
-                write_table(pa.Table.from_pylist(losses, schema=TEST_LOSSES), staged.test_losses)
+                write_entries(run_id, row["test_losses"], "test_losses", staged.test_losses)
             staged.restored.touch()
             staged.record.write_text(row["record"] + "\n")
     return len(missing), len(known) - len(missing), len(rows) - len(known)
