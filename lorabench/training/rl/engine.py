@@ -101,7 +101,7 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
     share = None
     if device.type == "cuda":
-        share = min(0.95, memory.total / torch.cuda.get_device_properties(device).total_memory)
+        share = min(0.95, sum(memory) / torch.cuda.get_device_properties(device).total_memory)
     options = llm_options(model_location(spec), dtype, longest, int(memory.cache), max_rank, share, tokenizes)
     options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
     if isinstance(spec, HubModel):
