@@ -30,7 +30,7 @@ StepTimes = tuple[list[float], list[float]]
 
 def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
     """Train the run as a job does."""
-    from lorabench.training.job import SweepContext
+    from lorabench.training.context import SweepContext
     from lorabench.training.rl.trainer import RlTrainer
     from lorabench.training.run import machine_of
 

@@ -27,7 +27,7 @@ from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experime
 from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
-from lorabench.training.job import code_state
+from lorabench.training.context import code_state
 from lorabench.training.run import machine_of, machine_state
 from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
 

@@ -1,4 +1,4 @@
-"""A job: the sweeps that one process, or several together, trains one after another; and what their runs share.
+"""A job: the sweeps that one process, or several together, trains one after another.
 
 The runs of a sweep are trained in waves, which `lorabench.runs.next_runs` determines from the validation losses so far.
 Finished runs are skipped, and unfinished ones go on from their checkpoints.
@@ -6,219 +6,27 @@ Finished runs are skipped, and unfinished ones go on from their checkpoints.
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import resource
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lorabench.config.inputs import FactsDataset
 from lorabench.errors import UserError
-from lorabench.models.base import load_model, skeleton, weights_sha256
-from lorabench.models.counts import base_parameters, train_flops_per_token
-from lorabench.models.lora import add_lora, use_fast_products
-from lorabench.models.passes import recompute_activations, trained_parameters
-from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Job, Run, Sweep, best_lr, ending, next_runs, validation_loss
-from lorabench.store.collect import sweep_rows, write_entries, write_job
+from lorabench.store.collect import sweep_rows, write_job
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
-from lorabench.store.run_folder import RunFolder
-from lorabench.training.checkpoint import Checkpoint, whole_weights
+from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.loss import check_plain_head
-from lorabench.training.run import Machine, Outcome, machine_of, machine_state
+from lorabench.training.run import machine_of
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
-from lorabench.utils.files import atomic_path, write_json
 from lorabench.utils.lock import locked
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_REPOSITORY = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class SweepContext:
-    """The plan, files and machine that the runs of one sweep share."""
-
-    plan: Plan
-    sweep: Sweep
-    layout: Layout
-    machine: Machine
-
-    def folder(self, run: Run) -> RunFolder:
-        """Return the folder of a run."""
-        return RunFolder(self.layout.runs, run.run_id)
-
-    def checkpoint(self, run: Run) -> Checkpoint:
-        """Return the checkpoint of a run."""
-        path, machine = self.folder(run).checkpoint, self.machine
-        return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
-
-    def recomputes(self) -> bool:
-        """Return whether the backward pass computes each layer again."""
-        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
-        return {
-            **machine_state(self.machine.device),
-            "processes": self.machine.processes.count,
-            "bf16_products": self.machine.bf16_products,
-            **code_state(self.layout.patches),
-            "model_sha256": weights_sha256(self.layout.model(self.sweep.condition.model)),
-            "hub_commits": self.layout.commits(self.sweep.condition),
-        }
-
-    def write(self, run: Run, model: torch.nn.Module, outcome: Outcome, environment: dict[str, Any]) -> None:
-        """Write a finished run's record, curves and weights atomically. Every process must call this."""
-        condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
-        rollouts, dataset = condition.rollouts, preset.sources[condition.dataset]
-        config: Any = model.config
-        if self.machine.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.machine.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        record = {
-            "run_id": run.run_id,
-            "spec": {
-                **asdict(condition),
-                **({"group_size": rollouts.group_size, "max_new_tokens": rollouts.max_new_tokens} if rollouts else {}),
-                "lr": run.lr,
-                "seed": run.seed,
-                "protocol": preset.protocol.model_dump(),
-            },
-            "outcome": {
-                **{key: value for key, value in asdict(outcome).items() if key not in ("curve", "test_losses")},
-                "trainable_params": sum(parameter.numel() for parameter in trained_parameters(model).values()),
-                "base_params": base_parameters(model),
-                "family": config.model_type,
-                "hidden_size": config.hidden_size,
-                "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
-                "train_flops": train_flops_per_token(model) * outcome.train_tokens,
-                "peak_mem_bytes": int(processes.most(peak)),
-            },
-            "environment": environment,
-        }
-        keep = outcome.status != "diverged"
-        # PEFT would else add a copy of an adapted unembedding to the adapter.
-        options: dict[str, Any] = {"save_embedding_layers": False} if condition.method == "lora" else {}
-        if keep and processes.sharded:
-            options["state_dict"] = whole_weights(model, processes)
-        if processes.first:
-            with self.folder(run).finishing() as staging:
-                staged = RunFolder(staging.parent, staging.name)
-                write_entries(run.run_id, map(vars, outcome.curve), "curves", staged.curves)
-                write_entries(run.run_id, map(vars, outcome.test_losses), "test_losses", staged.test_losses)
-                if keep:
-                    model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
-                write_json(record, staged.record)
-        processes.wait()
-
-
-class Base:
-    """The base model of a job's sweeps.
-
-    It is loaded once for LoRA, which does not change it, and again after each full fine-tuning. A model that is sharded
-    is loaded again for each run, since LoRA must be added before.
-    """
-
-    def __init__(self) -> None:
-        self._model: PreTrainedModel | None = None
-
-    def untrained(self, context: SweepContext) -> PreTrainedModel:
-        """Return the base model; if it will be sharded, only the first process has weights, on its CPU."""
-        if self._model is None:
-            spec, processes = context.layout.model(context.sweep.condition.model), context.machine.processes
-            # An unused sharded model is kept alive by reference cycles, and is as large as the model loaded now.
-            gc.collect()
-            if processes.sharded:
-                self._model = load_model(spec) if processes.first else skeleton(spec)
-            else:
-                self._model = load_model(spec).to(context.machine.device)
-            check_plain_head(self._model)
-            if context.recomputes():
-                recompute_activations(self._model)
-        return self._model
-
-    def sharded(self, context: SweepContext) -> PreTrainedModel:
-        """Return the base model, sharded over the processes if there are several; it can then only be evaluated."""
-        model = self.untrained(context)
-        if context.machine.processes.sharded:
-            self._model = None
-        return context.machine.processes.shard(model)
-
-    @contextmanager
-    def trainable(self, context: SweepContext, run: Run) -> Iterator[torch.nn.Module]:
-        """Provide the model of a run: the base model itself, or with a new adapter, sharded if there are processes."""
-        model, processes = self.untrained(context), context.machine.processes
-        if run.condition.method == "fullft" or processes.sharded:
-            self._model = None
-            yield processes.shard(model if run.condition.method == "fullft" else with_adapter(model, context, run))
-            return
-        adapted = with_adapter(model, context, run)
-        # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        use_fast_products(adapted, keep_cast=not context.recomputes())
-        try:
-            yield adapted
-        finally:
-            self._model = adapted.unload()
-            self._model.requires_grad_(True)
-
-
-def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
-    """Return a base model with the new adapter of a run."""
-    condition = run.condition
-    assert condition.rank
-    assert condition.placement
-    assert condition.alpha
-    head = context.plan.preset.protocol.include_unembedding
-    init_a = condition.init_a or 1.0
-    return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a)
-
-
-def now() -> str:
-    """Return the time in UTC, for a run's record."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def code_state(patches: Path) -> dict[str, str | None]:
-    """Return the code's git commit and, if the tree is dirty, the hash of its diff, saved in `patches/<hash>.patch`.
-
-    Both are null for an installed wheel, even if the environment lies inside a repository of the user's own.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != _REPOSITORY.resolve():
-            return {"git_sha": None, "git_dirty_patch": None}
-        sha = git("rev-parse", "HEAD").strip()
-        # Other tracked files, such as figures, do not affect a run.
-        diff = git("diff", "HEAD", "--", "lorabench", "workflow", "Snakefile")
-    except (OSError, subprocess.SubprocessError):
-        return {"git_sha": None, "git_dirty_patch": None}
-    patch = hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
-    path = patches / f"{patch}.patch"
-    if diff and not path.exists():
-        with atomic_path(path) as partial:
-            partial.write_text(diff)
-    return {"git_sha": sha, "git_dirty_patch": patch}
-
 
 Trainer = Callable[[SweepContext, Run, Callable[[int], None]], None]
 """A trainer: trains a run, calls the function after each step with the number of finished steps, and writes the run."""

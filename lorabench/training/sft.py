@@ -26,7 +26,7 @@ from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.adapter import AdapterProbe
 from lorabench.training.checkpoint import Checkpoint
-from lorabench.training.job import Base, SweepContext, now
+from lorabench.training.context import Base, SweepContext, now
 from lorabench.training.loss import (
     MAX_LOGITS,
     PASS_TOKENS,

@@ -12,9 +12,9 @@ from pandas.testing import assert_frame_equal
 from lorabench.errors import UserError
 from lorabench.runs import Job
 from lorabench.store.progress import status
-from lorabench.training import job as module
-from lorabench.training import sft
-from lorabench.training.job import Base, run_job
+from lorabench.training import context, sft
+from lorabench.training.context import Base
+from lorabench.training.job import run_job
 
 from .conftest import trained
 
@@ -58,7 +58,7 @@ def test_a_second_call_trains_nothing(ready, monkeypatch):
 
 
 def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
-    real = module.load_model
+    real = context.load_model
 
     def scrambled(spec):
         model = real(spec)
@@ -67,7 +67,7 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
             model.lm_head.weight.normal_(std=3.0)
         return model
 
-    monkeypatch.setattr(module, "load_model", scrambled)
+    monkeypatch.setattr(context, "load_model", scrambled)
     with pytest.raises(UserError, match="base model tiny has a validation loss of .* worse than guessing"):
         trained(*ready("scrambled"), "lora")
 
@@ -88,7 +88,7 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
 
         monkeypatch.setattr(module, name, call)
 
-    counting(module, "load_model")
+    counting(context, "load_model")
     counting(sft, "read_tokens")
     # The base model is taken for its evaluation.
     counting(Base, "sharded")

@@ -34,8 +34,8 @@ from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
 from lorabench.models.vllm_support import max_lora_rank, vllm_environment
 from lorabench.planning.engine import engine_memory
+from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
-from lorabench.training.job import SweepContext
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
 
 _PREFIX = "lorabench-policy-"

@@ -20,8 +20,8 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
+from lorabench.training.context import Base, SweepContext, now, with_adapter
 from lorabench.training.distributed import full_tensor
-from lorabench.training.job import Base, SweepContext, now, with_adapter
 from lorabench.training.rl.engine import PolicyEngine, engine_settings
 from lorabench.training.rl.loop import Environment, Grade, Sampler, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import ProblemTexts
