@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.gpus import own_devices, reduce_fragmentation, visible_devices
+from lorabench.utils.gpus import own_devices, visible_devices
 
 # Each line is written at once: a job says which devices it takes and that it gives them back.
 JOB = """
@@ -75,19 +75,15 @@ def test_the_devices_that_slurm_assigned_stay(machine, monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
-def test_no_device_is_assigned_where_there_is_none(machine, monkeypatch):
+def test_where_there_is_no_device_only_a_setting_of_the_allocator_is_made_unless_the_user_made_one(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with own_devices(1, print), own_devices(1, print):
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-
-
-def test_a_setting_of_the_allocator_is_kept(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    reduce_fragmentation()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    with own_devices(1, print), own_devices(1, print):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
-    reduce_fragmentation()
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    with own_devices(1, print):
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
