@@ -151,8 +151,9 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             if len(other):
                 place = other.index[0]
                 key = " ".join(f"{name} {value}" for name, value in all_keys.loc[place].items() if not pd.isna(value))
-                contradicting = values[row.eq(row.to_dict()[place])].items()
-                values_in = " and ".join(f"{value!r} in {folder}" for (folder, _), value in contradicting)
+                contradicting = values[row.eq(row.to_dict()[place])]
+                pairs = zip(contradicting.index.get_level_values(0), contradicting.tolist(), strict=True)
+                values_in = " and ".join(f"{value!r} in {folder}" for folder, value in pairs)
                 raise UserError(f"{name}: {key} has {column} = {values_in}")
         merged[column] = first
     table = pd.DataFrame(merged, columns=columns)
