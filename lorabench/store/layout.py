@@ -114,10 +114,6 @@ class Layout:
         """Return the file of a job's runs."""
         return self.root / "jobs" / f"{job.job_id}.parquet"
 
-    def restored(self, job: Job) -> Path:
-        """Return the empty file that says that the file of a job was made from restored runs, without its input."""
-        return self.root / "jobs" / f"{job.job_id}.restored"
-
     def base_scores(self, determining: Mapping[str, Any]) -> Path:
         """Return the file of a base model's scores in RL, given all that they depend on as plain data."""
         return self.root / "base_scores" / f"{digest(determining)}.json"

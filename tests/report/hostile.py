@@ -46,7 +46,13 @@ def hostile_report(report: Any) -> Any:
     evals = [make_eval(rank, 0.5, **{name: f"{name}{HOSTILE}" for name in columns("evals")}) for rank in ("base", None)]
 
     def spoilt(name: str) -> Any:
-        return lambda table: table.assign(**{column: _spoil(table, column) for column in columns(name)})
+        def spoil(table: pd.DataFrame) -> pd.DataFrame:
+            texts = {column: f"{column}{HOSTILE}" for column in columns(name)}
+            # The ids of claims stay distinct.
+            ids = [f"claim_id{HOSTILE}{place}" for place in range(len(table))]
+            return table.assign(**texts | ({"claim_id": ids} if name == "claims" else {}))
+
+        return spoil
 
     evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
     return report(
@@ -58,9 +64,3 @@ def hostile_report(report: Any) -> Any:
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],
     )
-
-
-def _spoil(table: pd.DataFrame, column: str) -> list[str]:
-    """Return HOSTILE for each row; the ids of claims stay distinct."""
-    number = range(len(table)) if column == "claim_id" else [""] * len(table)
-    return [f"{column}{HOSTILE}{place}" for place in number]

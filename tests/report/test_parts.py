@@ -1,4 +1,4 @@
-"""The curves that are thinned for the page, and the tables that it offers for download."""
+"""Parts of the page: its sections, the curves that are thinned for it, and the tables that it offers for download."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.claims.judge import CLAIMS
+from lorabench.figures.catalog import FIGURES
 from lorabench.report import page
-from lorabench.report.page import curves_to_draw, table_downloads, thinned
+from lorabench.report.page import SECTIONS, arrange, curves_to_draw, table_downloads, thinned
 from lorabench.report.summary import labelled
 
 from ..handmade import curves_of, make_sweep, runs_table
@@ -24,6 +26,29 @@ from ..handmade import curves_of, make_sweep, runs_table
 @pytest.fixture
 def runs() -> pd.DataFrame:
     return labelled(runs_table(make_sweep(None) + make_sweep(4)))
+
+
+def test_each_figure_and_each_claim_has_one_place():
+    placed = [name for section in SECTIONS for name in section["figures"]]
+    assert sorted([*placed, "verdicts"]) == sorted(FIGURES)
+    section_of = {claim: section["short"] for section in SECTIONS for claim in section["claims"]}
+    assert sorted(claim for section in SECTIONS for claim in section["claims"]) == sorted(claim.id for claim in CLAIMS)
+    numbered = {claim.id: claim.figure[0] for claim in CLAIMS if claim.figure[0].isdigit()}
+    assert numbered
+    assert {claim: section_of[claim] for claim in numbered} == {
+        claim: f"Fig. {number}" for claim, number in numbered.items()
+    }
+    ids = [section["id"] for section in SECTIONS]
+    assert len({*ids, *FIGURES}) == len(ids) + len(FIGURES)
+
+
+def test_what_is_in_no_section_comes_last_and_empty_sections_are_left_out():
+    figures = [{"name": "new_figure"}, {"name": "fig1_envelopes"}]
+    claims = [{"claim_id": "Z1"}, {"claim_id": "B1"}]
+    first, second, last = arrange(figures, claims)
+    assert [first["about"]["id"], second["about"]["id"], last["about"]["id"]] == ["rank", "learning-rate", "further"]
+    assert (first["figures"], first["claims"]) == ([figures[1]], [])
+    assert (last["figures"], last["claims"]) == ([figures[0]], [claims[0]])
 
 
 @given(st.integers(1, 30_000), st.integers(3, 80))
@@ -76,10 +101,11 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(noise))
-    small, large, huge = table_downloads(tmp_path, ("runs", "absent", "evals", "curves"))
+    small, huge, large = table_downloads(tmp_path)
     assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
     assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
     packed = base64.b64decode(large["uri"].partition(",")[2])
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
     assert huge["uri"] is None
+    assert [table["file"] for table in table_downloads(tmp_path, without=("evals",))] == ["runs.csv", "curves.csv"]
     assert huge["bytes"] == 4_000_000
