@@ -22,13 +22,7 @@ from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
 from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
 from lorabench.figures.style import write_figure
-<<<<<<< HEAD
-from lorabench.report import summary
-from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, check_places, published_folders, write_blocks
-=======
-from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import claim_text, summary
->>>>>>> main
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
