@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lorabench.planning import bill
+from lorabench.planning.costs import Cost, minutes, per_experiment
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.utils import formats
@@ -24,7 +24,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         price: the price of one GPU for an hour, in any currency.
         notes: sentences to print below the table: where the machine's speed was measured.
     """
-    execution, rows = plan.preset.execution, bill.per_experiment(plan)
+    execution, rows = plan.preset.execution, per_experiment(plan)
+    at_once = max(1, cores // execution.threads)
     columns = ["experiment", "jobs", "runs", "tokens", "PFLOPs"]
     if execution.gpu is None:
         columns.append("minutes")
@@ -35,30 +36,29 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
         cells = [name, str(row.jobs), runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
         if execution.gpu is None:
-            minutes = (formats.number(bill.minutes(plan, row, cores, most), 2) for most in (False, True))
-            cells.append(_and_most(row, *minutes))
+            durations = (formats.number(minutes(row, at_once, most), 2) for most in (False, True))
+            cells.append(_and_most(row, *durations))
         else:
             hours = (formats.number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))
             cells += [_and_most(row, *hours), f"1-{row.gpus}" if row.gpus > 1 else "1"]
             cells += [f"{row.memory / GB:.0f}", formats.number(row.disk / GB, 2)]
             cells += [] if price is None else [formats.count(row.gpu_hours * price)]
         table.append(cells)
-    caption = _caption(plan, rows["total"], cores, measured=bool(notes))
+    caption = _caption(plan, rows["total"], at_once, measured=bool(notes))
     print_table(columns, table, columns[1:], plan.preset.description, (*caption, *notes), total=True)
 
 
-def _and_most(row: bill.Bill, expected: str, most: str) -> str:
+def _and_most(row: Cost, expected: str, most: str) -> str:
     return f"{expected} (most {most})" if row.most_runs > row.runs else expected
 
 
-def _caption(plan: Plan, total: bill.Bill, cores: int, measured: bool) -> list[str]:
+def _caption(plan: Plan, total: Cost, at_once: int, measured: bool) -> list[str]:
     """Return the sentences on how the costs were estimated."""
     execution = plan.preset.execution
     rate, gpu = flops_per_second(execution), execution.gpu
     assumed = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
     speed = "measured" if measured else assumed
     if gpu is None:
-        at_once = bill.jobs_at_once(plan.preset, cores)
         caption = [f"minutes at {formats.number(rate / 1e9, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
     else:
         caption = [
@@ -83,8 +83,11 @@ def _caption(plan: Plan, total: bill.Bill, cores: int, measured: bool) -> list[s
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
     """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
-    rows = {name: asdict(row) for name, row in bill.per_experiment(plan).items()}
+    rows = {name: asdict(row) for name, row in per_experiment(plan).items()}
     for row in rows.values():
+        # What a single job requests of a cluster says nothing of an experiment.
+        for request in ("cpus", "mem_mb", "minutes", "saving_seconds"):
+            del row[request]
         row["money"] = None if price is None else row["gpu_hours"] * price
     execution = plan.preset.execution
     machine = {

@@ -23,10 +23,9 @@ from lorabench.doctor.record import Check, Record, enough, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.vllm_support import check_installed, check_policy, vllm_version
-from lorabench.planning.bill import total
+from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experiment
 from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
-from lorabench.planning.resources import MB, evaluation_resources, job_resources
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state, machine_state
 from lorabench.training.run import machine_of
@@ -133,8 +132,8 @@ def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
 
 def check_host_memory(plan: Plan) -> Check:
     """Compare the memory of this machine with what the plan's largest job requests."""
-    requested = [job_resources(plan, job).mem_mb for job in plan.jobs]
-    requested += [evaluation_resources(plan, job).mem_mb for job in plan.evaluations()]
+    requested = [job_cost(plan, job).mem_mb for job in plan.jobs]
+    requested += [evaluation_cost(plan, job).mem_mb for job in plan.evaluations()]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sentence = "the memory of this machine, and what the plan requests for its largest job"
     return enough(there, max(requested) * MB, sentence)
@@ -142,9 +141,9 @@ def check_host_memory(plan: Plan) -> Check:
 
 def check_disk(plan: Plan) -> Check:
     """Compare the free space of this folder's file system with what the plan keeps there."""
-    bill = total(plan)
+    cost = per_experiment(plan)["total"]
     sentence = "the free space here, and what the plan keeps and its largest job needs in addition"
-    return enough(shutil.disk_usage(".").free, bill.disk + bill.working_disk, sentence)
+    return enough(shutil.disk_usage(".").free, cost.disk + cost.working_disk, sentence)
 
 
 def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:

@@ -15,7 +15,7 @@ from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
 from lorabench.figures.grid import optimum
-from lorabench.planning import bill
+from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan
 from lorabench.report.claim_text import facts, in_order
 from lorabench.runs import MAX_KL
@@ -172,7 +172,7 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
-    planned = bill.training(plan, plan.jobs)
+    planned = combined(job_cost(plan, job) for job in plan.jobs)
     tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
     expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
     by_status = {status: int((runs["status"] == status).sum()) for status in ("done", "diverged", "unrewarded")}

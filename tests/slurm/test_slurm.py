@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lorabench.planning.costs import job_cost
 from lorabench.planning.plan import make_plan
-from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
 from lorabench.store.layout import Layout
 
@@ -140,7 +140,7 @@ def training(job: Job) -> int:
 
 def test_every_job_requests_the_resources_of_the_plan(seen):
     for planned in PLAN.jobs:
-        needed, job = job_resources(PLAN, planned), of_job(seen.jobs, planned)[0]
+        needed, job = job_cost(PLAN, planned), of_job(seen.jobs, planned)[0]
         assert job["TresPerJob"] == f"gres/gpu:{needed.gpus}" == "gres/gpu:1"
         assert f"cpu={needed.cpus},mem={needed.mem_mb}M,node=1" in job["ReqTRES"]
         assert job["TimeLimit"] == f"00:{needed.minutes:02}:00"
@@ -162,7 +162,7 @@ def test_slurm_gives_each_run_its_gpu(seen, checkout):
 def test_a_stopped_job_is_tried_again_and_goes_on(seen):
     tries = of_job(seen.jobs, STOPPED)
     assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
-    minutes = job_resources(PLAN, STOPPED).minutes
+    minutes = job_cost(PLAN, STOPPED).minutes
     assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
     # A job that lost its node is put back into the queue by Slurm itself.
     assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}

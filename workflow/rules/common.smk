@@ -5,7 +5,7 @@ from lorabench.config.inputs import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder
-from lorabench.planning.bill import total
+from lorabench.planning.costs import per_experiment
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.files import REFERENCE
@@ -15,7 +15,7 @@ try:
     LAYOUT = Layout.of(PRESET)
     PLAN = make_plan(LAYOUT.preset)
     # This raises an error if a job fits on no GPU, before anything is computed.
-    total(PLAN)
+    per_experiment(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 

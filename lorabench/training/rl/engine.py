@@ -104,7 +104,7 @@ def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> E
     if finds_texts:
         options |= {"tokenizer": location, "skip_tokenizer_init": False}
     if on_gpu:
-        share = memory.total / torch.cuda.get_device_properties(machine.device).total_memory
+        share = sum(memory) / torch.cuda.get_device_properties(machine.device).total_memory
         options["gpu_memory_utilization"] = min(0.95, share)
     else:
         # vLLM does not look at the share on a CPU, and compiling takes longer than it saves there.
