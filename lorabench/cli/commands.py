@@ -393,10 +393,7 @@ def restore_runs(preset: PresetOption = "laptop") -> None:
     from lorabench.training.saved_runs import restore_runs as restore
 
     planned, layout = plan_and_layout(preset)
-    restored = restore(planned, layout)
-    print(
-        f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
-        f"{restored.present} runs were there already"
-    )
-    if restored.unknown:
-        print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")
+    restored, present, unknown = restore(planned, layout)
+    print(f"restored {restored} runs from {layout.saved_runs}; {present} were there already")
+    if unknown:
+        print(f"{unknown} saved runs are not in the plan of preset {layout.name} and were left out")
