@@ -131,8 +131,8 @@ def evidence_tables(
 
 def write_evidence(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write the tables of the evidence, as from `evidence_tables`, and its figures into a folder."""
-    for name, table in tables.items():
-        write_csv(table, out / f"{name}.csv")
+    for name, rows in tables.items():
+        write_csv(rows, out / f"{name}.csv")
     figures = {
         "matrix": draw_matrix(tables["matrix"]),
         "forest": draw_forest(tables["measurements"], tables["summary"]),
