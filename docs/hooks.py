@@ -20,8 +20,7 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.publish import NOT_PUBLISHED, SOURCES, escaped, matrix_part, published_folders, table
-from lorabench.analysis.lr_law import PUBLISHED
+from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, SOURCES, escaped, matrix_part, published_folders, table
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
 

@@ -372,7 +372,7 @@ def evidence(
 @app.command()
 def publish(preset: PresetOption = "laptop") -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
-
+    from lorabench.report.publish import publish as write_published
 
     write_published(plan_and_layout(preset)[1], Path())
 
