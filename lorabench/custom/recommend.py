@@ -46,7 +46,7 @@ from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.specs import template_text
-from lorabench.planning.bill import training
+from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
@@ -203,7 +203,7 @@ def _costs(
     for method, title in TITLES.items():
         size = f"{title}, GB on each GPU"
         try:
-            bill = training(plan, [Job((sweep,)) for sweep in plan.sweeps if sweep.condition.method == method])
+            cost = job_cost(plan, Job(tuple(sweep for sweep in plan.sweeps if sweep.condition.method == method)))
         except TooLargeError as large:
             source = f"estimated for up to {_MOST_GPUS:,} x {gpu}"
             settings[f"{method}_gigabytes"] = Setting(size, "does not fit", source)
@@ -219,8 +219,8 @@ def _costs(
                 "The other settings hold all the same."
             )
         else:
-            source, hours = f"estimated for {bill.gpus} x {gpu}", float(f"{bill.gpu_hours:.2g}")
-            settings[f"{method}_gigabytes"] = Setting(size, round(bill.memory / GB, 2), source)
+            source, hours = f"estimated for {cost.gpus} x {gpu}", float(f"{cost.gpu_hours:.2g}")
+            settings[f"{method}_gigabytes"] = Setting(size, round(cost.memory / GB, 2), source)
             settings[f"{method}_gpu_hours"] = Setting(f"{title}, GPU-hours of {amount}", hours, source)
     return settings, too_large
 

@@ -15,9 +15,9 @@ from lorabench.errors import UserError
 from ..hub.repositories import (
     openthoughts3_row,
     tulu3_row,
+    write_configs,
     write_jsonl,
     write_openthoughts3,
-    write_parquet,
     write_tulu3,
 )
 
@@ -123,7 +123,7 @@ def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, t
     with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
         make(tmp_path / "owner/name")
     path.unlink()
-    write_parquet(path.with_suffix(".parquet"), {"question": "string", "answer": "string"}, [])
+    write_configs(tmp_path / "owner/name", {"default": {"train": [{"question": "?", "answer": "!"}]}})
     with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
         make(tmp_path / "owner/name")
 
