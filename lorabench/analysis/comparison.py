@@ -211,7 +211,7 @@ class Comparison:
         for label in labels if resolved else []:
             if not self.fit.resolved[label]:
                 lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
-                seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
+                seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
                 remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
                 # At the end of its LRs, further seeds would not show how the loss goes on.
                 remedy = remedy if lr is None else _further_lr(label, lr)
@@ -244,7 +244,7 @@ class Comparison:
         text = f"{arm_label(arm)} - {arm_label(other)} = {number} at the fitted minima, {gap.n_seeds} seeds"
         if gap.example_part is None and gap.known:
             text += "; the error from test examples is not known"
-        return text + (f"; seed noise from {self.fit.noise_source}" if self.fit.noise_source else "")
+        return text + self.fit.noise_text
 
     def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm, margin: Margin | None = None) -> Finding:
         """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`).

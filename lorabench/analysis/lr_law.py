@@ -3,13 +3,11 @@
     LR = base * M * (2000 / hidden size) ** exponent        M is 1 for FullFT
 
 The paper prints the formula without a base LR; all constants are in the authors' later code, `get_lr` of
-`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The law does not depend on rank, dataset,
-batch size or number of steps, so its constants hold for the data they were fitted on.
-
-The paper fits it to the losses of many models by the summed regret, which is the rise of the loss at the predicted LR
-as a share of the lowest loss. Here the losses of an arm are a parabola in ln LR (see `loss_fit`), so its regret is the
-curvature over the lowest loss times the squared error of ln LR, and the fit is weighted least squares. The constants
-are then linear in the optima, so that draws of the optima's errors give those of the law's predictions.
+`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The paper fits the law by the summed regret,
+which is the rise of the loss at the predicted LR as a share of the lowest loss. Here the losses of an arm are a
+parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest loss times the squared error of
+ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws of the
+optima's errors give those of the law's predictions.
 """
 
 from __future__ import annotations
@@ -75,10 +73,9 @@ def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
     from_optima = _constants_from(_design(optima), optima)
     if from_optima is None:
         return None
-    constants = from_optima @ np.array([optimum.log_lr for optimum in optima])
-    base, multiplier = np.exp(constants[:2]).tolist()
+    log_base, log_multiplier, *exponents = (from_optima @ [optimum.log_lr for optimum in optima]).tolist()
     lineages = sorted({optimum.lineage for optimum in optima})
-    return LrLaw(base, multiplier, dict(zip(lineages, constants[2:].tolist(), strict=True)))
+    return LrLaw(math.exp(log_base), math.exp(log_multiplier), dict(zip(lineages, exponents, strict=True)))
 
 
 def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable] | None = None) -> np.ndarray:
@@ -188,7 +185,7 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
             by_data.setdefault(key, []).append(comparison)
     groups = []
     for group in by_data.values():
-        shared = set.intersection(*({rank for rank in comparison.lora if rank > 1} for comparison in group))
+        shared = set.intersection(*(set(comparison.lora) for comparison in group)) - {1}
         models = []
         for comparison in group:
             lora = comparison.lora[max(shared)] if shared else comparison.highest

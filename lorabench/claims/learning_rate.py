@@ -151,8 +151,9 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
         at_length = judge_ratio(short, short.highest, short.fullft, ratio, factor)
         findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
         labels = arm_label(short.highest), arm_label(short.fullft)
-        log_ratios = short.fit.log_ratio(*labels), full.fit.log_ratio(*labels)
-        growth = combined(np.subtract, *coupled(short, full, *log_ratios, short.label))
+        at_step_ratio, at_end_ratio = short.fit.log_ratio(*labels), full.fit.log_ratio(*labels)
+        at_end_ratio = coupled(short, full, at_step_ratio, at_end_ratio, short.label)
+        growth = combined(np.subtract, at_step_ratio, at_end_ratio)
         problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
         problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
         text = f"ratio at step {step} over that at the end {in_words(growth)}"

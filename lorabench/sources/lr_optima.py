@@ -151,7 +151,7 @@ def _of_grid(arm: pd.DataFrame, about: LrOptimum) -> LrOptimum:
         around = slice(best - 1, best + 2)
         error = float(logs[best + 1] - logs[best - 1]) / 2 / math.sqrt(12)
         if not lost[around].any():
-            log_lr = float(vertex(logs[around], losses[around]))
+            log_lr = vertex(logs[around], losses[around])
     known = np.isfinite(losses)
     remark = f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid"
     grid_known: dict[str, Any] = {"log_lrs": tuple(logs[known].tolist()), "losses": tuple(losses[known].tolist())}

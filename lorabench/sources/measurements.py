@@ -28,7 +28,7 @@ import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
-from lorabench.analysis.pooled_lr import RandomEffects, p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import RandomEffects, random_effects
 from lorabench.claims.judge import CORE
 from lorabench.errors import UserError
 from lorabench.runs import lowest
@@ -368,8 +368,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
 
     The measurements of one source share data and model, so their mean counts once, with the mean of their errors; SFT
     and RL of a source count apart. An attribute explains as far as two groups of it have two sources each;
-    `p_of_groups` is then the probability of group means so far apart by chance, and otherwise null. Sources whose
-    attribute is unknown or mixed are no group that could explain anything.
+    `p_of_groups` is then the probability of group means so far apart by chance (a Wald test), and otherwise null.
+    Sources whose attribute is unknown or mixed are no group that could explain anything.
 
     Args:
         table: as from `measurement_table`.
@@ -392,7 +392,9 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
             groups = {str(value): by_source(part) for value, part in counted.groupby(attribute)}
             known = [part for value, part in groups.items() if value not in (UNKNOWN, MIXED)]
             enough = [part for part in known if part.k >= _MIN_SOURCES]
-            chance = p_of_groups(enough) if len(enough) >= _MIN_SOURCES else math.nan
+            chance = math.nan
+            if len(enough) >= _MIN_SOURCES:
+                chance = random_effects([part.mean for part in enough], [part.error for part in enough]).p_alike
             if len(groups) > 1:
                 summaries += [row(measure, attribute, value, part, chance) for value, part in groups.items()]
     return pd.DataFrame(summaries)

@@ -150,8 +150,7 @@ def noisy(sigma, shared, number):
 def test_errors_of_two_lengths_are_coupled_as_the_residuals_of_their_runs(shared, low, high):
     short, full = noisy(0.01, shared, 1), noisy(0.01, shared, 2)
     first, second = student(0.5, 1.0, 10, "first"), student(0.2, 2.0, 10, "second")
-    same, reordered = coupled(short, full, first, second, "ratio")
-    assert same is first
+    reordered = coupled(short, full, first, second, "ratio")
     assert reordered.value == 0.2
     np.testing.assert_array_equal(np.sort(reordered.seed_part), np.sort(second.seed_part))
     assert low < np.corrcoef(first.seed_part, reordered.seed_part)[0, 1] < high

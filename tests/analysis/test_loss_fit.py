@@ -247,11 +247,11 @@ def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
     assert fit.sigma == pytest.approx(np.std(offsets, ddof=1))
     # Three LRs of each arm lie in its window, each with four degrees of freedom.
     assert fit.dof == 6 * 4
-    assert (gap.n_seeds, fit.noise_source) == (5, "the standard deviations in the table")
+    assert (gap.n_seeds, fit.noise_text) == (5, "; seed noise from the standard deviations in the table")
     # The same noise from elsewhere on single runs: the error is larger by the root of five.
     alone = fit_losses(runs[runs["seed"] == 2], noise=Noise(fit.sigma, fit.dof, "elsewhere"))
     wide = alone.gap("LoRA r64", "FullFT")
-    assert alone.noise_source == "elsewhere"
+    assert alone.noise_text == "; seed noise from elsewhere"
     assert wide.seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.02)
 
 

@@ -168,4 +168,4 @@ def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
     threshold = log_threshold(curves, departure, margin)
     assert threshold.value == pytest.approx(math.log10(50) + margin / 0.3, abs=0.05)
     assert tokens_at(comparison, comparison.lora[1], 60.5) == pytest.approx(100 * 16 * 60.5)
-    assert log_threshold(curves, Departure(None, None, None, None), margin) == "does not leave"
+    assert log_threshold(curves, Departure(None), margin) == "does not leave"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, random_effects
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
 
@@ -113,7 +113,11 @@ def test_mean_variance_and_interval_are_those_of_statsmodels():
 
 def test_groups_far_apart_are_told_by_their_means():
     near, far = random_effects([0.0, 0.1], [0.1, 0.1]), random_effects([3.0, 3.1], [0.1, 0.1])
-    assert p_of_groups([near, far]) < 1e-6 < 0.3 < p_of_groups([near, near])
+
+    def chance(*groups):
+        return random_effects([group.mean for group in groups], [group.error for group in groups]).p_alike
+
+    assert chance(near, far) < 1e-6 < 0.3 < chance(near, near)
 
 
 def test_one_source_has_no_interval_and_an_error_of_0_is_refused():
