@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,17 +70,17 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             label, chosen = arm_label(arm), comparison.at_optimum(arm)
             if chosen.empty:
                 continue
-            entropy, tokens, params, lr = (float(chosen[name].iloc[0]) for name in (_NEEDED[0], *_NEEDED[2:], "lr"))
+            first = chosen.iloc[0]
             at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            bits = stored(comparison.fit.minima.get(label, at_lr), entropy, tokens)
+            minimum = comparison.fit.minima.get(label, at_lr)
+            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
             low, high = bits.interval()
             row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
-            row |= {"bits_per_parameter": bits.value / params, "lr_best": lr, "n_seeds": len(chosen)}
-            rows.append(
-                arm | row | {"trainable_params": chosen["trainable_params"].iloc[0], "run_ids": list(chosen["run_id"])}
-            )
-    bits_columns = ["bits_stored", "bits_stored_low", "bits_stored_high", "bits_per_parameter"]
-    return arm_table(rows, ["lr_best", "n_seeds", "trainable_params", *bits_columns, "run_ids"])
+            row |= {"lr_best": first["lr"], "trainable_params": first["trainable_params"], "n_seeds": len(chosen)}
+            rows.append(arm | row | {"run_ids": list(chosen["run_id"])})
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+    table = arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
+    return table.assign(bits_per_parameter=table["bits_stored"].astype(float) / table["trainable_params"].astype(float))
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
@@ -97,11 +96,11 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
         loss it is), bits (mean over seeds), run_ids.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
         grids = comparison.fit.grids
-        finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
         # FullFT is the first arm, and the highest rank the last.
+        finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
         for arm in [comparison.fullft] if comparison.fullft in finished else finished[-1:]:
             grid, arm_runs = grids[arm_label(arm)], comparison.rows[arm_label(arm)]
             at_best = arm_runs[arm_runs["status"].eq("done") & arm_runs["lr"].eq(grid.lrs[grid.centre])]
@@ -130,15 +129,12 @@ def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
         runs: the runs of one arm on random facts at one LR, one for each seed: columns as for `stored_bits`.
         curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
     """
-    bits = stored_bits(runs).set_index("run_id")["bits_stored"]
-    scored = runs.set_index("run_id")["test_scored_tokens"]
-    shares = []
-    points = train_curves(runs[["run_id"]], curves, split="validation")
-    for run_id, curve in points[points["step"] > 0].groupby("run_id"):
-        if len(curve) < 2 or not bits[run_id] > 0:
-            continue
-        steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
-        halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
-        late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
-        shares.append(late / float(bits[run_id]))
+    shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
+    points = train_curves(facts, curves, split="validation")
+    for _, curve in points[(points["step"] > 0) & (points["bits_stored"] > 0)].groupby("run_id"):
+        if len(curve) > 1:
+            steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
+            halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
+            late = (halfway - losses[-1]) * float(curve["test_scored_tokens"].iloc[0]) / math.log(2)
+            shares.append(late / float(curve["bits_stored"].iloc[0]))
     return mean_over_seeds(shares, f"late growth of {', '.join(sorted(runs['run_id'].astype(str)))}")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, comparisons, kept_by_arm
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, comparisons, kept_by_arm
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
@@ -152,9 +152,9 @@ def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> 
         margin: in nats per token.
 
     Returns:
-        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve: LoRA
-        starts slowly, since B is zero, and such a curve does not show when a lack of capacity sets in. A line that
-        reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
+        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve, which does
+        not show when a lack of capacity sets in, since LoRA starts slowly. A line that reaches the margin before the
+        window before the departure, with 95% confidence, does not describe the gap.
     """
     if departure.first is None:
         return "does not leave"
@@ -183,9 +183,8 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
     """Return the seed noise of comparisons, as their fits have it.
 
     Returns:
-        One row per comparison: the columns COMPARED, sigma (standard deviation of a run's final test loss without the
-        effect of its seed that all arms share, in the unit of the loss; NaN if it is not known), dof (its degrees of
-        freedom), n_runs (that count for the fit).
+        One row per comparison: the columns COMPARED, sigma and dof (see `LossFit`; NaN if it is not known), n_runs
+        (that count for the fit).
     """
     rows = []
     for part in parts:
@@ -201,14 +200,12 @@ def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
     The noise of a comparison is the sigma of its `LossFit`. Random facts are left out, since the loss on memorized
     text varies far more.
 
-    Args:
-        runs: the table `runs`.
-        source: where the runs are from, for the reasons of verdicts.
+    `source` says where the runs are from, for the reasons of verdicts.
 
     Raises:
         UserError: the table lacks a column, or no comparison has two seeds.
     """
-    if missing := [name for name in NEEDED if name not in runs]:
+    if missing := [name for name in NEEDED_BY["sft"] if name not in runs]:
         raise UserError(f"{source}: the runs table has no column {', '.join(missing)}, so its seed noise is not known")
     runs = with_arm_columns(runs)
     chosen = runs[~is_rl(runs) & is_standard(runs) & ~is_memorisation(runs)]

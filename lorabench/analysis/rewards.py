@@ -2,19 +2,7 @@
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
 learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
-problem set (see `lorabench.data.problems`). The rules of this module are the only place that compares runs with them.
-
-The objective weighs each token by the ratio of the learner's to the sampler's probability, without clipping or masking.
-It is that of the paper while the two distributions are close, so that all ratios are close to 1. Their KL (sampler ||
-learner) is estimated on the responses of a step, so that it may be negative, by rounding or by chance; its absolute
-value counts.
-
-An error rate, 1 - accuracy, is a loss: lower is better, it is reported on the test split, and it has an error from
-seeds and one from the problems of the split. `with_error_rates` puts it into the columns `validation_loss` and
-`test_loss`, so that the same code fits the optimal LRs and compares the arms of supervised runs and of RL runs.
-
-Policies that end at one and the same rule have one and the same accuracy, whatever their LR. Such a flat top has no
-optimal LR, though a parabola always has one; `flat_top` finds it.
+problem set. The rules of this module are the only place that compares runs with them.
 """
 
 from __future__ import annotations
@@ -22,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -96,25 +83,15 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    *controls, rewards = _numbers(runs, [*CONTROLS, "final_reward"])
-    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & ~np.isnan(rewards)
-    # Grouping by dictionaries is many times as fast as by pandas on the small tables of simulated runs.
-    columns = [runs[name].to_numpy(object) for name in ("model", "dataset", "method", "rank", "placement", "lr")]
-    columns = [np.where(pd.isna(values), np.array(None), values) for values in columns]
-    by_method: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
-    levels: dict[tuple[object, ...], list[list[float]]] = {}
-    for place, key in enumerate(zip(*columns, strict=True)):
-        by_lr = by_method.setdefault(key[:3], {})
-        if counted[place]:
-            by_lr.setdefault(key[3:], []).append(rewards[place])
-        levels.setdefault(key[:2], []).append([control[place] for control in controls])
-    rows = []
-    for method, by_lr in by_method.items():
-        accuracy = max(map(fmean, by_lr.values()), default=math.nan)
-        level = np.fmax.reduce(levels[method[:2]])
-        lead = (0.0 if math.isnan(accuracy) else accuracy) - np.fmax.reduce(level)
-        rows.append((*method, accuracy, *level, lead))
-    return pd.DataFrame(rows, columns=["model", "dataset", "method", "accuracy", *CONTROLS, "lead"])
+    method, numbers = ["model", "dataset", "method"], [*CONTROLS, "final_reward"]
+    known = runs[[*method, "rank", "placement", "lr"]].assign(
+        **dict(zip(numbers, _numbers(runs, numbers), strict=True))
+    )
+    known["accuracy"] = known["final_reward"].where(runs["status"].eq("done") & ~is_sick(runs))
+    by_lr = known.groupby([*method, "rank", "placement", "lr"], dropna=False, sort=False)["accuracy"].mean()
+    table = by_lr.groupby(method, sort=False).max().reset_index()
+    table = table.join(known.groupby(method[:2])[list(CONTROLS)].max(), on=method[:2])
+    return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
 def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -128,19 +105,16 @@ def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
         ratio_above_2 (the mean share of tokens), n_measured (runs with a KL), and n_above (see `runs_above_max_kl`).
     """
-    points = {
-        metric: metric_points(curves, "train", metric).astype({"value": float})
-        for metric in ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
-    }
+    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
+    metrics = ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
+    points = [metric_points(curves, "train", metric).astype({"value": float}).set_index("run_id") for metric in metrics]
     above, rows = runs_above_max_kl(curves), []
     for arm, arm_runs in each_arm(runs[is_rl(runs)]):
         ids = arm_runs["run_id"]
-        kl, mean, largest, above_2 = (table.loc[table["run_id"].isin(ids), "value"] for table in points.values())
-        row = {"run_ids": list(ids), "kl_mean": kl.mean(), "kl_max": kl.abs().max(), "ratio_mean": mean.mean()}
-        row |= {"ratio_max": largest.max(), "ratio_above_2": above_2.mean()}
-        row |= {"n_measured": int(ids.isin(points["kl"]["run_id"]).sum()), "n_above": int(ids.isin(above).sum())}
-        rows.append(arm | row)
-    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
+        kl, mean, largest, above_2 = (table.loc[table.index.isin(ids), "value"] for table in points)
+        numbers = [kl.mean(), kl.abs().max(), mean.mean(), largest.max(), above_2.mean()]
+        counts = [kl.index.nunique(), int(ids.isin(above).sum())]
+        rows.append(arm | dict(zip(columns, [list(ids), *numbers, *counts], strict=True)))
     return arm_table(rows, columns)
 
 
@@ -191,25 +165,31 @@ def reward_curves(
         (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
     """
     points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
-    points = points.sort_values(["step", "run_id"])
-    rows: list[dict[str, Any]] = []
+    points = points.sort_values(["step", "run_id"]).astype({"value": float})
+    columns = ["step", "episodes", "mean", "sd", "n_seeds", "run_ids"]
+    rows: list[dict[Any, Any]] = []
     for comparison in comparisons(with_error_rates(runs), curves):
         for arm in comparison.arms:
             chosen = comparison.at_optimum(arm)
-            for step, at_step in points[points["run_id"].isin(chosen["run_id"])].groupby("step"):
-                row = {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
-                row |= {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
-                rows.append(arm | row | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])})
-    table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
-    return table.astype({"step": "Int64", "episodes": "Int64"})
+            by_step = points[points["run_id"].isin(chosen["run_id"])].groupby("step", as_index=False)
+            table = by_step.agg(
+                episodes=("examples", "max"),
+                mean=("value", "mean"),
+                sd=("value", "std"),
+                n_seeds=("run_id", "size"),
+                run_ids=("run_id", list),
+            )
+            rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
+    return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open.
 
-    Two LRs are equally good if their test error rates agree exactly with every seed that both have; so are three or
-    more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are no flat top,
-    since the optimum may lie halfway between them.
+    Policies that end at one and the same rule have one and the same accuracy, whatever their LR, and a parabola always
+    has an optimum. Two LRs are equally good if their test error rates agree exactly with every seed that both have; so
+    are three or more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are
+    no flat top, since the optimum may lie halfway between them.
 
     Returns:
         The LRs, ascending, with the best one of the grid among them; empty if the top is not flat.

@@ -311,11 +311,13 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
         if predicted.verdict == "contradicted":
             remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
             predicted = replace(predicted, remedy=remedy)
-        outcome, favoured, hindered = (
-            Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
-            for by_all, by_others in zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
+        outcomes = zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
+        findings.append(
+            predicted.with_outcomes(
+                Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
+                for by_all, by_others in outcomes
+            )
         )
-        findings.append(replace(predicted, **outcome._asdict(), favoured=favoured, hindered=hindered))
     law = fit_lr_law(optima)
     assert law is not None, "the errors of its predictions are finite"
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())

@@ -148,9 +148,7 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     judged = decide(Within(-MAX_BEND, MAX_BEND), bend, text, runs["run_id"], problems, f"{MAX_BEND:.0%} of the fall")
     if rises and not problems:
         falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
-        return replace(
-            judged, reason=falls.reason, **falls.outcome._asdict(), favoured=falls.favoured, hindered=falls.hindered
-        )
+        return replace(judged, reason=falls.reason).with_outcomes(falls.outcomes)
     return judged
 
 
@@ -315,8 +313,8 @@ def _early(
         ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
         raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
     ranks = f"r{early.low} - r{early.high}"
-    curves = PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, f"{comparison.label} {ranks}")
-    problems = few_seeds(early.n_seeds, needed=seeds)
+    curves = replace(early.curves, name=f"{comparison.label} {ranks}")
+    problems = few_seeds(curves.n_seeds, needed=seeds)
     if early.n_diverged:
         problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
     return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
@@ -333,7 +331,7 @@ def same_early_curves(comparison: Comparison) -> Finding:
         lambda _: Within.margin(margin.value),
         curves,
         windows,
-        lambda gap: f"{name} = {nats(gap)}, {early.n_seeds} seeds",
+        lambda gap: f"{name} = {nats(gap)}, {curves.n_seeds} seeds",
         [*problems, *margin_problems(margin)],
         margin.rule,
     )
@@ -372,8 +370,8 @@ def difference_grows(comparison: Comparison) -> Finding:
 
     The difference keeps its sign: the absolute value of a difference that is small beside its noise does not grow.
     """
-    early, curves, name, problems = _early(comparison, MIN_SEEDS)
-    apart = early.by_seed[early.by_seed.index > 1]
+    _, curves, name, problems = _early(comparison, MIN_SEEDS)
+    apart = curves.by_seed[curves.by_seed.index > 1]
     mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
     growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), f"{curves.name} growth")
     text = (
@@ -385,7 +383,7 @@ def difference_grows(comparison: Comparison) -> Finding:
     if apart.empty or apart.index.max() <= FIRST_STEPS:
         problems.append(Problem(f"no more than {FIRST_STEPS} steps", Remedy("longer runs")))
     rule = f"{MIN_GROWTH:.0%} of the mean difference per tenfold steps"
-    return decide(Above(MIN_GROWTH), growth, text, early.run_ids, problems, rule)
+    return decide(Above(MIN_GROWTH), growth, text, curves.run_ids, problems, rule)
 
 
 C2 = _early_claim(
@@ -405,12 +403,12 @@ C2 = _early_claim(
 
 def difference_negative_at_first(comparison: Comparison) -> Finding:
     """C3: judge the mean difference of two ranks over the first steps, over seeds."""
-    early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
     [mean] = curves.means([(2, FIRST_STEPS)])
-    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    if early.by_seed.index.max() < FIRST_STEPS:
+    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
+    if curves.by_seed.index.max() < FIRST_STEPS:
         problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
-    return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
+    return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")
 
 
 C3 = _early_claim(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, require
+from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, comparisons, require
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses, combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
@@ -283,7 +283,7 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED, *_THEORIES[0].columns}
+    needed = {*NEEDED_BY["sft"], *_THEORIES[0].columns}
     if not needed <= set(tables.runs.columns):
         return
     runs = tables.runs[in_experiments(tables.runs, _THEORIES[0].experiments) & ~is_rl(tables.runs)]

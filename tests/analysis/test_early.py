@@ -33,12 +33,12 @@ def early_tables(ranks=(1, 4, 64), seeds=SEEDS, lrs=(1e-3,), steps=16):
 
 def test_the_difference_is_paired_by_seed_and_step():
     early = early_difference(*early_tables())
-    assert (early.low, early.high, early.lr, early.n_seeds) == (4, 64, 1e-3, 3)
+    assert (early.low, early.high, early.lr, early.curves.n_seeds) == (4, 64, 1e-3, 3)
     for seed in SEEDS:
-        np.testing.assert_allclose(early.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
-    assert list(early.by_seed.index) == list(range(1, 17))
-    assert len(early.run_ids) == 6
-    assert list(early_difference(*early_tables(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
+        np.testing.assert_allclose(early.curves.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
+    assert list(early.curves.by_seed.index) == list(range(1, 17))
+    assert len(early.curves.run_ids) == 6
+    assert list(early_difference(*early_tables(), first_steps=5).curves.by_seed.index) == [1, 2, 3, 4, 5]
 
 
 def test_sigma_is_that_of_batches_over_both_ranks():
@@ -55,16 +55,16 @@ def test_the_lr_with_most_pairs_counts():
     assert early_difference(runs, curves).lr == 1e-4
     fewer = runs[~((runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1))]
     early = early_difference(fewer, curves)
-    assert (early.lr, early.n_seeds) == (1e-3, 3)
+    assert (early.lr, early.curves.n_seeds) == (1e-3, 3)
 
 
 def test_seeds_that_one_rank_lacks_are_left_out_and_diverged_ones_counted():
     runs, curves = early_tables()
     runs.loc[(runs["rank"] == 64) & (runs["seed"] == 1), "status"] = "diverged"
     early = early_difference(runs, curves)
-    assert list(early.by_seed.columns) == [0, 2]
+    assert list(early.curves.by_seed.columns) == [0, 2]
     assert early.n_diverged == 1
-    assert len(early.run_ids) == 4
+    assert len(early.curves.run_ids) == 4
 
 
 def test_without_two_ranks_or_losses_there_is_none():
