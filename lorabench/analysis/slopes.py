@@ -39,8 +39,8 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
             on a line by chance from giving an interval that is too narrow.
         groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
     """
-    points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
-    points = np.log10(points.where(points > 0))
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
     points["group"] = 0 if groups is None else pd.factorize(np.asarray(groups))[0]
     points = points[np.isfinite(points["x"]) & np.isfinite(points["y"])]
     # Subtracting each group's means is equivalent to fitting an intercept per group.

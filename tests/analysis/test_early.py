@@ -50,21 +50,15 @@ def test_sigma_is_that_of_batches_over_both_ranks():
     assert math.isnan(early_difference(*early_tables(seeds=[0])).sigma_batch)
 
 
-def test_the_lr_with_most_pairs_counts():
+def test_the_lr_with_most_pairs_counts_and_diverged_runs_are_left_out():
     runs, curves = early_tables(lrs=(1e-4, 1e-3))
     assert early_difference(runs, curves).lr == 1e-4
-    fewer = runs[~((runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1))]
-    early = early_difference(fewer, curves)
+    lost = (runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1)
+    early = early_difference(runs[~lost], curves)
     assert (early.lr, early.curves.n_seeds) == (1e-3, 3)
-
-
-def test_seeds_that_one_rank_lacks_are_left_out_and_diverged_ones_counted():
-    runs, curves = early_tables()
-    runs.loc[(runs["rank"] == 64) & (runs["seed"] == 1), "status"] = "diverged"
-    early = early_difference(runs, curves)
-    assert list(early.curves.by_seed.columns) == [0, 2]
-    assert early.n_diverged == 1
-    assert len(early.curves.run_ids) == 4
+    diverged = runs.assign(status=runs["status"].mask(lost, "diverged"))
+    early = early_difference(diverged[diverged["lr"] == 1e-4], curves)
+    assert (list(early.curves.by_seed), early.n_diverged, len(early.curves.run_ids)) == ([0, 2], 1, 4)
 
 
 def test_without_two_ranks_or_losses_there_is_none():
@@ -117,15 +111,12 @@ def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
 
 
-def test_a_run_without_a_loss_there_is_left_out():
+@pytest.mark.parametrize("loss", ["no row", math.nan, math.inf])
+def test_a_run_without_a_loss_there_is_left_out(loss):
     runs, curves = two_arms()
-    gone = runs["run_id"].iloc[0]
-    no_point = curves[(curves["run_id"] != gone) | (curves["step"] != 8)]
-    assert set(runs["run_id"]) - set(at_step(runs, no_point, 8)["run_id"]) == {gone}
-    of_null = curves.assign(value=curves["value"].where((curves["run_id"] != gone) | (curves["step"] != 8)))
-    assert set(runs["run_id"]) - set(at_step(runs, of_null, 8)["run_id"]) == {gone}
-    infinite = of_null.fillna({"value": math.inf})
-    assert set(runs["run_id"]) - set(at_step(runs, infinite, 8)["run_id"]) == {gone}
+    lost = (curves["run_id"] == runs["run_id"].iloc[0]) & (curves["step"] == 8)
+    curves = curves[~lost] if loss == "no row" else curves.assign(value=curves["value"].mask(lost, loss))
+    assert set(runs["run_id"]) - set(at_step(runs, curves, 8)["run_id"]) == {runs["run_id"].iloc[0]}
 
 
 def test_a_run_that_diverged_later_but_was_not_evaluated_there_is_left_out():
