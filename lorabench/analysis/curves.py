@@ -61,32 +61,21 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
             their weights (see `runs_at_optimum`).
         points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
     """
-    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
-    if not (run >= 0).any():
+    runs = runs.reindex(columns=["run_id", "seed", "weight"]).astype({"seed": int, "weight": float})
+    rows = runs.fillna({"weight": 1.0}).merge(points, on="run_id")
+    if rows.empty:
         return pd.DataFrame(index=pd.Index([], dtype=int))
-    steps, row = np.unique(points["step"].to_numpy(int)[run >= 0], return_inverse=True)
-    seeds, column_of = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
-    weights = runs["weight"].to_numpy(float, na_value=1.0) if "weight" in runs else np.ones(len(runs))
-    values = points["value"].to_numpy(float)[run >= 0] * weights[run[run >= 0]]
-    cells, shape = row * len(seeds) + column_of[run[run >= 0]], (len(steps), len(seeds))
-    sums, sizes = (np.bincount(cells, with_weights, len(steps) * len(seeds)) for with_weights in (values, None))
+    values = rows["value"].astype(float) * rows["weight"]
+    by_cell = values.groupby([rows["step"].astype(int), rows["seed"]])
     # A sum that lacks one of its runs at a step is no value of the arm.
-    whole = sizes.reshape(shape) == np.bincount(column_of)
-    kept = np.ix_(whole.any(axis=1), whole.any(axis=0))
-    by_seed = np.where(whole, sums.reshape(shape), np.nan)[kept]
-    return pd.DataFrame(by_seed, pd.Index(steps[whole.any(axis=1)]), pd.Index(seeds[whole.any(axis=0)], name="seed"))
+    whole = by_cell.sum().where(by_cell.size().eq(runs.groupby("seed").size(), level="seed"))
+    return whole.unstack("seed").dropna(how="all").dropna(how="all", axis="columns")
 
 
 def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
     """Compute each arm's pointwise minimum of a metric over its LR grid (the runs with its first seed).
 
-    A diverged run counts up to its last finite value.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, and optionally examples and tokens.
-        split: the split of the metric.
-        metric: the metric.
+    A diverged run counts up to its last finite value. The curves may have the columns examples and tokens.
 
     Returns:
         One row per arm and step, ascending: step, examples and tokens (seen by that step), value (in the metric's
@@ -184,11 +173,8 @@ def paired(
     runs: pd.DataFrame, others: pd.DataFrame, by_seed: pd.DataFrame, others_by_seed: pd.DataFrame, name: str
 ) -> PairedCurves:
     """Pair the curves of two arms by seed, given their runs and their curves (see `curves_by_seed`)."""
-    seeds = [seed for seed in by_seed.columns if seed in others_by_seed.columns]
-    steps, place, other_place = np.intersect1d(by_seed.index, others_by_seed.index, return_indices=True)
-    difference = by_seed[seeds].to_numpy(float)[place] - others_by_seed[seeds].to_numpy(float)[other_place]
-    whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
-    differences = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
+    seeds = by_seed.columns.intersection(others_by_seed.columns)
+    differences = (by_seed[seeds] - others_by_seed[seeds]).dropna() if len(seeds) else by_seed.iloc[:0, :0]
     both = pd.concat([runs, others])
     return PairedCurves(differences, tuple(both.loc[both["seed"].isin(seeds), "run_id"].astype(str)), name)
 

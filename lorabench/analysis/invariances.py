@@ -51,9 +51,6 @@ def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
 def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     """Pair the LoRA runs that differ only in their parametrization or LR.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-
     Returns:
         One row per pair: PAIR_SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
         `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
@@ -80,10 +77,8 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
     has the same settings and seeds.
 
-    Args:
-        runs: as for `run_pairs`.
-        plus: whether to use only equivalent pairs in which one run has unequal LRs of A and B (LoRA+) and the other
-            has equal LRs.
+    With `plus`, only equivalent pairs are used in which one run has unequal LRs of A and B (LoRA+) and the other has
+    equal LRs.
     """
     pairs = run_pairs(runs)
     wanted = pairs["equivalent"]
@@ -153,9 +148,7 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
     alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: with the metric `descent` at step 1.
+    The curves have the metric `descent` at step 1.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
@@ -235,9 +228,7 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their fitted optima.
 
-    Args:
-        runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
-        curves: with the metric `update_norm`.
+    The runs are of one model and dataset, and the curves have the metric `update_norm`.
 
     Returns:
         The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).

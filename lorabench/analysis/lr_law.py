@@ -88,16 +88,15 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
         The matrix, shape (n, n); a row is NaN where the law is not determined.
     """
     design, n = _design(optima), len(optima)
-    labels = list(left_out) if left_out is not None else [None] * n
+    labels = [None] * n if left_out is None else list(left_out)
     errors = np.full((n, n), math.nan)
     for label in dict.fromkeys(labels):
-        predicted = [row for row in range(n) if labels[row] == label]
-        fitted = [row for row in range(n) if left_out is None or labels[row] != label]
+        predicted = np.array([other == label for other in labels])
+        fitted = np.flatnonzero(~predicted | (left_out is None))
         from_optima = _constants_from(design[fitted], [optima[row] for row in fitted])
         if from_optima is not None:
-            errors[predicted] = 0.0
-            errors[np.ix_(predicted, fitted)] = design[predicted] @ from_optima
-            errors[predicted] -= np.eye(n)[predicted]
+            errors[predicted] = -np.eye(n)[predicted]
+            errors[np.ix_(predicted, fitted)] += design[predicted] @ from_optima
     return errors
 
 
@@ -227,12 +226,9 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
 
     Args:
         x: the property of each model, such as ln of its hidden size.
-        y: the numbers, such as ln of an optimal LR.
-        groups: a label for each number.
+        y: the numbers, such as ln of an optimal LR; the slope is unknown if the error of one is.
+        groups: a label for each number; the slope is unknown if no group has two values of x.
         name: names the slope, for draws.
-
-    Returns:
-        The slope; it is unknown if no group has two values of x, or if the error of a number is not known.
     """
     places = np.asarray(x, float)
     own = np.array([[group == other for other in groups] for group in groups])

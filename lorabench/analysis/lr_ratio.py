@@ -163,15 +163,10 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
     optimal LR is picked on the validation split anyway; the loss at that optimum is biased low by the choice, in all
     arms alike.
 
-    Args:
-        runs: supervised runs, columns run_id, status, and any others; steps and diverged_at are optional.
-        curves: columns run_id, step, split, metric, value.
-        step: the step whose validation losses are read.
-
     Returns:
-        The runs with steps, status, final_valid_nll and final_test_nll as of that step. A run that diverged later is
-        done, and a run that had diverged by then stays diverged. A run that ended earlier, or that has no validation
-        loss at that step, is left out.
+        The supervised runs with steps, status, final_valid_nll and final_test_nll as of that step. A run that diverged
+        later is done, and a run that had diverged by then stays diverged. A run that ended earlier, or that has no
+        validation loss at that step, is left out.
     """
     points = metric_points(curves, "validation", "nll").set_index("run_id")
     at_that_step = points.loc[points["step"] == step, "value"].groupby(level=0).first()

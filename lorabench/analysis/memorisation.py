@@ -33,19 +33,11 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each run on random facts has stored of them.
+    """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter).
 
     They are the entropy of the answers minus the summed NLL of the answers under the trained model, in bits. That NLL
     includes the token that ends an answer, which costs almost nothing. The number is negative for a model that
-    predicts worse than a uniform guess.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, status, entropy_bits, final_test_nll, test_scored_tokens,
-            trainable_params.
-
-    Returns:
-        The runs on random facts, with bits_stored, and bits_per_parameter (per trainable parameter); both are NaN where
-        a run diverged.
+    predicts worse than a uniform guess, and NaN where a run diverged.
     """
     facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
     entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
@@ -55,9 +47,6 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted.
-
-    Args:
-        runs: columns as for `stored_bits`, and final_valid_nll.
 
     Returns:
         One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
@@ -87,10 +76,6 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
     The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll, first_epoch_nats,
-            first_epoch_scored_tokens.
 
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
@@ -125,9 +110,8 @@ def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
 
     It is near 0 where the arm no longer stores more, and NaN without curves or without stored bits.
 
-    Args:
-        runs: the runs of one arm on random facts at one LR, one for each seed: columns as for `stored_bits`.
-        curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
+    The runs are those of one arm on random facts at one LR, one for each seed, whose validation split has the same
+    facts.
     """
     shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
     points = train_curves(facts, curves, split="validation")

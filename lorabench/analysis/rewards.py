@@ -97,9 +97,7 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
 def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return the measures of the sampler against the learner over the steps of all runs of each arm of RL.
 
-    Args:
-        runs: columns run_id, task and those of an arm; runs of supervised fine-tuning are left out.
-        curves: columns run_id, step, split, metric, value; metrics that they lack become NaN.
+    Runs of supervised fine-tuning are left out, and metrics that the curves lack become NaN.
 
     Returns:
         One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
@@ -155,8 +153,8 @@ def reward_curves(
     """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
 
     Args:
-        runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
-        curves: columns run_id, step, split, metric, value, and optionally examples.
+        runs: as for `with_error_rates`.
+        curves: their curves, optionally with examples.
         split: train, validation, test, or the name of a held-out problem set.
         metric: a metric of the split, such as reward (train), accuracy (other splits), response_length.
 
@@ -239,59 +237,40 @@ class GoodRange:
         return self.open_low or self.open_high
 
 
-def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
-    """Measure the range of good LRs of several arms.
+def good_range(comparison: Comparison, arm: Arm) -> GoodRange:
+    """Measure the range of good LRs of an arm with a finished run; the runs have error rates as losses.
 
     At an LR of the grid the accuracy is the mean over its seeds; it is 0 where the run diverged. The peak is the
     accuracy at the LR nearest to the fitted optimum. A step of the grid between a good LR and another counts half. That
     the range may end anywhere in that step is part of the error, and so are the seeds (the noise of the fit, without
     effects of seeds that all arms share) and the test problems, which are resampled alike for all arms. One bad LR does
     not cut off the good LRs beyond it.
-
-    Args:
-        comparison: runs with error rates as losses.
-        arms: arms with a finished run.
     """
-    points = []
-    for arm in arms:
-        rows = comparison.rows[arm_label(arm)]
-        lost = rows["status"] == "diverged"
-        accuracy = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
-        points.append(rows[["run_id", "lr"]].assign(accuracy=accuracy, lost=lost).dropna(subset=["accuracy"]))
-    ids = [run_id for rows in points for run_id in rows.loc[~rows["lost"], "run_id"]]
-    sampled = comparison.judging.examples.deviations(ids, str(comparison.runs["dataset"].iloc[0]))
-    shifts = None if sampled is None else dict(zip(ids, sampled[0].T, strict=True))
-    n_examples = 0 if sampled is None else sampled[1]
-    return [_good_range(comparison, arm, rows, shifts, n_examples) for arm, rows in zip(arms, points, strict=True)]
-
-
-def _good_range(
-    comparison: Comparison, arm: Arm, rows: pd.DataFrame, shifts: dict[str, np.ndarray] | None, n_examples: int
-) -> GoodRange:
-    # `rows` are the arm's runs, of which those that diverged are lost; `shifts` are draws of each run's error from test
-    # problems.
+    rows, fit = comparison.rows[arm_label(arm)], comparison.fit
+    lost = rows["status"] == "diverged"
+    accuracy_or_0 = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
+    rows = rows[["run_id", "lr"]].assign(accuracy=accuracy_or_0, lost=lost).dropna(subset=["accuracy"])
     at_optimum, by_lr = comparison.at_optimum(arm), rows.groupby("lr")
-    accuracy = by_lr["accuracy"].mean()
+    accuracy, n_runs = by_lr["accuracy"].mean(), by_lr.size().to_numpy(float)
     lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
     steps, halves = np.diff(np.log10(lrs)), np.full(len(lrs) - 1, 0.5)
     peak = int(np.flatnonzero(lrs == float(at_optimum["lr"].iloc[0]))[0])
     is_good = _is_good(accuracies, peak)
     value = float(_width(is_good, steps, halves))
     name = f"good LRs of {comparison.label} {arm_label(arm)}"
-    # A mean over runs that all diverged has no noise.
-    variances = comparison.fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
-    noise = multivariate_student(np.diag(variances), max(comparison.fit.dof, 1), name)
-    good = _is_good(accuracies + noise, peak)
-    seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
-    example_part = None
-    if shifts is not None:
-        moved = [
-            np.mean([shifts.get(run_id, np.zeros(N_DRAWS)) for run_id in run_ids], axis=0)
-            for _, run_ids in by_lr["run_id"]
-        ]
-        example_part = _width(_is_good(accuracies - np.column_stack(moved), peak), steps, halves) - value
-    if not comparison.fit.sigma > 0:
-        good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
+    good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
+    if fit.sigma > 0:
+        # A mean over runs that all diverged has no noise.
+        variances = fit.sigma**2 / n_runs * ~by_lr["lost"].all().to_numpy(bool)
+        good = _is_good(accuracies + multivariate_student(np.diag(variances), max(fit.dof, 1), name), peak)
+        seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
+    finished = rows[~rows["lost"]]
+    means = (finished["lr"].to_numpy(float)[:, None] == lrs) / n_runs
+    test_split = str(comparison.runs["dataset"].iloc[0])
+    sampled = comparison.judging.examples.deviations(list(finished["run_id"]), test_split, means)
+    example_part, n_examples = None, 0
+    if sampled is not None:
+        example_part, n_examples = _width(_is_good(accuracies - sampled[0], peak), steps, halves) - value, sampled[1]
     is_open = good.mean(axis=0) > MAX_OPEN
     ends = np.flatnonzero(is_good[:-1] != is_good[1:])
     return GoodRange(

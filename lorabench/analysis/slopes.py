@@ -58,13 +58,9 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
 
 
 def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
-    """Fit each column's values against log10 of the index by least squares.
+    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up.
 
-    Args:
-        curves: a row for each step (index, from 1 up) and a column for each seed; null values are left out.
-
-    Returns:
-        The slope of each column per tenfold steps; NaN for one with fewer than two steps.
+    Null values are left out; a column with fewer than two steps has NaN.
     """
     values = curves.astype(float)
     x = values.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(values.notna())
@@ -77,21 +73,18 @@ def censored_slope(
 ) -> Estimate:
     """Estimate the slope of a line where some values are only known to lie above or below a bound (Tobit regression).
 
-    Each group has its own intercept. The maximum likelihood is found by expectation maximization: a bounded value is
-    replaced by its mean given the bound and the line. The degrees of freedom are those of the values that are known,
-    and the error counts a bounded value by the information that it has.
+    The maximum likelihood is found by expectation maximization: a bounded value is replaced by its mean given the bound
+    and the line. The degrees of freedom are those of the values that are known, and the error counts a bounded value by
+    the information that it has. The slope is unknown if the known values of no group have two positions, and its error
+    without a degree of freedom.
 
     Args:
         x: positions, shape (n,).
         y: values, or bounds of them, shape (n,).
         bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, shape (n,).
-        groups: labels as whole numbers, shape (n,).
+        groups: labels as whole numbers, shape (n,); each group has its own intercept.
         floor: the least standard deviation of a value around the line, so that few points can not seem exact.
         name: names the slope, for draws.
-
-    Returns:
-        The slope; it is unknown if the known values of no group have two positions, and its error is unknown without a
-        degree of freedom.
     """
     # A group without a known value has its own intercept, so it says nothing about the slope.
     informed = np.isin(groups, groups[bound == 0])

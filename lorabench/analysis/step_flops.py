@@ -85,14 +85,9 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's envelope of the validation NLL against the training FLOPs spent.
+    """Compute each arm's envelope of the validation NLL against the training FLOPs spent, the same on every token.
 
-    Training spends the same FLOPs on every token, so the FLOPs up to a step are
-    train_flops * tokens / train_tokens.
-
-    Args:
-        runs: columns as for `envelopes`, and train_flops, train_tokens.
-        curves: columns as for `envelopes`.
+    The runs have the columns train_flops and train_tokens.
 
     Returns:
         The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step).
@@ -114,7 +109,7 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     Args:
         runs: the runs of one arm (see `curves_by_seed`), with the columns train_flops and train_tokens.
         others: the runs of the other arm.
-        curves: columns run_id, step, tokens, split, metric, value.
+        curves: their curves with the column tokens.
         name: names the two arms, for draws.
 
     Returns:

@@ -14,7 +14,7 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import (
     beyond_controls,
     flat_top,
-    good_ranges,
+    good_range,
     is_sick,
     leads,
     reward_curves,
@@ -49,7 +49,7 @@ def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None) -> Comp
 
 def measured(*args, **settings):
     comparison = compared(*args, **settings)
-    return good_ranges(comparison, comparison.arms)[0]
+    return good_range(comparison, comparison.arms[0])
 
 
 def test_error_rates_are_losses_of_rl_runs_alone():
