@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -64,12 +63,8 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
 
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
-    standard = np.ones(len(runs), bool)
-    for name, value in STANDARD.items():
-        if name in runs:
-            numbers = runs[name].to_numpy(float, na_value=np.nan)
-            standard &= np.isnan(numbers) | (numbers == value)
-    return pd.Series(standard, index=runs.index) | (runs["method"] == "fullft")
+    numbers = runs.reindex(columns=list(STANDARD)).astype(float)
+    return (numbers.isna() | numbers.eq(pd.Series(STANDARD))).all(axis=1) | (runs["method"] == "fullft")
 
 
 def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:

@@ -260,34 +260,27 @@ class ExampleLosses:
         """Read the table `test_losses`: columns run_id, example, loss, tokens."""
         if table.empty:
             return cls()
-        codes, run_ids = pd.factorize(table["run_id"].to_numpy(object))
-        order = np.lexsort((table["example"].to_numpy(), codes))
-        ends = np.cumsum(np.bincount(codes))[:-1]
-        nats, tokens = (np.split(table[name].to_numpy(float)[order], ends) for name in ("loss", "tokens"))
-        return cls(dict(zip(run_ids, nats, strict=True)), dict(zip(run_ids, tokens, strict=True)))
+        by_run = table.sort_values("example").astype({"loss": float, "tokens": float}).groupby("run_id")
+        return cls(*({str(run): rows.to_numpy() for run, rows in by_run[name]} for name in ("loss", "tokens")))
 
-    def deviations(
-        self, run_ids: Sequence[str], name: str, combined: np.ndarray | None = None
-    ) -> tuple[np.ndarray, int] | None:
-        """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
+    def deviations(self, run_ids: Sequence[str], name: str, combined: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Resample the test examples (bootstrap) and compute sums of the runs' mean losses on each resampled split.
 
         Args:
             run_ids: runs on one test split.
             name: names the test split; the examples of one name are resampled alike.
-            combined: weights of the runs, (runs, numbers), for sums over runs in place of the runs' own losses.
+            combined: weights of the runs in each sum, (runs, numbers).
 
         Returns:
-            The difference of each mean loss from that on the split itself, (N_DRAWS, runs or numbers), and the number
-            of examples. None if a run lacks its losses or the runs have different splits.
+            The difference of each sum from that on the split itself, (N_DRAWS, numbers), and the number of examples.
+            None if a run lacks its losses or the runs have different splits.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
         weights = self.tokens[run_ids[0]]
         if any(not np.array_equal(self.tokens[run_id], weights) for run_id in run_ids):
             return None
-        losses = np.array([self.nats[run_id] for run_id in run_ids]).T
-        if combined is not None:
-            losses = losses @ combined
+        losses = np.array([self.nats[run_id] for run_id in run_ids]).T @ combined
         n = len(weights)
         mean = losses.sum(0) / weights.sum()
         # The mean is subtracted first, so that single precision suffices for the sums over each resampled split.

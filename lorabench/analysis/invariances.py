@@ -236,10 +236,9 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
     longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
-    best: set[str] = set()
-    for comparison in comparisons(longest, curves):
-        best.update(*(comparison.at_optimum(arm)["run_id"] for arm in comparison.arms))
-    norms = train_curves(longest[longest["run_id"].isin(list(best))], curves, "update_norm")
+    parts = comparisons(longest, curves)
+    best = pd.concat([longest.iloc[:0], *(part.at_optimum(arm) for part in parts for arm in part.arms)])
+    norms = train_curves(longest[longest["run_id"].isin(best["run_id"])], curves, "update_norm")
     return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
 
 

@@ -91,8 +91,8 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
     labels = [None] * n if left_out is None else list(left_out)
     errors = np.full((n, n), math.nan)
     for label in dict.fromkeys(labels):
-        predicted = np.array([other == label for other in labels])
-        fitted = np.flatnonzero(~predicted | (left_out is None))
+        predicted = [row for row in range(n) if labels[row] == label]
+        fitted = [row for row in range(n) if left_out is None or labels[row] != label]
         from_optima = _constants_from(design[fitted], [optima[row] for row in fitted])
         if from_optima is not None:
             errors[predicted] = -np.eye(n)[predicted]
