@@ -27,22 +27,16 @@ from ..handmade.sft import CURVATURE, arm, tables
 from ..handmade.training import shared, trained
 
 
-def fitted(**settings_of_arm):
-    [comparison] = comparisons(tables([arm(8, **settings_of_arm)])[0], pd.DataFrame())
-    return comparison.fit
-
-
 @settings(max_examples=10, deadline=None)
 @given(st.floats(math.log(3.1e-4), math.log(9.9e-3)))
 def test_the_optimum_of_a_parabola_is_exact(log_lr):
-    fit = fitted(optimum=math.exp(log_lr))
-    assert fit.optima["LoRA r8"].value == pytest.approx(log_lr, abs=1e-6)
-    assert fit.minima["LoRA r8"].value == pytest.approx(2.0, abs=1e-9)
-    assert fit.grids["LoRA r8"].edge is None
-
-
-def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
-    assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
+    [comparison] = comparisons(tables([arm(8, optimum=math.exp(log_lr))])[0], pd.DataFrame())
+    assert comparison.fit.optima["LoRA r8"].value == pytest.approx(log_lr, abs=1e-6)
+    assert comparison.fit.minima["LoRA r8"].value == pytest.approx(2.0, abs=1e-9)
+    assert comparison.fit.grids["LoRA r8"].edge is None
+    # A grid that is coarser than half a decade resolves nothing.
+    [coarse] = comparisons(tables([arm(8, optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2))])[0], pd.DataFrame())
+    assert not coarse.fit.resolved.get("LoRA r8", False)
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():

@@ -216,13 +216,14 @@ RATIOS = {"a": [1.5, 3.0], "b": [1.2, 1.1]}
 
 
 def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
-    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"]}
-    settings = {"model": "tiny", "dataset": "sums", "rank": [8, 8, None, 8], "placement": "all", "batch_size": 64}
-    runs = pd.DataFrame({"run_id": list("abcd"), **columns, **settings})
+    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"], "rank": [8, 8, None, 8]}
+    about = {"model": "tiny", "dataset": "sums", "placement": "all", "batch_size": 64}
+    runs = pd.DataFrame({"run_id": list("abcd"), **columns}).assign(**about)
+    measures = {"kl": KL, "ratio_max": RATIOS, "ratio_above_2": {"a": [0.1, 0.3]}}
     points = [
         (run_id, step, "train", metric, value)
-        for metric, of_runs in (("kl", KL), ("ratio_max", RATIOS), ("ratio_above_2", {"a": [0.1, 0.3]}))
-        for run_id, values in of_runs.items()
+        for metric, by_run in measures.items()
+        for run_id, values in by_run.items()
         for step, value in enumerate(values, 1)
     ]
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
@@ -235,5 +236,4 @@ def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
     assert all(math.isnan(of[name]) for of, name in ((lora, "ratio_mean"), (fullft, "ratio_above_2")))
 
     [without, _] = sampler_mismatch(runs, pd.DataFrame()).to_dict("records")
-    assert math.isnan(without["kl_max"])
-    assert (without["n_above"], without["n_measured"]) == (0, 0)
+    assert (math.isnan(without["kl_max"]), without["n_above"], without["n_measured"]) == (True, 0, 0)
