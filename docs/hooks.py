@@ -20,17 +20,7 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.blocks import (
-    NOT_PUBLISHED,
-    PUBLISHED,
-    SOURCES,
-    escaped,
-    matrix,
-    measured,
-    published_folders,
-    table,
-)
-from lorabench.report.facts import COUNTING, headline, in_order
+from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, SOURCES, escaped, matrix_part, published_folders, table
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
 
@@ -117,11 +107,11 @@ def _listed(names: tuple[str, ...]) -> str:
 def results_page(folder: Path) -> str:
     """Return the page of a published preset: all claims, what they were computed from, and all figures."""
     provenance = json.loads((folder / "provenance.json").read_text())
-    judged = in_order(read_claims(folder, without=NOT_PUBLISHED))
+    judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
     tested = judged[judged["verdict"] != "not tested"]
     rows = [
         [claim["claim_id"], claim["statement"], claim_text.verdict(claim), claim_text.remark(claim),
-         claim_text.margin(claim), measured(claim), claim_text.power(claim), _text(claim["scope"]),
+         claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim), _text(claim["scope"]),
          _text(claim["paper_value"])]
         for claim in tested.to_dict("records")
     ]  # fmt: skip
@@ -131,7 +121,7 @@ def results_page(folder: Path) -> str:
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
-        f"{headline(judged)}. {COUNTING} They were computed from {provenance['runs']} runs on "
+        f"{claim_text.headline(judged)}. {claim_text.COUNTING} They were computed from {provenance['runs']} runs on "
         f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}.",
         "",
         *table(header, rows),
@@ -155,7 +145,7 @@ def evidence_page() -> str:
         "",
         "[Other people's runs](other-runs.md) says how to read this page.",
         "",
-        on_page_markdown(matrix(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
+        on_page_markdown(matrix_part(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
         "",
         "![What several sources measured](published/evidence/forest.svg)",
         "",
@@ -168,7 +158,7 @@ def evidence_page() -> str:
         attributes = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in source["attributes"].items())
         rows = [
             [claim["model"].rsplit("/", 1)[-1], claim["claim_id"], claim["statement"], claim_text.verdict(claim),
-             measured(claim), claim["n_runs"], _text(claim["scope"])]
+             claim_text.measured(claim), claim["n_runs"], _text(claim["scope"])]
             for claim in judged[judged["source"] == name].to_dict("records")
         ]  # fmt: skip
         header = ["model", "", "claim", "verdict", "measured, 95% interval", "runs", "scope"]

@@ -180,7 +180,7 @@ def paired(
 
 
 def scan(
-    rule: Callable[[tuple[int, int]], Rule],
+    rule: Rule,
     curves: PairedCurves,
     windows: Sequence[tuple[int, int]],
     text: Callable[[Estimate], str],
@@ -193,7 +193,7 @@ def scan(
     for all windows at once.
 
     Args:
-        rule: makes the rule for a window.
+        rule: the rule for each window.
         curves: the paired curves.
         windows: the first and last step of each window; at least one.
         text: formats a difference.
@@ -203,7 +203,7 @@ def scan(
     findings = []
     for window, estimate in zip(windows, curves.means(windows), strict=True):
         reason = f"{text(estimate)} in steps {window[0]} to {window[1]}"
-        findings.append(decide(rule(window), estimate, reason, curves.run_ids, problems, margin_rule))
+        findings.append(decide(rule, estimate, reason, curves.run_ids, problems, margin_rule))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} (one of {len(windows)} windows of steps)")
 

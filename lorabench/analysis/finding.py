@@ -23,7 +23,7 @@ MIN_SEEDS = 3
 MOVED = 0.1
 """The share of a margin by which the ends of intervals move to tell whether a verdict is borderline."""
 
-_ORDER: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "inconclusive", "contradicted")
+SEVERITY: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "inconclusive", "contradicted")
 
 
 class Outcome(NamedTuple):
@@ -173,7 +173,7 @@ def _worst(outcomes: Sequence[Outcome], findings: Sequence[Finding]) -> tuple[in
         "inconclusive" if outcome.verdict == "contradicted" and outcome.against > LEVEL / tested else outcome.verdict
         for outcome in outcomes
     ]
-    decisive = max(range(len(outcomes)), key=lambda at: (_ORDER.index(verdicts[at]), findings[at].strain))
+    decisive = max(range(len(outcomes)), key=lambda at: (SEVERITY.index(verdicts[at]), findings[at].strain))
     # A finding may be one of several in turn, so that the corrections multiply.
     return decisive, Outcome(verdicts[decisive], min(1.0, outcomes[decisive].against * max(1, tested)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -39,10 +39,9 @@ from lorabench.analysis.lr_law import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Condition, Evidence, judge_each, named_problems
+from lorabench.claims.claim import Condition, Evidence, claim, named_problems, number
 from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import widths
-from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
 MIN_MODELS = 4
@@ -73,30 +72,44 @@ SMALLEST_WIDTH = 1024
 
 _PRESETS = ("core", "paper")
 
-_claim = partial(Claim, needs=MODELS, experiments=("lr_law", "rank"), columns=("family", "hidden_size"))
 
-
-def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a judge of each group of models with one dataset, batch size and length; the worst group decides.
+def model_groups(evidence: Evidence) -> list[tuple[str, list[SweptModel]]]:
+    """Return the groups of models with one dataset, batch size and length, each after its name.
 
     Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
     """
+    groups = swept_models(evidence.comparisons)
+    largest = max(map(len, groups), default=0)
+    if largest < 2:
+        raise UnjudgedError("not tested", "no two models with FullFT and LoRA swept on the same data")
+    named = []
+    for models in groups:
+        if len(models) >= min(MIN_MODELS, largest):
+            first = models[0].fullft
+            length = f", {first['steps']} steps" if first["steps"] is not None else ""
+            name = f"{len(models)} models on {first['dataset']}, batch {first['batch_size']}{length}"
+            named.append((name, models))
+    return named
 
-    def judge_all(evidence: Evidence) -> Finding:
-        groups = swept_models(evidence.comparisons)
-        largest = max(map(len, groups), default=0)
-        if largest < 2:
-            raise UnjudgedError("not tested", "no two models with FullFT and LoRA swept on the same data")
-        named = []
-        for models in groups:
-            if len(models) >= min(MIN_MODELS, largest):
-                first = models[0].fullft
-                length = f", {first['steps']} steps" if first["steps"] is not None else ""
-                data = f"{first['dataset']}, batch {first['batch_size']}{length}"
-                named.append((f"{len(models)} models on {data}", models))
-        return judge_each(named, judge)
 
-    return judge_all
+def _as_many_models(evidence: Evidence) -> str | None:
+    swept = max(map(len, swept_models(evidence.comparisons)), default=0)
+    return None if swept >= PAPER_MODELS else f"{swept} models"
+
+
+def _two_widths(family: str) -> Condition:
+    on_all = widths(SMALLEST_WIDTH, 2, _PRESETS)
+
+    def instead(evidence: Evidence) -> str | None:
+        chosen = evidence.runs["family"].astype(str).str.lower().str.startswith(family)
+        return on_all.instead(replace(evidence, runs=evidence.runs[chosen]))
+
+    return Condition(f"{on_all.text} in the family {family}", instead, _PRESETS)
+
+
+_claim = partial(
+    claim, over=model_groups, needs=MODELS, experiments=("lr_law", "rank"), columns=("family", "hidden_size")
+)
 
 
 def _too_few(number: int, needed: int, what: str) -> list[Problem]:
@@ -130,28 +143,7 @@ def _ratios_text(models: Sequence[SweptModel]) -> str:
     return f"LoRA {', '.join(f'r{rank}' for rank in ranks)} / FullFT: {', '.join(each)}"
 
 
-def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
-    """B5: judge each base's LR ratio against the geometric mean of all."""
-    resolved = [model for model in models if not model.problems]
-    log_ratios = [_mean_ratio(base) for base in by_base(resolved or models)]
-    problems = _too_few(len(by_base(models)), MIN_MODELS, "bases")
-    if len({(model.lineage, model.hidden_size) for model in models}) < 2:
-        problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
-    factor = models[0].comparison.judging.margins.lr_factor
-    rule = Within(-math.log(factor), math.log(factor))
-    margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
-    findings = []
-    for base in by_base(models):
-        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), _mean_ratio(base), *log_ratios)
-        names = " and ".join(model.name for model in base)
-        text = f"{names} over the mean of {len(log_ratios)} bases {in_words(distance)}"
-        against = [*problems, *_problems(base)]
-        findings.append(as_ratio(decide(rule, distance, text, run_ids(models), against, margin_rule)))
-    decisive = worst(findings)
-    return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
-
-
-B5 = _claim(
+@_claim(
     id="B5",
     statement="The ratio of optimal LRs does not depend on the base model",
     criterion=(
@@ -164,25 +156,30 @@ B5 = _claim(
     ),
     paper_value="the same for 14 models; fitted slope 0",
     unit="ratio over the mean ratio",
-    judge=across_models(ratio_independent_of_model),
     fact=LR_RATIO,
 )
+def _ratio_independent_of_model(models: list[SweptModel]) -> Finding:
+    bases = by_base(models)
+    problems = _too_few(len(bases), MIN_MODELS, "bases")
+    if len({(model.lineage, model.hidden_size) for model in models}) < 2:
+        problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
+    resolved = by_base([model for model in models if not model.problems]) or bases
+    factor = models[0].comparison.judging.margins.lr_factor
+    rule = Within(-math.log(factor), math.log(factor))
+    margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
+    findings = []
+    for base in bases:
+        ratios = map(_mean_ratio, (base, *resolved))
+        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), *ratios)
+        names = " and ".join(model.name for model in base)
+        text = f"{names} over the mean of {len(resolved)} bases {in_words(distance)}"
+        against = [*problems, *_problems(base)]
+        findings.append(as_ratio(decide(rule, distance, text, run_ids(models), against, margin_rule)))
+    decisive = worst(findings)
+    return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
 
 
-def models_swept(models: list[SweptModel]) -> Finding:
-    """B11: count the models that were swept with both methods."""
-    count = len(models)
-    resolved = sum(not model.problems for model in models)
-    text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
-    return finding(run_ids(models), text, "confirmed", [], float(count), strain=-count)
-
-
-def _as_many_models(evidence: Evidence) -> str | None:
-    swept = max(map(len, swept_models(evidence.comparisons)), default=0)
-    return None if swept >= PAPER_MODELS else f"{swept} models"
-
-
-B11 = _claim(
+@_claim(
     id="B11",
     kind="count",
     statement=f"The ratio of optimal LRs was determined by sweeps of {PAPER_MODELS} models",
@@ -192,39 +189,16 @@ B11 = _claim(
     ),
     paper_value=f"{PAPER_MODELS} models",
     unit="models",
-    judge=across_models(models_swept),
     conditions=(Condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", _as_many_models, ("paper",)),),
     fact=LR_RATIO,
 )
+def _models_swept(models: list[SweptModel]) -> Finding:
+    count, resolved = len(models), sum(not model.problems for model in models)
+    text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
+    return finding(run_ids(models), text, "confirmed", [], float(count), strain=-count)
 
 
-def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
-    """B6: judge by how much the slope of log LR ratio on log hidden size is below that of the naive derivation."""
-    resolved = [model for model in models if not model.problems]
-    bases, slope = by_base(resolved), unknown()
-    if len(bases) >= MIN_SLOPE_MODELS:
-        sizes, ratios = [math.log(base[0].hidden_size) for base in bases], [_mean_ratio(base) for base in bases]
-        name = "LR ratio on hidden size: " + ", ".join(model.name for model in resolved)
-        slope = slope_over_models(sizes, ratios, ["all"] * len(bases), name)
-    naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
-    problems = _too_few(len(bases), MIN_SLOPE_MODELS, "bases with both optima resolved")
-    if problems:
-        # What would resolve a model comes first, since the first remedy is the one that is given.
-        problems = [*_problems(models), *problems]
-    elif len({model.hidden_size for model in resolved}) < 2:
-        problems.append(Problem("all of one hidden size", Remedy("models of another hidden size")))
-    number = f"{slope.value:.2f} {fixed_interval(*slope.interval(), 2)}" if slope.known else "unknown"
-    text = (
-        f"slope of log ratio on log hidden size {number}; {_ratios_text(models)}; hidden/{NAIVE_DIVISOR:g} would be "
-        f"{naive}"
-    )
-    below = combined(lambda value: NAIVE_SLOPE - value, slope)
-    margin_rule = f"{SLOPE_MARGIN:g} below the naive slope"
-    judged = decide(Above(SLOPE_MARGIN), below, text, run_ids(models), problems, margin_rule)
-    return _or_more_models(in_unit(judged, lambda distance: NAIVE_SLOPE - distance))
-
-
-B6 = _claim(
+@_claim(
     id="B6",
     kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
@@ -236,8 +210,29 @@ B6 = _claim(
     ),
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",
     unit="slope",
-    judge=across_models(naive_ratio_is_wrong),
 )
+def _naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
+    resolved = [model for model in models if not model.problems]
+    bases, slope = by_base(resolved), unknown()
+    problems = _too_few(len(bases), MIN_SLOPE_MODELS, "bases with both optima resolved")
+    if problems:
+        # What would resolve a model comes first, since the first remedy is the one that is given.
+        problems = [*_problems(models), *problems]
+    else:
+        sizes, ratios = [math.log(base[0].hidden_size) for base in bases], [_mean_ratio(base) for base in bases]
+        name = "LR ratio on hidden size: " + ", ".join(model.name for model in resolved)
+        slope = slope_over_models(sizes, ratios, ["all"] * len(bases), name)
+        if len({model.hidden_size for model in resolved}) < 2:
+            problems.append(Problem("all of one hidden size", Remedy("models of another hidden size")))
+    naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
+    text = (
+        f"slope of log ratio on log hidden size {number(slope) if slope.known else 'unknown'}; {_ratios_text(models)}; "
+        f"hidden/{NAIVE_DIVISOR:g} would be {naive}"
+    )
+    below = combined(lambda value: NAIVE_SLOPE - value, slope)
+    margin_rule = f"{SLOPE_MARGIN:g} below the naive slope"
+    judged = decide(Above(SLOPE_MARGIN), below, text, run_ids(models), problems, margin_rule)
+    return _or_more_models(in_unit(judged, lambda distance: NAIVE_SLOPE - distance))
 
 
 def _mean_regret(
@@ -254,6 +249,7 @@ def _mean_regret(
     off = (errors @ np.array([optimum.log_lr for optimum in optima]))[chosen]
     mean = float((steepness * off**2).mean())
     estimates = [model.log_optimum(arm_method) for model, arm_method in arms]
+
     parts: dict[str, np.ndarray] = {}
     for part in ("seed_part", "example_part"):
         draws = [getattr(estimate, part) for estimate in estimates]
@@ -261,9 +257,8 @@ def _mean_regret(
             drawn = off[:, None] + (errors @ np.array(draws))[chosen]
             sides = generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS)
             parts[part] = sides * np.abs((steepness[:, None] * drawn**2).mean(0) - mean)
-    n_seeds, n_examples = (min(getattr(e, name) for e in estimates) for name in ("n_seeds", "n_examples"))
-    seed_part = parts.get("seed_part", np.full(N_DRAWS, math.nan))
-    return Estimate(mean, seed_part, parts.get("example_part"), n_seeds, n_examples)
+    n_seeds, n_examples = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples"))
+    return Estimate(mean, parts["seed_part"], parts.get("example_part"), n_seeds, n_examples)
 
 
 def _share(regret: Estimate) -> str:
@@ -284,20 +279,35 @@ def _published_regret(models: Sequence[SweptModel], method: str) -> str:
     return f"{float(np.mean(regrets)):.2%}"
 
 
-def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
-    """B7: judge the mean regret over models, by method, of laws fitted to the other models and of the law of all."""
+@_claim(
+    id="B7",
+    statement=f"A law in {PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
+    criterion=(
+        "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
+        "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
+        f"paper. Confirmed if the mean regret is at most {MAX_REGRET:.1%} where each model is predicted from those of "
+        "other bases. Contradicted if even the law fitted to all models has more. The intervals carry the errors of "
+        "all fitted optima, drawn together. The published constants are reported but not judged, since they belong to "
+        "other data and larger models"
+    ),
+    needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
+    paper_value="less than 0.5% (authors' documentation)",
+    unit="share of loss",
+    conditions=(widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS),),
+)
+def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     problems, ids = _too_few(len(by_base(models)), MIN_MODELS, "bases") + _problems(models), run_ids(models)
     arms = [(model, method) for model in models for method in METHODS]
     optima = [optimum for model, method in arms if (optimum := model.arm_optimum(method))]
-    errors = prediction_errors(optima) if len(optima) == len(arms) else np.array(math.nan)
-    if not np.isfinite(errors).all():
+    law = fit_lr_law(optima) if len(optima) == len(arms) else None
+    if law is None:
         problems.append(Problem("too few hidden sizes to fit the law", Remedy("models of further hidden sizes")))
         return finding(ids, "no law fitted", "inconclusive", problems)
-    from_others = prediction_errors(optima, [model.base for model, _ in arms])
+    fits = prediction_errors(optima), prediction_errors(optima, [model.base for model, _ in arms])
     rule, margin_rule = Within(-math.inf, MAX_REGRET), f"{MAX_REGRET:.1%} of the loss, of the authors' documentation"
     findings = []
     for method in METHODS:
-        regrets = [_mean_regret(arms, optima, matrix, method) for matrix in (errors, from_others)]
+        regrets = [_mean_regret(arms, optima, errors, method) for errors in fits]
         text = (
             f"{'FullFT' if method == 'fullft' else 'LoRA'}: mean regret {_share(regrets[1])} with the law fitted to "
             f"the other models, {_share(regrets[0])} fitted to all, {_published_regret(models, method)} with the "
@@ -318,8 +328,6 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
                 for by_all, by_others in outcomes
             )
         )
-    law = fit_lr_law(optima)
-    assert law is not None, "the errors of its predictions are finite"
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
     constants = f"fitted to all: base {law.base:.2g}, M {law.multiplier:.3g}, exponents {exponents}"
     # The interval is symmetric, but no regret is below 0.
@@ -327,67 +335,7 @@ def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {constants}")
 
 
-B7 = _claim(
-    id="B7",
-    statement=f"A law in {PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
-    criterion=(
-        "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
-        "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
-        f"paper. Confirmed if the mean regret is at most {MAX_REGRET:.1%} where each model is predicted from those of "
-        "other bases. Contradicted if even the law fitted to all models has more. The intervals carry the errors of "
-        "all fitted optima, drawn together. The published constants are reported but not judged, since they belong to "
-        "other data and larger models"
-    ),
-    needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
-    paper_value="less than 0.5% (authors' documentation)",
-    unit="share of loss",
-    judge=across_models(law_predicts_the_optimum),
-    conditions=(widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS),),
-)
-
-
-def _exponent(members: list[SweptModel], family: str) -> Finding:
-    """Judge a family's slope of log optimal LR on log(PIVOT / hidden size), with an intercept for each method."""
-    if len({model.hidden_size for model in members}) < 2:
-        remedy = Remedy(f"{family} models of two hidden sizes or more")
-        return Finding("inconclusive", f"{family}: fewer than two hidden sizes", remedy=remedy)
-    arms = [(base, method) for method in METHODS for base in by_base(members)]
-    exponent = slope_over_models(
-        [-math.log(base[0].hidden_size) for base, _ in arms],
-        [mean_of([model.log_optimum(method) for model in base]) for base, method in arms],
-        [method for _, method in arms],
-        f"exponent of {', '.join(model.name for model in members)}",
-    )
-    expected = PUBLISHED.exponents[family]
-    sizes = ", ".join(f"{model.name} ({model.hidden_size})" for model in members)
-    text = (
-        f"{family}: exponent {exponent.value:.2f} {fixed_interval(*exponent.interval(), 2)}, published {expected:.2g}; "
-        f"over {sizes}"
-    )
-    rule = Within(expected - MAX_EXPONENT_DISTANCE, expected + MAX_EXPONENT_DISTANCE)
-    margin_rule = f"{MAX_EXPONENT_DISTANCE:g} around the published exponent"
-    return _or_more_models(decide(rule, exponent, text, run_ids(members), _problems(members), margin_rule))
-
-
-def families_scale_differently(models: list[SweptModel]) -> Finding:
-    """B8: judge the exponent of each family against the published one."""
-    by_family = {name: [model for model in models if model.lineage == name] for name in PUBLISHED.exponents}
-    if not any(by_family.values()):
-        raise UnjudgedError("not tested", "no models of the Llama and Qwen families")
-    return together([_exponent(members, family) for family, members in by_family.items()])
-
-
-def _two_widths(family: str) -> Condition:
-    on_all = widths(SMALLEST_WIDTH, 2, _PRESETS)
-
-    def instead(evidence: Evidence) -> str | None:
-        chosen = evidence.runs["family"].astype(str).str.lower().str.startswith(family)
-        return on_all.instead(replace(evidence, runs=evidence.runs[chosen]))
-
-    return Condition(f"{on_all.text} in the family {family}", instead, _PRESETS)
-
-
-B8 = _claim(
+@_claim(
     id="B8",
     statement="The optimal LR scales with hidden size differently in the Llama and Qwen families",
     criterion=(
@@ -402,8 +350,28 @@ B8 = _claim(
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{PUBLISHED.exponents['llama']} and {PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    judge=across_models(families_scale_differently),
     conditions=tuple(_two_widths(family) for family in PUBLISHED.exponents),
 )
-
-CLAIMS = (B5, B6, B7, B8, B11)
+def _families_scale_differently(models: list[SweptModel]) -> Iterator[Finding]:
+    by_family = {name: [model for model in models if model.lineage == name] for name in PUBLISHED.exponents}
+    if not any(by_family.values()):
+        raise UnjudgedError("not tested", "no models of the Llama and Qwen families")
+    for family, members in by_family.items():
+        if len({model.hidden_size for model in members}) < 2:
+            remedy = Remedy(f"{family} models of two hidden sizes or more")
+            yield Finding("inconclusive", f"{family}: fewer than two hidden sizes", remedy=remedy)
+            continue
+        arms = [(base, method) for method in METHODS for base in by_base(members)]
+        exponent = slope_over_models(
+            [-math.log(base[0].hidden_size) for base, _ in arms],
+            [mean_of([model.log_optimum(method) for model in base]) for base, method in arms],
+            [method for _, method in arms],
+            f"exponent of {', '.join(model.name for model in members)}",
+        )
+        expected = PUBLISHED.exponents[family]
+        sizes = ", ".join(f"{model.name} ({model.hidden_size})" for model in members)
+        text = f"{family}: exponent {number(exponent)}, published {expected:.2g}; over {sizes}"
+        rule = Within(expected - MAX_EXPONENT_DISTANCE, expected + MAX_EXPONENT_DISTANCE)
+        margin_rule = f"{MAX_EXPONENT_DISTANCE:g} around the published exponent"
+        judged = decide(rule, exponent, text, run_ids(members), _problems(members), margin_rule)
+        yield _or_more_models(judged)

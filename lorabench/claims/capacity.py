@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
@@ -20,7 +20,6 @@ from lorabench.analysis.finding import (
     decide,
     finding,
     nats,
-    together,
     without,
     worst,
 )
@@ -38,18 +37,9 @@ from lorabench.analysis.optima import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
+from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import (
-    NATURAL,
-    Scoped,
-    every_longest,
-    full_runs,
-    learning,
-    longest_run,
-    longest_runs,
-    without_facts,
-)
+from lorabench.claims.scope import NATURAL, Named, chosen, full_runs, learning, longest_run, longest_runs
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -97,8 +87,7 @@ class _Rank:
 
 def _ranks(comparison: Comparison) -> list[_Rank]:
     [highest] = require(("LoRA above rank 1", comparison.highest))
-    margin = comparison.margin
-    ranks = []
+    margin, ranks = comparison.margin, []
     for rank, arm in comparison.lora.items():
         if rank == highest["rank"]:
             continue
@@ -113,7 +102,7 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
     return ranks
 
 
-def _all_problems(ranks: Sequence[_Rank]) -> list[Problem]:
+def _problems(ranks: Sequence[_Rank]) -> list[Problem]:
     """Return the problems of ranks, each once."""
     return list({problem.text: problem for rank in ranks for problem in rank.problems}.values())
 
@@ -125,15 +114,24 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
-def departure_grows_with_rank(comparison: Comparison) -> Finding:
-    """A3: judge whether rank 1 leaves before the last rank that leaves, and whether any rank leaves before a lower one.
-
-    Between two departures the rank that has left has the higher loss, so the sign of that difference is judged.
-    """
+@long_claim(
+    id="A3",
+    statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
+    figure="1",
+    criterion=(
+        f"{LEAVES}On the longest dataset, rank 1 and one more rank leave at two different steps or more, which do not "
+        "fall with rank, and between the first and the last departure rank 1's NLL is above that of the rank that "
+        "leaves last (the estimate). Contradicted if some rank leaves before a lower one and its NLL is above the "
+        f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
+    ),
+    needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
+    paper_value="no number",
+    over=chosen(learning, full_runs, longest_run),
+    core=True,
+)
+def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     ranks = _ranks(comparison)
-    ids = comparison.run_ids(comparison.lora.values())
-    text = ", ".join(map(str, ranks))
-    problems, gone = _all_problems(ranks), [rank for rank in ranks if rank.departure.left]
+    ids, text, problems = comparison.run_ids(comparison.lora.values()), ", ".join(map(str, ranks)), _problems(ranks)
     findings = []
     for lower, higher in combinations(ranks, 2):
         if higher.step < lower.step:
@@ -142,6 +140,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
             findings.append(without(decide(Above(0.0), gap, both, ids, problems), "confirmed"))
     if findings:
         return worst(findings)
+    gone = [rank for rank in ranks if rank.departure.left]
     if ranks[0].rank != 1:
         problems.append(Problem("no runs of rank 1", Remedy("rank 1")))
     elif not gone:
@@ -155,55 +154,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-A3 = long_claim(
-    id="A3",
-    statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
-    figure="1",
-    criterion=(
-        f"{LEAVES}On the longest dataset, rank 1 and one more rank leave at two different steps or more, which do not "
-        "fall with rank, and between the first and the last departure rank 1's NLL is above that of the rank that "
-        "leaves last (the estimate). Contradicted if some rank leaves before a lower one and its NLL is above the "
-        f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
-    ),
-    needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
-    paper_value="no number",
-    judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
-    core=True,
-)
-
-
-def _keeps_falling(comparison: Comparison, rank: _Rank) -> Finding:
-    arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
-    past = rank.departure.past
-    curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
-    slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
-    name = f"{comparison.label} {arm_label(arm)} from {past}"
-    own, full = (mean_over_seeds(slope, f"{name} {number}") for number, slope in enumerate(slopes))
-    share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
-    text = (
-        f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
-        f"{share.value:.2f} {fixed_interval(*share.interval(), 2)}, {share.n_seeds} seeds"
-    )
-    problems = [*rank.problems, *comparison.problems([arm, fullft])]
-    if not (full.known and full.interval()[1] < 0):
-        problems.append(Problem("FullFT's own loss does not surely fall there", Remedy("more seeds")))
-    ids = comparison.run_ids([arm, fullft])
-    return decide(Within(FLOOR, 1.0), share, text, ids, problems, f"a floor is {FLOOR:.0%} of FullFT's slope")
-
-
-def no_floor(comparison: Comparison) -> Finding:
-    """A4: judge the slope against log(step) of each rank that has left the shared curve, and that of FullFT."""
-    ranks = _ranks(comparison)
-    gone = [rank for rank in ranks if rank.departure.left]
-    if gone:
-        return together([_keeps_falling(comparison, rank) for rank in gone])
-    departures, problems = ", ".join(map(str, ranks)), _all_problems(ranks)
-    if problems:
-        return finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
-    raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
-
-
-A4 = long_claim(
+@long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
     criterion=(
@@ -215,70 +166,36 @@ A4 = long_claim(
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     unit="share of FullFT's slope",
-    judge=over(learning(full_runs(every_longest)), no_floor),
+    over=chosen(learning, full_runs, longest_runs),
 )
+def _no_floor(comparison: Comparison) -> Iterator[Finding]:
+    ranks = _ranks(comparison)
+    gone = [rank for rank in ranks if rank.departure.left]
+    departures, problems = ", ".join(map(str, ranks)), _problems(ranks)
+    if not gone and not problems:
+        raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
+    if not gone:
+        yield finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
+    for rank in gone:
+        arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
+        past = rank.departure.past
+        curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
+        slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
+        name = f"{comparison.label} {arm_label(arm)} from {past}"
+        own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
+        share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
+        text = (
+            f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
+            f"{number(share)}, {share.n_seeds} seeds"
+        )
+        problems = [*rank.problems, *comparison.problems([arm, fullft])]
+        if not (full.known and full.interval()[1] < 0):
+            problems.append(Problem("FullFT's own loss does not surely fall there", Remedy("more seeds")))
+        ids, floor = comparison.run_ids([arm, fullft]), f"a floor is {FLOOR:.0%} of FullFT's slope"
+        yield decide(Within(FLOOR, 1.0), share, text, ids, problems, floor)
 
 
-def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
-    """Return the ranks with a threshold and the error of its log10 from seeds, and remarks on the other ranks."""
-    rows, left_out = [], []
-    for rank in _ranks(comparison):
-        name = f"{comparison.label} r{rank.rank}"
-        threshold = log_threshold(rank.curves, rank.departure, comparison.margin.value)
-        if rank.problems:
-            left_out.append(f"{name}: {rank.problems[0].text}")
-        elif not rank.departure.left:
-            left_out.append(f"{comparison.label} {rank}")
-        elif isinstance(threshold, str):
-            left_out.append(f"{name} {threshold}")
-        else:
-            runs = runs_at_optimum(comparison, rank.arm)
-            rows.append(
-                {
-                    "dataset": comparison.runs["dataset"].iloc[0],
-                    "name": name,
-                    "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": tokens_at(comparison, rank.arm, 10**threshold.value),
-                    "error": threshold.seed_error,
-                    "run_ids": list(runs["run_id"]),
-                }
-            )
-    return pd.DataFrame(rows), left_out
-
-
-def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
-    """A5: judge the log-log slope of tokens at departure against parameters, over all models and datasets together."""
-    if "tokens" not in evidence.curves:
-        raise UnjudgedError("not tested", "the curves table has no column tokens")
-    parts, left_out = [], []
-    for comparison in longest_runs(without_facts(evidence.comparisons)):
-        try:
-            part, remarks = _thresholds(comparison)
-        except UnjudgedError as unjudged:
-            left_out.append(f"{comparison.label}: {unjudged.finding.reason}")
-            continue
-        parts.append(part)
-        left_out += remarks
-    if not parts and not left_out:
-        raise UnjudgedError("not tested", "no such runs")
-    gone = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    tokens = ", ".join(f"{row['name']} {row['tokens']:.3g} tokens" for row in gone.to_dict("records"))
-    others = f"; left out: {', '.join(left_out)}" if left_out else ""
-    dof = len(gone) - gone["dataset"].nunique() - 1 if len(gone) else 0
-    if dof < 1:
-        reason = f"{tokens or 'no departures'}: too few for a slope{others}"
-        raise UnjudgedError("inconclusive", reason, MORE_RANKS)
-    floor = math.sqrt(float((gone["error"] ** 2).mean()))
-    line = log_log(gone["trainable_params"], gone["tokens"], floor, gone["dataset"])
-    slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
-    interval = fixed_interval(*slope.interval(), 2)
-    text = f"slope {slope.value:.2f} {interval} over {line.n} departures ({tokens}){others}"
-    run_ids = [run_id for listed in gone["run_ids"] for run_id in listed]
-    judged = decide(Within(*THRESHOLD_BAND), slope, text, run_ids, margin_rule="a constant around 1, proportionality")
-    return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
-
-
-A5 = long_claim(
+@long_claim(
     id="A5",
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
     criterion=(
@@ -296,13 +213,72 @@ A5 = long_claim(
     ),
     paper_value="proportional; no number",
     unit="log-log slope",
-    judge=threshold_tied_to_parameters,
     columns=("trainable_params",),
 )
+def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
+    if "tokens" not in evidence.curves:
+        raise UnjudgedError("not tested", "the curves table has no column tokens")
+    rows, left_out = [], []
+    for label, comparison in chosen(learning, longest_runs)(evidence):
+        try:
+            ranks = _ranks(comparison)
+        except UnjudgedError as unjudged:
+            left_out.append(f"{label}: {unjudged.finding.reason}")
+            continue
+        for rank in ranks:
+            name, runs = f"{label} r{rank.rank}", runs_at_optimum(comparison, rank.arm)
+            threshold = log_threshold(rank.curves, rank.departure, comparison.margin.value)
+            if rank.problems:
+                left_out.append(f"{name}: {rank.problems[0].text}")
+            elif not rank.departure.left:
+                left_out.append(f"{label} {rank}")
+            elif isinstance(threshold, str):
+                left_out.append(f"{name} {threshold}")
+            else:
+                tokens, parameters = tokens_at(comparison, rank.arm, 10**threshold.value), runs["trainable_params"]
+                dataset, ids = runs["dataset"].iloc[0], list(runs["run_id"])
+                rows.append((dataset, name, float(parameters.iloc[0]), tokens, threshold.seed_error, ids))
+    if not rows and not left_out:
+        raise UnjudgedError("not tested", "no such runs")
+    gone = pd.DataFrame(rows, columns=["dataset", "name", "parameters", "tokens", "error", "run_ids"])
+    at_tokens = ", ".join(
+        f"{name} {tokens:.3g} tokens" for name, tokens in zip(gone["name"], gone["tokens"], strict=True)
+    )
+    others = f"; left out: {', '.join(left_out)}" if left_out else ""
+    dof = len(gone) - gone["dataset"].nunique() - 1
+    if dof < 1:
+        reason = f"{at_tokens or 'no departures'}: too few for a slope{others}"
+        raise UnjudgedError("inconclusive", reason, MORE_RANKS)
+    floor = math.sqrt(float((gone["error"] ** 2).mean()))
+    line = log_log(gone["parameters"], gone["tokens"], floor, gone["dataset"])
+    slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
+    text = f"slope {number(slope)} over {line.n} departures ({at_tokens}){others}"
+    margin_rule = "a constant around 1, proportionality"
+    judged = decide(Within(*THRESHOLD_BAND), slope, text, gone["run_ids"].explode(), margin_rule=margin_rule)
+    return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
-def about_one_bit(comparison: Comparison) -> Finding:
-    """N1: judge the first epoch's loss per scored token, of FullFT or else the highest rank."""
+def memorising(named: Named) -> Named:
+    """Choose the comparisons on random facts."""
+    return [(name, comparison) for name, comparison in named if is_memorisation(comparison.runs).any()]
+
+
+@claim(
+    id="N1",
+    kind="opinion",
+    statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
+    criterion=(
+        "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
+        f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
+    ),
+    needs="runs of FullFT that go through an epoch; two seeds",
+    paper_value="1 bit = 0.69 nats",
+    experiments=("rank", "capacity"),
+    over=chosen(learning, longest_runs),
+    columns=("first_epoch_nats", "first_epoch_scored_tokens"),
+    conditions=(NATURAL,),
+)
+def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest
     runs = comparison.at_optimum(arm) if arm else comparison.runs.iloc[:0]
     runs = runs.dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
@@ -317,88 +293,7 @@ def about_one_bit(comparison: Comparison) -> Finding:
     return decide(Within(*BIT_BAND), mean, text, runs["run_id"], margin_rule="a constant around 1 bit")
 
 
-N1 = Claim(
-    id="N1",
-    kind="opinion",
-    statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
-    criterion=(
-        "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
-        f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
-    ),
-    needs="runs of FullFT that go through an epoch; two seeds",
-    paper_value="1 bit = 0.69 nats",
-    experiments=("rank", "capacity"),
-    judge=over(learning(every_longest), about_one_bit),
-    columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(NATURAL,),
-)
-
-
-def memorising(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose the comparisons on random facts."""
-    return [(comparison, "") for comparison in comparisons if is_memorisation(comparison.runs).any()]
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """What one rank stores of the facts."""
-
-    arm: Arm
-    share: Estimate
-    """The stored share of all bits of the facts."""
-    per_parameter: Estimate
-    """The bits stored for each trainable parameter."""
-    number: str
-    """The bits per parameter with their interval."""
-
-
-def two_bits_per_parameter(comparison: Comparison) -> Finding:
-    """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
-    arms = comparison.lora.values()
-    if not arms:
-        raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
-    adapters = []
-    for arm in arms:
-        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
-        if minimum is not None:
-            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
-            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
-            share, per_parameter = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
-            number = f"{per_parameter.value:.2f} {fixed_interval(*per_parameter.interval(), 2)} bits per parameter"
-            adapters.append(_Adapter(arm, share, per_parameter, number))
-    run_ids = tuple(sorted(comparison.run_ids(arms)))
-    problems = [problem for arm in arms for problem in comparison.problems([arm])]
-    if not adapters:
-        return finding(run_ids, "no fitted minimum of a rank", "inconclusive", problems)
-    by_rank = "; ".join(
-        f"r{adapter.arm['rank']} {adapter.number}, {adapter.share.value:.0%} of the facts" for adapter in adapters
-    )
-    saturated = []
-    for adapter, higher in pairwise(adapters):
-        more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
-        holds_more = more.known and more.interval()[0] > 0
-        if adapter.share.known and adapter.share.interval()[1] < SATURATED and holds_more:
-            saturated.append(adapter)
-    if not saturated:
-        problems = [problem for adapter in adapters for problem in comparison.problems([adapter.arm])]
-        return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
-    findings = []
-    for adapter in saturated:
-        problems = comparison.problems([adapter.arm])
-        growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
-        # More steps can only store more, so a value above the band contradicts all the same.
-        if adapter.per_parameter.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
-            late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
-            text = f"still storing at the end ({late} of it in the second half of the steps)"
-            problems.append(Problem(text, Remedy("more epochs")))
-        text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
-        rule = Within(*TWO_BITS_BAND)
-        findings.append(decide(rule, adapter.per_parameter, text, run_ids, problems, "the numbers that round to 2"))
-    decisive = worst(findings)
-    return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=run_ids)
-
-
-N2 = Claim(
+@claim(
     id="N2",
     kind="prediction",
     statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
@@ -414,8 +309,42 @@ N2 = Claim(
     paper_value="2 (cited)",
     unit="bits per parameter",
     experiments=("capacity",),
-    judge=over(memorising, two_bits_per_parameter),
+    over=chosen(memorising),
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
-
-CLAIMS = (A3, A4, A5, N1, N2)
+def _two_bits_per_parameter(comparison: Comparison) -> Finding:
+    arms = list(comparison.lora.values())
+    if not arms:
+        raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    run_ids = comparison.run_ids(arms)
+    stores, saturated, findings, texts = [], [], [], []
+    for arm in arms:
+        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
+        if minimum is not None:
+            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
+            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
+            share, per_parameter = (combined(lambda bits, by=by: bits / by, bits) for by in (entropy, parameters))
+            stores.append((arm, share, per_parameter))
+            texts.append(f"r{arm['rank']} {number(per_parameter)} bits per parameter, {share.value:.0%} of the facts")
+    by_rank = "; ".join(texts) or "no fitted minimum of a rank"
+    for (arm, share, per_parameter), (higher, *_) in pairwise(stores):
+        more = stored(comparison.gap(higher, arm), 0.0, 1.0)
+        if share.known and share.interval()[1] < SATURATED and more.known and more.interval()[0] > 0:
+            saturated.append((arm, per_parameter))
+    if not saturated:
+        fitted = [arm for arm, _, _ in stores] or arms
+        problems = [problem for arm in fitted for problem in comparison.problems([arm])]
+        return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
+    for arm, per_parameter in saturated:
+        problems = comparison.problems([arm])
+        growth = late_growth(comparison.at_optimum(arm), comparison.curves)
+        # More steps can only store more, so a value above the band contradicts all the same.
+        if per_parameter.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
+            late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
+            text = f"still storing at the end ({late} of it in the second half of the steps)"
+            problems.append(Problem(text, Remedy("more epochs")))
+        text = f"r{arm['rank']} is saturated at {number(per_parameter)} bits per parameter"
+        rule = Within(*TWO_BITS_BAND)
+        findings.append(decide(rule, per_parameter, text, run_ids, problems, "the numbers that round to 2"))
+    decisive = worst(findings)
+    return replace(decisive, reason=f"{decisive.reason} ({by_rank})")

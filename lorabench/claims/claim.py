@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
+from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.analysis.invariances import with_scales
 from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
-from lorabench.analysis.rules import Margin, Problem, Remedy
+from lorabench.analysis.rules import Margin, Problem, Remedy, Verdict
+from lorabench.utils.formats import fixed_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
 """How the paper supports a statement.
@@ -51,24 +52,23 @@ class Evidence:
     """Margins, losses by test example, and seed noise from elsewhere."""
 
     @cached_property
-    def standard(self) -> pd.DataFrame:
-        """The runs of FullFT, and the runs of LoRA in the paper's parametrization on any layers."""
-        return self.runs[is_standard(self.runs)]
-
-    @cached_property
     def comparisons(self) -> list[Comparison]:
-        """The comparisons of the standard runs, one per model, dataset, batch size and length."""
-        return comparisons(self.standard, self.curves, self.judging)
+        """The comparisons of FullFT with LoRA in the paper's parametrization, on any layers.
+
+        There is one per model, dataset, batch size and length.
+        """
+        return comparisons(self.runs[is_standard(self.runs)], self.curves, self.judging)
 
     @cached_property
     def at_last_evaluation(self) -> list[Comparison]:
         """The comparisons of RL on test error rates after the last step, of problem sets that give a reward."""
-        return comparisons(rewarded_errors(self.standard), self.curves, self.judging)
+        return comparisons(rewarded_errors(self.runs[is_standard(self.runs)]), self.curves, self.judging)
 
     @cached_property
     def at_best_evaluation(self) -> list[Comparison]:
         """The same at the evaluation that is best on validation."""
-        return comparisons(rewarded_errors(self.standard, "best_reward"), self.curves, self.judging)
+        runs = rewarded_errors(self.runs[is_standard(self.runs)], "best_reward")
+        return comparisons(runs, self.curves, self.judging)
 
     @cached_property
     def lr_ratios(self) -> list[MeasuredRatio]:
@@ -115,7 +115,9 @@ class Claim:
     """The paper's number for the estimate, or its statement without a number."""
     experiments: tuple[str, ...]
     """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
-    judge: Callable[[Evidence], Finding]
+    judge: Judge
+    over: Callable[[Evidence], Iterable[tuple[str, Any]]] | None = None
+    """Returns what the claim is judged on, each part after its name; the worst finding decides. None: the evidence."""
     kind: Kind = "empirical"
     figure: str = "text"
     """The number of the paper's figure, or several with commas, or `text`; `own` if the paper has no such statement."""
@@ -133,89 +135,74 @@ class Claim:
     """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
 
 
-Judged = TypeVar("Judged")
+Judge = Callable[[Any], Finding | Iterable[Finding]]
+"""Judges one part of the evidence: it returns a finding, or yields one for each number that it looks at."""
+
+Function = TypeVar("Function", bound=Judge)
+
+CLAIMS: list[Claim] = []
+"""The claims that `claim` declared, in the order in which their modules were imported."""
 
 
-def over(
-    scope: Callable[[list[Comparison]], list[tuple[Comparison, str]]], judge: Callable[[Comparison], Finding]
-) -> Callable[[Evidence], Finding]:
-    """Return a function that judges each comparison in a scope by itself; the worst finding decides.
+def claim(**fields: Any) -> Callable[[Function], Function]:
+    """Return a decorator that declares a claim with some fields, whose judge is the decorated function."""
 
-    Args:
-        scope: chooses what is judged from all comparisons; each choice has a note for the reason.
-        judge: judges one comparison.
-    """
+    def declare(judge: Function) -> Function:
+        CLAIMS.append(Claim(judge=judge, **fields))
+        return judge
 
-    def judge_all(evidence: Evidence) -> Finding:
-        chosen = scope(evidence.comparisons)
-        return judge_each(((f"{comparison.label}{note}", comparison) for comparison, note in chosen), judge)
-
-    return judge_all
+    return declare
 
 
-def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a function that judges the LoRA runs of each model and dataset; the worst finding decides.
-
-    The runs may have any parametrization.
-
-    Args:
-        judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.
-    """
-
-    def judge_all(evidence: Evidence) -> Finding:
-        groups = with_scales(evidence.runs).groupby(["model", "dataset"])
-        named = ((f"{model}/{dataset}", runs) for (model, dataset), runs in groups)
-        return judge_each(named, lambda runs: judge(runs, evidence.curves))
-
-    return judge_all
+def judge_part(judge: Judge, part: Any) -> Finding:
+    """Return the finding of a judge on a part of the evidence; of several that it yields, the worst decides."""
+    try:
+        judged = judge(part)
+        return judged if isinstance(judged, Finding) else together(list(judged))
+    except UnjudgedError as unjudged:
+        return unjudged.finding
 
 
-def judge_each(named: Iterable[tuple[str, Judged]], judge: Callable[[Judged], Finding]) -> Finding:
+def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
     """Judge several things and return the finding that decides; its reason gives all reasons, each after its name.
 
     Raises:
         UnjudgedError: there is nothing to judge.
     """
     findings = []
-    for name, judged in named:
-        try:
-            finding = judge(judged)
-        except UnjudgedError as unjudged:
-            finding = unjudged.finding
-        findings.append(replace(finding, reason=f"{name}: {finding.reason}"))
+    for name, part in named:
+        judged = judge_part(judge, part)
+        findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
     if not findings:
         raise UnjudgedError("not tested", "no such runs")
     return together(findings)
 
 
-def highest_and_full(comparison: Comparison) -> list[Arm]:
+def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
     """Return LoRA at the highest rank above 1, and FullFT.
 
     Raises:
         UnjudgedError: an arm is missing.
     """
-    return require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    return lora, fullft
 
 
-def doubted(judged: Finding, problems: Sequence[Problem]) -> Finding:
-    """Return the finding with further problems; with any, a verdict of confirmed or contradicted is inconclusive."""
+def doubted(
+    judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = ("confirmed", "contradicted")
+) -> Finding:
+    """Return the finding with further problems, which make some verdicts inconclusive.
+
+    If `confirmed` is the only one of these, a finding with another verdict keeps its reason.
+    """
     if not problems:
         return judged
-    reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
-    opened = without(replace(judged, reason=reason), "confirmed", "contradicted")
-    if judged.verdict not in ("confirmed", "contradicted"):
+    opened = without(judged, *verdicts)
+    if judged.verdict in verdicts:
+        opened = replace(opened, remedy=next((problem.remedy for problem in problems if problem.remedy), None))
+    elif "contradicted" not in verdicts:
         return opened
-    return replace(opened, remedy=next((problem.remedy for problem in problems if problem.remedy), None))
-
-
-def unconfirmed(judged: Finding, problems: Sequence[Problem]) -> Finding:
-    """Return the finding, which problems keep from being confirmed; a finding with another verdict stays as it is."""
-    if not problems:
-        return judged
-    if judged.verdict == "confirmed":
-        reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
-        judged = replace(judged, reason=reason, remedy=problems[0].remedy)
-    return without(judged, "confirmed")
+    return replace(opened, reason="; ".join([judged.reason, *(problem.text for problem in problems)]))
 
 
 def named_problems(problems: Iterable[Problem], name: str, where: str = "") -> list[Problem]:
@@ -238,3 +225,8 @@ def margin_problems(margin: Margin) -> list[Problem]:
     if margin.problem:
         return [Problem(margin.problem)]
     return [] if math.isfinite(margin.value) else [Problem("the margin is not known")]
+
+
+def number(estimate: Estimate, digits: int = 2) -> str:
+    """Format a number with its 95% interval."""
+    return f"{estimate.value:.{digits}f} {fixed_interval(*estimate.interval(), digits)}"

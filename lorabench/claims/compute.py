@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,11 +13,11 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import Estimate, exact
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, worst
 from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
+from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
@@ -31,7 +31,7 @@ MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
 
-_count = partial(Claim, kind="count", experiments=())
+_count = partial(claim, kind="count", experiments=())
 
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -47,9 +47,21 @@ def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return ratios
 
 
-def slightly_over_two_thirds(evidence: Evidence) -> Finding:
-    """G1: judge the counted ratio of FLOPs against the formula, at every rank of every model."""
-    findings = []
+@_count(
+    id="G1",
+    statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
+    criterion=(
+        "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
+        f"{TOLERANCE:.0%} of 2/3 + 2R/N at every rank R of every model. N is defined from the shapes of the layers so "
+        "that formula and count agree, so this checks the counting; the ratios say at which ranks it is slightly more "
+        "than 2/3. Every layer computes the gradient of its input, as the formula assumes. Time is reported, not "
+        "judged"
+    ),
+    needs="table compute: FullFT and LoRA in the same setting",
+    paper_value="2/3 + 2R/N",
+    unit="relative difference from the formula",
+)
+def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
     for setting, rows in each_setting(_ratios(evidence.compute, FLOPS_COLUMNS)):
         apart = rows["relative_difference"]
         furthest = max(apart.dropna(), key=abs, default=math.nan)
@@ -66,30 +78,29 @@ def slightly_over_two_thirds(evidence: Evidence) -> Finding:
         problems = [Problem(f"no count of FullFT or LoRA for {uncounted}")] if uncounted else []
         verdict: Verdict = "confirmed" if abs(furthest) <= TOLERANCE else "contradicted"
         # A count has no noise, so its interval is the number itself.
-        interval = (furthest, furthest)
-        findings.append(finding((), text, verdict, problems, furthest, interval, abs(furthest)))
-    return together(findings)
+        yield finding((), text, verdict, problems, furthest, (furthest, furthest), abs(furthest))
 
 
-G1 = _count(
-    id="G1",
-    statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
+@claim(
+    id="G2",
+    kind="prediction",
+    statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
     criterion=(
-        "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
-        f"{TOLERANCE:.0%} of 2/3 + 2R/N at every rank R of every model. N is defined from the shapes of the layers so "
-        "that formula and count agree, so this checks the counting; the ratios say at which ranks it is slightly more "
-        "than 2/3. Every layer computes the gradient of its input, as the formula assumes. Time is reported, not "
-        "judged"
+        f"For the highest rank up to hidden size / {FAR_BELOW}: FullFT's training NLL minus LoRA's at equal FLOPs is "
+        f"above 0 by the margin in each of {WINDOWS} windows of steps, which are the later half of the runs on a "
+        "logarithmic axis. It is the difference on the same batches, without what FullFT gains there from the FLOPs "
+        f"that it has spent beyond LoRA's, by its validation NLL, interpolated in log FLOPs. {AT_OPTIMUM}"
     ),
-    needs="table compute: FullFT and LoRA in the same setting",
-    paper_value="2/3 + 2R/N",
-    unit="relative difference from the formula",
-    judge=slightly_over_two_thirds,
+    needs=(
+        f"{SWEEP}; hidden_size, train_flops, train_tokens; training and validation curves; {MIN_SEEDS} seeds at the "
+        "LRs around each optimum"
+    ),
+    paper_value="clearly ahead; no number",
+    experiments=("rank",),
+    over=every_dataset,
+    columns=("hidden_size", "train_flops", "train_tokens"),
 )
-
-
-def ahead_at_equal_flops(comparison: Comparison) -> Finding:
-    """G2: judge FullFT's training NLL minus LoRA's at equal FLOPs in the later half of LoRA's run."""
+def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     hidden = comparison.runs["hidden_size"].dropna().unique()
     if len(hidden) != 1:
         raise UnjudgedError("not tested", "hidden_size is not known, or not the same in all runs")
@@ -111,48 +122,10 @@ def ahead_at_equal_flops(comparison: Comparison) -> Finding:
     def text_of(difference: Estimate) -> str:
         return f"{label} at the FLOPs of LoRA = {nats(difference)}, {curves.n_seeds} seeds,"
 
-    return scan(lambda window: Above(margin.value), curves, windows, text_of, problems, margin.rule)
+    return scan(Above(margin.value), curves, windows, text_of, problems, margin.rule)
 
 
-G2 = Claim(
-    id="G2",
-    kind="prediction",
-    statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
-    criterion=(
-        f"For the highest rank up to hidden size / {FAR_BELOW}: FullFT's training NLL minus LoRA's at equal FLOPs is "
-        f"above 0 by the margin in each of {WINDOWS} windows of steps, which are the later half of the runs on a "
-        "logarithmic axis. It is the difference on the same batches, without what FullFT gains there from the FLOPs "
-        f"that it has spent beyond LoRA's, by its validation NLL, interpolated in log FLOPs. {AT_OPTIMUM}"
-    ),
-    needs=(
-        f"{SWEEP}; hidden_size, train_flops, train_tokens; training and validation curves; {MIN_SEEDS} seeds at the "
-        "LRs around each optimum"
-    ),
-    paper_value="clearly ahead; no number",
-    experiments=("rank",),
-    judge=over(every_dataset, ahead_at_equal_flops),
-    columns=("hidden_size", "train_flops", "train_tokens"),
-)
-
-
-def memory_of_fullft(evidence: Evidence) -> Finding:
-    """G3: report the peak memory of a training step; the memory of sampling is not measured."""
-    ratios = _ratios(evidence.compute, [*FLOPS_COLUMNS, "peak_mem_bytes"])
-    measured = [
-        f"{setting} r{row['rank']} {1 / row['memory_ratio']:.2f}"
-        for setting, rows in each_setting(ratios)
-        for row in rows.dropna(subset=["memory_ratio"]).to_dict("records")
-    ]
-    if not measured:
-        raise UnjudgedError("not tested", "memory was not measured")
-    raise UnjudgedError(
-        "not tested",
-        "the memory of sampling is not measured, so neither is its ratio; peak memory of a step, FullFT / LoRA: "
-        + ", ".join(measured),
-    )
-
-
-G3 = Claim(
+@claim(
     id="G3",
     kind="opinion",
     statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
@@ -163,8 +136,17 @@ G3 = Claim(
     paper_value="an order of magnitude",
     unit="ratio",
     experiments=(),
-    judge=memory_of_fullft,
 )
+def _memory_of_fullft(evidence: Evidence) -> Finding:
+    ratios = _ratios(evidence.compute, [*FLOPS_COLUMNS, "peak_mem_bytes"])
+    measured = [
+        f"{setting} r{row['rank']} {1 / row['memory_ratio']:.2f}"
+        for setting, rows in each_setting(ratios)
+        for row in rows.dropna(subset=["memory_ratio"]).to_dict("records")
+    ]
+    reason = "the memory of sampling is not measured, so neither is its ratio; peak memory of a step, FullFT / LoRA: "
+    raise UnjudgedError("not tested", reason + ", ".join(measured) if measured else "memory was not measured")
+
 
 PAPER_COUNTS = {
     ("mlp", 256): 486_866_944,
@@ -178,31 +160,12 @@ _EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
 
 
 def _counts(evidence: Evidence, architecture: str) -> pd.DataFrame:
-    counts = evidence.counts
-    if counts.empty:
+    if evidence.counts.empty:
         raise UnjudgedError("not tested", "there is no table of parameter counts")
-    return counts[counts["architecture"] == architecture]
+    return evidence.counts[evidence.counts["architecture"] == architecture]
 
 
-def parameter_counts(evidence: Evidence) -> Finding:
-    """E6: judge the trainable parameters of the paper's four configurations against the exact numbers."""
-    counts = _counts(evidence, "llama-3.1-8b")
-    chosen = counts[counts["part"].eq("all") & counts["include_unembedding"].eq(True)]
-    by_arm = {(row["placement"], int(row["rank"])): int(row["trainable_params"]) for row in chosen.to_dict("records")}
-    names = {arm: f"{arm[0]} r{arm[1]}" for arm in PAPER_COUNTS}
-    missing = [name for arm, name in names.items() if arm not in by_arm]
-    if len(missing) == len(PAPER_COUNTS):
-        raise UnjudgedError("not tested", "the counts table has none of the paper's configurations on llama-3.1-8b")
-    off = {arm: by_arm[arm] - expected for arm, expected in PAPER_COUNTS.items() if arm in by_arm}
-    wrong = [f"{names[arm]} is off by {difference:+,}" for arm, difference in off.items() if difference]
-    counted = ", ".join(f"{names[arm]} {by_arm[arm]:,}" for arm in off)
-    verdict: Verdict = "contradicted" if wrong else "inconclusive" if missing else "confirmed"
-    notes = wrong + [f"{name} is not counted" for name in missing]
-    text = "; ".join([f"llama-3.1-8b with the unembedding: {counted}", *notes])
-    return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
-
-
-E6 = _count(
+@_count(
     id="E6",
     statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
     figure="4 (table)",
@@ -213,8 +176,27 @@ E6 = _count(
     needs="the table of parameter counts; no runs",
     paper_value="0.49B, 0.25B, 0.70B, 0.24B",
     unit="parameters",
-    judge=parameter_counts,
 )
+def _parameter_counts(evidence: Evidence) -> Finding:
+    counts = _counts(evidence, "llama-3.1-8b")
+    with_unembedding = counts[counts["part"].eq("all") & counts["include_unembedding"].eq(True)]
+    counted = with_unembedding.set_index(["placement", "rank"])["trainable_params"].astype(int).to_dict()
+    off, wrong, missing, texts = {}, [], [], []
+    for arm, expected in PAPER_COUNTS.items():
+        name = f"{arm[0]} r{arm[1]}"
+        if arm not in counted:
+            missing.append(f"{name} is not counted")
+            continue
+        off[arm] = counted[arm] - expected
+        texts.append(f"{name} {counted[arm]:,}")
+        if off[arm]:
+            wrong.append(f"{name} is off by {off[arm]:+,}")
+    if not off:
+        raise UnjudgedError("not tested", "the counts table has none of the paper's configurations on llama-3.1-8b")
+    verdict: Verdict = "contradicted" if wrong else "inconclusive" if missing else "confirmed"
+    text = "; ".join([f"llama-3.1-8b with the unembedding: {', '.join(texts)}", *wrong, *missing])
+    return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
+
 
 ACTIVE_EXPERTS = 8
 """The number of experts that Qwen3-30B-A3B activates for a token, by which the paper divides the total rank."""
@@ -222,16 +204,29 @@ ACTIVE_EXPERTS = 8
 _MOE_PARTS = ("experts", "attention", "unembedding")
 
 
-def expert_ratio(evidence: Evidence) -> Finding:
-    """M1: judge LoRA's share of parameters in the experts against that in attention and the unembedding, by rank."""
+@_count(
+    id="M1",
+    statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
+    criterion=(
+        "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
+        "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
+        f"{ACTIVE_EXPERTS}, the factor furthest from 1, which is the estimate, is nearer to 1 on a logarithmic scale "
+        "than with the total rank for every expert. Contradicted if it is further"
+    ),
+    needs="the table of parameter counts; no runs",
+    paper_value="the same, by dividing by the 8 active experts",
+    unit="ratio",
+)
+def _expert_ratio(evidence: Evidence) -> Iterator[Finding]:
     counts = _counts(evidence, "qwen3-30b-a3b")
     counts = counts[counts["part"].isin(_MOE_PARTS)]
+    if counts.empty:
+        raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
     shares = counts.assign(share=counts["trainable_params"].astype(float) / counts["base_params"].astype(float))
-    findings = []
     for rank, rows in shares.groupby(shares["rank"].astype(int)):
         share = rows.drop_duplicates("part").set_index("part")["share"]
         if missing := [part for part in _MOE_PARTS if part not in share]:
-            findings.append(Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted"))
+            yield Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted")
             continue
         divided = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
         # An expert's LoRA parameters are proportional to its rank.
@@ -244,34 +239,26 @@ def expert_ratio(evidence: Evidence) -> Finding:
             f"{', '.join(f'{part} {share[part]:.3%}' for part in _MOE_PARTS)}; {texts[0]}, and without the "
             f"division {texts[1]}, which is {'further from' if strain <= 0 else 'nearer to'} 1"
         )
-        verdict: Verdict = "confirmed" if strain <= 0 else "contradicted"
-        findings.append(Finding(verdict, text, estimate=furthest, strain=strain))
-    if not findings:
-        raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
-    return together(findings)
+        yield Finding("confirmed" if strain <= 0 else "contradicted", text, estimate=furthest, strain=strain)
 
-
-M1 = _count(
-    id="M1",
-    statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
-    criterion=(
-        "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
-        "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
-        f"{ACTIVE_EXPERTS}, the factor furthest from 1, which is the estimate, is nearer to 1 on a logarithmic scale "
-        "than with the total rank for every expert. Contradicted if it is further"
-    ),
-    needs="the table of parameter counts; no runs",
-    paper_value="the same, by dividing by the 8 active experts",
-    unit="ratio",
-    judge=expert_ratio,
-)
 
 FAR_MORE = 5.0
 """The ratio from which on there are far more parameters than bits; the paper has almost 10."""
 
 
-def rank_1_holds_math(evidence: Evidence) -> Finding:
-    """F6: judge the rank-1 parameters on Llama-3.1-8B over the bits of RL on MATH."""
+@_count(
+    id="F6",
+    statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
+    criterion=(
+        f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
+        f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "
+        "samples each at 1 bit per episode. The estimate is the smaller ratio. It is a count, which no run can change"
+    ),
+    needs="the table of parameter counts; no runs",
+    paper_value="3M parameters for 320,000 bits, almost 10 times",
+    unit="ratio",
+)
+def _rank_1_holds_math(evidence: Evidence) -> Finding:
     counts = _counts(evidence, "llama-3.1-8b")
     rank_1 = counts["placement"].eq("all") & counts["rank"].eq(1) & counts["part"].eq("all")
     rows = counts[rank_1].dropna(subset=["include_unembedding", "trainable_params"])
@@ -286,20 +273,3 @@ def rank_1_holds_math(evidence: Evidence) -> Finding:
         findings.append(decide(Above(FAR_MORE), exact(ratio), text, (), (), f"a factor of {FAR_MORE:g}"))
     counted = ", ".join(judged.reason for judged in findings)
     return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")
-
-
-F6 = _count(
-    id="F6",
-    statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
-    criterion=(
-        f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
-        f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "
-        "samples each at 1 bit per episode. The estimate is the smaller ratio. It is a count, which no run can change"
-    ),
-    needs="the table of parameter counts; no runs",
-    paper_value="3M parameters for 320,000 bits, almost 10 times",
-    unit="ratio",
-    judge=rank_1_holds_math,
-)
-
-CLAIMS = (G1, G2, G3, E6, M1, F6)

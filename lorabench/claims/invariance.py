@@ -23,15 +23,13 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Claim, few_seeds, on_lora
-from lorabench.utils.formats import fixed_interval
+from lorabench.claims.claim import Evidence, claim, few_seeds, number
+from lorabench.claims.scope import lora_runs
 
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
 """The fact that several claims state."""
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
-
-_claim = partial(Claim, kind="derivation", experiments=("parametrization",))
 
 # Bounds whose meaning the criteria say.
 TRAJECTORY_STEPS = 50
@@ -54,56 +52,20 @@ TIME_ERROR = 0.05
 recorded steps."""
 
 
+def _pairs(evidence: Evidence, plus: bool = False) -> list[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
+    """Return the `invariance_pairs` of each model and dataset, and the table `curves`, after their name."""
+    return [(name, (invariance_pairs(lora.runs, plus), lora.curves)) for name, lora in lora_runs(evidence)]
+
+
+_claim = partial(claim, kind="derivation", experiments=("parametrization",), over=lora_runs)
+
+
 def _named(pair: pd.Series[Any], speed: str) -> str:
     alpha, init_a, lr, ratio = (pair[f"{name}_{speed}"] for name in CONFIGURATION)
     return f"alpha {alpha:g} init x{init_a:g} LR_A {lr:g} LR_B/LR_A {ratio:g}"
 
 
-def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool = False) -> Finding:
-    """C5, C8: judge the largest difference of training NLL of equivalent runs, compared with that of other runs.
-
-    Args:
-        lora: the LoRA runs of one model and dataset.
-        curves: the table `curves`.
-        plus: whether to take only pairs in which one run has unequal LRs of A and B and the other has equal ones.
-    """
-    pairs = invariance_pairs(lora, plus)
-    if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that should be equivalent")
-    last = differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
-    equal, control = last[last["equivalent"]], last[~last["equivalent"]]
-    if equal.empty:
-        raise UnjudgedError("not tested", "no training losses of runs that should be equivalent")
-    furthest = equal.sort_values("difference").iloc[-1]
-    largest, eps = float(furthest["difference"]), float(furthest["eps"])
-    at_eps = "" if math.isnan(eps) else f", eps {eps:g}"
-    text = (
-        f"{len(equal)} equivalent pairs of runs differ by at most {largest:.2g} nats (r{furthest['rank']}, "
-        f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{at_eps}) over {equal['step'].min()} steps"
-    )
-    problems = []
-    if len(equal) < int(pairs["equivalent"].sum()):
-        problems.append(Problem("some equivalent pairs have no training losses"))
-    if largest > IDENTICAL and not eps <= ZERO_EPS:
-        remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
-        problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
-    if largest <= IDENTICAL:
-        if equal["step"].min() < TRAJECTORY_STEPS:
-            remedy = Remedy(f"runs of {TRAJECTORY_STEPS} steps")
-            problems.append(Problem(f"fewer than {TRAJECTORY_STEPS} steps in common", remedy))
-        if control.empty:
-            remedy = Remedy("a run that should differ, such as at another LR")
-            problems.append(Problem("no pair that should differ", remedy))
-        elif not float(control["difference"].min()) > IDENTICAL:
-            problems.append(Problem("runs that should differ do not, so the measure can't tell them apart"))
-    if len(control):
-        text += f"; {len(control)} other pairs by at least {float(control['difference'].min()):.2g}"
-    run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
-    margin_rule = "the numerical precision of a training loss"
-    return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
-
-
-C5 = _claim(
+@_claim(
     id="C5",
     statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
     criterion=(
@@ -114,12 +76,11 @@ C5 = _claim(
     ),
     needs=f"{_PAIRS}, that are equivalent, and some that are not",
     paper_value="exact; derived",
-    judge=on_lora(equivalent_trajectories),
+    over=_pairs,
     fact=REDUNDANT,
     core=True,
 )
-
-C8 = _claim(
+@_claim(
     id="C8",
     statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
     criterion=(
@@ -128,57 +89,45 @@ C8 = _claim(
     ),
     needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
     paper_value="exact; derived",
-    judge=on_lora(partial(equivalent_trajectories, plus=True)),
+    over=partial(_pairs, plus=True),
     fact=REDUNDANT,
 )
-
-
-def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C6: judge the first fall of the validation loss where LR_A alone is ten times as large."""
-    pairs = tenfold_pairs(lora)
+def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Finding:
+    pairs, curves = tested
     if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
-    # Validation losses, as training losses of single steps differ more between batches than over so few updates.
-    losses = train_curves(lora[["run_id"]], curves, split="validation")
-    early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
-    points = early.agg(first=("step", "min"), last=("step", "max"), before=("value", "first"), after=("value", "last"))
-    points = points[(points["first"] == 0) & (points["last"] > 0)]
-    falls = (points["before"] - points["after"]).astype(float)
-    both = pairs.assign(fast=pairs["run_id_fast"].map(falls), slow=pairs["run_id_slow"].map(falls))
-    both = both.dropna(subset=["fast", "slow"])
-    if both.empty:
-        raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    all_pairs = [pair for _, pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
-    # The claim is about the time before A moves. A pair whose movement was not recorded is judged.
-    recorded = train_curves(lora[["run_id"]], curves, "a_moved")
-    moved = recorded[recorded["step"] >= SLOPE_STEPS].groupby("run_id")["value"].first().astype(float)
-    still = [pair for pair in all_pairs if not pair["run_id_fast"].map(moved).max() > STILL]
-    left_out = (
-        f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
+        raise UnjudgedError("not tested", "no runs that should be equivalent")
+    last = differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
+    equal, control = last[last["equivalent"]], last[~last["equivalent"]]
+    if equal.empty:
+        raise UnjudgedError("not tested", "no training losses of runs that should be equivalent")
+    furthest, least = equal.sort_values("difference").iloc[-1], float(control["difference"].min())
+    largest, eps, steps = float(furthest["difference"]), float(furthest["eps"]), equal["step"].min()
+    at_eps = "" if math.isnan(eps) else f", eps {eps:g}"
+    text = (
+        f"{len(equal)} equivalent pairs of runs differ by at most {largest:.2g} nats (r{furthest['rank']}, "
+        f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{at_eps}) over {steps} steps"
     )
-    if not still:
-        raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
-    findings = []
-    for pair in still:
-        name = f"r{pair['rank'].iloc[0]} {_named(pair.iloc[0], 'fast')}"
-        slow = _named(pair.iloc[0], "slow")
-        ratio = ratio_of_means(pair["fast"].to_numpy(float), pair["slow"].to_numpy(float), f"{name} / {slow}")
-        interval = fixed_interval(*ratio.interval(), 3)
-        text = f"{name}: {ratio.value:.3f} {interval} of the fall of {slow} over {len(pair)} seeds"
-        a_moved = pair["run_id_fast"].map(moved).max()
-        if not math.isnan(a_moved):
-            text += f", A moved by {a_moved:.2g}"
-        problems = few_seeds(len(pair)) + ([Problem("the loss does not fall")] if math.isnan(ratio.value) else [])
-        run_ids = [*pair["run_id_fast"], *pair["run_id_slow"]]
-        findings.append(decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%"))
-    # There may be dozens of pairs, so the reason counts their verdicts.
-    counts = pd.Series([judged.verdict for judged in findings]).value_counts()
-    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    return replace(together(findings), reason=f"{worst(findings).reason}; pairs in all: {verdicts}; {left_out}")
+    text += f"; {len(control)} other pairs by at least {least:.2g}" if len(control) else ""
+    problems = []
+    if len(equal) < int(pairs["equivalent"].sum()):
+        problems.append(Problem("some equivalent pairs have no training losses"))
+    if largest > IDENTICAL and not eps <= ZERO_EPS:
+        remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
+        problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
+    if largest <= IDENTICAL and steps < TRAJECTORY_STEPS:
+        remedy = Remedy(f"runs of {TRAJECTORY_STEPS} steps")
+        problems.append(Problem(f"fewer than {TRAJECTORY_STEPS} steps in common", remedy))
+    if largest <= IDENTICAL and control.empty:
+        remedy = Remedy("a run that should differ, such as at another LR")
+        problems.append(Problem("no pair that should differ", remedy))
+    elif largest <= IDENTICAL and not least > IDENTICAL:
+        problems.append(Problem("runs that should differ do not, so the measure can't tell them apart"))
+    run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
+    margin_rule = "the numerical precision of a training loss"
+    return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
 
 
-C6 = _claim(
+@_claim(
     id="C6",
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
     criterion=(
@@ -191,8 +140,49 @@ C6 = _claim(
     needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
     paper_value="irrelevant while B is 0; derived",
     unit="ratio",
-    judge=on_lora(same_initial_slope),
 )
+def _same_initial_slope(lora: Evidence) -> Finding:
+    pairs = tenfold_pairs(lora.runs)
+    if pairs.empty:
+        raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
+    # Validation losses, as training losses of single steps differ more between batches than over so few updates.
+    losses = train_curves(lora.runs[["run_id"]], lora.curves, split="validation")
+    early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
+    points = early.agg(first=("step", "min"), last=("step", "max"), before=("value", "first"), after=("value", "last"))
+    points = points[(points["first"] == 0) & (points["last"] > 0)]
+    falls = (points["before"] - points["after"]).astype(float)
+    # The claim is about the time before A moves. A pair whose movement was not recorded is judged.
+    recorded = train_curves(lora.runs[["run_id"]], lora.curves, "a_moved")
+    moved = recorded[recorded["step"] >= SLOPE_STEPS].groupby("run_id")["value"].first().astype(float)
+    fast, slow = pairs["run_id_fast"], pairs["run_id_slow"]
+    both = pairs.assign(fast=fast.map(falls), slow=slow.map(falls), moved=fast.map(moved))
+    both = both.dropna(subset=["fast", "slow"])
+    if both.empty:
+        raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
+    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
+    all_pairs = [pair for _, pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
+    still = [pair for pair in all_pairs if not pair["moved"].max() > STILL]
+    left_out = (
+        f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
+    )
+    if not still:
+        raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
+    findings = []
+    for pair in still:
+        name = f"r{pair['rank'].iloc[0]} {_named(pair.iloc[0], 'fast')}"
+        other = _named(pair.iloc[0], "slow")
+        ratio = ratio_of_means(pair["fast"].to_numpy(float), pair["slow"].to_numpy(float), f"{name} / {other}")
+        text = f"{name}: {number(ratio, 3)} of the fall of {other} over {len(pair)} seeds"
+        a_moved = pair["moved"].max()
+        if not math.isnan(a_moved):
+            text += f", A moved by {a_moved:.2g}"
+        problems = few_seeds(len(pair)) + ([Problem("the loss does not fall")] if math.isnan(ratio.value) else [])
+        run_ids = [*pair["run_id_fast"], *pair["run_id_slow"]]
+        findings.append(decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%"))
+    # There may be dozens of pairs, so the reason counts their verdicts.
+    counts = pd.Series([judged.verdict for judged in findings]).value_counts()
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return replace(together(findings), reason=f"{worst(findings).reason}; pairs in all: {verdicts}; {left_out}")
 
 
 def _time_cells(times: pd.DataFrame) -> pd.DataFrame:
@@ -226,42 +216,7 @@ _LONGER = Remedy(
 )
 
 
-def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C7: judge the steps until A has moved by its own norm, as a power of init_A / LR_A at one update scale."""
-    times = move_times(lora, curves)
-    if times.empty:
-        raise UnjudgedError("not tested", "no a_moved in the curves")
-    cells = _time_cells(times)
-    known = cells[cells["bound"] == 0]
-    compared = cells[cells["group"].isin(known["group"]) & (cells.groupby("group")["group"].transform("size") > 1)]
-    if compared.empty:
-        text = "no two values of init_a/LR_A at one alpha * init_a * LR_B, in one of which A moved by its own norm"
-        raise UnjudgedError("inconclusive", text, _LONGER)
-    name = f"time scale of A on {lora['model'].iloc[0]}/{lora['dataset'].iloc[0]}"
-    slope = censored_slope(
-        np.log(compared["time_scale"].to_numpy(float)),
-        np.log(compared["limit"].to_numpy(float)),
-        compared["bound"].to_numpy(int),
-        compared["group"].to_numpy(int),
-        TIME_ERROR,
-        name,
-    )
-    n_known = int((compared["bound"] == 0).sum())
-    number = f"{slope.value:.2f} {fixed_interval(*slope.interval(), 2)}" if math.isfinite(slope.value) else "unknown"
-    text = (
-        f"at fixed alpha * init_a * LR_B, steps until A has moved by its own norm go as (init_a/LR_A) to the power "
-        f"{number}, {n_known} times and {len(compared) - n_known} bounds at {compared['group'].nunique()} update scales"
-    )
-    ids = [run_id for cell in compared["run_ids"] for run_id in cell]
-    problems = []
-    scales = compared[compared["bound"] == 0].groupby("group")["time_scale"].agg(["size", "min", "max"])
-    if not ((scales["size"] >= MIN_TIMES) & (scales["max"] >= MIN_TIMES_RANGE * scales["min"])).any():
-        needed = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
-        problems.append(Problem(needed, _LONGER))
-    return decide(Within(*TIME_BAND), slope, text, ids, problems, "an exponent of 1 within a fifth")
-
-
-C7 = _claim(
+@_claim(
     id="C7",
     statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
     criterion=(
@@ -278,7 +233,35 @@ C7 = _claim(
     ),
     paper_value="proportional; derived",
     unit="exponent",
-    judge=on_lora(time_scale_of_a),
 )
-
-CLAIMS = (C5, C6, C7, C8)
+def _time_scale_of_a(lora: Evidence) -> Finding:
+    times = move_times(lora.runs, lora.curves)
+    if times.empty:
+        raise UnjudgedError("not tested", "no a_moved in the curves")
+    cells = _time_cells(times)
+    groups_known = cells.loc[cells["bound"] == 0, "group"]
+    compared = cells[cells["group"].isin(groups_known) & (cells.groupby("group")["group"].transform("size") > 1)]
+    if compared.empty:
+        text = "no two values of init_a/LR_A at one alpha * init_a * LR_B, in one of which A moved by its own norm"
+        raise UnjudgedError("inconclusive", text, _LONGER)
+    slope = censored_slope(
+        np.log(compared["time_scale"].to_numpy(float)),
+        np.log(compared["limit"].to_numpy(float)),
+        compared["bound"].to_numpy(int),
+        compared["group"].to_numpy(int),
+        TIME_ERROR,
+        f"time scale of A on {lora.runs['model'].iloc[0]}/{lora.runs['dataset'].iloc[0]}",
+    )
+    known = compared[compared["bound"] == 0]
+    text = (
+        "at fixed alpha * init_a * LR_B, steps until A has moved by its own norm go as (init_a/LR_A) to the power "
+        f"{number(slope) if math.isfinite(slope.value) else 'unknown'}, {len(known)} times and "
+        f"{len(compared) - len(known)} bounds at {compared['group'].nunique()} update scales"
+    )
+    problems = []
+    scales = known.groupby("group")["time_scale"].agg(["size", "min", "max"])
+    if not ((scales["size"] >= MIN_TIMES) & (scales["max"] >= MIN_TIMES_RANGE * scales["min"])).any():
+        needed = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
+        problems.append(Problem(needed, _LONGER))
+    ids = compared["run_ids"].explode()
+    return decide(Within(*TIME_BAND), slope, text, ids, problems, "an exponent of 1 within a fifth")

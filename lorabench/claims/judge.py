@@ -13,10 +13,10 @@ from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED_BY, Judging, Task
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.finding import Finding, UnjudgedError
+from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
-from lorabench.claims import (
+from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     across_models,
     batch_size,
     capacity,
@@ -29,29 +29,23 @@ from lorabench.claims import (
     reinforcement,
     rl_progress,
 )
-from lorabench.claims.claim import Claim, Evidence
+from lorabench.claims.claim import CLAIMS as DECLARED
+from lorabench.claims.claim import Claim, Evidence, judge_each, judge_part
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables, remarks_on
 from lorabench.utils.formats import count, parameters
 
-_MODULES = (
-    *(learning_curves, capacity, learning_rate, across_models, parametrization, invariance),
-    *(batch_size, placement, reinforcement, rl_progress, compute),
-)
-
 _FAMILIES = "ANBCDEMFGP"
-"""The families in the order of the table `claims`."""
+"""The families in the order of the table `claims`; all claims on RL belong to family F."""
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
-    # All claims on RL belong to family F.
-    family = "F" if claim.task == "rl" else claim.id[0]
-    return _FAMILIES.index(family), claim.id[0], int(claim.id[1:])
+    return _FAMILIES.index("F" if claim.task == "rl" else claim.id[0]), claim.id[0], int(claim.id[1:])
 
 
-CLAIMS: tuple[Claim, ...] = tuple(sorted((claim for module in _MODULES for claim in module.CLAIMS), key=_position))
+CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
 """All claims, in the order of the table `claims`."""
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)
@@ -114,23 +108,13 @@ def judge_claims(
         behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
-            {
+            vars(claim)
+            | vars(judged)
+            | {
                 "claim_id": claim.id,
-                "kind": claim.kind,
-                "fact": claim.fact or claim.statement,
-                "statement": claim.statement,
-                "figure": claim.figure,
-                "criterion": claim.criterion,
-                "verdict": judged.verdict,
                 "borderline": judged.borderline,
-                "margin_low": judged.margin_low,
-                "margin_high": judged.margin_high,
+                "fact": claim.fact or claim.statement,
                 "margin_rule": judged.margin_rule or None,
-                "estimate": judged.estimate,
-                "ci_low": judged.ci_low,
-                "ci_high": judged.ci_high,
-                "unit": claim.unit,
-                "detectable": judged.detectable,
                 "scope": scope_text(behind),
                 "missing": missing,
                 "would_decide": remedy and remedy.text,
@@ -140,7 +124,6 @@ def judge_claims(
                 "decide_lrs": [f"{arm.replace(' ', '_')}={lr:.3g}" for arm, lr in remedy.lrs] if remedy else [],
                 "n_runs": len(judged.run_ids),
                 "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
-                "paper_value": claim.paper_value,
                 "published": replications.get(claim.id),
                 "run_ids": list(judged.run_ids),
             }
@@ -163,19 +146,16 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
             return Finding("not tested", f"{without}; it needs {claim.needs}"), None
         if absent := [name for name in (*NEEDED_BY[claim.task], *claim.columns) if name not in columns]:
             return Finding("not tested", f"the runs table has no column {', '.join(absent)}"), None
-    try:
-        judged = claim.judge(evidence)
-    except UnjudgedError as unjudged:
-        judged = unjudged.finding
+    over, judge = claim.over, claim.judge
+    judged = judge_part(judge if over is None else lambda whole: judge_each(over(whole), judge), evidence)
     if judged.verdict == "not tested":
         return judged, None
     unmet = []
     for condition in claim.conditions:
         if (instead := condition.instead(evidence)) is not None:
-            *others, last = condition.presets or ("",)
-            presets = f"the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
-            meeting = presets if condition.presets else "no shipped preset meets it"
-            unmet.append(f"{condition.text} (here {instead}; {meeting})")
+            *others, last = condition.presets
+            presets = " or ".join([", ".join(others), last] if others else [last])
+            unmet.append(f"{condition.text} (here {instead}; the preset {presets} meets it)")
     if not unmet:
         return judged, None
     missing = "; ".join(unmet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import (
     PAPER_RANK,
     EarlyDifference,
@@ -21,33 +21,32 @@ from lorabench.analysis.curves import (
     scan,
 )
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
 from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import (
     SWEEP,
-    Claim,
     Evidence,
+    claim,
+    doubted,
     few_seeds,
     highest_and_full,
-    judge_each,
     margin_problems,
     named_problems,
-    over,
-    unconfirmed,
+    number,
 )
 from lorabench.claims.scope import (
     FULL_STEPS,
     LONG,
     NATURAL,
+    chosen,
     every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
     smallest_dataset,
-    without_facts,
 )
 from lorabench.utils.formats import fixed_interval
 
@@ -57,7 +56,7 @@ SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
-long_claim = partial(Claim, experiments=("rank", "capacity"), conditions=(LONG,))
+long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(LONG,))
 """A claim on whole learning curves."""
 
 AT_OPTIMUM = (
@@ -80,26 +79,7 @@ MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
 
 
-def same_curve(comparison: Comparison) -> Finding:
-    """A1: judge the training NLL of the highest rank minus FullFT's in windows of steps."""
-    lora, fullft = highest_and_full(comparison)
-    curves = pair_at_optimum(comparison, lora, fullft)
-    windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
-    if not windows:
-        raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
-    margin = comparison.margin
-    problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
-    return scan(
-        lambda _: Within.margin(margin.value),
-        curves,
-        windows,
-        lambda gap: f"training NLL of {arm_label(lora)} - FullFT = {nats(gap)}, {curves.n_seeds} seeds",
-        problems or off_optimum(comparison, lora, fullft, margin.value),
-        margin.rule,
-    )
-
-
-A1 = long_claim(
+@long_claim(
     id="A1",
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
@@ -110,54 +90,26 @@ A1 = long_claim(
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
-    judge=over(learning(full_runs(every_dataset)), same_curve),
+    over=chosen(learning, full_runs),
     core=True,
 )
+def _same_curve(comparison: Comparison) -> Finding:
+    lora, fullft = highest_and_full(comparison)
+    curves = pair_at_optimum(comparison, lora, fullft)
+    windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
+    if not windows:
+        raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
+    margin = comparison.margin
+    problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
+
+    def text(gap: Estimate) -> str:
+        return f"training NLL of {arm_label(lora)} - FullFT = {nats(gap)}, {curves.n_seeds} seeds"
+
+    problems = problems or off_optimum(comparison, lora, fullft, margin.value)
+    return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
 
 
-def _straight(comparison: Comparison, arm: Arm) -> Finding:
-    """Judge how far the middle of an arm's curve lies below its chord in the second half of its range of log(step)."""
-    label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
-    curve = curves_at_optimum(comparison, arm).dropna()
-    if curve.empty:
-        raise UnjudgedError("not tested", f"no training curves of {label}")
-    windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
-    if len(windows) < 4:
-        raise UnjudgedError("inconclusive", f"{label} has too few steps")
-    # Each window counts at its geometric middle.
-    means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
-    slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
-    x = np.log10(means.index.to_numpy(float))
-    # The windows reach half of their width beyond the first and the last middle.
-    width = float(np.ptp(x)) * len(x) / (len(x) - 1)
-    bends = []
-    for seed in means:
-        curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, means[seed].to_numpy(float), 2)
-        # The middle of a parabola lies c width^2 / 4 below its chord.
-        bends.append(curvature * width**2 / 4 / (-slope_at_middle * width))
-    bend = mean_over_seeds(bends, f"{comparison.label} {label} bend")
-    text = (
-        f"{label} falls by {-slope.value:.3g} nats per tenfold steps from step {math.ceil(means.index.min())} on, its "
-        f"middle lies {bend.value:.3f} {fixed_interval(*bend.interval(), 3)} of the fall below the chord, "
-        f"{bend.n_seeds} seeds"
-    )
-    problems = comparison.problems([arm])
-    rises = slope.known and slope.interval()[0] > 0
-    if slope.known and not rises and not slope.interval()[1] < 0:
-        problems.append(Problem("it does not surely fall", Remedy(f"{bend.n_seeds + 1} seeds", bend.n_seeds + 1)))
-    judged = decide(Within(-MAX_BEND, MAX_BEND), bend, text, runs["run_id"], problems, f"{MAX_BEND:.0%} of the fall")
-    if rises and not problems:
-        falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
-        return replace(judged, reason=falls.reason).with_outcomes(falls.outcomes)
-    return judged
-
-
-def linear_in_log_steps(comparison: Comparison) -> Finding:
-    """A2: judge how far the learning curves of FullFT and of the highest rank bend against log(step)."""
-    return together([_straight(comparison, arm) for arm in reversed(highest_and_full(comparison))])
-
-
-A2 = long_claim(
+@long_claim(
     id="A2",
     statement="The loss falls linearly with the logarithm of the number of steps",
     figure="1",
@@ -169,41 +121,53 @@ A2 = long_claim(
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="linear; no number",
     unit="share of the fall",
-    judge=over(learning(full_runs(every_dataset)), linear_in_log_steps),
+    over=chosen(learning, full_runs),
 )
+def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
+    for arm in reversed(highest_and_full(comparison)):
+        label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
+        curve = curves_at_optimum(comparison, arm).dropna()
+        if curve.empty:
+            raise UnjudgedError("not tested", f"no training curves of {label}")
+        windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
+        if len(windows) < 4:
+            raise UnjudgedError("inconclusive", f"{label} has too few steps")
+        # Each window counts at its geometric middle.
+        means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
+        slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
+        x = np.log10(means.index.to_numpy(float))
+        # The windows reach half of their width beyond the first and the last middle.
+        width = float(np.ptp(x)) * len(x) / (len(x) - 1)
+        bends = []
+        for seed in means:
+            curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, means[seed].to_numpy(float), 2)
+            # The middle of a parabola lies c width^2 / 4 below its chord.
+            bends.append(curvature * width**2 / 4 / (-slope_at_middle * width))
+        bend = mean_over_seeds(bends, f"{comparison.label} {label} bend")
+        text = (
+            f"{label} falls by {-slope.value:.3g} nats per tenfold steps from step {math.ceil(means.index.min())} on, "
+            f"its middle lies {number(bend, 3)} of the fall below the chord, {bend.n_seeds} seeds"
+        )
+        problems, rises = comparison.problems([arm]), slope.known and slope.interval()[0] > 0
+        if slope.known and not rises and not slope.interval()[1] < 0:
+            problems.append(Problem("it does not surely fall", Remedy(f"{bend.n_seeds + 1} seeds", bend.n_seeds + 1)))
+        rule, margin_rule = Within(-MAX_BEND, MAX_BEND), f"{MAX_BEND:.0%} of the fall"
+        judged = decide(rule, bend, text, runs["run_id"], problems, margin_rule)
+        if rises and not problems:
+            falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
+            judged = replace(judged, reason=falls.reason).with_outcomes(falls.outcomes)
+        yield judged
 
 
-def _gaps_in_margins(datasets: Sequence[Comparison]) -> Finding:
-    """Judge the gaps of the highest rank and FullFT on the datasets of one model, in units of their margins.
-
-    The largest gap is seen as a distance above 0, the smallest as one below 0; the smaller distance decides.
-    """
-    if len(datasets) < 2:
-        raise UnjudgedError("not tested", "only one dataset")
-    gaps: list[Estimate] = []
-    texts, problems, run_ids = [], [], []
-    for comparison in datasets:
-        arms = highest_and_full(comparison)
-        margin = comparison.margin.value
-        gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
-        texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
-        own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
-        problems += named_problems(own_problems, f"{comparison.label}:")
-        run_ids += comparison.run_ids(arms)
-    weaker_side = combined(lambda *both: np.minimum(np.array(both).max(0), -np.array(both).min(0)), *gaps)
-    rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in datasets)
-    return decide(Above(1.0), weaker_side, "; ".join(texts), run_ids, problems, rule)
-
-
-def better_and_worse(evidence: Evidence) -> Finding:
-    """A6: judge all datasets of each model except random facts, each at its greatest length."""
+def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
+    """Return all datasets of each model except random facts, each at its greatest length."""
     by_model: dict[str, list[Comparison]] = {}
-    for comparison in longest_runs(without_facts(evidence.comparisons)):
+    for _, comparison in chosen(learning, longest_runs)(evidence):
         by_model.setdefault(comparison.runs["model"].iloc[0], []).append(comparison)
-    return judge_each(by_model.items(), _gaps_in_margins)
+    return list(by_model.items())
 
 
-A6 = Claim(
+@claim(
     id="A6",
     statement="On one dataset high-rank LoRA is better than full fine-tuning, on another it is worse",
     figure="1",
@@ -216,18 +180,29 @@ A6 = Claim(
     paper_value="no number; possibly random variation",
     unit="margins",
     experiments=("rank",),
-    judge=better_and_worse,
+    over=datasets_by_model,
     conditions=(NATURAL,),
 )
+def _better_and_worse(datasets: list[Comparison]) -> Finding:
+    if len(datasets) < 2:
+        raise UnjudgedError("not tested", "only one dataset")
+    gaps: list[Estimate] = []
+    texts, problems, run_ids = [], [], []
+    for comparison in datasets:
+        arms = highest_and_full(comparison)
+        margin = comparison.margin.value
+        gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
+        texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
+        own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
+        problems += named_problems(own_problems, f"{comparison.label}:")
+        run_ids += comparison.run_ids(arms)
+    # The largest gap is seen as a distance above 0, the smallest as one below 0; the smaller distance decides.
+    weaker_side = combined(lambda *both: np.minimum(np.array(both).max(0), -np.array(both).min(0)), *gaps)
+    rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in datasets)
+    return decide(Above(1.0), weaker_side, "; ".join(texts), run_ids, problems, rule)
 
 
-def same_final_loss(comparison: Comparison) -> Finding:
-    """A7, B2: judge the test NLL of the highest rank minus FullFT's, both at the fitted minima."""
-    lora, fullft = highest_and_full(comparison)
-    return comparison.equal_losses(lora, fullft)
-
-
-A7 = Claim(
+@claim(
     id="A7",
     statement="On a small dataset, LoRA and full fine-tuning reach the same final loss",
     figure="1, 2",
@@ -238,11 +213,10 @@ A7 = Claim(
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="approximately the same; no number",
     experiments=("rank",),
-    judge=over(learning(smallest_dataset), same_final_loss),
+    over=chosen(learning, smallest_dataset),
     fact=SAME_LOSS,
 )
-
-B2 = Claim(
+@claim(
     id="B2",
     statement="At their optimal LRs, high-rank LoRA and full fine-tuning reach the same loss",
     figure="2",
@@ -253,28 +227,15 @@ B2 = Claim(
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="about the same; no number",
     experiments=("rank",),
-    judge=over(learning(every_dataset), same_final_loss),
+    over=chosen(learning),
     fact=SAME_LOSS,
     core=True,
 )
+def _same_final_loss(comparison: Comparison) -> Finding:
+    return comparison.equal_losses(*highest_and_full(comparison))
 
 
-def rank_1_worse(comparison: Comparison) -> Finding:
-    """A8: judge the test NLL of rank 1 minus FullFT's, and whether the gap of their curves still grows."""
-    lora, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
-    judged = comparison.worse(lora, fullft)
-    curves = pair_at_optimum(comparison, lora, fullft)
-    late = max(2, math.ceil(math.sqrt(curves.last)))
-    growth = curves.slope(late)
-    text = f"from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold steps"
-    problems = off_optimum(comparison, lora, fullft, judged.estimate)
-    if not (growth.known and growth.interval()[0] > 0):
-        slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
-        problems.append(Problem(slow, Remedy("longer runs")))
-    return unconfirmed(replace(judged, reason=f"{judged.reason}; {text}"), problems)
-
-
-A8 = Claim(
+@claim(
     id="A8",
     statement="On a dataset beyond its capacity, LoRA is worse than full fine-tuning",
     figure="1",
@@ -286,13 +247,26 @@ A8 = Claim(
     needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     experiments=("rank", "capacity"),
-    judge=over(learning(longest_run), rank_1_worse),
+    over=chosen(learning, longest_run),
 )
+def _rank_1_worse(comparison: Comparison) -> Finding:
+    lora, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
+    judged = comparison.worse(lora, fullft)
+    curves = pair_at_optimum(comparison, lora, fullft)
+    late = max(2, math.ceil(math.sqrt(curves.last)))
+    growth = curves.slope(late)
+    text = f"from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold steps"
+    problems = off_optimum(comparison, lora, fullft, judged.estimate)
+    if not (growth.known and growth.interval()[0] > 0):
+        slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
+        problems.append(Problem(slow, Remedy("longer runs")))
+    return doubted(replace(judged, reason=f"{judged.reason}; {text}"), problems, ["confirmed"])
+
 
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-_early_claim = partial(Claim, figure="early curves", experiments=("early",))
+_early_claim = partial(claim, figure="early curves", experiments=("early",))
 
 
 def _early(
@@ -320,36 +294,7 @@ def _early(
     return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
-def same_early_curves(comparison: Comparison) -> Finding:
-    """C1: judge the difference of two ranks on the same batches in windows of steps."""
-    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
-    windows = curves.windows(WINDOWS)
-    if not windows:
-        raise UnjudgedError("not tested", "no training losses after the first update")
-    margin = comparison.margin
-    judged = scan(
-        lambda _: Within.margin(margin.value),
-        curves,
-        windows,
-        lambda gap: f"{name} = {nats(gap)}, {curves.n_seeds} seeds",
-        [*problems, *margin_problems(margin)],
-        margin.rule,
-    )
-    factor, explained = inverse_rank_fit(early.by_inverse_rank)
-    if math.isnan(factor):
-        return judged
-    pairs = ", ".join(
-        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
-        for row in early.by_inverse_rank.to_dict("records")
-    )
-    text = (
-        f"; over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
-        f"{explained:.0%} of its squares ({pairs})"
-    )
-    return replace(judged, reason=judged.reason + text)
-
-
-C1 = _early_claim(
+@_early_claim(
     id="C1",
     statement="Early in training, learning curves at one LR are the same for all ranks",
     criterion=(
@@ -360,18 +305,52 @@ C1 = _early_claim(
     ),
     needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
-    judge=over(every_dataset, same_early_curves),
+    over=every_dataset,
     core=True,
 )
+def _same_early_curves(comparison: Comparison) -> Finding:
+    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    windows = curves.windows(WINDOWS)
+    if not windows:
+        raise UnjudgedError("not tested", "no training losses after the first update")
+    margin = comparison.margin
+    problems += margin_problems(margin)
+
+    def text(gap: Estimate) -> str:
+        return f"{name} = {nats(gap)}, {curves.n_seeds} seeds"
+
+    judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
+    factor, explained = inverse_rank_fit(early.by_inverse_rank)
+    if math.isnan(factor):
+        return judged
+    pairs = ", ".join(
+        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
+        for row in early.by_inverse_rank.to_dict("records")
+    )
+    by_rank = (
+        f"over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
+        f"{explained:.0%} of its squares ({pairs})"
+    )
+    return replace(judged, reason=f"{judged.reason}; {by_rank}")
 
 
-def difference_grows(comparison: Comparison) -> Finding:
-    """C2: judge the slope of each seed's difference of two ranks against log step, as a share of the mean of all.
-
-    The difference keeps its sign: the absolute value of a difference that is small beside its noise does not grow.
-    """
+@_early_claim(
+    id="C2",
+    statement="The difference of early curves grows with time",
+    criterion=(
+        "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
+        "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
+        f"above 0 by {MIN_GROWTH:g}"
+    ),
+    needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
+    paper_value="grows; no number",
+    unit="share of the mean per tenfold steps",
+    over=every_dataset,
+)
+def _difference_grows(comparison: Comparison) -> Finding:
     _, curves, name, problems = _early(comparison, MIN_SEEDS)
     apart = curves.by_seed[curves.by_seed.index > 1]
+    # The difference keeps its sign: the absolute value of one that is small compared with its noise does not grow.
     mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
     growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), f"{curves.name} growth")
     text = (
@@ -386,32 +365,7 @@ def difference_grows(comparison: Comparison) -> Finding:
     return decide(Above(MIN_GROWTH), growth, text, curves.run_ids, problems, rule)
 
 
-C2 = _early_claim(
-    id="C2",
-    statement="The difference of early curves grows with time",
-    criterion=(
-        "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
-        "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
-        f"above 0 by {MIN_GROWTH:g}"
-    ),
-    needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
-    paper_value="grows; no number",
-    unit="share of the mean per tenfold steps",
-    judge=over(every_dataset, difference_grows),
-)
-
-
-def difference_negative_at_first(comparison: Comparison) -> Finding:
-    """C3: judge the mean difference of two ranks over the first steps, over seeds."""
-    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
-    [mean] = curves.means([(2, FIRST_STEPS)])
-    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
-    if curves.by_seed.index.max() < FIRST_STEPS:
-        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
-    return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")
-
-
-C3 = _early_claim(
+@_early_claim(
     id="C3",
     kind="opinion",
     statement="In the first few steps the lower rank has a slightly lower loss",
@@ -421,7 +375,12 @@ C3 = _early_claim(
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",
-    judge=over(every_dataset, difference_negative_at_first),
+    over=every_dataset,
 )
-
-CLAIMS = (A1, A2, A6, A7, A8, B2, C1, C2, C3)
+def _difference_negative_at_first(comparison: Comparison) -> Finding:
+    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    [mean] = curves.means([(2, FIRST_STEPS)])
+    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
+    if curves.by_seed.index.max() < FIRST_STEPS:
+        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
+    return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")

@@ -17,10 +17,20 @@ from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, compar
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses, combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
-from lorabench.analysis.lr_ratio import at_end, at_step, coupled, fitted, measured_ratios, predicted, prediction_table
+from lorabench.analysis.lr_ratio import (
+    LogRatio,
+    MeasuredRatio,
+    at_end,
+    at_step,
+    coupled,
+    fitted,
+    measured_ratios,
+    predicted,
+    prediction_table,
+)
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
-from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over
+from lorabench.claims.claim import SWEEP, Evidence, claim, highest_and_full, named_problems
 from lorabench.claims.scope import FULL_STEPS, LONG, every_dataset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
@@ -49,7 +59,7 @@ _SEEDS = "further seeds at the LRs around the optimum"
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
-_claim_on_ranks = partial(Claim, figure="2", unit="ratio", experiments=("rank",), core=True)
+_claim = partial(claim, figure="2", unit="ratio", experiments=("rank",), over=every_dataset, core=True)
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
@@ -60,13 +70,7 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     )
 
 
-def lr_ratio_ten(comparison: Comparison) -> Finding:
-    """B1: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = highest_and_full(comparison)
-    return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
-
-
-B1 = _claim_on_ranks(
+@_claim(
     id="B1",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     criterion=(
@@ -75,22 +79,14 @@ B1 = _claim_on_ranks(
     ),
     needs=f"{SWEEP}; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
-    judge=over(every_dataset, lr_ratio_ten),
     fact=LR_RATIO,
 )
+def _lr_ratio_ten(comparison: Comparison) -> Finding:
+    lora, fullft = highest_and_full(comparison)
+    return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
-def lr_independent_of_rank(comparison: Comparison) -> Finding:
-    """B3: judge the optimal LR of the highest rank over that of the lowest from LOW_RANK up."""
-    arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
-    if len(arms) < 2:
-        raise UnjudgedError("inconclusive" if arms else "not tested", f"fewer than two LoRA ranks from {LOW_RANK} up")
-    rule = Within(-math.log(SAME_FACTOR), math.log(SAME_FACTOR))
-    margin_rule = f"within a factor of {SAME_FACTOR:g}, the paper's own number"
-    return judge_ratio(comparison, arms[max(arms)], arms[min(arms)], rule, margin_rule)
-
-
-B3 = _claim_on_ranks(
+@_claim(
     id="B3",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
     criterion=(
@@ -99,12 +95,27 @@ B3 = _claim_on_ranks(
     ),
     needs=f"LoRA on all layers at two or more ranks from {LOW_RANK} up, each with an LR grid; {_SEEDS}",
     paper_value="less than 2 from rank 4 to 512",
-    judge=over(every_dataset, lr_independent_of_rank),
 )
+def _lr_independent_of_rank(comparison: Comparison) -> Finding:
+    arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
+    if len(arms) < 2:
+        raise UnjudgedError("inconclusive" if arms else "not tested", f"fewer than two LoRA ranks from {LOW_RANK} up")
+    rule = Within(-math.log(SAME_FACTOR), math.log(SAME_FACTOR))
+    margin_rule = f"within a factor of {SAME_FACTOR:g}, the paper's own number"
+    return judge_ratio(comparison, arms[max(arms)], arms[min(arms)], rule, margin_rule)
 
 
-def rank_1_lower_lr(comparison: Comparison) -> Finding:
-    """B4: judge the optimal LR of each rank from HIGH_RANK up, or else of the highest, over that of rank 1."""
+@_claim(
+    id="B4",
+    statement="Rank 1 has a lower optimal LR than high ranks",
+    criterion=(
+        f"In every comparison the fitted optimal LR of each rank from {HIGH_RANK} up, or else of the highest rank, is "
+        f"above that of rank 1 by a factor of {LEAST_SHIFT:g}"
+    ),
+    needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
+    paper_value="lower; no number",
+)
+def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
     others = [arm for rank, arm in comparison.lora.items() if rank >= HIGH_RANK] or [highest]
     rule, margin_rule = (
@@ -115,55 +126,7 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
     return replace(worst(judged), run_ids=tuple(sorted(comparison.run_ids([rank_1, *others]))))
 
 
-B4 = _claim_on_ranks(
-    id="B4",
-    statement="Rank 1 has a lower optimal LR than high ranks",
-    criterion=(
-        f"In every comparison the fitted optimal LR of each rank from {HIGH_RANK} up, or else of the highest rank, is "
-        f"above that of rank 1 by a factor of {LEAST_SHIFT:g}"
-    ),
-    needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
-    paper_value="lower; no number",
-    judge=over(every_dataset, rank_1_lower_lr),
-)
-
-
-def short_runs_want_more(comparison: Comparison) -> Finding:
-    """B9: judge the LR ratio of the highest rank to FullFT at short lengths, and over the ratio at full length."""
-    lora, fullft = highest_and_full(comparison)
-    steps = fullft["steps"]
-    lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
-    if not lengths:
-        raise UnjudgedError("not tested", f"runs of {steps or 'unknown'} steps, none longer than {SHORT_STEPS[0]}")
-    runs = comparison.of([lora, fullft])
-    # The losses by test example are those at the end, and of another split.
-    judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
-    [full] = comparisons(at_end(runs), comparison.curves, judging)
-    ratio, factor = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
-    growing = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
-    findings: list[Finding] = []
-    for step in lengths:
-        short = next(iter(comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)), None)
-        if short is None or short.highest is None or short.fullft is None:
-            findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
-            continue
-        arms = [short.highest, short.fullft]
-        at_length = judge_ratio(short, short.highest, short.fullft, ratio, factor)
-        findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
-        labels = arm_label(short.highest), arm_label(short.fullft)
-        at_step_ratio, at_end_ratio = short.fit.log_ratio(*labels), full.fit.log_ratio(*labels)
-        at_end_ratio = coupled(short, full, at_step_ratio, at_end_ratio, short.label)
-        growth = combined(np.subtract, at_step_ratio, at_end_ratio)
-        problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
-        problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
-        text = f"ratio at step {step} over that at the end {in_words(growth)}"
-        findings.append(as_ratio(decide(growing[0], growth, text, short.run_ids(arms), problems, growing[1])))
-    decisive = together(findings)
-    length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
-    return replace(decisive, reason=f"{decisive.reason}; {length}")
-
-
-B9 = Claim(
+@claim(
     id="B9",
     kind="opinion",
     statement=(
@@ -185,91 +148,122 @@ B9 = Claim(
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
     experiments=("short_run",),
-    judge=over(every_dataset, short_runs_want_more),
+    over=every_dataset,
     conditions=(LONG,),
     fact=LR_RATIO,
 )
+def _short_runs_want_more(comparison: Comparison) -> Finding:
+    lora, fullft = highest_and_full(comparison)
+    steps = fullft["steps"]
+    lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
+    if not lengths:
+        raise UnjudgedError("not tested", f"runs of {steps or 'unknown'} steps, none longer than {SHORT_STEPS[0]}")
+    runs = comparison.of([lora, fullft])
+    # The losses by test example are those at the end, and of another split.
+    judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
+    [full] = comparisons(at_end(runs), comparison.curves, judging)
+    rule, margin_rule = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
+    growing = f"half of the paper's growth, a factor of {GROWTH:.2f}"
+    findings: list[Finding] = []
+    for step in lengths:
+        short = next(iter(comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)), None)
+        if short is None or short.highest is None or short.fullft is None:
+            findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
+            continue
+        arms = short.highest, short.fullft
+        at_length = judge_ratio(short, *arms, rule, margin_rule)
+        findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
+        from_short, from_full = (part.fit.log_ratio(*map(arm_label, arms)) for part in (short, full))
+        growth = combined(np.subtract, from_short, coupled(short, full, from_short, from_full, short.label))
+        problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
+        problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
+        text = f"ratio at step {step} over that at the end {in_words(growth)}"
+        ids = short.run_ids(arms)
+        findings.append(as_ratio(decide(Above(math.log(GROWTH)), growth, text, ids, problems, growing)))
+    decisive = together(findings)
+    length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
+    return replace(decisive, reason=f"{decisive.reason}; {length}")
 
 
-def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool = True) -> Claim:
-    def judge(evidence: Evidence) -> Finding:
-        predictions = evidence.judging.predictions.lr_ratio
-        if getattr(predictions, theory) is None:
-            raise UnjudgedError("not tested", f"the preset states no prediction of the theory {theory}")
-        predictable = [
-            (ratio.label, (ratio, theories[theory]))
-            for ratio in evidence.lr_ratios
-            if ratio.kind == "own"
-            and theory in (theories := predicted(predictions, ratio.setting))
-            and not fitted(theory, ratio.setting)
-        ]
-        return judge_each(predictable, lambda pair: pair[0].judge(pair[1]))
+_EXPERIMENTS, _COLUMNS = ("lr_ratio",), ("hidden_size", "steps")
 
-    left_out = (
-        " The conditions where its parameters were fitted (width 128, 50 steps, batch size 8) are left out."
-        if fits
-        else ""
-    )
-    return Claim(
+_THEORIES = (
+    (
+        "P1",
+        "movement",
+        "none: a theory of this project",
+        "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
+        "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
+    ),
+    (
+        "P2",
+        "scale",
+        "none: a theory of this project",
+        "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
+        "for which length and batch size do not matter",
+    ),
+    (
+        "P3",
+        "fixed_lora",
+        "none: from published sweeps of others",
+        "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
+        "which speaks of alpha 32, 50 steps and batch size 8",
+    ),
+    (
+        "P4",
+        "constant",
+        "10 (fit over 14 models: 9.8)",
+        "The LR ratio is 10 at every width, length and batch size",
+        "the paper's number in conditions that the paper does not have, at alpha 32",
+    ),
+    (
+        "P5",
+        "naive",
+        "hidden size / (2 alpha), which the paper finds contradicted",
+        "The LR ratio is half of the width over alpha",
+        "from the paper's naive derivation",
+    ),
+)
+"""The id, name, source, statement and content of each theory."""
+
+_LEFT_OUT = " The conditions where its parameters were fitted (width 128, 50 steps, batch size 8) are left out."
+
+
+def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[MeasuredRatio, LogRatio]]]:
+    """Return the measured ratios of which a theory speaks and to which it was not fitted, with its predictions."""
+    predictions = evidence.judging.predictions.lr_ratio
+    if getattr(predictions, theory) is None:
+        raise UnjudgedError("not tested", f"the preset states no prediction of the theory {theory}")
+    return [
+        (ratio.label, (ratio, theories[theory]))
+        for ratio in evidence.lr_ratios
+        if ratio.kind == "own"
+        and theory in (theories := predicted(predictions, ratio.setting))
+        and not fitted(theory, ratio.setting)
+    ]
+
+
+for claim_id, theory, source, statement, content in _THEORIES:
+    claim(
         id=claim_id,
         kind="own prediction",
         statement=statement,
         figure="own",
         criterion=(
-            f"The theory `{theory}` of the preset's section `predictions`, {where}. In every condition of which it "
+            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition of which it "
             "speaks (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
             "predicted ratio within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise)"
-            f". The estimate is the measured over the predicted ratio.{left_out} The beginnings of longer runs are the "
-            "same steps as runs of that length, so they are not judged again"
+            ". The estimate is the measured over the predicted ratio."
+            f"{'' if theory in ('constant', 'naive') else _LEFT_OUT} The beginnings of longer runs are the same steps "
+            "as runs of that length, so they are not judged again"
         ),
         needs=f"{SWEEP}, at several widths, lengths, batch sizes and values of alpha; seeds around the optima",
-        paper_value=value,
+        paper_value=source,
         unit="measured / predicted",
-        experiments=("lr_ratio",),
-        judge=judge,
-        columns=("hidden_size", "steps"),
-    )
-
-
-_THEORIES = (
-    _claim(
-        "P1",
-        "movement",
-        "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
-        "none: a theory of this project",
-        "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
-    ),
-    _claim(
-        "P2",
-        "scale",
-        "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
-        "none: a theory of this project",
-        "for which length and batch size do not matter",
-    ),
-    _claim(
-        "P3",
-        "fixed_lora",
-        "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
-        "none: from published sweeps of others",
-        "which speaks of alpha 32, 50 steps and batch size 8",
-    ),
-    _claim(
-        "P4",
-        "constant",
-        "The LR ratio is 10 at every width, length and batch size",
-        "10 (fit over 14 models: 9.8)",
-        "the paper's number in conditions that the paper does not have, at alpha 32",
-        fits=False,
-    ),
-    _claim(
-        "P5",
-        "naive",
-        "The LR ratio is half of the width over alpha",
-        "hidden size / (2 alpha), which the paper finds contradicted",
-        "from the paper's naive derivation",
-        fits=False,
-    ),
-)
+        experiments=_EXPERIMENTS,
+        over=partial(_predicted_ratios, theory),
+        columns=_COLUMNS,
+    )(lambda ratio_and_prediction: ratio_and_prediction[0].judge(ratio_and_prediction[1]))
 
 
 def write_predictions(tables: Tables, margins: Margins | None, predictions: Predictions | None, out: Path) -> None:
@@ -283,16 +277,13 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED_BY["sft"], *_THEORIES[0].columns}
+    needed = {*NEEDED_BY["sft"], *_COLUMNS}
     if not needed <= set(tables.runs.columns):
         return
-    runs = tables.runs[in_experiments(tables.runs, _THEORIES[0].experiments) & ~is_rl(tables.runs)]
+    runs = tables.runs[in_experiments(tables.runs, _EXPERIMENTS) & ~is_rl(tables.runs)]
     if runs.empty or "experiments" not in runs:
         return
     known = predictions or DEFAULT_PREDICTIONS
     judging = Judging(margins or DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses), predictions=known)
     ratios = measured_ratios(with_arm_columns(runs), curves_of(tables.curves, runs), judging)
     write_csv(prediction_table(ratios, known.lr_ratio), out / "predictions.csv")
-
-
-CLAIMS = (B1, B3, B4, B9, *_THEORIES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -29,9 +29,8 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lora, over, unconfirmed
-from lorabench.claims.scope import LONG, Scoped
-from lorabench.utils.formats import fixed_interval
+from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number
+from lorabench.claims.scope import LONG, Named, chosen, learning, lora_runs
 
 # Bounds whose meaning the criteria say.
 FLAT_BAND = (0.95, 1.05)
@@ -42,57 +41,26 @@ GROWTH = 1.1
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
 
-_STANDARD_RULE, *_CONTROL_RULES = RULES.values()
+_STANDARD_RULE = RULES[0.0]
 
-_derivation = partial(Claim, kind="derivation", unit="ratio", experiments=("parametrization",))
+_derivation = partial(claim, kind="derivation", unit="ratio", experiments=("parametrization",), over=lora_runs)
 
 
 def _flat(rows: pd.DataFrame) -> Finding:
     """Judge whether the first descent of every rank by one rule is that of the highest rank, within FLAT_BAND."""
-    top = rows["rank"].max()
-    findings, words = [], []
+    top, seeds, run_ids = rows["rank"].max(), int(rows["n_seeds"].min()), rows["run_ids"].explode()
+    findings, texts = [], []
     for row in rows[rows["rank"] < top].to_dict("records"):
-        words.append(f"r{row['rank']} {row['ratio']:.3f} {fixed_interval(row['low'], row['high'], 3)}")
+        texts.append(f"r{row['rank']} {number(row['estimate'], 3)}")
         problems = few_seeds(row["n_seeds"])
         rule = Within(*FLAT_BAND)
-        findings.append(decide(rule, row["estimate"], "", row["run_ids"], problems, "a ratio of 1 within 5%"))
-    seeds = int(rows["n_seeds"].min())
-    run_ids = tuple(sorted({run_id for ids in rows["run_ids"] for run_id in ids}))
+        findings.append(decide(rule, row["estimate"], "", run_ids, problems, "a ratio of 1 within 5%"))
     decisive = worst(findings)
-    text = f"first descent over that of r{top}: {', '.join(words)}, {seeds} seeds{decisive.reason}"
-    return replace(decisive, reason=text, run_ids=run_ids)
+    text = f"first descent over that of r{top}: {', '.join(texts)}, {seeds} seeds{decisive.reason}"
+    return replace(decisive, reason=text)
 
 
-def _by_rule(ratios: pd.DataFrame) -> Finding:
-    """Judge the standard rule, which the controls must keep from being true of any rule."""
-    by_rule = {rule: _flat(rows) for rule, rows in ratios.groupby("rule") if len(rows) > 1}
-    judged, controls = by_rule[_STANDARD_RULE], {rule: by_rule[rule] for rule in _CONTROL_RULES if rule in by_rule}
-    reasons = [judged.reason, *(f"control {rule}: {control.reason}" for rule, control in controls.items())]
-    problems = [
-        Problem(f"the control {rule} does not fail, so the measure can't tell rules apart")
-        for rule, control in controls.items()
-        if control.verdict != "contradicted"
-    ]
-    if not controls:
-        problems = [Problem("no control with another rule", Remedy("ranks whose alpha grows with the rank"))]
-    run_ids = tuple(sorted({run_id for each in by_rule.values() for run_id in each.run_ids}))
-    return unconfirmed(replace(judged, reason="; ".join(reasons), run_ids=run_ids), problems)
-
-
-def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C4: judge the descent of the first update by rank, with 1/r and with the rules that must fail."""
-    ratios = descent_ratios(first_descents(lora, curves))
-    if ratios.empty:
-        raise UnjudgedError("not tested", "no descent at step 1")
-    groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
-    comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
-    if not comparable:
-        text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
-        raise UnjudgedError("inconclusive", text, Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
-    return together([_by_rule(group) for group in comparable])
-
-
-C4 = _derivation(
+@_derivation(
     id="C4",
     statement="The factor 1/r makes the expected first update independent of rank",
     criterion=(
@@ -105,26 +73,36 @@ C4 = _derivation(
         f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
     ),
     paper_value="equal; derived",
-    judge=on_lora(first_update_rank_independent),
 )
+def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
+    ratios = descent_ratios(first_descents(lora.runs, lora.curves))
+    if ratios.empty:
+        raise UnjudgedError("not tested", "no descent at step 1")
+    groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
+    comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
+    if not comparable:
+        text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
+        raise UnjudgedError("inconclusive", text, Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
+    for group in comparable:
+        controls = {rule: _flat(rows) for rule, rows in group.groupby("rule") if len(rows) > 1}
+        run_ids = tuple(sorted({run_id for each in controls.values() for run_id in each.run_ids}))
+        judged = controls.pop(_STANDARD_RULE)
+        reasons, problems = [judged.reason], []
+        for rule in [rule for rule in RULES.values() if rule in controls]:
+            reasons.append(f"control {rule}: {controls[rule].reason}")
+            if controls[rule].verdict != "contradicted":
+                problems.append(Problem(f"the control {rule} does not fail, so the measure can't tell rules apart"))
+        if not controls:
+            problems = [Problem("no control with another rule", Remedy("ranks whose alpha grows with the rank"))]
+        yield doubted(replace(judged, reason="; ".join(reasons), run_ids=run_ids), problems, ["confirmed"])
 
 
-def _best_variant(comparison: Comparison, standard: Arm, variants: Sequence[Arm]) -> Finding:
-    gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
-    remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
-    missing = [
-        Problem(f"no variant of {name}", remedy)
-        for name in ("alpha", "lr_ratio")
-        if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
-    ]
-    return unconfirmed(together(gaps), missing)
+Variants = tuple[Comparison, Arm, list[Arm]]
+"""A comparison, its arm in the standard parametrization, and the other arms of the same rank, placement and epsilon."""
 
 
-def standard_near_optimal(evidence: Evidence) -> Finding:
-    """C9: judge the fitted minimum of each LR-tuned variant minus that of the standard parametrization.
-
-    Variants are compared at one rank, placement and epsilon.
-    """
+def tuned_variants(evidence: Evidence) -> list[tuple[str, Variants]]:
+    """Return the LR-tuned variants of the standard parametrization, after the name of their comparison."""
     named = []
     tuned = with_lr_grid(with_scales(evidence.runs))
     for comparison in comparisons(tuned, evidence.curves, evidence.judging):
@@ -139,10 +117,26 @@ def standard_near_optimal(evidence: Evidence) -> Finding:
     if not named:
         text = "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
         raise UnjudgedError("not tested", text)
-    return judge_each(named, lambda setting: _best_variant(*setting))
+    return named
 
 
-C9 = Claim(
+def most_examples(named: Named) -> Named:
+    """Choose, for each model, the comparisons with the most examples seen, random facts left out."""
+    by_model: dict[str, list[tuple[float, str, Comparison]]] = {}
+    for name, comparison in learning(named):
+        first = comparison.runs.iloc[0]
+        if comparison.lora:
+            seen = first["steps"] * first["batch_size"]
+            by_model.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), name, comparison))
+    return [
+        (f"{name} (longest runs, {comparison.runs['steps'].iloc[0]} steps)", comparison)
+        for by_size in by_model.values()
+        for seen, name, comparison in by_size
+        if seen == max(size for size, _, _ in by_size)
+    ]
+
+
+@claim(
     id="C9",
     kind="opinion",
     statement=f"No other alpha or LR ratio of B and A is better than alpha {STANDARD['alpha']:g} with equal LRs",
@@ -154,53 +148,21 @@ C9 = Claim(
     needs=f"the standard parametrization and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
     paper_value="unable to improve; no number",
     experiments=("parametrization",),
-    judge=standard_near_optimal,
+    over=tuned_variants,
 )
-
-
-def most_examples(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose, for each model, the comparisons with the most examples seen, random facts left out."""
-    sized: dict[str, list[tuple[float, Comparison]]] = {}
-    for comparison in comparisons:
-        first = comparison.runs.iloc[0]
-        if comparison.lora and pd.isna(first.get("entropy_bits")):
-            seen = first["steps"] * first["batch_size"]
-            sized.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), comparison))
-    return [
-        (comparison, f" (longest runs, {comparison.runs['steps'].iloc[0]} steps)")
-        for by_size in sized.values()
-        for seen, comparison in by_size
-        if seen == max(size for size, _ in by_size)
+def _standard_near_optimal(tuned: Variants) -> Finding:
+    comparison, standard, variants = tuned
+    gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
+    remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
+    missing = [
+        Problem(f"no variant of {name}", remedy)
+        for name in ("alpha", "lr_ratio")
+        if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
     ]
+    return doubted(together(gaps), missing, ["confirmed"])
 
 
-def b_outgrows_a(comparison: Comparison) -> Finding:
-    """C10: judge the share of layers in which B has the larger spectral norm, at the end and optimum of each rank."""
-    arms = list(comparison.lora.values())
-    if not arms:
-        raise UnjudgedError("not tested", "no LoRA on all layers")
-    last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
-    last = last[last["step"] == last["steps"].fillna(last["step"])]
-    shares = last["value"].astype(float)
-    findings = []
-    for arm in arms:
-        run_ids = [run_id for run_id in comparison.at_optimum(arm)["run_id"] if run_id in shares]
-        if not run_ids:
-            continue
-        name = f"share of layers {comparison.label} {arm_label(arm)}"
-        share = mean_over_seeds(shares.loc[run_ids].to_numpy(), name)
-        text = f"{arm_label(arm)} {share.value:.2f} {fixed_interval(*share.interval(), 2)} over {len(run_ids)} seeds"
-        excess = combined(lambda value: value - HALF, share)
-        problems = [*comparison.problems([arm]), *few_seeds(len(run_ids), "seeds")]
-        judged = decide(Above(MAJORITY), excess, text, run_ids, problems, f"a share of {HALF + MAJORITY:g}")
-        findings.append(in_unit(judged, lambda value: value + HALF))
-    if not findings:
-        raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its optimal LR")
-    decided = together(findings)
-    return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
-
-
-C10 = Claim(
+@claim(
     id="C10",
     statement="At the end of full runs, B has a larger spectral norm than A",
     criterion=(
@@ -212,59 +174,33 @@ C10 = Claim(
     paper_value="larger; no number",
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
-    judge=over(most_examples, b_outgrows_a),
+    over=chosen(most_examples),
     conditions=(LONG,),
 )
+def _b_outgrows_a(comparison: Comparison) -> Finding:
+    if not comparison.lora:
+        raise UnjudgedError("not tested", "no LoRA on all layers")
+    last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
+    last = last[last["step"] == last["steps"].fillna(last["step"])]
+    shares = last["value"].astype(float)
+    findings = []
+    for arm in comparison.lora.values():
+        run_ids = [run_id for run_id in comparison.at_optimum(arm)["run_id"] if run_id in shares]
+        if run_ids:
+            name = f"share of layers {comparison.label} {arm_label(arm)}"
+            share = mean_over_seeds(shares.loc[run_ids].to_numpy(), name)
+            text = f"{arm_label(arm)} {number(share)} over {len(run_ids)} seeds"
+            excess = combined(lambda value: value - HALF, share)
+            problems = [*comparison.problems([arm]), *few_seeds(len(run_ids), "seeds")]
+            judged = decide(Above(MAJORITY), excess, text, run_ids, problems, f"a share of {HALF + MAJORITY:g}")
+            findings.append(in_unit(judged, lambda value: value + HALF))
+    if not findings:
+        raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its optimal LR")
+    decided = together(findings)
+    return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
 
 
-def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C11: judge the change of W by one step against runs in which A is still, or else against the first step."""
-    rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
-    sizes = step_sizes(lora, curves)
-    first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
-    by_itself = []
-    for arm, rows in each_arm(first_half):
-        by_run = {run_id: steps.set_index("step")["size"] for run_id, steps in rows.groupby("run_id")}
-        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
-        if not by_run:
-            continue
-        # Without a control: from the size of each step by run. On a log axis these are the later half of the steps.
-        last = max(by_run[next(iter(by_run))].index)
-        logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in by_run.values()]
-        alone = mean_over_seeds(logs, f"growth {arm_label(arm)}")
-        text = (
-            f"{arm_label(arm)}: change of W per step over the LR is {in_words(alone)} times that of the first step "
-            f"from step {math.ceil(math.sqrt(last))} to {last}, {len(by_run)} seeds"
-        )
-        judged = decide(rule, alone, text, map(str, by_run), few_seeds(len(by_run), "seeds"), margin_rule)
-        if judged.verdict == "contradicted":
-            reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
-            judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
-        by_itself.append(as_ratio(without(judged, "contradicted")))
-    growth = update_growth(fixed_a_controls(lora), curves)
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    controlled = []
-    for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False):
-        first = pairs.iloc[0]
-        rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
-        over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")
-        text = (
-            f"r{rank} {fast}: change of W at step {first['step']} over the first is {in_words(over_control)} times "
-            f"that with LR_A {slow} and the same LR_B, {len(pairs)} seeds"
-        )
-        run_ids, problems = [*pairs["run_id_fast"], *pairs["run_id_slow"]], few_seeds(len(pairs))
-        controlled.append(as_ratio(decide(rule, over_control, text, run_ids, problems, margin_rule)))
-    if not controlled and not by_itself:
-        raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
-    decided = together(controlled or by_itself)
-    if not controlled or not by_itself:
-        return decided
-    uncorrected = together(by_itself)
-    all_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
-    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=all_ids)
-
-
-C11 = _derivation(
+@_derivation(
     id="C11",
     statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
     criterion=(
@@ -277,7 +213,47 @@ C11 = _derivation(
     ),
     needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
     paper_value="grows; derived",
-    judge=on_lora(effective_lr_grows),
 )
-
-CLAIMS = (C4, C9, C10, C11)
+def _effective_lr_grows(lora: Evidence) -> Finding:
+    rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
+    sizes = step_sizes(lora.runs, lora.curves)
+    first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
+    alone, controlled = [], []
+    for arm, rows in each_arm(first_half):
+        by_run = {run_id: steps.set_index("step")["size"] for run_id, steps in rows.groupby("run_id")}
+        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
+        if not by_run:
+            continue
+        # Without a control: from the size of each step by run. On a log axis these are the later half of the steps.
+        last = max(by_run[next(iter(by_run))].index)
+        logs = [float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for size in by_run.values()]
+        grown = mean_over_seeds(logs, f"growth {arm_label(arm)}")
+        text = (
+            f"{arm_label(arm)}: change of W per step over the LR is {in_words(grown)} times that of the first step "
+            f"from step {math.ceil(math.sqrt(last))} to {last}, {len(by_run)} seeds"
+        )
+        judged = decide(rule, grown, text, map(str, by_run), few_seeds(len(by_run), "seeds"), margin_rule)
+        if judged.verdict == "contradicted":
+            reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
+            judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
+        alone.append(as_ratio(without(judged, "contradicted")))
+    growth = update_growth(fixed_a_controls(lora.runs), lora.curves)
+    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
+    for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False):
+        first = pairs.iloc[0]
+        rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
+        over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")
+        text = (
+            f"r{rank} {fast}: change of W at step {first['step']} over the first is {in_words(over_control)} times "
+            f"that with LR_A {slow} and the same LR_B, {len(pairs)} seeds"
+        )
+        run_ids, problems = [*pairs["run_id_fast"], *pairs["run_id_slow"]], few_seeds(len(pairs))
+        controlled.append(as_ratio(decide(rule, over_control, text, run_ids, problems, margin_rule)))
+    if not controlled and not alone:
+        raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
+    decided = together(controlled or alone)
+    if not controlled or not alone:
+        return decided
+    uncorrected = together(alone)
+    all_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
+    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=all_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -10,17 +10,11 @@ from itertools import product
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim, Evidence, over
-from lorabench.claims.reinforcement import (
-    LEARNED,
-    at_one_peak,
-    if_learned,
-    over_problems,
-    rl_claim,
-)
-from lorabench.claims.scope import Scoped, every_dataset
+from lorabench.analysis.comparison import Comparison, require
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
+from lorabench.claims.claim import Evidence, claim, judge_each
+from lorabench.claims.reinforcement import LEARNED, at_one_peak, if_learned, problem_sets, rl_claim
+from lorabench.claims.scope import Named, chosen, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
@@ -53,35 +47,58 @@ _SAME = (
 _FACT = "LoRA on attention alone is worse than on the MLP"
 
 
-def _with_experts(experts: bool, comparisons: list[Comparison]) -> list[Scoped]:
+def _with_experts(experts: bool, named: Named) -> Named:
     """Choose the mixtures of experts, by the column `family`, or the models without experts."""
-    chosen: list[Scoped] = []
-    for comparison in comparisons:
+    picked: Named = []
+    for name, comparison in named:
         families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
         if bool(families.str.endswith("moe").any()) == experts:
-            chosen.append((comparison, ""))
-    if not chosen:
+            picked.append((name, comparison))
+    if not picked:
         raise UnjudgedError("not tested", f"no {'mixture of experts' if experts else 'dense model'} among these runs")
-    return chosen
+    return picked
 
 
 mixtures, dense = partial(_with_experts, True), partial(_with_experts, False)
 
 
-def tiny_dataset(comparisons: list[Comparison]) -> list[Scoped]:
+def tiny_dataset(named: Named) -> Named:
     """Choose the comparisons whose runs see at most `SMALL_DATA` examples."""
-    chosen: list[Scoped] = []
-    for comparison in comparisons:
+    picked: Named = []
+    for name, comparison in named:
         examples = comparison.runs["steps"] * comparison.runs["batch_size"]
         if examples.notna().all() and (examples <= SMALL_DATA).all():
-            chosen.append((comparison, f" ({examples.max()} examples)"))
-    if not chosen:
+            picked.append((f"{name} ({examples.max()} examples)", comparison))
+    if not picked:
         raise UnjudgedError("not tested", f"no runs on at most {SMALL_DATA} examples")
-    return chosen
+    return picked
 
 
-def attention_worse(comparison: Comparison) -> Finding:
-    """E1, E7: judge the loss of LoRA on attention minus that on the MLP at about equal parameter counts."""
+@claim(
+    id="E1",
+    statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
+    figure="4",
+    criterion=f"On every dense model: {_WORSE}",
+    needs=_NEEDS.format(""),
+    paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
+    experiments=("placement",),
+    over=chosen(dense),
+    columns=("trainable_params",),
+    fact=_FACT,
+    core=True,
+)
+@claim(
+    id="E7",
+    statement="Attention alone is worse even with very little data",
+    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
+    needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
+    paper_value="no number",
+    experiments=("placement_small",),
+    over=chosen(tiny_dataset),
+    columns=("trainable_params",),
+    fact=_FACT,
+)
+def _attention_worse(comparison: Comparison) -> Finding:
     attn, mlp = comparison.placed("attn"), comparison.placed("mlp")
     require(("LoRA on attention", next(iter(attn.values()), None)), ("LoRA on the MLP", next(iter(mlp.values()), None)))
     counts: dict[str, int] = {}
@@ -90,52 +107,38 @@ def attention_worse(comparison: Comparison) -> Finding:
         if len(known) != 1:
             raise UnjudgedError("inconclusive", f"{label}: {len(known)} parameter counts in the runs table")
         counts[label] = int(known[0])
-
-    def excess(pair: tuple[Arm, Arm]) -> float:
-        on_attn, on_mlp = (counts[arm_label(arm)] for arm in pair)
-        return (on_attn - on_mlp) / min(on_attn, on_mlp)
-
-    pairs = list(product(attn.values(), mlp.values()))
-    nearest = min(pairs, key=lambda pair: abs(excess(pair)))
-    if abs(excess(nearest)) > MAX_COUNT_DIFFERENCE:
-        apart = f"{' and '.join(map(arm_label, nearest))}, differ by {abs(excess(nearest)):.0%}"
-        raise UnjudgedError("inconclusive", f"no arms of about equal parameter counts: the nearest, {apart}")
+    excess: dict[tuple[int, int], float] = {}
+    for ranks in product(attn, mlp):
+        on_attn, on_mlp = counts[arm_label(attn[ranks[0]])], counts[arm_label(mlp[ranks[1]])]
+        excess[ranks] = (on_attn - on_mlp) / min(on_attn, on_mlp)
+    nearest = min(excess, key=lambda ranks: abs(excess[ranks]))
     # Attention with at least as many parameters is preferred: a lack of them can't explain its loss.
-    chosen = min((pair for pair in pairs if 0 <= excess(pair) <= MAX_COUNT_DIFFERENCE), key=excess, default=nearest)
-    judged = comparison.worse(*chosen)
-    numbers = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen)
+    more = [ranks for ranks in excess if 0 <= excess[ranks] <= MAX_COUNT_DIFFERENCE]
+    on_attn, on_mlp = min(more, key=excess.__getitem__, default=nearest)
+    arms = [attn[on_attn], mlp[on_mlp]]
+    if abs(excess[nearest]) > MAX_COUNT_DIFFERENCE:
+        apart = f"{' and '.join(map(arm_label, arms))}, differ by {abs(excess[nearest]):.0%}"
+        raise UnjudgedError("inconclusive", f"no arms of about equal parameter counts: the nearest, {apart}")
+    judged = comparison.worse(*arms)
+    numbers = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in arms)
     return replace(judged, reason=f"{judged.reason} ({numbers} parameters)")
 
 
-E1 = Claim(
-    id="E1",
-    statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
+@claim(
+    id="E2",
+    statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
     figure="4",
-    criterion=f"On every dense model: {_WORSE}",
-    needs=_NEEDS.format(""),
-    paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
+    criterion=f"On every dense model: {_SAME}",
+    needs=(
+        "LoRA on the MLP and on all layers at one rank, each with an LR grid whose best LR is not at its edge; "
+        f"{MIN_SEEDS} seeds at the LRs around each optimum"
+    ),
+    paper_value="no benefit; no number",
     experiments=("placement",),
-    judge=over(dense, attention_worse),
-    columns=("trainable_params",),
-    fact=_FACT,
+    over=chosen(dense),
     core=True,
 )
-
-E7 = Claim(
-    id="E7",
-    statement="Attention alone is worse even with very little data",
-    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
-    needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
-    paper_value="no number",
-    experiments=("placement_small",),
-    judge=over(tiny_dataset, attention_worse),
-    columns=("trainable_params",),
-    fact=_FACT,
-)
-
-
-def attention_adds_nothing(comparison: Comparison) -> Finding:
-    """E2: judge the loss of LoRA on the MLP minus that on all layers, at every rank that both have."""
+def _attention_adds_nothing(comparison: Comparison) -> Finding:
     mlp, all_layers = comparison.placed("mlp"), comparison.lora
     require(
         ("LoRA on the MLP", next(iter(mlp.values()), None)),
@@ -147,53 +150,35 @@ def attention_adds_nothing(comparison: Comparison) -> Finding:
     return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 
-E2 = Claim(
-    id="E2",
-    statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
-    figure="4",
-    criterion=f"On every dense model: {_SAME}",
-    needs=(
-        "LoRA on the MLP and on all layers at one rank, each with an LR grid whose best LR is not at its edge; "
-        f"{MIN_SEEDS} seeds at the LRs around each optimum"
-    ),
-    paper_value="no benefit; no number",
-    experiments=("placement",),
-    judge=over(dense, attention_adds_nothing),
-    core=True,
-)
+Judge = Callable[[Comparison], Finding]
 
-Part = Callable[[Comparison], Finding]
-"""One part of E3, E4 and E5, as the function that judges it on one comparison."""
-
-PARTS: dict[str, Part] = {
-    "attention against the MLP": attention_worse,
-    "the MLP against all layers": attention_adds_nothing,
+PARTS: dict[str, Judge] = {
+    "attention against the MLP": _attention_worse,
+    "the MLP against all layers": _attention_adds_nothing,
 }
+"""The two parts of E3, E4 and E5, each as the function that judges it on one comparison."""
 
 
-def in_parts(over_all: Callable[[Part], Callable[[Evidence], Finding]]) -> Callable[[Evidence], Finding]:
-    """Return a judge of both parts of a claim, whose reason starts with the part that decides.
-
-    Args:
-        over_all: makes from one part the function that judges it on evidence.
-    """
-
-    def judge(evidence: Evidence) -> Finding:
-        findings = []
-        for name, part in PARTS.items():
-            try:
-                judged = over_all(part)(evidence)
-            except UnjudgedError as unjudged:
-                judged = unjudged.finding
-            findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
-        both = together(findings)
-        # One part of the claim does not confirm it.
-        return without(both, "confirmed") if any(part.verdict == "not tested" for part in findings) else both
-
-    return judge
+def _in_rl(part: Judge, comparison: Comparison) -> Finding:
+    arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
+    judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
+    return at_one_peak(judged, comparison, arms)
 
 
-E3 = Claim(
+PARTS_IN_RL = {name: partial(_in_rl, part) for name, part in PARTS.items()}
+"""The same in RL."""
+
+Part = tuple[Callable[[Evidence], Named], Judge, Evidence]
+
+
+def both_parts(
+    choose: Callable[[Evidence], Named], parts: Mapping[str, Judge], evidence: Evidence
+) -> list[tuple[str, Part]]:
+    """Return the parts of a claim, each after its name, with what it is judged on."""
+    return [(name, (choose, part, evidence)) for name, part in parts.items()]
+
+
+@claim(
     id="E3",
     statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
     figure="4",
@@ -204,11 +189,10 @@ E3 = Claim(
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     experiments=("placement",),
-    judge=in_parts(partial(over, mixtures)),
+    over=partial(both_parts, chosen(mixtures), PARTS),
     columns=("trainable_params", "family"),
 )
-
-E4 = Claim(
+@claim(
     id="E4",
     statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
     figure="5",
@@ -216,22 +200,11 @@ E4 = Claim(
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
     experiments=("placement_small",),
-    judge=in_parts(partial(over, every_dataset)),
+    over=partial(both_parts, every_dataset, PARTS),
     columns=("trainable_params",),
     fact=_FACT,
 )
-
-
-def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
-    def judge(comparison: Comparison) -> Finding:
-        arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
-        judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-        return at_one_peak(judged, comparison, arms)
-
-    return over_problems(judge, at_best=True)
-
-
-E5 = rl_claim(
+@rl_claim(
     id="E5",
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
@@ -249,8 +222,9 @@ E5 = rl_claim(
     paper_value="no number",
     unit="error rate",
     experiments=("placement_rl",),
-    judge=in_parts(_in_rl),
+    over=partial(both_parts, partial(problem_sets, at_best=True), PARTS_IN_RL),
     columns=("base_reward", "best_reward", "trainable_params"),
 )
-
-CLAIMS = (E1, E2, E3, E4, E5, E7)
+def _both_parts(part: Part) -> Finding:
+    choose, judge, evidence = part
+    return judge_each(choose(evidence), judge)

@@ -19,16 +19,12 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, flat_top, good_range
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence, doubted, highest_and_full, judge_each
-from lorabench.claims.scope import beats_controls, response_length, swept
+from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number
+from lorabench.claims.scope import BEATS_CONTROLS, RL_PRESETS, SWEPT, Named, response_length
 from lorabench.runs import GOOD
-from lorabench.utils.formats import fixed_interval
-
-RL_PRESETS = ("laptop", "core", "paper")
-"""The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
 
 LONG_PRESETS = ("core", "paper")
-"""Those of them whose responses are long enough to hold a chain of thought."""
+"""The shipped presets whose RL has responses that are long enough to hold a chain of thought."""
 
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
@@ -56,49 +52,55 @@ LEARNED = (
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
 
-CONDITIONS = (swept(6, MIN_SEEDS, RL_PRESETS), response_length(8, RL_PRESETS), beats_controls(RL_PRESETS))
+CONDITIONS = (SWEPT, response_length(8, RL_PRESETS), BEATS_CONTROLS)
 """The conditions of the claims that compare arms in RL."""
 
-rl_claim = partial(Claim, task="rl", columns=("base_reward",), conditions=CONDITIONS)
-"""A claim on RL, to which the conditions above apply unless it states others."""
 
-
-def over_problems(judge: Callable[[Comparison], Finding], at_best: bool = False) -> Callable[[Evidence], Finding]:
-    """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
+def problem_sets(evidence: Evidence, at_best: bool = False) -> Named:
+    """Return the comparisons of error rates on each model and problem set.
 
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
     some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
 
     Args:
-        judge: judges one comparison, whose losses are error rates.
-        at_best: whether they are those at the evaluation that is best on validation, and not those after the last step.
+        evidence: the tables.
+        at_best: whether the error rates are those at the evaluation that is best on validation, and not those after
+            the last step.
     """
-
-    def judge_all(evidence: Evidence) -> Finding:
-        compared = evidence.at_best_evaluation if at_best else evidence.at_last_evaluation
-        if not compared:
-            raise UnjudgedError("not tested", "no run ever got a reward")
-        return judge_each(((comparison.label, comparison) for comparison in compared), judge)
-
-    return judge_all
+    compared = evidence.at_best_evaluation if at_best else evidence.at_last_evaluation
+    if not compared:
+        raise UnjudgedError("not tested", "no run ever got a reward")
+    return [(comparison.label, comparison) for comparison in compared]
 
 
-def each_rank(
-    comparison: Comparison, judge: Callable[[Arm, Arm], Finding], learners: Callable[[Arm, Arm], list[Arm]]
-) -> Finding:
-    """Judge every LoRA rank on all layers against FullFT; the worst finding decides.
+RankJudge = Callable[[Comparison, Arm, Arm], Finding]
+"""Judges a LoRA arm of a comparison and FullFT."""
+
+
+def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Finding]]:
+    """Return a decorator that makes a judge of one LoRA arm and FullFT judge every rank on all layers.
 
     Args:
-        comparison: holds the arms.
-        judge: given the LoRA arm and the FullFT arm.
-        learners: given the same, returns the arms that must have learned for a verdict.
+        learners: the methods, `lora` and `fullft`, that must have learned for a verdict.
     """
+    return lambda judge: partial(_judge_ranks, judge, learners)
+
+
+def _judge_ranks(judge: RankJudge, learners: Sequence[str], comparison: Comparison) -> Finding:
     fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
-    named = ((arm_label(lora), lora) for lora in comparison.lora.values())
-    return judge_each(named, lambda lora: if_learned(comparison, judge(lora, fullft), learners(lora, fullft)))
+
+    def judge_rank(lora: Arm) -> Finding:
+        learned = [arm for arm in (lora, fullft) if arm["method"] in learners]
+        return if_learned(comparison, judge(comparison, lora, fullft), learned)
+
+    return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
 
 
-def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Finding:
+rl_claim = partial(claim, over=problem_sets, task="rl", columns=("base_reward",), conditions=CONDITIONS)
+"""A claim on RL, to which the conditions above apply unless it states others."""
+
+
+def if_learned(comparison: Comparison, judged: Finding, arms: Sequence[Arm]) -> Finding:
     """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned.
 
     Arms that have not learned are alike whatever the claim says.
@@ -107,15 +109,12 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
         return judged
     base = float(comparison.runs["base_reward"].astype(float).mean())
     accuracies, problems = [], [] if math.isfinite(base) else [Problem("accuracy of the base not known")]
-    for arm in arms:
-        label = arm_label(arm)
-        minimum = comparison.fit.minima.get(label)
-        if minimum is None:
-            continue
-        accuracies.append(f"{label} {1 - minimum.value:.3f}")
-        gain = combined(lambda error: 1 - error - base, minimum)
-        if math.isfinite(base) and not (gain.value >= MIN_GAIN and (not gain.known or gain.interval()[0] > 0)):
-            problems.append(Problem(f"{label} has not learned"))
+    for label in map(arm_label, arms):
+        if minimum := comparison.fit.minima.get(label):
+            accuracies.append(f"{label} {1 - minimum.value:.3f}")
+            gain = combined(lambda error: 1 - error - base, minimum)
+            if math.isfinite(base) and not (gain.value >= MIN_GAIN and (not gain.known or gain.interval()[0] > 0)):
+                problems.append(Problem(f"{label} has not learned"))
     accuracies += [f"base {base:.3f}"] if math.isfinite(base) else []
     with_accuracies = f"{judged.reason}; peak test accuracy {', '.join(accuracies)}" if accuracies else judged.reason
     return doubted(replace(judged, reason=with_accuracies), problems)
@@ -168,23 +167,7 @@ def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
     return Problem(text, Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs))
 
 
-def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
-    """B10: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = highest_and_full(comparison)
-    factor, arms = comparison.judging.margins.lr_factor, [lora, fullft]
-    rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
-    judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
-    problems = []
-    for arm in arms:
-        if flat := flat_top(comparison, arm):
-            text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
-            remedy = Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ")
-            problems.append(Problem(text, remedy))
-    problems += [problem for arm in arms if (problem := _breakdown(comparison, arm))]
-    return if_learned(comparison, doubted(judged, problems + _overshoots(comparison, arms)), arms)
-
-
-B10 = rl_claim(
+@rl_claim(
     id="B10",
     statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="6, 7",
@@ -201,19 +184,22 @@ B10 = rl_claim(
     paper_value="10",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
-    judge=over_problems(lr_ratio_ten_in_rl),
 )
+def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
+    arms = highest_and_full(comparison)
+    factor, problems = comparison.judging.margins.lr_factor, []
+    rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
+    judged = judge_ratio(comparison, *arms, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
+    for arm in arms:
+        if flat := flat_top(comparison, arm):
+            text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
+            remedy = Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ")
+            problems.append(Problem(text, remedy))
+    problems += [problem for arm in arms if (problem := _breakdown(comparison, arm))]
+    return if_learned(comparison, doubted(judged, problems + _overshoots(comparison, arms)), arms)
 
 
-def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
-    """F1: judge the error rate of rank 1 minus FullFT's; a better rank 1 confirms as well."""
-    rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
-    arms = [rank_1, fullft]
-    judged = comparison.equal_losses(rank_1, fullft, better_too=True)
-    return if_learned(comparison, at_one_peak(judged, comparison, arms), [fullft])
-
-
-F1 = rl_claim(
+@rl_claim(
     id="F1",
     statement="In RL on MATH and GSM8K, LoRA of rank 1 reaches the peak of full fine-tuning",
     figure="6",
@@ -228,51 +214,19 @@ F1 = rl_claim(
     paper_value="the same peak; no number",
     unit="error rate",
     experiments=("rl_math", "rl_gsm8k", "rl_arithmetic", "rl"),
-    judge=over_problems(rank_1_reaches_the_peak),
     core=True,
 )
+def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
+    rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
+    judged = comparison.equal_losses(rank_1, fullft, better_too=True)
+    return if_learned(comparison, at_one_peak(judged, comparison, [rank_1, fullft]), [fullft])
+
 
 WIDER = 0.2
 """The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
 
-def wider_range_of_lrs(comparison: Comparison) -> Finding:
-    """F2: judge the width of the range of good LRs of each LoRA rank minus that of FullFT."""
-
-    def judge(lora: Arm, fullft: Arm) -> Finding:
-        arms = [lora, fullft]
-        labels = [arm_label(arm) for arm in arms]
-        problems = comparison.problems(arms)
-        if not all(label in comparison.fit.minima for label in labels):
-            raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-        ranges = [good_range(comparison, arm) for arm in arms]
-        difference = combined(np.subtract, *(good.width for good in ranges))
-        texts = [
-            f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
-            for good in ranges
-        ]
-        text = (
-            f"{texts[0]} - FullFT's {texts[1]} = {difference.value:.2f} {fixed_interval(*difference.interval(), 2)} "
-            "decades of good LRs"
-        )
-        # A range that is clearly the wider one may be wider still.
-        matters = (difference.value < WIDER, difference.value > -WIDER)
-        for label, good, is_narrow in zip(labels, ranges, matters, strict=True):
-            if good.open and is_narrow:
-                problem = f"{label}: its range of good LRs may go on beyond its grid"
-                problems.append(Problem(problem, Remedy("LRs beyond that grid")))
-        run_ids = [run_id for good in ranges for run_id in good.run_ids]
-        judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
-        between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
-        if judged.verdict != "inconclusive" or problems or not between:
-            return judged
-        listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
-        return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
-
-    return each_rank(comparison, judge, lambda lora, fullft: [lora, fullft])
-
-
-F2 = rl_claim(
+@rl_claim(
     id="F2",
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
@@ -288,11 +242,36 @@ F2 = rl_claim(
     paper_value="wider; no number",
     unit="decades of LR",
     experiments=RL_EXPERIMENTS,
-    judge=over_problems(wider_range_of_lrs),
     core=True,
 )
+@each_rank("lora", "fullft")
+def _wider_range_of_lrs(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
+    labels, problems = [arm_label(lora), arm_label(fullft)], comparison.problems([lora, fullft])
+    if not all(label in comparison.fit.minima for label in labels):
+        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
+    ranges = [good_range(comparison, arm) for arm in (lora, fullft)]
+    difference = combined(np.subtract, *(good.width for good in ranges))
+    texts = [
+        f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
+        for good in ranges
+    ]
+    text = f"{texts[0]} - FullFT's {texts[1]} = {number(difference)} decades of good LRs"
+    # A range that is clearly the wider one may be wider still.
+    matters = (difference.value < WIDER, difference.value > -WIDER)
+    for label, good, is_narrow in zip(labels, ranges, matters, strict=True):
+        if good.open and is_narrow:
+            problem = f"{label}: its range of good LRs may go on beyond its grid"
+            problems.append(Problem(problem, Remedy("LRs beyond that grid")))
+    run_ids = [run_id for good in ranges for run_id in good.run_ids]
+    judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
+    between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
+    if judged.verdict != "inconclusive" or problems or not between:
+        return judged
+    listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
+    return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
 
-F8 = Claim(
+
+@claim(
     id="F8",
     kind="prediction",
     statement="RL at the scale of DeepSeek-R1-Zero can be reproduced with low-rank LoRA",
@@ -301,9 +280,7 @@ F8 = Claim(
     paper_value="5.3M episodes; not run",
     unit="accuracy",
     experiments=(),
-    judge=lambda _: Finding(
-        "not tested", "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
-    ),
 )
-
-CLAIMS = (B10, F1, F2, F8)
+def _out_of_reach(evidence: Evidence) -> Finding:
+    text = "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
+    raise UnjudgedError("not tested", text)

@@ -19,7 +19,7 @@ from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
+from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     HEALTHY,
@@ -29,7 +29,7 @@ from lorabench.claims.reinforcement import (
     RL_EXPERIMENTS,
     RL_RUNS,
     each_rank,
-    over_problems,
+    problem_sets,
     rl_claim,
 )
 from lorabench.claims.scope import response_length
@@ -91,57 +91,31 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
     return values.groupby(["seed", tenth])["value"].mean().unstack()
 
 
-def plateau_step(rewards: pd.Series[float]) -> int:
-    """Return the first step at which train rewards by step have made the share PLATEAU of their rise, or the last step.
+def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tuple[int, int]]:
+    """Split steps into BEFORE windows up to the plateau of train rewards and AFTER windows from there.
 
-    The rise is that from the first to the last tenth of the steps, and rewards are running means over a tenth.
+    The plateau begins where running means of the rewards over a tenth of the steps have made the share PLATEAU of their
+    rise from the first to the last tenth; without a rise it is the last step. Before the first update all arms are the
+    base model, so step 1 does not count.
+
+    Args:
+        steps: ascending.
+        rewards: by step, ascending.
+
+    Returns:
+        The first and last step of each window; fewer windows if the steps do not suffice for one each.
     """
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
     first, last = float(rewards.iloc[:tenth].mean()), float(rewards.iloc[-tenth:].mean())
     there = smooth.index[smooth >= first + PLATEAU * (last - first)]
-    return int(there[0]) if last > first and len(there) else int(rewards.index[-1])
-
-
-def progress_windows(steps: Sequence[int], plateau: int) -> list[tuple[int, int]]:
-    """Split ascending steps into BEFORE windows up to the plateau and AFTER windows from there.
-
-    Before the first update all arms are the base model, so step 1 does not count.
-
-    Returns:
-        The first and last step of each window; fewer windows if the steps do not suffice for one each.
-    """
+    plateau = int(there[0]) if last > first and len(there) else int(rewards.index[-1])
     later = np.array([step for step in steps if step > 1], int)
     parts = [*np.array_split(later[later < plateau], BEFORE), *np.array_split(later[later >= plateau], AFTER)]
     return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
 
 
-def same_progress(comparison: Comparison) -> Finding:
-    """F3: judge the train reward of each LoRA rank minus FullFT's, in windows of steps before and on the plateau."""
-
-    def judge(lora: Arm, fullft: Arm) -> Finding:
-        runs = [comparison.at_optimum(arm) for arm in (lora, fullft)]
-        name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
-        by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in runs]
-        curves = paired(runs[0], runs[1], by_seed[0], by_seed[1], name)
-        if curves.by_seed.empty:
-            raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
-        rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
-        plateau = plateau_step(rewards.astype(float))
-        margin = comparison.margin
-        return scan(
-            lambda window: Within.margin(margin.value),
-            curves,
-            progress_windows(curves.by_seed.index.tolist(), plateau),
-            lambda gap: f"train reward - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)}",
-            [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin_problems(margin)],
-            margin.rule,
-        )
-
-    return each_rank(comparison, judge, lambda lora, fullft: [fullft])
-
-
-F3 = rl_claim(
+@rl_claim(
     id="F3",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
@@ -156,11 +130,27 @@ F3 = rl_claim(
     paper_value="almost identical; no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
-    judge=over_problems(same_progress),
 )
+@each_rank("fullft")
+def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
+    runs, others = comparison.at_optimum(lora), comparison.at_optimum(fullft)
+    by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in (runs, others)]
+    name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
+    curves = paired(runs, others, by_seed[0], by_seed[1], name)
+    if curves.by_seed.empty:
+        raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
+    rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
+    windows = progress_windows(curves.by_seed.index.tolist(), rewards.astype(float))
+    margin = comparison.margin
+    problems = [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin_problems(margin)]
+
+    def text(gap: Estimate) -> str:
+        return f"train reward - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)}"
+
+    return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
 
 
-def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
+def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
     own, full = (
         points_at_optimum(comparison, arm, name, "accuracy")
@@ -201,23 +191,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     return replace(decisive, reason=f"{decisive.reason} ({more})")
 
 
-def further_sets_follow(comparison: Comparison) -> Finding:
-    """F4: judge the accuracy of each LoRA rank minus FullFT's on AIME, or else on other further sets."""
-    curves = comparison.curves
-    if not curves.empty:
-        curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
-    names = [] if curves.empty else sorted(set(curves["split"]) - set(_OWN_SPLITS))
-    aime = [name for name in names if name.lower().startswith("aime")]
-    if not names:
-        raise UnjudgedError("not tested", "no accuracies on further problem sets")
-    judged = judge_each(
-        ((name, name) for name in aime or names),
-        lambda name: each_rank(comparison, partial(_follows, comparison, name), lambda lora, fullft: []),
-    )
-    return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
-
-
-F4 = rl_claim(
+@rl_claim(
     id="F4",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
@@ -232,44 +206,21 @@ F4 = rl_claim(
     paper_value="no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
-    judge=over_problems(further_sets_follow),
 )
+def _further_sets_follow(comparison: Comparison) -> Finding:
+    curves = comparison.curves
+    if not curves.empty:
+        curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
+    names = [] if curves.empty else sorted(set(curves["split"]) - set(_OWN_SPLITS))
+    aime = [name for name in names if name.lower().startswith("aime")]
+    if not names:
+        raise UnjudgedError("not tested", "no accuracies on further problem sets")
+    judges = ((name, each_rank()(partial(_follows, name))) for name in aime or names)
+    judged = judge_each(judges, lambda judge: judge(comparison))
+    return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
-def same_growth_of_responses(comparison: Comparison) -> Finding:
-    """F5: judge the mean length of the last train responses over FullFT's, and over that of the first ones."""
-
-    def judge(lora: Arm, fullft: Arm) -> Finding:
-        # Empty responses have no ratio of lengths, so they count as one token.
-        arms = [lora, fullft]
-        lengths = [tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna() for arm in arms]
-        logs = [table.clip(lower=1).map(math.log) for table in lengths]
-        if any(table.empty for table in logs):
-            raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
-        name = f"lengths of {comparison.label} {arm_label(lora)}"
-        ratio = mean_over_seeds((logs[0][10] - logs[1][10]).dropna(), name)
-        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(logs)]
-        own, full = (in_words(growth) for growth in growths)
-        text = f"final length / FullFT's = {in_words(ratio)}, grown by {own}, FullFT by {full}"
-        problems = curve_problems(comparison, arms, ratio.n_seeds)
-        for arm in arms:
-            reflection = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
-            if reflection.notna().all():
-                first, last = reflection
-                text += f"; {arm_label(arm)}: {first:.1%} of responses go back or check at first, {last:.1%} at last"
-            truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
-            if truncated > MAX_TRUNCATED:
-                problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
-        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
-        same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
-        rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
-        band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
-        return as_ratio(worst([decide(rule, number, text, ids, problems, band) for rule, number in rules]))
-
-    return each_rank(comparison, judge, lambda lora, fullft: [fullft])
-
-
-F5 = rl_claim(
+@rl_claim(
     id="F5",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
@@ -285,13 +236,56 @@ F5 = rl_claim(
     paper_value="no number",
     unit="ratio",
     experiments=DEEPMATH_EXPERIMENTS,
-    judge=over_problems(same_growth_of_responses),
     conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
 )
+@each_rank("fullft")
+def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
+    # Empty responses have no ratio of lengths, so they count as one token.
+    arms = [lora, fullft]
+    lengths = [tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna() for arm in arms]
+    logs = [table.clip(lower=1).map(math.log) for table in lengths]
+    if any(table.empty for table in logs):
+        raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
+    name = f"lengths of {comparison.label} {arm_label(lora)}"
+    ratio = mean_over_seeds((logs[0][10] - logs[1][10]).dropna(), name)
+    growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(logs)]
+    own, full = (in_words(growth) for growth in growths)
+    text = f"final length / FullFT's = {in_words(ratio)}, grown by {own}, FullFT by {full}"
+    problems = curve_problems(comparison, arms, ratio.n_seeds)
+    for arm in arms:
+        reflection = tenths(comparison, arm, "reflection").reindex(columns=[1, 10]).mean()
+        if reflection.notna().all():
+            first, last = reflection
+            text += f"; {arm_label(arm)}: {first:.1%} of responses go back or check at first, {last:.1%} at last"
+        truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
+        if truncated > MAX_TRUNCATED:
+            problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
+    ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
+    same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
+    rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
+    band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
+    return as_ratio(worst([decide(rule, number, text, ids, problems, band) for rule, number in rules]))
 
 
-def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
-    """F7: judge the gradients of steps whose groups all have equal rewards, and runs that have no other steps."""
+@claim(
+    id="F7",
+    kind="derivation",
+    statement="Where all samples of a group get the same reward, RL learns nothing",
+    criterion=(
+        "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
+        "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
+        "all have equal rewards the gradient is exactly 0, while at other steps it is not; and a run without other "
+        "steps ends with exactly the accuracies of its base model on validation and test. The estimate is the largest "
+        "gradient norm of a step with equal rewards"
+    ),
+    needs="RL runs with steps at which all samples of every group get the same reward",
+    paper_value="the entropy of the advantage is 0",
+    unit="gradient norm",
+    experiments=("rl_arithmetic",),
+    columns=("base_reward",),
+    task="rl",
+)
+def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
     if curves.empty:
         curves = pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"])
@@ -308,10 +302,8 @@ def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     both = [never[["run_id"]].assign(before=before.astype(float), after=after.astype(float)) for before, after in pairs]
     before_and_after = pd.concat(both).dropna()
     changed = before_and_after["before"] != before_and_after["after"]
-    largest = float(steps.loc[equal, "grad_norm"].max())
-    learning = steps.loc[~equal, "grad_norm"] > 0
-    texts = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"]
-    problems: list[Problem] = []
+    largest, learning = float(steps.loc[equal, "grad_norm"].max()), steps.loc[~equal, "grad_norm"] > 0
+    texts, problems = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"], []
     if equal.any():
         texts.insert(0, f"largest gradient of {equal.sum()} steps whose groups all have equal rewards: {largest:.3g}")
     else:
@@ -334,69 +326,24 @@ def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     return finding(run_ids, "; ".join(texts), verdict, problems, largest)
 
 
-F7 = Claim(
-    id="F7",
-    kind="derivation",
-    statement="Where all samples of a group get the same reward, RL learns nothing",
-    criterion=(
-        "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
-        "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
-        "all have equal rewards the gradient is exactly 0, while at other steps it is not; and a run without other "
-        "steps ends with exactly the accuracies of its base model on validation and test. The estimate is the largest "
-        "gradient norm of a step with equal rewards"
-    ),
-    needs="RL runs with steps at which all samples of every group get the same reward",
-    paper_value="the entropy of the advantage is 0",
-    unit="gradient norm",
-    experiments=("rl_arithmetic",),
-    judge=equal_rewards_teach_nothing,
-    columns=("base_reward",),
-    task="rl",
-)
-
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
 
-def _bits(sft: pd.DataFrame, lengths: pd.DataFrame, comparison: Comparison) -> Finding:
-    """Judge F9 for one model and problem set, against every dataset that the model was fine-tuned on."""
-    from scipy.special import entr
+def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison, pd.DataFrame]]]:
+    """Return each model and problem set with the first epochs of the model's supervised runs, after its name.
 
-    highest = next(reversed(comparison.lora.values()), None)
-    [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
-    tokens = tenths(comparison, arm, "response_length").mean(axis=1)
-    if tokens.empty:
-        raise UnjudgedError("not tested", "no response lengths")
-    per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
-    episodes = f"{per_episode.value:.3g} tokens per episode, at most 1 bit each"
-    rewards = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
-    if len(rewards):
-        bits = float(np.mean(entr(rewards) + entr(1 - rewards))) / math.log(2)
-        episodes += f" ({bits:.2f} by the mean rewards)"
-    findings = []
-    for row in lengths[lengths["model"] == arm["model"]].to_dict("records"):
-        nats, scored = (sft.loc[sft["run_id"].isin(row["run_ids"]), name].astype(float) for name in _FIRST_EPOCH)
-        per_token = mean_over_seeds(nats / scored / math.log(2), f"first epoch of {' '.join(row['run_ids'])}")
-        ratio = combined(lambda bits, length: np.log(np.maximum(bits * length, 1e-9)), per_token, per_episode)
-        text = f"SFT on {row['dataset']} {per_token.value:.3g} bits per token, ratio {math.exp(ratio.value):.3g}"
-        run_ids = [*comparison.at_optimum(arm)["run_id"], *row["run_ids"]]
-        rule = Within(*map(math.log, BITS_BAND))
-        findings.append(as_ratio(decide(rule, ratio, text, run_ids, (), f"a factor of 10 around {BITS_RATIO:,.0f}")))
-    if not findings:
-        raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
-    decisive = together(findings)
-    return replace(decisive, reason=f"{episodes}; {decisive.reason}")
-
-
-def fewer_bits_per_token(evidence: Evidence) -> Finding:
-    """F9: judge the bits per token of SFT over those of RL, which gives at most 1 bit per episode."""
+    The table of first epochs has a row per dataset: dataset, run_ids, and bits (per scored token, by run).
+    """
     sft = evidence.every_run[~is_rl(evidence.every_run)]
     if missing := [name for name in (*NEEDED_BY["sft"], *_FIRST_EPOCH) if name not in sft]:
         raise UnjudgedError("not tested", f"the runs table has no column {', '.join(missing)}")
     lengths = description_lengths(sft[~is_memorisation(sft)])
-    return over_problems(partial(_bits, sft, lengths))(evidence)
+    bits = sft[_FIRST_EPOCH[0]].astype(float) / sft[_FIRST_EPOCH[1]].astype(float) / math.log(2)
+    epochs = lengths.assign(bits=lengths["run_ids"].map(lambda run_ids: bits[sft["run_id"].isin(run_ids)].tolist()))
+    return [(name, (each, epochs[epochs["model"] == each.arms[0]["model"]])) for name, each in problem_sets(evidence)]
 
 
-F9 = Claim(
+@claim(
     id="F9",
     kind="derivation",
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
@@ -411,9 +358,34 @@ F9 = Claim(
     paper_value="about 1,000",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
-    judge=fewer_bits_per_token,
+    over=sft_of_problem_sets,
     task="rl",
     conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
 )
+def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
+    from scipy.special import entr
 
-CLAIMS = (F3, F4, F5, F7, F9)
+    comparison, epochs = compared
+    highest = next(reversed(comparison.lora.values()), None)
+    [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
+    tokens = tenths(comparison, arm, "response_length").mean(axis=1)
+    if tokens.empty:
+        raise UnjudgedError("not tested", "no response lengths")
+    per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
+    episodes = f"{per_episode.value:.3g} tokens per episode, at most 1 bit each"
+    rewards = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
+    if len(rewards):
+        bits = float(np.mean(entr(rewards) + entr(1 - rewards))) / math.log(2)
+        episodes += f" ({bits:.2f} by the mean rewards)"
+    findings = []
+    for row in epochs.to_dict("records"):
+        per_token = mean_over_seeds(row["bits"], f"first epoch of {' '.join(row['run_ids'])}")
+        ratio = combined(lambda bits, length: np.log(np.maximum(bits * length, 1e-9)), per_token, per_episode)
+        text = f"SFT on {row['dataset']} {per_token.value:.3g} bits per token, ratio {math.exp(ratio.value):.3g}"
+        run_ids = [*comparison.at_optimum(arm)["run_id"], *row["run_ids"]]
+        rule = Within(*map(math.log, BITS_BAND))
+        findings.append(as_ratio(decide(rule, ratio, text, run_ids, (), f"a factor of 10 around {BITS_RATIO:,.0f}")))
+    if not findings:
+        raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
+    decisive = together(findings)
+    return replace(decisive, reason=f"{episodes}; {decisive.reason}")

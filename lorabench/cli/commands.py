@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
+from lorabench.cli.steps import steps
 from lorabench.errors import NothingToDrawError, UserError
+from lorabench.utils import formats
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 app = typer.Typer(
@@ -24,42 +29,37 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+    str, Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
 ]
 DataFormat = Annotated[
-    str | None,
-    typer.Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
+    str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")
 ]
-TablesFolder = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
-TablesFolders = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
-FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+# A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
+gc.set_threshold(20_000)
+
+app.add_typer(steps, name="step", hidden=True)
 
 
 @app.command()
 def init(
-    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
     model: ModelName,
-    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
     data_format: DataFormat = None,
     ranks: Annotated[
-        list[int] | None,
-        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
+        list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    seeds: Annotated[int, Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, Option(help="Passes over the training data.")] = 1.0,
     held_out: Annotated[
-        float,
-        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
+        float, Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test.")
     ] = 0.1,
-    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
+    gpu: Annotated[str | None, Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
     grader: Annotated[
         str | None,
-        typer.Option(
-            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
-            "response, `boxed` the content of its \\boxed{}."
-        ),
+        Option(help="For RL on questions: `number` grades a response by its last number, `boxed` by \\boxed{}."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
     """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
     from lorabench.cli.show import plan_table
@@ -76,19 +76,14 @@ def init(
 def plan(
     preset: PresetOption = "laptop",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the planned runs to this parquet file and print nothing.")
+        Path | None, Option("--out", help="Write the planned runs to this parquet file and print nothing.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
+    gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
+    price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
     measured: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
-        ),
+        list[Path] | None, Option(help="Folder with a table `runs` to take the speed from; by default all in results/.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     planned, layout = plan_and_layout(preset)
@@ -105,10 +100,10 @@ def plan(
 
     if gpu is not None:
         planned = make_plan(on_gpu(planned.preset, gpu))
-    speed = speed_of(planned, layout, measured or [])
-    if speed is not None:
-        planned = make_plan(planned.preset.with_execution(gflops=speed.gflops))
-    cores, notes = os.cpu_count() or 1, [] if speed is None else [speed.sentence]
+    cores, notes = os.cpu_count() or 1, list[str]()
+    if (speed := speed_of(planned, layout, measured or [])) is not None:
+        gflops, sentence = speed
+        planned, notes = make_plan(planned.preset.with_execution(gflops=gflops)), [sentence]
     if as_json:
         print(plan_json(planned, cores, price, notes))
     else:
@@ -118,7 +113,7 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(
     context: typer.Context,
-    preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
+    preset: Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
 ) -> None:
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     from lorabench.config.loading import preset_path
@@ -138,34 +133,39 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
             profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """
-    parts: list[str] = []
-    for option in options:
-        # The options that are treated specially here get their long form.
-        name, equals, value = option.partition("=")
-        if equals and name in ("--config", "--profile"):
-            parts += [name, value]
-        else:
-            parts.append("--config" if option == "-C" else option)
-    for place, part in enumerate(parts):
-        profile = WORKFLOW / "profiles" / part
-        if parts[place - 1] == "--profile" and not Path(part).exists() and profile.is_dir():
-            parts[place] = str(profile)
-    if not any(part.partition("=")[0].startswith(("--cores", "-c", "--jobs", "-j")) for part in parts):
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--profile")
+    parser.add_argument("--config", "-C", nargs="*", action="extend", default=[])
+    known, parts = parser.parse_known_args(options)
+    if known.profile is not None:
+        shipped = WORKFLOW / "profiles" / known.profile
+        parts += ["--profile", str(shipped) if shipped.is_dir() and not Path(known.profile).exists() else known.profile]
+    if not any(part.startswith(("--cores", "-c", "--jobs", "-j")) for part in parts):
         parts += ["--cores", "all"]
-    # Snakemake takes the last --config only, so the preset joins a --config that the user gave.
-    if "--config" not in parts:
-        parts.append("--config")
-    parts.insert(parts.index("--config") + 1, f"preset={preset}")
+    # Snakemake takes the last --config only, and all words that follow it.
+    parts += ["--config", f"preset={preset}", *known.config]
     return [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), *parts]
 
 
 @app.command()
 def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
-    from lorabench.cli.show import status_table
     from lorabench.store.progress import status as read_status
 
-    status_table(read_status(*plan_and_layout(preset)))
+    state = read_status(*plan_and_layout(preset))
+    share = state.runs_done / max(1, state.runs_planned)
+    print(
+        f"{state.runs_done}/{state.runs_planned} runs ({share:.0%}), {state.jobs_done}/{state.jobs_planned} jobs done"
+    )
+    for job in state.at_work:
+        # A job that was killed counts as at work until it is started again; its silence tells.
+        silence = f"; last sign of life {job['age_s'] / 60:.0f} minutes ago" if job["age_s"] >= 60 else ""
+        print(
+            f"  {job['label']}: run {job['run']}/{job['runs']}, "
+            f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{silence}"
+        )
+    if state.report is not None:
+        print(f"  report: {state.report}")
 
 
 @app.command()
@@ -177,17 +177,17 @@ def doctor(preset: PresetOption = "laptop") -> None:
     """
     planned, layout = plan_and_layout(preset)
     with own_gpus(planned):
-        from lorabench.cli.show import checks_table
         from lorabench.doctor.checks import examine
-        from lorabench.doctor.record import Check, write_record
+        from lorabench.doctor.record import write_record
 
-        def say(check: Check) -> None:
-            print(f"{check.status}: {check.name}", file=sys.stderr, flush=True)
-
-        record = examine(planned, layout, say)
+        record = examine(planned, layout, lambda check: print(f"{check.status}: {check.name}", file=sys.stderr))
         path = write_record(record)
-        checks_table(record.checks)
-        print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
+    rows = []
+    for check in record.checks:
+        numbers = ["" if value is None else formats.number(value) for value in (check.value, check.planned)]
+        rows.append([check.name, check.status, *numbers, check.unit, check.sentence])
+    formats.print_table(("check", "result", "measured", "planned", "unit", ""), rows, ("measured", "planned"))
+    print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
     if record.failed:
         print(f"lorabench: {len(record.failed)} of {len(record.checks)} checks failed", file=sys.stderr)
         raise typer.Exit(1)
@@ -197,18 +197,18 @@ def doctor(preset: PresetOption = "laptop") -> None:
 def recommend(
     model: ModelName,
     dataset_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
+        int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
+    data: Annotated[str | None, Option(help="The training data, as for init.")] = None,
     data_format: DataFormat = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Examples per step, in place of the recommended number.")
+        int | None, Option(min=1, help="Examples per step, in place of the recommended number.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
-    gpu: Annotated[str, typer.Option(help="The GPU to estimate costs for.")] = "H100-80GB",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int | None, Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
+    gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     as_script: Annotated[
-        bool, typer.Option("--script", help="Print a training script for transformers and PEFT with these settings.")
+        bool, Option("--script", help="Print a training script for transformers and PEFT with these settings.")
     ] = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
@@ -241,27 +241,22 @@ def recommend(
 
 @app.command()
 def claims(
-    tables: TablesFolder,
-    out: Annotated[Path, typer.Option(help="Folder for the claims table.")],
+    tables: Annotated[Path, Option(help="Folder with the tidy tables.")],
+    out: Annotated[Path, Option(help="Folder for the claims table.")],
     preset: Annotated[
-        str | None, typer.Option(help="The preset of the runs, which states the margins of the verdicts.")
+        str | None, Option(help="The preset of the runs, which states the margins of the verdicts.")
     ] = None,
     margins: Annotated[
-        Path | None,
-        typer.Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor."),
+        Path | None, Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor.")
     ] = None,
     noise: Annotated[
-        Path | None,
-        typer.Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed."),
+        Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
     ] = None,
     noise_sd: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise."),
+        float | None, Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise.")
     ] = None,
-    noise_dof: Annotated[
-        int | None, typer.Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")
-    ] = None,
-    noise_source: Annotated[str | None, typer.Option(help="The source of --noise-sd, for the reasons.")] = None,
+    noise_dof: Annotated[int | None, Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
+    noise_source: Annotated[str | None, Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
     """Judge the paper's claims from tidy tables."""
     from lorabench.analysis.loss_fit import Noise
@@ -295,7 +290,11 @@ def claims(
 
 
 @app.command()
-def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
+def figure(
+    name: str,
+    tables: Annotated[list[Path], Option(help="Folder with tidy tables; several are merged.")],
+    out: Annotated[Path, Option(help="Folder for SVG, PNG and CSV.")],
+) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     from lorabench.figures.catalog import drawable_figures, save_figure
 
@@ -310,7 +309,7 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 
 
 @app.command()
-def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+def merge(folders: list[Path], out: Annotated[Path, Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     from lorabench.store.tables import merge as merge_folders
 
@@ -319,31 +318,33 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 
 @app.command("import")
 def import_source(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
+    source: Annotated[Path, Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
+    out: Annotated[Path, Option(help="Folder for the tidy tables.")],
 ) -> None:
-    """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
+    """Read runs that others have published, as their source.yaml describes them, into the tidy tables."""
     from lorabench.sources.studies import import_source as read
-    from lorabench.sources.studies import write_tables
+    from lorabench.store.io import write_frame
 
-    imported = read(source)
-    write_tables(imported, out)
-    print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
+    imported = read(source)[1]
+    # Of the documented columns, those that the source has are written.
+    write_frame(imported.runs, "runs", out, all_columns=False)
+    write_frame(imported.curves, "curves", out, all_columns=False)
+    print(f"{source}: {len(imported.runs)} runs and {len(imported.curves)} points of curves")
 
 
 @app.command()
 def evidence(
-    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
+    out: Annotated[Path, Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
     source: Annotated[
         list[Path] | None,
-        typer.Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
+        Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
     ] = None,
     tables: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
+        Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
     ] = None,
     publish: Annotated[
-        Path | None, typer.Option(help="The repository's root: write the matrix into its README and docs too.")
+        Path | None, Option(help="The repository's root: write the matrix into its README and docs too.")
     ] = None,
 ) -> None:
     """Judge all published runs by the paper's claims, and test what would have been recommended for each.
@@ -351,20 +352,21 @@ def evidence(
     Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
     recommended ones would have been for each source, had it not been known.
     """
-    from lorabench.report.blocks import published_folders
-    from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
+    from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
     from lorabench.sources.measurements import read_own
 
-    own = {preset.name: preset for preset in published_presets(publish or Path())}
+    folders = published_folders(publish or Path())
+    own = {folder.name: read_own(folder, folder.name) for folder in folders}
     for folder in tables or []:
         # A finished preset stands for what was published of it.
         name = folder.parent.name if folder.name == "tables" else folder.name
         own[name] = read_own(folder, name)
-    gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
+    gathered = evidence_tables(source or (), list(own.values()), folders)
     write_evidence(gathered, out)
     if publish is not None:
         publish_evidence(gathered, publish)
-    print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+    models = len(gathered["claims"].drop_duplicates(["source", "model"]))
+    print(f"{models} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()
@@ -391,10 +393,7 @@ def restore_runs(preset: PresetOption = "laptop") -> None:
     from lorabench.training.saved_runs import restore_runs as restore
 
     planned, layout = plan_and_layout(preset)
-    restored = restore(planned, layout)
-    print(
-        f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
-        f"{restored.present} runs were there already"
-    )
-    if restored.unknown:
-        print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")
+    restored, present, unknown = restore(planned, layout)
+    print(f"restored {restored} runs from {layout.saved_runs}; {present} were there already")
+    if unknown:
+        print(f"{unknown} saved runs are not in the plan of preset {layout.name} and were left out")

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for, space_for
-from lorabench.utils.gpus import own_devices, reduce_fragmentation
+from lorabench.utils.gpus import own_devices
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
+PresetOption = Annotated[str, Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
 
 
 def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
@@ -39,10 +40,7 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
 
 
 def entry(section: Mapping[str, T], name: str, what: str) -> T:
-    """Return the entry of a preset's section by its name.
-
-    Args:
-        what: what the section holds, such as `dataset`, for the message.
+    """Return the entry of a preset's section by its name; `what` is the word for it in the message, such as `dataset`.
 
     Raises:
         UserError: the preset has no such entry.
@@ -91,6 +89,5 @@ def own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
     if planned.preset.execution.gpu is None:
         yield
         return
-    reduce_fragmentation()
     with own_devices(processes, lambda line: print(line, file=sys.stderr)):
         yield

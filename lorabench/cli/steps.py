@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from lorabench.cli.common import PresetOption, entry, own_gpus, plan_and_layout
 from lorabench.errors import UserError
@@ -61,7 +62,7 @@ def tokens(
     model: str,
     dataset: str,
     preset: PresetOption = "laptop",
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    processes: Annotated[int, Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
     """Tokenize a dataset for a model."""
     from lorabench.config.inputs import HubDataset
@@ -126,10 +127,10 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
 
 @steps.command()
 def train(
-    job_id: Annotated[str, typer.Argument(help="The id of a job, or of a single sweep.")],
+    job_id: Annotated[str, Argument(help="The id of a job, or of a single sweep.")],
     preset: PresetOption = "laptop",
-    log: Annotated[Path | None, typer.Option(help="Also write the progress lines to this file.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
+    log: Annotated[Path | None, Option(help="Also write the progress lines to this file.")] = None,
+    processes: Annotated[int, Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.distributed import errors_to_launcher, is_worker, launch
@@ -180,7 +181,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
 @steps.command()
 def fetch(
     preset: PresetOption = "laptop",
-    out: Annotated[Path | None, typer.Option(help="The file for the tasks' names.")] = None,
+    out: Annotated[Path | None, Option(help="The file for the tasks' names.")] = None,
 ) -> None:
     """Look up the tasks of a preset's evaluation and download their data, for jobs without a network."""
     from lorabench.evaluation.catalog import fetch_tasks
@@ -211,10 +212,9 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
 @steps.command()
 def collect(
     jobs: list[Path],
-    out: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    out: Annotated[Path, Option(help="Folder of the tables.")],
     preset: Annotated[
-        str | None,
-        typer.Option(help="Take only jobs of this preset's plan, and the runs' experiments from it."),
+        str | None, Option(help="Take only jobs of this preset's plan, and the runs' experiments from it.")
     ] = None,
 ) -> None:
     """Merge files of jobs into the tidy tables `runs` and `curves`."""
@@ -224,7 +224,7 @@ def collect(
 
 
 @steps.command("collect-evals")
-def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
+def collect_evals(evals: list[Path], out: Annotated[Path, Option(help="Folder of the table.")]) -> None:
     """Merge the scores of evaluations into the tidy table `evals`."""
     from lorabench.store.collect import collect_evals as collect_scores
 
@@ -232,28 +232,25 @@ def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Fol
 
 
 @steps.command()
-def compute(
-    preset: PresetOption = "laptop",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table, by default the preset's.")] = None,
-) -> None:
+def compute(preset: PresetOption = "laptop") -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
     planned, layout = plan_and_layout(preset)
-    if planned.preset.experiments.compute is None:
+    experiment = planned.preset.experiments.compute
+    if experiment is None:
         raise UserError(f"preset {layout.name} has no experiment compute")
-    names = planned.preset.experiments.compute.models
     with own_gpus(planned):
         import pandas as pd
 
         from lorabench.store.io import write_frame
-        from lorabench.training.step_cost import compute_table
+        from lorabench.training.step_cost import measure_compute
 
-        at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
-        measured = [compute_table(at_commits, name) for name in names]
-        write_frame(pd.concat(measured), "compute", out or layout.tables())
+        settings = experiment, planned.preset.execution.threads, planned.preset.protocol
+        tables = [measure_compute(name, layout.model(name), *settings) for name in experiment.models]
+        write_frame(pd.concat(tables), "compute", layout.tables())
 
 
 @steps.command()
-def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> None:
+def counts(out: Annotated[Path, Option(help="Folder for the table.")]) -> None:
     """Count LoRA's parameters on large models from their configurations, without their weights."""
     from lorabench.models.counts import counts_table
     from lorabench.store.io import write_frame
@@ -264,7 +261,7 @@ def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> 
 @steps.command()
 def report(
     preset: PresetOption = "laptop",
-    evaluation: Annotated[bool, typer.Option(help="Show the scores of lm-eval, if there are any.")] = True,
+    evaluation: Annotated[bool, Option(help="Show the scores of lm-eval, if there are any.")] = True,
 ) -> None:
     """Build the report page of a preset from its tables and figures."""
     from lorabench.report.page import build

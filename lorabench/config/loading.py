@@ -70,7 +70,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     Raises:
         PresetError: a field is wrong; one line per field.
     """
-    whole, names = _with_lists(raw, path)
+    whole, names = _written_out(raw, path)
 
     def called(match: re.Match[str]) -> str:
         """Return the name of a named block or task in place of its number."""
@@ -78,7 +78,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
         return f"{match[1]}.{known[number]}" if number < len(known) else match[0]
 
     try:
-        return Preset.model_validate(_with_models(whole))
+        return Preset.model_validate(whole)
     except ValidationError as error:
         text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
         raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
@@ -159,42 +159,35 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _with_lists(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Return the data with lists in place of blocks and evaluation tasks by name, and the names in each such list."""
+def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return the data with lists in place of blocks and evaluation tasks by name, and with the models of the catalogue
+    that experiments name and the preset does not define itself; and the names in each such list."""
     names: dict[str, list[str]] = {}
     experiments, evaluation = dict(_section(raw, "experiments")), _section(raw, "evaluation")
+    own, catalogue = raw.get("models", {}), model_catalogue()
+    wanted: list[str] = []
     for experiment, blocks in experiments.items():
-        if not isinstance(blocks, dict) or experiment not in Experiments.model_fields or experiment == "compute":
-            continue
-        for key, block in blocks.items():
-            if not isinstance(block, dict):
-                raise PresetError(
-                    f"{path}: experiments.{experiment}.{key} = {block!r}: a block is a mapping; "
-                    f"allowed for {experiment}: a list of blocks, or a mapping of blocks by name"
-                )
-        names[f"experiments.{experiment}"] = named = [key for key in blocks if key != COMMON]
-        experiments[experiment] = [_laid_over(blocks.get(COMMON, {}), blocks[key]) for key in named]
+        if isinstance(blocks, dict) and experiment in Experiments.model_fields and experiment != "compute":
+            for key, block in blocks.items():
+                if not isinstance(block, dict):
+                    raise PresetError(
+                        f"{path}: experiments.{experiment}.{key} = {block!r}: a block is a mapping; "
+                        f"allowed for {experiment}: a list of blocks, or a mapping of blocks by name"
+                    )
+            names[f"experiments.{experiment}"] = named = [key for key in blocks if key != COMMON]
+            blocks = experiments[experiment] = [_laid_over(blocks.get(COMMON, {}), blocks[key]) for key in named]
+        for block in blocks if isinstance(blocks, list) else [blocks]:
+            models = block.get("models") if isinstance(block, dict) else None
+            wanted += [name for name in models if isinstance(name, str)] if isinstance(models, list) else []
     whole = raw | {"experiments": experiments} if names else raw
     tasks = _section(evaluation, "tasks")
     if tasks and all(isinstance(task, dict) for task in tasks.values()):
         names["evaluation.tasks"] = list(tasks)
         lists = [{"name": name} | task for name, task in tasks.items()]
         whole = whole | {"evaluation": evaluation | {"tasks": lists}}
+    if isinstance(own, dict):
+        whole = whole | {"models": own | {name: catalogue[name] for name in wanted if name in catalogue.keys() - own}}
     return whole, names
-
-
-def _with_models(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the data with the models of the catalogue that its experiments name and that it does not define itself."""
-    named: list[Any] = []
-    for blocks in _section(raw, "experiments").values():
-        for block in blocks if isinstance(blocks, list) else [blocks]:
-            models = block.get("models") if isinstance(block, dict) else None
-            named += models if isinstance(models, list) else []
-    own, catalogue = raw.get("models", {}), model_catalogue()
-    if not isinstance(own, dict):
-        return raw
-    wanted = [name for name in named if isinstance(name, str) and name in catalogue and name not in own]
-    return raw | {"models": own | {name: catalogue[name] for name in wanted}}
 
 
 def explain(problem: Any) -> str:

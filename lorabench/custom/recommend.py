@@ -48,7 +48,7 @@ from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.specs import template_text
-from lorabench.planning.bill import Bill, training
+from lorabench.planning.costs import Cost, job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
@@ -258,7 +258,7 @@ def _bills(
     batch: int,
     rank: int,
     gpu: str,
-) -> dict[str, Bill | TooLargeError]:
+) -> dict[str, Cost | TooLargeError]:
     """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
 
     Activations are recomputed where a method then needs fewer GPUs. In place of the bill of a method that fits on no
@@ -294,10 +294,10 @@ def _bills(
         },
     }
     plan = make_plan(parse_preset(raw, Path("recommendation")))
-    bills: dict[str, Bill | TooLargeError] = {}
+    bills: dict[str, Cost | TooLargeError] = {}
     for sweep in plan.sweeps:
         try:
-            bills[sweep.condition.method] = training(plan, [Job((sweep,))])
+            bills[sweep.condition.method] = job_cost(plan, Job((sweep,)))
         except TooLargeError as large:
             bills[sweep.condition.method] = large
     return bills

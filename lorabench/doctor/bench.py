@@ -18,13 +18,20 @@ import torch
 
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.doctor.record import Check, Speed, measured
+from lorabench.doctor.record import Check, judged
 from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
+from lorabench.models.base import config_of
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, longest_sequence, run_tokens
+from lorabench.planning.flops import (
+    attention_flops_per_token,
+    linear_flops_per_token,
+    longest_sequence,
+    lora_parameters,
+    run_tokens,
+)
 from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
@@ -34,6 +41,7 @@ from lorabench.training.run import Machine, clip_gradient, machine_of, make_opti
 from lorabench.training.sft import batch_gradient
 from lorabench.training.step_cost import growth
 from lorabench.utils.files import write_json
+from lorabench.utils.formats import number
 from lorabench.utils.gpus import GB, GPUS, processor
 
 if TYPE_CHECKING:
@@ -52,8 +60,8 @@ GPU for the driver and for gaps, and asks for a quarter more memory than it esti
 _LAYERS, _EXPERTS, _ROWS, _LENGTH = 2, 8, 2, 64
 # Tokens of a step on a CPU: enough for the products of a large model to be as fast as in its runs.
 _CPU_TOKENS = 512
-_WARM_UP, _SECONDS = 2, 0.5
-_CPU = torch.device("cpu")
+# The least seconds of steps that are timed.
+_SECONDS = 0.5
 Precision = Literal["fp32", "bf16"]
 
 
@@ -77,6 +85,22 @@ class Subject:
         method = "FullFT" if condition.method == "fullft" else f"LoRA r{condition.rank} {condition.placement}"
         return f"{method}, {condition.model}"
 
+    def planned_memory(self, preset: Preset) -> float:
+        """Return the plan's estimate of the memory of a training step, in bytes."""
+        preset, condition = preset.with_execution(activation_checkpointing=self.recomputes), self.condition
+        tokens = self.rows * self.length
+        return step_memory(preset, self.sizes, condition.rank, condition.placement, tokens, self.length).total
+
+    def flops(self, preset: Preset) -> float:
+        """Return the FLOPs of a training step as the plan counts them."""
+        condition, sizes = self.condition, self.sizes
+        lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
+        # On average, a token attends to half of its sequence.
+        attention = attention_flops_per_token(sizes, self.length / 2)
+        again = 2.0 * (sizes.active_linear + lora) + attention if self.recomputes else 0.0
+        linear = linear_flops_per_token(sizes, None if condition.rank is None else lora)
+        return self.rows * self.length * (linear + 3 * attention + again)
+
 
 def training_subjects(plan: Plan) -> list[Subject]:
     """Return the subjects of training steps: FullFT, LoRA at the highest rank, and LoRA on experts if there are any.
@@ -84,27 +108,25 @@ def training_subjects(plan: Plan) -> list[Subject]:
     Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
     """
 
-    def experts(sweep: Sweep) -> bool:
+    def has_experts(sweep: Sweep) -> bool:
         return dimensions(plan.preset.models[sweep.condition.model]).experts > 0
 
-    def size(sweep: Sweep) -> tuple[int, int]:
-        return dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
-
-    def fits(sweep: Sweep) -> bool:
+    def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
         try:
-            return gpus_needed(plan.preset, sweep) <= 1
+            fits = gpus_needed(plan.preset, sweep) <= 1
         except UserError:
-            return False
+            fits = False
+        return fits, dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
 
-    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or list(plan.sweeps)
-    dense = [sweep for sweep in trained if not experts(sweep)]
-    kinds = (
-        [sweep for sweep in dense if sweep.condition.rank is None],
-        [sweep for sweep in dense if sweep.condition.rank is not None],
-        [sweep for sweep in trained if sweep.condition.rank is not None and experts(sweep)],
-    )
-    fitting = [[sweep for sweep in sweeps if fits(sweep)] or sweeps for sweeps in kinds if sweeps]
-    return [subject_of(plan, max(sweeps, key=size)) for sweeps in fitting]
+    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
+    subjects = []
+    for experts, lora in ((False, False), (False, True), (True, True)):
+        sweeps = [
+            sweep for sweep in trained if (has_experts(sweep), sweep.condition.rank is not None) == (experts, lora)
+        ]
+        if sweeps:
+            subjects.append(subject_of(plan, max(sweeps, key=fits_and_size)))
+    return subjects
 
 
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
@@ -117,16 +139,9 @@ def subject_of(plan: Plan, sweep: Sweep) -> Subject:
         return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputes)
     tokens = max(length, min(preset.execution.max_batch_tokens, condition.batch_size * length))
     subject = Subject(condition, sizes, max(1, tokens // length), length, recomputes)
-    while subject.sizes.layers > 1 and planned_memory(preset, subject) > USABLE * GPUS[preset.execution.gpu].memory:
+    while subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[preset.execution.gpu].memory:
         subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
     return subject
-
-
-def planned_memory(preset: Preset, subject: Subject) -> float:
-    """Return the plan's estimate of the memory of a subject's training step, in bytes."""
-    preset, condition = preset.with_execution(activation_checkpointing=subject.recomputes), subject.condition
-    tokens = subject.rows * subject.length
-    return step_memory(preset, subject.sizes, condition.rank, condition.placement, tokens, subject.length).total
 
 
 def random_model(
@@ -140,32 +155,16 @@ def random_model(
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
-    common: dict[str, Any] = {
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": sizes.tied,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    }
-    config: Any
-    if sizes.experts:
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        config = Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    else:
-        family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-        config = family(intermediate_size=sizes.intermediate, **common)
     options: dict[str, Any] = {}
     if plain:
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_of(sizes, context=1 << 17), dtype=torch.float32, **options
+        )
     model.train()
     if not plain:
         attend_in_blocks(model)
@@ -203,7 +202,7 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         # is no error and changes the gradient by more than rounding does.
         fewer = min(sizes.active_experts, sizes.experts // 2)
         sizes = replace(sizes, active_experts=sizes.experts if precision == "bf16" else fewer)
-    reference = random_model(sizes, condition, preset, _CPU, plain=True)
+    reference = random_model(sizes, condition, preset, torch.device("cpu"), plain=True)
     model = random_model(sizes, condition, preset, machine.device)
     model.load_state_dict(reference.state_dict())
     split = random_split(_ROWS, _LENGTH, sizes.vocabulary)
@@ -213,9 +212,10 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     expected_loss.backward()
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    machine = replace(machine, max_batch_tokens=len(split.ids), autocast=autocast)
     try:
-        autocast = torch.bfloat16 if precision == "bf16" else None
-        loss = batch_gradient(model, split, np.arange(_ROWS), _one_pass(machine, subject), autocast)[0]
+        loss = batch_gradient(model, split, np.arange(_ROWS), machine)[0]
     finally:
         matmul.allow_tf32 = before
     difference = square = 0.0
@@ -227,93 +227,70 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         difference += float((gradient.cpu().double() - expected.double()).square().sum())
         square += float(expected.double().square().sum())
     loss_error, gradient_error = abs(loss / expected_loss.item() - 1), (difference / square) ** 0.5
-    worst, limit = max(loss_error, gradient_error), ERROR[precision]
+    # A number that is not finite must not be hidden by the other one.
+    worst, limit = float(np.maximum(loss_error, gradient_error)), ERROR[precision]
     sentence = (
         f"from plain transformers and PEFT in fp32 on the CPU, the loss differs by {loss_error:.1e} and the gradient "
         f"by {gradient_error:.1e}"
     )
-    return measured(worst, "relative error", sentence, limit, worst <= limit)
+    return judged(worst <= limit, sentence, worst, limit, "relative error")
 
 
-def _one_pass(machine: Machine, subject: Subject) -> Machine:
-    """Return the machine with room for the whole batch in one pass through the model, as in the plan's estimate."""
-    return replace(machine, max_batch_tokens=max(subject.rows * (subject.length + 1), _ROWS * (_LENGTH + 1)))
+def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[float, float]:
+    """Measure training steps of one run at LR 0, where a step does all its work and does not change the weights.
 
-
-def training_step(preset: Preset, machine: Machine, subject: Subject) -> Callable[[], None]:
-    """Return a training step of one run on a subject. At LR 0 it does all its work and does not change the weights."""
-    model = random_model(subject.sizes, subject.condition, preset, machine.device)
-    if subject.recomputes:
-        recompute_activations(model)
-    parameters = trained_parameters(model)
-    optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
+    Returns:
+        The peak memory of the first two steps in bytes, model and optimizer included; and the median seconds of the
+        steps after them, over half a second of steps or at least one.
+    """
     split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
-    at_once, autocast = _one_pass(machine, subject), machine.autocast(preset.protocol)
+    # The whole batch goes through the model in one pass, as in the plan's estimate.
+    machine = replace(machine, max_batch_tokens=len(split.ids))
+    steps: list[Callable[[], None]] = []
 
-    def step() -> None:
-        batch_gradient(model, split, np.arange(len(split)), at_once, autocast)
-        clip_gradient(parameters.values(), preset.protocol.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    def first_steps() -> None:
+        model = random_model(subject.sizes, subject.condition, preset, machine.device)
+        if subject.recomputes:
+            recompute_activations(model)
+        parameters = trained_parameters(model)
+        optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
 
-    return step
+        def step() -> None:
+            batch_gradient(model, split, np.arange(subject.rows), machine)
+            clip_gradient(parameters.values(), preset.protocol.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if machine.device.type == "cuda":
+                torch.cuda.synchronize(machine.device)
 
+        steps.append(step)
+        for _ in range(2):
+            step()
 
-def step_seconds(preset: Preset, machine: Machine, subject: Subject) -> float:
-    """Return the median seconds of a training step, over half a second of steps or at least one."""
-    step, seconds = training_step(preset, machine, subject), list[float]()
-
-    def wait() -> None:
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize(machine.device)
-
-    for _ in range(_WARM_UP):
-        step()
+    peak, seconds = growth(first_steps, machine.device), list[float]()
     while sum(seconds) < _SECONDS:
-        wait()
         started = time.perf_counter()
-        step()
-        wait()
+        steps[0]()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return peak, statistics.median(seconds)
 
 
-def step_flops(preset: Preset, subject: Subject) -> float:
-    """Return the FLOPs of a step as the plan counts them."""
-    condition, sizes = subject.condition, subject.sizes
-    lora = None
-    if condition.rank is not None and condition.placement is not None:
-        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
-    # On average, a token attends to half of its sequence.
-    attention = attention_flops_per_token(sizes, subject.length / 2)
-    again = 2.0 * (sizes.active_linear + (lora or 0)) + attention if subject.recomputes else 0.0
-    return subject.rows * subject.length * (linear_flops_per_token(sizes, lora) + 3 * attention + again)
-
-
-def check_speed(preset: Preset, machine: Machine, subject: Subject) -> tuple[Check, float, float]:
-    """Time a training step on a GPU; return its speed with the plan's, its FLOPs and its seconds."""
-    flops, seconds = step_flops(preset, subject), step_seconds(preset, machine, subject)
-    gflops, tokens = flops / seconds / 1e9, subject.rows * subject.length
-    share = 1e9 * gflops / GPUS[preset.execution.gpu or ""].peak_flops
-    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"
-    planned = flops_per_second(preset.execution) / 1e9
-    return measured(gflops, "GFLOP/s", sentence, planned), flops, seconds
-
-
-def check_memory(preset: Preset, machine: Machine, subject: Subject) -> Check:
-    """Compare the peak of two steps, model and optimizer included, with the plan's estimate."""
-    expected, device = planned_memory(preset, subject), machine.device
-
-    def steps() -> None:
-        step = training_step(preset, machine, subject)
-        step()
-        step()
-
-    peak = growth(steps, device)
+def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float) -> Check:
+    """Compare the peak memory of a training step in bytes with the plan's estimate."""
+    expected = subject.planned_memory(preset)
     shape = f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {shape} took {peak / expected:.2f} times the memory that the plan states"
-    near = abs(peak - expected) <= MEMORY_ERROR[device.type] * expected
-    return measured(peak / GB, "GB", sentence, expected / GB, near)
+    near = abs(peak - expected) <= MEMORY_ERROR[machine.device.type] * expected
+    return judged(near, sentence, peak / GB, expected / GB, "GB")
+
+
+def check_speed(preset: Preset, subject: Subject, seconds: float) -> Check:
+    """Return the speed of a training step on the preset's GPU, which has no limit, with that of the plan."""
+    rate, tokens = subject.flops(preset) / seconds, subject.rows * subject.length
+    share = rate / GPUS[preset.execution.gpu or ""].peak_flops
+    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"
+    planned = flops_per_second(preset.execution) / 1e9
+    return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
 
 
 def slice_of(plan: Plan) -> Subject:
@@ -329,22 +306,22 @@ def slice_of(plan: Plan) -> Subject:
     return replace(subject, sizes=sliced)
 
 
-def measure_speed(plan: Plan, layout: Layout) -> Speed | None:
-    """Measure the useful FLOP/s of a training step on the CPU in about a second, and keep the number for later plans.
+def measure_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
+    """Measure the speed of a training step on the CPU in about a second, and keep it for later plans.
 
     Returns:
-        None if there is a GPU, on which jobs compute even where their preset is for a CPU.
+        Useful GFLOP/s, and a sentence about them for `lorabench plan`; None if there is a GPU, on which jobs compute
+        even where their preset is for a CPU.
     """
-    machine = machine_of(plan)
+    machine, threads, device = machine_of(plan), plan.preset.execution.threads, processor()
     if machine.device.type != "cpu":
         return None
     subject = slice_of(plan)
-    speed = Speed(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        device=processor(),
-        threads=plan.preset.execution.threads,
-        bf16_products=machine.bf16_products,
-        gflops=step_flops(plan.preset, subject) / step_seconds(plan.preset, machine, subject) / 1e9,
+    gflops = subject.flops(plan.preset) / measure_step(plan.preset, machine, subject)[1] / 1e9
+    way = "; bf16 products are computed in fp32 and rounded, since this is faster here"
+    sentence = (
+        f"measured in a few training steps on {device} on {datetime.now(UTC):%Y-%m-%d}: {number(gflops)} GFLOP/s with "
+        f"{threads} thread{'s' if threads > 1 else ''}{way if machine.bf16_products == 'fp32' else ''}"
     )
-    write_json(speed.model_dump(), layout.speed)
-    return speed
+    write_json({"device": device, "threads": threads, "gflops": gflops, "sentence": sentence}, layout.speed)
+    return gflops, sentence

@@ -19,67 +19,71 @@ from typing import get_args
 import torch
 
 from lorabench.doctor import bench
-from lorabench.doctor.record import Check, Record, judged, measured, skipped
+from lorabench.doctor.record import Check, Record, enough, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
-from lorabench.models.vllm_support import check_installed, check_policy, vllm_version
-from lorabench.planning.bill import total
+from lorabench.models.vllm_support import check_installed, check_vllm, vllm_version
+from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experiment
 from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
-from lorabench.planning.resources import MB, evaluation_resources, job_resources
 from lorabench.store.layout import Layout
-from lorabench.training.context import code_state, machine_state
-from lorabench.training.run import Machine, machine_of
-from lorabench.utils.gpus import GB, GPUS, is_called
-
-USABLE_MEMORY = 0.92
-"""Least memory of a GPU as a share of the data sheet's: the driver and error correction take a part."""
-
-Say = Callable[[Check], None]
+from lorabench.training.context import code_state
+from lorabench.training.run import machine_of, machine_state
+from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
 
 
-class Checks:
-    """The checks so far; each is reported when it is made."""
-
-    def __init__(self, say: Say) -> None:
-        self.done: list[Check] = []
-        self._say = say
-
-    def make(self, name: str, check: Callable[[], Check]) -> None:
-        """Make a check and give it a name; an error that it raises is its failure."""
-        try:
-            result = check()
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            prefix = "" if isinstance(error, UserError) else f"the check raised {type(error).__name__}: "
-            result = judged(False, f"{prefix}{reason}")
-        self.done.append(result.model_copy(update={"name": name}))
-        self._say(self.done[-1])
-        # Models that are no longer used leave the device.
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def examine(plan: Plan, layout: Layout, say: Say) -> Record:
+def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     """Make all checks of this machine for a plan.
 
     Args:
         say: is called with each check when it is made.
     """
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    machine, gpu, checks = machine_of(plan), plan.preset.execution.gpu, Checks(say)
+    machine, preset, gpu = machine_of(plan), plan.preset, plan.preset.execution.gpu
     on_gpu = machine.device.type == "cuda"
     state = machine_state(machine.device)
     memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else None
-    checks.make("device", lambda: check_device(gpu, state["device"], memory))
-    checks.make("memory of the host", lambda: check_host_memory(plan))
-    checks.make("disk", lambda: check_disk(plan))
-    checks.make("vLLM", lambda: check_engine(plan, layout, machine.device))
-    gflops = None
-    if gpu is None or on_gpu:
-        gflops = _check_computing(checks, plan, layout, machine)
+    checks: dict[str, Callable[[], Check]] = {
+        "device": partial(check_device, gpu, state["device"], memory),
+        "memory of the host": partial(check_host_memory, plan),
+        "disk": partial(check_disk, plan),
+        "vLLM": partial(check_engine, plan, layout, machine.device),
+    }
+    steps: dict[bench.Subject, tuple[float, float]] = {}
+
+    def memory_of_step(subject: bench.Subject) -> Check:
+        steps[subject] = bench.measure_step(preset, machine, subject)
+        return bench.check_memory(preset, machine, subject, steps[subject][0])
+
+    def speed_of_step(subject: bench.Subject) -> Check:
+        if subject not in steps:
+            return Check(status="skipped", sentence="the step failed")
+        return bench.check_speed(preset, subject, steps[subject][1])
+
+    if gpu is not None and not on_gpu:
+        checks["computing"] = lambda: Check(status="skipped", sentence="the preset is for a GPU, and there is none")
     else:
-        checks.make("computing", lambda: skipped("the preset is for a GPU, and there is none"))
+        if not on_gpu:
+            # Parity is checked in bf16 too, whatever the preset's precision.
+            bf16_products.choose_faster()
+        for subject in bench.training_subjects(plan):
+            for precision in get_args(bench.Precision):
+                name = f"parity in {precision}: {subject.title}"
+                checks[name] = partial(bench.check_parity, preset, machine, subject, precision)
+            # The plan of a preset for CPUs says nothing about a GPU.
+            if gpu is not None or not on_gpu:
+                checks[f"memory of a step: {subject.title}"] = partial(memory_of_step, subject)
+            if gpu is not None:
+                checks[f"speed of a step: {subject.title}"] = partial(speed_of_step, subject)
+        if gpu is None:
+            # The speed of a CPU is kept for `lorabench plan` in a file of its own.
+            checks["speed of training"] = partial(check_cpu_speed, plan, layout)
+    done = []
+    for name, check in checks.items():
+        done.append(made(name, check))
+        say(done[-1])
+    dense = {subject: seconds for subject, (_, seconds) in steps.items() if gpu and not subject.sizes.experts}
+    flops = sum(subject.flops(preset) for subject in dense)
     return Record(
         date=date,
         preset=layout.name,
@@ -89,46 +93,23 @@ def examine(plan: Plan, layout: Layout, say: Say) -> Record:
         seconds=round(time.perf_counter() - began, 1),
         git_sha=code_state(layout.patches)["git_sha"],
         packages=state["packages"],
-        gflops=gflops,
-        checks=checks.done,
+        gflops=flops / sum(dense.values()) / 1e9 if dense else None,
+        checks=done,
     )
 
 
-def _check_computing(checks: Checks, plan: Plan, layout: Layout, machine: Machine) -> float | None:
-    """Check what the device computes; return the GFLOP/s of dense models' steps on a GPU that the preset names.
-
-    The speed of a CPU is kept for `lorabench plan` in a file of its own.
-    """
-    preset, on_cpu = plan.preset, machine.device.type == "cpu"
-    if on_cpu:
-        # Parity is checked in bf16 too, whatever the preset's precision.
-        bf16_products.choose_faster()
-    timed: list[tuple[float, float]] = []
-
-    def speed(subject: bench.Subject) -> Check:
-        check, flops, seconds = bench.check_speed(preset, machine, subject)
-        if not subject.sizes.experts:
-            timed.append((flops, seconds))
-        return check
-
-    def cpu_speed() -> Check:
-        kept = bench.measure_speed(plan, layout)
-        if kept is None:
-            return skipped("jobs compute on the GPU that is here")
-        return measured(kept.gflops, "GFLOP/s", kept.sentence, preset.execution.gflops)
-
-    for subject in bench.training_subjects(plan):
-        for precision in get_args(bench.Precision):
-            name = f"parity in {precision}: {subject.title}"
-            checks.make(name, partial(bench.check_parity, preset, machine, subject, precision))
-        # The plan of a preset for CPUs says nothing about a GPU.
-        if preset.execution.gpu is not None or on_cpu:
-            checks.make(f"memory of a step: {subject.title}", partial(bench.check_memory, preset, machine, subject))
-        if preset.execution.gpu is not None:
-            checks.make(f"speed of a step: {subject.title}", partial(speed, subject))
-    if preset.execution.gpu is None:
-        checks.make("speed of training", cpu_speed)
-    return sum(flops for flops, _ in timed) / sum(seconds for _, seconds in timed) / 1e9 if timed else None
+def made(name: str, check: Callable[[], Check]) -> Check:
+    """Make a check and give it a name; an error that it raises is its failure."""
+    try:
+        result = check()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        prefix = "" if isinstance(error, UserError) else f"the check raised {type(error).__name__}: "
+        result = judged(False, f"{prefix}{reason}")
+    # Models that are no longer used leave the device.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result.model_copy(update={"name": name})
 
 
 def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
@@ -144,42 +125,46 @@ def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
         return judged(True, f"the preset is for a CPU, and {here}")
     if memory is None:
         return judged(False, f"the preset names {gpu}, but torch sees no GPU on this machine, {device}")
-    if not is_called(gpu, device):
-        sentence = f"the preset names {gpu}, but this is {device}: set execution.gpu, or the estimates do not hold"
-        return judged(False, sentence)
-    least = USABLE_MEMORY * GPUS[gpu].memory
-    sentence = f"this is the {gpu} that the preset names ({device})"
-    return measured(memory / GB, "GB", sentence, least / GB, memory >= least)
+    difference = difference_from(gpu, device, memory)
+    sentence = difference or f"this is the {gpu} that the preset names ({device})"
+    return judged(difference is None, sentence, memory / GB, LEAST_MEMORY * GPUS[gpu].memory / GB, "GB")
 
 
 def check_host_memory(plan: Plan) -> Check:
     """Compare the memory of this machine with what the plan's largest job requests."""
-    requested = [job_resources(plan, job).mem_mb for job in plan.jobs]
-    requested += [evaluation_resources(plan, job).mem_mb for job in plan.evaluations()]
-    there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), max(requested) * MB
+    requested = [job_cost(plan, job).mem_mb for job in plan.jobs]
+    requested += [evaluation_cost(plan, job).mem_mb for job in plan.evaluations()]
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sentence = "the memory of this machine, and what the plan requests for its largest job"
-    return measured(there / GB, "GB", sentence, needed / GB, there >= needed)
+    return enough(there, max(requested) * MB, sentence)
 
 
 def check_disk(plan: Plan) -> Check:
     """Compare the free space of this folder's file system with what the plan keeps there."""
-    bill, free = total(plan), shutil.disk_usage(".").free
-    needed = bill.disk + bill.working_disk
+    cost = per_experiment(plan)["total"]
     sentence = "the free space here, and what the plan keeps and its largest job needs in addition"
-    return measured(free / GB, "GB", sentence, needed / GB, free >= needed)
+    return enough(shutil.disk_usage(".").free, cost.disk + cost.working_disk, sentence)
 
 
 def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
     """Say whether vLLM can draw from the policies of the preset's RL, as far as their models are there."""
     conditions = [sweep.condition for sweep in plan.sweeps if uses_engine(plan.preset, sweep.condition)]
     if not conditions:
-        return skipped("the project's own sampler draws, or the preset has no RL")
+        return Check(status="skipped", sentence="the project's own sampler draws, or the preset has no RL")
     check_installed()
     policies = {(condition.model, condition.rank, condition.placement) for condition in conditions}
     checked = 0
     for model, rank, placement in policies:
         fetched = layout.fetched_model(model)
         if fetched is None or fetched.is_file():
-            check_policy(layout.model(model), device, rank, placement)
+            check_vllm(layout.model(model), device, rank, placement, trains=True)
             checked += 1
     return judged(True, f"vLLM {vllm_version()} takes {checked} of the {len(policies)} policies of RL")
+
+
+def check_cpu_speed(plan: Plan, layout: Layout) -> Check:
+    """Measure the speed of a CPU on the preset's own width, to be compared with `execution.gflops`."""
+    speed, planned = bench.measure_speed(plan, layout), plan.preset.execution.gflops
+    if speed is None:
+        return Check(status="skipped", sentence="jobs compute on the GPU that is here")
+    return Check(status="measured", sentence=speed[1], value=speed[0], planned=planned, unit="GFLOP/s")

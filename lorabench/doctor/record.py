@@ -1,4 +1,4 @@
-"""The result of `lorabench doctor`: a record of checks, a speed, and the files that hold them; imports no torch.
+"""The result of `lorabench doctor`: a record of checks, and its file; imports no torch.
 
 `results/doctor/<device>.json` holds the last record of each device. This is the only module that reads or writes it.
 """
@@ -17,7 +17,7 @@ from lorabench.config.fields import PositiveFloat, Strict
 from lorabench.errors import UserError
 from lorabench.utils.files import write_json
 from lorabench.utils.formats import number
-from lorabench.utils.gpus import is_called, processor
+from lorabench.utils.gpus import GB, is_called, processor
 
 FOLDER = Path("results/doctor")
 """The folder of the records, which presets share."""
@@ -41,29 +41,18 @@ class Check(Strict):
     """The unit of both numbers."""
 
 
-def judged(passed: bool, sentence: str) -> Check:
-    """Return a check without a number."""
-    return Check(status="pass" if passed else "fail", sentence=sentence)
+def judged(
+    passed: bool, sentence: str, value: float | None = None, planned: float | None = None, unit: str = ""
+) -> Check:
+    """Return a check that passed or failed; it fails too if its number is not finite."""
+    if value is not None and not math.isfinite(value):
+        passed, sentence, value = False, f"{sentence}, and the number is {value}", None
+    return Check(status="pass" if passed else "fail", sentence=sentence, value=value, planned=planned, unit=unit)
 
 
-def skipped(reason: str) -> Check:
-    """Return a check that can't be made."""
-    return Check(status="skipped", sentence=reason)
-
-
-def measured(value: float, unit: str, sentence: str, planned: float | None = None, passed: bool | None = None) -> Check:
-    """Return a check of a number, which fails if the number is not finite.
-
-    Args:
-        planned: the number that the plan states, or the limit.
-        passed: whether the number is within its limit; None without a limit.
-    """
-    if not math.isfinite(value):
-        return Check(status="fail", sentence=f"{sentence}, and the number is {value}", planned=planned, unit=unit)
-    status: Literal["pass", "fail", "measured"] = "measured"
-    if passed is not None:
-        status = "pass" if passed else "fail"
-    return Check(status=status, sentence=sentence, value=value, planned=planned, unit=unit)
+def enough(there: float, needed: float, sentence: str) -> Check:
+    """Return a check of the bytes that are there, which must be as many as are needed."""
+    return judged(there >= needed, sentence, there / GB, needed / GB, "GB")
 
 
 class Record(Strict):
@@ -100,29 +89,6 @@ class Record(Strict):
         return f"measured by lorabench doctor on {self.device} on {self.date[:10]}: {speed}{failed}"
 
 
-class Speed(Strict):
-    """The speed of a preset's training steps on a machine's CPU, in `results/PRESET/speed.json`."""
-
-    date: str
-    """When it was measured, in UTC."""
-    device: str
-    """The name of the processor."""
-    threads: Annotated[int, Field(ge=1)]
-    bf16_products: Literal["native", "fp32"] | None
-    """How matrices were multiplied in bf16; null in fp32."""
-    gflops: PositiveFloat
-    """Useful GFLOP/s of a training step by the plan's formula."""
-
-    @property
-    def sentence(self) -> str:
-        """The sentence about the speed for `lorabench plan`."""
-        way = "; bf16 products are computed in fp32 and rounded, since this is faster here"
-        return (
-            f"measured in a few training steps on {self.device} on {self.date[:10]}: {number(self.gflops)} GFLOP/s"
-            f" with {self.threads} thread{'s' if self.threads > 1 else ''}{way if self.bf16_products == 'fp32' else ''}"
-        )
-
-
 def write_record(record: Record) -> Path:
     """Write a record to the file of its device, whole or not at all, and return the file."""
     path = FOLDER / f"{re.sub(r'[^A-Za-z0-9.]+', '-', record.device).strip('-')}.json"
@@ -130,30 +96,22 @@ def write_record(record: Record) -> Path:
     return path
 
 
-def read_record(path: Path) -> Record:
-    """Read a record.
-
-    Raises:
-        UserError: the file can't be read, or is no record of this version of the schema.
-    """
-    advice = "delete it, and run lorabench doctor again"
-    try:
-        return Record.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); {advice}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise UserError(f"{path} is no record of this version of lorabench doctor ({reason}); {advice}") from error
-
-
 def record_for(execution: Execution) -> Record | None:
     """Return the latest record of the device that a preset names, or for a preset on a CPU of this processor.
 
     Raises:
-        UserError: a file in the folder of records is damaged or foreign.
+        UserError: a file in the folder of records can't be read, or is no record of this version of the schema.
     """
-    records = [read_record(path) for path in sorted(FOLDER.glob("*.json"))]
-    gpu, here = execution.gpu, processor()
-    fitting = [record for record in records if (is_called(gpu, record.device) if gpu else record.device == here)]
+    gpu, advice, fitting = execution.gpu, "delete it, and run lorabench doctor again", []
+    for path in sorted(FOLDER.glob("*.json")):
+        try:
+            record = Record.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror}); {advice}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+            raise UserError(f"{path} is no record of this version of lorabench doctor ({reason}); {advice}") from error
+        if is_called(gpu, record.device) if gpu else record.device == processor():
+            fitting.append(record)
     return max(fitting, key=lambda record: record.date, default=None)

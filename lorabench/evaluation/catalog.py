@@ -19,7 +19,6 @@ from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
 if TYPE_CHECKING:
-    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
@@ -33,16 +32,13 @@ _SPLITTER = "tokenizers/punkt_tab"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task of the preset with its data: the tasks that it consists of by name, and its group in lm-eval, if any."""
+    """A task of the preset with its data."""
 
     task: EvalTask
     leaves: dict[str, Task]
-    group: Group | None
-
-    @property
-    def items(self) -> list[Any]:
-        """The tasks or the group, as lm-eval takes them."""
-        return list(self.leaves.values()) if self.group is None else [self.group]
+    """The tasks that it consists of, by name."""
+    items: list[Any]
+    """These tasks, or the group that they are in lm-eval, as it takes them."""
 
 
 def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
@@ -81,7 +77,7 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
         # In lm-eval, only a group can give a task of the index other settings than those of its YAML file.
         member = {"task": task.name, "dataset_kwargs": {"path": str(path)}}
         built = index.load({"group": "lorabench", "task": [member]})
-        return LoadedTask(task, built["tasks"], None)
+        return LoadedTask(task, built["tasks"], list(built["tasks"].values()))
     try:
         built = index.load(task.name)
         _check_splitter(built["tasks"])
@@ -91,7 +87,8 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
         raise UserError(
             f"evaluation task {task.name!r} can't be loaded; run `lorabench step fetch` with a connection: {reason}"
         ) from error
-    return LoadedTask(task, built["tasks"], built["groups"].get(task.name))
+    groups = [built["groups"][task.name]] if task.name in built["groups"] else list(built["tasks"].values())
+    return LoadedTask(task, built["tasks"], groups)
 
 
 def _check_splitter(tasks: Iterable[str]) -> None:

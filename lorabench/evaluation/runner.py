@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from lorabench.models.base import (
     package_versions,
     weights_sha256,
 )
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, set_vllm_environment, vllm_version
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -72,31 +73,25 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         UserError: a task is not known or generates more tokens than the model takes, its data or the run's weights are
             missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
     """
-    evaluation = plan.preset.evaluation
+    evaluation, sampler = plan.preset.evaluation, plan.preset.execution.sampler
     assert evaluation
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
+    # All checks come before any computation, the cheapest first.
     record = best_record(job, layout) if job.sweep else None
     if record is not None or job.sweep is None:
-        # All checks come before any computation, the cheapest first.
-        spec = layout.model(job.model)
-        if record is not None:
-            check_run(record, job.model, spec, layout)
-        machine = machine_of(plan)
-        if plan.preset.execution.sampler == "vllm":
-            check_vllm(spec, machine.device, None if record is None else record["spec"]["placement"])
+        spec, machine = layout.model(job.model), machine_of(plan)
+        if sampler == "vllm":
+            placement = None if record is None else record["spec"]["placement"]
+            check_vllm(spec, machine.device, placement=placement)
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
         catalog.check_settings(loaded, job.model, max_length(spec))
-        autocast = machine.autocast(plan.preset.protocol)
-        lm: TemplateLM
-        if plan.preset.execution.sampler == "vllm":
-            lm = vllm_lm_eval_model(spec, record, layout, evaluation.batch_size, autocast, machine.device)
-        else:
-            model = load_evaluated_model(spec, record, layout).to(machine.device)
-            lm = lm_eval_model(model, tokenizer, evaluation.batch_size, autocast)
-        scores, samples = run_tasks(lm, index, loaded, evaluation, plan.preset.execution.sampler)
+        evaluated_model = vllm_model if sampler == "vllm" else transformers_model
+        settings = evaluation.batch_size, machine.autocast, machine.device
+        lm = evaluated_model(spec, record, layout, tokenizer, *settings)
+        scores, samples = run_tasks(lm, index, loaded, evaluation, sampler)
         about: dict[str, Any] = {"model": job.model}
         if record is not None:
             about |= {"run_id": record["run_id"], **{name: record["spec"].get(name) for name in _ARM}}
@@ -110,75 +105,76 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
     Raises:
-        UserError: a run of the sweep is not done.
+        UserError: a run of the sweep is not done; the run's weights are missing, or were trained from other weights of
+            the base.
     """
     assert job.sweep
     sweep = job.sweep
 
-    def record(run: Run) -> dict[str, Any]:
+    def read(run: Run) -> dict[str, Any]:
         folder = RunFolder(layout.runs, run.run_id)
         if not folder.done():
             raise UserError(f"run {run.run_id} of sweep {sweep.sweep_id} is not done; train the sweep first")
         return folder.read_record()
 
-    best = best_lr(sweep, finished_losses(sweep, lambda run: validation_loss(record(run))))
-    return None if best is None else record(Run(sweep.condition, best, 0))
-
-
-def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layout) -> None:
-    """Refuse a run that cannot be evaluated.
-
-    Raises:
-        UserError: the run's weights are missing, or were trained from other weights of the base.
-    """
+    best = best_lr(sweep, finished_losses(sweep, lambda run: validation_loss(read(run))))
+    if best is None:
+        return None
+    record = read(Run(sweep.condition, best, 0))
     run_id = record["run_id"]
-    trained_from, base = record["environment"]["model_sha256"], weights_sha256(spec)
+    trained_from, base = record["environment"]["model_sha256"], weights_sha256(layout.model(job.model))
     if trained_from != base:
         first, second = (
             ", ".join(f"{name} {value[:12]}" for name, value in weights.items()) for weights in (trained_from, base)
         )
-        raise UserError(f"run {run_id} was trained from a base with weights {first}; model {model!r} has {second}")
+        raise UserError(f"run {run_id} was trained from a base with weights {first}; model {job.model!r} has {second}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     path = RunFolder(layout.runs, run_id).weights / file
     if not path.is_file():
         raise UserError(f"weights of run {run_id} are missing: {path} does not exist")
+    return record
 
 
-def load_evaluated_model(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
-    """Load the base (no record), the base with a run's adapter, or the model of a full fine-tuning."""
-    full = record is not None and record["spec"]["method"] == "fullft"
-    model: torch.nn.Module = load_model(fine_tuned(record, layout) if record is not None and full else spec)
-    if record is not None and not full:
-        from peft import PeftModel
-
-        # Not merged: where the unembedding is the embedding, its update would change both.
-        model = PeftModel.from_pretrained(model, RunFolder(layout.runs, record["run_id"]).weights)
-    return model
-
-
-def fine_tuned(record: dict[str, Any], layout: Layout) -> PathModel:
-    """Return the model that a full fine-tuning saved; its folder has no tokenizer."""
-    outcome = record["outcome"]
+def _trained_model(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> tuple[ModelSpec, str | None]:
+    """Return the model to load and the folder of the adapter to put on it: of a base (no record), or of a run."""
+    if record is None:
+        return spec, None
+    folder, outcome = str(RunFolder(layout.runs, record["run_id"]).weights), record["outcome"]
+    if record["spec"]["method"] == "lora":
+        return spec, folder
+    # The folder of a full fine-tuning has no tokenizer.
     size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}
-    return PathModel(kind="path", path=str(RunFolder(layout.runs, record["run_id"]).weights), **size)
+    return PathModel(kind="path", path=folder, **size), None
 
 
-def lm_eval_model(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, autocast: torch.dtype | None
+def transformers_model(
+    spec: ModelSpec,
+    record: dict[str, Any] | None,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    device: torch.device,
 ) -> HFLM:
-    """Wrap a loaded model for lm-eval."""
+    """Load a base (no record), or a run's model, and wrap it for lm-eval."""
     import torch
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
     from lorabench.models.lora import tie_beneath
 
+    source, adapter = _trained_model(spec, record, layout)
+    model: torch.nn.Module = load_model(source)
+    if adapter is not None:
+        # Not merged: where the unembedding is the embedding, its update would change both.
+        model = PeftModel.from_pretrained(model, adapter)
+    model.to(device)
+    if adapter is not None:
+        # lm-eval ties the weights of a model that it is given.
+        tie_beneath(model)
     # lm-eval warns that the model is not given by name, which is intended.
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.msg)
-    # lm-eval ties the weights of a model that it is given.
-    if isinstance(model, PeftModel):
-        tie_beneath(model)
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -188,29 +184,29 @@ def lm_eval_model(
     )
 
 
-def vllm_lm_eval_model(
+def vllm_model(
     spec: ModelSpec,
     record: dict[str, Any] | None,
     layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     autocast: torch.dtype | None,
     device: torch.device,
 ) -> TemplateLM:
-    """Start lm-eval's own model `vllm` with what `load_evaluated_model` loads; it computes in the autocast type.
+    """Start lm-eval's own model `vllm` with what `transformers_model` loads; it computes in the autocast type.
 
     Raises:
         UserError: vLLM takes no adapter of the run's rank.
     """
     import torch
 
-    model, lora = spec, {}
-    if record is not None and record["spec"]["method"] == "fullft":
-        model = fine_tuned(record, layout)
-    elif record is not None:
-        folder = str(RunFolder(layout.runs, record["run_id"]).weights)
-        lora = {"lora_local_path": folder, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
+    model, adapter = _trained_model(spec, record, layout)
+    lora = {}
+    if record is not None and adapter is not None:
+        lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    set_vllm_environment(device)
+    for name, value in vllm_environment(on_cpu).items():
+        os.environ.setdefault(name, value)
     # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
     importlib.metadata.version = lambda distribution_name: (
         vllm_version() if distribution_name == "vllm" else version(distribution_name)
@@ -238,8 +234,8 @@ def vllm_lm_eval_model(
     if lora:
         lm.model.apply_model(_adapt_all_logits)
     # The preset may give a model the template that its folder lacks.
-    lm.tokenizer = load_tokenizer(spec)
-    lm.hf_chat_template = lm.tokenizer.chat_template
+    lm.tokenizer = tokenizer
+    lm.hf_chat_template = tokenizer.chat_template
     return lm
 
 
@@ -283,11 +279,11 @@ def run_tasks(
     # Standard errors are computed without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
     template = template_key(lm.tokenizer) if lm.tokenizer.chat_template else None
-    settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = {}
+    settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = defaultdict(list)
     for loaded_task in loaded:
         task = loaded_task.task
-        key = (task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens)
-        settings.setdefault(key, []).append(loaded_task)
+        chat = task.chat and template is not None
+        settings[chat, task.num_fewshot, task.limit, task.max_new_tokens].append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     versions = package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}
@@ -309,10 +305,13 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
-        common["versions"] = json.dumps(versions, sort_keys=True)
-        # Null where prompts are used without a chat template.
-        common["template_sha256"] = template if chat else None
+        common = {
+            "sampler": sampler,
+            "eval_batch_size": evaluation.batch_size,
+            "versions": json.dumps(versions, sort_keys=True),
+            # Null where prompts are used without a chat template.
+            "template_sha256": template if chat else None,
+        }
         for loaded_task in together:
             rows += [common | row for row in _rows(results, loaded_task)]
             samples += [row for name in loaded_task.leaves for row in _samples(name, results["samples"][name])]
@@ -321,15 +320,29 @@ def run_tasks(
 
 def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
     """Return a row per metric and filter of a task; for a group the rows are of its mean, or else of each member."""
+
+    def metrics(name: str) -> list[list[str]]:
+        """Return the metrics and filters of a task's results, whose keys are `metric,filter`."""
+        pairs = [key.split(",", 1) for key in results["results"].get(name, {}) if "," in key]
+        return [pair for pair in pairs if not pair[0].endswith("_stderr")]
+
+    def agreed(values: Iterable[Any]) -> Any:
+        """Return the value that all members of a group share, or None where they differ."""
+        distinct = set(values)
+        return distinct.pop() if len(distinct) == 1 else None
+
+    def number(value: Any) -> float | None:
+        """Return a number, or None for a value that lm-eval lacks (`N/A`) or could not compute."""
+        return None if isinstance(value, str) or value is None or not math.isfinite(value) else float(value)
+
     task, members = loaded.task, loaded.leaves
-    names = [task.name] if _metrics(results["results"].get(task.name, {})) else list(members)
     rows = []
-    for name in names:
-        scores = results["results"][name]
-        leaves = [name] if name in members else list(members)
-        revisions = {leaf: catalog.data_revision(members[leaf]) for leaf in leaves}
-        config = {leaf: results["configs"][leaf] | {"data_revision": revisions[leaf]} for leaf in leaves}
-        for metric, filter_name in _metrics(scores):
+    for name in [task.name] if metrics(task.name) else list(members):
+        scores, leaves = results["results"][name], [name] if name in members else list(members)
+        config = {
+            leaf: results["configs"][leaf] | {"data_revision": catalog.data_revision(members[leaf])} for leaf in leaves
+        }
+        for metric, filter_name in metrics(name):
             rows.append(
                 {
                     "about": task.about,
@@ -337,28 +350,16 @@ def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
                     "source": task.source,
                     "metric": metric,
                     "filter": filter_name,
-                    "value": _number(scores[f"{metric},{filter_name}"]),
-                    "stderr": _number(scores.get(f"{metric}_stderr,{filter_name}")),
-                    "higher_is_better": _agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
+                    "value": number(scores[f"{metric},{filter_name}"]),
+                    "stderr": number(scores.get(f"{metric}_stderr,{filter_name}")),
+                    "higher_is_better": agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
                     "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-                    "num_fewshot": _agreed(results["n-shot"][leaf] for leaf in leaves),
+                    "num_fewshot": agreed(results["n-shot"][leaf] for leaf in leaves),
                     "task_version": _text(results["versions"].get(name)),
                     "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
                 }
             )
     return rows
-
-
-def _agreed(values: Iterable[Any]) -> Any:
-    """Return the value that all members of a group share, or None where they differ."""
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else None
-
-
-def _metrics(scores: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the metrics and filters of a task's results, whose keys are `metric,filter`."""
-    pairs = [tuple(key.split(",", 1)) for key in scores if "," in key]
-    return [(metric, name) for metric, name in pairs if not metric.endswith("_stderr")]
 
 
 def _samples(task: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -376,23 +377,14 @@ def _samples(task: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "target": _text(sample["target"]),
             "response": answer(sample["resps"]),
             "filtered": answer(sample["filtered_resps"]),
-            "metrics": json.dumps({name: sample[name] for name in sample["metrics"]}, default=_plain),
+            "metrics": _text({name: sample[name] for name in sample["metrics"]}),
         }
         for sample in logged
     ]
 
 
 def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """Convert a number of numpy to Python, and any other object to text, for JSON."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, or None for a value that lm-eval lacks (`N/A`) or could not compute."""
-    if isinstance(value, str) or value is None:
-        return None
-    return float(value) if math.isfinite(value) else None
+    """Return a text or None as it is, and all else as JSON, with numbers of numpy as those of Python."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))

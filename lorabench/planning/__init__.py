@@ -1,1 +1,1 @@
-"""The plan of a preset: its sweeps and jobs, with their resources and bill."""
+"""The plan of a preset: its sweeps and jobs, and what they cost."""

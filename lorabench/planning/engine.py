@@ -5,7 +5,7 @@ Each process of an RL job starts one engine beside the trainer: one on each GPU 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
@@ -26,9 +26,8 @@ _POSITION_SECONDS = 5e-3
 _START_ON_GPU, _START_ON_CPU = 90.0, 20.0
 
 
-@dataclass(frozen=True)
-class EngineMemory:
-    """The bytes that an engine holds throughout a job: on its GPU, or on a CPU in its process."""
+class EngineMemory(NamedTuple):
+    """The bytes that an engine holds throughout a job, on its GPU or in its process; their sum is what it takes."""
 
     weights: float
     """The whole model in the type in which products are computed."""
@@ -38,11 +37,6 @@ class EngineMemory:
     """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
     overhead: float
     """Everything else, such as the libraries and activations."""
-
-    @property
-    def total(self) -> float:
-        """All bytes of the engine."""
-        return self.weights + self.adapters + self.cache + self.overhead
 
 
 def uses_engine(preset: Preset, condition: Condition) -> bool:
@@ -63,14 +57,14 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
     sizes, number = dimensions(preset.models[model]), _number_bytes(preset)
     weights, adapters, cached = sizes.parameters, 0, preset.execution.max_cache_tokens
     if condition is not None:
-        weights, cached = _handed_over(sizes, condition), max(cached, longest_sequence(preset, condition))
+        weights, cached = _held_weights(sizes, condition), max(cached, longest_sequence(preset, condition))
         room = None if condition.rank is None else max_lora_rank(condition.rank)
         adapters = lora_parameters(preset, sizes, room, condition.placement)[0]
     overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
     return EngineMemory(number * weights, number * adapters, cached * _cache_bytes(preset, sizes), overhead)
 
 
-def _handed_over(sizes: Dimensions, condition: Condition) -> int:
+def _held_weights(sizes: Dimensions, condition: Condition) -> int:
     """Return the number of weights that an engine holds: a tied unembedding that is trained is a weight of its own."""
     untied = sizes.tied and condition.method == "fullft"
     return sizes.parameters + (sizes.vocabulary * sizes.hidden if untied else 0)
@@ -93,7 +87,7 @@ def handover_bytes(preset: Preset, condition: Condition) -> int:
     """
     sizes = dimensions(preset.models[condition.model])
     if condition.rank is None:
-        return _number_bytes(preset) * _handed_over(sizes, condition)
+        return _number_bytes(preset) * _held_weights(sizes, condition)
     return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
 
 

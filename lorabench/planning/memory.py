@@ -74,11 +74,6 @@ class Memory:
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
-def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
-    """Return the number of parameters that are trained; a rank of None is full fine-tuning."""
-    return sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
-
-
 def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
     """Return the number of frozen parameters, those that carry LoRA, of which a bf16 copy is kept for speed.
 
@@ -102,7 +97,7 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
     if uses_engine(preset, condition):
-        return replace(step, engine=engine_memory(preset, condition.model, condition).total)
+        return replace(step, engine=sum(engine_memory(preset, condition.model, condition)))
     # Where training does not keep the bf16 copies of weights that carry LoRA, passes without gradients do.
     again = execution.activation_checkpointing is True
     cast = 2 * cast_parameters(preset, sizes, condition.placement, gpus) if again else 0
@@ -112,10 +107,10 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     linear = sum(matrix.parameters for matrix in sizes.matrices)
     copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if gpus > 1 else 0
     cached = max(longest, min(execution.max_cache_tokens, condition.batch_size * longest / gpus))
-    queries, keys, number = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, 4 if bf16 else 8
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     # Keys and values have the precision of their products; a layer's buffers grow by copying. One layer's keys and
     # values are repeated for all heads.
-    cache = cached * number * ((sizes.layers + 1) * keys + queries)
+    cache = cached * (4 if bf16 else 8) * ((sizes.layers + 1) * keys + queries)
     # Log-probabilities of each row, and the cumulative sums of their exponentials in double precision.
     distributions = cached / longest * sizes.vocabulary * 34
     return replace(step, weights=step.weights + copy, sampling=cast + cache + distributions)
@@ -147,7 +142,7 @@ def step_memory(
     """
     bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing is True
     on_cpu = preset.execution.gpu is None
-    trained = trained_parameters(preset, sizes, rank, placement)
+    trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
     layer = _layer_bytes(sizes, rank, bf16)
     if on_cpu:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
@@ -221,17 +216,6 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     raise TooLargeError(message, needed, undivided, available)
 
 
-def decided(preset: Preset, sweep: Sweep) -> Preset:
-    """Return the preset with `activation_checkpointing: auto` decided for a sweep: only where it saves GPUs."""
-    execution = preset.execution
-    if execution.activation_checkpointing != "auto":
-        return preset
-    keeping, recomputing = (preset.with_execution(activation_checkpointing=again) for again in (False, True))
-    if execution.gpu is None or _least_gpus(keeping, sweep) == _least_gpus(recomputing, sweep) is not None:
-        return keeping
-    return recomputing
-
-
 def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
     execution, gpus = preset.execution, 1
@@ -241,6 +225,17 @@ def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
         if gpus > execution.max_gpus:
             return None
     return gpus
+
+
+def decided(preset: Preset, sweep: Sweep) -> Preset:
+    """Return the preset with `activation_checkpointing: auto` decided for a sweep: only where it saves GPUs."""
+    execution = preset.execution
+    if execution.activation_checkpointing != "auto":
+        return preset
+    keeping, recomputing = (preset.with_execution(activation_checkpointing=again) for again in (False, True))
+    if execution.gpu is None or _least_gpus(keeping, sweep) == _least_gpus(recomputing, sweep) is not None:
+        return keeping
+    return recomputing
 
 
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:

@@ -104,12 +104,11 @@ class Plan:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
-            known = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
-            unknown = [(None, None, seed) for seed in sweep.expected_seeds()]
             condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
-            for run_id, lr, seed in [*known, *unknown]:
-                row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
-                rows.append(row | condition | {"lr": lr, "seed": seed})
+            runs = [{"run_id": run.run_id, "lr": run.lr, "seed": run.seed} for run in sweep.grid()]
+            runs += [{"run_id": None, "lr": None, "seed": seed} for seed in sweep.expected_seeds()]
+            shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)} | condition
+            rows += [{"run_id": run["run_id"], **shared, **run} for run in runs]
         return rows
 
 
@@ -139,47 +138,36 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
 
 def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator[dict[str, Any]]:
     """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
-    # Alpha and epsilon are fields of the condition.
-    rules = preset.protocol.model_dump(exclude={"alpha", "eps"})
-
-    def identity(model: str, data: str | list[str]) -> str:
-        """Return the hash of what determines a run's result besides the condition's other fields, its LR and seed."""
-        return digest([PROTOCOL_VERSION, model_id(preset.models[model]), data, rules])
-
+    # What a block trains on: the fields that depend on the data, with the data's id.
+    trained_on: list[tuple[dict[str, Any], str | list[str]]] = []
     if isinstance(block, SftExperiment):
-        for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
+        for dataset, batch_size in product(block.datasets, block.batch_sizes):
             spec = preset.datasets[dataset]
             steps = int(spec.train * block.epochs) // batch_size
-            yield {
-                "task": "sft",
-                "model": model,
-                "dataset": dataset,
-                "batch_size": batch_size,
-                "steps": steps if block.steps is None else min(steps, block.steps),
-                "identity": identity(model, dataset_id(spec)),
-            }
-        return
-    rollouts = Rollouts(
-        block.group_size,
-        block.max_new_tokens,
-        block.evaluations,
-        tuple(block.held_out),
-        block.held_out_samples,
-        block.prompt,
-        tuple(block.stop),
-        block.mean_response_tokens,
-        preset.execution.sampler,
-    )
-    for model, problems in product(block.models, block.problems):
-        yield {
-            "task": "rl",
-            "model": model,
-            "dataset": problems,
-            "batch_size": block.problems_per_step * block.group_size,
-            "steps": block.steps,
-            "identity": identity(model, [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]),
-            "rollouts": rollouts,
-        }
+            fields = {"dataset": dataset, "batch_size": batch_size, "steps": min(steps, block.steps or steps)}
+            trained_on.append(({"task": "sft", **fields}, dataset_id(spec)))
+    else:
+        rollouts = Rollouts(
+            block.group_size,
+            block.max_new_tokens,
+            block.evaluations,
+            tuple(block.held_out),
+            block.held_out_samples,
+            block.prompt,
+            tuple(block.stop),
+            block.mean_response_tokens,
+            preset.execution.sampler,
+        )
+        common = {"task": "rl", "batch_size": block.problems_per_step * block.group_size, "steps": block.steps}
+        for problems in block.problems:
+            ids = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]
+            trained_on.append(({**common, "dataset": problems, "rollouts": rollouts}, ids))
+    # Alpha and epsilon are fields of the condition.
+    rules = preset.protocol.model_dump(exclude={"alpha", "eps"})
+    for model, (data_fields, data_id) in product(block.models, trained_on):
+        # The hash of what determines a run's result besides the condition's other fields, its LR and seed.
+        identity = digest([PROTOCOL_VERSION, model_id(preset.models[model]), data_id, rules])
+        yield {"model": model, "identity": identity, **data_fields}
 
 
 def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
@@ -251,37 +239,31 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
-    groups: dict[tuple[object, ...], list[tuple[float, Sweep]]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
+    seconds: dict[Sweep, float] = {}
     for sweep in sweeps:
         condition, gpus = sweep.condition, gpus_needed(preset, sweep)
-        seconds = sweep_seconds(preset, sweep, gpus)
-        key = (condition.model, condition.dataset, condition.task, sweep.experiments, gpus)
-        groups[key].append((seconds, sweep))
-    longest = max((seconds for group in groups.values() for seconds, _ in group), default=0.0)
-    jobs = []
+        seconds[sweep] = sweep_seconds(preset, sweep, gpus)
+        groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
+
+    def duration(job: list[Sweep]) -> float:
+        return sum(seconds[sweep] for sweep in job)
+
+    longest = max(seconds.values(), default=0.0)
+    jobs: list[list[Sweep]] = []
     for group in groups.values():
-        start = start_seconds(preset, group[0][1].condition)
+        start = start_seconds(preset, group[0].condition)
         # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
-        enough = min(start / START_SHARE, max(start, longest))
-        jobs += _divided(group, enough, max(longest, 1.5 * start))
-    return [tuple(sweep for _, sweep in job) for job in sorted(jobs, key=lambda job: -_seconds(job))]
-
-
-def _divided(group: Iterable[tuple[float, Sweep]], enough: float, most: float) -> list[list[tuple[float, Sweep]]]:
-    """Divide timed sweeps into jobs of about `enough` seconds each and at most `most`; a longer sweep is a job by
-    itself."""
-    longest_first = sorted(group, key=lambda timed: -timed[0])
-    alone = [[timed] for timed in longest_first if timed[0] >= enough]
-    short = longest_first[len(alone) :]
-    count = max(1, round(_seconds(short) / enough))
-    while True:
-        jobs: list[list[tuple[float, Sweep]]] = [[] for _ in range(count)]
-        for timed in short:
-            min(jobs, key=_seconds).append(timed)
-        if max(map(_seconds, jobs)) <= most:
-            return alone + [job for job in jobs if job]
-        count += 1
-
-
-def _seconds(job: Iterable[tuple[float, Sweep]]) -> float:
-    return sum(seconds for seconds, _ in job)
+        enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
+        group.sort(key=lambda sweep: -seconds[sweep])
+        jobs += [[sweep] for sweep in group if seconds[sweep] >= enough]
+        short = [sweep for sweep in group if seconds[sweep] < enough]
+        # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
+        for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
+            dealt: list[list[Sweep]] = [[] for _ in range(count)]
+            for sweep in short:
+                min(dealt, key=duration).append(sweep)
+            if max(map(duration, dealt)) <= most:
+                jobs += dealt
+                break
+    return [tuple(job) for job in sorted(jobs, key=lambda job: -duration(job))]

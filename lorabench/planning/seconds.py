@@ -9,7 +9,6 @@ from lorabench.planning.engine import engine_seconds, engine_start_seconds, hand
 from lorabench.planning.flops import (
     evaluated_documents,
     graded_problems,
-    linear_flops_per_token,
     longest_sequence,
     run_flops,
     run_tokens,
@@ -77,7 +76,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     flops, tokens = run_flops(preset, condition), run_tokens(preset, condition)
     work = flops.trained + flops.evaluated + flops.recomputed
     if execution.gpu is None or not gpus:
-        return (work + _decoding(preset) * flops.drawn) / flops_per_second(execution), 0.0
+        return (work + _decoding(execution) * flops.drawn) / flops_per_second(execution), 0.0
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
@@ -94,16 +93,16 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
-    if condition.rollouts is None:
-        return computing, waiting
-    if not uses_engine(preset, condition):
-        computing += flops.drawn / flops_per_second(execution, gpus)
-    return computing, waiting + _drawing_seconds(preset, condition, gpus)
+    if condition.rollouts is not None:
+        if not uses_engine(preset, condition):
+            computing += flops.drawn / flops_per_second(execution, gpus)
+        waiting += _drawing_seconds(preset, condition, gpus)
+    return computing, waiting
 
 
-def _decoding(preset: Preset) -> float:
+def _decoding(execution: Execution) -> float:
     """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
-    return _DECODING * (_ENGINE_OVER_OWN if preset.execution.sampler == "vllm" else 1.0)
+    return _DECODING * (_ENGINE_OVER_OWN if execution.sampler == "vllm" else 1.0)
 
 
 def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
@@ -118,16 +117,15 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
     sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
     # In the engine the cache of a running response grows with it.
     rows = gpus * execution.max_cache_tokens / (tokens.context if engine else longest_sequence(preset, condition))
-    longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
-
-    def positions_of(responses: int) -> float:
-        """Return the positions that are drawn until all of so many responses have ended."""
+    longest, positions = rollouts.max_new_tokens, 0.0
+    for times, responses in (
+        (condition.steps, condition.batch_size),
+        (rollouts.evaluations, graded_problems(preset, condition)),
+    ):
         rounds = responses / max(1.0, rows)
         # In the engine waiting responses take the rows of those that have ended, rather than wait for the longest.
-        return max(longest, _REFILLED * rounds * mean) if engine else max(1.0, rounds) * longest
-
-    positions = condition.steps * positions_of(condition.batch_size)
-    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
+        refilled = max(longest, _REFILLED * rounds * rollouts.mean_response_tokens)
+        positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
         handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
         return engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context) + handovers
@@ -161,13 +159,11 @@ def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> floa
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of a sweep on `gpus` GPUs (0: a CPU), without the start of its job."""
+    """Estimate the wall-clock seconds of a sweep, as `job_seconds` does, without the start of its job."""
     runs = sweep.most_runs if most else sweep.n_runs
     seconds = runs * sum(run_seconds(preset, sweep, gpus))
-    if not gpus:
-        return seconds
-    # Full fine-tuning loads the base again for each run.
-    loads = runs if sweep.condition.method == "fullft" else 1
+    # On GPUs full fine-tuning loads the base again for each run.
+    loads = (runs if sweep.condition.method == "fullft" else 1) if gpus else 0
     return seconds + loads * 4 * dimensions(preset.models[sweep.condition.model]).parameters / _READING
 
 
@@ -181,32 +177,17 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     for task in preset.evaluation.tasks:
         documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
         read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
-        # Tasks about what was learned mostly draw answers; tasks about what was forgotten read texts.
-        drawn = task.about == "learned"
-        seconds += read * _decoding(preset) if drawn and gpu is None else read
+        if task.about == "forgotten":
+            # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.
+            seconds += read
+        elif gpu is None:
+            seconds += read * _decoding(execution)
         # On a GPU all answers are as long as the longest.
-        if drawn and gpu is not None and engine:
+        elif engine:
             rows = max(1.0, execution.max_cache_tokens / task.mean_tokens)
             positions = max(longest, _REFILLED * documents / rows * longest)
-            seconds += engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
-        elif drawn and gpu is not None:
+            seconds += read + engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
+        else:
             positions = documents / preset.evaluation.batch_size * longest
-            seconds += positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / GPUS[gpu].bandwidth)
-    return seconds
-
-
-def compute_seconds(preset: Preset) -> float:
-    """Estimate the wall-clock seconds of the job that measures training steps.
-
-    It takes a few steps more than it times, to count FLOPs and to measure memory.
-    """
-    experiment = preset.experiments.compute
-    assert experiment
-    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)
-    seconds = start_seconds(preset)
-    for model in experiment.models:
-        sizes = dimensions(preset.models[model])
-        adapters = (sizes.lora("all", rank, preset.protocol.include_unembedding)[1] for rank in experiment.ranks)
-        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *adapters))
-        seconds += flops * tokens / flops_per_second(preset.execution)
+            seconds += read + positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / GPUS[gpu].bandwidth)
     return seconds

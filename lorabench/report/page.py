@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from markupsafe import Markup
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.experiments import AutoLrs, Block
+from lorabench.config.experiments import Block
 from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
-from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
@@ -46,8 +45,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
     Args:
-        plan: the plan of the preset.
-        layout: where tables and figures lie.
         source: the preset as the user named it: the name of a shipped preset, or the path of its file.
         out: the HTML file; it appears only when it is complete.
         evaluated: whether to show the scores of lm-eval. Without them the page needs neither their table nor their
@@ -83,9 +80,9 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),
-        headline=headline(judged),
-        counting=COUNTING,
-        tally=summary.tally(judged),
+        headline=claim_text.headline(judged),
+        counting=claim_text.COUNTING,
+        tally=claim_text.tally(judged),
         statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
         claims=claims,
         verdicts=next(drawn for figure, drawn in shown if figure.table == "claims"),
@@ -97,16 +94,14 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),
-        runs=summary.runs_with_versions(runs),
+        runs=runs.to_dict("records"),
         inputs=summary.inputs(runs),
         datasets=summary.dataset_origins(layout),
         doctor=record_for(plan.preset.execution),
         # As JSON for the page's script, escaped so that no text in it can end its HTML element.
         curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
         points=curves["points"],
-        downloads=table_downloads(
-            tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
-        ),
+        downloads=table_downloads(tables, without=() if evaluated else ("evals",)),
         tables=tables,
         figures_folder=layout.figures,
         command=_command(source, out),
@@ -142,16 +137,9 @@ def _command(source: str, target: Path) -> str:
 
 
 def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the sections that have a figure or a claim, each with its figures and claims in order.
+    """Return the sections that have a figure or a claim: `about` (one of SECTIONS), and its `figures` and `claims`.
 
-    Figures and claims that no section names are in a last section.
-
-    Args:
-        figures: what the page shows of each figure, which has a `name`.
-        claims: what the page shows of each claim, which has a `claim_id`.
-
-    Returns:
-        For each section: `about` (a member of SECTIONS), `figures` and `claims`.
+    Figures (by `name`) and claims (by `claim_id`) that no section names are in a last section.
     """
     by_name = {figure["name"]: figure for figure in figures}
     by_id = {claim["claim_id"]: claim for claim in claims}
@@ -182,10 +170,6 @@ _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     """Return the thinned learning curves of all runs as plain data, for the page's script.
-
-    Args:
-        runs: columns run_id, label, method, rank and placement.
-        curves: the table `curves`.
 
     Returns:
         `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
@@ -220,17 +204,16 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
     return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
 
 
-def table_downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the given tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
+def table_downloads(folder: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return the tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
 
     Returns:
         For each table: `file` (its name), `bytes` (the size of the CSV file) and `uri` (None where the table is too
         large even when compressed).
     """
     embedded = []
-    for name in names:
-        path = folder / f"{name}.csv"
-        if not path.is_file():
+    for path in (folder / f"{name}.csv" for name in ("runs", "curves", "claims", "evals", "compute", "counts")):
+        if path.stem in without or not path.is_file():
             continue
         text = path.read_bytes()
         if len(text) <= MAX_PLAIN:
@@ -256,12 +239,6 @@ def text(value: Any) -> str:
     return formats.DASH if formats.missing(value) or value == "" else str(value)
 
 
-def in_paper(figure: Any) -> str:
-    """Name the place in the paper that a claim's column `figure` holds: a figure's number, or a word."""
-    place = text(figure)
-    return f"fig. {place}" if place[0].isdigit() else place
-
-
 def parametrization(block: Block) -> str:
     """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
     parts = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
@@ -278,21 +255,6 @@ def parametrization(block: Block) -> str:
     return "; ".join(parts) or "standard"
 
 
-def lrs(grid: list[float] | AutoLrs) -> str:
-    """Describe a method's grid of LRs in a block of an experiment."""
-    if isinstance(grid, AutoLrs):
-        return f"found, at most {grid.most}"
-    return ", ".join(map(formats.lr, grid)) or formats.DASH
-
-
-def seeds(block: Block) -> str:
-    """Say at which LRs of a block all seeds are trained."""
-    if block.seeds.every > 1:
-        return f"{block.seeds.every} at every LR"
-    found = any(isinstance(grid, AutoLrs) for grid in (block.lrs.fullft, block.lrs.lora))
-    return f"{block.seeds.best} at the {'three LRs around the best' if found else 'best LR'}"
-
-
 def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
@@ -307,7 +269,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, in_paper, parametrization, lrs, seeds, anchor),
+        *(text, list_of_words, parametrization, anchor),
         *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
     )
 }

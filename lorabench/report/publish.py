@@ -1,52 +1,63 @@
-"""Publishing results: copies of a finished preset or of the evidence of all sources, and the pages that show them."""
+"""Publishing: copies of a finished preset or of the evidence of all sources, and the pages that show them.
+
+The generated parts of the README and of the pages in `docs/` are written from the committed tables alone. A part stands
+between two marker lines that name it; the text around it is written by hand. Everything that is longer (all claims of
+all presets, all sources, criteria, optimal learning rates) is made when the documentation is built, by `docs/hooks.py`.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
+from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest, draw_left_out
+from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
 from lorabench.figures.style import write_figure
-from lorabench.figures.verdicts import draw_matrix
-from lorabench.report import summary
-from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, check_places, published_folders, write_blocks
+from lorabench.report import claim_text, summary
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
-from lorabench.sources.measurements import (
-    Own,
-    growth_measurements,
-    matrix,
-    measurement_table,
-    measurements,
-    own_measurements,
-    read_own,
-    summary_table,
-)
-from lorabench.sources.studies import Study, judge, read_studies, source_folders
+from lorabench.sources.measurements import MEASURES, matrix, measurement_table, summary_table
+from lorabench.sources.studies import judge, read_studies, source_folders
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
+from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, digest, write_json
 
 DEFAULT_PRESET = "laptop"
 """The preset that Snakemake runs where none is named."""
 
+PUBLISHED = Path("paper_figures/published")
+"""The folder of published results, from the root of the repository."""
+
+SOURCES = Path("paper_figures/reference")
+"""The folder of the shipped sources, from the root of the repository."""
+
+NOT_PUBLISHED = ("run_ids",)
+"""The columns of the table `claims` that are not published."""
+
 _FIGURE_KINDS = (".svg", ".png", ".csv")
 """The suffixes of a figure's files: two pictures, and the table of what they show."""
 
+_RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
+
+
+def published_folders(root: Path) -> list[Path]:
+    """Return the folders of the presets whose verdicts a repository has published."""
+    return sorted(path.parent for path in (root / PUBLISHED).glob("*/provenance.json"))
+
 
 def publish(layout: Layout, root: Path) -> None:
-    """Copy a preset's figures, claims and provenance to where the repository shows them, and write its pages.
-
-    Args:
-        layout: the preset, finished.
-        root: the root of the repository.
+    """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
     Raises:
         UserError: a page has no place for its part, the figure of the verdicts has not been drawn, or the table claims
@@ -56,22 +67,16 @@ def publish(layout: Layout, root: Path) -> None:
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
-    check_places(root, layout.name)
+    # Nothing is written before every part is known to have its place.
+    _filled(root, dict.fromkeys(_parts(root, layout.name), ""))
     for path in drawn:
         with atomic_path(layout.published / path.name) as unfinished:
             shutil.copyfile(path, unfinished)
     for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
         path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), layout.published / "claims.csv")
-    write_json(_provenance(layout, runs), layout.published / "provenance.json")
-    write_blocks(root)
-
-
-def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
-    """Describe the runs, machines, code and inputs that the figures and claims of a preset were computed from."""
     environment = summary.environment(runs)
-    first, last = environment["started"]
-    return {
+    provenance = {
         "preset": layout.name,
         "preset_sha256": digest(layout.preset.model_dump(mode="json"), 64),
         "protocol_version": PROTOCOL_VERSION,
@@ -80,86 +85,207 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
         "run_seconds": round(float(runs["wall_s"].sum())),
         "devices": environment["devices"],
         "threads_per_job": [int(threads) for threads in environment["threads"]],
-        "first_started": first,
-        "last_started": last,
+        "first_started": environment["started"][0],
+        "last_started": environment["started"][1],
         "commits": environment["commits"],
         "runs_of_changed_code": environment["dirty"],
         "versions": environment["versions"],
         "inputs": summary.inputs(runs),
     }
+    write_json(provenance, layout.published / "provenance.json")
+    _write_pages(root)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All verdicts and measurements of the published sources and of published presets."""
-
-    studies: list[Study]
-    claims: pd.DataFrame
-    matrix: pd.DataFrame
-    measurements: pd.DataFrame
-    summary: pd.DataFrame
-    lr_optima: pd.DataFrame
-    """The known optimal learning rates."""
-    lr_left_out: pd.DataFrame
-    """How far off they would have been, had their source not been known."""
-
-
-def gather(sources: Sequence[Path] = (), own: Sequence[Own] = (), presets: Sequence[Path] = ()) -> Evidence:
-    """Judge the shipped sources and others, and put own presets beside them.
+def evidence_tables(
+    more: Sequence[Path] = (), own: Sequence[pd.DataFrame] = (), presets: Sequence[Path] = ()
+) -> dict[str, pd.DataFrame]:
+    """Judge the shipped sources and those in more folders, and set own presets next to them.
 
     Args:
-        sources: folders of further sources.
-        own: presets of one's own.
+        own: presets of one's own, each as from `read_own`.
         presets: folders of published presets, whose optimal learning rates are pooled with those of the sources.
+
+    Returns:
+        By the names of their files: all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, the
+        known optimal learning rates (`lr_optima`), and how far off they would have been, had their source not been
+        known (`lr_left_out`, `lr_left_out_summary`).
 
     Raises:
         UserError: a source is refused; then nothing is judged.
     """
-    studies = read_studies(source_folders(*sources))
+    studies = read_studies(source_folders(*more))
     claims = pd.concat([judge(study) for study in studies], ignore_index=True)
-    measured = [part for preset in own for part in own_measurements(preset)] + measurements(studies)
-    measured += growth_measurements(studies, claims)
-    rows = measurement_table(measured)
+    measurements = measurement_table(studies, claims, own)
     optima = known_optima(studies, presets)
-    lrs = optima_table(optima)
-    return Evidence(studies, claims, matrix(claims, own), rows, summary_table(rows), lrs, left_out(optima))
-
-
-def published_presets(root: Path) -> list[Own]:
-    """Return the presets whose verdicts a repository has published, by their folders' names."""
-    return [read_own(folder, folder.name) for folder in published_folders(root)]
-
-
-def write_evidence(evidence: Evidence, out: Path) -> None:
-    """Write the tables and the figures of the evidence into a folder."""
-    by_lr_source = by_source(evidence.lr_left_out)
-    tables = {
-        "claims": evidence.claims.drop(columns=list(NOT_PUBLISHED)),
-        "matrix": evidence.matrix,
-        "measurements": evidence.measurements,
-        "summary": evidence.summary,
-        "lr_optima": evidence.lr_optima,
-        "lr_left_out": evidence.lr_left_out,
-        "lr_left_out_summary": compared(by_lr_source),
+    predicted = left_out(optima)
+    return {
+        "claims": claims.drop(columns=list(NOT_PUBLISHED)),
+        "matrix": matrix(claims, own),
+        "measurements": measurements,
+        "summary": summary_table(measurements),
+        "lr_optima": optima_table(optima),
+        "lr_left_out": predicted,
+        "lr_left_out_summary": compared(by_source(predicted)),
     }
-    figures = {
-        "matrix": draw_matrix(evidence.matrix),
-        "forest": draw_forest(evidence.measurements, evidence.summary),
-        "lr_left_out": draw_left_out(by_lr_source),
-    }
+
+
+def write_evidence(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Write the tables of the evidence, as from `evidence_tables`, and its figures into a folder."""
     for name, rows in tables.items():
         write_csv(rows, out / f"{name}.csv")
+    figures = {
+        "matrix": draw_matrix(tables["matrix"]),
+        "forest": draw_forest(tables["measurements"], tables["summary"]),
+        "lr_left_out": draw_left_out(by_source(tables["lr_left_out"])),
+    }
     for name, figure in figures.items():
         for kind in ("svg", "png"):
             write_figure(figure, out / f"{name}.{kind}")
 
 
-def publish_evidence(evidence: Evidence, root: Path) -> None:
+def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
     """Write the evidence to where a repository shows it, and the generated parts of its pages.
 
     Raises:
         UserError: a page has no place for its part; then nothing is changed.
     """
-    check_places(root)
-    write_evidence(evidence, root / PUBLISHED / "evidence")
-    write_blocks(root)
+    _filled(root, dict.fromkeys(_parts(root), ""))
+    write_evidence(tables, root / PUBLISHED / "evidence")
+    _write_pages(root)
+
+
+def _write_pages(root: Path) -> None:
+    for page, text in pages(root).items():
+        with atomic_path(root / page) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return the pages with generated parts, as paths from the root, with the text that they should have.
+
+    Raises:
+        UserError: a page has no place for its part.
+    """
+    return _filled(root, {place: make(root) for place, make in _parts(root).items()})
+
+
+def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path], str]]:
+    """Return what makes each part, by its page and name; presets may be named that were not published before."""
+    names = {*presets, *(folder.name for folder in published_folders(root))}
+    return {
+        (Path("README.md"), "matrix"): matrix_part,
+        (_OTHER_RUNS, "evidence"): evidence_part,
+        (Path("docs/paper.md"), "claims"): claims_part,
+        **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
+    }
+
+
+def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str]:
+    """Return the text of each page with the given texts between the markers of its parts."""
+    texts: dict[Path, str] = {}
+    for (page, name), part in parts.items():
+        text = texts.get(page) or ((root / page).read_text(encoding="utf-8") if (root / page).is_file() else "")
+        start = f"<!-- {name}: written by `lorabench publish` and `lorabench evidence`, never by hand -->"
+        end = f"<!-- end of {name} -->"
+        before, start_in_text, rest = text.partition(start)
+        _, end_in_text, after = rest.partition(end)
+        if not (start_in_text and end_in_text):
+            raise UserError(f"{page} has no place for its generated part: it needs the two lines {start} and {end}")
+        texts[page] = f"{before}{start}\n{part}\n{end}{after}"
+    return texts
+
+
+def matrix_part(root: Path) -> str:
+    """Return the core claims by the size of the model, as a picture and a table whose cells link to the runs."""
+    cells = pd.read_csv(root / PUBLISHED / "evidence/matrix.csv")
+    texts = []
+    for cell in cells.to_dict("records"):
+        page = _RESULTS if pd.isna(cell["source"]) else _OTHER_RUNS
+        numbers = [] if pd.isna(cell["estimate"]) else [formats.number(cell["estimate"])]
+        if pd.notna(cell["ci_low"]) and pd.notna(cell["ci_high"]):
+            numbers.append(formats.interval(cell["ci_low"], cell["ci_high"]))
+        linked = f"[{claim_text.verdict(cell)}]({page}#{cell['origin']})"
+        texts.append(formats.DASH if cell["verdict"] == "not tested" else " ".join([linked, *numbers]))
+    scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
+    by_scale = cells.assign(text=texts).pivot(index="claim_id", columns="scale", values="text")[scales]
+    statements = cells.drop_duplicates("claim_id")[["claim_id", "statement"]]
+    rows = statements.join(by_scale, on="claim_id").fillna(formats.DASH).to_numpy()
+    picture = f"![Core claims by the size of the model]({PUBLISHED}/evidence/matrix.svg)"
+    return "\n".join([picture, "", *table(["", "claim", *scales], rows)])
+
+
+def results_part(root: Path, preset: str) -> str:
+    """Return what a preset says in short: the count of its verdicts, its core claims, and the claims it decides."""
+    folder = root / PUBLISHED / preset
+    judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    decided = judged["verdict"].isin(["confirmed", "contradicted"]) & judged["kind"].ne("count")
+    shown = judged[judged["verdict"].ne("not tested") & (decided | judged["claim_id"].isin(CORE))]
+    picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
+    rows = []
+    for claim in shown.to_dict("records"):
+        verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
+        numbers = [claim_text.margin(claim), claim_text.measured(claim)]
+        rows.append([claim["claim_id"], claim["statement"], verdict, *numbers])
+    lines = [
+        f"![Verdicts of the preset {preset}]({picture})",
+        "",
+        f"{claim_text.headline(judged)}. {provenance['runs']} runs, "
+        f"{formats.duration(provenance['run_seconds'])} of one core on {' and '.join(provenance['devices'])}, "
+        f"from {provenance['first_started'][:10]}. "
+        f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
+        "",
+        *table(["", "claim", "verdict", "margin", "measured, 95% interval"], rows),
+    ]
+    return "\n".join(lines)
+
+
+def evidence_part(root: Path) -> str:
+    """Return the numbers that several sources measured, and each source with its doubts and a count of its verdicts."""
+    folder = root / PUBLISHED / "evidence"
+    summarized, judged = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "claims.csv")
+    rows = []
+    for row in summarized[summarized["attribute"].isna()].to_dict("records"):
+        is_log = row["measure"] == "lr_ratio"
+        mean, low, high = (
+            f"{math.exp(row[name]):.3g}" if is_log else f"{row[name]:+.4f}" for name in ("mean", "low", "high")
+        )
+        rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]"])
+    lines = table(["measured", "sources", "mean, 95% interval"], rows)
+    for path in sorted((root / SOURCES).glob("*/source.yaml")):
+        source, name = yaml.safe_load(path.read_text()), path.parent.name
+        verdicts = judged.loc[judged["source"].eq(name) & judged["verdict"].ne("not tested"), "verdict"]
+        counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
+        lines += [
+            "",
+            f"#### {name}",
+            "",
+            f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
+            f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}.",
+        ]
+    return "\n".join(lines)
+
+
+def claims_part(root: Path) -> str:
+    """Return the statements of all claims with the paper's values; those of the core claims are in bold."""
+    ordered = sorted(CLAIMS, key=lambda claim: (claim.id[0], int(claim.id[1:])))
+    rows = [
+        [f"**{claim.id}**" if claim.core else claim.id, claim.statement, claim.paper_value, claim.kind]
+        for claim in ordered
+    ]
+    return "\n".join(table(["", "claim", "in the paper", "kind"], rows))
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a Markdown table; what would be markup in the cells is escaped."""
+    header = list(header)
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(escaped(str(cell)) for cell in row)} |" for row in rows),
+    ]
+
+
+def escaped(text: str) -> str:
+    """Return text for Markdown, also for the cell of a table: markup of HTML is shown as it is, code is set as code."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -9,21 +9,21 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, each_arm, first_seed
-from lorabench.analysis.comparison import MIN_LRS, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
 from lorabench.figures.grid import optimum
-from lorabench.planning import bill
+from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan
-from lorabench.report.facts import KINDS, VERDICTS, facts, in_order
+from lorabench.report.claim_text import facts, in_order
 from lorabench.runs import MAX_KL
 from lorabench.store.checks import is_rl
 from lorabench.store.io import list_of_words, with_all_columns
 from lorabench.store.layout import Layout
 
-Records = list[dict[str, Any]]
+Records = list[dict[Any, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _SCORE = ["about", "task", "metric", "filter"]
@@ -31,10 +31,14 @@ _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha25
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs in reading order, with the name of their arm as `label`."""
-    order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed"]
+    """Return the runs in reading order, with the name of their arm as `label` and `software`.
+
+    The latter is the number, from 1, of the run's package versions in `environment`.
+    """
+    order = [*_PLACE, "method", "rank", "placement", "lr", "seed"]
     ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
-    return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
+    labels = [arm_label(row) for _, row in ordered.iterrows()]
+    return ordered.assign(label=labels, software=ordered["versions"].rank(method="dense"))
 
 
 def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
@@ -43,35 +47,15 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
     `same_fact` holds the ids of the other claims that state the same fact, and `first` says whether the claim is the
     first of them.
     """
-    known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
-    stating = {claim_id: fact.claim_ids for fact in facts(table) for claim_id in fact.claim_ids}
-    shown = []
-    for claim in _records(in_order(table)):
-        together = stating[claim["claim_id"]]
-        run_ids = [run_id for run_id in list_of_words(claim["run_ids"]) if run_id in known]
-        shown.append(
-            claim
-            | {
-                "runs": [{"run_id": run_id, **known[run_id]} for run_id in run_ids],
-                "same_fact": [other for other in together if other != claim["claim_id"]],
-                "first": together[0] == claim["claim_id"],
-            }
-        )
+    known = runs.set_index("run_id", drop=False)[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
+    rows = known.to_dict("index")
+    stating = {claim_id: ids for ids in facts(table)["claim_ids"] for claim_id in ids}
+    shown = in_order(table).to_dict("records")
+    for claim in shown:
+        claim_id, ids = claim["claim_id"], stating[claim["claim_id"]]
+        claim["runs"] = [rows[run_id] for run_id in list_of_words(claim["run_ids"]) if run_id in rows]
+        claim |= {"same_fact": [other for other in ids if other != claim_id], "first": ids[0] == claim_id}
     return shown
-
-
-def tally(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each group of KINDS that occurs, its verdicts: `verdict`, and `facts`, each the ids of its claims."""
-    stated = facts(table)
-    groups = {}
-    for group in KINDS:
-        stated_facts = [fact for fact in stated if fact.group == group]
-        if stated_facts:
-            groups[group] = [
-                {"verdict": verdict, "facts": [fact.claim_ids for fact in stated_facts if fact.verdict == verdict]}
-                for verdict in VERDICTS
-            ]
-    return groups
 
 
 def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any] | None:
@@ -88,41 +72,28 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
     if not tuned:
         return None
     compared = comparisons(pd.concat(tuned), pd.DataFrame(), judging)
-    arms = [_tuned_arm(comparison, arm, rewarded) for comparison in compared for arm in comparison.arms]
-    return {
-        "name": name,
-        "result": "accuracy" if rewarded else "NLL",
-        "noise": fitted_noise(compared).to_dict("records"),
-        "arms": arms,
-        "ratios": [row for comparison in compared for row in _ratios(comparison)],
-    }
-
-
-def _tuned_arm(comparison: Comparison, arm: Arm, rewarded: bool) -> dict[str, Any]:
-    """Return the optimum of an arm, its best result, and how many runs of its grid diverged."""
-    label = arm_label(arm)
-    grid = first_seed(comparison.rows[label])
-    row: dict[str, Any] = dict.fromkeys(("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high"), math.nan)
-    row |= {"resolved": False, "at_edge": False, "n_seeds": 0} | (optimum(comparison, arm) or {})
-    best = [row[name] for name in ("nll", "nll_low", "nll_high")]
-    # A low error is a high accuracy.
-    best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
-    row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
-    return arm | row | {"label": label, "n_runs": len(grid), "n_diverged": int((grid["status"] == "diverged").sum())}
-
-
-def _ratios(comparison: Comparison) -> Records:
-    """Return the optimal LR of each LoRA arm over that of FullFT in one comparison."""
-    rows: Records = []
-    for arm in comparison.arms if comparison.fullft else []:
-        label = arm_label(arm)
-        if arm["method"] == "lora":
-            ratio = comparison.fit.log_ratio(label, "FullFT")
-            low, high = (None if math.isnan(end) else math.exp(end) for end in ratio.interval())
-            row = {name: arm[name] for name in _PLACE} | {"label": label, "ratio": math.exp(ratio.value)}
-            resolved = all(comparison.fit.resolved.get(name, False) for name in (label, "FullFT"))
-            rows.append(row | {"low": low, "high": high, "resolved": resolved})
-    return rows
+    arms, ratios = [], []
+    for comparison in compared:
+        for arm in comparison.arms:
+            label = arm_label(arm)
+            grid = first_seed(comparison.rows[label])
+            names = ("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high")
+            row: dict[str, Any] = arm | dict.fromkeys(names, math.nan)
+            row |= {"resolved": False, "at_edge": False, "n_seeds": 0} | (optimum(comparison, arm) or {})
+            best = [row[name] for name in ("nll", "nll_low", "nll_high")]
+            # A low error is a high accuracy.
+            best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
+            row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
+            n_diverged = int((grid["status"] == "diverged").sum())
+            arms.append(row | {"label": label, "n_runs": len(grid), "n_diverged": n_diverged})
+            if comparison.fullft and arm["method"] == "lora":
+                ratio = comparison.fit.log_ratio(label, "FullFT")
+                low, high = (None if math.isnan(end) else math.exp(end) for end in ratio.interval())
+                resolved = all(comparison.fit.resolved.get(fitted, False) for fitted in (label, "FullFT"))
+                numbers = {"ratio": math.exp(ratio.value), "low": low, "high": high, "resolved": resolved}
+                ratios.append({place: arm[place] for place in _PLACE} | {"label": label} | numbers)
+    result, noise = "accuracy" if rewarded else "NLL", fitted_noise(compared).to_dict("records")
+    return {"name": name, "result": result, "noise": noise, "arms": arms, "ratios": ratios}
 
 
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
@@ -138,7 +109,7 @@ def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, A
         if sweep.condition.rollouts
         for run_id in sweep.run_ids
     }
-    arms = _records(sampler_mismatch(runs, curves))
+    arms: Records = sampler_mismatch(runs, curves).to_dict("records")
     for row in arms:
         row["label"] = arm_label(row)
         row["sampler"] = sorted({names[run_id] for run_id in row["run_ids"] if run_id in names})
@@ -169,28 +140,20 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
         base_scores = base[base["model"] == place[0]].assign(label="base")
         scores = pd.concat([base_scores, setting], ignore_index=True)
         columns = sorted(scores.groupby(_SCORE, dropna=False, sort=False), key=lambda column: column[0][0] != "learned")
-        arms = [
-            {
-                **{name: arm_scores[name].iloc[0] for name in ("label", "lr", "run_id")},
-                "scores": [_score(arm_scores, column) for _, column in columns],
-            }
-            for _, arm_scores in scores.groupby(["label", "run_id"], dropna=False, sort=False)
-        ]
+        arms = []
+        for _, rows in scores.groupby(["label", "run_id"], dropna=False, sort=False):
+            parts = [rows.loc[rows.index.intersection(column.index), ["value", "stderr"]] for _, column in columns]
+            values = [None if score.empty else score.iloc[0].to_dict() for score in parts]
+            arms.append(rows[["label", "lr", "run_id"]].iloc[0].to_dict() | {"scores": values})
         tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
         tables.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
     return tables
 
 
-def _score(arm_scores: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
-    """Return the value of an arm in a column, and its standard error."""
-    score = arm_scores.loc[arm_scores.index.intersection(column.index), ["value", "stderr"]]
-    return None if score.empty else {str(name): value for name, value in score.iloc[0].items()}
-
-
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the settings of scores; each list has a single value if all scores were measured alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "sampler", "eval_batch_size")
-    versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
+    versions = [json.loads(text).get("lm_eval") for text in _distinct(scores["versions"])]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 
 
@@ -203,13 +166,13 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
         "commits": _distinct(runs["git_sha"]),
         "dirty": int(runs["git_dirty_patch"].notna().sum()),
         "started": (runs["started"].min(), runs["started"].max()),
-        "versions": [_versions(text) for text in _distinct(runs["versions"])],
+        "versions": [json.loads(text) for text in _distinct(runs["versions"])],
     }
 
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
-    planned = bill.training(plan, plan.jobs)
+    planned = combined(job_cost(plan, job) for job in plan.jobs)
     tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
     expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
     by_status = {status: int((runs["status"] == status).sum()) for status in ("done", "diverged", "unrewarded")}
@@ -221,19 +184,13 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def runs_with_versions(runs: pd.DataFrame) -> Records:
-    """Return every run as a row; `software` is the number, from 1, of its package versions in `environment`."""
-    sets = _distinct(runs["versions"])
-    return _records(runs.assign(software=runs["versions"].map({text: place for place, text in enumerate(sets, 1)})))
-
-
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
-    return _records(runs[["model", "dataset", *_INPUTS]].drop_duplicates())
+    return runs[["model", "dataset", *_INPUTS]].drop_duplicates().to_dict("records")
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
-    """Describe each dataset that comes from a file or the hub, and each of which something was left out.
+    """Describe each dataset that comes from a file or the hub, and each other one from which something was left out.
 
     Returns:
         For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null
@@ -247,9 +204,8 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
         if tally.is_file():
             read = json.loads(tally.read_text())
             row |= {"source": f"file, {read['format']}", "rows": read["rows"], "usable": read["usable"]}
-            row["left_out"] = [
-                f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})" for bad in read["bad"]
-            ]
+            for bad in read["bad"]:
+                row["left_out"].append(f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})")
         elif path.is_file() and (note := about(path)):
             row |= {"source": note["id"], "rows": note["rows"], "usable": note["usable"]}
             row["left_out"] = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
@@ -263,18 +219,5 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
     return described
 
 
-def _records(frame: pd.DataFrame) -> Records:
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
-
-
 def _distinct(column: pd.Series[Any]) -> list[Any]:
     return sorted(column.dropna().unique())
-
-
-def _versions(text: str) -> dict[str, str]:
-    """Parse package versions; a text that is not a JSON object, as in tables made by hand, is shown unparsed."""
-    try:
-        versions = json.loads(text)
-    except ValueError:
-        versions = None
-    return versions if isinstance(versions, dict) else {"versions": text}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, PooledLr
-from lorabench.sources.lr_optima import AUTHORS, LrOptimum
+from lorabench.sources.lr_optima import AUTHORS, LrOptimum, rounded
 
 RULES = {
     "pooled": "pooled from the other sources",
@@ -44,23 +45,22 @@ def left_out(optima: Sequence[LrOptimum]) -> pd.DataFrame:
         token, in RL in accuracy; with `at_least`, the predicted LR is beyond the grid.
     """
     rows: list[dict[str, Any]] = []
-    for rl in (False, True):
-        for method in METHODS:
-            same = [optimum for optimum in optima if (optimum.rl, optimum.method) == (rl, method)]
-            for source in dict.fromkeys(optimum.source for optimum in same):
-                others = [optimum.pooled for optimum in same if optimum.counts and optimum.source != source]
-                if len({other.source for other in others}) >= 2:
-                    pooled = PooledLr(others)
-                    for optimum in same:
-                        if optimum.source == source and (optimum.counts or optimum.losses):
-                            rows += _rows(optimum, pooled)
+    for rl, method in product((False, True), METHODS):
+        same = [optimum for optimum in optima if (optimum.rl, optimum.method) == (rl, method)]
+        for source in dict.fromkeys(optimum.source for optimum in same):
+            others = [optimum.pooled for optimum in same if optimum.counts and optimum.source != source]
+            if len({other.source for other in others}) >= 2:
+                pooled = PooledLr(others)
+                for optimum in same:
+                    if optimum.source == source and (optimum.counts or optimum.losses):
+                        rows += _rows(optimum, pooled)
     return pd.DataFrame(rows)
 
 
 def _rows(optimum: LrOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
     """Return the row of each rule for an optimum, given the optima of the other sources."""
-    place, measured = optimum.place, optimum.pooled
-    error = measured.error if optimum.counts else 0.0
+    place, shift = optimum.place, optimum.shift
+    measured, error = (optimum.pooled.log_lr, optimum.pooled.error) if optimum.counts else (math.nan, 0.0)
     intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
     predicted = {
@@ -76,21 +76,21 @@ def _rows(optimum: LrOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
             **{name: getattr(optimum, name) for name in ("source", "model", "dataset", "batch_size", "steps")},
             "lr": optimum.lr if optimum.counts else math.nan,
             "rule": rule,
-            "predicted": _rounded(math.exp(log_lr - optimum.shift)),
-            "factor": math.exp(log_lr - measured.log_lr) if optimum.counts else math.nan,
+            "predicted": rounded(math.exp(log_lr - shift)),
+            "factor": math.exp(log_lr - measured),
         }
         for probability, interval in intervals.items():
-            name, stated = f"{100 * probability:.0f}", rule == "pooled"
-            row[f"low_{name}"] = _rounded(math.exp(interval.low - optimum.shift)) if stated else math.nan
-            row[f"high_{name}"] = _rounded(math.exp(interval.high - optimum.shift)) if stated else math.nan
-            inside = float(interval.low <= measured.log_lr <= interval.high)
-            row[f"inside_{name}"] = inside if stated and optimum.counts else math.nan
+            name, numbers = f"{100 * probability:.0f}", [math.nan] * 3
+            if rule == "pooled":
+                inside = float(interval.low <= measured <= interval.high) if optimum.counts else math.nan
+                numbers = [*(rounded(math.exp(end - shift)) for end in (interval.low, interval.high)), inside]
+            row |= dict(zip((f"low_{name}", f"high_{name}", f"inside_{name}"), numbers, strict=True))
         row |= {"loss_above_best": math.nan, "at_least": False}
         if len(optimum.losses) > 1:
             logs, losses = np.array(optimum.log_lrs), np.array(optimum.losses)
-            within = float(np.clip(log_lr - optimum.shift, logs[0], logs[-1]))
+            within = float(np.clip(log_lr - shift, logs[0], logs[-1]))
             loss = float(PchipInterpolator(logs, losses)(within))
-            row |= {"loss_above_best": loss - float(losses.min()), "at_least": within != log_lr - optimum.shift}
+            row |= {"loss_above_best": loss - float(losses.min()), "at_least": within != log_lr - shift}
         rows.append(row)
     return rows
 
@@ -103,8 +103,7 @@ def by_source(rows: pd.DataFrame) -> pd.DataFrame:
         factors themselves.
     """
     logs = rows.assign(log=np.log(rows["factor"]), size=np.log(rows["factor"]).abs())
-    keys = ["task", "method", "source", "rule"]
-    means = logs.groupby(keys, sort=False).agg(
+    means = logs.groupby(["task", "method", "source", "rule"], sort=False).agg(
         optima=("factor", "count"),
         off=("size", "mean"),
         signed=("log", "mean"),
@@ -129,36 +128,25 @@ def compared(sources: pd.DataFrame) -> pd.DataFrame:
         `closer` the number of sources where the rule is closer than the law. `inside_80` and `inside_95` are the shares
         of sources' optima inside of the intervals, a mean over sources.
     """
-    rows = []
-    for (task, method), part in sources[sources["source"] != AUTHORS].groupby(["task", "method"], sort=False):
-        sized = part[part["optima"] > 0].assign(log=lambda table: np.log(table["off"]))
-        logs = sized.pivot(index="source", columns="rule", values="log")
-        losses = part[part["grids"] > 0].pivot(index="source", columns="rule", values="loss_above_best")
-        for rule in RULES:
-            sources_of_rule = sized[sized["rule"] == rule]
-            difference = logs[rule] - logs["law"]
-            n, mean = len(difference), float(difference.mean())
-            half = float(stdtrit(n - 1, 0.975)) * float(difference.std(ddof=1)) / math.sqrt(n)
-            rows.append(
-                {
-                    "task": task,
-                    "method": method,
-                    "rule": rule,
-                    "sources": len(sources_of_rule),
-                    "off": math.exp(float(logs[rule].mean())),
-                    "worst": math.exp(float(logs[rule].max())),
-                    "against_law": math.exp(mean),
-                    "against_law_low": math.exp(mean - half),
-                    "against_law_high": math.exp(mean + half),
-                    "closer": int((difference < 0).sum()),
-                    "inside_80": float(sources_of_rule["inside_80"].mean()),
-                    "inside_95": float(sources_of_rule["inside_95"].mean()),
-                    "grids": len(losses),
-                    "loss_above_best": float(losses[rule].mean()),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _rounded(lr: float) -> float:
-    return float(f"{lr:.4g}")
+    sources = sources[sources["source"] != AUTHORS].assign(log=lambda table: np.log(table["off"]))
+    law = sources[sources["rule"] == "law"].set_index(["task", "method", "source"])["log"].rename("log_law")
+    sources = sources.join(law, on=["task", "method", "source"])
+    sources["over_law"] = sources["log"] - sources["log_law"]
+    groups = sources.groupby(["task", "method", "rule"], sort=False)
+    table = groups.agg(
+        sources=("log", "count"),
+        off=("log", "mean"),
+        worst=("log", "max"),
+        against_law=("over_law", "mean"),
+        spread=("over_law", "std"),
+        closer=("over_law", lambda logs: int((logs < 0).sum())),
+        inside_80=("inside_80", "mean"),
+        inside_95=("inside_95", "mean"),
+        grids=("grids", lambda counts: int((counts > 0).sum())),
+        loss_above_best=("loss_above_best", "mean"),
+    )
+    half = stdtrit(table["sources"] - 1, 0.975) * table.pop("spread") / np.sqrt(table["sources"])
+    table.insert(4, "against_law_low", table["against_law"] - half)
+    table.insert(5, "against_law_high", table["against_law"] + half)
+    logs = ["off", "worst", "against_law", "against_law_low", "against_law_high"]
+    return table.assign(**{name: np.exp(table[name]) for name in logs}).reset_index()

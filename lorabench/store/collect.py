@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lorabench.config.inputs import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
@@ -15,7 +18,7 @@ from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.store.io import write_csv, write_frame, write_table
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, EVALS, JOB, RUNS, TEST_LOSSES, WHERE_ABSENT, CurvePoint, ExampleLoss
+from lorabench.store.schemas import CURVES, EVALS, JOB, PARQUET_ONLY, RUNS, SCHEMAS, TEST_LOSSES, WHERE_ABSENT
 from lorabench.utils.files import read_parquet
 
 
@@ -34,29 +37,24 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
     return {name: flat.get(name) for name in RUNS.names}
 
 
-def write_curves(run_id: str, points: list[CurvePoint], path: Path) -> None:
-    """Write the curves of one run in the columns of CURVES."""
-    rows = [{"run_id": run_id, **vars(point)} for point in points]
-    write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
+def write_entries(run_id: str, entries: Iterable[Mapping[str, Any]], name: str, path: Path) -> None:
+    """Write one run's rows of the table `curves` or `test_losses`.
 
-
-def write_test_losses(run_id: str, losses: Sequence[ExampleLoss], path: Path) -> None:
-    """Write the test losses of one run in the columns of TEST_LOSSES; examples are numbered in the order given."""
-    rows = [{"run_id": run_id, "example": number, **vars(loss)} for number, loss in enumerate(losses)]
-    write_table(pa.Table.from_pylist(rows, schema=TEST_LOSSES), path)
+    Args:
+        run_id: the run.
+        entries: the rows without the run_id; test examples are numbered in the order given.
+        name: the name of the table.
+        path: the parquet file.
+    """
+    rows = [{"run_id": run_id, "example": number, **entry} for number, entry in enumerate(entries)]
+    write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[name]), path)
 
 
 def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
     """Return the rows of a sweep's finished runs for `write_job`, each with its curves nested."""
     # The preset may have given the model or dataset another name since the run was trained.
     names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
-    rows = []
-    for folder in folders:
-        curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
-        losses = folder.read_test_losses()
-        nested = {"curve": curve, "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist()}
-        rows.append({**run_row(folder.read_record(), sweep.experiments), **names, **nested})
-    return rows
+    return [{**run_row(folder.read_record(), sweep.experiments), **names, **folder.read_nested()} for folder in folders]
 
 
 def write_job(rows: list[dict[str, Any]], path: Path) -> None:
@@ -77,27 +75,24 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
         UserError: a file is damaged, or its job is not in the plan.
     """
     table = pa.concat_tables([_read_job(path, plan) for path in jobs])
-    runs = table.drop_columns(["curve", "test_losses"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
-    curves = pa.Table.from_pylist(
-        [
-            {"run_id": row["run_id"], **point}
-            for row in table.select(["run_id", "curve"]).to_pylist()
-            for point in row["curve"]
-        ],
-        schema=CURVES,
-    )
-    for name, part in (("runs", runs), ("curves", curves)):
+    tables = {
+        "runs": table.select(RUNS.names).sort_by([("model", "ascending"), ("dataset", "ascending")]),
+        "curves": _entries(table, "curve", CURVES),
+        "test_losses": _entries(table, "test_losses", TEST_LOSSES),
+    }
+    for name, part in tables.items():
         write_table(part, out / f"{name}.parquet")
-        write_csv(part.to_pandas(), out / f"{name}.csv")
-    losses = pa.Table.from_pylist(
-        [
-            {"run_id": row["run_id"], "example": number, **loss}
-            for row in table.select(["run_id", "test_losses"]).to_pylist()
-            for number, loss in enumerate(row["test_losses"] or [])
-        ],
-        schema=TEST_LOSSES,
-    )
-    write_table(losses, out / "test_losses.parquet")
+        if name not in PARQUET_ONLY:
+            write_csv(part.to_pandas(), out / f"{name}.csv")
+
+
+def _entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
+    """Return the entries that a column of lists holds as rows, each with the run_id and its number in the list."""
+    lists = table[column].combine_chunks()
+    rows = pc.list_parent_indices(lists)
+    entries = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
+    numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    return entries.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
 
 
 def _read_job(path: Path, plan: Plan | None) -> pa.Table:
@@ -107,23 +102,22 @@ def _read_job(path: Path, plan: Plan | None) -> pa.Table:
     of things that the preset names.
     """
     table = read_parquet(path, JOB)
-    lora = [method == "lora" for method in table.column("method").to_pylist()]
-    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table.column("protocol").to_pylist()]
-    columns: dict[str, list[Any]] = {
-        "alpha_convention": ["alpha/r" if is_lora else None for is_lora in lora],
-        "unembedding": [value if is_lora else None for value, is_lora in zip(unembedding, lora, strict=True)],
-        "precision": ["fp32"] * len(table),
-        "schedule": ["constant"] * len(table),
+    lora, rows = pc.equal(table["method"], "lora"), len(table)
+    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table["protocol"].to_pylist()]
+    columns: dict[str, Any] = {
+        "alpha_convention": pc.if_else(lora, "alpha/r", None),
+        "unembedding": pc.if_else(lora, pa.array(unembedding, pa.bool_()), None),
+        "precision": pa.repeat("fp32", rows),
+        "schedule": pa.repeat("constant", rows),
     }
     if plan is not None:
         sources, models = plan.preset.sources, plan.preset.models
-        columns["experiments"] = [plan.job(path.stem).experiments] * len(table)
-        columns["data_kind"] = [sources[name].kind for name in table.column("dataset").to_pylist()]
-        columns["base_kind"] = [base_kind(models[name]) for name in table.column("model").to_pylist()]
+        columns["experiments"] = pa.array([plan.job(path.stem).experiments] * rows)
+        columns["data_kind"] = pa.array([sources[name].kind for name in table["dataset"].to_pylist()])
+        columns["base_kind"] = pa.array([base_kind(models[name]) for name in table["model"].to_pylist()])
     for name, values in columns.items():
-        field = RUNS.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-    return table
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    return table.cast(JOB)
 
 
 def base_kind(spec: ModelSpec) -> str | None:
@@ -148,15 +142,13 @@ def collect_evals(files: list[Path], out: Path) -> None:
         UserError: a file is damaged, or was not written by `lorabench step evaluate`.
     """
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
-    tables = []
+    frames = []
     for path in files:
-        table = read_parquet(path)
-        for name, value in WHERE_ABSENT["evals"].items():
-            if name not in table.column_names:
-                table = table.append_column(name, pa.array([value] * len(table), EVALS.field(name).type))
-        if missing := [name for name in EVALS.names if name not in table.column_names]:
+        frame = read_parquet(path).to_pandas()
+        frame = frame.assign(**{name: value for name, value in WHERE_ABSENT["evals"].items() if name not in frame})
+        if missing := [name for name in EVALS.names if name not in frame]:
             raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
-        tables.append(table.select(EVALS.names).cast(EVALS))
+        frames.append(frame)
     # The stable sort keeps the rows of one model in the order of its tasks.
-    frame = pa.concat_tables(tables).to_pandas()
-    write_frame(frame.sort_values(order, na_position="first", kind="stable"), "evals", out)
+    table = pd.concat(frames).sort_values(order, na_position="first", kind="stable")
+    write_frame(table, "evals", out)

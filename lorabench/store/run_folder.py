@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.errors import UserError
 from lorabench.utils.exhaustion import space_for
-from lorabench.utils.files import flush_to_disk
+from lorabench.utils.files import flush_to_disk, read_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,27 +62,28 @@ class RunFolder:
         Raises:
             UserError: the curves are missing or damaged.
         """
-        import pyarrow.parquet as pq
-
         with self._damage_explained():
-            return pq.read_table(self.curves)
+            return read_parquet(self.curves)
 
-    def read_test_losses(self) -> pa.Table | None:
-        """Read the test losses of a finished run; None for a run that was made before they were kept.
+    def read_nested(self) -> dict[str, list[dict[str, Any]] | None]:
+        """Read the curves and test losses of a finished run: the columns `curve` and `test_losses` of JOB.
+
+        The latter is None for a run that was made before test losses were kept.
 
         Raises:
-            UserError: the losses are damaged.
+            UserError: one of the files is damaged, or the curves are missing.
         """
-        import pyarrow.parquet as pq
-
+        curve, losses = self.read_curves().drop_columns(["run_id"]).to_pylist(), None
         with self._damage_explained():
-            return pq.read_table(self.test_losses) if self.test_losses.is_file() else None
+            if self.test_losses.is_file():
+                losses = read_parquet(self.test_losses).drop_columns(["run_id", "example"]).to_pylist()
+        return {"curve": curve, "test_losses": losses}
 
     @contextmanager
     def _damage_explained(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, UserError) as error:
             raise UserError(f"run {self.run_id} is damaged; delete {self.final} to have it trained again") from error
 
     def tidy(self) -> None:

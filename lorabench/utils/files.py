@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, one sentence about a damaged file, hashes, and the packaged files.
 
-The package needs files outside of it: the workflow with its presets, published numbers, and known optimal LRs. In a
-clone, `lorabench/packaged` holds links to the repository's files; in a wheel, it holds copies of them.
+The package needs the workflow with its presets, published numbers, and known optimal LRs: in a clone,
+`lorabench/packaged` holds links to the repository's files, in a wheel copies of them.
 """
 
 from __future__ import annotations
@@ -68,13 +68,26 @@ def write_json(value: Any, path: Path) -> None:
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Read a parquet file of the workflow, which can make it again if it is damaged.
 
+    Args:
+        path: the file.
+        schema: the columns to return; those that an older file lacks are null.
+
     Raises:
-        UserError: the file is damaged, or its columns are not those of the schema.
+        UserError: the file is damaged, or its columns have other types than those of the schema.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with damage_explained(path):
-        return pq.read_table(path, schema=schema)
+    # PyArrow's threads wait forever for one that had no memory to start, so the file is read without them.
+    with damage_explained(path), pq.ParquetFile(path) as file:
+        table = file.read(use_threads=False)
+        if schema is None:
+            return table
+        return (
+            pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+            .select(schema.names)
+            .cast(schema)
+        )
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def damage_explained(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().split("\n")[0]

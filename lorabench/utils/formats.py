@@ -1,7 +1,7 @@
 """How numbers and tables are written for people: in the report, in figures and in what commands print.
 
-The module imports nothing but the standard library, since `lorabench plan` uses it and has to start at once.
-All functions of values but `fixed_interval` write a missing value (None, NaN, NaT or NA) as a dash.
+Nothing but the standard library is imported at the top, since `lorabench plan` has to start at once. All functions of
+values except `fixed_interval` write a missing value (None, NaN, NaT or NA) as a dash.
 """
 
 from __future__ import annotations
@@ -104,11 +104,7 @@ def interval(low: Any, high: Any, write: Callable[[Any], str] = number) -> str:
 
 
 def lr_interval(low: Any, high: Any) -> str:
-    """Write an interval of learning rates.
-
-    >>> lr_interval(1e-3, 2.5e-3)
-    '[1e-3, 2.50e-3]'
-    """
+    """Write an interval of learning rates."""
     return interval(low, high, lr)
 
 
@@ -129,10 +125,8 @@ def amount(value: Any, unit: str = "") -> str:
     """
     if missing(value):
         return DASH
-    for factor, prefix in _PREFIXES:
-        if abs(value) >= factor:
-            return f"{number(value / factor)} {prefix}{unit}".strip()
-    return f"{number(value)} {unit}".strip()
+    factor, prefix = next((step for step in _PREFIXES if abs(value) >= step[0]), (1, ""))
+    return f"{number(value / factor)} {prefix}{unit}".strip()
 
 
 def parameters(value: Any) -> str:
@@ -156,10 +150,8 @@ def duration(seconds: Any) -> str:
     """
     if missing(seconds):
         return DASH
-    for length, unit in _SPANS:
-        if seconds >= 2 * length:
-            return f"{number(seconds / length)} {unit}"
-    return f"{number(seconds)} s"
+    length, unit = next((span for span in _SPANS if seconds >= 2 * span[0]), (1, "s"))
+    return f"{number(seconds / length)} {unit}"
 
 
 def when(value: Any) -> str:
@@ -200,11 +192,9 @@ def print_table(
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left")
     cells = list(rows)
-    for number, row in enumerate(cells, 1):
-        if total and number == len(cells):
-            table.add_section()
+    for position, row in enumerate(cells, 1):
         # A Text is not parsed as markup, which names of files and models might look like.
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row), end_section=total and position == len(cells) - 1)
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 150)
     if title:

@@ -1,12 +1,8 @@
 """GPUs: those for which cost can be estimated, and those of this machine for jobs that no scheduler gives any.
 
-Peaks are dense, without sparsity, from the vendors' data sheets. `efficiency` is the share of the peak that the cost
-model assumes in training until runs are measured (`lorabench plan --measured`): eager PyTorch with autocast of fp32
-weights, not a tuned kernel. It is an assumption, not a measurement.
-
-Without a scheduler each job takes devices that no other job holds. A lock file per device in the machine's temporary
-folder is held by `flock` while a job runs; the kernel releases it when the process dies. The module does not import
-torch, which reads CUDA_VISIBLE_DEVICES when it is first used.
+Without a scheduler each job takes devices that no other job holds: it holds a lock file per device in the machine's
+temporary folder, which the kernel releases when the process dies. The module does not import torch, which reads
+CUDA_VISIBLE_DEVICES when it is first used.
 """
 
 from __future__ import annotations
@@ -27,14 +23,17 @@ from pathlib import Path
 from lorabench.errors import UserError
 
 _POLL = 0.5
-_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s."""
+    """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s.
+
+    `efficiency` is the share of the peak that the cost model assumes in training until runs are measured: an assumption
+    for eager PyTorch with autocast of fp32 weights.
+    """
 
     peak_flops: float
     memory: float
@@ -61,6 +60,10 @@ GPUS = {
 }
 
 
+LEAST_MEMORY = 0.92
+"""Least memory of a GPU as a share of the data sheet's: the driver and error correction take a part."""
+
+
 def is_called(gpu: str, device: str) -> bool:
     """Return whether torch's name of a device is that of a GPU in `GPUS`: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
     return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
@@ -72,14 +75,14 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
     Args:
         gpu: the name in `GPUS`.
         device: torch's name of the GPU.
-        memory: its bytes of memory without those that the driver keeps.
+        memory: its bytes of memory, without those that the driver keeps.
     """
     planned = GPUS[gpu].memory
-    if is_called(gpu, device) and memory > 0.92 * planned:
+    if is_called(gpu, device) and memory >= LEAST_MEMORY * planned:
         return None
     return (
-        f"this job runs on an {device} of {memory / GB:.0f} GB, but execution.gpu is {gpu} of {planned / GB:.0f} GB: "
-        "the plan's times do not hold, and its memory may not fit"
+        f"this is an {device} of {memory / GB:.0f} GB, but execution.gpu is {gpu} of {planned / GB:.0f} GB: the plan's "
+        "times do not hold, and its memory may not fit"
     )
 
 
@@ -115,7 +118,9 @@ def visible_devices() -> list[str]:
 def own_devices(count: int, say: Callable[[str], None]) -> Iterator[None]:
     """Within the context, CUDA_VISIBLE_DEVICES names `count` GPUs that no other job on this machine holds.
 
-    Nothing changes where no GPU is visible, and where Slurm has assigned a job its GPUs.
+    Nothing changes where no GPU is visible, and where Slurm has assigned a job its GPUs. Torch, which is not imported
+    yet, will take a GPU's memory in segments that grow, unless the user has set its allocator: batches of many lengths
+    and a cache that grows otherwise leave gaps between blocks that no tensor fits in.
 
     Args:
         say: is called with one line if this process has to wait for other jobs.
@@ -123,6 +128,9 @@ def own_devices(count: int, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         UserError: fewer GPUs are visible.
     """
+    # All versions of torch read the older name first.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     devices, slurm_job = visible_devices(), os.environ.get("SLURM_JOB_ID")
     if not devices or (slurm_job and len(devices) <= count):
         yield
@@ -133,37 +141,22 @@ def own_devices(count: int, say: Callable[[str], None]) -> Iterator[None]:
     scope = f"{os.getuid()}-{slurm_job}" if slurm_job else str(os.getuid())
     folder = Path(tempfile.gettempdir()) / f"lorabench-gpus-{scope}"
     folder.mkdir(exist_ok=True)
-    with ExitStack() as locks:
-        if len(held := _lock_devices(folder, devices, count, locks)) < count:
+    announced = False
+    while True:
+        # Two jobs that each hold a part of what they need would wait for each other forever, so each gives it back.
+        with ExitStack() as locks:
+            held: list[str] = []
+            for device in devices:
+                # The file stays, since a job that is about to lock it would else hold a file without a name.
+                file = locks.enter_context((folder / f"{device}.lock").open("w"))
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.append(device)
+                if len(held) == count:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+                    yield
+                    return
+        if not announced:
             say(f"waits for {count} of the GPUs {', '.join(devices)}, which other jobs hold")
-        while len(held) < count:
-            # Two jobs that each hold a part of what they need would wait for each other forever.
-            locks.close()
-            time.sleep(_POLL)
-            held = _lock_devices(folder, devices, count, locks)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
-        yield
-
-
-def _lock_devices(folder: Path, devices: list[str], count: int, locks: ExitStack) -> list[str]:
-    """Lock up to `count` devices that nobody holds, until `locks` is closed, and return their names."""
-    held: list[str] = []
-    for device in devices:
-        if len(held) == count:
-            break
-        file = locks.enter_context((folder / f"{device}.lock").open("w"))
-        # The file stays, since a job that is about to lock it would else hold a file without a name.
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.append(device)
-    return held
-
-
-def reduce_fragmentation() -> None:
-    """Make torch, which is not imported yet, take a GPU's memory in segments that grow.
-
-    Batches of many lengths and a cache that grows otherwise leave gaps between blocks that no tensor fits in.
-    """
-    # Versions of torch before 2.9 know only the first name; all read it first.
-    if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+            announced = True
+        time.sleep(_POLL)

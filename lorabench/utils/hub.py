@@ -1,15 +1,9 @@
 """The Hugging Face hub: jobs with a network fetch what a preset needs once, and all other jobs read the cache offline.
 
-A revision that may move (`main`, a tag) is pinned to one commit for all of a preset's results: the commit that it
-pointed to when it was first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so the commit
-stays the same when the workflow makes its outputs again. A small JSON file, which later jobs read, lists what was
-fetched: commit, files and sizes.
-
-A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
-and runs of different commits are never mixed (`lorabench/training/job.py`).
-
-Jobs that fetch large files leave it to the hub's client to try again. A command that a user waits for looks things up
-with one request, which is answered at once or not at all (`look_up`).
+A revision that may move (`main`, a tag) is pinned for all of a preset's results to the commit that it pointed to when
+it was first fetched. The file in `results/<preset>/pins/` that holds it is no output of a rule, so it stays when the
+workflow makes its outputs again. A run's id holds the revision that the preset names, so a plan needs no network; its
+record holds the commit, and runs of different commits are never mixed (`lorabench/training/job.py`).
 """
 
 from __future__ import annotations
@@ -20,24 +14,23 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from queue import Empty, Queue
 from threading import Thread
 from typing import Any, Literal
 
 from lorabench.errors import UserError
 from lorabench.utils.files import write_json
 
-# Only files at the top level are fetched: some repositories hold the same weights in other formats in folders.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_IN_FOLDERS = ("*/*",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Bytes that must stay free on the disk after a download.
 _SPARE_BYTES = 1 << 30
-# Seconds in which a request that a user waits for must be answered, with the time that the look-up of a name takes.
+# Seconds in which a request that a user waits for must be answered, the look-up of the server's name included.
 _LOOK_UP_SECONDS = 2.0
 
 
@@ -76,19 +69,18 @@ class FetchedRepository:
         Raises:
             UserError: a file is not, or no longer, in the cache.
         """
-        return [self._cached(name) for name in self.parts[_part_name(config, split)]]
-
-    def _cached(self, name: str) -> Path:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        try:
-            return Path(
-                hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
-            )
-        except LocalEntryNotFoundError as error:
-            cache = f"the hub's cache {_cache_folder()}"
-            raise UserError(f"{name} of {self.kind} {self.id} is not in {cache}; fetch it again") from error
+        files = []
+        for name in self.parts[_part_name(config, split)]:
+            try:
+                local = hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
+            except LocalEntryNotFoundError as error:
+                place = f"{self.kind} {self.id} is not in the hub's cache {constants.HF_HUB_CACHE}"
+                raise UserError(f"{name} of {place}; fetch it again") from error
+            files.append(Path(local))
+        return files
 
 
 @cache
@@ -117,7 +109,35 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
         UserError: a repository can't be downloaded, lacks a .safetensors file or a wanted part, or does not fit on the
             disk.
     """
-    write_json([asdict(_fetch(repository, pins)) for repository in wanted], out)
+    from huggingface_hub import constants, snapshot_download
+
+    fetched = []
+    for repository in wanted:
+        with _explained(repository):
+            commit, parts = _pinned(repository, pins), dict[str, list[str]]()
+            download: dict[str, Any] = {"repo_id": repository.id, "repo_type": repository.kind, "revision": commit}
+            if repository.kind == "dataset":
+                parts = {_part_name(*part): _part_files(repository, commit, *part) for part in repository.parts}
+                download["allow_patterns"] = list(chain(*parts.values()))
+            else:
+                download["allow_patterns"] = [*_MODEL_FILES, *(["*.py"] if repository.code else [])]
+                # Some repositories hold the same weights in other formats in folders.
+                download["ignore_patterns"] = ["*/*"]
+            files = sorted(snapshot_download(**download, dry_run=True), key=lambda file: file.filename)
+            if repository.kind == "model" and not any(file.filename.endswith(".safetensors") for file in files):
+                raise UserError(f"{repository} has no .safetensors file at {commit}; pickled weights are not loaded")
+            needed = sum(file.file_size or 0 for file in files if file.will_download)
+            folder = Path(constants.HF_HUB_CACHE).absolute()
+            free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+            if needed and needed + _SPARE_BYTES > free:
+                raise UserError(
+                    f"{repository} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} "
+                    "are free; make room, or set HF_HOME to a folder on a larger disk"
+                )
+            snapshot_download(**download)
+        sizes = {file.filename: file.file_size or 0 for file in files}
+        fetched.append(FetchedRepository(repository.kind, repository.id, repository.revision, commit, sizes, parts))
+    write_json([asdict(repository) for repository in fetched], out)
     read_fetched.cache_clear()
 
 
@@ -150,59 +170,25 @@ def check_on_hub(wanted: WantedRepository) -> None:
 
 def _answer(url: str) -> str:
     """Return the hub's answer to one request, which is made once and waits no longer than _LOOK_UP_SECONDS."""
-    from huggingface_hub import get_session, get_token, hf_raise_for_status
+    from huggingface_hub import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    answers: Queue[str | Exception] = Queue()
+    answer: Future[str] = Future()
 
     def request() -> None:
         try:
-            token = get_token()
-            headers = {"authorization": f"Bearer {token}"} if token else {}
-            response = get_session().get(url, headers=headers, timeout=_LOOK_UP_SECONDS)
+            response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
             hf_raise_for_status(response)
-            answers.put(response.text)
+            answer.set_result(response.text)
         except Exception as error:
-            answers.put(error)
+            answer.set_exception(error)
 
     # A name server that does not answer blocks for longer than the request's own time-out.
     Thread(target=request, daemon=True).start()
     try:
-        answer = answers.get(timeout=_LOOK_UP_SECONDS)
-    except Empty:
+        return answer.result(_LOOK_UP_SECONDS)
+    except TimeoutError:
         raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _fetch(wanted: WantedRepository, pins: Path) -> FetchedRepository:
-    from huggingface_hub import snapshot_download
-
-    with _explained(wanted):
-        commit = _pinned(wanted, pins)
-        parts: dict[str, list[str]] = {}
-        patterns: dict[str, Any]
-        if wanted.kind == "dataset":
-            parts = {_part_name(*part): _part_files(wanted, commit, *part) for part in wanted.parts}
-            patterns = {"allow_patterns": [name for names in parts.values() for name in names]}
-        else:
-            code = ("*.py",) if wanted.code else ()
-            patterns = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_IN_FOLDERS]}
-        download = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **patterns}
-        files = snapshot_download(**download, dry_run=True)
-        sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
-        if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
-            raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
-        needed, folder = sum(sizes[file.filename] for file in files if file.will_download), _cache_folder()
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if needed and needed + _SPARE_BYTES > free:
-            raise UserError(
-                f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; "
-                "make room, or set HF_HOME to a folder on a larger disk"
-            )
-        snapshot_download(**download)
-    return FetchedRepository(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
 
 
 def _pinned(wanted: WantedRepository, pins: Path) -> str:
@@ -217,11 +203,10 @@ def _pinned(wanted: WantedRepository, pins: Path) -> str:
         commit = HfApi().repo_info(wanted.id, repo_type=wanted.kind, revision=wanted.revision).sha
         pins.mkdir(parents=True, exist_ok=True)
         # Two datasets of one repository may be fetched at the same time; the first to link its file decides.
-        with tempfile.NamedTemporaryFile("w", dir=pins, suffix=".partial") as partial:
-            partial.write(f"{commit}\n")
-            partial.flush()
-            with suppress(FileExistsError):
-                os.link(partial.name, pin)
+        with tempfile.NamedTemporaryFile("w", dir=pins, suffix=".partial") as file, suppress(FileExistsError):
+            file.write(f"{commit}\n")
+            file.flush()
+            os.link(file.name, pin)
     return pin.read_text().strip()
 
 
@@ -246,12 +231,6 @@ def _part_files(wanted: WantedRepository, commit: str, config: str | None, split
     if split not in files:
         raise UserError(f"{wanted} has no split {split!r}; allowed: {', '.join(map(str, files))}")
     return [str(file).removeprefix(f"hf://datasets/{wanted.id}@{commit}/") for file in files[split]]
-
-
-def _cache_folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 @contextmanager

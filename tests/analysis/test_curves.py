@@ -146,7 +146,7 @@ def test_a_scan_needs_every_window(lift, verdict):
     lifted = np.repeat(lift, 50)
     curves = of({seed: lifted + 0.002 * (seed - 1) for seed in SEEDS})
     windows = [(1, 50), (51, 100), (101, 150), (151, 200)]
-    judged = scan(lambda _: Within.margin(0.02), curves, windows, nats)
+    judged = scan(Within.margin(0.02), curves, windows, nats)
     assert judged.verdict == verdict
     assert judged.estimate == pytest.approx(max(lift))
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
@@ -167,10 +167,10 @@ def test_a_scan_of_equal_curves_rarely_contradicts():
     random, verdicts = generator("scan"), Counter()
     for _ in range(300):
         curves = of(dict(enumerate(simulated(random).T)))
-        verdicts[scan(lambda _: Above(0.004), curves, curves.windows(6), nats).verdict] += 1
+        verdicts[scan(Above(0.004), curves, curves.windows(6), nats).verdict] += 1
         # The truth lies at the end of the band.
         shifted = of(dict(enumerate(simulated(random, mean=0.015).T)))
-        verdicts[f"equal {scan(lambda _: Within.margin(0.015), shifted, shifted.windows(6), nats).verdict}"] += 1
+        verdicts[f"equal {scan(Within.margin(0.015), shifted, shifted.windows(6), nats).verdict}"] += 1
     assert verdicts["confirmed"] <= 2
     assert verdicts["equal confirmed"] / 300 < 0.05
     assert verdicts["equal contradicted"] / 300 < 0.09

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import batch_size
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
@@ -61,7 +60,7 @@ def curves_of(runs, gap, halfway, noise):
 
 
 def judged(runs, curves, ids=IDS):
-    claims = [claim for claim in batch_size.CLAIMS if claim.id in ids]
+    claims = [claim for claim in CLAIMS if claim.id in ids]
     return judge_claims(Tables(runs, curves), claims).set_index("claim_id")
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.claims.scope import every_dataset, full_runs
+from lorabench.claims.scope import full_runs
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables
@@ -129,8 +129,8 @@ def test_small_and_long_data_are_chosen_by_size():
 
 def test_shorter_runs_are_left_out_where_there_are_full_ones():
     short, full, longer = (SimpleNamespace(runs=pd.DataFrame({"steps": [steps]})) for steps in (999, 1000, 3000))
-    assert [chosen for chosen, _ in full_runs(every_dataset)([short, full, longer])] == [full, longer]
-    assert [chosen for chosen, _ in full_runs(every_dataset)([short])] == [short]
+    assert full_runs([("short", short), ("full", full), ("longer", longer)]) == [("full", full), ("longer", longer)]
+    assert full_runs([("short", short)]) == [("short", short)]
 
 
 def test_mixed_tokenizers_and_repeated_ids_are_refused():

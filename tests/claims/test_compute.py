@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.step_flops import each_setting, equal_flops_curves, flops_ratio, loss_by_flops
-from lorabench.claims.compute import CLAIMS
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
 from lorabench.store.tables import Tables
 

@@ -53,17 +53,13 @@ def evidence(runs=RUNS, curves=CURVES):
     return Evidence(runs, curves, pd.DataFrame(), pd.DataFrame())
 
 
-@pytest.mark.parametrize(
-    ("met", "unmet", "instead"),
-    [
-        (scope.runs_of_steps(50, ()), scope.runs_of_steps(1000, ()), "at most 50 steps"),
-        (scope.widths(128, 2, ()), scope.widths(2048, 2, ()), "hidden sizes 128, 2048"),
-        (scope.response_length(4, ()), scope.response_length(8, ()), "4.5 tokens on average"),
-    ],
-)
-def test_conditions_say_what_there_is_instead(met, unmet, instead):
-    assert met.instead(evidence()) is None
-    assert unmet.instead(evidence()) == instead
+def test_conditions_say_what_there_is_instead():
+    assert scope.LONG.instead(evidence()) == "at most 50 steps"
+    assert scope.LONG.instead(evidence(RUNS.assign(steps=[1000, 12, 12]))) is None
+    assert scope.widths(2048, 2, ()).instead(evidence()) == "hidden sizes 128, 2048"
+    assert scope.widths(128, 2, ()).instead(evidence()) is None
+    assert scope.response_length(8, ()).instead(evidence()) == "4.5 tokens on average"
+    assert scope.response_length(4, ()).instead(evidence()) is None
 
 
 def test_batches_are_large_over_a_range_and_for_some_steps():
@@ -102,9 +98,12 @@ def judged(judge, *needed, **options):
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
     measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
-    row = judged(lambda evidence: measured, scope.runs_of_steps(1000, ("core", "paper")), scope.widths(128, 2, ()))
+    row = judged(lambda evidence: measured, scope.LONG, scope.widths(128, 2, ("paper",)))
     assert row["verdict"] == "setting not met"
-    assert row["missing"] == "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
+    assert (
+        row["missing"]
+        == "runs of 1,000 steps or more (here at most 50 steps; the preset long_runs, core or paper meets it)"
+    )
     assert "the gap is 0.1 nats" in row["reason"]
     assert row["estimate"] == 0.1
     assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
@@ -112,12 +111,12 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
 
 def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
     measured = Finding("confirmed", "all well", 0.1)
-    assert judged(lambda evidence: measured, scope.runs_of_steps(50, ()))["verdict"] == "confirmed"
+    assert judged(lambda evidence: measured, scope.widths(128, 2, ("paper",)))["verdict"] == "confirmed"
 
     def nothing(evidence):
         raise UnjudgedError("not tested", "no runs of LoRA")
 
-    row = judged(nothing, scope.runs_of_steps(1000, ()))
+    row = judged(nothing, scope.LONG)
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 
 

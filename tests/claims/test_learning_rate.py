@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.lr_law import LrLaw, predict_lr
-from lorabench.claims import across_models, learning_rate
+from lorabench.claims.judge import CLAIMS as ALL
 from lorabench.claims.judge import judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, arm, tables
 
-CLAIMS = {claim.id: claim for module in (learning_rate, across_models) for claim in module.CLAIMS}
+CLAIMS = {claim.id: claim for claim in ALL}
 SEEDS = (0.0, 0.004, -0.004)
 LOSSES = ["final_valid_nll", "final_test_nll"]
 

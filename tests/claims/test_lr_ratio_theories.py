@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.lr_ratio import COLUMNS, Setting, predicted
-from lorabench.claims.judge import judge_claims
-from lorabench.claims.learning_rate import CLAIMS, write_predictions
+from lorabench.claims.judge import CLAIMS, judge_claims
+from lorabench.claims.learning_rate import write_predictions
 from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
 from lorabench.store.tables import Tables
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtri
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.claims.rl_progress import plateau_step, progress_windows
+from lorabench.claims.rl_progress import progress_windows
 from lorabench.store.tables import Tables
 
 from ..handmade.rl import BASE, LRS, STEPS, arm, grown
@@ -251,13 +251,13 @@ def test_a_repeat_that_diverged_decides_nothing_on_curves():
 
 def test_the_plateau_divides_the_windows():
     rewards = pd.Series(np.minimum(np.arange(100) / 40, 1.0), index=range(1, 101))
-    plateau = plateau_step(rewards)
+    windows = progress_windows(list(rewards.index), rewards)
+    plateau = windows[3][0]
     assert plateau == pytest.approx(1 + 0.9 * 40, abs=4)
-    windows = progress_windows(list(rewards.index), plateau)
-    assert [low for low, _ in windows][3:] == [plateau, plateau + (101 - plateau) // 2 + (101 - plateau) % 2]
+    assert windows[4][0] == plateau + (101 - plateau) // 2 + (101 - plateau) % 2
     assert (windows[0][0], windows[-1][1]) == (2, 100)
-    # Where nothing rises all steps lie before the plateau.
-    assert plateau_step(rewards * 0) == 100
+    # Where nothing rises all steps but the last lie before the plateau.
+    assert progress_windows(list(rewards.index), rewards * 0)[3:] == [(100, 100)]
 
 
 def test_further_sets_stand_for_aime_where_it_is_not_there():

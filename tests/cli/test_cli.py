@@ -1,25 +1,26 @@
-"""The command line answers fast, and a mistake is one sentence with exit status 2."""
+"""The command line answers fast, a mistake is one sentence with exit status 2, and `lorabench run` starts Snakemake."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli import app
-
-
-def lorabench(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "lorabench.cli", *arguments], capture_output=True, text=True, check=False
-    )
-
+from lorabench.cli.commands import snakemake_command
+from lorabench.store.schemas import RUNS
+from lorabench.utils.files import SNAKEFILE, WORKFLOW
+from lorabench.utils.gpus import processor
 
 MISTAKES = {
+    "run": (("run", "lpatop"), "preset 'lpatop': no file "),
     "preset": (("plan", "--preset", "nope"), "preset 'nope': no file"),
     "dataset": (
         ("step", "dataset", "nope", "--preset", "smoke"),
@@ -60,32 +61,84 @@ def test_a_mistake_is_one_sentence(mistake, monkeypatch):
 
 def test_a_mistake_in_a_process_of_its_own_has_no_traceback():
     arguments, message = MISTAKES["preset"]
-    result = lorabench(*arguments)
+    command = [sys.executable, "-m", "lorabench.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith(f"lorabench: {message}")
     assert result.stderr.count("\n") == 1
 
 
-def test_plan_prints_a_table():
-    result = lorabench("plan", "--preset", "smoke")
-    assert result.returncode == 0
-    for text in ("experiment", "runs", "tokens", "minutes", "rank", "total"):
-        assert text in result.stdout
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval"}
+
+# Runs a command, then prints the packages that it has imported.
+CALL = """
+import json, sys
+from lorabench.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--preset", "laptop")])
-def test_answers_at_once(arguments, tmp_path, monkeypatch):
-    # A finished preset in the folder would be read, which takes longer.
-    monkeypatch.chdir(tmp_path)
+def run(folder, *arguments):
+    """Return what a command prints, the packages that it imports and its CPU seconds."""
+    # The subprocess imports this project from the same place as this process.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", CALL, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, set(json.loads(done.stdout.splitlines()[-1])), seconds
 
-    def cpu_seconds():
-        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return spent.ru_utime + spent.ru_stime
 
+@pytest.mark.parametrize(
+    "arguments", [("--help",), *(("plan", "--preset", name) for name in ("smoke", "laptop", "core"))], ids=" ".join
+)
+def test_help_and_plans_answer_at_once(tmp_path, arguments):
+    printed, packages, seconds = run(tmp_path, *arguments)
+    assert "lorabench" in packages
+    assert not packages & HEAVY
     # CPU time is measured, since tests share their machine; half a second is usual.
-    start = cpu_seconds()
-    assert lorabench(*arguments).returncode == 0
-    assert cpu_seconds() - start < 1.0
+    assert arguments[-1] == "core" or seconds < 1.0
+    if arguments[-1] == "smoke":
+        for text in ("experiment", "runs", "tokens", "minutes", "rank", "total"):
+            assert text in printed
+
+
+def test_a_plan_reads_measured_runs_without_pandas(tmp_path):
+    folder = tmp_path / "results" / "smoke" / "tables"
+    folder.mkdir(parents=True)
+    row = {"run_id": "unknown", "status": "done", "device": processor(), "wall_s": 1.0, "peak_mem_bytes": 1}
+    pq.write_table(pa.Table.from_pylist([row], schema=RUNS), folder / "runs.parquet")
+    packages = run(tmp_path, "plan", "--preset", "smoke")[1]
+    assert packages & HEAVY == {"numpy", "pyarrow"}
+
+
+START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["--cores", "all", "--config", "preset=my.yaml"]),
+        (["--dry-run", "--cores=2"], ["--dry-run", "--cores=2", "--config", "preset=my.yaml"]),
+        (["-c1", "report.html"], ["-c1", "report.html", "--config", "preset=my.yaml"]),
+        # Snakemake would take the last --config only.
+        (["--config=other=3", "-j4"], ["-j4", "--config", "preset=my.yaml", "other=3"]),
+        (["-C", "a=1", "b=2", "-j", "4", "-C", "c=3"], ["-j", "4", "--config", "preset=my.yaml", "a=1", "b=2", "c=3"]),
+    ],
+)
+def test_options_are_passed_on(options, expected):
+    assert snakemake_command("my.yaml", options) == START + expected
+
+
+def test_a_profile_of_the_folder_goes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = str(WORKFLOW / "profiles/slurm")
+    assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", profile]
+    assert snakemake_command("core", ["--profile=slurm"])[5:7] == ["--profile", profile]
+    (tmp_path / "slurm").mkdir()
+    assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", "slurm"]
 
 
 @pytest.mark.slow

@@ -26,11 +26,9 @@ from lorabench.evaluation import catalog
 from lorabench.evaluation.runner import (
     SAMPLES,
     best_record,
-    check_run,
     evaluate_job,
-    lm_eval_model,
-    load_evaluated_model,
     run_tasks,
+    transformers_model,
 )
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
@@ -39,6 +37,7 @@ from lorabench.runs import EvalJob
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import EVALS
 from lorabench.training.loss import mean_nll
+from lorabench.training.run import Machine
 from lorabench.utils.files import write_json
 
 from ..training.several import write_tied
@@ -93,19 +92,11 @@ def base(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
 def adapted(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
     """The scores of the LoRA sweep's best run, evaluated by the command that the workflow calls."""
     job = trained.job("lora")
-    result = CliRunner().invoke(app, ["step", "evaluate", job.eval_id, "--preset", "mine.yaml"])
+    command = ["step", "evaluate", "--preset", "mine.yaml"]
+    assert CliRunner().invoke(app, [*command, "nothing"]).exit_code == 2
+    result = CliRunner().invoke(app, [*command, job.eval_id])
     assert result.exit_code == 0, result.output
     return scores(trained, job)
-
-
-def test_nobody_is_asked_for_versions(base, adapted, commands):
-    assert len(base)
-    assert len(adapted)
-    assert commands == []
-
-
-def test_an_unknown_evaluation_is_refused(prepared):
-    assert CliRunner().invoke(app, ["step", "evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2
 
 
 def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
@@ -138,7 +129,9 @@ def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
     assert hits.tolist() == (answers["response"].str.strip() == answers["target"]).astype(float).tolist()
 
 
-def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted):
+def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted, commands):
+    # Nobody is asked for versions.
+    assert commands == []
     record = best_record(trained.job("lora"), trained.layout)
     first = adapted.iloc[0]
     assert first["run_id"] == record["run_id"]
@@ -151,19 +144,27 @@ def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted):
     assert bits(adapted, "lorabench_instruct_bits") < bits(base, "lorabench_instruct_bits")
 
 
+def instruct_test(trained: Prepared) -> tuple[Any, list[Any], list[tuple[list[int], list[bool]]]]:
+    """Return the tokenizer, the test split of `instruct`, and its encoded rows."""
+    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
+    return tokenizer, rows, [encode_chat(tokenizer, row["messages"]) for row in rows]
+
+
+def nats_per_token(bits_per_byte: float, texts: list[str], split: TokenizedSplit) -> float:
+    """Convert bits per byte of texts to nats per scored token."""
+    return bits_per_byte * math.log(2) * sum(len(text.encode()) for text in texts) / int(split.scored.sum())
+
+
 @pytest.mark.parametrize("method", [None, "lora", "fullft"])
 def test_nll_of_lm_eval_is_this_projects(trained, method):
     from lm_eval.api.instance import Instance
 
-    job = trained.job(method)
-    record = best_record(job, trained.layout) if method else None
-    spec = trained.plan.preset.models["tiny"]
-    model = load_evaluated_model(spec, record, trained.layout)
-    tokenizer = load_tokenizer(spec)
-    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
-    split = split_of([encode_chat(tokenizer, row["messages"]) for row in rows])
-    own = mean_nll(model, split, 2048, CPU, None)
-    lm = lm_eval_model(model, tokenizer, 4, None)
+    record = best_record(trained.job(method), trained.layout) if method else None
+    tokenizer, rows, encoded = instruct_test(trained)
+    lm = transformers_model(trained.plan.preset.models["tiny"], record, trained.layout, tokenizer, 4, None, CPU)
+    split = split_of(encoded)
+    own = mean_nll(lm.model, split, Machine(CPU, 2048))
     pairs = [
         (lm.apply_chat_template(row["messages"][:1]), row["messages"][1]["content"] + tokenizer.eos_token)
         for row in rows
@@ -175,8 +176,25 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
         assert own == pytest.approx(record["outcome"]["final_test_nll"], abs=1e-3)
 
 
+def test_likelihoods_of_texts_and_answers_are_their_nll(trained, base):
+    model = load_model(trained.plan.preset.models["tiny"])
+    tokenizer, rows, encoded = instruct_test(trained)
+    # A rolling likelihood starts from the end token.
+    texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
+    ids = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
+    split = split_of([(text, [False] + [True] * (len(text) - 1)) for text in ids])
+    own = mean_nll(model, split, Machine(CPU, 2048))
+    assert nats_per_token(bits(base, "lorabench_pretraining"), texts, split) == pytest.approx(own, abs=1e-3)
+    # Bits of right answers do not count the end token.
+    without = [[on and i != tokenizer.eos_token_id for i, on in zip(*text, strict=True)] for text in encoded]
+    split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
+    own = mean_nll(model, split, Machine(CPU, 2048))
+    answers = [row["messages"][1]["content"] for row in rows]
+    assert nats_per_token(bits(base, "lorabench_instruct_bits"), answers, split) == pytest.approx(own, abs=1e-3)
+
+
 def test_an_adapter_on_an_unembedding_leaves_the_embedding_that_it_is_alone(tmp_path):
-    """If the update were merged into the shared weight, it would change both layers."""
+    """If the update were merged into the shared weight, or lm-eval tied the weights, it would change both layers."""
     folder = tmp_path / "tied"
     write_tied(folder)
     spec = PathModel(kind="path", path=str(folder), parameters=1, hidden_size=1)
@@ -187,75 +205,42 @@ def test_an_adapter_on_an_unembedding_leaves_the_embedding_that_it_is_alone(tmp_
                 parameter.normal_(std=0.05)
     layout = SimpleNamespace(runs=tmp_path / "runs")
     adapted.save_pretrained(RunFolder(layout.runs, "run").weights, save_embedding_layers=False)
-    loaded = load_evaluated_model(spec, {"run_id": "run", "spec": {"method": "lora"}, "outcome": {}}, layout).eval()
+    record = {"run_id": "run", "spec": {"method": "lora"}, "outcome": {}}
+    tokenizer = load_tokenizer(TinyModel(kind="tiny"))
+    wrapped = transformers_model(spec, record, layout, tokenizer, 4, None, CPU).model.eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        expected = adapted(ids).logits
-        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
-        # lm-eval ties the weights of a model that it wraps.
-        wrapped = lm_eval_model(loaded, load_tokenizer(TinyModel(kind="tiny")), 4, None).model
-        torch.testing.assert_close(wrapped(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(wrapped(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_rolling_likelihood_starts_from_the_end_token(trained, base):
-    spec = trained.plan.preset.models["tiny"]
-    tokenizer = load_tokenizer(spec)
-    texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
-    encoded = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
-    split = split_of([(ids, [False] + [True] * (len(ids) - 1)) for ids in encoded])
-    own = mean_nll(load_model(spec), split, 2048, CPU, None)
-    assert nats_per_token(bits(base, "lorabench_pretraining"), texts, split) == pytest.approx(own, abs=1e-3)
-
-
-def test_bits_of_right_answers_are_their_nll_without_the_end_token(trained, base):
-    spec = trained.plan.preset.models["tiny"]
-    tokenizer = load_tokenizer(spec)
-    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
-    encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
-    without = [[on and i != tokenizer.eos_token_id for i, on in zip(*text, strict=True)] for text in encoded]
-    split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
-    own = mean_nll(load_model(spec), split, 2048, CPU, None)
-    answers = [row["messages"][1]["content"] for row in rows]
-    assert nats_per_token(bits(base, "lorabench_instruct_bits"), answers, split) == pytest.approx(own, abs=1e-3)
-
-
-def nats_per_token(bits_per_byte: float, texts: list[str], split: TokenizedSplit) -> float:
-    """Convert bits per byte of texts to nats per scored token."""
-    return bits_per_byte * math.log(2) * sum(len(text.encode()) for text in texts) / int(split.scored.sum())
+def evaluated(trained: Prepared, batch_size: int, tokenizer: Any, names: list[str] | None = None) -> tuple[Any, Any]:
+    """Return the scores and samples of the base on the tasks, or on those that are named."""
+    plan, layout = trained.plan, trained.layout
+    tasks = [task for task in plan.preset.evaluation.tasks if names is None or task.name in names]
+    index = catalog.task_index(tasks)
+    loaded = [catalog.load_task(index, task, layout) for task in tasks]
+    lm = transformers_model(plan.preset.models["tiny"], None, layout, tokenizer, batch_size, None, CPU)
+    return run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
 
 
 def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base, adapted):
-    plan, layout = trained.plan, trained.layout
-    tokenizer = load_tokenizer(plan.preset.models["tiny"])
+    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
     keys = ["task", "metric", "filter"]
-
-    def again(batch_size: int) -> pd.Series:
-        tasks = plan.preset.evaluation.tasks
-        index = catalog.task_index(tasks)
-        loaded = [catalog.load_task(index, task, layout) for task in tasks]
-        lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, batch_size, None)
-        rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
-        return pd.DataFrame(rows).set_index(keys)["value"]
-
     # The fixtures evaluated first the base, then an adapter.
     alone = base.set_index(keys)["value"]
-    pd.testing.assert_series_equal(again(4), alone, check_exact=True)
-    other = again(3)
+    same, other = (
+        pd.DataFrame(evaluated(trained, batch_size, tokenizer)[0]).set_index(keys)["value"] for batch_size in (4, 3)
+    )
+    pd.testing.assert_series_equal(same, alone, check_exact=True)
     exact = alone.index.get_level_values("metric") == "exact_match"
     pd.testing.assert_series_equal(other[exact], alone[exact], check_exact=True)
     pd.testing.assert_series_equal(other, alone, rtol=1e-5)
 
 
 def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
-    plan = trained.plan
-    tokenizer = load_tokenizer(plan.preset.models["tiny"])
+    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
     tokenizer.chat_template = None
-    tasks = [task for task in plan.preset.evaluation.tasks if task.name == "lorabench_arithmetic"]
-    assert tasks[0].chat
-    index = catalog.task_index(tasks)
-    lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
-    loaded = [catalog.load_task(index, tasks[0], trained.layout)]
-    rows, samples = run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
+    rows, samples = evaluated(trained, 4, tokenizer, ["lorabench_arithmetic"])
     assert [row["template_sha256"] for row in rows] == [None]
     assert len(samples) == 6
 
@@ -265,14 +250,6 @@ def test_the_language_of_an_answer_is_always_detected_alike(adapted):
 
     # IFEval's language detector draws at random; the fixture has already run an evaluation, which seeds it.
     assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
-
-
-def test_a_checkpoint_of_another_base_is_refused(trained):
-    job = trained.job("lora")
-    record = best_record(job, trained.layout)
-    record["environment"]["model_sha256"] = {"model.safetensors": "0" * 64}
-    with pytest.raises(UserError, match=f"run {record['run_id']} was trained from a base with weights model.saf"):
-        check_run(record, "tiny", trained.plan.preset.models["tiny"], trained.layout)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
@@ -285,7 +262,7 @@ def test_an_evaluation_by_vllm_says_that_vllm_is_missing(prepared):
 
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])
-def test_what_is_not_there_is_named(trained, method):
+def test_what_is_not_there_or_of_another_base_is_named(trained, method):
     job, layout = trained.job(method), trained.layout
     record = best_record(job, layout)
     folder = RunFolder(layout.runs, record["run_id"])
@@ -294,8 +271,13 @@ def test_what_is_not_there_is_named(trained, method):
     try:
         with pytest.raises(UserError, match=f"weights of run {record['run_id']} are missing"):
             evaluate_job(trained.plan, job, layout)
+        other = record["environment"] | {"model_sha256": {"model.safetensors": "0" * 64}}
+        write_json(record | {"environment": other}, folder.record)
+        with pytest.raises(UserError, match=f"run {record['run_id']} was trained from a base with weights model.saf"):
+            evaluate_job(trained.plan, job, layout)
     finally:
         shutil.move(aside, folder.weights)
+        write_json(record, folder.record)
 
 
 def test_a_sweep_that_diverged_leaves_tables_without_rows(trained):

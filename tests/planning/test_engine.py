@@ -7,19 +7,19 @@ import pytest
 from lorabench.config.loading import load_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning import engine
+from lorabench.planning.costs import job_cost
 from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
 from lorabench.planning.flops import run_flops
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
-from lorabench.planning.resources import job_resources
 from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
 
 LLAMA_8B = 8_030_261_248
 
 
-def with_sampler(name, sampler, **changes):
+def with_sampler(name, sampler):
     """Return a shipped preset with a sampler, and its plan."""
-    preset = load_preset(name).with_execution(sampler=sampler, **changes)
+    preset = load_preset(name).with_execution(sampler=sampler)
     return preset, make_plan(preset)
 
 
@@ -49,9 +49,7 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     # All weights are written and read at 2 GB/s each.
     assert handover_bytes(paper, full.condition) == 2 * LLAMA_8B
     assert handover_seconds(paper, full.condition) == pytest.approx(0.2 + 16.06, abs=0.01)
-
-
-def test_a_tied_unembedding_that_is_trained_is_a_weight_of_its_own():
+    # A tied unembedding that is trained is a weight of its own.
     core, plan = with_sampler("core", "vllm")
     full, lora = (sweep_of(plan, "gsm8k", rank) for rank in (None, 1))
     assert engine_memory(core, full).weights - engine_memory(core, lora).weights == 2 * 128_256 * 2048
@@ -63,7 +61,7 @@ def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling
         before, sweep = sweep_of(of_own, "math", rank), sweep_of(of_vllm, "math", rank)
         alone, beside = sweep_memory(own, before, gpus), sweep_memory(vllm, sweep, gpus)
         assert (alone.engine, beside.sampling) == (0, 0)
-        assert beside.engine == engine_memory(vllm, sweep).total
+        assert beside.engine == sum(engine_memory(vllm, sweep))
         assert beside.total >= beside.weights + beside.moments + beside.engine + beside.gradients + beside.activations
         if gpus > 1:
             # A sharded model is no longer copied whole into each process.
@@ -94,7 +92,7 @@ def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
     job = next(job for job in of_vllm.jobs if job.sweeps == (after,))
     other = next(job for job in of_own.jobs if job.sweeps == (before,))
     # The engine's process, and twice an adapter; the start of the engine is counted once for a job.
-    extra = job_resources(of_vllm, job).mem_mb - job_resources(of_own, other).mem_mb
+    extra = job_cost(of_vllm, job).mem_mb - job_cost(of_own, other).mem_mb
     assert extra == pytest.approx(1.25 * (6000 + 2 * handover_bytes(vllm, after.condition) / 1e6), abs=1)
     runs = after.n_runs * sum(run_seconds(vllm, after, 1))
     loading = 4 * dimensions(vllm.models["qwen3-1-7b-base"]).parameters / 1e9
@@ -108,7 +106,7 @@ def test_a_plan_on_a_cpu_knows_the_engine():
     sizes = dimensions(vllm.models[after.sweeps[0].condition.model])
     assert (held.weights, held.overhead) == (4 * sizes.parameters, 1e9)
     assert held.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
-    assert job_resources(of_vllm, after).mem_mb > job_resources(of_own, before).mem_mb + 1000
+    assert job_cost(of_vllm, after).mem_mb > job_cost(of_own, before).mem_mb + 1000
     # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
     flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)
     drawn = 3.0 * flops / flops_per_second(vllm.execution)

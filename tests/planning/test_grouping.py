@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
-from lorabench.planning.bill import per_experiment, training
+from lorabench.planning.costs import combined, job_cost, per_experiment
 from lorabench.planning.memory import gpus_needed
 from lorabench.planning.plan import START_SHARE, Plan, group_sweeps, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
@@ -78,7 +78,7 @@ def test_all_is_done_no_later_than_with_a_job_per_sweep(name):
 
 def test_starts_take_little_of_the_laptop_preset():
     plan = PLANS["laptop"]
-    start, whole = start_seconds(plan.preset), training(plan, plan.jobs).job_hours * 3600
+    start, whole = start_seconds(plan.preset), combined(job_cost(plan, job) for job in plan.jobs).job_hours * 3600
     assert len(plan.jobs) < 0.6 * len(plan.sweeps)
     assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
 
@@ -86,9 +86,9 @@ def test_starts_take_little_of_the_laptop_preset():
 def test_a_start_is_paid_once_per_job():
     plan = PLANS["laptop"]
     together = max(plan.jobs, key=lambda job: len(job.sweeps))
-    alone = training(plan, [Job((sweep,)) for sweep in together.sweeps])
+    alone = combined(job_cost(plan, Job((sweep,))) for sweep in together.sweeps)
     saved = (len(together.sweeps) - 1) * start_seconds(plan.preset)
-    assert (alone.job_hours - training(plan, [together]).job_hours) * 3600 == pytest.approx(saved)
+    assert (alone.job_hours - job_cost(plan, together).job_hours) * 3600 == pytest.approx(saved)
     assert per_experiment(plan)["total"].runs == sum(job.n_runs for job in plan.jobs)
 
 

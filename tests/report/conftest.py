@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -54,9 +55,31 @@ class Page(HTMLParser):
     def ids(self) -> list[str]:
         return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
-    def section(self, of: str) -> Page:
-        """Return the section with the given heading."""
-        return Page(self.source.split(f'<section aria-labelledby="{of}"')[1].split("</section>")[0])
+    @property
+    def header(self) -> Page:
+        return Page(self.source.split("<header>")[1].split("</header>")[0])
+
+    @property
+    def rows(self) -> list[str]:
+        """The texts of the rows of the page's first table."""
+        body = self.source.split("<tbody>")[1]
+        return [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
+
+    def section(self, heading: str) -> Page:
+        return Page(self.source.split(f'<section aria-labelledby="{heading}"')[1].split("</section>")[0])
+
+
+_JUDGED: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
+
+
+def _judged(rows: list[dict[str, Any]], curves: Change | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return runs, curves and the claims judged on them; equal runs are judged once, since most pages share them."""
+    key = repr((rows, curves))
+    if key not in _JUDGED:
+        runs = runs_table(rows)
+        points = curves(curves_of(runs)) if curves else curves_of(runs)
+        _JUDGED[key] = runs, points, judge_claims(Tables(runs, points))
+    return _JUDGED[key]
 
 
 @pytest.fixture(scope="module")
@@ -83,49 +106,24 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
         if key not in built:
             built[key] = tmp_path_factory.mktemp("report")
             monkeypatch.chdir(built[key])
-            _build(raw_preset | changes, rows, evals, claims, curves)
+            Path("mine.yaml").write_text(yaml.safe_dump(raw_preset | changes))
+            layout = Layout.of("mine.yaml")
+            runs, points, judged = _judged(rows, curves)
+            written = {"runs": runs, "curves": points, "claims": claims(judged) if claims else judged}
+            written |= {} if evals is None else {"evals": evals_table(evals)}
+            for name, table in written.items():
+                write_frame(table, name, layout.tables())
+            # The page embeds whatever lies there; drawing is tested with the figures.
+            layout.figures.mkdir(parents=True)
+            for name in FIGURES:
+                picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
+                (layout.figures / f"{name}.svg").write_text(picture)
+                (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
+            build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
         monkeypatch.chdir(built[key])
         return Page(Layout.of("mine.yaml").report.read_text())
 
     return make
-
-
-_JUDGED: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
-
-
-def _judged(rows: list[dict[str, Any]], curves: Change | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return runs, curves and the claims judged on them; equal runs are judged once, since most pages share them."""
-    key = repr((rows, curves))
-    if key not in _JUDGED:
-        runs = runs_table(rows)
-        points = curves(curves_of(runs)) if curves else curves_of(runs)
-        _JUDGED[key] = runs, points, judge_claims(Tables(runs, points))
-    return _JUDGED[key]
-
-
-def _build(
-    preset: dict[str, Any],
-    rows: list[dict[str, Any]],
-    evals: list[dict[str, Any]] | None,
-    claims: Change | None,
-    curves: Change | None,
-) -> None:
-    Path("mine.yaml").write_text(yaml.safe_dump(preset))
-    layout = Layout.of("mine.yaml")
-    runs, points, judged = _judged(rows, curves)
-    tables = layout.tables()
-    write_frame(runs, "runs", tables)
-    write_frame(points, "curves", tables)
-    write_frame(claims(judged) if claims else judged, "claims", tables)
-    if evals is not None:
-        write_frame(evals_table(evals), "evals", tables)
-    # The page embeds whatever lies there; drawing is tested with the figures.
-    layout.figures.mkdir(parents=True)
-    for name in FIGURES:
-        picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
-        (layout.figures / f"{name}.svg").write_text(picture)
-        (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
-    build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pandas as pd
@@ -36,17 +37,24 @@ def columns(name: str) -> list[str]:
 
 def hostile_report(report: Any) -> Any:
     """Build the page of runs, curves, evaluations and claims with HOSTILE in each of these columns."""
-    texts = {name: f"{name}{HOSTILE}" for name in columns("runs")}
+    texts, scores = ({name: f"{name}{HOSTILE}" for name in columns(table)} for table in ("runs", "evals"))
+    texts["versions"] = scores["versions"] = json.dumps({"torch": f"versions{HOSTILE}"})
     rows = []
     for place, row in enumerate(make_sweep(None) + make_sweep(1) + make_sweep(16)):
         own = {"run_id": f"run_id{HOSTILE}{place}", "experiments": ["rank", f"experiments{HOSTILE}"]}
         # Without LoRA on all layers no claim would have an estimate.
         layers = texts["placement"] if row["rank"] == 16 else row["placement"]
         rows.append(row | texts | own | {"placement": layers})
-    evals = [make_eval(rank, 0.5, **{name: f"{name}{HOSTILE}" for name in columns("evals")}) for rank in ("base", None)]
+    evals = [make_eval(rank, 0.5, **scores) for rank in ("base", None)]
 
     def spoilt(name: str) -> Any:
-        return lambda table: table.assign(**{column: _spoil(table, column) for column in columns(name)})
+        def spoil(table: pd.DataFrame) -> pd.DataFrame:
+            texts = {column: f"{column}{HOSTILE}" for column in columns(name)}
+            # The ids of claims stay distinct.
+            ids = [f"claim_id{HOSTILE}{place}" for place in range(len(table))]
+            return table.assign(**texts | ({"claim_id": ids} if name == "claims" else {}))
+
+        return spoil
 
     evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
     return report(
@@ -58,9 +66,3 @@ def hostile_report(report: Any) -> Any:
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],
     )
-
-
-def _spoil(table: pd.DataFrame, column: str) -> list[str]:
-    """Return HOSTILE for each row; the ids of claims stay distinct."""
-    number = range(len(table)) if column == "claim_id" else [""] * len(table)
-    return [f"{column}{HOSTILE}{place}" for place in number]

@@ -9,7 +9,7 @@ import pandas as pd
 from lorabench.report import claim_text, page
 from lorabench.utils.formats import DASH
 
-from ..handmade import make_claim
+from ..handmade import claims_table, make_claim
 
 
 def test_margin():
@@ -38,14 +38,11 @@ def test_power():
         assert claim_text.power(make_claim("B1", detectable=value, unit=unit)) == text
 
 
-def test_only_verdicts_that_lack_something_have_a_remark():
+def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so():
     assert claim_text.remark(make_claim("B1", would_decide="x", missing="y")) == ""
     assert claim_text.remark(make_claim("B1", "inconclusive")) == "to decide: 6 seeds (now 3)"
     assert claim_text.remark(make_claim("B1", "inconclusive", would_decide=None)) == ""
     assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
-
-
-def test_a_borderline_verdict_is_said_to_be():
     assert claim_text.verdict(make_claim("B1", borderline=True)) == "confirmed, borderline"
     # A claim of an older table is not known to be borderline.
     others = [make_claim("B1"), *(make_claim("B1", borderline=value) for value in (False, None, pd.NA))]
@@ -56,4 +53,42 @@ def test_texts_of_the_page():
     assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
     assert page.text([0.9, 0.95]) == "0.9, 0.95"
     assert page.text(True) == "yes"
-    assert [page.in_paper(figure) for figure in ("1, 2", "text", None)] == ["fig. 1, 2", "text", DASH]
+
+
+def test_a_fact_counts_once_with_its_worst_verdict():
+    claims = claims_table(
+        [
+            make_claim("B1", "confirmed", fact="ratio"),
+            make_claim("B3", "not tested"),
+            make_claim("B5", "contradicted", fact="ratio"),
+            make_claim("B9", "inconclusive", fact="ratio", kind="opinion"),
+            make_claim("B10", "setting not met", fact="RL"),
+            make_claim("F2", "confirmed", fact="RL", kind="prediction"),
+            make_claim("B11", "confirmed", fact="ratio", kind="count"),
+        ]
+    )
+    assert list(claim_text.facts(claims).itertuples(index=False, name=None)) == [
+        ("empirical claim", "ratio", "contradicted", ("B1", "B5", "B9")),
+        ("empirical claim", "fact of B3", "not tested", ("B3",)),
+        ("empirical claim", "RL", "confirmed", ("B10", "F2")),
+        ("count", "ratio", "confirmed", ("B11",)),
+    ]
+    assert list(claim_text.in_order(claims)["claim_id"]) == ["B1", "B5", "B9", "B3", "B10", "F2", "B11"]
+
+
+def test_headline_counts_empirical_claims_derivations_and_counts_apart():
+    claims = claims_table(
+        [
+            make_claim("A1", "confirmed"),
+            make_claim("A2", "inconclusive", fact="same"),
+            make_claim("A3", "inconclusive", fact="same"),
+            make_claim("F8", "setting not met", kind="prediction"),
+            make_claim("C4", "confirmed", kind="derivation"),
+            make_claim("C5", "confirmed", kind="derivation"),
+            make_claim("E6", "contradicted", kind="count"),
+        ]
+    )
+    assert claim_text.headline(claims) == (
+        "4 empirical claims about 3 facts: 1 confirmed, 1 inconclusive, 1 setting not met; "
+        "2 derivations: 2 confirmed; 1 count: 1 contradicted"
+    )

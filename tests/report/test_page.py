@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,7 @@ from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
-from lorabench.report.facts import headline
+from lorabench.report.claim_text import headline
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
@@ -29,29 +30,34 @@ from .conftest import Page
 from .hostile import HOSTILE, columns, hostile_report
 
 
-def test_every_claim_is_there_with_its_verdict(report, rows):
+def judged_claims() -> pd.DataFrame:
+    return pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet")
+
+
+@pytest.fixture
+def layout(report, rows, tmp_path, monkeypatch) -> Layout:
+    """Enter a copy of the folder of a report, in which files may be changed."""
+    report(rows)
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return Layout.of("mine.yaml")
+
+
+def test_every_claim_is_there_with_its_verdict_and_links_to_its_runs(report, rows):
     page = report(rows)
-    claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet")
-    assert len(claims) > 0
+    cards = dict(re.findall(r'<article class="claim" id="claim-(\w+)"(.*?)</article>', page.source, re.S))
+    claims = judged_claims()
+    assert sorted(cards) == sorted(claims["claim_id"])
     for claim in claims.itertuples():
-        assert f"claim-{claim.claim_id}" in page.ids
+        card = cards[claim.claim_id]
         for text in (claim.statement, claim.criterion, claim.verdict, claim.paper_value, claim.reason):
-            assert " ".join(text.split()) in page.text
-
-
-def test_every_claim_links_to_its_runs(report, rows):
-    page = report(rows)
-    claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet").set_index("claim_id")
-    cards = re.findall(r'<article class="claim" id="claim-(\w+)"(.*?)</article>', page.source, re.S)
-    assert {claim_id for claim_id, _ in cards} == set(claims.index)
-    for claim_id, card in cards:
-        linked = re.findall(r'href="#run-([^"]+)"', card)
-        assert sorted(linked) == sorted(claims.loc[claim_id, "run_ids"])
+            assert " ".join(text.split()) in Page(card).text
+        assert f"({'fig. ' if claim.figure[0].isdigit() else ''}{claim.figure})" in Page(card).text
+        assert sorted(re.findall(r'href="#run-([^"]+)"', card)) == sorted(claim.run_ids)
 
 
 def test_first_screen_has_the_picture_the_answer_and_the_verdicts(report, rows):
-    header = Page(report(rows).source.split("<header>")[1].split("</header>")[0])
-    claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet")
+    header, claims = report(rows).header, judged_claims()
     assert f"{headline(claims)}." in header.text
     assert "verdicts" in header.ids
     assert header.all("img", "src")
@@ -100,38 +106,21 @@ def test_claims_table_shows_verdict_margin_interval_power_scope_and_paper_in_thi
     assert by_id["G1"] == ["statement of G1", f"{dash} not tested", dash, dash, dash, dash, "no number"]
 
 
-def test_an_old_table_of_claims_is_refused_in_one_sentence(report, rows, tmp_path, monkeypatch):
-    report(rows)
-    shutil.copytree(".", tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    layout = Layout.of("mine.yaml")
-    path = layout.tables() / "claims.parquet"
-    pd.read_parquet(path).drop(columns=["margin_low", "scope"]).to_parquet(path)
-    with pytest.raises(UserError, match="no column margin_low, scope: judge the claims again"):
-        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
-
-
-def test_figures_stand_beside_their_claims_in_the_papers_order(report, rows):
+def test_figures_stand_beside_their_claims_in_the_papers_order_and_links_resolve(report, rows):
     page = report(rows)
     first = page.section("rank")
     assert "fig1_envelopes" in first.ids
     assert {"claim-A1", "claim-A3", "claim-A8"} <= set(first.ids)
     assert "claim-B1" in page.section("learning-rate").ids
     assert page.ids.index("rank") < page.ids.index("learning-rate") < page.ids.index("batch-size")
-
-
-def test_anchors_are_unique_and_resolve(report, rows):
-    page = report(rows)
     assert len(page.ids) == len(set(page.ids))
     targets = {href[1:] for href in page.all("a", "href") if href.startswith("#")}
+    labels = {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes}
     assert targets
-    assert targets <= set(page.ids)
-    assert {f"run-{row['run_id']}" for row in rows} <= set(page.ids)
-    labelled = {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes}
-    assert labelled <= set(page.ids)
+    assert targets | labels | {f"run-{row['run_id']}" for row in rows} <= set(page.ids)
 
 
-def test_nothing_is_fetched(report, rows):
+def test_nothing_is_fetched_and_the_policy_allows_only_the_pages_own_script_and_style(report, rows):
     page = report(rows)
     assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     assert not page.all("script", "src")
@@ -141,57 +130,31 @@ def test_nothing_is_fetched(report, rows):
     assert set(outward) == {"https://doi.org/10.64434/tml.20250929"}
     assert "@import" not in page.source
     assert not re.search(r"url\((?!#)", page.source)
-
-
-def test_policy_allows_the_pages_own_script_and_style_and_nothing_else(report, rows):
-    page = report(rows)
-    (policy,) = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")]
-    assert dict(rule.split(maxsplit=1) for rule in policy.split("; ")) == {
-        "default-src": "'none'",
-        "script-src": hash_of(re.search(r"<script>(.*?)</script>", page.source, re.S)[1]),
-        "style-src": hash_of(re.search(r"<style>(.*?)</style>", page.source, re.S)[1]),
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
+    hashes = {}
+    for tag in ("script", "style"):
+        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", page.source, re.S)
+        hashes[f"{tag}-src"] = f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    (policy,) = [attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv")]
+    nothing = dict.fromkeys(("default-src", "base-uri", "form-action"), "'none'")
+    assert dict(rule.split(maxsplit=1) for rule in policy.split("; ")) == hashes | nothing | {"img-src": "data:"}
     # The policy allows neither style attributes nor inline handlers.
     assert not [name for _, attributes in page.tags for name in attributes if name == "style" or name.startswith("on")]
 
 
-def hash_of(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def test_figures_are_embedded_with_caption_data_and_command(report, rows):
-    page = report(rows)
-    sources, texts = page.all("img", "src"), page.all("img", "alt")
-    shown = [FIGURES[name] for name in ("verdicts", "fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops")]
-    assert len(sources) == len(shown)
-    downloads = {
-        attributes["download"]: attributes["href"] for tag, attributes in page.tags if "download" in attributes
-    }
-    for figure, source, alt in zip(shown, sources, texts, strict=True):
-        files = Layout.of("mine.yaml").figures / figure.name
-        assert base64.b64decode(source.partition(",")[2]) == files.with_suffix(".svg").read_bytes()
-        assert (
-            base64.b64decode(downloads[f"{figure.name}.csv"].partition(",")[2])
-            == files.with_suffix(".csv").read_bytes()
-        )
-        assert figure.caption in alt
-        assert figure.caption in page.text
-        command = f"snakemake --cores all paper_figures/mine/{figure.name}.svg --config preset=mine.yaml"
-        assert command in page.text
-
-
-def test_commands_are_for_a_shell(report, rows, tmp_path, monkeypatch):
-    report(rows)
-    shutil.copytree(".", tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    layout, out = Layout.of("mine.yaml"), tmp_path / "page.html"
-    build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
-    assert f"{out} --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
-    build(make_plan(layout.preset), layout, "laptop", out)
-    assert "--config" not in Page(out.read_text()).section("cost").text
+def test_figures_and_tables_are_embedded_with_caption_data_and_command(report, rows):
+    page = report(rows, evals_of("base", None), evaluation=EVALUATION)
+    links = [attributes for tag, attributes in page.tags if tag == "a" and "download" in attributes]
+    files = {link["download"]: base64.b64decode(link["href"].partition(",")[2]) for link in links}
+    tables, figures = Layout.of("mine.yaml").tables(), Layout.of("mine.yaml").figures
+    for name in ("runs", "curves", "claims", "evals"):
+        assert files[f"{name}.csv"] == (tables / f"{name}.csv").read_bytes()
+    names = ("verdicts", "fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops", "learned_forgotten")
+    for name, source, alt in zip(names, page.all("img", "src"), page.all("img", "alt"), strict=True):
+        assert base64.b64decode(source.partition(",")[2]) == (figures / f"{name}.svg").read_bytes()
+        assert files[f"{name}.csv"] == (figures / f"{name}.csv").read_bytes()
+        assert FIGURES[name].caption in alt
+        assert FIGURES[name].caption in page.text
+        assert f"snakemake --cores all paper_figures/mine/{name}.svg --config preset=mine.yaml" in page.text
 
 
 def test_text_from_outside_stays_text(report):
@@ -205,51 +168,33 @@ def test_text_from_outside_stays_text(report):
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert not [href for href in page.all("a", "href") if not href.startswith(("#", "data:", "https://doi.org/"))]
-
-
-def test_data_for_the_script_survives_hostile_text(report):
-    curves = curves_in(hostile_report(report))
+    [text] = re.findall(r'<script type="application/json" id="curves">(.*?)</script>', page.source, re.S)
+    curves = json.loads(text)
     assert curves["measures"] == [[f"split{HOSTILE}", f"metric{HOSTILE}"]]
     assert f"run_id{HOSTILE}0" in curves["curves"]
 
 
-def curves_in(page: Page) -> dict[str, Any]:
-    [text] = re.findall(r'<script type="application/json" id="curves">(.*?)</script>', page.source, re.S)
-    return json.loads(text)
-
-
-def test_explorer_is_for_browsers_with_a_script_only(report, rows):
+def test_without_a_script_every_run_is_in_the_table_and_diverged_ones_are_listed(report, rows):
     page = report(rows)
     [explorer] = [attributes for _, attributes in page.tags if attributes.get("id") == "explorer"]
     assert "hidden" in explorer
     assert explorer["data-begin"] == "rank"
-    # Without JavaScript, every run and its provenance are in the table.
     section = page.section("runs").text
     assert all(f"{row['run_id']} rank tiny instruct" in section for row in rows)
     assert section.count("node1 2026-01-02 03:0") == len(rows)
+    listed = re.findall(r'href="#run-([^"]+)"', page.section("diverged").source)
+    assert sorted(listed) == sorted(row["run_id"] for row in rows if row["status"] == "diverged")
 
 
-def test_tables_can_be_taken_along(report, rows):
-    page = report(rows, evals_of("base", None), evaluation=EVALUATION)
-    files = {attributes["download"]: attributes["href"] for tag, attributes in page.tags if "download" in attributes}
-    tables = Layout.of("mine.yaml").tables()
-    for name in ("runs", "curves", "claims", "evals"):
-        assert base64.b64decode(files[f"{name}.csv"].partition(",")[2]) == (tables / f"{name}.csv").read_bytes()
-
-
-def test_recipe_says_what_to_use(report):
-    rows = [row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)]
-    page = report(rows)
-    header = Page(page.source.split("<header>")[1].split("</header>")[0]).text
-    assert re.search(r"\byes tiny on instruct, batch 16: LoRA r64 at a learning rate of 2\.\d+e-3 is within", header)
+def test_recipe_says_what_to_use_or_that_nothing_matches_or_can_be_compared(report):
+    page = report([row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)])
+    answer = r"\byes tiny on instruct, batch 16: LoRA r64 at a learning rate of 2\.\d+e-3 is within"
+    assert re.search(answer, page.header.text)
     section = page.section("recipe").text
     assert "tiny on instruct, batch 16: 64 (tried: 1, 64)" in section
     assert "10 times that of full fine-tuning" in section
-
-
-def test_recipe_says_when_nothing_matches_or_can_be_compared(report):
-    header = report([row for rank in (None, 1) for row in make_sweep(rank)]).text
-    assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in header
+    page = report([row for rank in (None, 1) for row in make_sweep(rank)])
+    assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in page.header.text
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
@@ -268,47 +213,29 @@ def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(r
         points += [point | {"metric": "kl", "value": kl[condition.method]}]
         points += [point | {"metric": "ratio_max", "value": 2.5}]
     page = report(rows, curves=lambda _: pd.DataFrame(points), **raw_rl_preset)
-    header = Page(page.source.split("<header>")[1].split("</header>")[0])
-    assert "Sampler of responses vllm ! KL above 0.01 in 1 run " in header.text
-    section = page.section("sampler").source.split("<tbody>")[1]
+    assert "Sampler of responses vllm ! KL above 0.01 in 1 run " in page.header.text
     # Metrics that the curves do not have are dashes.
-    assert [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)] == [
+    assert page.section("sampler").rows == [
         "vllm tiny gcd 16 3 FullFT 3.40e-2 3.40e-2 \N{EN DASH} 2.50000 \N{EN DASH} 1 of 1",
         "vllm tiny gcd 16 3 LoRA r2 4e-3 4e-3 \N{EN DASH} 2.50000 \N{EN DASH} 0 of 1",
     ]
 
 
-def test_diverged_runs_are_listed(report, rows):
-    page = report(rows)
-    section = page.section("diverged").source
-    diverged = {row["run_id"] for row in rows if row["status"] == "diverged"}
-    assert set(re.findall(r'href="#run-([^"]+)"', section)) == diverged
-
-
-def test_sparse_runs_and_missing_provenance_show_dashes_and_no_nan(report):
+def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(report):
     unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
     sparse = [make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")]
-    for rows in (
-        sparse,
-        [row | unknown for row in make_sweep(None, diverged_from=1.0) + make_sweep(1, diverged_from=1.0)],
-    ):
+    whole = make_sweep(None, diverged_from=1.0) + make_sweep(1, diverged_from=1.0)
+    for rows in (sparse, [row | unknown for row in whole]):
         page = report(rows)
-        assert "\N{EN DASH}" in own_text(page)
-        assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own_text(page))
+        # The reasons are texts of the claims.
+        shown = Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL)).text
+        assert "\N{EN DASH}" in shown
+        assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", shown)
     assert "No run diverged: all 14 runs ended with finite losses." in page.text
-
-
-def own_text(page: Page) -> str:
-    """Return the text of a page without the reasons, which are texts of the claims."""
-    return Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL)).text
-
-
-def test_uncommitted_changes_and_limits_are_shown(report):
-    rows = make_sweep(None) + [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
-    page = report(rows, limits=["It cannot fly."])
-    assert "7 runs with uncommitted changes" in page.text
-    assert "abc123" in page.text
-    assert "It cannot fly." in page.text
+    changed = [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
+    page = report(make_sweep(None) + changed, limits=["It cannot fly."])
+    for text in ("7 runs with uncommitted changes", "abc123", "It cannot fly."):
+        assert text in page.text
 
 
 EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
@@ -329,8 +256,7 @@ def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
 def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     page = report(rows, evals_of(16, None, "base"), evaluation=EVALUATION)
     section = page.section("evaluation")
-    body = [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section.source.split("<tbody>")[1], re.DOTALL)]
-    assert body == [
+    assert section.rows == [
         "base \N{EN DASH} 0.2700 ± 0.0200 0.3500 1.5200 ± 0.0200",
         "FullFT 3e-3 0.2600 ± 0.0200 0.3500 1.5100 ± 0.0200",
         "LoRA r16 3e-3 0.2500 ± 0.0200 0.3500 1.5000 ± 0.0200",
@@ -343,55 +269,47 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     assert "learned_forgotten" in page.ids
 
 
-def test_without_scores_of_runs_there_is_no_section(report, rows):
+def test_without_scores_of_runs_there_is_no_section_and_a_page_without_evaluation_needs_none(report, rows):
     for evals in (None, [make_eval("base", 0.1)]):
-        page = report(rows, evals)
+        page = report(rows, evals, evaluation=EVALUATION)
         assert "evaluation" not in page.ids
         assert "#evaluation" not in page.all("a", "href")
-
-
-def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report, rows):
-    report(rows, None, evaluation=EVALUATION)
     layout = Layout.of("mine.yaml")
-    for file in layout.figures.glob("learned_forgotten.*"):
+    for file in (*layout.figures.glob("learned_forgotten.*"), *layout.tables().glob("evals.*")):
         file.unlink()
     out = layout.report_without_evaluation
     build(make_plan(layout.preset), layout, "mine.yaml", out, evaluated=False)
     page = Page(out.read_text())
     assert "made without the scores of lm-evaluation-harness" in page.text
-    assert "evaluation" not in page.ids
-    assert "learned_forgotten" not in page.ids
+    assert not {"evaluation", "learned_forgotten"} & set(page.ids)
     assert f"snakemake --cores all {out} --config preset=mine.yaml" in page.text
 
 
-def test_same_tables_give_the_same_page(report, rows):
-    first = report(rows).source
-    layout = Layout.of("mine.yaml")
-    build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
-    assert layout.report.read_text() == first
-
-
-def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows, tmp_path, monkeypatch):
-    before = report(rows).source
-    shutil.copytree(".", tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    layout = Layout.of("mine.yaml")
+def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
+    plan, before, other = make_plan(layout.preset), layout.report.read_text(), Path("other.html")
+    build(plan, layout, "mine.yaml", layout.report)
+    assert layout.report.read_text() == before
+    # The commands are for a shell, and for this preset.
+    build(plan, layout, "my presets/mine.yaml", other)
+    assert f"{other} --config 'preset=my presets/mine.yaml'" in Page(other.read_text()).text
+    build(plan, layout, "laptop", other)
+    assert "--config" not in Page(other.read_text()).section("cost").text
     (layout.figures / "fig1_envelopes.svg").unlink()
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
-        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
+        build(plan, layout, "mine.yaml", layout.report)
+    judged_claims().drop(columns=["margin_low", "scope"]).to_parquet(layout.tables() / "claims.parquet")
+    with pytest.raises(UserError, match="no column margin_low, scope: judge the claims again"):
+        build(plan, layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == before
 
 
-def test_the_checks_of_the_machine_are_shown_as_text(report, rows):
-    assert "machine" not in report(rows).ids
+def test_the_checks_of_the_machine_are_shown_as_text(layout):
+    assert "machine" not in Page(layout.report.read_text()).ids
     texts = {"name": f"name{HOSTILE}", "sentence": f"found{HOSTILE}", "unit": f"unit{HOSTILE}"}
     check = Check(status="fail", value=0.5, planned=1.0, **texts)
-    written = write_record(record(processor(), host=f"host{HOSTILE}", checks=[check]))
-    layout = Layout.of("mine.yaml")
-    out = layout.report.with_name("doctor.html")
-    build(make_plan(layout.preset), layout, "mine.yaml", out)
-    written.unlink()
-    section = Page(out.read_text()).section("machine")
+    write_record(record(processor(), host=f"host{HOSTILE}", checks=[check]))
+    build(make_plan(layout.preset), layout, "mine.yaml", Path("doctor.html"))
+    section = Page(Path("doctor.html").read_text()).section("machine")
     assert "1 of 1 checks failed" in section.text
     for text in (*texts.values(), f"host{HOSTILE}"):
         assert " ".join(text.split()) in section.text

@@ -14,12 +14,21 @@ import pytest
 
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.verdicts import draw_matrix
-from lorabench.report import blocks
-from lorabench.report.facts import VERDICTS, headline
-from lorabench.report.publish import gather, publish, publish_evidence, published_presets
-from lorabench.sources.lr_left_out import by_source, compared
+from lorabench.figures.evidence import draw_matrix
+from lorabench.report.claim_text import VERDICTS, headline
+from lorabench.report.publish import (
+    PUBLISHED,
+    SOURCES,
+    evidence_tables,
+    pages,
+    publish,
+    publish_evidence,
+    published_folders,
+    results_part,
+    table,
+)
 from lorabench.sources.lr_optima import optima_of_table
+from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
 from lorabench.utils.files import LR_OPTIMA
@@ -31,7 +40,7 @@ PAGES = {"README.md": ["matrix"], "docs/other-runs.md": ["evidence"], "docs/pape
          "docs/results.md": ["laptop", "overnight"]}  # fmt: skip
 """The pages, with their generated parts."""
 
-EVIDENCE = REPOSITORY / blocks.PUBLISHED / "evidence"
+EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
 
 
 def places(name: str) -> str:
@@ -46,13 +55,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "docs").mkdir()
     for page, names in PAGES.items():
         (tmp_path / page).write_text("".join(map(places, names)))
-    shutil.copytree(EVIDENCE, tmp_path / blocks.PUBLISHED / "evidence")
+    shutil.copytree(EVIDENCE, tmp_path / PUBLISHED / "evidence")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def runs() -> pd.DataFrame:
-    return laptop_like()
 
 
 @pytest.fixture(scope="module")
@@ -63,57 +67,48 @@ def judged() -> pd.DataFrame:
 
 
 @pytest.fixture
-def finished(runs: pd.DataFrame, judged: pd.DataFrame, root: Path) -> Layout:
+def finished(judged: pd.DataFrame, root: Path) -> Layout:
     """Make the laptop preset as if it had been run and published before."""
-    layout = Layout.of("laptop")
-    write_frame(runs, "runs", layout.tables())
-    write_frame(curves_of(runs), "curves", layout.tables())
-    write_frame(judged, "claims", layout.tables())
-    layout.figures.mkdir(parents=True)
-    (layout.figures / "verdicts.svg").write_text("<svg/>")
-    layout.published.mkdir(parents=True)
-    (layout.published / "of_an_older_version.svg").write_text("<svg/>")
+    layout, runs = Layout.of("laptop"), laptop_like()
+    for name, frame in (("runs", runs), ("curves", curves_of(runs)), ("claims", judged)):
+        write_frame(frame, name, layout.tables())
+    for folder, name in ((layout.figures, "verdicts.svg"), (layout.published, "of_an_older_version.svg")):
+        folder.mkdir(parents=True)
+        (folder / name).write_text("<svg/>")
     return layout
 
 
-def test_figures_are_copied_with_claims_and_provenance(finished: Layout, runs: pd.DataFrame, judged: pd.DataFrame):
+def test_figures_claims_and_provenance_are_copied_and_parts_take_the_place_of_old_ones(
+    finished: Layout, judged: pd.DataFrame, root: Path
+):
     publish(finished, Path())
     assert {path.name for path in finished.published.iterdir()} == {"verdicts.svg", "claims.csv", "provenance.json"}
-    claims = pd.read_csv(finished.published / "claims.csv")
-    assert list(claims.verdict) == list(judged.verdict)
-    provenance = json.loads((finished.published / "provenance.json").read_text())
+    assert list(pd.read_csv(finished.published / "claims.csv")["verdict"]) == list(judged["verdict"])
+    provenance, runs = json.loads((finished.published / "provenance.json").read_text()), laptop_like()
     assert provenance["runs"] == len(runs)
-    assert provenance["runs_by_status"] == runs.status.value_counts().to_dict()
+    assert provenance["runs_by_status"] == runs["status"].value_counts().to_dict()
     assert provenance["devices"] == ["AMD EPYC 7B13"]
     assert provenance["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
-
-
-def test_parts_take_the_place_of_old_ones_and_nothing_else(finished: Layout, root: Path):
-    publish(finished, Path())
     written = {page: (root / page).read_text() for page in PAGES}
     for page, names in PAGES.items():
         for name in names:
-            before, after = places(name).split("the last one")
-            assert before in written[page]
-            assert after in written[page]
+            assert all(part in written[page] for part in places(name).split("the last one"))
     # The preset overnight was not published here, so its part stays.
     assert "".join(written.values()).count("the last one") == 1
     publish(finished, Path())
     assert {page: (root / page).read_text() for page in PAGES} == written
 
 
-def test_core_claims_and_decided_ones_are_in_the_part_of_a_preset(finished: Layout, judged: pd.DataFrame):
+def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is_missing(
+    finished: Layout, judged: pd.DataFrame
+):
     publish(finished, Path())
-    part = blocks.results(Path(), "laptop")
+    part = results_part(Path(), "laptop")
     assert headline(judged) in part
     for claim in judged.to_dict("records"):
         decided = claim["verdict"] in ("confirmed", "contradicted") and claim["kind"] != "count"
         shown = decided or (claim["claim_id"] in CORE and claim["verdict"] != "not tested")
         assert (f"\n| {claim['claim_id']} | {claim['statement']} | {claim['verdict']}" in part) == shown
-
-
-def test_a_row_has_the_margin_and_what_is_missing(finished: Layout):
-    publish(finished, Path())
     claims = [
         make_claim("B1"),
         make_claim("B3", "inconclusive"),
@@ -121,26 +116,20 @@ def test_a_row_has_the_margin_and_what_is_missing(finished: Layout):
         make_claim("D1", "setting not met", missing="natural text"),
     ]
     claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
-    part = blocks.results(Path(), "laptop")
-    measured = "±0.01 nats | 0.00200 nats [-0.00400, 0.00800] |"
-    assert f"| confirmed | {measured}" in part
-    assert f"| inconclusive; to decide: 6 seeds (now 3) | {measured}" in part
-    assert f"| confirmed, borderline | {measured}" in part
-    assert f"| setting not met; needs natural text | {measured}" in part
+    part = results_part(Path(), "laptop")
+    for verdict in (
+        "confirmed",
+        "inconclusive; to decide: 6 seeds (now 3)",
+        "confirmed, borderline",
+        "setting not met; needs natural text",
+    ):
+        assert f"| {verdict} | ±0.01 nats | 0.00200 nats [-0.00400, 0.00800] |" in part
+    assert table(["a"], [["a|b <script>\nc & d"]])[-1] == "| a\\|b &lt;script> c &amp; d |"
 
 
-def test_text_is_no_markup():
-    assert blocks.table(["a"], [["a|b <script>\nc & d"]])[-1] == "| a\\|b &lt;script> c &amp; d |"
-
-
-def test_an_old_table_is_refused_before_anything_is_written(finished: Layout, judged: pd.DataFrame):
-    judged.drop(columns="margin_low").to_parquet(finished.tables() / "claims.parquet")
-    with pytest.raises(UserError, match="no column margin_low: judge the claims again"):
-        publish(finished, Path())
-    assert not (finished.published / "claims.csv").exists()
-
-
-def test_a_page_without_a_place_is_refused_before_anything_is_written(finished: Layout, root: Path):
+def test_what_cannot_be_published_is_refused_before_anything_is_written(
+    finished: Layout, judged: pd.DataFrame, root: Path
+):
     other = replace(finished, name="long_runs")
     shutil.copytree(finished.tables(), other.tables())
     shutil.copytree(finished.figures, other.figures)
@@ -149,38 +138,38 @@ def test_a_page_without_a_place_is_refused_before_anything_is_written(finished: 
     (root / "README.md").write_text("nothing")
     with pytest.raises(UserError, match=r"README.md has no place for its generated part"):
         publish(finished, Path())
-    assert not (finished.published / "claims.csv").exists()
-
-
-def test_a_missing_figure_is_named(finished: Layout):
     (finished.figures / "verdicts.svg").unlink()
-    with pytest.raises(UserError, match="verdicts"):
+    with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop first"):
         publish(finished, Path())
+    judged.drop(columns="margin_low").to_parquet(finished.tables() / "claims.parquet")
+    with pytest.raises(UserError, match="no column margin_low: judge the claims again"):
+        publish(finished, Path())
+    assert not (finished.published / "claims.csv").exists()
 
 
 def test_the_committed_pages_say_what_the_committed_files_say():
     """When it fails: lorabench evidence --publish ."""
-    for page, text in blocks.pages(REPOSITORY).items():
+    for page, text in pages(REPOSITORY).items():
         assert text == (REPOSITORY / page).read_text(encoding="utf-8"), page
 
 
 @pytest.fixture(scope="module")
-def evidence():
-    return gather(own=published_presets(REPOSITORY), presets=blocks.published_folders(REPOSITORY))
+def evidence() -> dict[str, pd.DataFrame]:
+    folders = published_folders(REPOSITORY)
+    return evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
 
 
 def test_evidence_is_published_with_its_pages(evidence, root: Path):
-    shutil.rmtree(root / blocks.PUBLISHED / "evidence")
-    shutil.copytree(REPOSITORY / blocks.SOURCES, root / blocks.SOURCES)
+    shutil.rmtree(root / PUBLISHED / "evidence")
+    shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
     publish_evidence(evidence, root)
-    assert {path.name for path in (root / blocks.PUBLISHED / "evidence").iterdir()} == {
-        path.name for path in EVIDENCE.iterdir()
-    }
+    written = root / PUBLISHED / "evidence"
+    assert {path.name for path in written.iterdir()} == {path.name for path in EVIDENCE.iterdir()}
     assert "[contradicted](docs/other-runs.md#nhckdvrl) 38.2" in (root / "README.md").read_text()
     page = (root / "docs/other-runs.md").read_text()
-    for study in evidence.studies:
-        assert f"\n#### {study.of.name}\n" in page
-        assert all(doubt in page for doubt in study.of.source.doubts)
+    for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
+        assert f"\n#### {first['source']}\n" in page
+        assert first["doubts"] in page
 
 
 def test_the_figure_has_a_dash_where_there_are_no_runs():
@@ -196,15 +185,10 @@ def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
     columns = [name for name in optima if name != "rank"]
     pd.testing.assert_frame_equal(
-        evidence.lr_optima[columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
+        evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
     )
     committed = pd.read_csv(EVIDENCE / "lr_left_out_summary.csv")
-    pd.testing.assert_frame_equal(compared(by_source(evidence.lr_left_out)), committed, rtol=1e-3)
-
-
-def test_the_rule_that_recommends_is_no_further_off_than_the_law(evidence):
-    summary = compared(by_source(evidence.lr_left_out)).set_index(["task", "method", "rule"])
-    for key in [("sft", "fullft"), ("sft", "lora"), ("rl", "fullft"), ("rl", "lora")]:
-        pooled, law = summary.loc[(*key, "pooled")], summary.loc[(*key, "law")]
-        assert pooled["off"] <= law["off"]
-        assert pooled["loss_above_best"] <= law["loss_above_best"]
+    pd.testing.assert_frame_equal(evidence["lr_left_out_summary"], committed, rtol=1e-3)
+    # The rule that recommends is no further off than the law.
+    by_rule = committed.set_index(["task", "method", "rule"])[["off", "loss_above_best"]]
+    assert (by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")).all(axis=None)

@@ -1,23 +1,35 @@
-"""The numbers of the report's tables are those of the fits by which claims are judged."""
+"""The report's tables: their numbers are those of the fits by which claims are judged, and they name data left out."""
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from safetensors.numpy import load_file
 
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.report.summary import experiment
+from lorabench.data.chat import SPLITS
+from lorabench.data.files import tally_of
+from lorabench.data.sft import build_dataset
+from lorabench.data.tokens import Limits, write_tokens
+from lorabench.models.base import load_tokenizer
+from lorabench.report.summary import dataset_origins, experiment
+from lorabench.store.layout import Layout
+from lorabench.utils.files import write_json
 
 from ..handmade import rl
 from ..handmade.sft import arm, tables
+from ..hub.repositories import tulu3_row, write_tulu3
 
 
-def described(arms):
+def described(arms, **changes):
     runs, curves = tables(arms)
-    runs["experiments"] = [["rank"]] * len(runs)
-    summary = experiment("rank", runs, Judging())
+    summary = experiment("rank", runs.assign(experiments=[["rank"]] * len(runs), **changes), Judging())
     assert summary is not None
     return summary, runs, curves
 
@@ -46,13 +58,64 @@ def test_results_of_rl_are_accuracies():
 
 
 def test_an_arm_at_the_edge_has_the_best_lr_and_an_arm_that_diverged_has_nothing():
-    summary, _, _ = described([arm(optimum=1.0), arm(8, optimum=3e-3)])
-    assert summary["arms"][0]["at_edge"]
-    assert summary["arms"][0]["lr"] == summary["arms"][0]["lr_best"]
-    assert math.isnan(summary["arms"][0]["lr_low"])
-    runs, _ = tables([arm(8, optimum=3e-3)])
+    edge = described([arm(optimum=1.0), arm(8, optimum=3e-3)])[0]["arms"][0]
+    assert edge["at_edge"]
+    assert edge["lr"] == edge["lr_best"]
+    assert math.isnan(edge["lr_low"])
     lost = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
-    summary = experiment("rank", runs.assign(experiments=[["rank"]] * len(runs), **lost), Judging())
-    assert summary is not None
-    assert math.isnan(summary["arms"][0]["lr"])
-    assert summary["arms"][0]["n_diverged"] == summary["arms"][0]["n_runs"]
+    diverged = described([arm(8, optimum=3e-3)], **lost)[0]["arms"][0]
+    assert math.isnan(diverged["lr"])
+    assert diverged["n_diverged"] == diverged["n_runs"]
+
+
+@pytest.fixture
+def preset(raw_preset, tmp_path, monkeypatch):
+    """Return a function that writes `mine.yaml` with other datasets into an empty folder, and returns its layout."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(**changed: dict[str, Any]) -> Layout:
+        raw = raw_preset | {"datasets": raw_preset["datasets"] | changed}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+        return Layout.of("mine.yaml")
+
+    return make
+
+
+def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
+    lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
+    lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    # One row repeats a prompt, and another has an answer that is too long.
+    rows = [tulu3_row(number) for number in range(30)] + [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
+    write_tulu3(tmp_path / "copies", rows)
+    sizes = {"max_chars": 1500, "mean_tokens": 50}
+    layout = preset(
+        rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes},
+        tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", "train": 16, "validation": 4,
+              "test": 4, **sizes},
+    )  # fmt: skip
+    write_json(tally_of(layout.preset.datasets["rows"]).plain(), layout.tally("rows"))
+    build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
+    file, hub = dataset_origins(layout)
+    bad = ["2 not JSON (first: line 4)", "1 no text (first: line 5)"]
+    assert file == {"name": "rows", "source": "file, prompt/completion", "rows": 15, "usable": 12, "left_out": bad}
+    assert (hub["name"], hub["rows"], hub["usable"]) == ("tulu", 32, 30)
+    assert hub["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
+
+
+def test_generated_data_have_a_row_for_examples_too_long_only(preset):
+    layout = preset()
+    path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
+    build_dataset(layout.preset.datasets["instruct"], path)
+    tokenizer = load_tokenizer(layout.preset.models["tiny"])
+    write_tokens(path, tokenizer, tokens, Limits(10_000))
+    assert dataset_origins(layout) == []
+    ends = load_file(tokens)
+    lengths = np.concatenate([np.diff(ends[f"{split}.offsets"]) for split in SPLITS])
+    limit = int(lengths.max()) - 1
+    write_tokens(path, tokenizer, tokens, Limits(10_000, limit))
+    [row] = dataset_origins(layout)
+    assert row["rows"] is None
+    counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
+    assert sum(counts) == (lengths > limit).sum()
+    assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in row["left_out"])

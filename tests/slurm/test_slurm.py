@@ -15,12 +15,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lorabench.planning.costs import job_cost
 from lorabench.planning.plan import make_plan
-from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
 from lorabench.store.layout import Layout
 
-from ..workflow.checkout import snakemake
+from ..workflow.checkout import adapt_profile, snakemake
 from .cluster import until
 from .submitting import adapted_clone, of_job, of_rule, saved_step, workflow
 
@@ -140,7 +140,7 @@ def training(job: Job) -> int:
 
 def test_every_job_requests_the_resources_of_the_plan(seen):
     for planned in PLAN.jobs:
-        needed, job = job_resources(PLAN, planned), of_job(seen.jobs, planned)[0]
+        needed, job = job_cost(PLAN, planned), of_job(seen.jobs, planned)[0]
         assert job["TresPerJob"] == f"gres/gpu:{needed.gpus}" == "gres/gpu:1"
         assert f"cpu={needed.cpus},mem={needed.mem_mb}M,node=1" in job["ReqTRES"]
         assert job["TimeLimit"] == f"00:{needed.minutes:02}:00"
@@ -162,7 +162,7 @@ def test_slurm_gives_each_run_its_gpu(seen, checkout):
 def test_a_stopped_job_is_tried_again_and_goes_on(seen):
     tries = of_job(seen.jobs, STOPPED)
     assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
-    minutes = job_resources(PLAN, STOPPED).minutes
+    minutes = job_cost(PLAN, STOPPED).minutes
     assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
     # A job that lost its node is put back into the queue by Slurm itself.
     assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}
@@ -203,12 +203,19 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 
 @pytest.mark.slow
 def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
-    """A preset for CPUs, whose jobs the profile gives a GPU each."""
+    """A preset for CPUs, whose jobs the profile gives a GPU each, with at most three jobs in the queue."""
     checkout = adapted_clone(tmp_path, PRESET)
+    adapt_profile(checkout, "\njobs: 100\n", "\njobs: 3\n")
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
-    before = len(cluster.jobs())
+    before, queued = len(cluster.jobs()), set()
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:
-        until(output, "the end of the workflow", 900)
+
+        def ended() -> str:
+            queued.add(len(cluster("squeue", "--noheader").splitlines()))
+            return output()
+
+        until(ended, "the end of the workflow", 900)
+    assert 1 < max(queued) <= 3
     jobs = cluster.jobs()[before:]
     assert len(of_rule(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
     assert {job["TresPerJob"] for job in of_rule(jobs, "train") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lorabench.planning.costs import job_cost
 from lorabench.planning.plan import make_plan
-from lorabench.planning.resources import job_resources
 from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile, snakemake
@@ -60,7 +60,7 @@ def test_a_job_goes_on_after_its_time_limit_and_after_a_signal(cluster, tmp_path
         assert parts == 2
         assert step > first
     cluster("scancel", "--user=root")
-    needed = job_resources(plan, job)
+    needed = job_cost(plan, job)
     for submitted in tries()[before:]:
         assert submitted["TresPerNode"] == "gres/gpu:2"
         assert "TresPerJob" not in submitted

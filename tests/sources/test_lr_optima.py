@@ -17,34 +17,31 @@ from .conftest import row
 
 
 def test_the_optimum_of_a_grid(source):
-    [study] = read_studies([source(models={"m": {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}})])
-    optima = [s for s in known_optima([study]) if s.source == "made-up"]
-    fullft, lora = optima
+    attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "16", "base_kind": "base"}
+    models = {"m": {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}}
+    [study] = read_studies([source(models=models, attributes=attributes)])
+    fullft, lora = (optimum for optimum in known_optima([study]) if optimum.source == "made-up")
     # Losses 2.1, 2.0, 2.2 an octave apart: the parabola's lowest point is 1/6 of an octave below the middle.
     assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
     assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
     assert fullft.error == pytest.approx(math.log(2) / math.sqrt(12))
     assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 100, True, 8)
-    assert optima[0].losses == (2.1, 2.0, 2.2)
+    assert fullft.losses == (2.1, 2.0, 2.2)
+    # For pooling, the LR of LoRA is stated at alpha 32.
+    assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))
+    assert fullft.pooled.log_lr == pytest.approx(math.log(fullft.lr))
 
 
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     falling = [row("fullft", lr, loss) for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
     [study] = read_studies([source(falling)])
-    [edge] = [s for s in known_optima([study]) if s.source == "made-up"]
+    optima = known_optima([study])
+    [edge] = [optimum for optimum in optima if optimum.source == "made-up"]
     assert (edge.lr, edge.counts) == (4e-5, False)
     assert math.isnan(edge.error)
     # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
-    by_model = {s.model: s for s in known_optima([]) if s.dataset == "tulu3"}
+    by_model = {optimum.model: optimum for optimum in optima if optimum.dataset == "tulu3"}
     assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
-
-
-def test_alpha_is_converted(source):
-    attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "16", "base_kind": "base"}
-    [study] = read_studies([source(attributes=attributes)])
-    fullft, lora = (s for s in known_optima([study]) if s.source == "made-up")
-    assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))
-    assert fullft.pooled.log_lr == pytest.approx(math.log(fullft.lr))
 
 
 def test_a_table_of_optima_is_read_back(tmp_path):

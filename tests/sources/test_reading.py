@@ -1,37 +1,39 @@
-"""A source's tidy tables are read with what its file says of them, and what is not explained is refused."""
+"""A source's tidy tables are read with what its file says of them, and what is not explained is refused.
+
+A source with one evaluation set goes through the commands from its table to verdicts and figures.
+"""
 
 from __future__ import annotations
 
 import runpy
 import shutil
 
+import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from lorabench.cli import app
 from lorabench.errors import UserError
-from lorabench.sources.studies import import_source, write_tables
-from lorabench.store.tables import Tables
+from lorabench.sources.studies import import_source
+from lorabench.store.io import read_table
 from lorabench.utils.files import REFERENCE
 
 from .conftest import COLUMNS, ROWS, row
 
 
-def test_what_the_file_says_stands_beside_the_runs(source, tmp_path):
+def test_what_the_file_says_stands_next_to_what_the_runs_say_themselves(source):
     curves = "run_id,step,split,metric,value\nfullft-1e-05-0,0,validation,nll,3.5\nnobody,0,validation,nll,1\n"
-    write_tables(import_source(source(curves=curves)), tmp_path / "tables")
-    tables = Tables.read(tmp_path / "tables")
-    assert tables.runs["method"].tolist() == ["fullft"] * 3 + ["lora"] * 3
-    assert tables.runs["rank"].isna().tolist() == [True] * 3 + [False] * 3
-    assert set(tables.runs["base_params"]) == {1_000_000_000}
-    assert set(tables.runs["alpha_convention"]) == {"alpha 32"}
+    rows = [*ROWS, row("fullft", 1e-5, 2.5, seed=1)]
+    kinds = ["bf16"] * 3 + ["fp32"] * 4
+    rows = [f"{line},{kind}" for line, kind in zip(rows, kinds, strict=True)]
+    _, tables = import_source(source(rows, f"{COLUMNS},precision", curves=curves))
+    assert tables.runs["precision"].tolist() == kinds
+    assert tables.runs["seed"].tolist() == [0] * 6 + [1]
+    assert tables.runs["rank"].isna().tolist() == [True] * 3 + [False] * 3 + [True]
+    columns = ["base_params", "alpha_convention", "schedule"]
+    assert (tables.runs[columns] == [1_000_000_000, "alpha 32", "constant"]).all(axis=None)
     # The curve of a run that the runs table lacks is left out.
     assert tables.curves[["run_id", "step", "value"]].values.tolist() == [["fullft-1e-05-0", 0, 3.5]]
-
-
-def test_a_run_says_itself_what_it_has_of_its_own(source):
-    rows = [f"{line},{kind}" for line, kind in zip(ROWS, ["bf16"] * 3 + ["fp32"] * 3, strict=True)]
-    runs = import_source(source(rows, f"{COLUMNS},precision")).tables.runs
-    assert runs["precision"].tolist() == ["bf16"] * 3 + ["fp32"] * 3
-    assert set(runs["schedule"]) == {"constant"}
 
 
 LEAST = {"schedule": "constant", "alpha": "32"}
@@ -51,24 +53,21 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         ),
         ({"header": COLUMNS.replace("steps", "gap")}, "no columns of the tidy table `runs`: 'gap'"),
         ({"models": {"n": {"scale": "1B", "parameters": 1}}}, "model 'm' is not described under `models`"),
-        ({"rows": [*ROWS[:-1], ROWS[-1].replace("2.2", "low")]}, "final_test_nll has 'low', which is not a number"),
         ({"rows": [line.replace("done", "success") for line in ROWS]}, "status = 'success'; allowed: done, diverged"),
-        (
-            {"header": COLUMNS.replace("final_test_nll", "final_reward")},
-            "final_reward = 2.1; allowed: a share of 0 to 1",
-        ),
         ({"doubts": []}, "doubts = "),
-        ({"about": None}, "about = None: input should be a valid string"),
-        ({"noise": {"sd": 0.1}}, "noise: state sd, dof and source, or the name of another source as `from`"),
-        ({"wall": 3}, "wall: unknown key"),
+        (
+            {"noise": {"sd": 0.1}},
+            "noise: value error, state sd, dof and source, or the name of another source as `from`",
+        ),
+        ({"wall": 3}, "wall = 3: extra inputs are not permitted"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32}, "about": 1, "sha256": ...},
-            r"missing: attributes\.precision \(a description .* or mixed, or unknown\), attributes\.base_kind \(base, "
-            r"instruct, mixed or unknown\), sha256; about = 1: .*; attributes\.alpha = 32; allowed: ",
+            r"about = 1: .*; attributes\.precision: field required; attributes\.alpha = 32: .*; "
+            r"attributes\.base_kind: field required; sha256: field required",
         ),
         (
             {"attributes": LEAST | {"precision": "bf16", "base_kind": "chat"}},
-            r"attributes\.base_kind = 'chat'; allowed: base, instruct, mixed or unknown",
+            r"attributes\.base_kind = 'chat': input should be 'base', 'instruct', 'mixed' or 'unknown'",
         ),
     ]:
         with pytest.raises(UserError, match=message) as refused:
@@ -76,23 +75,75 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_folder_without_a_source_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no source, since it has no file source.yaml"):
-        import_source(tmp_path)
-
-
-def test_seeds_of_ones_own_are_several_runs(source):
-    runs = import_source(source([*ROWS, row("fullft", 1e-5, 2.5, seed=1)])).tables.runs
-    assert runs["seed"].tolist() == [0] * 6 + [1]
-
-
 def test_the_shipped_tables_are_what_the_scripts_write(tmp_path):
     for script in sorted(REFERENCE.glob("*/convert.py")):
         folder = shutil.copytree(script.parent, tmp_path / script.parent.name)
-        tables = [folder / name for name in import_source(folder).source.sha256]
+        tables = [folder / name for name in import_source(folder)[0].sha256]
         written = [table for table in tables if (folder / f"raw_{table.name}").exists()]
         for table in written:
             table.unlink()
         runpy.run_path(str(folder / script.name))
         import_source(folder)
         assert written
+
+
+ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
+SEEDS = [
+    row(method, lr, 2.0 + 0.1 * abs(place - 2) + 0.001 * seed, seed)
+    for method, lrs in (("fullft", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)), ("lora", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)))
+    for place, lr in enumerate(lrs)
+    for seed in range(3)
+]
+
+
+def command(*words):
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+def imported(folder, out):
+    command("import", folder, "--out", out / "tables")
+    return out / "tables"
+
+
+def verdicts(tables, out):
+    command("claims", "--tables", tables, "--out", out / "verdicts")
+    return read_table(out / "verdicts", "claims").set_index("claim_id")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["final_test_nll", "final_train_nll"])
+def test_it_is_judged_and_drawn(loss, source, tmp_path):
+    tables = imported(source(SEEDS, COLUMNS.replace("final_test_nll", loss)), tmp_path)
+    # Nothing is written for what the source lacks.
+    assert not {"final_valid_nll", "experiments", "wall_s"} & set(read_table(tables, "runs"))
+    judged = verdicts(tables, tmp_path).loc["B2"]
+    assert judged["verdict"] != "not tested"
+    assert ONE_SET in judged["reason"]
+    said = command("figure", "all", "--tables", tables, "--out", tmp_path / "figures")
+    assert "figure fig1_envelopes is not drawn: no validation curves beyond step 0" in said
+    assert (tmp_path / "figures/fig2_lr_by_rank.svg").is_file()
+    command("claims", "--tables", tables, "--out", tmp_path / "again", "--noise", tables)
+    command("merge", tables, "--out", tmp_path / "merged")
+    assert set(read_table(tmp_path / "merged", "runs")) == set(read_table(tables, "runs"))
+
+
+def test_predictions_are_compared_with_it_and_the_reason_names_what_it_does_not_say(source, tmp_path):
+    model = {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}
+    said = {"precision": "unknown", "schedule": "constant", "alpha": "32", "base_kind": "mixed"}
+    rows = [f"{line},lr_ratio rank" for line in SEEDS]
+    tables = imported(source(rows, f"{COLUMNS},experiments", models={"m": model}, attributes=said), tmp_path)
+    reason = verdicts(tables, tmp_path).loc["B2", "reason"]
+    assert reason.count("the precision of its runs is unknown, so they may differ in it") == 1
+    assert reason.count("its runs differ in base_kind, and the source does not say which has which") == 1
+    assert (pd.read_csv(tmp_path / "verdicts/predictions.csv")["ratio"] > 1).all()
+
+
+def test_a_source_that_lacks_a_column_is_not_tested(source, tmp_path):
+    kept = [place for place, name in enumerate(COLUMNS.split(",")) if name != "lr"]
+    lines = [",".join(line.split(",")[place] for place in kept) for line in [COLUMNS, SEEDS[0], SEEDS[-1]]]
+    tables = imported(source(lines[1:], lines[0]), tmp_path)
+    assert verdicts(tables, tmp_path).loc["B2", "reason"] == "the runs table has no column lr"
+    said = command("figure", "all", "--tables", tables, "--out", tmp_path / "figures")
+    assert "figure fig2_lr_by_rank is not drawn: the runs table has no column lr" in said

@@ -11,8 +11,9 @@ import pytest
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
-from lorabench.claims.claim import Claim, over
+from lorabench.claims.claim import Claim
 from lorabench.claims.judge import judge_claims, scope_text
+from lorabench.claims.scope import every_dataset
 from lorabench.config.fields import PresetError
 from lorabench.config.loading import PRESETS, read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
@@ -41,7 +42,8 @@ CLAIM = Claim(
     paper_value="equal",
     unit="nats",
     experiments=("rank",),
-    judge=over(lambda comparisons: [(comparison, "") for comparison in comparisons], equal_losses),
+    judge=equal_losses,
+    over=every_dataset,
 )
 
 

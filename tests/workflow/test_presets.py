@@ -14,7 +14,7 @@ from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.specs import dimensions
-from lorabench.planning import bill
+from lorabench.planning.costs import combined, job_cost, per_experiment
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
@@ -167,7 +167,8 @@ def test_the_readme_tells_what_they_cost(name, gpu):
     assert hours, row
     preset = load_preset(name)
     assert preset.execution.gpu.startswith(gpu)
-    assert bill.total(make_plan(preset)).gpu_hours == pytest.approx(int(hours[1].replace(",", "")), rel=0.1)
+    planned = per_experiment(make_plan(preset))["total"].gpu_hours
+    assert planned == pytest.approx(int(hours[1].replace(",", "")), rel=0.1)
 
 
 @pytest.mark.parametrize("sampler", ["own", "vllm"])
@@ -177,8 +178,8 @@ def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
     told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(load_preset(name).with_execution(sampler=sampler))
-    rl = bill.training(plan, [job for job in plan.jobs if job.sweeps[0].condition.task == "rl"])
-    rows = bill.per_experiment(plan)
+    rl = combined(job_cost(plan, job) for job in plan.jobs if job.sweeps[0].condition.task == "rl")
+    rows = per_experiment(plan)
     hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]
     assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 

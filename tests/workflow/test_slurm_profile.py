@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from lorabench.planning.costs import evaluation_cost, job_cost
 from lorabench.planning.plan import make_plan
-from lorabench.planning.resources import evaluation_resources, job_resources
 from lorabench.store.layout import Layout
 
 from .checkout import adapt_profile, fresh_clone, snakemake
@@ -57,8 +57,8 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
     output = dry_run(checkout)
     plan = make_plan(Layout.of("paper").preset)
     jobs, evaluations = requested(output, "train"), requested(output, "evaluate")
-    needed = {job.job_id: job_resources(plan, job) for job in plan.jobs}
-    needed |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
+    needed = {job.job_id: job_cost(plan, job) for job in plan.jobs}
+    needed |= {job.eval_id: evaluation_cost(plan, job) for job in plan.evaluations()}
     assert jobs.keys() | evaluations.keys() == needed.keys()
     for name, resources in (jobs | evaluations).items():
         estimate = needed[name]
@@ -101,7 +101,7 @@ def test_a_site_takes_gres_only(checkout):
     plan = make_plan(Layout.of("paper").preset)
     output = dry_run(checkout)
     for name, resources in requested(output, "train").items():
-        assert resources["gres"] == f"gpu:h100:{job_resources(plan, plan.job(name)).gpus}"
+        assert resources["gres"] == f"gpu:h100:{job_cost(plan, plan.job(name)).gpus}"
         assert "gpu" not in resources
         assert "gpu_model" not in resources
     assert all("gres" not in resources for resources in requested(output, "tokens").values())
@@ -115,7 +115,7 @@ def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
             adapt_profile(checkout, "\ndefault-resources:\n", f"\ndefault-resources:\n{setting}\n")
         trained = requested(dry_run(checkout), "train")
         minutes = {name: int(resources["runtime"]) for name, resources in trained.items()}
-        assert minutes == {job.job_id: min(limit, job_resources(plan, job).minutes) for job in plan.jobs}
+        assert minutes == {job.job_id: min(limit, job_cost(plan, job).minutes) for job in plan.jobs}
         assert max(minutes.values()) == limit
 
 

@@ -5,7 +5,7 @@ from lorabench.config.inputs import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder
-from lorabench.planning.bill import total
+from lorabench.planning.costs import per_experiment
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.files import REFERENCE
@@ -15,7 +15,7 @@ try:
     LAYOUT = Layout.of(PRESET)
     PLAN = make_plan(LAYOUT.preset)
     # This raises an error if a job fits on no GPU, before anything is computed.
-    total(PLAN)
+    per_experiment(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -80,9 +80,6 @@ def job_data(wildcards):
     The names of these files depend on their content, so their times are ignored: the clocks of nodes may differ.
     """
     job = JOBS[wildcards.job]
-    if LAYOUT.job(job).exists() and LAYOUT.restored(job).exists():
-        # Input that is made only now would start a job again whose runs were restored.
-        return []
     conditions = [sweep.condition for sweep in job.sweeps]
     # The conditions of a job share model and dataset; their held-out problem sets may differ.
     model, dataset = conditions[0].model, conditions[0].dataset

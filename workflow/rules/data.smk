@@ -50,7 +50,7 @@ rule tokens:
     threads: LAYOUT.preset.execution.threads
     resources:
         **requested(
-            lambda wildcards: tokens_resources(
+            lambda wildcards: tokens_cost(
                 LAYOUT.preset, wildcards.model, wildcards.dataset
             )
         ),

@@ -8,7 +8,7 @@ rule doctor:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: doctor_resources(PLAN)),
+        **requested(lambda wildcards: doctor_cost(PLAN)),
     params:
         preset=PRESET,
     shell:

@@ -1,13 +1,13 @@
 # The resources that each job requests of a cluster. On one machine, without a profile, only the number of GPUs counts.
 from snakemake.logging import logger
 
-from lorabench.planning.resources import (
-    compute_resources,
-    doctor_resources,
-    evaluation_resources,
-    job_resources,
+from lorabench.planning.costs import (
+    compute_cost,
+    doctor_cost,
+    evaluation_cost,
+    job_cost,
     restarts,
-    tokens_resources,
+    tokens_cost,
 )
 from lorabench.utils.gpus import visible_devices
 from lorabench.utils.slurm import partition_minutes
@@ -43,7 +43,7 @@ if LONGEST is not None and not (str(LONGEST).isdigit() and int(LONGEST) > 0):
 LONGEST = LONGEST and int(LONGEST)
 if ON_CLUSTER and CONTROLS and LONGEST is None:
     LONGEST = partition_minutes(SITE.get("slurm_partition", "").strip("'\""))
-    longest_job = max(job_resources(PLAN, job).minutes for job in PLAN.jobs)
+    longest_job = max(job_cost(PLAN, job).minutes for job in PLAN.jobs)
     if LONGEST is None and longest_job > 24 * 60:
         unknown = (
             f"a job may take {longest_job / 60:,.0f} hours, and sinfo does not say how long the partition lets a job "
@@ -86,7 +86,7 @@ def retries(jobs):
     Where a site limits the time of a job, it may fail three times besides the restarts that the limit makes necessary.
 
     Args:
-        jobs: the `lorabench.planning.resources.Resources` of the jobs.
+        jobs: the `lorabench.planning.costs.Cost` of the jobs.
     """
     # A submitted job that read a number here would start its work again by itself, within its time.
     if LONGEST is None or not CONTROLS:
@@ -123,7 +123,7 @@ def requested(of):
     """The resources of a rule; a job that has failed requests more time and memory.
 
     Args:
-        of: a function from a job's wildcards to its `lorabench.planning.resources.Resources`.
+        of: a function from a job's wildcards to its `lorabench.planning.costs.Cost`.
     """
 
     def memory(wildcards, attempt):
@@ -157,7 +157,7 @@ def requested(of):
         "cpus_per_task": cpus,
         "mem_mb": memory,
         "runtime": lambda wildcards, attempt: in_time(of(wildcards).minutes * attempt),
-        "disk_mb": lambda wildcards: of(wildcards).disk_mb,
+        "disk_mb": lambda wildcards: int(of(wildcards).disk / 1e6),
         **(
             {
                 "slurm_extra": lambda wildcards, attempt: warning_option(

@@ -15,7 +15,7 @@ rule compute:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: compute_resources(PLAN)),
+        **requested(lambda wildcards: compute_cost(PLAN)),
     params:
         preset=PRESET,
     shell:
@@ -32,15 +32,15 @@ rule train:
     log:
         LAYOUT.root / "logs/{job}.log",
     priority: lambda wildcards: PRIORITIES[wildcards.job]
-    retries: retries(job_resources(PLAN, job) for job in PLAN.jobs)
+    retries: retries(job_cost(PLAN, job) for job in PLAN.jobs)
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
+        **requested(lambda wildcards: job_cost(PLAN, JOBS[wildcards.job])),
         # Each GPU has a training process.
         processes=lambda wildcards: max(
-            1, job_resources(PLAN, JOBS[wildcards.job]).gpus
+            1, job_cost(PLAN, JOBS[wildcards.job]).gpus
         ),
     params:
         preset=PRESET,

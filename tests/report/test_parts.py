@@ -1,4 +1,4 @@
-"""The curves that are thinned for the page, and the tables that it offers for download."""
+"""Parts of the page: its sections, the curves that are thinned for it, and the tables that it offers for download."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.claims.judge import CLAIMS
+from lorabench.figures.catalog import FIGURES
 from lorabench.report import page
-from lorabench.report.page import curves_to_draw, table_downloads, thinned
+from lorabench.report.page import SECTIONS, arrange, curves_to_draw, table_downloads, thinned
 from lorabench.report.summary import labelled
 
 from ..handmade import curves_of, make_sweep, runs_table
@@ -26,17 +28,36 @@ def runs() -> pd.DataFrame:
     return labelled(runs_table(make_sweep(None) + make_sweep(4)))
 
 
+def test_each_figure_and_each_claim_has_one_place():
+    placed = [name for section in SECTIONS for name in section["figures"]]
+    assert sorted([*placed, "verdicts"]) == sorted(FIGURES)
+    section_of = {claim: section["short"] for section in SECTIONS for claim in section["claims"]}
+    assert sorted(claim for section in SECTIONS for claim in section["claims"]) == sorted(claim.id for claim in CLAIMS)
+    numbered = {claim.id: claim.figure[0] for claim in CLAIMS if claim.figure[0].isdigit()}
+    assert numbered
+    assert {claim: section_of[claim] for claim in numbered} == {
+        claim: f"Fig. {number}" for claim, number in numbered.items()
+    }
+    ids = [section["id"] for section in SECTIONS]
+    assert len({*ids, *FIGURES}) == len(ids) + len(FIGURES)
+
+
+def test_what_is_in_no_section_comes_last_and_empty_sections_are_left_out():
+    figures = [{"name": "new_figure"}, {"name": "fig1_envelopes"}]
+    claims = [{"claim_id": "Z1"}, {"claim_id": "B1"}]
+    first, second, last = arrange(figures, claims)
+    assert [first["about"]["id"], second["about"]["id"], last["about"]["id"]] == ["rank", "learning-rate", "further"]
+    assert (first["figures"], first["claims"]) == ([figures[1]], [])
+    assert (last["figures"], last["claims"]) == ([figures[0]], [claims[0]])
+
+
 @given(st.integers(1, 30_000), st.integers(3, 80))
-def test_thinned_keeps_the_ends_and_no_more_than_allowed(n, limit):
+def test_thinned_keeps_the_ends_and_no_more_than_allowed_spaced_by_logarithm(n, limit):
     kept = thinned(np.arange(n), limit)
-    assert kept[0] == 0
-    assert kept[-1] == n - 1
+    assert (kept[0], kept[-1]) == (0, n - 1)
     assert len(kept) <= limit
     assert (np.diff(kept) > 0).all()
     assert len(kept) == n or n > limit
-
-
-def test_thinned_is_log_spaced():
     kept = thinned(np.arange(10_001), 41)
     assert (kept <= 10).sum() >= 8
     assert 8 <= ((kept > 100) & (kept <= 1000)).sum() <= 12
@@ -55,13 +76,9 @@ def test_curves_are_those_of_the_table(runs):
     # Runs that finished share one list of steps, and runs that diverged another.
     assert len(drawn["grids"]) == 2
     assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
-
-
-def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs):
-    curves = curves_of(runs)
+    # Unknown runs and values that are no numbers are left out.
     odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
-    drawn = curves_to_draw(runs, pd.concat([curves, odd]))
-    assert drawn["curves"] == curves_to_draw(runs, curves)["curves"]
+    assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]
 
 
 def test_many_curves_have_fewer_points_each(runs, monkeypatch):
@@ -76,10 +93,11 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(noise))
-    small, large, huge = table_downloads(tmp_path, ("runs", "absent", "evals", "curves"))
+    small, huge, large = table_downloads(tmp_path)
     assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
     assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
     packed = base64.b64decode(large["uri"].partition(",")[2])
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
     assert huge["uri"] is None
+    assert [table["file"] for table in table_downloads(tmp_path, without=("evals",))] == ["runs.csv", "curves.csv"]
     assert huge["bytes"] == 4_000_000

@@ -1,6 +1,7 @@
-"""Every link of the README and of the pages leads somewhere in the repository, where people read them too.
+"""The links of the README and of the pages lead somewhere, names that pages state exist, and the site's pages are made.
 
-Links may not lead through a symbolic link, which code hosts do not follow.
+Every link leads somewhere in the repository, where people read the pages too. It may not lead through a symbolic link,
+which code hosts do not follow.
 """
 
 from __future__ import annotations
@@ -8,7 +9,12 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+import pytest
+
+from lorabench.claims.judge import CLAIMS
 
 from ..conftest import REPOSITORY
 
@@ -48,14 +54,38 @@ def test_pages_that_code_names_exist():
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
 
 
-def test_files_that_the_pages_name_exist():
+def test_files_and_names_that_the_pages_state_exist():
     pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
     path = r"`((?:lorabench|workflow|benchmarks|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
     named = {(page.name, name) for page in pages for name in re.findall(path, page.read_text())}
     assert sorted((page, name) for page, name in named if not (REPOSITORY / name).exists()) == []
+    for page in (REPOSITORY / "docs/reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.M):
+            assert pkgutil.resolve_name(name), name
 
 
-def test_names_of_the_reference_exist():
-    pages = (REPOSITORY / "docs/reference").glob("*.md")
-    for name in (name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)):
-        assert pkgutil.resolve_name(name), name
+@pytest.fixture(scope="module")
+def hooks():
+    spec = spec_from_file_location("hooks", REPOSITORY / "docs/hooks.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_to_files_with_a_page_lead_to_it_and_others_become_text(hooks):
+    text = "[a](../paper_figures/published/laptop/claims.csv) [b](../CONTRIBUTING.md) [c](results.md)"
+    assert hooks.on_page_markdown(text) == "[a](all-laptop.md) b [c](results.md)"
+    picture = "![v](../paper_figures/published/laptop/verdicts.svg)"
+    assert hooks.on_page_markdown(picture) == "![v](published/laptop/verdicts.svg)"
+    assert [file for file in hooks.PAGES if not (REPOSITORY / file).is_file()] == []
+
+
+def test_pages_of_the_site_are_made_from_claims_and_committed_files(hooks):
+    page = hooks.claims_page()
+    assert sorted(re.findall(r"^### ([A-Z]\d+) ", page, re.M)) == sorted(claim.id for claim in CLAIMS)
+    assert page.count("- **Criterion**: ") == len(CLAIMS)
+    for folder in hooks.published_folders(REPOSITORY):
+        assert hooks.results_page(folder).count("![") == len(list(folder.glob("*.svg")))
+    assert "## nhckdvrl" in hooks.evidence_page()
+    assert "| nayyirahsan |" in hooks.learning_rates_page()
+    assert "| A1 |" in hooks.calibration_page()

@@ -1,0 +1,274 @@
+"""What each job of a plan costs and requests of a cluster, and what experiments and the whole plan cost.
+
+All of it is computed for every job of the DAG, so this module imports no torch. Each function that returns costs raises
+a UserError where a job fits on no number of GPUs that the preset allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lorabench.config.preset import Preset
+from lorabench.errors import UserError
+from lorabench.models.specs import dimensions
+from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
+from lorabench.planning.flops import (
+    evaluated_documents,
+    linear_flops_per_token,
+    lora_parameters,
+    run_tokens,
+    sweep_flops,
+    tokens_per_example,
+)
+from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.planning.plan import Plan
+from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds, start_seconds
+from lorabench.runs import EvalJob, Job
+from lorabench.utils.gpus import GB, GPUS
+
+MB = 1e6
+# Bytes of a trained parameter in kept weights, and in a checkpoint, which also has Adam's two moments.
+_WEIGHT, _STATE = 4, 12
+# Factors on the estimates, because a job that is cut off costs more than one that waits a little longer to start.
+_TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
+_EXTRA_MINUTES = 10
+# Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process besides weights.
+_PROCESS, _GPU_PROCESS = 1.5e9, 6e9
+# An assumption, until it is measured: bytes/s at which a job writes its checkpoints to a shared file system, and the
+# least seconds that it is given for them.
+_WRITING, _LEAST_SAVING = 200 * MB, 120
+# Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
+# are slower.
+_TOKENIZED_PER_SECOND = 100_000
+# Minutes of the job that checks a machine, and MB of the host for it, since it computes a few layers of a large model
+# on the CPU to compare with.
+_DOCTOR_MINUTES, _DOCTOR_MEMORY = 30, 48_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one job requests, and what it or several jobs are expected to take."""
+
+    jobs: int = 1
+    runs: int = 0
+    most_runs: int = 0
+    """The largest possible number of runs, which differs from `runs` where sweeps find their LRs."""
+    tokens: float = 0.0
+    """Tokens that pass forward and backward; of an evaluation those that pass forward."""
+    flops: float = 0.0
+    job_hours: float = 0.0
+    """Wall-clock hours of all jobs, one after the other."""
+    most_job_hours: float = 0.0
+    gpu_hours: float = 0.0
+    most_gpu_hours: float = 0.0
+    longest_hours: float = 0.0
+    """Wall-clock hours of the longest job."""
+    gpus: int
+    """GPUs of the largest job; 0 on a CPU."""
+    memory: float
+    """Bytes: the largest peak of a job on each GPU, or on a CPU of its process."""
+    disk: float
+    """Bytes that are kept under results/."""
+    working_disk: float = 0.0
+    """The most bytes that a job also needs there while it runs: checkpoints, and weights until the best LR is known."""
+    cpus: int
+    mem_mb: int
+    """Memory of the host."""
+    minutes: int
+    """Wall-clock limit of a job: the most hours with a margin."""
+    saving_seconds: int = 0
+    """Time in which the job ends its step and writes its checkpoints when it is asked to stop; 0 if it has none."""
+
+
+# Of these the largest of several jobs counts; all other fields are added.
+_LARGEST = {"longest_hours", "gpus", "memory", "working_disk", "cpus", "mem_mb", "minutes", "saving_seconds"}
+
+
+def combined(costs: Iterable[Cost]) -> Cost:
+    """Return the cost of some jobs together."""
+    jobs = list(costs)
+    columns: dict[str, Any] = {field.name: [getattr(job, field.name) for job in jobs] for field in fields(Cost)}
+    return Cost(**{name: max(column) if name in _LARGEST else sum(column) for name, column in columns.items()})
+
+
+def per_experiment(plan: Plan) -> dict[str, Cost]:
+    """Return the cost of each experiment alone, of the evaluation with lm-eval, and of the `total`, in which shared
+    runs count once."""
+    trained = {job: job_cost(plan, job) for job in plan.jobs}
+    rows = {name: [trained[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
+    if plan.preset.experiments.compute is not None:
+        rows["compute"] = [compute_cost(plan)]
+    if evaluations := [evaluation_cost(plan, job) for job in plan.evaluations()]:
+        rows["evaluation"] = evaluations
+    rows["total"] = [*trained.values(), *rows.get("compute", []), *evaluations]
+    return {name: combined(jobs) for name, jobs in rows.items()}
+
+
+def minutes(cost: Cost, at_once: int, most: bool = False) -> float:
+    """Estimate the wall-clock minutes of jobs on a CPU of which `at_once` run at the same time.
+
+    With `most` they are those of the largest possible number of runs, else of the expected number.
+    """
+    return (cost.most_job_hours if most else cost.job_hours) * 60 / min(at_once, cost.jobs)
+
+
+def job_cost(plan: Plan, job: Job) -> Cost:
+    """Return the cost of a training job: the memory of its largest sweep, and the time that all take."""
+    preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
+    gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
+    peak = disk = working = saving = shared = state = 0.0
+    for sweep in job.sweeps:
+        condition = sweep.condition
+        sizes = dimensions(preset.models[condition.model])
+        lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
+        trained = sizes.parameters if condition.rank is None else lora
+        peak = max(peak, peak_bytes(preset, sweep, gpus))
+        kept = sweep.most_runs if keeps_all else sweep.seeds.best
+        disk += _WEIGHT * kept * trained
+        # Besides the weights of all runs there are two checkpoints while one replaces the other.
+        working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE) * trained)
+        # The job is asked to stop when it has time for a step and for its checkpoint.
+        step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
+        saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)
+        if uses_engine(preset, condition):
+            # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
+            shared = max(shared, 2 * handover_bytes(preset, condition) + gpus * _GPU_PROCESS)
+    return _cost(
+        preset,
+        job.sweeps[0].condition.model,
+        gpus,
+        peak,
+        job_seconds(preset, job, gpus),
+        job_seconds(preset, job, gpus, most=True),
+        disk,
+        shared,
+        state,
+        runs=job.n_runs,
+        most_runs=job.most_runs,
+        tokens=sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps),
+        flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
+        working_disk=MB * math.ceil(working / MB),
+        saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
+    )
+
+
+def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
+    """Return the cost of an evaluation with lm-eval, which uses one GPU or a CPU."""
+    preset, evaluation = plan.preset, plan.preset.evaluation
+    assert evaluation
+    sizes = dimensions(preset.models[job.model])
+    # Weights in fp32, with bf16 copies that may live at the same time; logits of a batch of long texts in both types.
+    longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
+    peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
+    if preset.execution.sampler == "vllm":
+        peak = sum(engine_memory(preset, job.model))
+    tokens = sum(evaluated_documents(task) * task.mean_tokens for task in evaluation.tasks)
+    work = {"tokens": tokens, "flops": 2.0 * sizes.active_linear * tokens}
+    return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB, **work)
+
+
+def compute_cost(plan: Plan) -> Cost:
+    """Return the cost of the job that measures training steps, which uses one GPU or a CPU.
+
+    It holds all arms of a model at once, and they share its base.
+    """
+    preset = plan.preset
+    experiment, head = preset.experiments.compute, preset.protocol.include_unembedding
+    assert experiment
+    # The measured steps keep all activations, whatever the preset sets for training.
+    measured, row = preset.with_execution(activation_checkpointing=False), experiment.sequence_length
+    batch, seconds, peaks = experiment.batch_size * row, start_seconds(preset), {}
+    for model in experiment.models:
+        sizes = dimensions(preset.models[model])
+        adapters = [sizes.lora("all", rank, head) for rank in experiment.ranks]
+        base = step_memory(measured, sizes, None, None, batch, row).total
+        peaks[model] = 12 * sum(parameters for parameters, _ in adapters) + base
+        # A few steps more than are timed count FLOPs and measure memory.
+        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *(active for _, active in adapters)))
+        seconds += flops * (batch * (experiment.repeats + 8)) / flops_per_second(preset.execution)
+    largest = max(peaks, key=lambda model: peaks[model])
+    return _on_one(preset, "experiment compute", largest, peaks[largest], seconds, MB)
+
+
+def doctor_cost(plan: Plan) -> Cost:
+    """Return the cost of the job that checks a machine: the memory of the largest job on one GPU, or on a CPU."""
+    jobs = [job_cost(plan, job) for job in plan.jobs]
+    largest = combined([job for job in jobs if job.gpus <= 1] or jobs)
+    gpus, least = min(largest.gpus, 1), _DOCTOR_MEMORY if largest.gpus else 0
+    return Cost(
+        gpus=gpus,
+        memory=largest.memory,
+        disk=0,
+        cpus=plan.preset.execution.threads,
+        mem_mb=max(largest.mem_mb, least),
+        minutes=_DOCTOR_MINUTES,
+    )
+
+
+def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
+    """Return the cost of the job that tokenizes a dataset: a process per thread and one that writes, no GPU."""
+    spec, processes = preset.datasets[dataset], preset.execution.threads
+    tokens = (spec.train + spec.validation + spec.test) * tokens_per_example(preset.models[model], spec)
+    seconds = tokens / (processes * _TOKENIZED_PER_SECOND)
+    memory = (1 + processes) * _PROCESS
+    return Cost(
+        gpus=0,
+        memory=memory,
+        # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
+        disk=MB * math.ceil(2 * 5 * tokens / MB),
+        cpus=processes,
+        mem_mb=math.ceil(memory / MB),
+        minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
+    )
+
+
+def restarts(jobs: Iterable[Cost], limit: int) -> int:
+    """Return the number of times that a limit in minutes may end the longest of some jobs before it is done."""
+    return max((job.minutes for job in jobs), default=0) // limit
+
+
+def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float, **work: float) -> Cost:
+    """Return the cost of a job of one process, on a GPU if the preset has one."""
+    gpu = preset.execution.gpu
+    if gpu is None:
+        return _cost(preset, model, 0, peak + _PROCESS, seconds, seconds, disk, **work)
+    if peak > (available := USABLE * GPUS[gpu].memory):
+        raise UserError(
+            f"{what} needs {peak / GB:.0f} GB for {model} on one {gpu}, which has {available / GB:.0f} GB to give; "
+            f"leave that model out of it, or choose another execution.gpu"
+        )
+    return _cost(preset, model, 1, peak, seconds, seconds, disk, **work)
+
+
+def _cost(
+    preset: Preset,
+    model: str,
+    gpus: int,
+    peak: float,
+    seconds: float,
+    most_seconds: float,
+    disk: float,
+    shared: float = 0.0,
+    state: float = 0.0,
+    **work: Any,
+) -> Cost:
+    # Weights are read through the host's memory, and a GPU's checkpoint of `state` bytes is written from there.
+    copied = max(6 * dimensions(preset.models[model]).parameters, state)
+    mem_mb = math.ceil(_MEMORY_MARGIN * (shared + (copied + gpus * _GPU_PROCESS if gpus else peak)) / MB)
+    return Cost(
+        job_hours=seconds / 3600,
+        most_job_hours=most_seconds / 3600,
+        gpu_hours=gpus * (seconds / 3600),
+        most_gpu_hours=gpus * (most_seconds / 3600),
+        longest_hours=seconds / 3600,
+        gpus=gpus,
+        memory=MB * (math.ceil(peak / MB) if gpus else mem_mb),
+        disk=MB * math.ceil(disk / MB),
+        cpus=preset.execution.threads * max(1, gpus),
+        mem_mb=mem_mb,
+        minutes=math.ceil(_TIME_MARGIN * most_seconds / 60) + _EXTRA_MINUTES,
+        **work,
+    )

@@ -1,0 +1,211 @@
+"""What jobs cost and request: never less than the estimate, shared runs once, and computed fast without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.cli import app
+from lorabench.cli.show import plan_json
+from lorabench.config.loading import load_preset
+from lorabench.doctor.speeds import on_gpu
+from lorabench.errors import UserError
+from lorabench.models.specs import dimensions
+from lorabench.planning.costs import (
+    combined,
+    compute_cost,
+    evaluation_cost,
+    job_cost,
+    minutes,
+    per_experiment,
+    restarts,
+    tokens_cost,
+)
+from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import flops_per_second, job_seconds
+from lorabench.runs import Job
+from lorabench.utils.gpus import GPUS
+
+from ..handmade.presets import with_model
+
+
+def total(preset):
+    return per_experiment(make_plan(preset))["total"]
+
+
+def every_job(plan):
+    """Return the costs of all jobs of a plan, by the jobs' ids."""
+    jobs = {job.job_id: job_cost(plan, job) for job in plan.jobs}
+    jobs |= {job.eval_id: evaluation_cost(plan, job) for job in plan.evaluations()}
+    if plan.preset.experiments.compute:
+        jobs["compute"] = compute_cost(plan)
+    return jobs
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper"])
+def test_every_job_asks_for_something_sensible(name):
+    plan = make_plan(load_preset(name))
+    execution = plan.preset.execution
+    jobs = every_job(plan)
+    for job in jobs.values():
+        assert job.gpus in ((0,) if execution.gpu is None else (1, 2, 4, 8))
+        assert job.gpus <= execution.max_gpus
+        assert job.cpus == execution.threads * max(1, job.gpus)
+        assert job.memory > 300e6
+        assert job.mem_mb > 300
+        assert job.disk >= 1e6
+    for job in plan.jobs:
+        requested = jobs[job.job_id]
+        assert requested.minutes * 60 > job_seconds(plan.preset, job, requested.gpus)
+    whole, largest = per_experiment(plan)["total"], max(job.gpus for job in jobs.values())
+    assert whole.gpus == largest
+    assert (largest > 1) == (name == "paper")
+
+
+def test_what_fits_nowhere_is_one_sentence():
+    paper = load_preset("paper")
+    small = paper.with_execution(gpu="RTX-4090", max_gpus=2)
+    with pytest.raises(
+        UserError, match=r"full fine-tuning of llama-3-1-8b-base on \S+ needs \d+ GB on each of 2 x RTX-4090, which"
+    ):
+        total(with_model(small, models=["llama-3-1-8b-base"]))
+    compute = paper.experiments.compute.model_copy(update={"models": ["qwen3-14b"]})
+    changed = paper.model_copy(update={"experiments": paper.experiments.model_copy(update={"compute": compute})})
+    with pytest.raises(UserError, match="experiment compute needs .* for qwen3-14b on one H200"):
+        total(changed)
+    plan = make_plan(paper.with_execution(gpu="L40S", sampler="own"))
+    job = next(job for job in plan.evaluations() if job.model == "llama-3-1-8b-base")
+    with pytest.raises(
+        UserError, match="the evaluation needs 56 GB for llama-3-1-8b-base on one L40S, which has 44 GB"
+    ):
+        evaluation_cost(plan, job)
+
+
+def test_more_cores_are_faster_until_there_are_no_more_jobs():
+    plan = make_plan(load_preset("smoke"))
+    work = combined(job_cost(plan, job) for job in plan.jobs)
+    durations = [minutes(work, cores) for cores in (1, 2, 64, 128)]
+    assert durations[0] > durations[1] > durations[2] == durations[3]
+    # FullFT, two ranks, two placements: 3 LRs and a repeat each; two ranks with two seeds at one LR; RL like the first.
+    assert (work.runs, work.jobs, work.gpu_hours) == (5 * 4 + 2 * 2 + 3 * 4, 4, 0)
+
+
+def test_shared_runs_are_paid_once():
+    rows = per_experiment(make_plan(load_preset("core")))
+    whole = rows.pop("total")
+    assert whole.runs < sum(row.runs for row in rows.values())
+    assert whole.gpu_hours < sum(row.gpu_hours for row in rows.values())
+    for largest in ("memory", "gpus", "longest_hours"):
+        assert getattr(whole, largest) == max(getattr(row, largest) for row in rows.values())
+
+
+def test_gpu_hours_are_hours_times_gpus_and_money_is_their_price():
+    plan = make_plan(load_preset("paper"))
+    rows = json.loads(plan_json(plan, 2, price=2.5))["experiments"]
+    for row in rows.values():
+        assert row["job_hours"] <= row["gpu_hours"] <= row["gpus"] * row["job_hours"]
+        assert row["money"] == pytest.approx(2.5 * row["gpu_hours"])
+    assert rows["total"]["memory"] < GPUS[plan.preset.execution.gpu].memory
+
+
+def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
+    core = load_preset("core")
+    hours = [total(on_gpu(core, gpu)).gpu_hours for gpu in ("A100-80GB", "H100-80GB")]
+    assert hours[0] > 1.3 * hours[1]
+    given = core.with_execution(gflops=50_000.0)
+    assert flops_per_second(given.execution) == 50e12
+    assert total(given).gpu_hours > hours[1]
+    # A speed that was measured on one GPU is not that of another.
+    assert on_gpu(given, "H200").execution.gflops is None
+    with pytest.raises(UserError, match="gpu 'H1000' is not known; allowed: A100-40GB"):
+        on_gpu(core, "H1000")
+
+
+def test_checkpointing_costs_a_third():
+    core = load_preset("core").with_execution(activation_checkpointing=False)
+    plain = with_model(core, ranks={"all": [1]}, datasets=["tulu3"])
+    hours = [total(plain.with_execution(activation_checkpointing=again)).gpu_hours for again in (False, True)]
+    assert 1.25 < hours[1] / hours[0] < 1.55
+
+
+def test_the_plan_is_printed_with_money_and_json():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
+    assert shown.exit_code == 0, shown.output
+    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200"))
+    laptop = runner.invoke(app, ["plan"])
+    assert "minutes" in laptop.output
+    assert "GPU-hours" not in laptop.output
+    reply = json.loads(runner.invoke(app, ["plan", "--preset", "paper", "--json"]).output)
+    assert reply["experiments"]["total"]["gpu_hours"] > 1000
+
+
+def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
+    paper = load_preset("paper")
+    small, large = (tokens_cost(paper, "llama-3-1-8b-base", name) for name in ("tulu3-10k", "tulu3"))
+    assert (small.gpus, small.cpus) == (0, paper.execution.threads)
+    # Tokenizing holds a part of the dataset in memory, so large datasets need no more.
+    assert small.mem_mb == large.mem_mb
+    assert small.disk < large.disk
+    assert small.minutes <= large.minutes
+
+
+def test_weights_of_the_best_runs_stay_on_disk():
+    core = load_preset("core")
+    plan, everything = make_plan(core), make_plan(core.with_execution(keep_weights="all"))
+    full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b-base")
+    best, kept = (job_cost(planned, Job((full,))) for planned in (plan, everything))
+    weights = 1235.8144e6
+    assert best.disk == pytest.approx(4 * weights * full.seeds.best, abs=1e6)
+    # Besides: the weights of the other runs until the best is known, and two checkpoints.
+    others = full.most_runs - full.seeds.best
+    assert best.working_disk == pytest.approx((4 * others + 2 * 12) * weights, abs=2e6)
+    assert kept.disk == pytest.approx(4 * weights * full.most_runs, abs=1e6)
+
+
+def test_a_job_is_asked_to_stop_as_early_as_its_checkpoints_take():
+    plan = make_plan(load_preset("paper"))
+    largest = max(plan.jobs, key=lambda job: job_cost(plan, job).gpus)
+    parameters = dimensions(plan.preset.models[largest.sweeps[0].condition.model]).parameters
+    assert parameters > 3e10
+    # Weights and two moments in fp32 at 200 MB/s, twice; a step of SFT takes little compared with them.
+    writing = 2 * 12 * parameters / 200e6
+    assert writing < job_cost(plan, largest).saving_seconds < 1.01 * writing
+    small = make_plan(load_preset("smoke"))
+    assert {job_cost(small, job).saving_seconds for job in small.jobs} == {120}
+
+
+def test_planning_takes_little_time_and_no_heavy_package():
+    script = (
+        "import sys, time; start = time.process_time()\n"
+        "from lorabench.config.loading import load_preset\n"
+        "from lorabench.planning.plan import make_plan\n"
+        "make_plan(load_preset('laptop')).rows()\n"
+        "assert time.process_time() - start < 1.0, time.process_time() - start\n"
+        "from lorabench.planning import costs\n"
+        "from lorabench.doctor import speeds\n"
+        "from lorabench.cli import show\n"
+        "costs.per_experiment(make_plan(load_preset('paper')))\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'pyarrow', 'reasoning_gym'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    plan = make_plan(load_preset("paper"))
+    jobs = len(every_job(plan))
+    started = time.process_time()
+    for _ in range(1000 // jobs + 1):
+        every_job(plan)
+    assert time.process_time() - started < 5
+
+
+def test_a_limit_ends_the_longest_job_so_often():
+    plan = make_plan(load_preset("smoke"))
+    jobs = [replace(job_cost(plan, plan.jobs[0]), minutes=minutes) for minutes in (30, 3000)]
+    assert [restarts(jobs, limit) for limit in (3001, 3000, 1440, 60)] == [0, 1, 2, 50]
+    assert restarts([], 60) == 0
