@@ -139,7 +139,7 @@ def init_preset(
     if template:
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
-    text = preset_text(described, examples, choices, template, path)
+    text = _text(described, examples, choices, template, path)
     preset = parse_preset(yaml.safe_load(text), path)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -152,21 +152,8 @@ def init_preset(
     return preset
 
 
-def preset_text(
-    model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path
-) -> str:
-    """Return the preset as YAML text.
-
-    Args:
-        model: the model.
-        data: the examples for supervised fine-tuning, or the problems for reinforcement learning.
-        choices: the user's choices.
-        template: the `chat_template` for a model without its own.
-        path: the file of the preset, for its comment.
-
-    Raises:
-        UserError: there are too few examples, or the GPU is not known.
-    """
+def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path) -> str:
+    """Return the preset as YAML text: it fine-tunes on examples, or does reinforcement learning on problems."""
     sizes = splits(data.usable, choices.held_out)
     data_fields, train = data.source | sizes, sizes["train"]
     settings: dict[str, Any] = {}
