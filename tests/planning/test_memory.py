@@ -20,15 +20,20 @@ from ..conftest import REPOSITORY
 from ..handmade.presets import with_model
 
 
+def laptop(precision, again=False):
+    """Return the preset `laptop` with a precision, with or without activation checkpointing."""
+    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
+    return preset.with_execution(activation_checkpointing=again)
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "batch", "length"), [("llama-128", "fp32", 3, 400), ("qwen-64", "bf16", 8, 128)]
 )
 def test_memory_is_what_a_step_takes(name, precision, batch, length):
     from lorabench.training.step_cost import measure_compute
 
-    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
-    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    for row in measure_compute("tiny", spec, [8, 64], "all", batch, length, 1, 1, protocol):
+    spec, preset = TinyModel(kind="tiny", name=name), laptop(precision)
+    for row in measure_compute("tiny", spec, [8, 64], "all", batch, length, 1, 1, preset.protocol):
         estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], batch * length, length).total
         # An upper bound: the last gradients come when the first activations are gone.
         assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
@@ -52,20 +57,17 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     from lorabench.models.passes import recompute_activations
     from lorabench.training import step_cost
 
-    pieces = 1 << 18
+    pieces, spec, preset = 1 << 18, TinyModel(kind="tiny", name=name), laptop(precision, again)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
     monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
-    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
     model = load_model(spec)
     if rank:
-        model = add_lora(model, rank, "all", protocol.alpha, True, seed=0)
+        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
     if again:
         recompute_activations(model)
     tokens = torch.randint(1024, (2, 16, 128))
     monkeypatch.setattr(step_cost, "count_flops", lambda *arguments: (0, 0))
-    peak = step_cost._Arm(rank, model, tokens[0], tokens[1], protocol).peak_memory()
-    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    preset = preset.with_execution(activation_checkpointing=again)
+    peak = step_cost._Arm(rank, model, tokens[0], tokens[1], preset.protocol).peak_memory()
     estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
     # Recomputed layers are bounded more coarsely.
     assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)
@@ -90,10 +92,8 @@ def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precisi
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("peak ")[1].split()[0])
-    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
-    preset = preset.with_execution(activation_checkpointing=again)
     sizes = dimensions(TinyModel(kind="tiny", name=name))
-    estimate = step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2).total
+    estimate = step_memory(laptop(precision, again), sizes, rank, rank and "all", batch * length, length, gpus=2).total
     assert 1.0 <= estimate / peak < 1.2
 
 
