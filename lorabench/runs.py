@@ -89,7 +89,7 @@ class Condition:
     @property
     def label(self) -> str:
         """A readable name for files and progress, which is never parsed."""
-        method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
+        method = self.method if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
     @cached_property

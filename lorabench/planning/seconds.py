@@ -17,38 +17,25 @@ from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
-# Seconds in which a job on one core imports its libraries, loads and writes; in an evaluation with lm-eval's libraries.
-_START_SECONDS = 6.0
-_EVALUATION_START_SECONDS = 12.0
-
-# Seconds of drawing a token on a CPU over seconds of a forward pass for one token of a text: one position at a time
+# Seconds in which a job imports its libraries, loads and writes: on one core, there with lm-eval's libraries, and on a
+# GPU, where it is an assumption until runs are measured, as are the bytes/s at which weights are read from disk.
+_START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 12.0, 60.0, 1e9
+# Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
-# 30,000.
-_DECODING = 3.0
-# The same with the engine vLLM, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two cores
-# (benchmarks/engine.csv).
-_ENGINE_OVER_OWN = 4.2
-
-# Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
-# at which weights are read from disk.
-_GPU_START_SECONDS = 60.0
-_READING = 1e9
-
+# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
+# cores (benchmarks/engine.csv).
+_DECODING, _ENGINE_OVER_OWN = 3.0, 4.2
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
-
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
-
 # Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
 _TF32 = 2.0
 # Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
 # sum written; backward the gradient of the sum is written, and read for both factors.
 _ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
-
 # Positions of drawing responses whose rows waiting responses take, over those of rows that are never idle.
 _REFILLED = 1.2
-
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
@@ -60,8 +47,7 @@ def flops_per_second(execution: Execution, gpus: int = 1) -> float:
         single = execution.gflops * 1e9
     else:
         assert execution.gpu
-        gpu = GPUS[execution.gpu]
-        single = gpu.peak_flops * gpu.efficiency
+        single = GPUS[execution.gpu].peak_flops * GPUS[execution.gpu].efficiency
     return single if gpus <= 1 else single * gpus * _SHARDED
 
 
@@ -142,8 +128,7 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
     """Return the wall-clock seconds of a job before its first step, without reading a large model.
 
-    Args:
-        condition: the condition of a training job's first sweep.
+    A training job, whose first sweep has the given condition, may also start an engine.
     """
     seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
     return seconds + (engine_start_seconds(preset) if condition and uses_engine(preset, condition) else 0.0)

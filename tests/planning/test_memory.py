@@ -105,7 +105,7 @@ def test_the_limit_of_logits_is_that_of_the_loss():
     sizes = dimensions(core.models["llama-3-2-1b-base"])
     few, many = (step_memory(core, sizes, 8, "all", tokens, 512).logits for tokens in (512, 8192))
     assert few == 12 * sizes.vocabulary * 512
-    # The gradient of the unembedding's input beside a piece, or later the gradients in a layer.
+    # The gradient of the unembedding's input in addition to a piece, or later the gradients in a layer.
     assert many < 3 * few < 12 * sizes.vocabulary * 8192
     # RL and sharded models compute all at once.
     for settings in ({"is_rl": True}, {"gpus": 2}):
@@ -137,9 +137,9 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
     # Traces of 20,480 tokens take more than four.
     assert gpus[None] == 8
     full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
-    one, four = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
-    assert (four.gradients, four.moments) == (one.gradients / 4, one.moments / 4)
-    assert four.activations == one.activations
+    whole, quarter = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
+    assert (quarter.gradients, quarter.moments) == (whole.gradients / 4, whole.moments / 4)
+    assert quarter.activations == whole.activations
 
 
 def test_weights_that_lora_goes_with_stay_in_bf16():

@@ -64,7 +64,7 @@ WALKS = [
     # Equal lowest losses are enclosed together; where all are equal the walk stops.
     (flat_between(3e-4, 5e-3), [[2.15e-4, 4.64e-3], [1e-2]], 1e-3, 12, BRACKETED.format(6, "1e-3")),
     (flat_between(0, 1e9), [], 1e-3, 9 + 6, STOPPED.format("1e-3", "lower or higher")),
-    # A diverged LR counts as higher, and a finer one is tried before it; beside it the third one is finer.
+    # A diverged LR counts as higher, and a finer one is tried before it; next to it the third one is finer.
     (diverging(1.8e-3), [[1.47e-3], [4.64e-4, 1e-3, 1.47e-3]], 1.47e-3, 10, BRACKETED.format(4, "1.47e-3")),
     (diverging(1.2e-3), [[1.47e-3], [4.64e-4, 6.81e-4, 1e-3]], 1e-3, 11, BRACKETED.format(5, "1e-3")),
     (diverging(0), [[2.15e-4], [1e-4]], None, 9, "all 9 LRs diverged"),

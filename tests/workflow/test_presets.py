@@ -33,7 +33,7 @@ def preset(request):
 
 
 def blocks(preset):
-    return [(name, block) for name, of in preset.experiments.trained().items() for block in of]
+    return [(name, block) for name, listed in preset.experiments.trained().items() for block in listed]
 
 
 def test_fixed_grids_are_fine_overlap_and_cover_what_others_found_best(preset):
@@ -160,12 +160,12 @@ def test_the_readme_tells_what_they_cost(name, gpu):
 def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     lines = (REPOSITORY / "docs/presets.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
-    told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
+    shown = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(load_preset(name).with_execution(sampler=sampler))
     rl = combined(job_cost(plan, job) for job in plan.jobs if job.sweeps[0].condition.task == "rl")
     rows = per_experiment(plan)
     hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]
-    assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
+    assert shown == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 
 def plan_digests(name):
