@@ -7,11 +7,11 @@ from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
+    RunWork,
     evaluated_documents,
     graded_problems,
     longest_sequence,
-    run_flops,
-    run_tokens,
+    run_work,
 )
 from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
@@ -59,18 +59,18 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     """
     preset = decided(preset, sweep)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
-    flops, tokens = run_flops(preset, condition), run_tokens(preset, condition)
-    work = flops.trained + flops.evaluated + flops.recomputed
+    work = run_work(preset, condition)
+    flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
     if execution.gpu is None or not gpus:
-        return (work + _decoding(execution) * flops.drawn) / flops_per_second(execution), 0.0
+        return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
         active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
-        work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
-    computing = work / flops_per_second(execution, gpus)
+        flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
+    computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
-    trained, evaluated = max(condition.steps, tokens.trained / at_once), tokens.evaluated / at_once
+    trained, evaluated = max(condition.steps, work.trained / at_once), work.evaluated / at_once
     if condition.placement not in (None, "attn"):
         # In each pass LoRA is added to the weights of all experts.
         recomputed = trained if execution.activation_checkpointing is True else 0.0
@@ -81,8 +81,8 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
     if condition.rollouts is not None:
         if not uses_engine(preset, condition):
-            computing += flops.drawn / flops_per_second(execution, gpus)
-        waiting += _drawing_seconds(preset, condition, gpus)
+            computing += work.drawn_flops / flops_per_second(execution, gpus)
+        waiting += _drawing_seconds(preset, condition, work, gpus)
     return computing, waiting
 
 
@@ -91,7 +91,7 @@ def _decoding(execution: Execution) -> float:
     return _DECODING * (_ENGINE_OVER_OWN if execution.sampler == "vllm" else 1.0)
 
 
-def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
     """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
 
     The engine also gets the run's weights. This project's own sampler launches each layer for every position, reads the
@@ -100,9 +100,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
     rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
     assert rollouts
     assert execution.gpu
-    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
+    sizes = dimensions(preset.models[condition.model])
     # In the engine the cache of a running response grows with it.
-    rows = gpus * execution.max_cache_tokens / (tokens.context if engine else longest_sequence(preset, condition))
+    rows = gpus * execution.max_cache_tokens / (work.context if engine else longest_sequence(preset, condition))
     longest, positions = rollouts.max_new_tokens, 0.0
     for times, responses in (
         (condition.steps, condition.batch_size),
@@ -114,13 +114,13 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
         positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
         handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
-        return engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context) + handovers
+        return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
     # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
     # and the copy from which processes of a sharded model sample, are read in bf16.
     cast = cast_parameters(preset, sizes, condition.placement, gpus)
     weights = 2 * cast + (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     # Keys and values are read, repeated for all heads, and read again.
-    cache = tokens.drawn * tokens.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
+    cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth
     return positions * (sizes.layers * _LAYER_SECONDS + weights / bandwidth) + cache / bandwidth / gpus
 

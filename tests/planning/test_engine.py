@@ -9,7 +9,7 @@ from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.costs import job_cost
 from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
-from lorabench.planning.flops import run_flops
+from lorabench.planning.flops import run_work
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
@@ -117,6 +117,6 @@ def test_a_plan_on_a_cpu_knows_the_engine():
     assert held.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
     assert job_cost(vllm_plan, after).mem_mb > job_cost(own_plan, before).mem_mb + 1000
     # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
-    flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)
+    flops = sum(sweep.n_runs * run_work(vllm, sweep.condition).drawn_flops for sweep in after.sweeps)
     drawn = 3.0 * flops / flops_per_second(vllm.execution)
     assert job_seconds(vllm, after, 0) - job_seconds(own, before, 0) == pytest.approx(20 + (4.2 - 1) * drawn)
