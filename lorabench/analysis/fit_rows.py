@@ -257,18 +257,9 @@ class FitRows:
         if squares > 0 and n > p:
             determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
             likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
-        return Solution(
-            coefficients,
-            hat[:, :runs] * self.weights,
-            hat[:, runs:],
-            design[:runs],
-            covariance[:runs, :runs],
-            unscaled,
-            variance,
-            ratio,
-            likelihood,
-            n - p,
-        )
+        weighted, prior_weights = hat[:, :runs] * self.weights, hat[:, runs:]
+        of_runs = design[:runs], covariance[:runs, :runs]
+        return Solution(coefficients, weighted, prior_weights, *of_runs, unscaled, variance, ratio, likelihood, n - p)
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:
