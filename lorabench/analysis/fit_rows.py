@@ -68,7 +68,7 @@ class ArmGrid:
     diverged: np.ndarray
     """LRs at which the run of the first seed diverged, ascending."""
 
-    def beside(self, optimum: float) -> float | None:
+    def lr_to_add(self, optimum: float) -> float | None:
         """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
 
         It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
@@ -258,8 +258,9 @@ class FitRows:
             determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
             likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
         weighted, prior_weights = hat[:, :runs] * self.weights, hat[:, runs:]
-        of_runs = design[:runs], covariance[:runs, :runs]
-        return Solution(coefficients, weighted, prior_weights, *of_runs, unscaled, variance, ratio, likelihood, n - p)
+        design, covariance = design[:runs], covariance[:runs, :runs]
+        fit = (unscaled, variance, ratio, likelihood, n - p)
+        return Solution(coefficients, weighted, prior_weights, design, covariance, *fit)
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:

@@ -95,8 +95,8 @@ def test_only_what_all_runs_of_an_arm_share_is_left():
     random = np.random.default_rng(0)
     design = np.kron(np.eye(2), np.ones((6, 1)))  # the means of two arms of six runs
     hat = np.linalg.pinv(design)
-    of_arm, of_run = random.normal(0, 0.1, (2, N)), random.normal(0, 0.3, (12, N))
-    influences = design @ of_arm + of_run
+    arm_part, run_part = random.normal(0, 0.1, (2, N)), random.normal(0, 0.3, (12, N))
+    influences = design @ arm_part + run_part
     counts = random.multinomial(N, np.full(N, 1 / N), 4000)
     draws = (counts - 1) @ influences.T @ hat.T / N
     # The runs' own parts have twice the variance of the arms' when they are averaged over six runs.
