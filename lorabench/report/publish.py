@@ -20,9 +20,8 @@ import yaml
 
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest, draw_left_out
+from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
 from lorabench.figures.style import write_figure
-from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import claim_text, summary
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
