@@ -212,12 +212,10 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     expected_loss.backward()
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
-    at_once, autocast = (
-        replace(machine, max_batch_tokens=len(split.ids)),
-        torch.bfloat16 if precision == "bf16" else None,
-    )
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    machine = replace(machine, max_batch_tokens=len(split.ids), autocast=autocast)
     try:
-        loss = batch_gradient(model, split, np.arange(_ROWS), at_once, autocast)[0]
+        loss = batch_gradient(model, split, np.arange(_ROWS), machine)[0]
     finally:
         matmul.allow_tf32 = before
     difference = square = 0.0
@@ -258,7 +256,7 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
         optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
 
         def step() -> None:
-            batch_gradient(model, split, np.arange(subject.rows), machine, machine.autocast(preset.protocol))
+            batch_gradient(model, split, np.arange(subject.rows), machine)
             clip_gradient(parameters.values(), preset.protocol.clip_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from lorabench.config.experiments import Protocol
+from lorabench.config.experiments import ComputeExperiment, Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
@@ -33,10 +33,13 @@ def test_memory_is_what_a_step_takes(name, precision, batch, length):
     from lorabench.training.step_cost import measure_compute
 
     spec, preset = TinyModel(kind="tiny", name=name), laptop(precision)
-    for row in measure_compute("tiny", spec, [8, 64], "all", batch, length, 1, 1, preset.protocol):
-        estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], batch * length, length).total
+    size = {"batch_size": batch, "sequence_length": length, "repeats": 1}
+    experiment = ComputeExperiment(models=["tiny"], ranks=[8, 64], **size)
+    table = measure_compute("tiny", spec, experiment, 1, preset.protocol)
+    for rank, peak in zip((None, 8, 64), table["peak_mem_bytes"], strict=True):
+        estimate = step_memory(preset, dimensions(spec), rank, rank and "all", batch * length, length).total
         # An upper bound: the last gradients come when the first activations are gone.
-        assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
+        assert 1.0 <= estimate / peak < 1.1
 
 
 @pytest.mark.parametrize(
@@ -53,9 +56,10 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     import torch
 
     from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora
+    from lorabench.models.lora import add_lora, use_fast_products
     from lorabench.models.passes import recompute_activations
     from lorabench.training import step_cost
+    from lorabench.training.loss import Batch
 
     pieces, spec, preset = 1 << 18, TinyModel(kind="tiny", name=name), laptop(precision, again)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
@@ -63,11 +67,12 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     model = load_model(spec)
     if rank:
         model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
+        use_fast_products(model)
     if again:
         recompute_activations(model)
     tokens = torch.randint(1024, (2, 16, 128))
-    monkeypatch.setattr(step_cost, "count_flops", lambda *arguments: (0, 0))
-    peak = step_cost._Arm(rank, model, tokens[0], tokens[1], preset.protocol).peak_memory()
+    step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
+    peak = step_cost.peak_memory(model, optimizer, step)
     estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
     # Recomputed layers are bounded more coarsely.
     assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)

@@ -45,9 +45,9 @@ def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(raw
     assert not (fresh / "results/mine").exists()
     monkeypatch.chdir(fresh)
     output = shell("lorabench restore-runs --preset mine.yaml", fresh)
-    assert f"restored {len(left)} runs and 1 whole jobs" in output
+    assert f"restored {len(left)} runs from paper_figures/partial/mine; 0 were there already" in output
     planned = planned_jobs(snakemake(fresh, TABLES, "--dry-run", "--quiet", "rules", "--config", "preset=mine.yaml"))
-    assert planned == {"dataset": 1, "tokens": 1, "train": 2, "tables": 1}
+    assert planned == {"dataset": 1, "tokens": 1, "train": 3, "tables": 1}
     output = snakemake(fresh, TABLES, "--config", "preset=mine.yaml")
     restored = pd.read_parquet(fresh / TABLES)
     numbers = ["run_id", "lr", "seed", "final_valid_nll", "final_test_nll"]
