@@ -72,7 +72,7 @@ _BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "r
 
 
 def draw_by_flops(tables: Tables) -> style.Drawn:
-    """Draw envelopes over training FLOPs, of which the paper predicts what they show; return what they plot, too.
+    """Draw envelopes over training FLOPs, on which the paper has a prediction; return the figure, and what it plots.
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.

@@ -213,7 +213,7 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
     is_base = np.logical_and.reduce([conditions[name] == value for name, value in base.items() if name != column])
     others = [name for name in _CONDITION if name not in (column, "runs")]
     for chosen in (conditions[is_base], conditions):
-        # Groups of conditions that agree in all but the column, of which they have several values.
+        # Each group has several values of the column, and one value of everything else.
         shown = [rows for _, rows in chosen.groupby(others, dropna=False) if rows[column].nunique() > 1]
         if shown:
             break
