@@ -110,7 +110,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         "a_not_moved": times.assign(value=times["steps"].astype(float))[~moved & times["steps"].notna()],
         "update_norm": _over_seeds(step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
         "still_a": _over_seeds(still, [*PAIR_SETTING, "lr", "lr_ratio", "step"], "time_scale"),
-        "diverged": diverged_runs(runs),
+        "diverged": diverged_runs(runs).drop(columns="method"),
     }
     rows = grid.tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
     # Only these elements have the colour of their rank; the other rows have no entry in the legend.
