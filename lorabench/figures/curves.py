@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, rows_of
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
+from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError
@@ -257,10 +258,11 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         "diverged": diverged_runs(at_lr),
     }
     if early:
-        by_step = early.over_seeds()
-        ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.n_seeds}
-        half = by_step["high"] - by_step["mean"]
-        difference = pd.DataFrame({"step": by_step.index, "difference": by_step["mean"], "half_width": half})
+        by_seed = early.curves.by_seed
+        ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.curves.n_seeds}
+        intervals = [(step, *mean_interval(row)) for step, row in zip(by_seed.index, by_seed.to_numpy(), strict=True)]
+        difference = pd.DataFrame(intervals, columns=["step", "difference", "low", "high"], dtype=float)
+        difference = difference.assign(half_width=difference["high"] - difference["difference"])
         parts["difference"] = difference[difference["difference"] != 0].assign(**ranks)
         parts["sigma"] = pd.DataFrame([{"difference": 2 * early.sigma_batch, **ranks}]).dropna()
     rows = grid.tidy(parts, _EARLY)

@@ -91,7 +91,7 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
         low, high = fit.optima[label].interval()
         row |= {"lr": math.exp(fit.optima[label].value), "lr_low": math.exp(low), "lr_high": math.exp(high)}
         row |= {"resolved": fit.resolved[label]}
-    return row | with_interval("nll", fit.minima[label]) | {"n_seeds": fit.n_seeds[label]}
+    return row | with_interval("nll", fit.minima[label]) | {"n_seeds": len(fit.seeds[label])}
 
 
 def optima(parts: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
