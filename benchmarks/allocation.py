@@ -24,7 +24,7 @@ import torch
 
 from lorabench.config.inputs import TinyModel
 from lorabench.models.base import load_model, package_versions
-from lorabench.training.context import machine_state
+from lorabench.training.run import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")

@@ -23,10 +23,10 @@ from lorabench.config.loading import load_preset
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.vllm_support import vllm_version
-from lorabench.training.context import machine_state
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
+from lorabench.training.run import machine_state
 
 RESULTS = Path(__file__).with_suffix(".csv")
 TURNS, NEW_TOKENS, RANK, ALPHA, THREADS = 1, 16, 16, 32.0, 2
@@ -46,8 +46,7 @@ def main() -> None:
     model = add_lora(load_model(spec), RANK, "all", ALPHA, True, 0)
     use_fast_products(model)
     stop = Stop((), NEW_TOKENS)
-    options = llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK)
-    settings = EngineSettings(options | {"gpu_memory_utilization": 0.5, "enforce_eager": True}, None, THREADS)
+    settings = EngineSettings(llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK), None, THREADS)
     with PolicyEngine(SINGLE_PROCESS) as engine:
 
         def by_engine(requests: list[Request]) -> list[Response]:

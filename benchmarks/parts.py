@@ -26,8 +26,8 @@ from benchmarks.speed.steps import Method, Setting, median_seconds, training_ste
 from lorabench.models import attention, lora
 from lorabench.models.base import package_versions
 from lorabench.training import loss
-from lorabench.training.context import machine_state
 from lorabench.training.loss import MAX_LOGITS
+from lorabench.training.run import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")

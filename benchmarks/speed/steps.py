@@ -123,11 +123,11 @@ def training_step(setting: Setting, method: Method, device: torch.device = CPU) 
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
     scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
     split, examples = TokenizedSplit(ids.flatten().numpy(), scored, offsets), np.arange(setting.batch)
-    machine = Machine(device, MAX_BATCH_TOKENS[device.type], math.inf)
     autocast = torch.bfloat16 if setting.precision == "bf16" else None
+    machine = Machine(device, MAX_BATCH_TOKENS[device.type], autocast=autocast)
 
     def step() -> None:
-        batch_gradient(model, split, examples, machine, autocast)
+        batch_gradient(model, split, examples, machine)
         torch.nn.utils.clip_grad_norm_(parameters, math.inf)
         optimizer.step()
         optimizer.zero_grad()

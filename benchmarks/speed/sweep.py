@@ -255,7 +255,7 @@ class Trainings:
             "bf16": shape.precision == "bf16",
             "rank": condition.rank,
             "alpha": condition.alpha,
-            "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding).modules,
+            "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding)[0],
             "seed": run.seed,
             "betas": protocol.betas,
             "eps": condition.eps,

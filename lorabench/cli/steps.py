@@ -17,9 +17,7 @@ from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
 
-steps = typer.Typer(
-    no_args_is_help=True, help="The steps of the workflow, which its rules call; each can be run by hand."
-)
+steps = typer.Typer(no_args_is_help=True, help="The steps that the workflow's rules call; each can be run by hand.")
 
 
 def _fix_hashes() -> None:
@@ -242,13 +240,11 @@ def compute(preset: PresetOption = "laptop") -> None:
         import pandas as pd
 
         from lorabench.store.io import write_frame
-        from lorabench.training.step_cost import compute_table
+        from lorabench.training.step_cost import measure_compute
 
-        at_commits = {name: layout.model(name) for name in experiment.models}
-        measured = [
-            compute_table(planned.preset.model_copy(update={"models": at_commits}), name) for name in at_commits
-        ]
-        write_frame(pd.concat(measured), "compute", layout.tables())
+        settings = experiment, planned.preset.execution.threads, planned.preset.protocol
+        tables = [measure_compute(name, layout.model(name), *settings) for name in experiment.models]
+        write_frame(pd.concat(tables), "compute", layout.tables())
 
 
 @steps.command()

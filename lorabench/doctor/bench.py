@@ -30,7 +30,7 @@ from lorabench.planning.flops import (
     linear_flops_per_token,
     longest_sequence,
     lora_parameters,
-    run_tokens,
+    run_work,
 )
 from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import Plan
@@ -212,12 +212,10 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     expected_loss.backward()
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
-    at_once, autocast = (
-        replace(machine, max_batch_tokens=len(split.ids)),
-        torch.bfloat16 if precision == "bf16" else None,
-    )
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    machine = replace(machine, max_batch_tokens=len(split.ids), autocast=autocast)
     try:
-        loss = batch_gradient(model, split, np.arange(_ROWS), at_once, autocast)[0]
+        loss = batch_gradient(model, split, np.arange(_ROWS), machine)[0]
     finally:
         matmul.allow_tf32 = before
     difference = square = 0.0
@@ -258,7 +256,7 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
         optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
 
         def step() -> None:
-            batch_gradient(model, split, np.arange(subject.rows), machine, machine.autocast(preset.protocol))
+            batch_gradient(model, split, np.arange(subject.rows), machine)
             clip_gradient(parameters.values(), preset.protocol.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -301,7 +299,7 @@ def slice_of(plan: Plan) -> Subject:
     The vocabulary is cut in proportion to the layers, so that each kind of work keeps its share.
     """
     preset = plan.preset
-    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_tokens(preset, sweep.condition).trained)
+    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_work(preset, sweep.condition).trained)
     subject = subject_of(plan, sweep)
     sizes, layers = subject.sizes, min(_LAYERS, subject.sizes.layers)
     sliced = replace(sizes, layers=layers, vocabulary=max(1, sizes.vocabulary * layers // sizes.layers))

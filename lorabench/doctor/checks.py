@@ -22,13 +22,13 @@ from lorabench.doctor import bench
 from lorabench.doctor.record import Check, Record, enough, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
-from lorabench.models.vllm_support import check_installed, check_policy, vllm_version
+from lorabench.models.vllm_support import check_installed, check_vllm, vllm_version
 from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experiment
 from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
-from lorabench.training.context import code_state, machine_state
-from lorabench.training.run import machine_of
+from lorabench.training.context import code_state
+from lorabench.training.run import machine_of, machine_state
 from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
 
 
@@ -157,7 +157,7 @@ def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
     for model, rank, placement in policies:
         fetched = layout.fetched_model(model)
         if fetched is None or fetched.is_file():
-            check_policy(layout.model(model), device, rank, placement)
+            check_vllm(layout.model(model), device, rank, placement, trains=True)
             checked += 1
     return judged(True, f"vLLM {vllm_version()} takes {checked} of the {len(policies)} policies of RL")
 

@@ -30,7 +30,7 @@ from lorabench.models.base import (
     package_versions,
     weights_sha256,
 )
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, set_vllm_environment, vllm_version
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -82,14 +82,15 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     if record is not None or job.sweep is None:
         spec, machine = layout.model(job.model), machine_of(plan)
         if sampler == "vllm":
-            check_vllm(spec, machine.device, None if record is None else record["spec"]["placement"])
+            placement = None if record is None else record["spec"]["placement"]
+            check_vllm(spec, machine.device, placement=placement)
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
         catalog.check_settings(loaded, job.model, max_length(spec))
         evaluated_model = vllm_model if sampler == "vllm" else transformers_model
-        autocast = machine.autocast(plan.preset.protocol)
-        lm = evaluated_model(spec, record, layout, tokenizer, evaluation.batch_size, autocast, machine.device)
+        settings = evaluation.batch_size, machine.autocast, machine.device
+        lm = evaluated_model(spec, record, layout, tokenizer, *settings)
         scores, samples = run_tasks(lm, index, loaded, evaluation, sampler)
         about: dict[str, Any] = {"model": job.model}
         if record is not None:
@@ -204,7 +205,8 @@ def vllm_model(
     if record is not None and adapter is not None:
         lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    set_vllm_environment(device)
+    for name, value in vllm_environment(on_cpu).items():
+        os.environ.setdefault(name, value)
     # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
     importlib.metadata.version = lambda distribution_name: (
         vllm_version() if distribution_name == "vllm" else version(distribution_name)

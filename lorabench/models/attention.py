@@ -2,8 +2,7 @@
 
 PyTorch's kernel for CPUs keeps only the result, and recomputes the scores, in small tiles, for the backward pass. Here
 the scores of a block of queries are one large product with the keys up to the block's end, so that few masked scores
-are computed, and the probabilities are kept. `lorabench.models.specs.blocks_pay` says for
-which rows this is faster.
+are computed, and the probabilities are kept. `lorabench.models.specs.blocks_pay` says for which rows this is faster.
 
 In bf16 the scores are rounded before they are exponentiated, as in the eager attention of transformers; the gradient of
 SmolLM2-135M then differs from that in fp32 by as much as with PyTorch's kernel.
@@ -68,12 +67,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: in blocks where possible and faster, else by PyTorch."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
-    special = any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))
+    special = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))
+    plain = causal and attention_mask is None and not special and query.shape[2] == key.shape[2]
     # Where PyTorch's fused kernels are turned off, to count FLOPs, this one must be off too.
-    plain = plain and query.device.type == "cpu"
-    fused = plain and torch.backends.cuda.flash_sdp_enabled()
-    if fused and not special:
+    if plain and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,6 +1,7 @@
 """Where each kind of base model is stored, and how it is loaded.
 
-Only safetensors are loaded, and the model's own Python code only where the preset trusts it.
+Only safetensors are loaded, and the model's own Python code only where the preset trusts it. What can't be read raises
+a `ModelError` that names the model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lorabench.utils.files import atomic_path, file_sha256
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 CONVERTED = Path("results/models")
 """Folder of dequantized GGUF models, which presets share."""
 
@@ -50,75 +52,77 @@ def model_location(spec: ModelSpec) -> str:
             return str(shipped_folder(spec.name))
 
 
-def model_folder(spec: ModelSpec) -> Path:
-    """Return the local folder of the model's files, for a model of the hub the one in the hub's cache.
+@contextmanager
+def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
+    """Provide the arguments with which transformers loads a part of the model.
 
-    Raises:
-        ModelError: the model can't be read.
+    A loader's error, or missing files of a local model, become a ModelError that names the model.
     """
+    from safetensors import SafetensorError
+
+    location = model_location(spec)
+    # Models of the hub are fetched by a job of their own.
+    options = {"trust_remote_code": getattr(spec, "trust_remote_code", False), "local_files_only": True}
+    if isinstance(spec, HubModel):
+        options["revision"] = spec.revision
+    elif not Path(location, "config.json").is_file():
+        raise ModelError(f"model folder {location} has no config.json; a Hugging Face causal LM is needed there")
+    elif not list(Path(location).glob("*.safetensors")):
+        raise ModelError(f"model folder {location} has no .safetensors file; pickled weights are not loaded")
+    try:
+        yield {"pretrained_model_name_or_path": location, **options}
+    except SafetensorError as error:
+        raise ModelError(
+            f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
+        ) from error
+    except _UNREADABLE as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model {location} can't be loaded: {reason}") from error
+
+
+def model_folder(spec: ModelSpec) -> Path:
+    """Return the local folder of the model's files, for a model of the hub the one in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    with _explained(spec):
+    with _loading(spec):
         if not isinstance(spec, HubModel):
             return Path(model_location(spec))
         return Path(snapshot_download(spec.id, revision=spec.revision, local_files_only=True))
 
 
-def _options(spec: ModelSpec) -> dict[str, Any]:
-    # Models of the hub are fetched by a job of their own.
-    options = {"trust_remote_code": getattr(spec, "trust_remote_code", False), "local_files_only": True}
-    return options | ({"revision": spec.revision} if isinstance(spec, HubModel) else {})
-
-
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, with the chat template that the preset gives it.
-
-    Raises:
-        ModelError: the model can't be read.
-    """
+    """Return the model's tokenizer, with the chat template that the preset gives it."""
     from transformers import AutoTokenizer
 
-    with _explained(spec):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(spec), **_options(spec))
+    with _loading(spec) as source:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
     if not isinstance(spec, TinyModel) and spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)
     return tokenizer
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a GGUF file.
-
-    Raises:
-        ModelError: the tokenizer can't be read.
-    """
+    """Return the tokenizer in a GGUF file."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise ModelError(f"GGUF file {file} has no tokenizer that can be read: {error}") from error
     return tokenizer
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """Return the model's configuration.
-
-    Raises:
-        ModelError: the model can't be read.
-    """
+    """Return the model's configuration."""
     from transformers import AutoConfig
 
-    with _explained(spec):
-        config: PretrainedConfig = AutoConfig.from_pretrained(model_location(spec), **_options(spec))
+    with _loading(spec) as source:
+        config: PretrainedConfig = AutoConfig.from_pretrained(**source)
     return config
 
 
 def max_length(spec: ModelSpec) -> int:
-    """Return the longest sequence that the model takes, in tokens.
-
-    Raises:
-        ModelError: the model can't be read.
-    """
+    """Return the longest sequence that the model takes, in tokens."""
     return int(load_config(spec).max_position_embeddings)
 
 
@@ -136,9 +140,9 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
     # A progress bar per run would bury the lines about the run's progress.
     logging.disable_progress_bar()
-    with _explained(spec):
+    with _loading(spec) as source:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_location(spec), dtype=torch.float32, use_safetensors=True, **_options(spec)
+            **source, dtype=torch.float32, use_safetensors=True
         )
     for name, value in model.config.to_dict().items():
         if "dropout" in name and value:
@@ -148,21 +152,17 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def skeleton(spec: ModelSpec) -> PreTrainedModel:
-    """Return the model as `load_model` does, but with weights on the meta device, which take no memory.
-
-    Raises:
-        ModelError: the model's configuration can't be read.
-    """
+    """Return the model as `load_model` does, but with weights on the meta device, which take no memory."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     from lorabench.models.attention import attend_in_blocks
 
-    config, trusted = load_config(spec), _options(spec)["trust_remote_code"]
-    with _explained(spec), init_empty_weights():
+    config = load_config(spec)
+    with _loading(spec) as source, init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trusted
+            config, dtype=torch.float32, trust_remote_code=source["trust_remote_code"]
         )
     attend_in_blocks(model)
     return model.train()
@@ -192,12 +192,17 @@ def config_of(sizes: Dimensions, context: int, end: int | None = None, padding: 
         "eos_token_id": end,
         "pad_token_id": padding,
     }
-    if sizes.experts:
+    if not sizes.experts:
+        family = Qwen3Config if sizes.query_key_norms else LlamaConfig
+        return family(intermediate_size=sizes.intermediate, **common)
+    return Qwen3MoeConfig(
+        moe_intermediate_size=sizes.intermediate,
+        num_experts=sizes.experts,
+        num_experts_per_tok=sizes.active_experts,
         # The published models of this family normalize the weights of the chosen experts.
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-    return family(intermediate_size=sizes.intermediate, **common)
+        norm_topk_prob=True,
+        **common,
+    )
 
 
 def weights_sha256(spec: ModelSpec) -> dict[str, str]:
@@ -205,28 +210,6 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
     if isinstance(spec, HubModel):
         return {spec.id: spec.revision}
     return {path.name: file_sha256(path) for path in sorted(Path(model_location(spec)).glob("*.safetensors"))}
-
-
-@contextmanager
-def _explained(spec: ModelSpec, complete: bool = True) -> Iterator[None]:
-    """Turn a loader's error, or missing files of a local, `complete` model, into a ModelError that names the model."""
-    from safetensors import SafetensorError
-
-    folder = Path(model_location(spec))
-    if complete and not isinstance(spec, HubModel):
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
-        if not list(folder.glob("*.safetensors")):
-            raise ModelError(f"model folder {folder} has no .safetensors file; pickled weights are not loaded")
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelError(
-            f"model {model_location(spec)} has a damaged .safetensors file ({error}); delete it and get it again"
-        ) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model {model_location(spec)} can't be loaded: {reason}") from error
 
 
 def convert_gguf(spec: GgufModel) -> Path:
@@ -238,7 +221,7 @@ def convert_gguf(spec: GgufModel) -> Path:
         ModelError: the file is missing, can't be loaded, or is not the one that the preset names.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = converted_folder(spec)
     with tempfile.TemporaryDirectory() as scratch:
@@ -247,16 +230,15 @@ def convert_gguf(spec: GgufModel) -> Path:
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
-        with _explained(spec, complete=False):
-            source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        gguf_tokenizer(file).save_pretrained(folder)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        except _UNREADABLE as error:
+            raise ModelError(f"GGUF file {file} can't be loaded: {error}") from error
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
         plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        config = AutoConfig.for_model(**plain)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
-        tokenizer.save_pretrained(folder)
         # The weights are copied last, so that a folder with weights is complete.
         staged = Path(scratch) / "model"
         # The workflow expects a single file of a known name.

@@ -31,13 +31,6 @@ KERNELS = (
 )
 """PyTorch's operators on a CPU that multiply matrices in training and sampling."""
 
-# Rows and columns of the matrices whose products are timed: 0.1 ms with instructions for bf16, 3 ms and more without.
-_SQUARE = 128
-_TRIES = 5
-# Native products are preferred unless they take this many times as long. They take half as long with instructions for
-# bf16, and about ten times as long without (larger ones up to a hundred times).
-_SLOWER = 4.0
-
 _library: torch.library.Library | None = None
 
 
@@ -48,11 +41,24 @@ def current() -> Products:
 
 def choose_faster() -> Products:
     """Time both ways for some milliseconds, and use the faster one in this process from now on."""
+    # A product takes 0.1 ms with instructions for bf16, 3 ms and more without.
+    x = weight = torch.ones(128, 128, dtype=torch.bfloat16)
     seconds: dict[Products, float] = {}
     for way in ("native", "fp32"):
         use(way)
-        seconds[way] = _seconds()
-    use("fp32" if seconds["native"] > _SLOWER * seconds["fp32"] else "native")
+        tries = []
+        # The first try also prepares what all later products use.
+        for _ in range(5):
+            started = time.perf_counter()
+            # The products of a linear layer: forward, and the gradients of its input and its weight.
+            y = x @ weight.t()
+            y @ weight
+            y.t() @ x
+            tries.append(time.perf_counter() - started)
+        seconds[way] = min(tries)
+    # Native products take half as long with instructions for bf16, and about ten times as long without (larger ones up
+    # to a hundred times), so they are preferred unless they take this many times as long.
+    use("fp32" if seconds["native"] > 4.0 * seconds["fp32"] else "native")
     return current()
 
 
@@ -77,41 +83,24 @@ def use(way: Products) -> None:
 def _rounding(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel that computes in fp32 what it is asked to compute in bf16, and rounds its results to bf16."""
 
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
     def compute(keys: object, *inputs: Any, **options: Any) -> Any:
         # The first tensor is an operand in all these operators, and `out` has the type of the operands.
         if inputs[0].dtype != torch.bfloat16:
             return kernel(keys, *inputs, **options)
-        wide_inputs = [_wide(value) for value in inputs]
-        wide_options = {name: _wide(value) for name, value in options.items()}
+        wide_inputs = [wide(value) for value in inputs]
+        wide_options = {name: wide(value) for name, value in options.items()}
         results = kernel(keys, *wide_inputs, **wide_options)
         pairs = [*zip(inputs, wide_inputs, strict=True), *((options[name], wide_options[name]) for name in options)]
-        for given, wide in pairs:
+        for given, widened in pairs:
             # An operator that writes into one of its arguments returns it.
-            if wide is results:
-                return given.copy_(wide)
+            if widened is results:
+                return given.copy_(widened)
         if isinstance(results, Tensor):
             return results.to(torch.bfloat16)
         # The logarithms of attention's sums stay in fp32, as in the native kernel.
         return tuple(part if part.ndim == 3 else part.to(torch.bfloat16) for part in results)
 
     return compute
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
-
-
-def _seconds() -> float:
-    """Return the time of a linear layer's products: forward, and the gradients of its input and its weight.
-
-    It is the shortest one of several tries, of which the first also prepares what all later products use.
-    """
-    x = weight = torch.ones(_SQUARE, _SQUARE, dtype=torch.bfloat16)
-    times = []
-    for _ in range(_TRIES):
-        started = time.perf_counter()
-        y = x @ weight.t()
-        y @ weight
-        y.t() @ x
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -12,7 +12,6 @@ would have 3 r (d_in + d_expert), which is 1.32 times as many in Qwen3-30B-A3B.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -55,7 +54,7 @@ def counts_table() -> pd.DataFrame:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    rows = []
+    tables = []
     for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
         configuration: dict[str, Any] = json.loads((ARCHITECTURES / f"{architecture}.json").read_text())
         counts = []
@@ -64,21 +63,19 @@ def counts_table() -> pd.DataFrame:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
                 counts.append(_counts(add_lora(model, rank, placement, 32.0, include_unembedding, seed=0)))
-        more = configuration["num_hidden_layers"] - 1
-        for part, (trainable, base) in counts[0].items():
-            if by_part or part == "all":
-                whole = trainable + more * (counts[1][part][0] - trainable), base + more * (counts[1][part][1] - base)
-                rows.append((architecture, placement, rank, include_unembedding, part, *whole))
-    columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
-    return pd.DataFrame(rows, columns=columns)
+        whole = counts[0] + (configuration["num_hidden_layers"] - 1) * (counts[1] - counts[0])
+        condition = {"architecture": architecture, "placement": placement, "rank": rank}
+        condition["include_unembedding"] = include_unembedding
+        tables.append((whole if by_part else whole.loc[["all"]]).reset_index().assign(**condition))
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    return table
 
 
-def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
-    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part."""
+def _counts(model: PeftModel) -> pd.DataFrame:
+    """Return trainable_params and base_params by part: of the whole model (`all`), and of the layers with LoRA."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    parts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    parts["all"] = trainable, sum(p.numel() for p in parameters) - trainable
+    rows = [("all", trainable, sum(p.numel() for p in parameters) - trainable)]
     head = model.get_base_model().get_output_embeddings()
     for name, layer in lora_layers(model):
         if layer is head:
@@ -89,8 +86,10 @@ def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
             part = "attention" if name.rpartition(".")[2] in SUFFIXES["attn"] else "mlp"
         adapted = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
         lora = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
-        parts[part] = parts[part][0] + lora, parts[part][1] + adapted.numel()
-    return parts
+        rows.append((part, lora, adapted.numel()))
+    frame = pd.DataFrame(rows, columns=["part", "trainable_params", "base_params"])
+    sums: pd.DataFrame = frame.groupby("part", sort=False).sum()
+    return sums
 
 
 def base_parameters(model: torch.nn.Module) -> int:
@@ -107,20 +106,13 @@ def train_flops_per_token(model: torch.nn.Module) -> int:
     """
     import torch
 
-    flops = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            share = _active_share(model) if ".experts." in name else 1.0
-            flops += share * module.weight.numel() * (6 if module.weight.requires_grad else 4)
-    for name, parameter in model.named_parameters():
-        # Some models keep all experts of a layer in one parameter.
-        if parameter.ndim == 3 and ".experts." in name:
-            flops += _active_share(model) * parameter.numel() * (6 if parameter.requires_grad else 4)
-    return round(flops)
-
-
-def _active_share(model: torch.nn.Module) -> float:
-    """Return the share of experts that are active for a token; 1 in a dense model."""
     config: Any = model.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    return float(config.num_experts_per_tok) / experts if experts else 1.0
+    active = config.num_experts_per_tok / experts if experts else 1.0
+    weights = [(name, layer.weight) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    # Some models keep all experts of a layer in one parameter.
+    weights += [(name, p) for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
+    flops = 0.0
+    for name, weight in weights:
+        flops += (active if ".experts." in name else 1.0) * weight.numel() * (6 if weight.requires_grad else 4)
+    return round(flops)

@@ -12,15 +12,14 @@ and up share an A, so that there are fewer LoRA parameters than with separate ma
 PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers. The products
 with A and B are added to the base's result in place, and the backward pass is explicit, so that no product of the size
 of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
-fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts (all experts of a layer in
-one parameter) and sharded models keep PEFT's own forward pass.
+fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts and sharded models keep
+PEFT's own forward pass.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -37,31 +36,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# The pattern by which PEFT finds layers inside a module named `experts`; shared experts, always active, do not match.
-_EXPERTS = r"experts\..+"
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Full names of the linear layers that carry LoRA, and of the parameters that do, each a stack of experts."""
-
-    modules: list[str]
-    parameters: list[str]
-
 
 def in_expert(name: str) -> bool:
     """Return whether a module or parameter belongs to an expert, judging by its full name."""
     return "experts" in name.split(".")[:-1]
 
 
-def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> Targets:
-    """Return the layers and parameters that carry LoRA in a placement.
+def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> tuple[list[str], list[str]]:
+    """Return the full names of the layers that carry LoRA: linear layers, and parameters that are a stack of experts.
 
     Raises:
         UserError: the model has no layer of that placement under a known name, or has experts that would silently get
             no LoRA.
     """
-    known = SUFFIXES[placement]
+    known, head = SUFFIXES[placement], model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = [name for name in linear if name.rpartition(".")[2] in known]
     weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
@@ -74,9 +62,9 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
         uncovered = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
         if uncovered:
             raise UserError(f"{type(model).__name__} has expert weights that would get no LoRA, such as {uncovered[0]}")
-    head = model.get_output_embeddings()
-    unembedding = [name for name, module in model.named_modules() if module is head]
-    return Targets(modules + (unembedding if include_unembedding else []), stacks)
+    if include_unembedding:
+        modules += [name for name, module in model.named_modules() if module is head]
+    return modules, stacks
 
 
 def expert_rank(model: PreTrainedModel, rank: int) -> int:
@@ -115,26 +103,30 @@ def add_lora(
 
     # PEFT's progress bars would start a thread, and when memory has run out such a start never returns.
     tqdm.monitor_interval = 0
-    chosen = targets(model, placement, include_unembedding)
-    names = {*chosen.modules, *chosen.parameters}
+    modules, stacks = targets(model, placement, include_unembedding)
+    names = {*modules, *stacks}
     config = LoraConfig(
         r=rank,
-        rank_pattern={_EXPERTS: expert_rank(model, rank)} if any(map(in_expert, names)) else {},
+        # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
+        rank_pattern={r"experts\..+": expert_rank(model, rank)} if any(map(in_expert, names)) else {},
         lora_alpha=alpha,
-        target_modules=chosen.modules,
-        target_parameters=chosen.parameters or None,
+        target_modules=modules,
+        target_parameters=stacks or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        # PEFT calls transformers by a deprecated name, which a user can't change.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        for message in (
+            # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
+            "Model has `tie_word_embeddings=True`",
+            # PEFT calls transformers by a deprecated name, which a user can't change.
+            "`is_gradient_checkpointing` is deprecated",
+            # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
+            "The following rank_pattern keys did not match",
+        ):
+            warnings.filterwarnings("ignore", message=message)
         peft_model = get_peft_model(model, config)
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.

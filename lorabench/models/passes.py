@@ -70,10 +70,8 @@ def recompute_activations(model: Any) -> None:
     """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result."""
     # There is no random state to restore: models have no dropout.
     options = {"use_reentrant": False, "preserve_rng_state": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

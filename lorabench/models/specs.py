@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
@@ -35,11 +36,6 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 """The template `plain`: a heading above each turn, and the model's end token after each turn of the assistant."""
-
-# A configuration is used if its number of parameters is that of the preset within this relative error.
-_AGREE = 0.02
-# The proportions of a Llama, for models without a known configuration.
-_GUESSED_VOCABULARY, _GUESSED_HEAD, _GUESSED_MLP = 128_000, 128, 3.5
 
 
 def template_text(setting: str) -> str:
@@ -75,8 +71,9 @@ def weights_id(spec: ModelSpec) -> str:
             return digest([[path.name, path.stat().st_size, _ends_sha256(path)] for path in files], 8)
 
 
-def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
+def _ends_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's first and last MiB, which suffice to distinguish trained weights."""
+    size = 1 << 20
     with path.open("rb") as file:
         ends = file.read(size)
         file.seek(max(0, path.stat().st_size - size))
@@ -161,26 +158,23 @@ class Dimensions:
 
     def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
         """Return the number of LoRA's parameters, and of those that a token passes."""
-        parts = _parts(placement, include_unembedding)
         total = active = 0
-        for m in self.matrices:
-            if m.part in parts:
-                # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
-                own = max(1, rank // self.active_experts) if m.part == "experts" else rank
-                total += m.count * own * (m.d_in + m.d_out)
-                active += m.active * own * (m.d_in + m.d_out)
+        for m in self._adapted(placement, include_unembedding):
+            # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
+            own = max(1, rank // self.active_experts) if m.part == "experts" else rank
+            total += m.count * own * (m.d_in + m.d_out)
+            active += m.active * own * (m.d_in + m.d_out)
         return total, active
 
     def carrying(self, placement: Placement, include_unembedding: bool) -> int:
         """Return the number of parameters of the linear layers with LoRA, without experts."""
-        parts = _parts(placement, include_unembedding) - {"experts"}
-        return sum(m.parameters for m in self.matrices if m.part in parts)
+        adapted = self._adapted(placement, include_unembedding)
+        return sum(m.parameters for m in adapted if m.part != "experts")
 
-
-def _parts(placement: Placement, include_unembedding: bool) -> set[str]:
-    """Return the parts that carry LoRA."""
-    parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
-    return parts | {"unembedding"} if include_unembedding else parts
+    def _adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
+        parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
+        parts |= {"unembedding"} if include_unembedding else set()
+        return [matrix for matrix in self.matrices if matrix.part in parts]
 
 
 def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
@@ -190,16 +184,14 @@ def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
         KeyError: the configuration is not of a known family.
     """
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
-    heads = config["num_attention_heads"]
+    hidden, heads, intermediate = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     return Dimensions(
-        hidden=config["hidden_size"],
+        hidden=hidden,
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config.get("moe_intermediate_size", config["intermediate_size"])
-        if experts
-        else config["intermediate_size"],
+        head_dim=config.get("head_dim") or hidden // heads,
+        intermediate=config.get("moe_intermediate_size", intermediate) if experts else intermediate,
         vocabulary=config["vocab_size"],
         tied=config.get("tie_word_embeddings", False),
         query_key_norms=config["model_type"].startswith("qwen3"),
@@ -209,50 +201,37 @@ def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
 
 
 def guessed_dimensions(parameters: int, hidden: int) -> Dimensions:
-    """Return the sizes of a Llama with the given number of parameters and width, for a model of unknown sizes."""
-    heads = max(1, hidden // _GUESSED_HEAD)
-    one_layer = Dimensions(
-        hidden=hidden,
-        layers=1,
-        heads=heads,
-        kv_heads=max(1, heads // 4),
-        head_dim=hidden // heads,
-        intermediate=round(_GUESSED_MLP * hidden),
-        # A small model has a small vocabulary too.
-        vocabulary=min(_GUESSED_VOCABULARY, max(1, parameters // (4 * hidden))),
-        tied=True,
-    )
-    layers = round((parameters - one_layer.vocabulary * hidden) / one_layer.layer_parameters)
+    """Return the sizes of a Llama with this number of parameters and width, for a model of unknown sizes."""
+    heads = max(1, hidden // 128)
+    # A small model has a small vocabulary too.
+    vocabulary = min(128_000, max(1, parameters // (4 * hidden)))
+    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
+    one_layer = Dimensions(hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
+    layers = round((parameters - vocabulary * hidden) / one_layer.layer_parameters)
     return replace(one_layer, layers=max(1, layers))
 
 
 @cache
 def dimensions(model: ModelSpec) -> Dimensions:
-    """Return the sizes of a preset's model: from its configuration if that is known, else guessed."""
+    """Return the sizes of a preset's model: from a configuration with as many parameters within 2%, else guessed."""
     match model:
         case TinyModel():
             return dimensions_of_config(json.loads((shipped_folder(model.name) / "config.json").read_text()))
         case PathModel():
-            name, folder = "", Path(model.path)
-            configs = [folder / "config.json"]
+            configs = [Path(model.path) / "config.json"]
         case HubModel() | GgufModel():
             name = (model.id if isinstance(model, HubModel) else model.path).rpartition("/")[2].lower()
             configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if name.startswith(path.stem)]
     for path in configs:
-        try:
+        with suppress(KeyError):
             known = dimensions_of_config(json.loads(path.read_text()))
-        except KeyError:
-            continue
-        if abs(known.parameters / model.parameters - 1) <= _AGREE:
-            return known
+            if abs(known.parameters / model.parameters - 1) <= 0.02:
+                return known
     return guessed_dimensions(model.parameters, model.hidden_size)
 
 
 MAX_BLOCK_QUERIES = 80
 """Queries of the largest block. Values from 48 to 128 take about the same time."""
-MAX_ROW_TOKENS = 512
-"""Tokens of the longest rows that are computed in blocks: the memory of the probabilities grows with their square."""
-_SHORT = 128
 
 
 def blocks(length: int) -> list[slice]:
@@ -265,18 +244,14 @@ def blocks(length: int) -> list[slice]:
 def blocks_pay(length: int, bf16: bool) -> bool:
     """Return whether blocks take less time than PyTorch's kernel, and little memory, in rows of `length` tokens.
 
-    Measured with `python -m benchmarks.parts`; in fp32 PyTorch's kernel is as fast in short rows.
+    Measured with `python -m benchmarks.parts`; in fp32 PyTorch's kernel is as fast in rows of up to 128 tokens. The
+    memory of the probabilities grows with the square of the length.
     """
-    return (1 if bf16 else _SHORT) < length <= MAX_ROW_TOKENS
+    return (1 if bf16 else 128) < length <= 512
 
 
 def kept_shares(length: int, bf16: bool) -> float:
-    """Return the mean number of attention probabilities kept per query and head for the backward pass.
-
-    Args:
-        length: tokens of a row.
-        bf16: whether attention is computed in bf16, else in fp32.
-    """
+    """Return the mean number of attention probabilities that are kept per query and head for the backward pass."""
     if not blocks_pay(length, bf16):
         return 0.0
     shares: int = sum((block.stop - block.start) * block.stop for block in blocks(length))

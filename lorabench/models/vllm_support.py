@@ -5,19 +5,18 @@ vLLM is imported nowhere here: its import takes seconds.
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
+from lorabench.models.specs import Dimensions, dimensions_of_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
 
 # vLLM's lists; tests/evaluation/test_vllm.py compares them with the installed version.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -26,30 +25,43 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for the largest rank of its adapters."""
 
 
-def check_vllm(spec: ModelSpec, device: torch.device, placement: Placement | None = None) -> None:
-    """Refuse a model that vLLM cannot compute here; the model's configuration is read, and nothing is computed.
+def check_vllm(
+    spec: ModelSpec,
+    device: torch.device,
+    rank: int | None = None,
+    placement: Placement | None = None,
+    trains: bool = False,
+) -> None:
+    """Refuse a model that vLLM cannot compute here; its configuration is read, and nothing is computed.
 
     Args:
         spec: the base model.
-        device: what vLLM computes on.
-        placement: the layers that carry LoRA; None for a model without an adapter.
+        device: the device on which vLLM computes.
+        rank: LoRA's rank; None without an adapter.
+        placement: the layers that carry LoRA; None without an adapter.
+        trains: whether weights are handed over to vLLM in training, all of them without an adapter.
 
     Raises:
-        UserError: vLLM is not installed, it does not have the model's size of attention heads on a CPU, or LoRA is on
-            the experts of a mixture.
+        UserError: vLLM is not installed, it lacks the model's size of attention heads on a CPU or the rank, LoRA is on
+            the experts of a mixture, or a mixture is fully fine-tuned.
     """
-    config = load_config(spec)
-    head = _head_size(config)
-    if device.type == "cpu" and head not in CPU_HEAD_SIZES:
+    name, sizes = model_location(spec), _sizes(spec)
+    if rank is not None:
+        max_lora_rank(rank)
+    elif trains and sizes.experts:
+        raise UserError(
+            f"model {name} is a mixture of experts, whose trained weights are not handed over to vLLM; "
+            "set execution.sampler to own"
+        )
+    if device.type == "cpu" and sizes.head_dim not in CPU_HEAD_SIZES:
         allowed = ", ".join(map(str, CPU_HEAD_SIZES))
         raise UserError(
-            f"model {model_location(spec)} has attention heads of size {head}, which vLLM does not compute on a CPU "
+            f"model {name} has attention heads of size {sizes.head_dim}, which vLLM does not compute on a CPU "
             f"(allowed: {allowed}); set execution.sampler to own"
         )
-    experts = _experts(config)
-    if experts and placement in ("mlp", "all"):
+    if sizes.experts and placement in ("mlp", "all"):
         raise UserError(
-            f"placement {placement!r} puts LoRA on the {experts} experts of model {model_location(spec)}, which is not "
+            f"placement {placement!r} puts LoRA on the {sizes.experts} experts of model {name}, which is not "
             "tested with vLLM (allowed: attn); set execution.sampler to own"
         )
     check_installed()
@@ -64,34 +76,6 @@ def check_installed() -> None:
         )
 
 
-def check_policy(spec: ModelSpec, device: torch.device, rank: int | None, placement: Placement | None) -> None:
-    """Refuse a policy of RL that cannot be handed over to vLLM here.
-
-    Args:
-        spec: the base model.
-        device: what vLLM computes on.
-        rank: LoRA's rank; None in full fine-tuning.
-        placement: the layers that carry LoRA; None in full fine-tuning.
-
-    Raises:
-        UserError: vLLM does not compute the model or its adapters, or the model is a mixture of experts that is fully
-            fine-tuned, whose weights are not handed over.
-    """
-    if rank is not None:
-        max_lora_rank(rank)
-    elif _experts(load_config(spec)):
-        raise UserError(
-            f"model {model_location(spec)} is a mixture of experts, whose trained weights are not handed over to vLLM; "
-            "set execution.sampler to own"
-        )
-    check_vllm(spec, device, placement)
-
-
-def _experts(config: Any) -> int:
-    """Return the number of experts of a layer, 0 in a dense model."""
-    return int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0)
-
-
 def max_lora_rank(rank: int) -> int:
     """Return the least setting of vLLM that allows adapters of a rank.
 
@@ -104,19 +88,19 @@ def max_lora_rank(rank: int) -> int:
     raise UserError(f"rank = {rank}: vLLM takes adapters up to rank {LORA_RANKS[-1]}; set execution.sampler to own")
 
 
-def _head_size(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads)
-
-
 def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
-    """Return the bytes of the keys and values of a number of tokens, from the model's own configuration.
+    """Return the bytes of the keys and values of a number of tokens, from the model's own configuration."""
+    sizes = _sizes(spec)
+    return 2 * tokens * sizes.layers * sizes.kv_heads * sizes.head_dim * dtype.itemsize
 
-    Raises:
-        ModelError: the model can't be read.
-    """
-    config = load_config(spec)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * tokens * config.num_hidden_layers * heads * _head_size(config) * dtype.itemsize)
+
+def _sizes(spec: ModelSpec) -> Dimensions:
+    try:
+        return dimensions_of_config(load_config(spec).to_dict())
+    except KeyError as error:
+        raise UserError(
+            f"the configuration of model {model_location(spec)} lacks {error}; set execution.sampler to own"
+        ) from error
 
 
 def vllm_version() -> str:
@@ -135,9 +119,3 @@ def vllm_environment(on_cpu: bool) -> dict[str, str]:
         # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     return settings
-
-
-def set_vllm_environment(device: torch.device) -> None:
-    """Set the environment variables of vLLM that are not set yet, before it is imported."""
-    for name, value in vllm_environment(device.type == "cpu").items():
-        os.environ.setdefault(name, value)

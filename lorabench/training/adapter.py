@@ -7,8 +7,7 @@ eigenvalues of U^T U.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
 """Names of the measures of `AdapterProbe`, in the order in which it returns them."""
 
 _GRAM_NUMBERS = 1 << 23
-"""Numbers of all Gram matrices after which they are decomposed; 64 MiB."""
+"""Numbers of the Gram matrices that are decomposed together; 64 MiB."""
 
 Pair = tuple[Tensor, Tensor, float]
 """The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
@@ -33,7 +32,8 @@ class AdapterProbe:
     clipped before `before_step()`, `descent` is that of the clipped gradient.
 
     Args:
-        pairs: the trained factors of each layer by name, as `lorabench.models.lora.adapter_pairs` returns them.
+        pairs: the trained factors of each layer by name, all of one rank, as `lorabench.models.lora.adapter_pairs`
+            returns them.
     """
 
     def __init__(self, pairs: Mapping[str, Pair]) -> None:
@@ -61,8 +61,8 @@ class AdapterProbe:
         """
         if not self._pairs:
             return {}
-        layers, norms, grams = [], [], []
-        for name, (a, b, scaling) in self._pairs.items():
+        layers, larger, grams = [], [], []
+        for number, (name, (a, b, scaling)) in enumerate(self._pairs.items(), 1):
             initial_a = full_tensor(self._initial_a[name])
             old_a, old_b, a_grad, b_grad = map(full_tensor, self._before.pop(name))
             a, b = full_tensor(a), full_tensor(b)
@@ -74,35 +74,15 @@ class AdapterProbe:
             update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
             moved = (a - initial_a).double().norm() / initial_a.double().norm()
             layers.append(torch.stack([moved, update, descent]))
-            grams += [_gram(a), _gram(b)]
-            if sum(gram.numel() for gram in grams) > _GRAM_NUMBERS:
-                norms.append(_spectral_norms(grams))
+            grams += [a.double() @ a.double().T, b.double().T @ b.double()]
+            # A GPU takes as long for one small matrix as for many, so they are decomposed together.
+            if len(grams) * grams[0].numel() > _GRAM_NUMBERS or number == len(self._pairs):
+                # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
+                largest = torch.linalg.eigvalsh(torch.nan_to_num(torch.stack(grams)))[:, -1]
+                larger.append(largest[1::2] > largest[::2])
                 grams = []
-        stacked = torch.stack([layer.to(layers[0].device) for layer in layers])
-        a_norms, b_norms = torch.cat([*norms, *([_spectral_norms(grams)] if grams else [])]).view(-1, 2).T
         # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
-        moved, larger = stacked[:, 0].mean(), (b_norms > a_norms).double().mean()
-        norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 2].sum()
-        return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    """Return the smaller of a matrix's two Gram matrices, whose eigenvalues are the squared singular values."""
-    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    # The decomposition raises on NaN, which a diverging run may contain; the other measures then show the NaN.
-    return torch.nan_to_num(wide @ wide.T)
-
-
-def _spectral_norms(grams: Sequence[Tensor]) -> Tensor:
-    """Return the largest singular value of each matrix, given its Gram matrix.
-
-    Those of one size are decomposed together, since a GPU takes as long for one small matrix as for many.
-    """
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for index, gram in enumerate(grams):
-        by_size[len(gram)].append(index)
-    norms = grams[0].new_empty(len(grams))
-    for indices in by_size.values():
-        together = torch.stack([grams[index].to(norms.device) for index in indices])
-        norms[indices] = torch.linalg.eigvalsh(together)[:, -1].clamp(min=0).sqrt()
-    return norms
+        moved, update, descent = torch.stack(layers).T
+        norm = update.sum().clamp(min=0).sqrt()
+        measures = [moved.mean(), norm, torch.cat(larger).double().mean(), descent.sum()]
+        return dict(zip(METRICS, torch.stack(measures).tolist(), strict=True))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
-import platform
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config.inputs import FactsDataset
-from lorabench.models.base import load_model, package_versions, skeleton, weights_sha256
+from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
@@ -30,9 +28,8 @@ from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.training.checkpoint import Checkpoint, whole_weights
 from lorabench.training.loss import check_plain_head
-from lorabench.training.run import Machine, Outcome
+from lorabench.training.run import Machine, Outcome, machine_state
 from lorabench.utils.files import atomic_path, write_json
-from lorabench.utils.gpus import processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +55,10 @@ class SweepContext:
         path, machine = self.folder(run).checkpoint, self.machine
         return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
+    def recomputes(self) -> bool:
+        """Return whether the backward pass computes each layer again."""
+        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
+
     def provenance(self) -> dict[str, Any]:
         """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
         return {
@@ -72,9 +73,12 @@ class SweepContext:
     def write(self, run: Run, model: torch.nn.Module, outcome: Outcome, environment: dict[str, Any]) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
+        rollouts, dataset = condition.rollouts, preset.sources[condition.dataset]
         config: Any = model.config
-        dataset = preset.sources[condition.dataset]
-        rollouts = condition.rollouts
+        if self.machine.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.machine.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
             "run_id": run.run_id,
             "spec": {
@@ -92,7 +96,7 @@ class SweepContext:
                 "hidden_size": config.hidden_size,
                 "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
                 "train_flops": train_flops_per_token(model) * outcome.train_tokens,
-                "peak_mem_bytes": int(processes.most(_peak_memory_bytes(self.machine.device))),
+                "peak_mem_bytes": int(processes.most(peak)),
             },
             "environment": environment,
         }
@@ -133,7 +137,7 @@ class Base:
             else:
                 self._model = load_model(spec).to(context.machine.device)
             check_plain_head(self._model)
-            if _recomputes(context):
+            if context.recomputes():
                 recompute_activations(self._model)
         return self._model
 
@@ -154,7 +158,7 @@ class Base:
             return
         adapted = with_adapter(model, context, run)
         # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        use_fast_products(adapted, keep_cast=not _recomputes(context))
+        use_fast_products(adapted, keep_cast=not context.recomputes())
         try:
             yield adapted
         finally:
@@ -171,10 +175,6 @@ def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any
     head = context.plan.preset.protocol.include_unembedding
     init_a = condition.init_a or 1.0
     return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a)
-
-
-def _recomputes(context: SweepContext) -> bool:
-    return decided(context.plan.preset, context.sweep).execution.activation_checkpointing is True
 
 
 def now() -> str:
@@ -206,26 +206,3 @@ def code_state(patches: Path) -> dict[str, str | None]:
         with atomic_path(path) as partial:
             partial.write_text(diff)
     return {"git_sha": sha, "git_dirty_patch": patch}
-
-
-def machine_state(device: torch.device) -> dict[str, Any]:
-    """Return the device, the visible GPUs, the CPU's instructions and threads, the host and the package versions."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "device_type": device.type,
-        # The GPUs of the node that a scheduler assigned to this process.
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        # The instructions of the processor that PyTorch uses, such as AVX2 or AVX512.
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "packages": package_versions(),
-    }
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory since the run's start, in bytes: that of the GPU, on a CPU that of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -49,18 +49,17 @@ def run_job(
     # The trainer keeps the model, data and graders of the job's sweeps until the end. It is imported here since each
     # trainer imports libraries that the other does not need.
     trainer: AbstractContextManager[Trainer]
-    is_rl = job.sweeps[0].condition.task == "rl"
-    if is_rl:
+    execution = plan.preset.execution
+    lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
+    if job.sweeps[0].condition.task == "rl":
         from lorabench.training.rl.trainer import RlTrainer
 
         trainer = RlTrainer()
+        lower += f" or max_cache_tokens ({execution.max_cache_tokens})"
     else:
         from lorabench.training.sft import SftTrainer
 
         trainer = nullcontext(SftTrainer())
-    execution = plan.preset.execution
-    lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
-    lower += f" or max_cache_tokens ({execution.max_cache_tokens})" if is_rl else ""
     rows: list[dict[str, Any]] = []
     with trainer as train:
         for sweep in job.sweeps:
@@ -79,20 +78,27 @@ def run_sweep(
     """Train all runs of a sweep; return their rows (see `sweep_rows`) in the first process, else nothing."""
     progress = Progress(layout.progress(sweep), sweep)
     context = SweepContext(plan, sweep, layout, machine_of(plan, processes))
-
-    def announce(number: int, run: Run, result: str = "") -> None:
-        if processes.first:
-            of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
-            say(f"{sweep.condition.label} run {number}{of}: lr {run.lr:g}, seed {run.seed}{result}")
+    device, label = context.machine.device, sweep.condition.label
 
     def finish(number: int, run: Run) -> None:
+        """Train a run unless it is finished, and say how it ended."""
+        of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
+        title = f"{label} run {number}{of}: lr {run.lr:g}, seed {run.seed}"
         if not context.folder(run).done():
             if processes.any(signals.requested()):
                 signals.raise_stopped()
-            _reset_peak_memory(context.machine.device)
-            announce(number, run)
+            # The peak memory so far is forgotten, so that runs of one process report their own.
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            else:
+                # Where the system does not allow this, the peak stays that of all runs so far.
+                with suppress(OSError):
+                    Path("/proc/self/clear_refs").write_text("5")
+            if processes.first:
+                say(title)
             train(context, run, partial(progress.tick, number, run) if processes.first else lambda step: None)
-        announce(number, run, f": {_result(context.folder(run).read_record()['outcome'])}")
+        if processes.first:
+            say(f"{title}: {_result(context.folder(run).read_record()['outcome'])}")
 
     numbers: dict[Run, int] = {}
     losses: dict[tuple[float, int], float] = {}
@@ -108,18 +114,18 @@ def run_sweep(
         losses |= {(run.lr, run.seed): validation_loss(context.folder(run).read_record()) for run in wave}
     best = best_lr(sweep, losses)
     if sweep.lattice is not None and processes.first:
-        say(f"{sweep.condition.label} {ending(sweep, losses)}")
+        say(f"{label} {ending(sweep, losses)}")
     # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
     # weights of a restored run were left behind, and only an evaluation needs them.
     evaluated = any(job.sweep == sweep for job in plan.evaluations())
-    chosen = next((run for run in numbers if (run.lr, run.seed) == (best, 0)), None)
-    folder = None if chosen is None else context.folder(chosen)
-    if chosen and folder and not folder.weights.exists() and (evaluated or not folder.restored.exists()):
-        processes.wait()
-        if processes.first:
-            folder.record.unlink()
-        processes.wait()
-        finish(numbers[chosen], chosen)
+    for run in (run for run in numbers if (run.lr, run.seed) == (best, 0)):
+        folder = context.folder(run)
+        if not folder.weights.exists() and (evaluated or not folder.restored.exists()):
+            processes.wait()
+            if processes.first:
+                folder.record.unlink()
+            processes.wait()
+            finish(numbers[run], run)
     if not processes.first:
         return []
     if plan.preset.execution.keep_weights == "best":
@@ -130,25 +136,15 @@ def run_sweep(
     return sweep_rows([context.folder(run) for run in numbers], sweep)
 
 
-def _reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak memory so far, so that runs of one process report their own."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Where the system does not allow this, the peak stays that of all runs so far.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _check_commits(context: SweepContext, finished: list[Run]) -> None:
     """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
-    now = context.layout.commits(context.sweep.condition)
+    fetched = context.layout.commits(context.sweep.condition)
     for run in finished:
-        then = context.folder(run).read_record()["environment"].get("hub_commits", {})
-        for name in (name for name in now if now[name] != then.get(name)):
+        used = context.folder(run).read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in fetched if fetched[name] != used.get(name)):
             raise UserError(
-                f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
-                f"write the former into the file of {name} in {context.layout.pins} and fetch again, or delete "
+                f"run {run.run_id} was made with {name} at commit {used.get(name)}, but {fetched[name]} is fetched "
+                f"now: write the former into the file of {name} in {context.layout.pins} and fetch again, or delete "
                 f"{context.folder(run).final} to train the run again"
             )
 

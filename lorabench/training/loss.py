@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
+from lorabench.training.distributed import call_as_forward
+from lorabench.training.run import Machine
 
 IGNORED = -100
 """Target of a position whose next token is not scored."""
@@ -149,37 +150,25 @@ def add_gradient(
 
 
 @torch.no_grad()
-def example_nlls(
-    model: nn.Module,
-    split: TokenizedSplit,
-    max_tokens: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    processes: Processes = SINGLE_PROCESS,
-) -> np.ndarray:
+def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> np.ndarray:
     """Return the NLL of each example of a split, summed over its scored tokens, in nats: (examples,).
 
-    Args:
-        max_tokens: limit of the tokens, padding included, that go through the model at once.
-        autocast: the type of autocast; None for fp32.
-        processes: the processes that share the split; all return the same numbers.
+    The machine's processes share the split, and all return the same numbers.
     """
+    processes, kind = machine.processes, machine.device.type
     counts, share = scored_by_example(split), processes.share(split.lengths())
     nats, owners = [np.zeros(0)], [share[:0]]
 
     def nlls(model: nn.Module) -> Tensor:
-        hidden, size = _hidden(model, batch, tokens), _tokens_at_once(model, MAX_LOGITS[device.type])
+        hidden, size = _hidden(model, batch, tokens), _tokens_at_once(model, MAX_LOGITS[kind])
         pieces = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([_nlls(model, *piece) for piece in pieces])
 
-    parts = micro_batches(split.lengths()[share], max_tokens, PASS_TOKENS[device.type])
+    parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
-        batch = collate(split, examples).to(device)
+        batch = collate(split, examples).to(machine.device)
         tokens, targets = _scored(batch)
-        with (
-            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
-            computing_only(model, tokens),
-        ):
+        with machine.cast(), computing_only(model, tokens):
             nats.append(call_as_forward(model, nlls).double().cpu().numpy())
         owners.append(np.repeat(examples, counts[examples]))
     sums = np.bincount(np.concatenate(owners), weights=np.concatenate(nats), minlength=len(split))
@@ -188,17 +177,9 @@ def example_nlls(
     return whole
 
 
-def mean_nll(
-    model: nn.Module,
-    split: TokenizedSplit,
-    max_tokens: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    processes: Processes = SINGLE_PROCESS,
-) -> float:
+def mean_nll(model: nn.Module, split: TokenizedSplit, machine: Machine) -> float:
     """Return the token-weighted NLL of a whole split in nats per scored token; see `example_nlls`."""
-    nats = example_nlls(model, split, max_tokens, device, autocast, processes)
-    return float(nats.sum()) / int(scored_by_example(split).sum())
+    return float(example_nlls(model, split, machine).sum()) / int(scored_by_example(split).sum())
 
 
 def _scored(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import platform
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -21,20 +21,18 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lorabench.config.experiments import Protocol
+from lorabench.models.base import package_versions
 from lorabench.models.bf16_products import Products, choose_faster
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 from lorabench.utils.exhaustion import keep_freed_memory
-from lorabench.utils.gpus import difference_from
+from lorabench.utils.gpus import difference_from, processor
 
 T = TypeVar("T")
 
-# Elements of a gradient whose squares are summed at once.
-_PIECE = 1 << 16
-
-_NO_KERNEL = "does not have a deterministic implementation"
+# The operations without a deterministic kernel that were found in this process.
 _without_kernel: list[str] = []
 
 
@@ -44,27 +42,30 @@ class Machine:
 
     device: torch.device
     max_batch_tokens: int
-    checkpoint_seconds: float
+    """Limit of the tokens, padding included, that go through the model at once in training and evaluation."""
+    checkpoint_seconds: float = math.inf
     max_cache_tokens: int = 65_536
+    """Limit of the tokens whose keys and values are held at once in sampling."""
     processes: Processes = SINGLE_PROCESS
+    autocast: torch.dtype | None = None
+    """The type of products; None for fp32."""
     bf16_products: Products | None = None
     """How a CPU multiplies matrices in bf16; None on a GPU and in fp32."""
 
-    def autocast(self, protocol: Protocol) -> torch.dtype | None:
-        """Return the autocast type of the protocol's precision, None for fp32."""
-        return torch.bfloat16 if protocol.precision == "bf16" else None
+    def cast(self) -> torch.autocast:
+        """Return a context in which products are computed in the type `autocast`."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
 def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
-    execution = plan.preset.execution
+    execution, bf16 = plan.preset.execution, plan.preset.protocol.precision == "bf16"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
     products: Products | None = None
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
         keep_freed_memory()
-        if plan.preset.protocol.precision == "bf16":
-            products = choose_faster()
+        products = choose_faster() if bf16 else None
     else:
         if execution.gpu is not None and processes.first:
             memory = torch.cuda.get_device_properties(device).total_memory
@@ -75,15 +76,32 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
         # TF32 has more digits than the bf16 of all other layers.
-        torch.backends.cuda.matmul.allow_tf32 = plan.preset.protocol.precision == "bf16"
+        torch.backends.cuda.matmul.allow_tf32 = bf16
     return Machine(
         device,
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
-        max_cache_tokens=execution.max_cache_tokens,
-        processes=processes,
-        bf16_products=products,
+        execution.max_cache_tokens,
+        processes,
+        torch.bfloat16 if bf16 else None,
+        products,
     )
+
+
+def machine_state(device: torch.device) -> dict[str, Any]:
+    """Return the device, the visible GPUs, the CPU's instructions and threads, the host and the package versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device_type": device.type,
+        # The GPUs of the node that a scheduler assigned to this process.
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        # The instructions of the processor that PyTorch uses, such as AVX2 or AVX512.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+    }
 
 
 @dataclass
@@ -100,6 +118,16 @@ class Outcome:
     curve: list[CurvePoint] = field(default_factory=list)
     test_losses: list[ExampleLoss] = field(default_factory=list)
     """The loss of each test example after the last step; empty if the run did not get there."""
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the outcome, as plain data."""
+        curve = [vars(point) for point in self.curve]
+        return {"train_tokens": self.train_tokens, "wall_s": self.wall_s, "curve": curve}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from what `progress` returned."""
+        self.train_tokens, self.wall_s = saved["train_tokens"], saved["wall_s"]
+        self.curve = [CurvePoint(**point) for point in saved["curve"]]
 
 
 def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
@@ -139,7 +167,7 @@ def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | No
     pieces: list[torch.Tensor] = []
     for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         undivided = isinstance(gradient, DTensor) or gradient.device.type != "cpu"
-        pieces += [gradient] if undivided else gradient.flatten().split(_PIECE)
+        pieces += [gradient] if undivided else gradient.flatten().split(1 << 16)
     norm = torch.nn.utils.get_total_norm(pieces)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
     return float(full_tensor(norm))
@@ -155,30 +183,22 @@ def deterministically(compute: Callable[[], T], undo: Callable[[], None], device
         undo: discards what `compute` has done so far, before it is called again.
         device: the device that computes.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or _without_kernel:
         return compute()
-    if not _without_kernel:
-        try:
-            with _strict():
-                return compute()
-        except RuntimeError as error:
-            if _NO_KERNEL not in str(error):
-                raise
-            _without_kernel.append(str(error).split(_NO_KERNEL, maxsplit=1)[0].strip())
-            logging.warning("training on this GPU is not deterministic: %s has no such kernel", _without_kernel[0])
-        undo()
-    return compute()
-
-
-@contextmanager
-def _strict() -> Iterator[None]:
     setting: Any = torch.utils.deterministic
-    fill = setting.fill_uninitialized_memory
+    fill, lacks = setting.fill_uninitialized_memory, "does not have a deterministic implementation"
     torch.use_deterministic_algorithms(True)
     # It would write into each new tensor, to show errors in programs.
     setting.fill_uninitialized_memory = False
     try:
-        yield
+        return compute()
+    except RuntimeError as error:
+        if lacks not in str(error):
+            raise
+        _without_kernel.append(str(error).split(lacks, maxsplit=1)[0].strip())
+        logging.warning("training on this GPU is not deterministic: %s has no such kernel", _without_kernel[0])
     finally:
         torch.use_deterministic_algorithms(False)
         setting.fill_uninitialized_memory = fill
+    undo()
+    return compute()

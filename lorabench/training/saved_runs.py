@@ -7,7 +7,7 @@ checkpoints, and the protocol version that they were computed with. All numbers 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.runs import PROTOCOL_VERSION, Job, next_runs, validation_loss
-from lorabench.store.collect import sweep_rows, write_entries, write_job
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import JOB
@@ -28,19 +28,6 @@ _SCHEMA = pa.schema(
     [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
     metadata={_VERSION: str(PROTOCOL_VERSION)},
 )
-
-
-@dataclass(frozen=True)
-class Restored:
-    """How many runs and jobs were restored, and how many saved runs were not."""
-
-    runs: int
-    present: int
-    """Saved runs that were there already."""
-    unknown: int
-    """Saved runs that the plan does not have."""
-    jobs: int
-    """Jobs that need no further training."""
 
 
 def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
@@ -60,11 +47,10 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
     saved = total = 0
     for path, planned in run_ids.items():
         rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in planned} if path.exists() else {}
-        for run_id in planned:
-            folder = RunFolder(layout.runs, run_id)
+        for folder in (RunFolder(layout.runs, run_id) for run_id in planned):
             if folder.done():
                 record = json.dumps(folder.read_record(), separators=(",", ":"))
-                rows[run_id] = {"run_id": run_id, "record": record, **folder.read_nested()}
+                rows[folder.run_id] = {"run_id": folder.run_id, "record": record, **folder.read_nested()}
         if rows:
             table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
             with atomic_path(path) as partial:
@@ -73,10 +59,13 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
     return saved, total
 
 
-def restore_runs(plan: Plan, layout: Layout) -> Restored:
-    """Write saved runs into the folders of runs, and the files of the jobs that need no further training.
+def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
+    """Write saved runs into the folders of runs.
 
     A run that is there already is left as it is. All files are checked before anything is written.
+
+    Returns:
+        The number of runs that were restored, that were there already, and that the plan does not have.
 
     Raises:
         UserError: a file is damaged or was computed with another protocol version, or no saved run is in the plan.
@@ -91,16 +80,15 @@ def restore_runs(plan: Plan, layout: Layout) -> Restored:
         )
     missing = [row for row in known if not RunFolder(layout.runs, row["run_id"]).done()]
     for row in missing:
-        run_id, folder = row["run_id"], RunFolder(layout.runs, row["run_id"])
-        with folder.finishing() as staging:
+        run_id = row["run_id"]
+        with RunFolder(layout.runs, run_id).finishing() as staging:
             staged = RunFolder(staging.parent, staging.name)
             write_entries(run_id, row["curve"], "curves", staged.curves)
             if row["test_losses"] is not None:
                 write_entries(run_id, row["test_losses"], "test_losses", staged.test_losses)
             staged.restored.touch()
             staged.record.write_text(row["record"] + "\n")
-    jobs = [job for job in plan.jobs if missing and not layout.job(job).exists() and _restore_job(plan, job, layout)]
-    return Restored(len(missing), len(known) - len(missing), len(rows) - len(known), len(jobs))
+    return len(missing), len(known) - len(missing), len(rows) - len(known)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -113,30 +101,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
         )
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
-
-
-def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
-    """Write the file of a job whose runs are all there; return whether it was written.
-
-    A job that reads the hub is not restored, because its commits are compared with those of its runs when it starts,
-    nor one with weights that an evaluation needs.
-    """
-    rows: list[dict[str, Any]] = []
-    for sweep in job.sweeps:
-        condition = sweep.condition
-        held_out = condition.rollouts.held_out if condition.rollouts else ()
-        fetched = [layout.fetched_model(condition.model), *map(layout.fetched_data, (condition.dataset, *held_out))]
-        if any(fetched) or any(evaluation.sweep == sweep for evaluation in plan.evaluations()):
-            return False
-        losses: dict[tuple[float, int], float] = {}
-        folders: list[RunFolder] = []
-        while wave := next_runs(sweep, losses):
-            for run in wave:
-                folders.append(RunFolder(layout.runs, run.run_id))
-                if not folders[-1].done():
-                    return False
-                losses[run.lr, run.seed] = validation_loss(folders[-1].read_record())
-        rows += sweep_rows(folders, sweep)
-    write_job(rows, layout.job(job))
-    layout.restored(job).touch()
-    return True

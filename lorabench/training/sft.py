@@ -89,8 +89,7 @@ def train_sft(
     Raises:
         Stopped: a signal asked the job to end, and the run is saved.
     """
-    condition, train, processes = run.condition, data["train"], machine.processes
-    autocast = machine.autocast(protocol)
+    condition, train = run.condition, data["train"]
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
     # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
@@ -104,9 +103,8 @@ def train_sft(
     first_step, epoch_nats, epoch_scored = 0, 0.0, 0
     saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
-        first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
-        epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
-        outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
+        outcome.resume(saved)
+        first_step, epoch_nats, epoch_scored = saved["step"], saved["epoch_nats"], saved["epoch_scored"]
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -115,12 +113,12 @@ def train_sft(
 
     for step in range(first_step + 1, condition.steps + 1):
         started = time.perf_counter()
-        loss, tokens, scored = batch_gradient(model, train, order[step - 1], machine, autocast)
+        loss, tokens, scored = batch_gradient(model, train, order[step - 1], machine)
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         outcome.train_tokens += tokens
         record(step, "train", "nll", loss)
         record(step, "train", "grad_norm", norm)
-        if processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
+        if machine.processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
         if step * condition.batch_size <= len(train):
@@ -134,26 +132,18 @@ def train_sft(
                 record(step, "train", metric, value)
         optimizer.zero_grad()
         if step in validate_at:
-            nll = mean_nll(model, data["validation"], machine.max_batch_tokens, machine.device, autocast, processes)
-            record(step, "validation", "nll", nll)
+            record(step, "validation", "nll", mean_nll(model, data["validation"], machine))
         outcome.wall_s += time.perf_counter() - started
         tick(step)
         if step < condition.steps and checkpoint.due():
-            progress: dict[str, Any] = {
-                "step": step,
-                "train_tokens": outcome.train_tokens,
-                "epoch_nats": epoch_nats,
-                "epoch_scored": epoch_scored,
-                "wall_s": outcome.wall_s,
-                "curve": [vars(point) for point in outcome.curve],
-            }
-            checkpoint.save(parameters, optimizer, progress)
+            epoch = {"epoch_nats": epoch_nats, "epoch_scored": epoch_scored}
+            checkpoint.save(parameters, optimizer, {"step": step, **epoch, **outcome.progress()})
 
     scored_tests = scored_by_example(data["test"])
     outcome.test_scored_tokens = int(scored_tests.sum())
     if outcome.status == "done":
         started = time.perf_counter()
-        nats = example_nlls(model, data["test"], machine.max_batch_tokens, machine.device, autocast, processes)
+        nats = example_nlls(model, data["test"], machine)
         outcome.wall_s += time.perf_counter() - started
         valid, test = outcome.curve[-1].value, float(nats.sum()) / outcome.test_scored_tokens
         if valid is None or not math.isfinite(test):
@@ -168,11 +158,7 @@ def train_sft(
 
 
 def batch_gradient(
-    model: torch.nn.Module,
-    split: TokenizedSplit,
-    examples: np.ndarray,
-    machine: Machine,
-    autocast: torch.dtype | None,
+    model: torch.nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
 ) -> tuple[float, int, int]:
     """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
 
@@ -182,21 +168,21 @@ def batch_gradient(
     Returns:
         The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
     """
-    processes, lengths = machine.processes, split.lengths()
+    processes, device, lengths = machine.processes, machine.device, split.lengths()
     share = examples[processes.share(lengths[examples])]
     tokens = int(processes.total(lengths[share].sum()))
-    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[machine.device.type])
+    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
     batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
     scored = int(processes.total(sum(batch.scored for batch in batches)))
-    max_logits = None if processes.sharded else MAX_LOGITS[machine.device.type]
+    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
 
     def add() -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=machine.device)
+        nll = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            nll += add_gradient(model, batch.to(machine.device), scored, autocast, max_logits)
+            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
         return nll.item()
 
-    nll = deterministically(add, model.zero_grad, machine.device)
+    nll = deterministically(add, model.zero_grad, device)
     return processes.total(nll), tokens, scored
 
 
@@ -227,8 +213,7 @@ class SftTrainer:
             self._environment = context.provenance() | {f"{name}_sha256": value for name, value in key.items()}
         if self._base_nll is None:
             base: Any = self._base.sharded(context)
-            limits = machine.max_batch_tokens, machine.device, machine.autocast(protocol), machine.processes
-            self._base_nll = mean_nll(base, self._data["validation"], *limits)
+            self._base_nll = mean_nll(base, self._data["validation"], machine)
             uniform = math.log(base.config.vocab_size)
             del base
             if not self._base_nll < uniform + 1:

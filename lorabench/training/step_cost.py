@@ -17,8 +17,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorabench.config.experiments import Protocol
-from lorabench.config.fields import Placement
+from lorabench.config.experiments import ComputeExperiment, Protocol
 from lorabench.config.inputs import ModelSpec
-from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model
@@ -41,8 +38,8 @@ from lorabench.models.counts import base_parameters
 from lorabench.models.lora import add_lora, targets, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.store.schemas import COMPUTE
-from lorabench.training.context import machine_state
 from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient, check_plain_head
+from lorabench.training.run import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -51,49 +48,17 @@ if TYPE_CHECKING:
 # Steps before time is measured: the optimizer's state is allocated and caches fill.
 _WARM_UP = 2
 
-# The operations of linear layers, forward and backward. Products in attention have a batch dimension and are bmm.
-_LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
-
-
-def compute_table(preset: Preset, model: str) -> pd.DataFrame:
-    """Measure one model of a preset's experiment `compute` and return its rows of the table `compute`.
-
-    Raises:
-        UserError: `measure_compute` refuses the model.
-    """
-    experiment = preset.experiments.compute
-    assert experiment is not None
-    rows = measure_compute(
-        model,
-        preset.models[model],
-        experiment.ranks,
-        "all",
-        experiment.batch_size,
-        experiment.sequence_length,
-        experiment.repeats,
-        preset.execution.threads,
-        preset.protocol,
-    )
-    return pd.DataFrame(rows, columns=COMPUTE.names).astype({"rank": "Int64"})
-
 
 def measure_compute(
-    name: str,
-    spec: ModelSpec,
-    ranks: Iterable[int],
-    placement: Placement,
-    batch_size: int,
-    sequence_length: int,
-    repeats: int,
-    threads: int,
-    protocol: Protocol,
-) -> list[dict[str, Any]]:
-    """Measure a step of FullFT and of LoRA at each rank, on random tokens that are all scored.
+    name: str, spec: ModelSpec, experiment: ComputeExperiment, threads: int, protocol: Protocol
+) -> pd.DataFrame:
+    """Measure a step of FullFT and of LoRA on all layers at each rank, on random tokens that are all scored.
 
     - `linear_flops` counts the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As
       in the formula, every layer computes the gradient of its input. In training LoRA needs no such gradient below the
       first adapted layer, so the output of the embedding is made to require one, in both arms and for the count alone.
-      `total_flops` also counts the products of attention in full, without the saving of a causal mask.
+      `total_flops` also counts the products of attention in full, without the saving of a causal mask. FLOPs are
+      counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
     - `step_s` is the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
       changes of the machine's speed affect all arms alike.
     - `peak_mem_bytes` is the size of parameters, buffers and optimizer state, plus the most that other tensors
@@ -102,86 +67,85 @@ def measure_compute(
 
     Args:
         name: name of the model in the table.
-        ranks: ranks of LoRA.
-        placement: the layers that carry LoRA, besides the unembedding if the protocol includes it.
-        batch_size: sequences per step.
-        sequence_length: tokens per sequence.
-        repeats: number of timed steps.
+        spec: the model.
+        experiment: the ranks, the size of the batch and the number of timed steps.
         threads: number of CPU threads.
-        protocol: provides alpha, Adam's settings and the precision.
+        protocol: provides alpha, the placement of the unembedding, Adam's settings and the precision.
 
     Returns:
         Rows of the table `compute`, FullFT first.
 
     Raises:
         UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
-            takes fewer tokens than `sequence_length`.
+            takes fewer tokens than the experiment's sequences have.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = protocol.precision == "bf16"
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
-        if protocol.precision == "bf16":
+        if bf16:
             bf16_products.choose_faster()
-    base = load_model(spec).to(device)
+    base, length = load_model(spec).to(device), experiment.sequence_length
     check_plain_head(base)
     longest = base.config.max_position_embeddings
-    if sequence_length > longest:
-        raise UserError(f"sequence_length = {sequence_length}: model {name!r} takes at most {longest} tokens")
-    width = effective_width(base, placement, protocol.include_unembedding)
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, sequence_length)
-    inputs, next_tokens = (
-        torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2)
-    )
-    arms = [_Arm(None, base, inputs, next_tokens, protocol)]
-    for rank in ranks:
-        # The copy shares the parameters' memory but has `requires_grad` flags of its own.
-        shared = copy.deepcopy(base, {id(p): torch.nn.Parameter(p.detach()) for p in base.parameters()})
-        model = add_lora(shared, rank, placement, protocol.alpha, protocol.include_unembedding, seed=0)
-        arms.append(_Arm(rank, model, inputs, next_tokens, protocol))
+    if length > longest:
+        raise UserError(f"sequence_length = {length}: model {name!r} takes at most {longest} tokens")
     common = {
         "model": name,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "effective_width": width,
+        "batch_size": experiment.batch_size,
+        "sequence_length": length,
+        "effective_width": effective_width(base, protocol.include_unembedding),
         "base_params": base_parameters(base),
         "device": machine_state(device)["device"],
         "threads": torch.get_num_threads(),
     }
-    peaks = [arm.peak_memory() for arm in arms]
-    times = _interleaved([arm.step for arm in arms], repeats, device)
-    return [
-        common
-        | {
-            "method": "fullft" if arm.rank is None else "lora",
-            "rank": arm.rank,
-            "placement": None if arm.rank is None else placement,
-            "linear_flops": arm.linear_flops,
-            "total_flops": arm.total_flops,
-            "peak_mem_bytes": peak,
-            "trainable_params": sum(parameter.numel() for parameter in arm.parameters),
-            "step_s": seconds,
-        }
-        for arm, peak, seconds in zip(arms, peaks, times, strict=True)
-    ]
+    generator, shape = torch.Generator().manual_seed(0), (experiment.batch_size, length)
+    tokens = (torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2))
+    batch = Batch(*tokens)
+    rows, steps = [], []
+    for rank in (None, *experiment.ranks):
+        model: Any = base
+        if rank is not None:
+            # The copy shares the parameters' memory but has `requires_grad` flags of its own.
+            shared = copy.deepcopy(base, {id(p): torch.nn.Parameter(p.detach()) for p in base.parameters()})
+            model = add_lora(shared, rank, "all", protocol.alpha, protocol.include_unembedding, seed=0)
+        linear_flops, total_flops = count_flops(model, batch, bf16)
+        if rank is not None:
+            use_fast_products(model)
+        step, optimizer = training_step(model, batch, protocol)
+        steps.append(step)
+        rows.append(
+            common
+            | {
+                "method": "fullft" if rank is None else "lora",
+                "rank": rank,
+                "placement": None if rank is None else "all",
+                "linear_flops": linear_flops,
+                "total_flops": total_flops,
+                "peak_mem_bytes": peak_memory(model, optimizer, step),
+                "trainable_params": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+            }
+        )
+    table = pd.DataFrame(rows).assign(step_s=interleaved(steps, experiment.repeats, device))
+    return table.reindex(columns=COMPUTE.names).astype({"rank": "Int64"})
 
 
-def effective_width(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> float:
-    """Return N of the formula in the module's docstring.
+def effective_width(model: PreTrainedModel, include_unembedding: bool) -> float:
+    """Return N of the formula in the module's docstring, for LoRA on all layers.
 
     Raises:
         UserError: the model has experts, each of which computes only some of the tokens.
     """
-    chosen = targets(model, placement, include_unembedding)
+    chosen, _ = targets(model, "all", include_unembedding)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if getattr(model.config, "num_experts_per_tok", None):
         raise UserError(f"{type(model).__name__} has experts; the count of FLOPs is that of a dense model")
     products = sum(layer.in_features * layer.out_features for layer in layers.values())
-    return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen.modules)
+    return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen)
 
 
-def count_flops(model: Any, inputs: torch.Tensor, targets: torch.Tensor, bf16: bool) -> tuple[int, int]:
+def count_flops(model: Any, batch: Batch, bf16: bool) -> tuple[int, int]:
     """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total.
 
     Nothing is computed: the tensors have shapes and types but no content. Only the plain attention kernel has its
@@ -193,64 +157,48 @@ def count_flops(model: Any, inputs: torch.Tensor, targets: torch.Tensor, bf16: b
         sdpa_kernel(SDPBackend.MATH),
     ):
         model.enable_input_require_grads()
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=batch.inputs, use_cache=False).logits.flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits.float(), batch.targets.flatten(), reduction="sum")
         loss.backward()
         model.disable_input_require_grads()
     model.zero_grad()
-    # Counts by module would be wrong: the counter attributes to a layer the backward pass of layers that share its
-    # input.
+    # Products in attention have a batch dimension and are bmm. Counts by module would be wrong: the counter attributes
+    # to a layer the backward pass of layers that share its input.
     counts = counter.get_flop_counts()["Global"]
-    return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
+    return counts.get(torch.ops.aten.mm, 0) + counts.get(torch.ops.aten.addmm, 0), counter.get_total_flops()
 
 
-@dataclass
-class _Arm:
-    """A model with its optimizer and one batch; `rank` is the rank of LoRA, None for FullFT.
+def training_step(model: Any, batch: Batch, protocol: Protocol) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """Return a function that makes one optimizer step on a batch and deletes the gradients, and its optimizer.
 
-    FLOPs are counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
+    At LR 0 a step does all its work and does not change the weights, which the arms share.
     """
+    autocast = torch.bfloat16 if protocol.precision == "bf16" else None
+    optimizer = torch.optim.AdamW(
+        trained_parameters(model).values(),
+        lr=0.0,
+        betas=(protocol.betas[0], protocol.betas[1]),
+        eps=protocol.eps,
+        weight_decay=protocol.weight_decay,
+        fused=True,
+    )
 
-    rank: int | None
-    model: Any
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    protocol: Protocol
+    def step() -> None:
+        add_gradient(model, batch, batch.targets.numel(), autocast, MAX_LOGITS[batch.inputs.device.type])
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def __post_init__(self) -> None:
-        bf16 = self.protocol.precision == "bf16"
-        self.linear_flops, self.total_flops = count_flops(self.model, self.inputs, self.targets, bf16)
-        if self.rank is not None:
-            use_fast_products(self.model)
-        self.parameters = list(trained_parameters(self.model).values())
-        # At LR 0 a step does all its work and does not change the weights, which the arms share.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=0.0,
-            betas=(self.protocol.betas[0], self.protocol.betas[1]),
-            eps=self.protocol.eps,
-            weight_decay=self.protocol.weight_decay,
-            fused=True,
-        )
+    return step, optimizer
 
-    def step(self) -> None:
-        """Make one optimizer step and delete the gradients."""
-        autocast = torch.bfloat16 if self.protocol.precision == "bf16" else None
-        max_logits = MAX_LOGITS[self.inputs.device.type]
-        add_gradient(self.model, Batch(self.inputs, self.targets), self.targets.numel(), autocast, max_logits)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
-    def peak_memory(self) -> int:
-        """Return the bytes held between steps plus the most that a step allocates beyond them."""
-        self.step()
-        state = [value for parameter_state in self.optimizer.state.values() for value in parameter_state.values()]
-        held: dict[int, int] = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
-        }
-        return sum(held.values()) + growth(self.step, self.inputs.device)
+def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> int:
+    """Return the bytes held between steps plus the most that a step allocates beyond them."""
+    step()
+    state = [value for parameter_state in optimizer.state.values() for value in parameter_state.values()]
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state)]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return int(sum(held.values())) + growth(step, next(model.parameters()).device)
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
@@ -260,14 +208,13 @@ def growth(step: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    new = _NewStorages()
-    with new:
+    with NewStorages() as new:
         step()
-    return new.peak
+    return int(new.peak)
 
 
-class _NewStorages(TorchDispatchMode):
-    """Tracks the bytes of the storages that operations allocate, until each is freed."""
+class NewStorages(TorchDispatchMode):
+    """Tracks the bytes of the storages that operations allocate within its context, until each is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -275,34 +222,34 @@ class _NewStorages(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._seen.update(_storages((args, kwargs)))
+        def storages(tree: Any) -> list[Any]:
+            return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+        def freed(size: int) -> None:
+            self.bytes -= size
+
+        self._seen.update(storages((args, kwargs)))
         out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
+        for storage in storages(out):
             if storage not in self._seen:
                 self._seen.add(storage)
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                weakref.finalize(storage, freed, storage.nbytes())
         return out
 
-    def _freed(self, size: int) -> None:
-        self.bytes -= size
 
-
-def _storages(tree: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
+def interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
     """Return the median seconds of each step; the steps take turns."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(_WARM_UP + repeats):
         for step, measured in zip(steps, seconds, strict=True):
-            wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             step()
-            wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if turn >= _WARM_UP:
                 measured.append(time.perf_counter() - start)
     return [median(measured) for measured in seconds]

@@ -37,6 +37,7 @@ from lorabench.runs import EvalJob
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import EVALS
 from lorabench.training.loss import mean_nll
+from lorabench.training.run import Machine
 from lorabench.utils.files import write_json
 
 from ..training.several import write_tied
@@ -54,7 +55,7 @@ def scores(trained: Prepared, job: EvalJob) -> pd.DataFrame:
     return pq.read_table(trained.layout.evals(job)).to_pandas()
 
 
-def of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
+def row_of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
     return frame[(frame["task"] == task) & (frame["filter"] == filter_name)].iloc[0]
 
 
@@ -112,10 +113,10 @@ def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
     assert (base["sampler"] == "own").all()
     assert base["stderr"].notna().equals(base["metric"] == "exact_match")
     assert base["template_sha256"].notna().equals(base["about"] == "learned")
-    assert of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
-    assert of(base, "lorabench_pretraining")["n_samples"] == 8
+    assert row_of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
+    assert row_of(base, "lorabench_pretraining")["n_samples"] == 8
     assert {"lm_eval", "torch", "transformers"} <= json.loads(base["versions"][0]).keys()
-    assert json.loads(of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
+    assert json.loads(row_of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
 
 
 def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
@@ -124,7 +125,7 @@ def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
     answers = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
     assert answers["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
     hits = answers["metrics"].map(lambda text: json.loads(text)["exact_match"])
-    assert hits.mean() == of(base, "lorabench_instruct")["value"]
+    assert hits.mean() == row_of(base, "lorabench_instruct")["value"]
     assert hits.tolist() == (answers["response"].str.strip() == answers["target"]).astype(float).tolist()
 
 
@@ -163,7 +164,7 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
     tokenizer, rows, encoded = instruct_test(trained)
     lm = transformers_model(trained.plan.preset.models["tiny"], record, trained.layout, tokenizer, 4, None, CPU)
     split = split_of(encoded)
-    own = mean_nll(lm.model, split, 2048, CPU, None)
+    own = mean_nll(lm.model, split, Machine(CPU, 2048))
     pairs = [
         (lm.apply_chat_template(row["messages"][:1]), row["messages"][1]["content"] + tokenizer.eos_token)
         for row in rows
@@ -182,12 +183,12 @@ def test_likelihoods_of_texts_and_answers_are_their_nll(trained, base):
     texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
     ids = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
     split = split_of([(text, [False] + [True] * (len(text) - 1)) for text in ids])
-    own = mean_nll(model, split, 2048, CPU, None)
+    own = mean_nll(model, split, Machine(CPU, 2048))
     assert nats_per_token(bits(base, "lorabench_pretraining"), texts, split) == pytest.approx(own, abs=1e-3)
     # Bits of right answers do not count the end token.
     without = [[on and i != tokenizer.eos_token_id for i, on in zip(*text, strict=True)] for text in encoded]
     split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
-    own = mean_nll(model, split, 2048, CPU, None)
+    own = mean_nll(model, split, Machine(CPU, 2048))
     answers = [row["messages"][1]["content"] for row in rows]
     assert nats_per_token(bits(base, "lorabench_instruct_bits"), answers, split) == pytest.approx(own, abs=1e-3)
 

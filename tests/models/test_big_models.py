@@ -60,14 +60,14 @@ def test_parameters_are_those_of_the_model_and_as_published(name):
 @pytest.mark.parametrize("placement", ["attn", "mlp"])
 def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placement):
     model, layers = on_meta(name), config(name)["num_hidden_layers"]
-    chosen = targets(model, placement, include_unembedding=True)
-    modules = Counter(path.rpartition(".")[2] for path in chosen.modules)
-    parameters = Counter(path.rpartition(".")[2] for path in chosen.parameters)
+    modules, parameters = (
+        Counter(path.rpartition(".")[2] for path in names) for names in targets(model, placement, True)
+    )
     sparse = "num_experts" in config(name)
     expected = (ATTENTION if placement != "mlp" else set()) | (MLP if placement != "attn" and not sparse else set())
     assert modules == {**dict.fromkeys(expected, layers), "lm_head": 1}
     assert parameters == dict.fromkeys(EXPERTS if sparse and placement != "attn" else set(), layers)
-    assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False).modules}
+    assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False)[0]}
 
 
 @pytest.mark.parametrize("name", BIG)

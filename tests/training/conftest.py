@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def train(
 ):
     """Train on a newly loaded model, or on another base; return the outcome and the trained model."""
     protocol = protocol or Protocol()
-    machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds, processes=processes)
+    autocast = torch.bfloat16 if protocol.precision == "bf16" else None
+    machine = Machine(torch.device("cpu"), max_batch_tokens, processes=processes, autocast=autocast)
     model = model or (load_model(spec) if processes.first else skeleton(spec))
     if recompute:
         recompute_activations(model)
@@ -123,7 +125,7 @@ def train(
             use_fast_products(model)
     model = processes.shard(model)
     # B of a new adapter is zero.
-    base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None, processes)
+    base_nll = mean_nll(model, data["validation"], replace(machine, autocast=None))
     run = Run(condition, lr, seed)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, checkpoint_seconds, processes)
     return train_sft(run, model, data, protocol, machine, checkpoint, base_nll, tick), model

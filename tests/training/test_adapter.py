@@ -100,13 +100,11 @@ def test_the_first_descent_is_the_projection_on_the_gradient_of_full_fine_tuning
 
 @pytest.mark.parametrize("limit", [1 << 23, 1])
 def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
-    """Layers of several sizes, whose matrices are decomposed all at once, or layer by layer."""
+    """Layers of several sizes, some smaller than the rank, which are decomposed all at once, or layer by layer."""
     monkeypatch.setattr(adapter, "_GRAM_NUMBERS", limit)
-    pairs = {}
-    for number, (rank, d_in, d_out) in enumerate([(4, 20, 7), (9, 7, 16), (4, 16, 3), (4, 5, 5), (1, 3, 3)]):
-        generator = torch.Generator().manual_seed(number)
-        shapes = (rank, d_in), (d_out, rank)
-        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes)
+    pairs, generator = {}, torch.Generator().manual_seed(0)
+    for number, (d_in, d_out) in enumerate([(20, 7), (7, 16), (16, 3), (5, 5), (3, 3)]):
+        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, d_in), (d_out, 4)))
         pairs[str(number)] = (a, b, 1.0)
     probe = AdapterProbe(pairs)
     probe.before_step()
@@ -115,38 +113,28 @@ def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
     assert probe.after_step()["b_over_a"] == pytest.approx(sum(map(float, larger)) / len(larger))
 
 
-def test_a_step_that_changes_nothing_measures_zero():
-    model, _ = adapted()
-    probe = AdapterProbe(adapter_pairs(model))
-    backward(model, 0)
-    probe.before_step()
-    assert probe.after_step() == {"a_moved": 0.0, "update_norm": 0.0, "b_over_a": 0.0, "descent": 0.0}
-
-
-def test_the_initial_a_is_that_of_construction():
+def test_a_step_is_measured_that_changes_nothing_or_sets_nan():
     model, _ = adapted()
     pairs = adapter_pairs(model)
     probe = AdapterProbe(pairs)
+    backward(model, 0)
+    probe.before_step()
+    assert probe.after_step() == {"a_moved": 0.0, "update_norm": 0.0, "b_over_a": 0.0, "descent": 0.0}
+    # The initial A is that of construction.
     with torch.no_grad():
         for a, _, _ in pairs.values():
             a.mul_(3.0)
     probe.before_step()
-    measured = probe.after_step()
-    assert measured["a_moved"] == pytest.approx(2.0)
-    assert measured["update_norm"] == 0.0
-
-
-def test_a_step_to_nan_is_measured_not_fatal():
-    model, _ = adapted()
-    pairs = adapter_pairs(model)
-    probe = AdapterProbe(pairs)
-    backward(model, 0)
+    assert probe.after_step()["a_moved"] == pytest.approx(2.0)
     probe.before_step()
     with torch.no_grad():
         pairs["wide"][0].fill_(torch.nan)
     measured = probe.after_step()
     assert math.isnan(measured["update_norm"])
     assert math.isnan(measured["descent"])
+    without_layers = AdapterProbe({})
+    without_layers.before_step()
+    assert without_layers.after_step() == {}
 
 
 def test_the_probe_changes_no_training():
@@ -164,9 +152,3 @@ def test_the_probe_changes_no_training():
                 probe.after_step()
         trained.append(parameters(model))
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
-
-
-def test_a_model_without_adapters_has_no_measures():
-    probe = AdapterProbe({})
-    probe.before_step()
-    assert probe.after_step() == {}

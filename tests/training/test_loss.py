@@ -14,7 +14,8 @@ from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora, lora_layers, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.training.loss import IGNORED, MAX_LOGITS, Batch, add_gradient, check_plain_head, example_nlls, mean_nll
-from lorabench.training.step_cost import _NewStorages
+from lorabench.training.run import Machine
+from lorabench.training.step_cost import NewStorages
 
 from .conftest import TINY
 
@@ -84,7 +85,7 @@ def test_logits_of_all_tokens_are_never_held(kind, data):
     add_gradient(model, batch, batch.scored, None, None)
 
     def peak(max_logits):
-        with _NewStorages() as new:
+        with NewStorages() as new:
             add_gradient(model, batch, batch.scored, None, max_logits)
         return new.peak
 
@@ -104,10 +105,10 @@ def test_nll_is_token_weighted_and_equals_transformers(data, monkeypatch):
             nll = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], labels=labels).loss.item()
         nats.append(nll * scored.sum())
         count += scored.sum()
-    assert mean_nll(model, split, 16_384, CPU, None) == pytest.approx(sum(nats) / count, rel=1e-5)
+    assert mean_nll(model, split, Machine(CPU, 16_384)) == pytest.approx(sum(nats) / count, rel=1e-5)
     # Few logits and few tokens at a time.
     monkeypatch.setitem(MAX_LOGITS, "cpu", 7 * 1024)
-    assert example_nlls(model, split, 64, CPU, None) == pytest.approx(nats, rel=1e-4)
+    assert example_nlls(model, split, Machine(CPU, 64)) == pytest.approx(nats, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])

@@ -9,114 +9,94 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorabench.config.experiments import Protocol
+from lorabench.config.experiments import ComputeExperiment, Protocol
 from lorabench.config.inputs import PathModel
-from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
-from lorabench.training.step_cost import compute_table, effective_width, measure_compute
+from lorabench.training.loss import Batch
+from lorabench.training.step_cost import effective_width, interleaved, measure_compute
 
 RANKS = [1, 8, 64]
 N = 64
 
 
-def square(tmp_path, layers=2):
-    """Save a Llama whose linear layers are all N x N, the unembedding included."""
-    config = LlamaConfig(
-        vocab_size=N,
-        hidden_size=N,
-        intermediate_size=N,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
+@pytest.fixture
+def square(tmp_path):
+    """A Llama whose linear layers are all N x N, the unembedding included."""
+    sizes = {"vocab_size": N, "hidden_size": N, "intermediate_size": N, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "square")
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "square")
     return PathModel(kind="path", path=str(tmp_path / "square"), parameters=1, hidden_size=N)
 
 
-def measured(spec, ranks=RANKS, placement="all", batch_size=2, sequence_length=16, repeats=1, **protocol):
-    return measure_compute(
-        "it", spec, ranks, placement, batch_size, sequence_length, repeats, threads=1, protocol=Protocol(**protocol)
-    )
+def measured(spec, ranks=RANKS, batch_size=2, sequence_length=16, **protocol):
+    size = {"batch_size": batch_size, "sequence_length": sequence_length, "repeats": 1}
+    return measure_compute("it", spec, ComputeExperiment(models=["it"], ranks=ranks, **size), 1, Protocol(**protocol))
 
 
-def ratios(rows):
+def ratios(table):
     """Return the counted FLOPs of LoRA divided by those of FullFT, by rank."""
-    return {row["rank"]: row["linear_flops"] / rows[0]["linear_flops"] for row in rows[1:]}
+    lora = table[table["method"] == "lora"].set_index("rank")["linear_flops"]
+    return (lora / table["linear_flops"][0]).to_dict()
 
 
-def formula(rows):
-    return {row["rank"]: 2 / 3 + 2 * row["rank"] / row["effective_width"] for row in rows[1:]}
+def formula(table):
+    return {rank: 2 / 3 + 2 * rank / table["effective_width"][0] for rank in table["rank"][1:]}
 
 
-def test_square_layers_cost_the_papers_formula(tmp_path):
-    rows = measured(square(tmp_path))
-    assert [(row["method"], row["rank"]) for row in rows] == [("fullft", None)] + [("lora", rank) for rank in RANKS]
-    assert {row["effective_width"] for row in rows} == {N}
+def test_square_layers_cost_the_papers_formula_and_the_table_is_as_documented(square):
+    table = measured(square)
+    assert list(table.columns) == COMPUTE.names
+    written = pa.Table.from_pandas(table, schema=COMPUTE, preserve_index=False)
+    assert written["method"].to_pylist() == ["fullft", "lora", "lora", "lora"]
+    assert written["rank"].to_pylist() == [None, *RANKS]
+    assert all(written[name].null_count == 0 for name in COMPUTE.names if name not in ("rank", "placement"))
+    assert table["step_s"].min() > 0
+    assert set(table["effective_width"]) == {N}
     # 32 tokens go through 2 x 7 layers and the unembedding: three products each, two FLOPs per multiply-add.
-    assert rows[0]["linear_flops"] == 32 * 15 * 3 * 2 * N * N
-    assert ratios(rows) == pytest.approx({rank: 2 / 3 + 2 * rank / N for rank in RANKS}, rel=1e-12)
+    assert table["linear_flops"][0] == 32 * 15 * 3 * 2 * N * N
+    assert ratios(table) == pytest.approx({rank: 2 / 3 + 2 * rank / N for rank in RANKS}, rel=1e-12)
 
 
-def test_flops_are_counted_without_computing(tmp_path):
+def test_flops_are_counted_without_computing(square):
     """The larger batch would take 4 GB for one layer's attention scores alone."""
-    model = step_cost.load_model(square(tmp_path))
+    model = step_cost.load_model(square)
     few, many = (torch.zeros(rows, 64, dtype=torch.long) for rows in (2, 1 << 17))
-    counted, scaled = (step_cost.count_flops(model, inputs, inputs, bf16=True) for inputs in (few, many))
+    counted, scaled = (step_cost.count_flops(model, Batch(inputs, inputs), bf16=True) for inputs in (few, many))
     assert scaled == tuple(count << 16 for count in counted)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("placement", "unembedding"), [("attn", True), ("mlp", False), ("all", False)])
-def test_the_formula_holds_in_every_placement(tmp_path, placement, unembedding):
-    rows = measured(square(tmp_path), ranks=[4], placement=placement, include_unembedding=unembedding)
-    adapted = {"attn": 8, "mlp": 6, "all": 14}[placement] + unembedding
-    assert rows[0]["effective_width"] == pytest.approx(15 * N / adapted)
-    assert ratios(rows) == pytest.approx(formula(rows), rel=1e-12)
-
-
-def test_a_frozen_embedding_alone_would_save_gradients_that_the_formula_has(tmp_path, monkeypatch):
-    spec = square(tmp_path, layers=1)
+def test_the_formula_has_the_gradients_that_a_frozen_embedding_saves(square, monkeypatch):
+    table = measured(square, [4], include_unembedding=False)
+    assert table["effective_width"][0] == pytest.approx(15 * N / 14)
+    assert ratios(table) == pytest.approx(formula(table), rel=1e-12)
     monkeypatch.setattr(LlamaForCausalLM, "enable_input_require_grads", lambda model: None)
     monkeypatch.setattr(LlamaForCausalLM, "disable_input_require_grads", lambda model: None)
-    rows = measured(spec, ranks=[1])
+    saving = measured(square, [4])
     # Queries, keys and values of the first block save the gradient of their input, in W and in A.
-    saved = 3 * (N * N + N) / (8 * 3 * N * N)
-    assert ratios(rows)[1] == pytest.approx(formula(rows)[1] - saved)
-    assert ratios(rows)[1] < 0.9 * formula(rows)[1]
+    saved = 3 * (N * N + 4 * N) / (15 * 3 * N * N)
+    assert ratios(saving)[4] == pytest.approx(formula(saving)[4] - saved)
 
 
-def test_attention_is_in_the_total_and_alike_in_all_arms(tmp_path):
-    short, long = (measured(square(tmp_path), batch_size=1, sequence_length=length) for length in (16, 32))
-    rest = [{row["total_flops"] - row["linear_flops"] for row in rows} for rows in (short, long)]
-    assert [len(alike) for alike in rest] == [1, 1]
-    # Per layer there are two products forward and four backward, each 2 s^2 N, and a few for rotary positions.
-    for (products,), length in zip(rest, (16, 32), strict=True):
+def test_attention_is_in_the_total_and_alike_in_all_arms(square):
+    for length in (16, 32):
+        table = measured(square, batch_size=1, sequence_length=length)
+        [products] = set(table["total_flops"] - table["linear_flops"])
+        # Per layer there are two products forward and four backward, each 2 s^2 N, and a few for rotary positions.
         assert products == pytest.approx(2 * 6 * 2 * length**2 * N, rel=0.01)
 
 
-def test_measuring_leaves_the_weights_that_the_arms_share_as_they_are(tmp_path, monkeypatch):
-    loaded = []
-    original = step_cost.load_model
-    monkeypatch.setattr(step_cost, "load_model", lambda spec: loaded.append(original(spec)) or loaded[-1])
-    spec = square(tmp_path)
-    measured(spec, ranks=[2])
-    [used] = loaded
-    fresh = original(spec)
-    assert all(torch.equal(a, b) for a, b in zip(used.parameters(), fresh.parameters(), strict=True))
-    assert all(parameter.requires_grad for parameter in used.parameters())
-
-
-def test_growth_is_that_of_the_allocator(tmp_path):
+def test_growth_is_that_of_the_allocator(square, tmp_path):
     """The reference is torch.profiler, which records every block of the CPU's allocator."""
-    model = step_cost.load_model(square(tmp_path))
+    model = step_cost.load_model(square)
     batch = torch.arange(32).reshape(2, 16)
-    arm = step_cost._Arm(None, model, batch, batch, Protocol())
-    arm.step()
+    step, _ = step_cost.training_step(model, Batch(batch, batch), Protocol())
+    step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        arm.step()
+        step()
     profiled.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     blocks = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
@@ -124,17 +104,23 @@ def test_growth_is_that_of_the_allocator(tmp_path):
     for _, size in blocks:
         allocated += size
         peak = max(peak, allocated)
-    assert step_cost.growth(arm.step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
+    assert step_cost.growth(step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
 
 
-def test_memory_of_fullft_has_gradients_and_state_of_all_weights(tmp_path):
+def test_memory_of_fullft_has_gradients_and_state_of_all_weights_which_stay_as_they_are(square, monkeypatch):
+    loaded = []
+    original = step_cost.load_model
+    monkeypatch.setattr(step_cost, "load_model", lambda spec: loaded.append(original(spec)) or loaded[-1])
     # With one short sequence activations are small; each trained weight has two numbers of AdamW and a gradient.
-    fullft, lora = measured(square(tmp_path), ranks=[1], batch_size=1, sequence_length=2)
+    fullft, lora = measured(square, [1], batch_size=1, sequence_length=2).to_dict("records")
     weights = 4 * fullft["base_params"]
     assert fullft["trainable_params"] == fullft["base_params"] == lora["base_params"]
     assert 4 * weights < fullft["peak_mem_bytes"] < 4.5 * weights
     trained = 4 * lora["trainable_params"]
     assert weights + 4 * trained < lora["peak_mem_bytes"] < weights + 4 * trained + 0.5 * weights
+    [used] = loaded
+    assert all(torch.equal(a, b) for a, b in zip(used.parameters(), original(square).parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in used.parameters())
 
 
 def test_arms_take_turns_and_the_median_counts_after_the_warm_up(monkeypatch):
@@ -149,33 +135,14 @@ def test_arms_take_turns_and_the_median_counts_after_the_warm_up(monkeypatch):
         return run
 
     monkeypatch.setattr(step_cost.time, "perf_counter", lambda: now[0])
-    assert step_cost._interleaved([step("a"), step("b")], 3, torch.device("cpu")) == [2, 5]
+    assert interleaved([step("a"), step("b")], 3, torch.device("cpu")) == [2, 5]
     assert "".join(order) == "ab" * 5
 
 
-def test_what_can_not_be_measured_is_said(tmp_path):
+def test_what_can_not_be_measured_is_said(square):
     with pytest.raises(UserError, match="sequence_length = 65: model 'it' takes at most 64 tokens"):
-        measured(square(tmp_path), sequence_length=65)
-    model = step_cost.load_model(square(tmp_path))
+        measured(square, sequence_length=65)
+    model = step_cost.load_model(square)
     model.config.num_experts_per_tok = 2
     with pytest.raises(UserError, match="LlamaForCausalLM has experts"):
-        effective_width(model, "all", include_unembedding=True)
-
-
-@pytest.fixture
-def preset(raw_preset, write_preset):
-    def make():
-        fields = {"models": ["tiny"], "ranks": [1, 2], "batch_size": 1, "sequence_length": 8, "repeats": 1}
-        raw_preset["experiments"] |= {"compute": fields}
-        return load_preset(write_preset(raw_preset))
-
-    return make
-
-
-def test_the_table_of_a_preset_has_the_documented_columns(preset):
-    table = compute_table(preset(), "tiny")
-    assert list(table.columns) == COMPUTE.names
-    written = pa.Table.from_pandas(table, schema=COMPUTE, preserve_index=False)
-    assert written["rank"].to_pylist() == [None, 1, 2]
-    assert all(written[name].null_count == 0 for name in COMPUTE.names if name not in ("rank", "placement"))
-    assert min(written["step_s"].to_pylist()) > 0
+        effective_width(model, include_unembedding=True)

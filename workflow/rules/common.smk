@@ -80,9 +80,6 @@ def job_data(wildcards):
     The names of these files depend on their content, so their times are ignored: the clocks of nodes may differ.
     """
     job = JOBS[wildcards.job]
-    if LAYOUT.job(job).exists() and LAYOUT.restored(job).exists():
-        # Input that is made only now would start a job again whose runs were restored.
-        return []
     conditions = [sweep.condition for sweep in job.sweeps]
     # The conditions of a job share model and dataset; their held-out problem sets may differ.
     model, dataset = conditions[0].model, conditions[0].dataset

@@ -39,26 +39,27 @@ from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
 
 _PREFIX = "lorabench-policy-"
-# Seconds between two looks at whether the job is asked to end.
-_LOOK = 0.2
-# Seconds in which a process has ended that has closed its connection.
-_END = 20
-# Lines of the engine's log that an error shows.
-_LINES = 3
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is started with."""
+    """What an engine is started with: the arguments of vLLM's `LLM`, its GPU among the visible ones, its threads."""
 
     options: dict[str, Any]
-    """The arguments of vLLM's `LLM`."""
     device: int | None
-    """Index of this process's GPU among the visible ones; None for a CPU."""
+    """None for a CPU."""
     threads: int
 
 
-def llm_options(model: str, dtype: str, max_length: int, cache_bytes: int, max_rank: int | None) -> dict[str, Any]:
+def llm_options(
+    model: str,
+    dtype: str,
+    max_length: int,
+    cache_bytes: int,
+    max_rank: int | None,
+    gpu_share: float | None = None,
+    tokenizes: bool = False,
+) -> dict[str, Any]:
     """Return the arguments of vLLM's `LLM` with which it draws from a policy.
 
     Args:
@@ -67,6 +68,8 @@ def llm_options(model: str, dtype: str, max_length: int, cache_bytes: int, max_r
         max_length: tokens of the longest prompt with its response.
         cache_bytes: bytes of keys and values.
         max_rank: largest rank of the adapter; None for an engine without one.
+        gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
+        tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
     """
     lora = {} if max_rank is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
     return lora | {
@@ -74,64 +77,57 @@ def llm_options(model: str, dtype: str, max_length: int, cache_bytes: int, max_r
         "dtype": dtype,
         "max_model_len": max_length,
         "kv_cache_memory_bytes": cache_bytes,
-        "skip_tokenizer_init": True,
+        # In full fine-tuning the engine reads its weights from another folder, which has no tokenizer.
+        **({"tokenizer": model} if tokenizes else {}),
+        "skip_tokenizer_init": not tokenizes,
         # Log-probabilities of the distribution that tokens are drawn from.
         "logprobs_mode": "processed_logprobs",
         # Not the sampling settings in the model's folder.
         "generation_config": "vllm",
         "seed": 0,
         "disable_log_stats": True,
+        # vLLM does not look at the share on a CPU, and compiling takes longer than it saves there.
+        "gpu_memory_utilization": gpu_share or 0.5,
+        "enforce_eager": gpu_share is None,
     }
 
 
-def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
-    """Return the settings of the engine of a sweep.
-
-    Args:
-        longest: tokens of the longest prompt with its response.
-        finds_texts: whether a text may end a response.
-    """
+def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> EngineSettings:
+    """Return the settings of the engine of a sweep; see `llm_options`."""
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
-    spec = context.layout.model(condition.model)
+    spec, device = context.layout.model(condition.model), machine.device
     memory = engine_memory(preset, condition.model, condition)
-    location, on_gpu = model_location(spec), machine.device.type == "cuda"
     dtype = "bfloat16" if preset.protocol.precision == "bf16" else "float32"
     max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
-    options = llm_options(location, dtype, longest, int(memory.cache), max_rank)
+    share = None
+    if device.type == "cuda":
+        share = min(0.95, sum(memory) / torch.cuda.get_device_properties(device).total_memory)
+    options = llm_options(model_location(spec), dtype, longest, int(memory.cache), max_rank, share, tokenizes)
     options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
     if isinstance(spec, HubModel):
         options |= {"revision": spec.revision, "tokenizer_revision": spec.revision}
-    if finds_texts:
-        options |= {"tokenizer": location, "skip_tokenizer_init": False}
-    if on_gpu:
-        share = sum(memory) / torch.cuda.get_device_properties(machine.device).total_memory
-        options["gpu_memory_utilization"] = min(0.95, share)
-    else:
-        # vLLM does not look at the share on a CPU, and compiling takes longer than it saves there.
-        options |= {"gpu_memory_utilization": 0.5, "enforce_eager": True}
-    device = machine.device.index or 0 if on_gpu else None
-    return EngineSettings(options, device, max(1, preset.execution.threads // machine.processes.count))
+    gpu = None if share is None else device.index or 0
+    return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 
 class PolicyEngine:
-    """The engine that draws from the policies of a job's runs, one run after another.
+    """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
-    It is started at the first draw, and again where a sweep needs other settings. It is a context manager, which ends
-    the engine and removes the folder through which policies are handed over.
+    It is started at the first draw, and again where a sweep needs other settings. This context manager ends the process
+    and removes the folder through which policies are handed over.
     """
 
     def __init__(self, processes: Processes) -> None:
         self._processes, self._handed_over = processes, 0
         self._handover = handover_folder(processes)
         self._folder = self._handover.__enter__()
-        self._engine: Engine | None = None
+        self._settings: EngineSettings | None = None
 
     def __enter__(self) -> PolicyEngine:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._engine is not None:
-            self._engine.close()
+        self._stop()
         self._handover.__exit__(*error)
 
     def draw(
@@ -152,18 +148,24 @@ class PolicyEngine:
         Raises:
             UserError: the engine failed or has ended.
         """
-        hand_over = self._with_adapter if isinstance(model, PeftModel) else self._with_weights
-        engine = hand_over(model, settings)
+        hand_over = self._hand_over_adapter if isinstance(model, PeftModel) else self._hand_over_weights
+        hand_over(model, settings)
+
+        def seed(key: tuple[int, ...] | None) -> int | None:
+            """Return the seed of a response's random numbers, which depends on its key alone."""
+            if key is None:
+                return None
+            return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
         def draw_share(share: list[Request]) -> list[Response]:
             if not share:
                 return []
             prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in share))}
-            answers = engine.ask(
+            answers = self.ask(
                 "sample",
                 interrupt,
                 prompts=list(prompts),
-                requests=[(prompts[request.prompt], _seed(request.key)) for request in share],
+                requests=[(prompts[request.prompt], seed(request.key)) for request in share],
                 max_new_tokens=stop.max_new_tokens,
                 stop_tokens=list(stop.tokens),
                 stop_texts=list(stop.texts),
@@ -175,18 +177,8 @@ class PolicyEngine:
 
         return sample_in_processes(requests, draw_share, self._processes)
 
-    def _started(self, settings: EngineSettings) -> tuple[Engine, bool]:
-        """Return an engine with these settings, and whether it was started now, since the present one had others."""
-        if self._engine is not None:
-            if self._engine.settings == settings:
-                return self._engine, False
-            self._engine.close()
-            self._engine = None
-        self._engine = Engine(settings, self._folder)
-        return self._engine, True
-
-    def _with_weights(self, model: Any, settings: EngineSettings) -> Engine:
-        """Hand over all weights; return the engine, which has read them.
+    def _hand_over_weights(self, model: Any, settings: EngineSettings) -> None:
+        """Hand over all weights.
 
         They have the type in which their products are computed, as in training, so none is rounded that training does
         not round. A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
@@ -205,16 +197,14 @@ class PolicyEngine:
             os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
         self._processes.wait()
         own = {"model": str(folder), "revision": None}
-        engine, started = self._started(replace(settings, options=settings.options | own))
-        if not started:
-            engine.ask("weights", folder=str(folder))
+        if not self._start(replace(settings, options=settings.options | own)):
+            self.ask("weights", folder=str(folder))
         # The next policy is written over this one, which all engines must have read.
         self._processes.wait()
-        return engine
 
-    def _with_adapter(self, model: Any, settings: EngineSettings) -> Engine:
-        """Hand over the adapter in PEFT's format; return the engine, which has read it."""
-        engine, _ = self._started(settings)
+    def _hand_over_adapter(self, model: Any, settings: EngineSettings) -> None:
+        """Hand over the adapter in PEFT's format."""
+        self._start(settings)
         self._handed_over += 1
         folder = self._folder / f"adapter-{self._handed_over}"
         tensors = {
@@ -229,16 +219,76 @@ class PolicyEngine:
             (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": sorted(modules)}))
             save_file(tensors, folder / "adapter_model.safetensors")
         self._processes.wait()
-        engine.ask("adapter", number=self._handed_over, folder=str(folder))
+        self.ask("adapter", number=self._handed_over, folder=str(folder))
         self._processes.wait()
         if self._processes.first:
             shutil.rmtree(folder)
-        return engine
 
+    def _start(self, settings: EngineSettings) -> bool:
+        """Start the process unless there is one with these settings; return whether it was started."""
+        if settings == self._settings:
+            return False
+        self._stop()
+        ours, theirs = socket.socketpair()
+        start = json.dumps({"trainer": os.getpid(), "folder": str(self._folder), "options": settings.options})
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
+            pass_fds=[theirs.fileno()],
+            env=_environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        theirs.close()
+        self._connection, self._settings = Connection(ours.detach()), settings
+        try:
+            self.ask(None)
+        except BaseException:
+            self._stop()
+            raise
+        return True
 
-def _seed(key: tuple[int, ...] | None) -> int | None:
-    """Return the seed of a response's random numbers, which depends on its key alone; None for a greedy response."""
-    return None if key is None else int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _stop(self) -> None:
+        """End the process if there is one; it holds nothing that would have to be saved."""
+        if self._settings is not None:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+            self._log.close()
+            self._settings = None
+
+    def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+        """Send a message to the process and return its answer.
+
+        Args:
+            name: a method of the worker's `_Engine`; None only awaits the answer that the engine has started.
+            interrupt: called while the answer is awaited; it may raise.
+
+        Raises:
+            UserError: the engine failed or has ended.
+        """
+        try:
+            if name is not None:
+                self._connection.send_bytes(json.dumps({"do": name, "with": arguments}).encode())
+            while not self._connection.poll(0.2):
+                interrupt()
+            answer = json.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            try:
+                status = self._process.wait(20)
+                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            except subprocess.TimeoutExpired:
+                end = "does not answer any more"
+            self._log.seek(0)
+            log = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+            raise UserError(
+                f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
+                f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-3:])
+            ) from error
+        if "error" in answer:
+            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
+        return answer["result"]
 
 
 @contextmanager
@@ -268,80 +318,6 @@ def handover_folder(processes: Processes) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class Engine:
-    """The trainer's side of a process in which vLLM draws."""
-
-    def __init__(self, settings: EngineSettings, folder: Path) -> None:
-        """Start an engine.
-
-        Args:
-            folder: the folder through which weights are handed over; the process removes it if this one dies.
-
-        Raises:
-            UserError: it does not start.
-        """
-        self.settings = settings
-        ours, theirs = socket.socketpair()
-        start = json.dumps({"trainer": os.getpid(), "folder": str(folder), "options": settings.options})
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
-            pass_fds=[theirs.fileno()],
-            env=_environment(settings),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
-        theirs.close()
-        self._connection = Connection(ours.detach())
-        try:
-            self._answer(None, lambda: None)
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, name: str, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
-        """Send a message, a method of the worker's `_Engine`, and return the answer.
-
-        Args:
-            interrupt: called while the answer is awaited; it may raise.
-
-        Raises:
-            UserError: the engine failed or has ended.
-        """
-        return self._answer({"do": name, "with": arguments}, interrupt)
-
-    def close(self) -> None:
-        """End the process, which holds nothing that would have to be saved."""
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
-        self._log.close()
-
-    def _answer(self, message: dict[str, Any] | None, interrupt: Callable[[], None]) -> Any:
-        try:
-            if message:
-                self._connection.send_bytes(json.dumps(message).encode())
-            while not self._connection.poll(_LOOK):
-                interrupt()
-            answer = json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionError) as error:
-            try:
-                status = self._process.wait(_END)
-                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            except subprocess.TimeoutExpired:
-                end = "does not answer any more"
-            self._log.seek(0)
-            log = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-            raise UserError(
-                f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
-                f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-_LINES:])
-            ) from error
-        if "error" in answer:
-            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
-        return answer["result"]
-
-
 def _environment(settings: EngineSettings) -> dict[str, str]:
     """Return this process's environment, without its place among the job's processes, with vLLM's variables."""
     distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
@@ -352,7 +328,6 @@ def _environment(settings: EngineSettings) -> dict[str, str]:
     if settings.device is None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)
     else:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else []
-        environment["CUDA_VISIBLE_DEVICES"] = devices[settings.device] if devices else str(settings.device)
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[settings.device] if visible else str(settings.device)
     return environment

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +34,8 @@ Grade = Callable[[list[str], list[str]], np.ndarray]
 Sampler = Callable[[list[Request], bool], list[Response]]
 """Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
-PATIENCE = 0.2
-"""A run without any reward in this share of its steps is stopped, since its policy has not changed."""
-
-MIN_PATIENCE = 3
-"""Fewest steps before a run without any reward is stopped."""
+PATIENCE, MIN_PATIENCE = 0.2, 3
+"""A run without any reward in this share of its steps, and in this many, is stopped: its policy has not changed."""
 
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
@@ -151,7 +147,6 @@ def train_rl(
     """
     condition, rollouts, processes = run.condition, run.condition.rollouts, machine.processes
     assert rollouts
-    autocast = machine.autocast(protocol)
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
     train = environment.splits["train"]
@@ -173,17 +168,9 @@ def train_rl(
             outcome.curve.append(CurvePoint(step, examples, response_tokens, split, metric, finite))
 
     def save(step: int, evaluated: bool) -> None:
-        progress: dict[str, Any] = {
-            "step": step,
-            "evaluated": evaluated,
-            "train_tokens": outcome.train_tokens,
-            "response_tokens": response_tokens,
-            "rewarded": rewarded,
-            "wall_s": outcome.wall_s,
-            "evaluations": evaluations,
-            "right": right,
-            "curve": [vars(point) for point in outcome.curve],
-        }
+        progress = outcome.progress() | {"step": step, "evaluated": evaluated}
+        progress |= {"response_tokens": response_tokens, "rewarded": rewarded}
+        progress |= {"evaluations": evaluations, "right": right}
         checkpoint.save(parameters, optimizer, progress)
 
     def finish(step: int) -> None:
@@ -202,10 +189,9 @@ def train_rl(
 
     saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
-        first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
-        response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
+        outcome.resume(saved)
+        first_step, response_tokens, rewarded = saved["step"], saved["response_tokens"], saved["rewarded"]
         evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
-        outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
         if not saved["evaluated"]:
             finish(first_step)
     else:
@@ -213,23 +199,28 @@ def train_rl(
             record(0, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
-        started = time.perf_counter()
-        chosen = [int(problem) for problem in order[step - 1]]
+        started, size = time.perf_counter(), rollouts.group_size
+        problems = np.repeat(order[step - 1], size).tolist()
         requests = [
-            Request(train.prompts[problem], (run.seed, step, problem, sample))
-            for problem in chosen
-            for sample in range(rollouts.group_size)
+            Request(train.prompts[problem], (run.seed, step, problem, number % size))
+            for number, problem in enumerate(problems)
         ]
         responses = draw(requests, False)
         sampled = time.perf_counter()
-        groups, metrics = _graded(environment, chosen, responses, rollouts.group_size)
+        texts = [environment.texts.text(response) for response in responses]
+        rewards = environment.grade(texts, [train.answers[problem] for problem in problems])
+        groups = [
+            ResponseGroup.of(train.prompts[problems[part.start]], responses[part], rewards[part])
+            for part in (slice(start, start + size) for start in range(0, len(responses), size))
+        ]
+        metrics = {"reward": float(rewards.mean()), "equal_groups": float(np.mean([group.equal for group in groups]))}
+        metrics |= _response_metrics(responses, texts)
         step_tokens = sum(len(response.tokens) for response in responses)
         response_tokens += step_tokens
         rewarded = rewarded or metrics["reward"] > 0
 
         learning = time.perf_counter()
-        learn = partial(backward, model, groups, machine.max_batch_tokens, autocast, processes)
-        measured = deterministically(learn, model.zero_grad, machine.device)
+        measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine.device)
         learned = time.perf_counter()
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
@@ -267,24 +258,6 @@ def train_rl(
     return outcome
 
 
-def _graded(
-    environment: Environment, chosen: list[int], responses: list[Response], group_size: int
-) -> tuple[list[ResponseGroup], dict[str, float]]:
-    """Return the groups of a step with their rewards, and the metrics of its responses."""
-    train = environment.splits["train"]
-    texts = [environment.texts.text(response) for response in responses]
-    answers = [train.answers[problem] for problem in chosen for _ in range(group_size)]
-    rewards = environment.grade(texts, answers)
-    groups = [
-        ResponseGroup.of(
-            train.prompts[problem], responses[start : start + group_size], rewards[start : start + group_size]
-        )
-        for start, problem in zip(range(0, len(responses), group_size), chosen, strict=True)
-    ]
-    equal = float(np.mean([group.equal for group in groups]))
-    return groups, {"reward": float(rewards.mean()), "equal_groups": equal, **_response_metrics(responses, texts)}
-
-
 def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
     """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
     values = [point.value for point in curve if point.split == "train" and point.metric == metric]
@@ -305,8 +278,9 @@ def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None
 
     The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
     """
-    earlier = (point.value or 0.0 for point in curve if point.metric == "kl")
-    if abs(kl) > MAX_KL and not any(abs(value) > MAX_KL for value in earlier):
+    if any(abs(point.value or 0.0) > MAX_KL for point in curve if point.metric == "kl"):
+        return
+    if abs(kl) > MAX_KL:
         logging.warning(
             "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
             "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "

@@ -19,11 +19,8 @@ from torch import Tensor
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
-from lorabench.training.rl.sampler import Response, window
-
-# The limit of a row in tokens is the short one, or `_RESPONSES` times the longest prompt with response, up to the long
-# one.
-_SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
+from lorabench.training.rl.sampler import Response, packed, window
+from lorabench.training.run import Machine
 
 
 @dataclass(frozen=True)
@@ -85,46 +82,43 @@ class StepMeasures:
     """Share of tokens whose ratio is above 2."""
 
 
-def backward(
-    model: torch.nn.Module,
-    groups: Sequence[ResponseGroup],
-    max_tokens: int,
-    autocast: torch.dtype | None = None,
-    processes: Processes = SINGLE_PROCESS,
-) -> StepMeasures:
+def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: Machine) -> StepMeasures:
     """Add the gradient of the loss to the model's weights, and return the measures of the batch.
 
     Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups.
 
     Args:
         groups: the whole batch of a step; each process computes a share of it.
-        max_tokens: limit of the tokens, padding included, that go through the model at once.
-        autocast: the type of autocast; None for fp32.
 
     Raises:
         UserError: a prompt with a response is longer than the model's sliding window.
     """
-    device = next(model.parameters()).device
+    device, processes, within = next(model.parameters()).device, machine.processes, window(without_peft(model))
+    longest = max(len(group.prompt) + len(response.tokens) for group in groups for response in group.responses)
+    if within is not None and longest > within:
+        raise UserError(
+            f"{type(without_peft(model)).__name__} has sliding attention over {within} tokens, and a prompt with its "
+            f"response has {longest}; in RL both must be within that: lower max_new_tokens or drop long problems"
+        )
     episodes = sum(len(group.responses) for group in groups)
     teaching = [group for group in groups if not group.equal] or list(groups)
     idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []
     # Weight of the tokens, loss, and the sums of entropy, KL, ratio and ratios above 2.
     sums, ratio_max = torch.zeros(6, dtype=torch.float64), 0.0
     for some, learn in ((teaching, True), (idle, False)):
-        for part in processes.even(row_parts(some, max_tokens, processes), []):
-            rows = part or [_NOTHING]
-            check_window(without_peft(model), rows)
-            layout = _Layout.of(rows)
+        for part in processes.even(row_parts(some, machine.max_batch_tokens, processes), []):
+            layout = _Layout.of(part or [_NOTHING])
             read = torch.from_numpy(np.unique(layout.sources)).to(device)
             # The context includes the backward pass, since recomputed layers read the tokens again.
             with computing_only(model, read), torch.set_grad_enabled(learn):
-                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                with torch.autocast(device.type, dtype=machine.autocast, enabled=machine.autocast is not None):
                     learner, entropy, mask = call_as_forward(model, response_logprobs, layout)
                 if not part:
                     if learn:
                         (0.0 * learner.sum()).backward()
                     continue
-                sampler, advantages, times = _padded(rows, mask)
+                sampler, advantages, drawn = (torch.from_numpy(numbers).to(device) for numbers in layout[6:])
+                times = torch.where(mask, drawn[:, None], 0.0)
                 difference = torch.where(mask, learner - sampler, 0.0)
                 ratio = difference.exp()
                 loss = (-times * torch.where(mask, ratio * advantages[:, None], 0.0)).sum() / episodes
@@ -148,21 +142,17 @@ def row_parts(
     Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
     rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
-    rows = [rows[index] for index in processes.share(np.array([_length(row) for row in rows]))]
-    part: list[ResponseGroup] = []
-    for row in rows:
-        if part and (len(part) + 1) * _length(row) > max_tokens:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
+    share = processes.share(np.array([_length(row) for row in rows]))
+    return packed([rows[index] for index in share], _length, max_tokens)
 
 
 def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
-    """Fill rows with responses up to a limit: they share the prompt, but attention is computed over the whole row."""
+    """Fill rows with responses up to a limit: they share the prompt, but attention is computed over the whole row.
+
+    The limit in tokens is 192, or four times the longest prompt with response, up to 2048.
+    """
     longest = len(group.prompt) + max(len(response.tokens) for response in group.responses)
-    limit = min(max_tokens, max(_SHORT_ROW, longest, min(_LONG_ROW, _RESPONSES * longest)))
+    limit = min(max_tokens, max(192, longest, min(2048, 4 * longest)))
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
     for index, response in enumerate(group.responses[1:], 1):
         if length + len(response.tokens) > limit:
@@ -193,16 +183,23 @@ class _Layout(NamedTuple):
     """The tokens that `sources` predict, with the same length."""
     is_token: np.ndarray
     """Whether a response has a token there, (responses, longest response)."""
+    sampler: np.ndarray
+    """The sampler's log-probabilities in nats, (responses, longest response), 0 where there is no token."""
+    advantages: np.ndarray
+    times: np.ndarray
+    """How often each response was drawn, (responses,), as the advantages."""
 
     @classmethod
     def of(cls, rows: Sequence[ResponseGroup]) -> _Layout:
         width = max(map(_length, rows))
         ids, positions, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
         segments -= 1
-        responses = [response.tokens for row in rows for response in row.responses]
-        is_token = np.zeros((len(responses), max(map(len, responses))), np.bool_)
+        responses = [response for row in rows for response in row.responses]
+        tokens = [response.tokens for response in responses]
+        is_token = np.arange(max(map(len, tokens))) < np.array([[len(ids)] for ids in tokens])
+        sampler = np.zeros(is_token.shape, np.float32)
+        sampler[is_token] = np.concatenate([response.logprobs for response in responses])
         sources = []
-        number = 0
         for index, row in enumerate(rows):
             prompt = len(row.prompt)
             ids[index, :prompt], positions[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
@@ -213,24 +210,13 @@ class _Layout(NamedTuple):
                 positions[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
                 # The prompt's last token predicts the first of every response.
                 sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
-                is_token[number, : len(response.tokens)] = True
-                number, start = number + 1, own.stop
-        return cls(ids, positions, segments, np.concatenate(sources), np.concatenate(responses), is_token)
-
-
-def check_window(model: torch.nn.Module, rows: Sequence[ResponseGroup]) -> None:
-    """Refuse prompts with responses that are longer than the model's sliding window.
-
-    Raises:
-        UserError: a prompt with a response is longer than the window.
-    """
-    within = window(model)
-    longest = max(len(row.prompt) + len(response.tokens) for row in rows for response in row.responses)
-    if within is not None and longest > within:
-        raise UserError(
-            f"{type(model).__name__} has sliding attention over {within} tokens, and a prompt with its response has "
-            f"{longest}; in RL both must be within that: lower max_new_tokens or drop long problems"
+                start = own.stop
+        advantages, times = (
+            np.concatenate(numbers).astype(np.float32)
+            for numbers in ([row.advantages for row in rows], [row.times for row in rows])
         )
+        targets = np.concatenate(tokens)
+        return cls(ids, positions, segments, np.concatenate(sources), targets, is_token, sampler, advantages, times)
 
 
 def response_logprobs(model: torch.nn.Module, layout: _Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +228,7 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout) -> tuple[Tensor, 
     """
     base = without_peft(model)
     device = next(base.parameters()).device
-    ids, positions, segments, sources, targets, is_token = (torch.from_numpy(part).to(device) for part in layout)
+    ids, positions, segments, sources, targets, is_token = (torch.from_numpy(part).to(device) for part in layout[:6])
     visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
     hidden = base.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=visible.tril()[:, None], use_cache=False
@@ -254,16 +240,3 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout) -> tuple[Tensor, 
         entropy = -(distribution.exp() * distribution).sum(-1)
     empty = torch.zeros(is_token.shape, device=device)
     return empty.masked_scatter(is_token, chosen), empty.masked_scatter(is_token, entropy), is_token
-
-
-def _padded(groups: Sequence[ResponseGroup], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sampler's log-probabilities, (responses, longest), the advantages, (responses,), and how often each
-    token was drawn, (responses, longest), 0 where there is no token."""
-    sampler = np.zeros(mask.shape, np.float32)
-    for row, response in enumerate(response for group in groups for response in group.responses):
-        sampler[row, : len(response.tokens)] = response.logprobs
-    advantages, times = (
-        torch.from_numpy(np.concatenate(numbers).astype(np.float32)).to(mask.device)
-        for numbers in ([group.advantages for group in groups], [group.times for group in groups])
-    )
-    return torch.from_numpy(sampler).to(mask.device), advantages, torch.where(mask, times[:, None], 0.0)

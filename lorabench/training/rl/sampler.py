@@ -10,9 +10,9 @@ drawn; responses are never tokenized again from text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,14 +25,13 @@ from lorabench.training.distributed import Processes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Finished rows are dropped from the cache once they are this share of it, since dropping copies the remaining rows.
-_DROP_AT = 0.25
 # Limit of the tokens of all responses that share a row of the cache.
 _SHARED_TOKENS = 128
 # Owner of a cache column that holds a token of the prompt, or padding; a response's token has the seat, from 1.
 _PROMPT, _PADDING = 0, -1
 # Tokens of spare room in a new buffer of the cache.
 _ROOM = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,14 @@ def sample(
     """
     responses: dict[int, Response] = {}
     device, was_training = next(model.parameters()).device, model.training
+    # Requests are sampled together with others of similar prompt length, equal prompts side by side.
+    ordered = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
+    chunks = packed(ordered, lambda index: len(requests[index].prompt) + stop.max_new_tokens, max_cache_tokens)
     # In training mode a model with activation checkpointing keeps no cache.
     model.eval()
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            for chunk in _chunks(requests, stop, max_cache_tokens):
+            for chunk in chunks:
                 chosen = [requests[index] for index in chunk]
                 drawn = _sample_chunk(model, tokenizer, chosen, stop, device, interrupt)
                 responses.update(zip(chunk, drawn, strict=True))
@@ -97,18 +99,21 @@ def sample(
     return [responses[index] for index in range(len(requests))]
 
 
+def packed(items: Iterable[T], length: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Split items, ascending in length, so that a part's number times its longest is within a limit, or it has one."""
+    part: list[T] = []
+    for item in items:
+        if part and (len(part) + 1) * length(item) > limit:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
     """Return the random numbers in [0, 1) of a key, (count,); a larger `count` only appends numbers."""
     return np.random.default_rng(key).random(count)
-
-
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the token ids and the attention mask of prompts, both (n, longest), padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    ids, mask = (np.zeros((len(prompts), width), np.int64) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
@@ -137,20 +142,6 @@ def window(model: torch.nn.Module) -> int | None:
     return int(tokens) if tokens and getattr(config, "use_sliding_window", True) else None
 
 
-def _chunks(requests: Sequence[Request], stop: Stop, max_cache_tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of requests that are sampled together: of similar prompt length, equal prompts side by side."""
-    ordered = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
-    chunk: list[int] = []
-    for index in ordered:
-        length = len(requests[index].prompt) + stop.max_new_tokens
-        if chunk and (len(chunk) + 1) * length > max_cache_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(index)
-    if chunk:
-        yield chunk
-
-
 def _sample_chunk(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,14 +160,17 @@ def _sample_chunk(
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
     logprobs = torch.zeros((n, longest), device=device)
     lengths, stopped = np.full(n, longest), np.zeros(n, np.bool_)
-    text_stops = TextStops(tokenizer, stop.texts)
 
     # A prompt goes through the model once for all its responses.
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
     prompts = np.array([unique[request.prompt] for request in requests])
-    ids, mask = left_padded(list(unique), device)
+    width = max(map(len, unique))
+    padded, attended = (np.zeros((len(unique), width), np.int64) for _ in range(2))
+    for prompt, number in unique.items():
+        # Padding is on the left, and has position 0.
+        padded[number, width - len(prompt) :], attended[number, width - len(prompt) :] = prompt, 1
+    ids, mask = _on_device(padded, device), _on_device(attended, device)
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
-    # Padding on the left has position 0.
     logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
     contexts = _on_device(prompts, device)
@@ -200,7 +194,7 @@ def _sample_chunk(
         logprobs[chosen, step] = distribution[contexts, drawn]
         done = torch.isin(drawn, stops).cpu().numpy()
         if stop.texts:
-            done |= text_stops.ended(tokens[chosen, max(0, step + 1 - text_stops.longest) : step + 1].tolist())
+            done |= ended_by_text(tokenizer, stop.texts, tokens[chosen, : step + 1])
         stopped[live[done]], lengths[live[done]] = True, step + 1
         live, drawn = live[~done], drawn[_on_device((~done).nonzero()[0], device)]
         if not len(live) or step + 1 == longest:
@@ -262,7 +256,8 @@ class _Rows:
         Returns None, and keeps all rows, while too few rows have ended for dropping to pay.
         """
         kept = np.unique(self._rows[live])
-        if len(kept) > (1 - _DROP_AT) * len(self.prompts):
+        # Dropping copies the remaining rows, so it is done for a quarter of all rows at least.
+        if len(kept) > 0.75 * len(self.prompts):
             return None
         self._rows = np.searchsorted(kept, self._rows)
         self.prompts = self.prompts[kept]
@@ -334,30 +329,20 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows of the batch, copied to new buffers with spare room."""
-        length, selected = self.get_seq_length(), []
-        for states in (self.keys, self.values):
-            buffer = states.new_empty((len(indices), *states.shape[1:-2], length + _ROOM, states.shape[-1]))
-            torch.index_select(states, 0, indices, out=buffer[..., :length, :])
-            selected.append(buffer)
-        self.buffers = (selected[0], selected[1])
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        """Keep only some rows of the batch."""
+        super().batch_select_indices(indices)
+        self.buffers = None
 
 
-class TextStops:
-    """Finds the responses that end with a stop text, whose last character the last token of the response brings.
+def ended_by_text(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], tokens: Tensor) -> np.ndarray:
+    """Return whether a stop text is near the end of each response, given its tokens so far, (n, tokens): (n,).
 
-    A text of k characters ends in the last token and spans at most k tokens before it, so no more need to be decoded.
+    A text of k characters, whose last one the last token brings, spans at most k tokens before it, so no more are
+    decoded.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
-        self._tokenizer, self._texts = tokenizer, texts
-        self.longest = max(map(len, texts), default=0) + 1
-
-    def ended(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return whether a stop text is near the end of each response, given all its tokens or the last ones, (n,)."""
-        decoded: list[str] = self._tokenizer.batch_decode([tail[-self.longest :] for tail in tails])
-        return np.array([any(text in tail for text in self._texts) for tail in decoded])
+    span = max(map(len, texts)) + 1
+    decoded: list[str] = tokenizer.batch_decode(tokens[:, -span:].tolist())
+    return np.array([any(text in tail for text in texts) for tail in decoded])
 
 
 def sample_in_processes(

@@ -18,7 +18,7 @@ from lorabench.data.grading import Grader
 from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
-from lorabench.models.vllm_support import check_policy, vllm_version
+from lorabench.models.vllm_support import check_vllm, vllm_version
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
 from lorabench.training.context import Base, SweepContext, now, with_adapter
 from lorabench.training.distributed import full_tensor
@@ -26,6 +26,7 @@ from lorabench.training.rl.engine import PolicyEngine, engine_settings
 from lorabench.training.rl.loop import Environment, Grade, Sampler, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
+from lorabench.training.run import Machine
 from lorabench.utils import signals
 from lorabench.utils.files import file_sha256, write_json
 
@@ -59,13 +60,12 @@ class RlTrainer:
         """
         condition, machine, rollouts = run.condition, context.machine, run.condition.rollouts
         assert rollouts
-        if rollouts.sampler == "vllm" and self._engine is None:
-            self._engine = self._open.enter_context(PolicyEngine(machine.processes))
-        if self._engine is not None:
+        if rollouts.sampler == "vllm":
             spec = context.layout.model(condition.model)
-            check_policy(spec, machine.device, condition.rank, condition.placement)
+            check_vllm(spec, machine.device, condition.rank, condition.placement, trains=True)
+            self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes))
         if rollouts not in self._environments:
-            environment = _environment(context, self._open)
+            environment = self._environment(context)
             source = context.provenance() | {
                 "dataset_sha256": file_sha256(context.layout.dataset(condition.dataset))[:16],
                 "tokenizer_sha256": tokenizer_key(environment.texts.tokenizer),
@@ -85,15 +85,39 @@ class RlTrainer:
             outcome = train_rl(run, model, environment, protocol, machine, checkpoint, draw, base, tick)
             context.write(run, model, outcome, source | started)
 
+    def _environment(self, context: SweepContext) -> Environment:
+        """Read the problems of a sweep and start their graders."""
+        condition, preset, processes = context.sweep.condition, context.plan.preset, context.machine.processes
+        rollouts, layout = condition.rollouts, context.layout
+        assert rollouts
+        spec = layout.model(condition.model)
+        texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
+
+        def grading(name: str) -> Grade:
+            grader = self._open.enter_context(Grader(preset.problems[name].grader, preset.execution.threads))
+
+            def grade(responses: list[str], answers: list[str]) -> np.ndarray:
+                # All processes use the first one's verdicts, since time limits may expire in some only.
+                verdicts = grader.grade(responses, answers) if processes.first else [False] * len(responses)
+                rewards: np.ndarray = processes.gather(verdicts)[0]
+                return rewards
+
+            return grade
+
+        dataset = layout.dataset(condition.dataset)
+        rows = read_problems(dataset)
+        train, test = (
+            [(row["question"], row["answer"]) for row in rows if row["split"] == split] for split in ("train", "test")
+        )
+        held_out = {name: (texts.read(layout.dataset(name))["test"], grading(name)) for name in rollouts.held_out}
+        return Environment(texts, texts.read(dataset), grading(condition.dataset), held_out, controls(train, test))
+
     def _sampler(self, context: SweepContext, model: torch.nn.Module, run: Run) -> Sampler:
         """Return the function that draws from a model: by vLLM, or by this project's code."""
-        condition, machine = run.condition, context.machine
-        rollouts = condition.rollouts
-        assert rollouts
-        environment, _ = self._environments[rollouts]
+        condition, machine, engine = run.condition, context.machine, self._engine
+        assert condition.rollouts
+        environment, _ = self._environments[condition.rollouts]
         texts, stop = environment.texts, environment.texts.stop
-        autocast = machine.autocast(context.plan.preset.protocol)
-        engine = self._engine
         replica: Replica | None = None
         if engine is not None:
             problems = (*environment.splits.values(), *(held_out for held_out, _ in environment.held_out.values()))
@@ -103,7 +127,7 @@ class RlTrainer:
             blank: Any = skeleton(context.layout.model(condition.model))
             if condition.method == "lora":
                 blank = with_adapter(blank, context, run)
-            replica = Replica(model, blank, machine.device, autocast)
+            replica = Replica(model, blank, machine)
 
         def draw(requests: list[Request], interruptible: bool) -> list[Response]:
             # Several processes would have to agree at every position.
@@ -113,8 +137,10 @@ class RlTrainer:
                 return engine.draw(model, settings, requests, stop, interrupt)
             policy = replica.refreshed() if replica else model
 
+            limit = machine.max_cache_tokens
+
             def draw_share(share: list[Request]) -> list[Response]:
-                return sample(policy, texts.tokenizer, share, stop, machine.max_cache_tokens, autocast, interrupt)
+                return sample(policy, texts.tokenizer, share, stop, limit, machine.autocast, interrupt)
 
             return sample_in_processes(requests, draw_share, machine.processes)
 
@@ -128,62 +154,32 @@ class RlTrainer:
         """
         rollouts, processes = context.sweep.condition.rollouts, context.machine.processes
         assert rollouts
-        if rollouts not in self._scores:
-            environment, source = self._environments[rollouts]
-            preset, layout = context.plan.preset, context.layout
-            names = (context.sweep.condition.dataset, *rollouts.held_out)
-            own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
-            determining = {
-                "protocol_version": PROTOCOL_VERSION,
-                "precision": preset.protocol.precision,
-                "rollouts": rollouts.determining,
-                "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
-                **{name: source[name] for name in own},
-            }
-            path = layout.base_scores(determining)
-            scores: Scores | None = None
-            # A file that cannot be read is written again.
-            with suppress(OSError, ValueError):
-                scores = json.loads(path.read_text())
-            # All processes read or all evaluate, even if another job writes the file at this moment.
-            if processes.any(scores is None):
-                scores, _ = evaluate(environment, rollouts, 0, 0, draw)
-                if processes.first:
-                    write_json(scores, path)
-            assert scores is not None
-            self._scores[rollouts] = scores
-        return self._scores[rollouts]
-
-
-def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
-    condition, preset, processes = context.sweep.condition, context.plan.preset, context.machine.processes
-    rollouts = condition.rollouts
-    assert rollouts
-    spec = context.layout.model(condition.model)
-    texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
-
-    def grading(name: str) -> Grade:
-        grader = open_graders.enter_context(Grader(preset.problems[name].grader, preset.execution.threads))
-
-        def grade(responses: list[str], answers: list[str]) -> np.ndarray:
-            # All processes use the first one's verdicts, since time limits may expire in some only.
-            verdicts = grader.grade(responses, answers) if processes.first else [False] * len(responses)
-            rewards: np.ndarray = processes.gather(verdicts)[0]
-            return rewards
-
-        return grade
-
-    rows = read_problems(context.layout.dataset(condition.dataset))
-    train, test = (
-        [(row["question"], row["answer"]) for row in rows if row["split"] == split] for split in ("train", "test")
-    )
-    return Environment(
-        texts,
-        texts.read(context.layout.dataset(condition.dataset)),
-        grading(condition.dataset),
-        {name: (texts.read(context.layout.dataset(name))["test"], grading(name)) for name in rollouts.held_out},
-        controls(train, test),
-    )
+        if rollouts in self._scores:
+            return self._scores[rollouts]
+        environment, source = self._environments[rollouts]
+        preset, layout = context.plan.preset, context.layout
+        names = (context.sweep.condition.dataset, *rollouts.held_out)
+        own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
+        determining = {
+            "protocol_version": PROTOCOL_VERSION,
+            "precision": preset.protocol.precision,
+            "rollouts": rollouts.determining,
+            "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
+            **{name: source[name] for name in own},
+        }
+        path = layout.base_scores(determining)
+        scores: Scores | None = None
+        # A file that cannot be read is written again.
+        with suppress(OSError, ValueError):
+            scores = json.loads(path.read_text())
+        # All processes read or all evaluate, even if another job writes the file at this moment.
+        if processes.any(scores is None):
+            scores, _ = evaluate(environment, rollouts, 0, 0, draw)
+            if processes.first:
+                write_json(scores, path)
+        assert scores is not None
+        self._scores[rollouts] = scores
+        return scores
 
 
 class Replica:
@@ -198,22 +194,20 @@ class Replica:
         blank: the same model without weights; it receives them.
     """
 
-    def __init__(
-        self, sharded: torch.nn.Module, blank: torch.nn.Module, device: torch.device, autocast: torch.dtype | None
-    ) -> None:
+    def __init__(self, sharded: torch.nn.Module, blank: torch.nn.Module, machine: Machine) -> None:
         self._model = blank
         self._trained: list[tuple[torch.Tensor, torch.Tensor]] = []
         # A tied weight becomes two here, since the embedding and the unembedding may have different types.
         for name, parameter in sharded.named_parameters(remove_duplicate=False):
             layer, _, attribute = name.rpartition(".")
             module = blank.get_submodule(layer)
-            dtype = autocast if isinstance(module, torch.nn.Linear) else None
-            weight = full_tensor(parameter.detach()).to(device=device, dtype=dtype, copy=True)
+            dtype = machine.autocast if isinstance(module, torch.nn.Linear) else None
+            weight = full_tensor(parameter.detach()).to(device=machine.device, dtype=dtype, copy=True)
             copied = torch.nn.Parameter(weight, requires_grad=False)
             setattr(module, attribute, copied)
             if parameter.requires_grad:
                 self._trained.append((parameter, copied))
-        blank.to(device)
+        blank.to(machine.device)
 
     @torch.no_grad()
     def refreshed(self) -> torch.nn.Module:

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def machine(**changes) -> Machine:
-    return Machine(**{"device": CPU, "max_batch_tokens": 16_384, "checkpoint_seconds": 1e9} | changes)
+    return Machine(**{"device": CPU, "max_batch_tokens": 16_384} | changes)
 
 
 def condition_of(

@@ -27,7 +27,7 @@ from lorabench.store.io import read_table
 from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
-from lorabench.training.rl.engine import Engine, EngineSettings, PolicyEngine, llm_options
+from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 from ...conftest import MARGINS
@@ -44,12 +44,8 @@ BASE = TinyModel(kind="tiny", name="llama-128")
 NEW_TOKENS = 16
 
 
-def settings(spec=BASE, max_rank=None, tokenizer=None) -> EngineSettings:
-    location = model_location(spec)
-    options = llm_options(location, "float32", 256, 1 << 28, max_rank)
-    options |= {"gpu_memory_utilization": 0.5, "enforce_eager": True}
-    if tokenizer:
-        options |= {"tokenizer": location, "skip_tokenizer_init": False}
+def settings(spec=BASE, max_rank=None, tokenizes=False) -> EngineSettings:
+    options = llm_options(model_location(spec), "float32", 256, 1 << 28, max_rank, tokenizes=tokenizes)
     return EngineSettings(options, None, 2)
 
 
@@ -136,9 +132,9 @@ def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, sto
         assert differ(drawn, responses)
         responses = drawn
     # Another run goes on with the same process.
-    process, other = engine._engine, adapted(BASE, 1)
+    process, other = engine._process, adapted(BASE, 1)
     assert largest_difference(other, asked, engine.draw(other, settings(max_rank=1), asked, stop)) < 1e-3
-    assert engine._engine is process
+    assert engine._process is process
 
 
 def test_keys_and_values_of_an_old_adapter_would_be_noticed(engine, prompts, stop):
@@ -161,17 +157,17 @@ def test_all_weights_are_the_learners_after_updates(tied, engine, prompts, stop)
         model.tie_weights()
     asked = requested(prompts)
     for step in range(4):
-        assert largest_difference(model, asked, engine.draw(model, settings(tokenizer=True), asked, stop)) < 1e-3
+        assert largest_difference(model, asked, engine.draw(model, settings(tokenizes=True), asked, stop)) < 1e-3
         move(model, 0.01, step)
 
 
 def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
     model = load_model(BASE)
     greedy = [Request(prompt, None) for prompt in prompts]
-    whole = engine.draw(model, settings(tokenizer=True), greedy, Stop((), NEW_TOKENS))
+    whole = engine.draw(model, settings(tokenizes=True), greedy, Stop((), NEW_TOKENS))
     assert all(response.truncated and len(response.tokens) == NEW_TOKENS for response in whole)
     until = Stop((), NEW_TOKENS, (tokenizer.decode(whole[0].tokens[2:4]),))
-    drawn = engine.draw(model, settings(tokenizer=True), greedy, until)
+    drawn = engine.draw(model, settings(tokenizes=True), greedy, until)
     own = sample(model, tokenizer, greedy, until, 10_000)
     assert not differ(drawn, own)
     assert [response.truncated for response in drawn] == [response.truncated for response in own]
@@ -179,14 +175,13 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
 
 
 def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
-    engine.draw(load_model(BASE), settings(tokenizer=True), requested(prompts), stop)
-    process = engine._engine
-    with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as told:
-        process.ask("weights", folder="nowhere")
-    assert "\n" not in str(told.value)
-    os.kill(process._process.pid, signal.SIGKILL)
+    engine.draw(load_model(BASE), settings(tokenizes=True), requested(prompts), stop)
+    with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as refusal:
+        engine.ask("weights", folder="nowhere")
+    assert "\n" not in str(refusal.value)
+    os.kill(engine._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
-        process.ask("weights", folder="nowhere")
+        engine.ask("weights", folder="nowhere")
 
 
 STEPS = 9
@@ -238,7 +233,7 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
         plan = make_plan(layout.preset)
         job = Job(tuple(plan.sweeps))
         if sampler == "vllm":
-            asked, ask, before = [], Engine.ask, set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*"))
+            asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*"))
 
             def dying(engine, name, *given, asked=asked, ask=ask, **arguments):
                 asked.append(name)
@@ -247,7 +242,7 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
                 return ask(engine, name, *given, **arguments)
 
             with monkeypatch.context() as patched:
-                patched.setattr(Engine, "ask", dying)
+                patched.setattr(PolicyEngine, "ask", dying)
                 with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
                     run_job(plan, job, layout, lambda line: None)
             assert set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*")) == before
@@ -257,7 +252,7 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
                 asked.append(name)
                 return ask(engine, name, *given, **arguments)
 
-            monkeypatch.setattr(Engine, "ask", counted)
+            monkeypatch.setattr(PolicyEngine, "ask", counted)
             asked.clear()
         run_job(plan, job, layout, lambda line: None)
         collect([layout.job(job)], layout.tables())

@@ -13,7 +13,7 @@ from lorabench.training import reference
 from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
-from .conftest import CPU, drawn
+from .conftest import CPU, drawn, machine
 
 
 def response(tokens, logprobs=None):
@@ -32,7 +32,7 @@ def test_gradient_of_one_token_is_the_one_derived_by_hand(base):
     prompt, tokens, rewards = (5, 9, 200), [7, 8, 9, 7], np.array([1.0, 0.0, 0.0, 1.0])
     sampler = [-2.0, -3.0, -2.5, -2.0]
     group = ResponseGroup.of(prompt, [response([t], [p]) for t, p in zip(tokens, sampler, strict=True)], rewards)
-    measured = backward(base, [group], 10_000)
+    measured = backward(base, [group], machine())
 
     with torch.no_grad():
         hidden = base.get_decoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
@@ -61,7 +61,7 @@ def plain_gradients(model, groups):
 @pytest.mark.parametrize("max_tokens", [60, 10_000])
 def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max_tokens):
     expected, loss = plain_gradients(base, groups)
-    measured = backward(base, groups, max_tokens)
+    measured = backward(base, groups, machine(max_batch_tokens=max_tokens))
     assert measured.loss == pytest.approx(loss, abs=1e-5)
     assert measured.tokens == sum(len(r.tokens) for group in groups for r in group.responses)
     for name, gradient in gradients(base).items():
@@ -107,11 +107,11 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     assert apart.times.tolist() == [1, 1]
 
     expected, loss = plain_gradients(base, [group])
-    measured = backward(base, [group], 10_000)
+    measured = backward(base, [group], machine())
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
     # The reference has each response alone in its own row.
-    singly = [backward(base, [ResponseGroup.of((5, 9), [response], np.zeros(1))], 10_000) for response in drawn]
+    singly = [backward(base, [ResponseGroup.of((5, 9), [response], np.zeros(1))], machine()) for response in drawn]
     tokens = [len(response.tokens) for response in drawn]
     assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
     for measure in ("entropy", "kl", "ratio_mean", "ratio_above_2"):
@@ -126,9 +126,9 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
 def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):
     informative = [group for group in groups if not group.equal]
     idle = [ResponseGroup.of(group.prompt, group.responses, np.ones(6)) for group in groups]
-    with_idle = backward(base, [*informative, *idle], 10_000)
+    with_idle = backward(base, [*informative, *idle], machine())
     gradient = gradients(base)
-    without = backward(base, informative, 10_000)
+    without = backward(base, informative, machine())
     assert with_idle.tokens == without.tokens + sum(len(r.tokens) for group in idle for r in group.responses)
     share = len(informative) / (len(informative) + len(idle))
     assert with_idle.loss == pytest.approx(share * without.loss, abs=1e-6)
@@ -139,13 +139,13 @@ def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups)
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     exact = drawn(base, tokenizer, [Request(prompts[0], (0, 0, 0, s)) for s in range(6)])
     rewards = np.array([1.0, 0, 0, 0, 0, 0])
-    same = backward(base, [ResponseGroup.of(prompts[0], exact, rewards)], 10_000)
+    same = backward(base, [ResponseGroup.of(prompts[0], exact, rewards)], machine())
     assert same.ratio_mean == pytest.approx(1, abs=1e-4)
     assert same.ratio_max == pytest.approx(1, abs=1e-4)
     assert same.kl == pytest.approx(0, abs=1e-5)
     assert same.ratio_above_2 == 0
     halved = [Response(r.tokens, r.logprobs + np.float32(np.log(2)), r.truncated) for r in exact]
-    off = backward(base, [ResponseGroup.of(prompts[0], halved, rewards)], 10_000)
+    off = backward(base, [ResponseGroup.of(prompts[0], halved, rewards)], machine())
     assert off.ratio_mean == pytest.approx(0.5, abs=1e-4)
     assert off.kl == pytest.approx(np.log(2), abs=1e-4)
     # Ratios are 3 and 1.5 in turn; a group of equal rewards counts as the others do.
@@ -155,12 +155,12 @@ def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     mixed = [ResponseGroup.of(prompts[0], raised, rewards), ResponseGroup.of(prompts[0], tripled, np.zeros(6))]
     lengths = np.array([len(r.tokens) for r in exact])
     above = (-(-lengths // 2)).sum() + lengths.sum()
-    assert backward(base, mixed, 10_000).ratio_above_2 == pytest.approx(above / (2 * lengths.sum()))
+    assert backward(base, mixed, machine()).ratio_above_2 == pytest.approx(above / (2 * lengths.sum()))
     ids = torch.tensor([prompts[0]])
     with torch.no_grad():
         first = base(ids).logits[0, -1].log_softmax(-1)
     single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
-    entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], 10_000).entropy
+    entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], machine()).entropy
     assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
 
 
@@ -214,6 +214,6 @@ def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
     loss = trainer._compute_loss(base, inputs) * longest
     loss.backward()
     expected = gradients(base)
-    assert backward(base, groups, 10_000).loss == pytest.approx(loss.item(), abs=1e-5)
+    assert backward(base, groups, machine()).loss == pytest.approx(loss.item(), abs=1e-5)
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)

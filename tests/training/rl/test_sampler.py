@@ -17,7 +17,7 @@ from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, draw, uniforms
 
 from ..conftest import base_of
-from .conftest import drawn, same_tokens
+from .conftest import drawn, machine, same_tokens
 
 
 def keyed(prompts, samples=3):
@@ -97,7 +97,7 @@ def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
     requests = keyed([tuple(range(5, 35))], samples=2)
     group = ResponseGroup.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
     with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be within"):
-        backward(model, [group], 2048)
+        backward(model, [group], machine())
 
 
 def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
@@ -150,10 +150,9 @@ def test_a_length_limit_only_cuts(base, tokenizer, prompts):
 def test_texts_are_found_where_they_are_in_the_decoded_text(text, tokenizer):
     sentence = "cab café at the\n\nlake ab cd the"
     ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
-    stops = sampler.TextStops(tokenizer, (text,))
-    found = [bool(stops.ended([ids[:count]])[0]) for count in range(1, len(ids) + 1)]
-    first = next(count for count in range(1, len(ids) + 1) if text in tokenizer.decode(ids[:count]))
-    assert found.index(True) == first - 1
+    heads = [ids[:count] for count in range(1, len(ids) + 1)]
+    ended = [bool(sampler.ended_by_text(tokenizer, (text,), torch.tensor([head]))[0]) for head in heads]
+    assert ended.index(True) == [text in tokenizer.decode(head) for head in heads].index(True)
 
 
 def test_a_text_ends_a_response(base, tokenizer, prompts):
