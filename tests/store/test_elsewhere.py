@@ -189,15 +189,6 @@ def test_sources_that_differ_are_named():
     assert "differ" not in judged(mixed.assign(precision="bf16"), curves)["reason"]
 
 
-def test_a_claim_names_the_columns_that_a_table_lacks():
-    runs, curves = world()
-    row = judged(runs.drop(columns=["final_test_nll", "final_valid_nll", "seed"]), curves)
-    assert (row["verdict"], row["reason"]) == (
-        "not tested",
-        "the runs table has no column seed, final_valid_nll, final_test_nll",
-    )
-
-
 def test_the_default_margins_are_those_of_the_shipped_presets():
     assert (
         read_margins(PRESETS / "suites/margins.yaml")
