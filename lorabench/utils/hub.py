@@ -224,7 +224,6 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
     """Turn an error of the hub's client that the user can correct into a UserError of one sentence."""
     from huggingface_hub import constants, errors
 
-    failed = f"{wanted} can't be fetched at {wanted.revision}"
     # The last class is that of the client's HTTP library, which differs between versions of the client.
     no_connection = (
         *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
@@ -234,27 +233,21 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
         yield
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        failed = f"{wanted} can't be fetched at {wanted.revision}"
+        login, token = "log in with `hf auth login` or set HF_TOKEN", "`hf auth login` or HF_TOKEN"
+        page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
         # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
-        match error:
-            case errors.GatedRepoError():
-                page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
-                sentence = (
-                    f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
-                )
-            case errors.RevisionNotFoundError():
-                sentence = f"{wanted} has no revision {wanted.revision!r}"
-            case errors.RemoteEntryNotFoundError():
-                sentence = f"{wanted} lacks a file that is needed: {lines[-1]}"
-            case errors.RepositoryNotFoundError():
-                sentence = f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
-            case errors.OfflineModeIsEnabled():
-                sentence = f"{failed}: HF_HUB_OFFLINE is set"
-            case errors.HfHubHTTPError():
-                sentence = f"{failed}: {lines[0]}"
-            case _ if isinstance(error, no_connection):
-                sentence = f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"
-            case OSError():
-                sentence = f"{failed}: {lines[0]}"
-            case _:
-                raise
+        reasons: list[tuple[Any, str]] = [
+            (errors.GatedRepoError, f"{wanted} is gated: ask for access on {page}, then {login}"),
+            (errors.RevisionNotFoundError, f"{wanted} has no revision {wanted.revision!r}"),
+            (errors.RemoteEntryNotFoundError, f"{wanted} lacks a file that is needed: {lines[-1]}"),
+            (errors.RepositoryNotFoundError, f"{wanted} is not on the hub, or is private and needs a token ({token})"),
+            (errors.OfflineModeIsEnabled, f"{failed}: HF_HUB_OFFLINE is set"),
+            (errors.HfHubHTTPError, f"{failed}: {lines[0]}"),
+            (no_connection, f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"),
+            (OSError, f"{failed}: {lines[0]}"),
+        ]
+        sentence = next((sentence for kind, sentence in reasons if isinstance(error, kind)), None)
+        if sentence is None:
+            raise
         raise UserError(sentence) from error
