@@ -17,27 +17,14 @@ from lorabench.analysis.rules import Above, Within
 from ..handmade.lora import lora_run, lora_tables, nll
 
 
-def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:
+def by_hand(values: dict[str, list[float]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make a LoRA arm with runs `a`, `b`, ... at LRs 1, 2, ... that have the given validation losses."""
-    lrs = {run_id: float(index) for index, run_id in enumerate(values, start=1)}
-    runs = pd.DataFrame(
-        {
-            "run_id": list(values),
-            "model": "tiny",
-            "dataset": "instruct",
-            "method": "lora",
-            "rank": pd.array([8] * len(values), dtype="Int64"),
-            "placement": "all",
-            "batch_size": 16,
-            "lr": list(lrs.values()),
-            "seed": 0,
-        }
-    )
+    runs = pd.DataFrame([lora_run(lr=float(lr)) | {"run_id": run_id} for lr, run_id in enumerate(values, start=1)])
     curves = pd.DataFrame(
         [
             (run_id, step, 16 * step, 100 * step, "validation", "nll", value)
-            for run_id, of_run in values.items()
-            for step, value in zip(steps, of_run, strict=True)
+            for run_id, losses in values.items()
+            for step, value in zip((0, 1, 2, 4), losses, strict=True)
         ],
         columns=["run_id", "step", "examples", "tokens", "split", "metric", "value"],
     )
@@ -163,6 +150,16 @@ def test_a_scan_needs_every_window(lift, verdict):
     assert judged.verdict == verdict
     assert judged.estimate == pytest.approx(max(lift))
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
+
+
+def test_intervals_of_paired_curves_hold_the_truth_as_often_as_they_say():
+    random, held = generator("paired"), []
+    for number in range(120):
+        curves = of(dict(enumerate(simulated(random, mean=0.03).T)), f"world {number}")
+        intervals = [(curves.means([(20, 60)])[0].interval(), 0.03), (curves.slope(20).interval(), 0.0)]
+        held.append([low <= truth <= high for (low, high), truth in intervals])
+    # Two binomial standard errors around 95%.
+    assert ((np.mean(held, axis=0) >= 0.91) & (np.mean(held, axis=0) < 1)).all()
 
 
 @pytest.mark.slow

@@ -35,17 +35,11 @@ LLAMA = "meta-llama/Llama-3.1-8B"
 @pytest.fixture(scope="module")
 def runs():
     sweep = pd.read_csv(SWEEP)
-    sweep = sweep.assign(
-        dataset="tulu3",
-        method="lora",
-        placement="all",
-        batch_size=128,
-        status="done",
-        final_test_nll=sweep["test_nll"],
-        # A repeated cell is another run of the same settings.
-        seed=sweep.groupby(["model", "rank", "lr"]).cumcount(),
-    )
-    return sweep.assign(run_id=[f"row-{row}" for row in sweep.index])
+    about = {"dataset": "tulu3", "method": "lora", "placement": "all", "batch_size": 128, "status": "done"}
+    # A repeated cell is another run of the same settings.
+    seed = sweep.groupby(["model", "rank", "lr"]).cumcount()
+    ids = [f"row-{row}" for row in sweep.index]
+    return sweep.assign(**about, seed=seed, run_id=ids, final_test_nll=sweep["test_nll"])
 
 
 def judged(runs, **options):
