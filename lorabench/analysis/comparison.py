@@ -203,7 +203,7 @@ class Comparison:
             return [Problem("all seeds alike: no seed noise to judge by")]
         for label in labels if resolved else []:
             if not self.fit.resolved[label]:
-                lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
+                lr = self.fit.grids[label].lr_to_add(math.exp(self.fit.optima[label].value))
                 seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
                 remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
                 # At the end of its LRs, further seeds would not show how the loss goes on.
@@ -273,7 +273,7 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | Non
     check_runs(runs)
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
-    # A groupby of one group is slow beside the rest.
+    # A groupby of one group is slow compared with the rest.
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
     varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()

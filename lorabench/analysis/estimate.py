@@ -5,8 +5,8 @@ the examples of the test split, which only more examples make smaller. Each part
 several estimates has an interval too, and estimates from one fit keep their correlation.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
-evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data.
-Their own standard error is about 0.3% of the interval's width, and 1% where the distribution has a heavy tail.
+evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
+docs/verdicts.md says how precise they are.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class ArmGrid:
     diverged: np.ndarray
     """LRs at which the run of the first seed diverged, ascending."""
 
-    def beside(self, optimum: float) -> float | None:
+    def lr_to_add(self, optimum: float) -> float | None:
         """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
 
         It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
@@ -257,18 +257,10 @@ class FitRows:
         if squares > 0 and n > p:
             determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
             likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
-        return Solution(
-            coefficients,
-            hat[:, :runs] * self.weights,
-            hat[:, runs:],
-            design[:runs],
-            covariance[:runs, :runs],
-            unscaled,
-            variance,
-            ratio,
-            likelihood,
-            n - p,
-        )
+        weighted, prior_weights = hat[:, :runs] * self.weights, hat[:, runs:]
+        design, covariance = design[:runs], covariance[:runs, :runs]
+        fit = (unscaled, variance, ratio, likelihood, n - p)
+        return Solution(coefficients, weighted, prior_weights, design, covariance, *fit)
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:

@@ -124,25 +124,12 @@ METHODS = ("fullft", "lora")
 
 
 @dataclass(frozen=True)
-class SweptModel:
-    """The LR sweeps of FullFT and of LoRA, at the rank chosen for the model's group, on one model."""
+class SweptMethods:
+    """The LR sweeps of FullFT and of LoRA in one comparison."""
 
     comparison: Comparison
     fullft: Arm
     lora: Arm
-    lineage: str
-    """The family in which the model counts for the law."""
-    hidden_size: int
-
-    @property
-    def name(self) -> str:
-        return str(self.fullft["model"])
-
-    @cached_property
-    def base(self) -> tuple[object, ...]:
-        """Family, hidden size and number of parameters, which models share that were post-trained from one base."""
-        sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
-        return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
 
     @cached_property
     def log_ratio(self) -> Estimate:
@@ -161,6 +148,25 @@ class SweptModel:
     def log_optimum(self, method: str) -> Estimate:
         """Return the natural logarithm of the optimal LR of a method; unknown if its runs give no fit."""
         return self.comparison.fit.optima.get(arm_label(self.arm(method)), unknown())
+
+
+@dataclass(frozen=True)
+class SweptModel(SweptMethods):
+    """The sweeps on one model, with LoRA at the rank chosen for the model's group."""
+
+    lineage: str
+    """The family in which the model counts for the law."""
+    hidden_size: int
+
+    @property
+    def name(self) -> str:
+        return str(self.fullft["model"])
+
+    @cached_property
+    def base(self) -> tuple[object, ...]:
+        """Family, hidden size and number of parameters, which models share that were post-trained from one base."""
+        sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
+        return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
 
     def arm_optimum(self, method: str) -> ArmOptimum | None:
         """Return the optimum of a method as the law is fitted to it; None if its runs give no parabola with one."""

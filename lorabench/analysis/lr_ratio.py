@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from lorabench.analysis.arms import ALPHA, STANDARD, arm_label
-from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
+from lorabench.analysis.arms import ALPHA, STANDARD
+from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses, combined, normal, unknown
+from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses, combined, normal
 from lorabench.analysis.finding import Finding, decide
+from lorabench.analysis.lr_law import METHODS, SweptMethods
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
 from lorabench.config.margins import LrRatioPredictions
@@ -110,12 +111,9 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class MeasuredRatio:
+class MeasuredRatio(SweptMethods):
     """A condition with the runs of LoRA and FullFT that measure its ratio."""
 
-    comparison: Comparison
-    lora: Arm
-    fullft: Arm
     kind: Literal["own", "prefix"]
     setting: Setting
 
@@ -124,36 +122,23 @@ class MeasuredRatio:
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
         return f"{place} {setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
 
-    @property
-    def log_ratio(self) -> Estimate:
-        """The natural logarithm of the measured ratio."""
-        return self.comparison.fit.log_ratio(arm_label(self.lora), arm_label(self.fullft))
-
-    def log_optimum(self, arm: Arm) -> Estimate:
-        """Return the natural logarithm of an arm's optimal LR; unknown if its runs give no fit."""
-        return self.comparison.fit.optima.get(arm_label(arm), unknown())
-
     def prediction(self, theory: LogRatio) -> float:
         """Return the predicted ratio; NaN if it depends on an LR that is not known."""
-        return float(np.exp(theory(np.asarray(self.log_optimum(self.fullft).value))))
+        return float(np.exp(theory(np.asarray(self.log_optimum("fullft").value))))
 
     def judge(self, theory: LogRatio) -> Finding:
         """Judge whether the measured ratio is the predicted one, within the margin of optimal LRs.
 
         A prediction that depends on FullFT's optimal LR carries its error, in the same draws.
         """
-        comparison, arms = self.comparison, [self.lora, self.fullft]
-        optima = [self.log_optimum(arm) for arm in arms]
+        optima = [self.log_optimum(method) for method in ("lora", "fullft")]
         distance = combined(lambda lora, fullft: lora - fullft - theory(fullft), *optima)
         distance = replace(distance, n_seeds=self.log_ratio.n_seeds)
-        factor = comparison.judging.margins.lr_factor
-        text = (
-            f"predicted {self.prediction(theory):.2f}, measured {in_words(self.log_ratio)}{comparison.fit.noise_text}"
-        )
-        problems = comparison.problems(arms, resolved=True)
+        factor, noise_text = self.comparison.judging.margins.lr_factor, self.comparison.fit.noise_text
+        text = f"predicted {self.prediction(theory):.2f}, measured {in_words(self.log_ratio)}{noise_text}"
+        ids = self.comparison.run_ids([self.lora, self.fullft])
         margin_rule = f"the predicted ratio within a factor of {factor:g}, by the preset's lr_factor"
-        rule = Within.margin(math.log(factor))
-        return as_ratio(decide(rule, distance, text, comparison.run_ids(arms), problems, margin_rule))
+        return as_ratio(decide(Within.margin(math.log(factor)), distance, text, ids, self.problems, margin_rule))
 
 
 def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame:
@@ -269,7 +254,7 @@ def _ratios(comparison: Comparison, kind: Literal["own", "prefix"]) -> list[Meas
         return []
     size = float(comparison.runs["hidden_size"].astype(float).median()), fullft["steps"], fullft["batch_size"]
     return [
-        MeasuredRatio(comparison, arm, fullft, kind, Setting(*size, ALPHA if arm["alpha"] is None else arm["alpha"]))
+        MeasuredRatio(comparison, fullft, arm, kind, Setting(*size, ALPHA if arm["alpha"] is None else arm["alpha"]))
         for arm in comparison.arms
         if arm["method"] == "lora"
     ]
@@ -286,10 +271,9 @@ def prediction_table(ratios: Sequence[MeasuredRatio], predictions: LrRatioPredic
         low, high = ratio_interval(ratio.log_ratio)
         about = {name: ratio.lora[name] for name in ("model", "dataset", "steps", "batch_size", "rank")}
         about |= {"width": int(ratio.setting.width), "alpha": ratio.setting.alpha, "runs": ratio.kind}
-        for name, arm in (("fullft_lr", ratio.fullft), ("lora_lr", ratio.lora)):
-            about[name] = math.exp(ratio.log_optimum(arm).value)
+        about |= {f"{method}_lr": math.exp(ratio.log_optimum(method).value) for method in METHODS}
         about |= {"ratio": math.exp(ratio.log_ratio.value), "ratio_low": low, "ratio_high": high}
-        about["resolved"] = not ratio.comparison.problems([ratio.lora, ratio.fullft], resolved=True)
+        about["resolved"] = not ratio.problems
         for name, theory in predicted(predictions, ratio.setting).items():
             judged = ratio.judge(theory)
             prediction = {"theory": name, "predicted": ratio.prediction(theory), "off_by": judged.estimate}

@@ -37,7 +37,8 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
     They are the entropy of the answers minus the summed NLL of the answers under the trained model, in bits. That NLL
     includes the token that ends an answer, which costs almost nothing. The number is negative for a model that
-    predicts worse than a uniform guess, and NaN where a run diverged.
+    predicts worse than a uniform guess, and NaN where a run diverged. It is made of the columns entropy_bits,
+    final_test_nll, test_scored_tokens and trainable_params.
     """
     facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
     entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
@@ -75,7 +76,8 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
-    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run.
+    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run,
+    from the columns first_epoch_nats and first_epoch_scored_tokens.
 
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose

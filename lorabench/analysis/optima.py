@@ -189,7 +189,7 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
     rows = []
     for part in parts:
         sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
-        rows.append((*(part.arms[0][name] for name in COMPARED), sigma, part.fit.dof, n_runs))
+        rows.append(part.arms[0] | {"sigma": sigma, "dof": part.fit.dof, "n_runs": n_runs})
     table = pd.DataFrame(rows, columns=[*COMPARED, "sigma", "dof", "n_runs"])
     return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})
 

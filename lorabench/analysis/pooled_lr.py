@@ -258,15 +258,6 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
     error = math.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
     half = float(stdtrit(k - 1, 0.975)) * error
     spread = float(stdtrit(k - 2, 0.975)) * math.sqrt(between + error**2) if k > 2 else math.nan
-    return RandomEffects(
-        mean,
-        error,
-        mean - half,
-        mean + half,
-        mean - spread,
-        mean + spread,
-        math.sqrt(between),
-        max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0,
-        float(chdtrc(k - 1, q)),
-        k,
-    )
+    intervals = (mean - half, mean + half, mean - spread, mean + spread)
+    share = max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0
+    return RandomEffects(mean, error, *intervals, math.sqrt(between), share, float(chdtrc(k - 1, q)), k)

@@ -271,17 +271,12 @@ def good_range(comparison: Comparison, arm: Arm) -> GoodRange:
     example_part, n_examples = None, 0
     if sampled is not None:
         example_part, n_examples = _width(_is_good(accuracies - sampled[0], peak), steps, halves) - value, sampled[1]
-    is_open = good.mean(axis=0) > MAX_OPEN
+    width = Estimate(value, seed_part, example_part, len(at_optimum), n_examples)
+    lowest, highest = lrs[is_good][[0, -1]].tolist()
+    open_low, open_high = (good.mean(axis=0) > MAX_OPEN)[[0, -1]].tolist()
     ends = np.flatnonzero(is_good[:-1] != is_good[1:])
-    return GoodRange(
-        Estimate(value, seed_part, example_part, len(at_optimum), n_examples),
-        float(lrs[is_good][0]),
-        float(lrs[is_good][-1]),
-        bool(is_open[0]),
-        bool(is_open[-1]),
-        tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist()),
-        tuple(rows["run_id"]),
-    )
+    between = tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist())
+    return GoodRange(width, lowest, highest, open_low, open_high, between, tuple(rows["run_id"]))
 
 
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:

@@ -73,20 +73,14 @@ def paired_of(runs, others, curves):
 def test_the_batches_of_a_seed_cancel():
     runs, others, curves = pair()
     apart = paired_of(runs, others, curves)
-    assert apart.n_seeds == 3
-    assert apart.last == 64
+    assert (apart.n_seeds, apart.last) == (3, 64)
     for seed in SEEDS:
         np.testing.assert_allclose(apart.by_seed[seed], 0.1 * (1 + seed))
     assert set(apart.run_ids) == set(runs["run_id"]) | set(others["run_id"])
-
-
-def test_seeds_and_steps_without_a_partner_are_left_out():
-    runs, others, curves = pair()
+    # Seeds and steps without a partner are left out.
     lost = curves["run_id"].eq(others["run_id"].iloc[0]) & curves["step"].eq(5)
     apart = paired_of(runs[runs["seed"] < 2], others, curves.assign(value=curves["value"].mask(lost)))
-    assert list(apart.by_seed) == [0, 1]
-    assert 5 not in apart.by_seed.index
-    assert len(apart.run_ids) == 4
+    assert (list(apart.by_seed), 5 in apart.by_seed.index, len(apart.run_ids)) == ([0, 1], False, 4)
     nothing = paired_of(runs, others, pd.DataFrame())
     assert (nothing.n_seeds, nothing.last, nothing.windows(6)) == (0, 0, [])
 

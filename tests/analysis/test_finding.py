@@ -70,10 +70,9 @@ def test_without_a_margin_half_of_the_interval_stands_for_it(share, expected):
 
 
 def test_nothing_but_an_interval_is_borderline():
-    assert not decide(RULE, exact(0.00999), "a count", []).borderline
-    assert not decide(RULE, unknown(0.0), "no error", []).borderline
-    assert not decide(RULE, student(0.0099, 0.001, 20, "a", 6), "a flag", [], [Problem("at the edge")]).borderline
-    assert not finding([], "a count", "confirmed").borderline
+    flagged = decide(RULE, student(0.0099, 0.001, 20, "a", 6), "a flag", [], [Problem("at the edge")])
+    numbers = [decide(RULE, exact(0.00999), "a count", []), decide(RULE, unknown(0.0), "no error", []), flagged]
+    assert not any(judged.borderline for judged in [*numbers, finding([], "a count", "confirmed")])
 
 
 def test_one_comparison_makes_the_verdict_on_several_borderline():

@@ -87,9 +87,9 @@ def test_first_descents_by_rule_are_per_unit_of_lr():
     # Alpha 32 at rank 16 follows alpha = 2 r as well.
     assert ranks == {"alpha / r": [1, 4, 16], "alpha / sqrt(r)": [1, 4, 16], "constant factor": [4, 8, 16]}
     assert measured["descent"].tolist() == pytest.approx(measured["alpha"].tolist())
-    of_rank_4 = measured[(measured["rule"] == "alpha / r") & (measured["rank"] == 4)]
-    assert len(of_rank_4) == 2
-    assert of_rank_4["run_ids"].map(len).tolist() == [3, 3]
+    rank_4 = measured[(measured["rule"] == "alpha / r") & (measured["rank"] == 4)]
+    assert len(rank_4) == 2
+    assert rank_4["run_ids"].map(len).tolist() == [3, 3]
     ratios = descent_ratios(measured).set_index(["rule", "rank"])
     assert ratios.loc[("alpha / sqrt(r)", 1), "ratio"] == pytest.approx(1 / 4)
     assert ratios.loc[("constant factor", 8), "ratio"] == pytest.approx(1 / 2)

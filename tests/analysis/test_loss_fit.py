@@ -32,20 +32,18 @@ def loss_at(label, lr, curvature=CURVATURE):
 def world(random=None, seeds=3, arms=("FullFT", "LoRA r64"), curvatures=None, shared=0.02, own=0.004, run=0.003):
     """Return runs of arms, the first seed at every LR, the others at the best; without `random` there is no noise."""
 
-    def noise(scale):
-        return 0.0 if random is None else random.normal(0, scale)
+    def noise(scale, number=seeds):
+        return np.zeros(number) if random is None else random.normal(0, scale, number)
 
-    rows, of_seed = [], [noise(shared) for _ in range(seeds)]
+    rows, shared_luck = [], noise(shared)
     for label in arms:
-        lrs, of_arm = LRS.get(label, LRS["LoRA r64"]), [noise(own) for _ in range(seeds)]
+        lrs, luck = LRS.get(label, LRS["LoRA r64"]), shared_luck + noise(own)
         curvature = (curvatures or {}).get(label, CURVATURE)
-        losses = {lr: loss_at(label, lr, curvature) + of_seed[0] + of_arm[0] + noise(run) for lr in lrs}
+        losses = {lr: loss_at(label, lr, curvature) + luck[0] + noise(run, 1)[0] for lr in lrs}
         best = min(losses, key=losses.get)
         rows += [row(label, lr, 0, loss) for lr, loss in losses.items()]
-        for seed in range(1, seeds):
-            rows.append(
-                row(label, best, seed, loss_at(label, best, curvature) + of_seed[seed] + of_arm[seed] + noise(run))
-            )
+        again = loss_at(label, best, curvature) + luck + noise(run)
+        rows += [row(label, best, seed, again[seed]) for seed in range(1, seeds)]
     return pd.DataFrame(rows)
 
 
@@ -187,11 +185,11 @@ def test_the_error_from_test_examples_is_that_of_new_examples():
     runs, n = world(), 400
     tokens = random.integers(5, 50, n).astype(float)
     common = random.normal(0, 0.2, n)
-    of_arm = {"FullFT": 0.0, "LoRA r64": random.normal(0, 0.1, n)}
+    arm_part = {"FullFT": 0.0, "LoRA r64": random.normal(0, 0.1, n)}
     nats = {}
     for run in runs.itertuples():
         label = "FullFT" if run.method == "fullft" else "LoRA r64"
-        nats[run.run_id] = (run.final_test_nll + common + of_arm[label]) * tokens
+        nats[run.run_id] = (run.final_test_nll + common + arm_part[label]) * tokens
     runs["final_test_nll"] = [nats[run_id].sum() / tokens.sum() for run_id in runs["run_id"]]
     gap = fit_losses(runs, ExampleLosses(nats, dict.fromkeys(nats, tokens))).gap("LoRA r64", "FullFT")
     # What all arms share cancels; an arm's own part averages over examples, weighted by their tokens.

@@ -65,8 +65,8 @@ def compared(every_lr: bool, optimum=OPTIMUM):
         again = [first.assign(seed=seed, run_id=first["run_id"] + f"-again{seed}") for seed in (1, 2)]
         names = [dict(zip(first["run_id"], part["run_id"], strict=True)) for part in again]
         runs = pd.concat([others, *again], ignore_index=True)
-        of_first = curves[curves["run_id"].isin(first["run_id"])]
-        copies = [of_first.assign(run_id=of_first["run_id"].map(renamed)) for renamed in names]
+        first_curves = curves[curves["run_id"].isin(first["run_id"])]
+        copies = [first_curves.assign(run_id=first_curves["run_id"].map(renamed)) for renamed in names]
         curves = pd.concat([curves, *copies], ignore_index=True)
     [comparison] = comparisons(runs, curves)
     return comparison

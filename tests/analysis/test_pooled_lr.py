@@ -53,11 +53,8 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
     for _ in range(60):
         # The truth of each coefficient is drawn from its prior.
-        truth = {
-            "batch": rng.normal(PRIORS["batch_size"].mean, PRIORS["batch_size"].sd),
-            "steps": rng.normal(PRIORS["steps"].mean, PRIORS["steps"].sd),
-            "offset": rng.normal(0, 1),
-        }
+        batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
+        truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
         pooled = PooledLr(made(rng, 8, 0.7, within=0.3, **truth))
         for further in made(rng, 4, 0.7, within=0.3, each=1, **truth):
             for probability, held in inside.items():
