@@ -20,7 +20,7 @@ from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usa
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.specs import template_text
-from lorabench.utils.hub import WantedRepository, check_on_hub
+from lorabench.utils.hub import WantedRepository, look_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,7 +196,7 @@ def _hub_stream(name: str) -> Any:
     # The datasets library reads a folder of this name before it asks the hub.
     if not Path(name).is_dir():
         try:
-            check_on_hub(WantedRepository("dataset", name, "main"))
+            look_up(WantedRepository("dataset", name, "main"))
         except UserError as error:
             raise UserError(f"{error}; the path of a local file works without the hub") from error
     import datasets
