@@ -186,8 +186,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
             text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
             remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
             breakdowns.append(Problem(text, remedy))
-    problems = [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]
-    return if_learned(comparison, doubted(judged, problems), arms)
+    return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]), arms)
 
 
 @rl_claim(
