@@ -97,12 +97,6 @@ class Processes:
         """Return the indices of this process's sequences, dealt by length so that all processes have similar work."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
 
-    def owners(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the rank of the process that has each sequence in its share, (sequences,)."""
-        ranks = np.empty(len(lengths), np.int64)
-        ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths)) % self.count
-        return ranks
-
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
         """Pad this process's parts with `nothing` to the largest number of any process.
 
@@ -135,7 +129,7 @@ class Processes:
         if isinstance(model, PeftModel):
             tie_beneath(model)
         sharded: M = fsdp2_prepare_model(accelerator, model)
-        sharded.enter = MethodType(_call, sharded)  # type: ignore[assignment]
+        sharded.enter = MethodType(lambda model, function, *inputs: function(model, *inputs), sharded)  # type: ignore[assignment]
         register_fsdp_forward_method(sharded, "enter")
         for module in sharded.modules():
             if isinstance(module, FSDPModule):
@@ -249,10 +243,6 @@ def call_as_forward(model: torch.nn.Module, function: Callable[..., T], *inputs:
             if isinstance(module, FSDPModule):
                 module.reshard()
     return entered
-
-
-def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
-    return function(model, *inputs)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -106,18 +106,15 @@ def train_sft(
         outcome.resume(saved)
         first_step, epoch_nats, epoch_scored = saved["step"], saved["epoch_nats"], saved["epoch_scored"]
 
-    def record(step: int, split: Split, metric: str, value: float) -> None:
-        finite = value if math.isfinite(value) else None
-        point = CurvePoint(step, step * condition.batch_size, outcome.train_tokens, split, metric, finite)
-        outcome.curve.append(point)
+    def record(step: int, split: Split, metrics: Mapping[str, float]) -> None:
+        outcome.record(step, step * condition.batch_size, outcome.train_tokens, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
         started = time.perf_counter()
         loss, tokens, scored = batch_gradient(model, train, order[step - 1], machine)
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         outcome.train_tokens += tokens
-        record(step, "train", "nll", loss)
-        record(step, "train", "grad_norm", norm)
+        record(step, "train", {"nll": loss, "grad_norm": norm})
         if machine.processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
@@ -128,11 +125,10 @@ def train_sft(
             probed.before_step()
         optimizer.step()
         if probed:
-            for metric, value in probed.after_step().items():
-                record(step, "train", metric, value)
+            record(step, "train", probed.after_step())
         optimizer.zero_grad()
         if step in validate_at:
-            record(step, "validation", "nll", mean_nll(model, data["validation"], machine))
+            record(step, "validation", {"nll": mean_nll(model, data["validation"], machine)})
         outcome.wall_s += time.perf_counter() - started
         tick(step)
         if step < condition.steps and checkpoint.due():

@@ -157,7 +157,11 @@ def test_a_sliding_window_is_kept(calls):
     assert_close(own, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_models_with_attention_of_their_own_keep_it(monkeypatch):
+def test_loaded_models_attend_in_blocks_except_those_with_attention_of_their_own(tmp_path, monkeypatch):
+    for model in (load_model(TINY), skeleton(TINY)):
+        assert model.config._attn_implementation == attention.NAME
+    load_model(TINY).save_pretrained(tmp_path)
+    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     model = base_of("gemma")
     model.set_attn_implementation("eager")
     attend_in_blocks(model)
@@ -167,10 +171,3 @@ def test_models_with_attention_of_their_own_keep_it(monkeypatch):
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_loaded_models_attend_in_blocks_and_do_not_say_so_where_they_are_saved(tmp_path):
-    for model in (load_model(TINY), skeleton(TINY)):
-        assert model.config._attn_implementation == attention.NAME
-    load_model(TINY).save_pretrained(tmp_path)
-    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))

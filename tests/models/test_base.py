@@ -30,36 +30,35 @@ def test_a_local_model_loads_in_fp32(folder):
     assert weights_sha256(at(folder)) == weights_sha256(TinyModel(kind="tiny"))
 
 
-def test_a_folder_that_was_emptied_is_named(folder):
+def change(folder, old, new):
+    """Change a model's configuration."""
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new, 1))
+
+
+def test_a_folder_without_weights_or_with_dropout_is_named(folder):
     spec = at(folder)
+    change(folder, '"attention_dropout": 0.0', '"attention_dropout": 0.1')
+    with pytest.raises(ModelError, match="has attention_dropout 0.1"):
+        load_model(spec)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has no \.safetensors file; pickled weights are not loaded"):
+        load_model(spec)
     shutil.rmtree(folder)
     with pytest.raises(ModelError, match=r"model has no config\.json"):
         load_tokenizer(spec)
 
 
-def test_pickled_weights_are_refused(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"has no \.safetensors file; pickled weights are not loaded"):
-        load_model(at(folder))
-
-
 def test_remote_code_is_not_run(folder):
-    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "mystery"')
-    config = config.replace("{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},', 1)
-    (folder / "config.json").write_text(config)
+    change(folder, '"model_type": "llama"', '"model_type": "mystery"')
+    change(folder, "{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},')
     marker = folder / "was_run"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\nclass M: pass\n")
     with pytest.raises(ModelError, match="can't be loaded: .*"):
         load_model(at(folder))
     assert not marker.exists()
-
-
-def test_a_model_with_dropout_is_refused(folder):
-    config = (folder / "config.json").read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1')
-    (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="has attention_dropout 0.1"):
-        load_model(at(folder))
 
 
 def gguf(path, **changes):

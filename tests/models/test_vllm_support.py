@@ -18,17 +18,11 @@ def tiny(name: str) -> TinyModel:
     return TinyModel(kind="tiny", name=name)
 
 
-def test_heads_that_a_cpu_does_not_take_are_named():
+def test_what_vllm_does_not_compute_is_named():
     with pytest.raises(UserError, match=r"llama-64 has attention heads of size 16, .* \(allowed: 32, 64, 80"):
         check_vllm(tiny("llama-64"), CPU)
-
-
-def test_lora_on_experts_is_refused():
     with pytest.raises(UserError, match="placement 'mlp' puts LoRA on the 8 experts of model .*moe-128"):
         check_vllm(tiny("moe-128"), CPU, 8, "mlp")
-
-
-def test_experts_are_not_handed_over():
     with pytest.raises(UserError, match="moe-128 is a mixture of experts, whose trained weights are not handed over"):
         check_vllm(tiny("moe-128"), CPU, trains=True)
 

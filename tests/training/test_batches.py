@@ -60,13 +60,10 @@ def test_collate_by_hand():
     assert collate(split, []).scored == 0
 
 
-def test_curve_steps_by_hand():
+def test_curve_steps_by_hand_and_protocol_defaults_that_are_the_papers():
     assert curve_steps(1000, Protocol(curve_points=4)) == {1, 10, 100, 1000}
     named = Protocol(curve_points=4, validate_at=[50, 100, 2000])
     assert curve_steps(1000, named) == {1, 10, 50, 100, 1000}
-
-
-def test_protocol_defaults_are_the_papers():
     protocol = Protocol()
     assert (protocol.alpha, protocol.include_unembedding) == (32.0, True)
     assert (protocol.betas, protocol.eps, protocol.weight_decay, protocol.clip_norm) == ([0.9, 0.95], 1e-8, 0.0, None)

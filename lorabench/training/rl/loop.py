@@ -162,10 +162,7 @@ def train_rl(
     right: list[bool] = []
 
     def record(step: int, split: str, metrics: Mapping[str, float]) -> None:
-        for metric, value in metrics.items():
-            finite = value if math.isfinite(value) else None
-            examples = step * condition.batch_size
-            outcome.curve.append(CurvePoint(step, examples, response_tokens, split, metric, finite))
+        outcome.record(step, step * condition.batch_size, response_tokens, split, metrics)
 
     def save(step: int, evaluated: bool) -> None:
         progress = outcome.progress() | {"step": step, "evaluated": evaluated}

@@ -52,12 +52,12 @@ class ProblemTexts:
         encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
         return tuple(encoded["input_ids"])
 
-    def _chat(self, question: str, response: str | None = None) -> tuple[int, ...]:
+    def _chat(self, question: str, *response: str) -> tuple[int, ...]:
         """Return the token ids of a chat up to the assistant's turn, or through it if a response is given."""
         messages = [{"role": "user", "content": question}]
-        messages += [] if response is None else [{"role": "assistant", "content": response}]
+        messages += [{"role": "assistant", "content": text} for text in response]
         encoded: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=response is None, return_dict=True
+            messages, add_generation_prompt=not response, return_dict=True
         )
         return tuple(encoded["input_ids"])
 
@@ -77,9 +77,7 @@ class ProblemTexts:
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
             name = self.tokenizer.name_or_path
             raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
-        splits: dict[str, EncodedProblems] = {
-            split: EncodedProblems([], []) for split in ("train", "validation", "test")
-        }
+        splits = {split: EncodedProblems([], []) for split in ("train", "validation", "test")}
         for row in read_problems(path):
             prompt = self.prompt(row["question"])
             if len(prompt) + self.rollouts.max_new_tokens > self.max_length:

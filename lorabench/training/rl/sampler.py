@@ -353,8 +353,9 @@ def sample_in_processes(
         return draw(requests)
     # Shares are of prompts, since a prompt goes through the model once for all its responses.
     prompts = list(dict.fromkeys(request.prompt for request in requests))
-    owner = dict(zip(prompts, processes.owners(np.array([len(prompt) for prompt in prompts])), strict=True))
-    owners = [owner[request.prompt] for request in requests]
-    drawn = draw([request for request, rank in zip(requests, owners, strict=True) if rank == processes.rank])
-    gathered = [iter(part) for part in processes.gather_objects(drawn)]
-    return [next(gathered[rank]) for rank in owners]
+    own = {prompts[index] for index in processes.share(np.array([len(prompt) for prompt in prompts]))}
+    indices = [index for index, request in enumerate(requests) if request.prompt in own]
+    drawn = draw([requests[index] for index in indices])
+    parts = processes.gather_objects(list(zip(indices, drawn, strict=True)))
+    gathered = dict(pair for part in parts for pair in part)
+    return [gathered[index] for index in range(len(requests))]

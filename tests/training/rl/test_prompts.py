@@ -21,31 +21,24 @@ def own_tokenizer():
     return load_tokenizer(TINY)
 
 
-def test_a_prompt_is_the_chat_up_to_the_assistant(tokenizer):
-    prompt = ProblemTexts(tokenizer, ROLLOUTS, 512).prompt("What is 1 + 1?")
-    assert tokenizer.decode(prompt) == "<|user|>What is 1 + 1?<|assistant|>"
+def test_a_prompt_is_the_chat_up_to_the_assistant_and_what_closes_a_turn_ends_a_response(own_tokenizer):
+    texts = ProblemTexts(own_tokenizer, ROLLOUTS, 512)
+    assert own_tokenizer.decode(texts.prompt("What is 1 + 1?")) == "<|user|>What is 1 + 1?<|assistant|>"
+    assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
+    own_tokenizer.chat_template = own_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
+    both = {own_tokenizer.eos_token_id, own_tokenizer.pad_token_id}
+    assert set(ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
 
 
-def test_a_plain_prompt_needs_no_template(own_tokenizer):
+def test_a_plain_prompt_needs_no_template(own_tokenizer, tmp_path):
     own_tokenizer.chat_template = None
     texts = ProblemTexts(own_tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
     assert own_tokenizer.decode(texts.prompt("{x} + 1?")) == "Question: {x} + 1?\nAnswer:"
     assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
     said = np.array(own_tokenizer(" 12\nQuestion").input_ids)
     assert texts.text(Response(said, np.zeros(len(said)), False)) == " 12"
-
-
-def test_a_model_without_template_and_prompt_is_refused(own_tokenizer, tmp_path):
-    own_tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template; give the RL experiment a `prompt`"):
         ProblemTexts(own_tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))
-
-
-def test_what_closes_a_turn_ends_a_response(own_tokenizer):
-    assert ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens == (own_tokenizer.eos_token_id,)
-    own_tokenizer.chat_template = own_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
-    both = {own_tokenizer.eos_token_id, own_tokenizer.pad_token_id}
-    assert set(ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
 
 
 def test_what_does_not_fit_the_model_is_refused(tokenizer, tmp_path):
