@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, local_part, sharded_like
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, local_part
 from lorabench.utils import signals
 from lorabench.utils.checked_tensors import (
     DamagedTensorsError,
@@ -37,16 +38,16 @@ from lorabench.utils.files import atomic_path
 
 
 class Checkpoint:
-    """The checkpoint of one run: decides when the run saves, and writes and reads the file."""
+    """The checkpoint of one run: decides when the run saves, and writes and reads the file.
+
+    Args:
+        path: the file.
+        run_id: the run.
+        seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
+        processes: the processes that train the run together.
+    """
 
     def __init__(self, path: Path, run_id: str, seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
-        """
-        Args:
-            path: the file.
-            run_id: the run.
-            seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
-            processes: the processes that train the run together.
-        """
         self._path, self._run_id, self._seconds, self._processes = path, run_id, seconds, processes
         self._owner = {"run_id": run_id, "protocol_version": str(PROTOCOL_VERSION)}
         self._saved, self._cost = time.perf_counter(), 0.0
@@ -167,7 +168,10 @@ def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes
             result = torch.empty_like(like)
             local_part(result).copy_(own)
             return result
-    return sharded_like(torch.cat([file.get_tensor(key) for file in files]), like)
+    whole = torch.cat([file.get_tensor(key) for file in files]).to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return whole
 
 
 def _parts(path: Path, step: int, count: int) -> list[Path]:

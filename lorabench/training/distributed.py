@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lorabench.errors import UserError
 from lorabench.models.lora import tie_beneath
@@ -253,10 +253,3 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Move a full tensor to the device of `like` and shard it as `like` is sharded."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return tensor.to(like.device)

@@ -25,9 +25,7 @@ IGNORED = -100
 
 PASS_TOKENS = {"cpu": 128, "cuda": 2048}
 """Fixed cost of a pass through the model (launching kernels, reading weights) by device type, in tokens' worth of time.
-
-The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed.
-"""
+The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed."""
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> list[np.ndarray]:
@@ -101,10 +99,8 @@ def scored_by_example(split: TokenizedSplit) -> np.ndarray:
 
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
-
 Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
-measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed.
-"""
+measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed."""
 
 
 def add_gradient(

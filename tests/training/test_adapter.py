@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lorabench.models.lora import adapter_pairs
-from lorabench.training import adapter
-from lorabench.training.adapter import AdapterProbe
+from lorabench.training import sft
+from lorabench.training.sft import AdapterProbe
 
 RANK, ALPHA, LR = 3, 32.0, 1e-2
 
@@ -101,7 +101,7 @@ def test_the_first_descent_is_the_projection_on_the_gradient_of_full_fine_tuning
 @pytest.mark.parametrize("limit", [1 << 23, 1])
 def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
     """Layers of several sizes, some smaller than the rank, which are decomposed all at once, or layer by layer."""
-    monkeypatch.setattr(adapter, "_GRAM_NUMBERS", limit)
+    monkeypatch.setattr(sft, "_GRAM_NUMBERS", limit)
     pairs, generator = {}, torch.Generator().manual_seed(0)
     for number, (d_in, d_out) in enumerate([(20, 7), (7, 16), (16, 3), (5, 5), (3, 3)]):
         a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, d_in), (d_out, 4)))

@@ -16,9 +16,8 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.runs import Condition, Rollouts, Run
 from lorabench.training.checkpoint import Checkpoint
-from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
+from lorabench.training.rl.loop import Environment, ProblemTexts, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.objective import ResponseGroup
-from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 from lorabench.training.run import Machine
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lorabench.runs import Run
-from lorabench.training.rl.loop import evaluation_steps
-from lorabench.training.rl.prompts import ProblemTexts
+from lorabench.training.rl.loop import ProblemTexts, evaluation_steps
 from lorabench.training.rl.sampler import Request, Response
 
 from .conftest import ROLLOUTS, condition_of, drawn, environment_of, problem_file, same_tokens, train

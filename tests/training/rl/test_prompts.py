@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.training.rl.prompts import ProblemTexts
+from lorabench.training.rl.loop import ProblemTexts
 from lorabench.training.rl.sampler import Response
 
 from .conftest import ROLLOUTS, TINY, problem_file
