@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,17 +17,12 @@ from lorabench.config.inputs import PathModel
 from lorabench.models.base import load_model
 from lorabench.runs import Job
 
-from .conftest import TINY, trained
+from .conftest import TINY, command, trained, wait_for
 
 pytestmark = pytest.mark.slow
 
 KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "trainable_params", "base_params"]
 LOSSES = ["final_valid_nll", "final_test_nll"]
-
-
-def command(sweep) -> list[str]:
-    step = ["step", "train", sweep.sweep_id, "--preset", "mine.yaml", "--processes", "2"]
-    return [sys.executable, "-m", "lorabench.cli", *step]
 
 
 def sweep_of(plan, method: str):
@@ -38,7 +32,7 @@ def sweep_of(plan, method: str):
 def together(plan, layout, method: str):
     """Train the sweep of one method in two processes; return its rows and the text on stderr."""
     sweep = sweep_of(plan, method)
-    done = subprocess.run(command(sweep), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(sweep, "--processes", "2"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), done.stderr
 
@@ -83,7 +77,8 @@ def test_an_error_ends_all_processes_and_is_shown_once(ready):
     plan, layout = ready("broken")
     # Both processes find the error when they read the tokens.
     layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
-    done = subprocess.run(command(sweep_of(plan, "lora")), capture_output=True, text=True, check=False)
+    sweep = sweep_of(plan, "lora")
+    done = subprocess.run(command(sweep, "--processes", "2"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
     assert len(errors) == 1
@@ -96,12 +91,8 @@ def test_killed_processes_go_on_where_they_were(ready):
     sweep = sweep_of(plan, "lora")
     first, second = (layout.runs / run.run_id for run in sweep.grid())
     checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
-    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while not checkpoint.exists():
-        assert process.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, start_new_session=True)
+    wait_for(checkpoint, process)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
@@ -123,12 +114,8 @@ def test_killed_processes_go_on_where_they_were(ready):
 def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
-    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not layout.progress(sweep).exists():
-        assert process.poll() is None, "the sweep ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, text=True)
+    wait_for(layout.progress(sweep), process)
     # Slurm signals every process of a job, and may do so again; the launching process passes the signal on as well.
     for _ in range(2):
         for pid in (*children(process.pid), process.pid):
