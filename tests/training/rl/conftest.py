@@ -100,6 +100,14 @@ def groups(base, tokenizer, prompts):
     return groups
 
 
+def learned(model, request: Request, response: Response) -> np.ndarray:
+    """Return the log-probabilities that a model gives the tokens of a response."""
+    ids = torch.tensor([[*request.prompt, *response.tokens]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
+
+
 def same_tokens(one: list[Response], other: list[Response]) -> bool:
     return len(one) == len(other) and all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 

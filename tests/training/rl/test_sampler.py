@@ -17,7 +17,7 @@ from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, draw
 
 from ..conftest import base_of
-from .conftest import drawn, machine, same_tokens
+from .conftest import drawn, learned, machine, same_tokens
 
 
 def keyed(prompts, samples=3):
@@ -27,11 +27,7 @@ def keyed(prompts, samples=3):
 def assert_log_probabilities_of(model, requests, responses):
     """Compare recorded log-probabilities with those that the model gives the same tokens."""
     for request, response in zip(requests, responses, strict=True):
-        ids = torch.tensor([[*request.prompt, *response.tokens]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
-        expected = logits.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
-        assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+        assert response.logprobs == pytest.approx(learned(model, request, response), abs=1e-4)
 
 
 def test_draws_follow_the_distribution():
