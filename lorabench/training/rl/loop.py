@@ -45,16 +45,8 @@ PATIENCE, MIN_PATIENCE = 0.2, 3
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
 
-
-@dataclass(frozen=True)
-class EncodedProblems:
-    """One split of a problem set: the token ids of each prompt, and the answer of each problem."""
-
-    prompts: list[tuple[int, ...]]
-    answers: list[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
+Problems = list[tuple[tuple[int, ...], str]]
+"""One split of a problem set: the token ids of each problem's prompt, and its answer."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class ProblemTexts:
         ends = [index for text in self.rollouts.stop if (index := decoded.find(text)) >= 0]
         return decoded[: min(ends, default=len(decoded))]
 
-    def read(self, path: Path) -> dict[str, EncodedProblems]:
+    def read(self, path: Path) -> dict[str, Problems]:
         """Read the splits of a problem set's file.
 
         Raises:
@@ -107,7 +99,7 @@ class ProblemTexts:
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
             name = self.tokenizer.name_or_path
             raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
-        splits = {split: EncodedProblems([], []) for split in ("train", "validation", "test")}
+        splits: dict[str, Problems] = {"train": [], "validation": [], "test": []}
         for row in read_problems(path):
             prompt = self.prompt(row["question"])
             if len(prompt) + self.rollouts.max_new_tokens > self.max_length:
@@ -115,8 +107,7 @@ class ProblemTexts:
                     f"a problem of {len(prompt)} tokens with a response of {self.rollouts.max_new_tokens} is more than "
                     f"the {self.max_length} tokens that the model takes: {row['question'][:80]!r}"
                 )
-            splits[row["split"]].prompts.append(prompt)
-            splits[row["split"]].answers.append(row["answer"])
+            splits[row["split"]].append((prompt, row["answer"]))
         return splits
 
 
@@ -128,9 +119,9 @@ class Environment:
     """
 
     texts: ProblemTexts
-    splits: Mapping[str, EncodedProblems]
+    splits: Mapping[str, Problems]
     grade: Grade
-    held_out: Mapping[str, tuple[EncodedProblems, Grade]]
+    held_out: Mapping[str, tuple[Problems, Grade]]
     controls: Controls | None = None
 
 
@@ -176,7 +167,7 @@ def evaluate(
     requests = [
         Request(prompt, None if samples == 1 else (seed, step, problem, sample, number))
         for number, (problems, _, samples) in enumerate(sets.values())
-        for problem, prompt in enumerate(problems.prompts)
+        for problem, (prompt, _) in enumerate(problems)
         for sample in range(samples)
     ]
     # The run has saved its state, so a signal may end this at once.
@@ -184,7 +175,7 @@ def evaluate(
     scores: Scores = {}
     right: list[bool] = []
     for name, (problems, grade, samples) in sets.items():
-        answers = [answer for answer in problems.answers for _ in range(samples)]
+        answers = [answer for _, answer in problems for _ in range(samples)]
         drawn = [next(responses) for _ in answers]
         texts = [environment.texts.text(response) for response in drawn]
         rewards = grade(texts, answers)
@@ -228,8 +219,8 @@ def train_rl(
     assert rollouts
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
-    train = environment.splits["train"]
-    order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
+    prompts, answers = zip(*environment.splits["train"], strict=True)
+    order = data_order(len(prompts), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
@@ -278,15 +269,15 @@ def train_rl(
         started, size = time.perf_counter(), rollouts.group_size
         problems = np.repeat(order[step - 1], size).tolist()
         requests = [
-            Request(train.prompts[problem], (run.seed, step, problem, number % size))
+            Request(prompts[problem], (run.seed, step, problem, number % size))
             for number, problem in enumerate(problems)
         ]
         responses = draw(requests, False)
         sampled = time.perf_counter()
         texts = [environment.texts.text(response) for response in responses]
-        rewards = environment.grade(texts, [train.answers[problem] for problem in problems])
+        rewards = environment.grade(texts, [answers[problem] for problem in problems])
         groups = [
-            ResponseGroup.of(train.prompts[problems[part.start]], responses[part], rewards[part])
+            ResponseGroup.of(prompts[problems[part.start]], responses[part], rewards[part])
             for part in (slice(start, start + size) for start in range(0, len(responses), size))
         ]
         metrics = {"reward": float(rewards.mean()), "equal_groups": float(np.mean([group.equal for group in groups]))}

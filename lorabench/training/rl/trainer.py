@@ -119,7 +119,7 @@ class RlTrainer:
         replica: Callable[[], torch.nn.Module] | None = None
         if engine is not None:
             problems = (*environment.splits.values(), *(held_out for held_out, _ in environment.held_out.values()))
-            longest = max(len(prompt) for encoded in problems for prompt in encoded.prompts) + stop.max_new_tokens
+            longest = max(len(prompt) for split in problems for prompt, _ in split) + stop.max_new_tokens
             settings = engine_settings(context, longest, bool(stop.texts))
         elif machine.processes.sharded:
             blank: Any = skeleton(context.layout.model(condition.model))

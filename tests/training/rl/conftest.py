@@ -75,7 +75,7 @@ def base():
 
 @pytest.fixture(scope="session")
 def prompts(environment) -> list[tuple[int, ...]]:
-    return environment.splits["train"].prompts
+    return [prompt for prompt, _ in environment.splits["train"]]
 
 
 def drawn(
