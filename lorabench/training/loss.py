@@ -18,7 +18,7 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import call_as_forward
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, deterministically
 
 IGNORED = -100
 """Target of a position whose next token is not scored."""
@@ -143,6 +143,35 @@ def add_gradient(
             total += loss.detach()
         hidden.backward(leaf.grad)
     return total
+
+
+def batch_gradient(
+    model: nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
+) -> tuple[float, int, int]:
+    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
+
+    Args:
+        examples: indices into the split, (examples,); each process computes a share of them.
+
+    Returns:
+        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
+    """
+    processes, device, lengths = machine.processes, machine.device, split.lengths()
+    share = examples[processes.share(lengths[examples])]
+    tokens = int(processes.total(lengths[share].sum()))
+    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
+    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
+    scored = int(processes.total(sum(batch.scored for batch in batches)))
+    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
+
+    def add() -> float:
+        nll = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
+        return nll.item()
+
+    nll = deterministically(add, model.zero_grad, device)
+    return processes.total(nll), tokens, scored
 
 
 @torch.no_grad()

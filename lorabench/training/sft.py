@@ -28,17 +28,8 @@ from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.context import Base, SweepContext, now
 from lorabench.training.distributed import full_tensor
-from lorabench.training.loss import (
-    MAX_LOGITS,
-    PASS_TOKENS,
-    add_gradient,
-    collate,
-    example_nlls,
-    mean_nll,
-    micro_batches,
-    scored_by_example,
-)
-from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
+from lorabench.training.loss import batch_gradient, example_nlls, mean_nll, scored_by_example
+from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, make_optimizer
 
 EXPLODED_ABOVE_UNIFORM = 1.0
 """A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
@@ -152,35 +143,6 @@ def train_sft(
             if (condition.steps + 1) * condition.batch_size > len(train):
                 outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored
     return outcome
-
-
-def batch_gradient(
-    model: torch.nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
-) -> tuple[float, int, int]:
-    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
-
-    Args:
-        examples: indices into the split, (examples,); each process computes a share of them.
-
-    Returns:
-        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
-    """
-    processes, device, lengths = machine.processes, machine.device, split.lengths()
-    share = examples[processes.share(lengths[examples])]
-    tokens = int(processes.total(lengths[share].sum()))
-    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
-    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
-    scored = int(processes.total(sum(batch.scored for batch in batches)))
-    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
-
-    def add() -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches:
-            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
-        return nll.item()
-
-    nll = deterministically(add, model.zero_grad, device)
-    return processes.total(nll), tokens, scored
 
 
 _GRAM_NUMBERS = 1 << 23

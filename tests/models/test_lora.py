@@ -62,18 +62,18 @@ def train(model, ids, steps=3):
 
 
 @pytest.mark.parametrize(
-    ("placement", "attention", "rank", "of_an_expert"),
+    ("placement", "attention", "rank", "expert_rank"),
     [("all", 3 * 4 * 256, 1, 1), ("all", 3 * 4 * 256, 16, 8), ("mlp", 0, 5, 2), ("attn", 3 * 4 * 256, 5, 2)],
 )
-def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, rank, of_an_expert):
+def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, rank, expert_rank):
     """2 of 8 experts of width 128 are active; gate and up share an A; the router carries none."""
     model = add_lora(base("moe-128"), rank, placement, 32.0, True, seed=0)
     experts = 3 * 8 * ((128 + 256) + (128 + 128)) if placement != "attn" else 0
     trained = trained_parameters(model)
-    assert sum(p.numel() for p in trained.values()) == rank * (attention + 128 + 1024) + of_an_expert * experts
+    assert sum(p.numel() for p in trained.values()) == rank * (attention + 128 + 1024) + expert_rank * experts
     assert not any(".gate." in name for name in trained)
     for name, layer in lora_layers(model):
-        expected = of_an_expert if ".experts." in name else rank
+        expected = expert_rank if ".experts." in name else rank
         assert (layer.r["default"], layer.scaling["default"]) == (expected, 32 / expected), name
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
+from lorabench.training import loss
 from lorabench.training import run as module
-from lorabench.training import sft
 from lorabench.training.run import clip_gradient, deterministically
 
 from .conftest import condition_of, series, train
@@ -121,14 +121,14 @@ def test_a_huge_learning_rate_ends_as_diverged(method, rank, data, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):
-    real, calls = sft.add_gradient, []
+    real, calls = loss.add_gradient, []
 
     def broken(*arguments):
         calls.append(None)
         # A batch of one example is one part, so that calls count steps.
         return real(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(sft, "add_gradient", broken)
+    monkeypatch.setattr(loss, "add_gradient", broken)
     outcome, model = train(condition_of("lora", 4, steps=20, batch_size=1), data, tmp_path, lr=1e-3)
     assert (outcome.status, outcome.diverged_at) == ("diverged", 3)
     assert series(outcome, "nll")[-1] is None

@@ -108,8 +108,9 @@ def learned(model, request: Request, response: Response) -> np.ndarray:
     return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
 
 
-def same_tokens(one: list[Response], other: list[Response]) -> bool:
-    return len(one) == len(other) and all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
+def same_tokens(first: list[Response], second: list[Response]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(np.array_equal(response.tokens, other.tokens) for response, other in pairs)
 
 
 def train(
