@@ -32,8 +32,7 @@ ModelName = Annotated[
     str, Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
 ]
 DataFormat = Annotated[
-    str | None,
-    Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
+    str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")
 ]
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
@@ -58,10 +57,7 @@ def init(
     gpu: Annotated[str | None, Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
     grader: Annotated[
         str | None,
-        Option(
-            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
-            "response, `boxed` the content of its \\boxed{}."
-        ),
+        Option(help="For RL on questions: `number` grades a response by its last number, `boxed` by \\boxed{}."),
     ] = None,
     force: Annotated[bool, Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
@@ -85,10 +81,7 @@ def plan(
     gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
     price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
     measured: Annotated[
-        list[Path] | None,
-        Option(
-            help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
-        ),
+        list[Path] | None, Option(help="Folder with a table `runs` to take the speed from; by default all in results/.")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:

@@ -1,25 +1,21 @@
 """The final result against the learning rate, by arm: figures 2 and 6 of the paper, a panel of others, and figures 4
 and 5, which add the result by the layers that carry LoRA against the parameters.
 
-In RL the result is the accuracy: the rows are made from error rates as if these were losses, and `_as_accuracies` turns
-them into accuracies.
+In RL the result is the accuracy: the rows are made from error rates as if these were losses, and then turned around.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from lorabench.analysis.arms import ARM, arm_label, rows_of, with_losses
+from lorabench.analysis.arms import ARM, with_losses
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.published import sweep_of
 from lorabench.analysis.rewards import with_error_rates
@@ -33,32 +29,15 @@ LR_COLUMNS = [
     *(*ARM_COLUMNS, "element", "lr", "lr_low", "lr_high"),
     *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
 ]
-_PLACEMENT_COLUMNS = [*LR_COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
+ACCURACY_COLUMNS = [name.replace("nll", "accuracy") for name in LR_COLUMNS if name != "above_range"]
 
 
-class FinalResult(NamedTuple):
-    """The final result of a run that a panel shows: the test loss, or in RL the test accuracy."""
-
-    column: str
-    """The column that holds the result."""
-    element: str
-    """The `element` of rows that are means of the result over seeds."""
-    final: str
-    """The label of its axis in a panel by learning rate."""
-    best: str
-    """The label of its axis where arms are shown at their best learning rate."""
-
-
-LOSS = FinalResult("nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)")
-ACCURACY = FinalResult("accuracy", "accuracy", "final test accuracy", "accuracy at the best LR")
-
-
-def _accuracy_columns(columns: Sequence[str]) -> list[str]:
-    """Return the columns of accuracies for columns of losses; without `above_range`, since all lie between 0 and 1."""
-    return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
-
-
-ACCURACY_COLUMNS = _accuracy_columns(LR_COLUMNS)
+# For the column of the final result, the test loss or in RL the test accuracy: the `element` of rows that are its means
+# over seeds, and the labels of its axis in a panel by learning rate and where arms are at their best learning rate.
+_RESULTS = {
+    "nll": ("loss", "final test NLL (nats / token)", "best test NLL (nats / token)"),
+    "accuracy": ("accuracy", "final test accuracy", "accuracy at the best LR"),
+}
 
 STRIP = 11.0
 """The height in points of the strip above a panel that holds the marks of runs outside the panel."""
@@ -78,48 +57,24 @@ LEVELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 look of the line."""
 
 
-def draw_losses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw figure 2; return it, and what it plots as one tidy table, whose columns are those of `lr_rows`.
+def draw(tables: Tables) -> style.Drawn:
+    """Draw figure 2 or 6; return it, and what it plots as one tidy table.
 
-    Rows of the element `published` are losses of full fine-tuning, and of LoRA on all layers, that others published for
-    a panel's model and dataset, in the place that `source` names; their data order, chat template and schedule may
-    differ.
+    Its rows are those of `lr_rows`, or in RL of `accuracy_rows`. With losses, rows of the element `published` are those
+    of full fine-tuning, and of LoRA on all layers, that others published for a panel's model and dataset, in the place
+    that `source` names; their data order, chat template and schedule may differ.
     """
-    ours = lr_rows(compared(tables))
-    parts = [ours]
-    for _, panel in ours[PANEL].drop_duplicates().iterrows():
-        rows = sweep_of(panel["model"], panel["dataset"])
-        rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
-        labels = [arm_label(row) for _, row in rows.iterrows()]
-        parts.append(rows.assign(**dict(panel), arm=labels, element="published"))
-    plotted = grid.joined(parts, [*LR_COLUMNS, "source"])
-    figure, drawn = grid.panels(plotted, strip=STRIP)
-    styles = style.arm_styles(ours)
-    for rows, (axes,) in drawn:
-        published = only(rows, "published").sort_values("lr")
-        ranks = sorted(published["rank"].dropna().unique())
-        # Published losses are grey, darker at higher ranks; squares are full fine-tuning.
-        for _, points in published.groupby("arm"):
-            rank = points["rank"].iloc[0]
-            grey = 0.5 if pd.isna(rank) else 0.78 - 0.28 * (ranks.index(rank) + 1) / len(ranks)
-            marker = "s" if pd.isna(rank) else "o"
-            axes.plot(points["lr"], points["nll"], marker, ls="-", color=str(grey), lw=0.9, ms=3, zorder=1.5)
-        draw_lr_panel(axes, rows, styles)
-    sources = sorted(only(plotted, "published")["source"].unique())
+    if is_rl(tables.runs).any():
+        plotted = accuracy_rows(tables)
+    else:
+        plotted = lr_rows(compared(tables))
+        for _, panel in plotted[PANEL].drop_duplicates().iterrows():
+            sweep = sweep_of(panel["model"], panel["dataset"]).assign(**dict(panel))
+            sweep = sweep[(sweep["method"] == "fullft") | (sweep["placement"] == "all")]
+            plotted = grid.tidy({"published": sweep}, [*LR_COLUMNS, "source"], plotted)
+    sources = sorted(plotted.get("source", pd.Series(dtype=str)).dropna().unique())
     marks = [(True, style.mark(f"published ({name})", "o", color="0.6", ls="-", ms=3)) for name in sources]
-    style.legends(figure, styles, [*lr_marks(plotted), *marks])
-    return figure, plotted
-
-
-def draw_accuracies(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw figure 6; return it, and what it plots as one tidy table, which `accuracy_rows` describes."""
-    plotted = accuracy_rows(tables)
-    figure, drawn = grid.panels(plotted, strip=STRIP)
-    styles = style.arm_styles(plotted)
-    for rows, (axes,) in drawn:
-        draw_lr_panel(axes, rows, styles, ACCURACY)
-    style.legends(figure, styles, lr_marks(plotted))
-    return figure, plotted
+    return grid.draw(plotted, [draw_lr_panel], [*lr_marks(plotted), *marks], STRIP), plotted
 
 
 def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -147,47 +102,54 @@ def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     return grid.tidy({"loss": loss, "optimum": optimum, "diverged": grid.diverged_runs(runs)}, LR_COLUMNS)
 
 
-def accuracy_rows(tables: Tables) -> pd.DataFrame:
+def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     """Return what the panels plot of RL runs, with the columns ACCURACY_COLUMNS.
 
     The column `element` says what a row is: `accuracy` (the mean over the seeds of one arm and LR), `optimum` and
     `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
     the base model), `base` (the model before training), `constant` (the most frequent answer to all problems) or
     `rule` (the best cheap rule, see `lorabench.data.problems`). Accuracies are of greedy answers to the test split,
-    from 0 to 1.
+    from 0 to 1. With `with_best` the rows and columns of `_best_rows` are among them.
     """
     runs = tables.runs
+    comparisons = compared(tables, with_error_rates(runs))
+    rows = [lr_rows(comparisons), *(_best_rows(comparison) for comparison in comparisons if with_best)]
+    # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
+    names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
+    learned = pd.concat(rows).replace({"element": {"loss": "accuracy"}}).rename(columns=names)
+    # The parabola of an optimum may pass below an error of 0.
+    learned["accuracy"] = (1 - learned["accuracy"].astype(float)).clip(0, 1)
+    for end in {"accuracy_low", "accuracy_high"} & set(learned.columns):
+        learned[end] = 1 - learned[end].astype(float)
+    columns = [*ACCURACY_COLUMNS, *(name.replace("nll", "accuracy") for name in _BEST_COLUMNS if with_best)]
     parts = {"unrewarded": runs[runs["status"] == "unrewarded"]}
     for element, (column, _, _) in LEVELS.items():
-        if column in runs:
-            level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
-            parts[element] = level.dropna(subset=["accuracy"])
-    learned = _as_accuracies(lr_rows(compared(tables, with_error_rates(runs))))
-    return grid.joined([learned, grid.tidy(parts, ACCURACY_COLUMNS)], ACCURACY_COLUMNS)
+        level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
+        parts[element] = level.dropna(subset=["accuracy"])
+    return grid.tidy({}, columns, learned, grid.tidy(parts, ACCURACY_COLUMNS))
 
 
-def _as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Turn rows of error rates into rows of accuracies: 1 minus the rate, with the ends of its interval exchanged."""
-    names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
-    turned = rows.rename(columns=names)
-    turned["element"] = turned["element"].replace(LOSS.element, ACCURACY.element)
-    # The parabola of an optimum may pass below an error of 0.
-    turned["accuracy"] = (1 - turned["accuracy"].astype(float)).clip(0, 1)
-    for end in {"accuracy_low", "accuracy_high"} & set(turned.columns):
-        turned[end] = 1 - turned[end].astype(float)
-    return turned
-
-
-def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: FinalResult = LOSS) -> None:
-    """Draw the rows of one panel; it needs STRIP points of free height above it."""
-    means, value = only(rows, measure.element), measure.column
-    axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
+def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    """Draw the rows of one panel, which hold losses or accuracies; it needs STRIP points of free height above it."""
+    rows = rows[~rows["element"].isin(["best", "margin_band", "curve", "ratio"])]
+    rows = rows.assign(above_range=rows.get("above_range", pd.Series(False, rows.index)).eq(True))
+    value = "accuracy" if "accuracy" in rows else "nll"
+    element, label, _ = _RESULTS[value]
+    means = only(rows, element)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=label)
     # The labels of minor ticks would overlap.
     axes.xaxis.set_minor_formatter(NullFormatter())
     draw_levels(axes, rows, value)
+    published = only(rows, "published").sort_values("lr")
+    ranks = sorted(published["rank"].dropna().unique())
+    # Published losses are grey, darker at higher ranks; squares are full fine-tuning.
+    for _, points in published.groupby("arm"):
+        rank = points["rank"].iloc[0]
+        grey = 0.5 if pd.isna(rank) else 0.78 - 0.28 * (ranks.index(rank) + 1) / len(ranks)
+        marker = "s" if pd.isna(rank) else "o"
+        axes.plot(points["lr"], points[value], marker, ls="-", color=str(grey), lw=0.9, ms=3, zorder=1.5)
     grid.lines(axes, means, "lr", value, styles)
-    inside = means[~_is_above(means)]
-    for arm, points in inside.groupby("arm"):
+    for arm, points in means[~means["above_range"]].groupby("arm"):
         look = styles[str(arm)]
         axes.plot(points["lr"], points[value], look.marker, color=look.colour, ms=3.5, zorder=look.zorder)
         repeated = points[points["n_seeds"] > 1]
@@ -201,24 +163,23 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: Final
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     around = max(1.3, (highest / lowest) ** 0.1)
     axes.set_xlim(lowest / around, highest * around)
-    shown = rows[rows[value].notna() & ~_is_above(rows)]
+    shown = rows[rows[value].notna() & ~rows["above_range"]]
     if shown.empty:
         axes.set(ylim=(0, 1), yticks=[])
     else:
         spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
         low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
-        if measure is ACCURACY:
+        if value == "accuracy":
             # The range is not empty even where all accuracies are 0, or all are 1.
             low, high = min(low, 0.95), max(high, 0.05)
         pad = 0.04 * (high - low) or 0.04 * abs(high)
         axes.set_ylim(low - pad, high + pad)
-    above, diverged, unrewarded = means[_is_above(means)], only(rows, "diverged"), only(rows, "unrewarded")
+    above, diverged, unrewarded = means[means["above_range"]], only(rows, "diverged"), only(rows, "unrewarded")
     outside = {"^": above, _DIVERGED: diverged, _UNREWARDED: unrewarded}
     _marks_above(axes, pd.concat([part.assign(marker=marker) for marker, part in outside.items()]), styles)
-    counted = f"{len(above)} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded"
-    lost = ", ".join(sorted(set(diverged["arm"]) - set(means["arm"])))
-    no_result = f"no {measure.element}: {lost}" if lost else ""
-    style.note(axes, f"{len(diverged)} diverged", counted, no_result, strip=STRIP)
+    counted = f"{len(unrewarded)} unrewarded" if value == "accuracy" else f"{len(above)} above the range"
+    lost = grid.lacking(f"no {element}", diverged["arm"], means["arm"])
+    style.note(axes, f"{len(diverged)} diverged", counted, lost, strip=STRIP)
 
 
 def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
@@ -226,12 +187,6 @@ def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     for element, (_, _, look) in LEVELS.items():
         for level in only(rows, element)[column]:
             axes.axhline(level, **look)
-
-
-def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows are losses above the range; rows of accuracies have no such column."""
-    above: pd.Series[bool] = rows.get("above_range", pd.Series(False, index=rows.index)).eq(True)
-    return above
 
 
 def _marks_above(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -254,60 +209,53 @@ def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
     return [
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.2)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", mfc="white", mew=1.2)),
-        (_is_above(plotted).any(), style.mark("above the range", "^")),
+        ("above_range" in plotted and plotted["above_range"].eq(True).any(), style.mark("above the range", "^")),
         ("diverged" in elements, style.mark("diverged", _DIVERGED, mew=1.5)),
         ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
-        *((level in elements, Line2D([], [], label=label, **look)) for level, (_, label, look) in LEVELS.items()),
+        *((level in elements, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
     ]
 
+
+_BEST_COLUMNS = ["nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 
 _AXIS_POINTS = 30  # the height in points of the x-axis with its labels
 
 
-def draw_placement(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_placement(tables: Tables) -> style.Drawn:
     """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: one of `lr_rows`, `best` (an arm's fitted minimum of the test NLL with its
-    95% interval, the count `trainable_params`, and in `parameters` the same as text) or `margin_band` (from the lowest
-    of these up by the margin). Losses are in nats per scored token. In RL the rows are those of `accuracy_rows`, and
-    accuracies from 0 to 1 take the place of losses, with the band below the highest accuracy.
+    The column `element` says what a row is: one of `lr_rows`, or one of `_best_rows`. Losses are in nats per scored
+    token. In RL the rows are those of `accuracy_rows`, and accuracies from 0 to 1 take the place of losses, with the
+    band below the highest accuracy.
     """
     if is_rl(tables.runs).any():
-        measure, columns = ACCURACY, _accuracy_columns(_PLACEMENT_COLUMNS)
-        parts = [accuracy_rows(tables), _as_accuracies(_best_rows(tables, with_error_rates(tables.runs)))]
+        plotted = accuracy_rows(tables, with_best=True)
     else:
-        measure, columns = LOSS, _PLACEMENT_COLUMNS
-        parts = [lr_rows(compared(tables)), _best_rows(tables, tables.runs)]
-    plotted = grid.joined(parts, columns)
-    figure, drawn = grid.panels(plotted, each=2, strip=STRIP)
-    styles = style.arm_styles(plotted)
-    for rows, (by_lr, by_count) in drawn:
-        draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "margin_band"])], styles, measure)
-        _draw_by_count(by_count, rows, styles, measure)
-    shade = Patch(label="within the margin of the best", facecolor="0.85")
-    style.legends(figure, styles, [*lr_marks(plotted), (len(only(plotted, "margin_band")), shade)])
-    return figure, plotted
+        comparisons = compared(tables)
+        best = map(_best_rows, comparisons)
+        plotted = grid.tidy({}, [*LR_COLUMNS, *_BEST_COLUMNS], lr_rows(comparisons), *best)
+    shade = style.shade("within the margin of the best")
+    marks = [*lr_marks(plotted), ("margin_band", shade)]
+    return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted
 
 
-def _best_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows `best` and `margin_band` of the figure, in losses; runs of RL have error rates as losses."""
-    parts = []
-    for comparison in compared(tables, runs):
-        best = grid.fitted_minima([comparison])
-        counts = []
-        for _, arm in best.iterrows():
-            own = rows_of(comparison.runs, arm)
-            known = own["trainable_params"].dropna() if "trainable_params" in own else pd.Series(dtype=float)
-            counts.append(known.max() if len(known) else None)
-        texts = pd.Series([None if count is None else formats.parameters(count) for count in counts], best.index)
-        best = best.assign(trainable_params=pd.Series(counts, best.index, dtype="Int64"), parameters=texts)
-        parts.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, _PLACEMENT_COLUMNS))
-    return pd.concat(parts, ignore_index=True)
+def _best_rows(comparison: Comparison) -> pd.DataFrame:
+    """Return what each arm of a comparison reaches at its best LR, with LR_COLUMNS and _BEST_COLUMNS.
+
+    The column `element` says what a row is: `best` (an arm's fitted minimum of the test NLL with its 95% interval, the
+    count `trainable_params`, and in `parameters` the same as text) or `margin_band` (from the lowest of these up by
+    the margin).
+    """
+    best = grid.optima([comparison], fitted=True)
+    counts = pd.Series([comparison.rows[label]["trainable_params"].max() for label in best["arm"]], best.index, "Int64")
+    best = best.assign(trainable_params=counts, parameters=counts.map(formats.parameters, na_action="ignore"))
+    parts = {"best": best, "margin_band": grid.margin_band(comparison, best)}
+    return grid.tidy(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
 
 
-def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: FinalResult) -> None:
+def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
-    value = measure.column
+    value = "accuracy" if "accuracy" in rows else "nll"
     for band in only(rows, "margin_band").to_dict("records"):
         axes.axhspan(band[f"{value}_low"], band[f"{value}_high"], color="0.85", linewidth=0, zorder=0)
     best = only(rows, "best")
@@ -320,7 +268,7 @@ def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: Fina
         layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{int(row['rank'])}"
         label = f"{layers}  {row['parameters']}"
         grid.bars(axes, placed.iloc[[place]], "trainable_params", value, styles[row["arm"]], 6, label)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=measure.best)
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=_RESULTS[value][2])
     if placed.empty:
         axes.set(xticks=[], yticks=[])
     else:
@@ -329,5 +277,4 @@ def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles, measure: Fina
         style.log_ticks(axes.xaxis, formats.parameters, subs)
         below = axes.transAxes + ScaledTranslation(0, -_AXIS_POINTS / 72, axes.figure.dpi_scale_trans)
         axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, handletextpad=0.3)
-    lost = ", ".join(sorted(set(best["arm"]) - set(placed["arm"])))
-    style.note(axes, f"no parameter count: {lost}" if lost else "")
+    style.note(axes, grid.lacking("no parameter count", best["arm"], placed["arm"]))

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from lorabench.analysis.comparison import Task
     from lorabench.config.preset import Preset
 
-_TABLES = {"compute": "compute", "evaluation": "evals", "claims": "claims"}
-"""The tables of figures that show no runs, by what such a figure has in place of experiments."""
-
 
 @dataclass(frozen=True)
 class PaperFigure:
@@ -44,18 +41,20 @@ class PaperFigure:
     """An explanation for a reader who sees only the figure and this text."""
     experiments: tuple[str, ...]
     drawn_by: str
-    """The module in this package and the function that draw it, with a dot between them."""
+    """The module of this package and its function that draw it, with a dot between them."""
     task: Task = "sft"
-
-    @property
-    def table(self) -> str:
-        """The table that it shows."""
-        return _TABLES.get(self.experiments[0], "runs")
+    table: str = "runs"
+    """The table that it shows."""
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
-        """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table."""
+        """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table.
+
+        Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
+        """
         from lorabench.figures.style import applied
 
+        names = ("runs", "curves", "compute", "evals")
+        tables = replace(tables, **{name: with_all_columns(getattr(tables, name), name) for name in names})
         module, function = self.drawn_by.split(".")
         with applied():
             drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{__package__}.{module}"), function)(tables)
@@ -78,11 +77,7 @@ for _name, _text in _TEXTS["shared"].items():
 FIGURES = {
     name: PaperFigure(
         name,
-        about["title"],
-        about["caption"].format_map(_SHARED),
-        tuple(about["experiments"]),
-        about["draw"],
-        about.get("task", "sft"),
+        **about | {"caption": about["caption"].format_map(_SHARED), "experiments": tuple(about["experiments"])},
     )
     for name, about in _TEXTS["figures"].items()
 }
@@ -127,38 +122,29 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, plotted = FIGURES[name].draw(_tables(folders, FIGURES[name]))
-    for kind in ("svg", "png"):
-        write_figure(figure, out / f"{name}.{kind}")
-    write_csv(plotted, out / f"{name}.csv")
-
-
-def _tables(folders: Sequence[Path], figure: PaperFigure) -> Tables:
-    """Return the checked tables with only what a figure shows.
-
-    Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
-    """
-    if figure.table == "claims":
-        if (claims := _claims(folders)).empty:
-            source = "the table claims of one folder, which `lorabench claims` writes"
-            raise UserError(f"the figure {figure.name} is drawn from {source}")
-        return Tables(empty_table(), empty_table(), claims=claims)
-    tables = Tables.read(*folders)
-    if figure.table == "compute":
-        return replace(tables, compute=with_all_columns(tables.compute, "compute"))
+    figure, tables = FIGURES[name], Tables(empty_table(), empty_table(), claims=_claims(folders))
+    if figure.table != "claims":
+        tables = Tables.read(*folders)
+    elif tables.claims.empty:
+        source = "the table claims of one folder, which `lorabench claims` writes"
+        raise UserError(f"the figure {name} is drawn from {source}")
     if figure.table == "evals":
         check_evals(tables.evals)
-        return replace(tables, evals=with_all_columns(tables.evals, "evals"))
-    if tables.runs.columns.empty:
-        raise UserError("there is no table runs")
-    if missing := [name for name in NEEDED_BY[figure.task] if name not in tables.runs]:
-        raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
-    check_table(tables.runs)
-    check_curves(tables.curves)
-    runs = with_all_columns(figure.own_runs(tables.runs), "runs")
-    if runs.empty:
-        raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
-    return replace(tables, runs=runs, curves=with_all_columns(curves_of(tables.curves, runs), "curves"))
+    if figure.table == "runs":
+        if tables.runs.columns.empty:
+            raise UserError("there is no table runs")
+        if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
+            raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
+        check_table(tables.runs)
+        check_curves(tables.curves)
+        runs = figure.own_runs(tables.runs)
+        if runs.empty:
+            raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
+        tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
+    drawn, plotted = figure.draw(tables)
+    for kind in ("svg", "png"):
+        write_figure(drawn, out / f"{name}.{kind}")
+    write_csv(plotted, out / f"{name}.csv")
 
 
 def _claims(folders: Sequence[Path]) -> pd.DataFrame:

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lorabench.analysis.step_flops import COMPUTE_SETTING, each_setting, flops_ratio
 from lorabench.errors import UserError
 from lorabench.figures import style
+from lorabench.figures.grid import only
 from lorabench.store.tables import Tables
 
 _COLUMNS = [*COMPUTE_SETTING, "placement", "effective_width", "element", "rank", "ratio"]
@@ -36,7 +34,7 @@ _REFERENCES: dict[float, dict[str, Any]] = {
 _ELEMENTS = {"counted": "flops_ratio", "step_time": "step_ratio", "memory": "memory_ratio"}
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says of what quantity a row's ratio LoRA / FullFT is: `counted` (FLOPs of the linear layers as
@@ -55,11 +53,27 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     panels = figure.subplots(len(settings), 2, squeeze=False, sharey="row")
     drawn = []
     for (name, rows), (flops, measured) in zip(settings, panels, strict=True):
-        plotted = _plotted(rows)
+        rows = rows.astype({"rank": float})
+        parts = [rows.assign(element=element, ratio=rows[column]) for element, column in _ELEMENTS.items()]
+        ranks = np.geomspace(rows["rank"].min() / 1.2, rows["rank"].max() * 1.2, _LINE_POINTS)
+        line = rows.iloc[[0] * _LINE_POINTS].assign(element="formula", rank=ranks)
+        parts.append(line.assign(ratio=2 / 3 + 2 * ranks / line["effective_width"].astype(float)))
+        plotted = pd.concat([part.dropna(subset=["ratio"]) for part in parts], ignore_index=True)[_COLUMNS]
         drawn.append(plotted)
-        first, ranks = rows.iloc[0], sorted(set(rows["rank"]))
-        _draw_panel(flops, plotted, ranks, ["formula", "counted"], [2 / 3, 1.0], "FLOPs, LoRA / FullFT")
-        _draw_panel(measured, plotted, ranks, ["step_time", "memory"], [1.0], "measured, LoRA / FullFT")
+        for axes, elements, references, what in (
+            (flops, ["formula", "counted"], [2 / 3, 1.0], "FLOPs"),
+            (measured, ["step_time", "memory"], [1.0], "measured"),
+        ):
+            for height in references:
+                axes.axhline(height, zorder=1, **_REFERENCES[height])
+            for element in elements:
+                points = only(plotted, element)
+                axes.plot(points["rank"], points["ratio"], **_LOOKS[element])
+            style.log_axes(axes, "LoRA rank R", f"{what}, LoRA / FullFT", base=2)
+            ticks = sorted({int(rank) for rank in rows["rank"]})
+            axes.set(xlim=(ticks[0] / 1.3, ticks[-1] * 1.3), xticks=ticks)
+            axes.set_ylim(0, 1.08 * max(1.0, plotted["ratio"].max()))
+        first = rows.iloc[0]
         flops.set_title(name, pad=18, parse_math=False)
         style.note(flops, "" if pd.isna(first["effective_width"]) else f"N = {first['effective_width']:.4g}")
         known = not pd.isna(first["batch_size"]) and not pd.isna(first["sequence_length"])
@@ -68,33 +82,5 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = pd.concat(drawn, ignore_index=True)
     shown = set(plotted["element"])
     looks = [*(look for element, look in _LOOKS.items() if element in shown), *_REFERENCES.values()]
-    figure.legend(handles=[Line2D([], [], **look) for look in looks], loc="outside upper left", ncols=len(looks))
+    figure.legend(handles=[style.line(**look) for look in looks], loc="outside upper left", ncols=len(looks))
     return figure, plotted
-
-
-def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the marks of one setting, and its line."""
-    ranks = rows["rank"].astype(float)
-    parts = [
-        rows.assign(element=element, ratio=rows[column], rank=ranks).dropna(subset=["ratio"])
-        for element, column in _ELEMENTS.items()
-    ]
-    line = rows.iloc[[0] * _LINE_POINTS].assign(
-        element="formula", rank=np.geomspace(ranks.min() / 1.2, ranks.max() * 1.2, _LINE_POINTS)
-    )
-    line["ratio"] = 2 / 3 + 2 * line["rank"] / line["effective_width"].astype(float)
-    return pd.concat([*parts, line.dropna(subset=["ratio"])], ignore_index=True)[_COLUMNS]
-
-
-def _draw_panel(
-    axes: Axes, plotted: pd.DataFrame, ranks: list[int], elements: list[str], references: list[float], label: str
-) -> None:
-    for height in references:
-        axes.axhline(height, zorder=1, **_REFERENCES[height])
-    for element in elements:
-        points = plotted[plotted["element"] == element]
-        axes.plot(points["rank"], points["ratio"], **_LOOKS[element])
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="LoRA rank R", ylabel=label, xlim=(min(ranks) / 1.3, max(ranks) * 1.3), xticks=ranks)
-    style.plain_log_ticks(axes)
-    axes.set_ylim(0, 1.08 * max(1.0, plotted["ratio"].max()))

@@ -6,18 +6,18 @@ Figures 1 and 3 show envelopes, the lowest validation loss of an arm at every st
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import arm_label, is_standard, rows_of, with_arm_columns
+from lorabench.analysis.arms import arm_label, is_standard, rows_of
+from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
@@ -26,14 +26,15 @@ from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, compared, diverged_runs, only
 from lorabench.store.tables import Tables
 
+_LOSS = "validation NLL (nats / token)"
+
 _BY_STEP = [
     *(*ARM_COLUMNS, "element", "step", "examples", "tokens"),
     *("nll", "nll_low", "nll_high", "lr", "run_id", "n_runs"),
 ]
-_BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
 
 
-def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_step(tables: Tables) -> style.Drawn:
     """Draw figure 1; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `envelope` (one step of an arm), `departure` (the step at which a rank
@@ -60,51 +61,53 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = grid.tidy(parts, _BY_STEP)
     if plotted.empty:
         raise NothingToDrawError("no validation curves beyond step 0")
-    figure, drawn = grid.panels(plotted)
-    styles = style.arm_styles(plotted)
-    for rows, (axes,) in drawn:
-        noise, envelope = only(rows, "noise_band"), only(rows, "envelope")
-        grid.band(axes, noise, "step", "nll_low", "nll_high")
-        grid.lines(axes, envelope, "step", "nll", styles)
-        grid.points(axes, only(rows, "departure")[["arm", "step", "nll"]], "step", "nll", styles, False, "o", 6)
-        axes.set(xscale="log", xlabel="training step", ylabel="validation NLL (nats / token)")
-        style.plain_log_ticks(axes)
-        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
-        sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
-        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
-    departure = style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4)
-    shade = Patch(label=f"lowest envelope ± 2{style.SIGMA} of seeds", facecolor="0.85")
-    marks = [(len(only(plotted, "departure")), departure), (len(only(plotted, "noise_band")), shade)]
-    style.legends(figure, styles, marks)
-    return figure, plotted
+    marks = {
+        "departure": style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4),
+        "noise_band": style.shade(f"lowest envelope ± 2{style.SIGMA} of seeds"),
+    }
+    return grid.draw(plotted, [_envelope_panel(comparisons)], marks.items()), plotted
 
 
-def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+_BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
+
+
+def draw_by_flops(tables: Tables) -> style.Drawn:
     """Draw envelopes over training FLOPs, of which the paper predicts what they show; return what they plot, too.
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.
 
     Raises:
-        NothingToDrawError: runs lack train_flops or train_tokens, or none with both has a validation curve.
+        NothingToDrawError: no run with known train_flops and train_tokens has a validation curve.
     """
-    if missing := [name for name in ("train_flops", "train_tokens") if name not in tables.runs]:
-        raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
     envelope = loss_by_flops(tables.runs, tables.curves).rename(columns={"value": "nll"})
     plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
     if plotted.empty:
         raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
-    noise = fitted_noise(compared(tables))
-    figure, drawn = grid.panels(plotted)
-    styles = style.arm_styles(plotted)
-    for rows, (axes,) in drawn:
-        curves = only(rows, "envelope")
-        grid.lines(axes, curves, "flops", "nll", styles)
-        axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel="validation NLL (nats / token)")
-        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
-        style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
-    style.legends(figure, styles)
-    return figure, plotted
+    return grid.draw(plotted, [_envelope_panel(compared(tables))]), plotted
+
+
+def _envelope_panel(comparisons: Sequence[Comparison]) -> grid.DrawPanel:
+    """Return what draws envelopes, over FLOPs or else over steps, and the step at which each rank leaves."""
+    noise = fitted_noise(comparisons)
+
+    def draw_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+        envelope, around, departure = (only(rows, element) for element in ("envelope", "noise_band", "departure"))
+        if "flops" in rows:
+            grid.lines(axes, envelope, "flops", "nll", styles)
+            axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
+        else:
+            grid.band(axes, around, "step", "nll_low", "nll_high")
+            grid.lines(axes, envelope, "step", "nll", styles)
+            circles = departure[["arm", "step", "nll"]].assign(marker="o", filled=False)
+            grid.points(axes, circles, "step", "nll", styles, 6)
+            style.log_axes(axes, "training step", _LOSS)
+        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
+        known = "flops" in rows or len(around)
+        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0]) if known else math.nan
+        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
+
+    return draw_panel
 
 
 _BY_BATCH_SIZE = [
@@ -116,7 +119,7 @@ _BY_BATCH_SIZE = [
 _CURVES_IN_A_ROW, _CURVES_HEIGHT, _BY_SIZE_HEIGHT = 4, 2.3, 2.6
 
 
-def draw_by_batch_size(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_batch_size(tables: Tables) -> style.Drawn:
     """Draw figure 3; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (an arm's fitted
@@ -136,7 +139,7 @@ def draw_by_batch_size(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 gaps.append(arm | grid.with_interval("gap", gap) | {"n_seeds": gap.n_seeds, "at_edge": edge})
     parts = {
         "envelope": envelope[envelope["step"] > 0],
-        "final": grid.fitted_minima(comparisons).rename(columns={"nll_low": "low", "nll_high": "high"}),
+        "final": grid.optima(comparisons, fitted=True).rename(columns={"nll_low": "low", "nll_high": "high"}),
         "gap": pd.DataFrame(gaps).rename(columns={"gap_low": "low", "gap_high": "high"}),
         "diverged": diverged_runs(tables.runs),
     }
@@ -172,7 +175,7 @@ def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int
         lengths = [f"{length:,} steps" for length in at_size["steps"].dropna().unique()]
         style.note(panel, *lengths, f"{len(only(at_size, 'diverged'))} diverged")
         panel.set_title(f"batch {at_size['batch_size'].iloc[0]}", pad=18)
-        panel.set(xlabel="examples seen", ylabel="validation NLL\n(nats / token)" if number % columns == 0 else "")
+        panel.set(xlabel="examples seen", ylabel="" if number % columns else "validation NLL\n(nats / token)")
     for panel in axes.flat[len(sizes) :]:
         panel.remove()
     envelope = only(block, "envelope")
@@ -202,11 +205,10 @@ def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: Styles) ->
         points = points.assign(x=points["batch_size"].astype(float) * shift)
         axes.plot(points["x"], points[value], **styles[arm].line)
         grid.bars(axes, points, "x", value, styles[arm])
-    axes.set(xscale="log", xlabel="batch size")
+    style.log_axes(axes, "batch size")
     sizes = sorted({int(size) for size in rows["batch_size"]})
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    style.plain_log_ticks(axes)
     if sizes:
         axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
 
@@ -217,7 +219,7 @@ _EARLY = [
 ]
 
 
-def draw_early(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_early(tables: Tables) -> style.Drawn:
     """Draw the figure of early curves; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `curve` (one step of a rank; `nll` is its training loss), `difference`
@@ -225,34 +227,20 @@ def draw_early(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     differences of zero are left out), `sigma` (twice the standard deviation of the training loss over batches, in
     `difference`) or `diverged` (one run). Losses are means over `n_seeds` seeds, in nats per scored token.
     """
-    runs = with_arm_columns(tables.runs)
-    groups = grid.titled(runs[(runs["method"] == "lora") & is_standard(runs)])
+    groups = grid.titled(tables.runs[(tables.runs["method"] == "lora") & is_standard(tables.runs)])
     if not groups:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_EARLY)
     plotted = pd.concat([_early_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
-    figure, drawn = grid.panels(plotted, each=2)
-    styles = style.arm_styles(plotted)
-    for rows, (left, right) in drawn:
-        curve, diverged = only(rows, "curve"), len(only(rows, "diverged"))
-        if curve.empty:
-            style.say(left, "There are no training losses.")
-        grid.lines(left, curve, "step", "nll", styles)
-        left.set(xscale="log", xlabel="training step", ylabel="training NLL (nats / token)")
-        style.plain_log_ticks(left)
-        means = f"mean of {grid.seeds_text(curve['n_seeds'])}" if len(curve) else ""
-        style.note(left, f"LR {rows['lr'].iloc[0]:g}", means, f"{diverged} diverged" if diverged else "")
-        _draw_difference(right, rows)
     difference = only(plotted, "difference")["difference"].astype(float)
-    grey = Line2D([], [], color="0.6", linewidth=1.1, label="half width of its 95% interval")
-    dashed = Line2D([], [], color="black", linestyle="--", linewidth=1.1, label=f"2{style.SIGMA} of batches")
+    grey = style.line("half width of its 95% interval", color="0.6", linewidth=1.1)
+    dashed = style.line(f"2{style.SIGMA} of batches", color="black", linestyle="--", linewidth=1.1)
     marks = [
         ((difference > 0).any(), style.mark("higher loss at the lower rank", "o", ms=4)),
         ((difference < 0).any(), style.mark("lower loss at the lower rank", "o", ms=4, mfc="white")),
         (plotted["half_width"].notna().any(), grey),
-        (len(only(plotted, "sigma")), dashed),
+        ("sigma", dashed),
     ]
-    style.legends(figure, styles, marks)
-    return figure, plotted
+    return grid.draw(plotted, [_draw_early, _draw_difference], marks), plotted
 
 
 def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -286,7 +274,17 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(lr=lr, **panel).astype(whole)
 
 
-def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
+def _draw_early(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    curve, diverged = only(rows, "curve"), len(only(rows, "diverged"))
+    if curve.empty:
+        style.say(axes, "There are no training losses.")
+    grid.lines(axes, curve, "step", "nll", styles)
+    style.log_axes(axes, "training step", "training NLL (nats / token)")
+    means = f"mean of {grid.seeds_text(curve['n_seeds'])}" if len(curve) else ""
+    style.note(axes, f"LR {rows['lr'].iloc[0]:g}", means, f"{diverged} diverged" if diverged else "")
+
+
+def _draw_difference(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     points, sigma = only(rows, "difference"), only(rows, "sigma")["difference"]
     if points.empty:
         style.say(axes, "No two ranks above 1 with the same seeds\nhave losses that differ.")
@@ -299,14 +297,13 @@ def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
     axes.plot(steps, half, color="0.6", linewidth=1.1, zorder=2)
     for level in sigma:
         axes.axhline(level, color="black", linestyle="--", linewidth=1.1, zorder=1)
-    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="|difference of NLL| (nats / token)")
+    style.log_axes(axes, "training step", "|difference of NLL| (nats / token)", "log")
     axes.set_xlim(1, max(10.0, float(steps.max()) * 1.15))
     shown = np.concatenate([size, half.dropna()])
     top = float(max([*shown, *sigma]))
     # A difference that happens to be close to zero would stretch a log axis.
     floor = max(float(shown[shown > 0].min()), top / 3e4)
     axes.set_ylim(floor / 1.6, top * 1.8)
-    style.plain_log_ticks(axes)
     ranks = f"r{points['rank'].iloc[0]} minus r{points['other_rank'].iloc[0]}"
     hidden = int((size < floor / 1.6).sum())
     style.note(axes, ranks, grid.seeds_text(points["n_seeds"]), f"{hidden} below the range" if hidden else "")

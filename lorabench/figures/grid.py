@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
+from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, ExampleLosses
-from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure
-from lorabench.figures.style import PANEL_HEIGHT, SIGMA, ArmStyle, new_figure
+from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure, ratio_interval
+from lorabench.figures import style
+from lorabench.figures.style import SIGMA, ArmStyle
 from lorabench.store.tables import Tables
 
 PANEL = ["model", "dataset", "batch_size", "steps"]
@@ -29,39 +32,32 @@ _OPTIMA = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_
 Styles = Mapping[str, ArmStyle]
 """The look of each arm, by its label."""
 
+DrawPanel = Callable[[Axes, pd.DataFrame, Styles], None]
+"""What draws the rows of one panel."""
 
-def tidy(parts: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Join what a figure plots into one table.
 
-    Args:
-        parts: rows by what they are, which becomes the column `element`. Rows that have a method get the label of their
-            arm as `arm`.
-        columns: the columns of the table.
+def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str], *tables: pd.DataFrame) -> pd.DataFrame:
+    """Join what a figure plots into one table with the given columns: tables, and parts by their `element`.
+
+    Rows of the parts that have a method get the label of their arm as `arm`.
     """
-    labelled = []
+    kept = [rows.reindex(columns=columns) for rows in tables if len(rows)]
     for element, rows in parts.items():
         if "method" in rows and "arm" not in rows:
             rows = rows.assign(arm=[arm_label(row) for _, row in rows.iterrows()])
-        labelled.append(rows.assign(element=element))
-    return joined(labelled, columns)
-
-
-def joined(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Join tables that are not empty into one with the given columns."""
-    kept = [rows.reindex(columns=list(columns)) for rows in parts if len(rows)]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=list(columns))
+        if len(rows):
+            kept.append(rows.assign(element=element).reindex(columns=columns))
+    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)
 
 
 def only(rows: pd.DataFrame, element: str) -> pd.DataFrame:
     """Return the rows of one element."""
-    chosen: pd.DataFrame = rows[rows["element"] == element]
-    return chosen
+    return rows[rows["element"] == element]
 
 
 def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that diverged, which every figure lists in what it plots."""
-    diverged: pd.DataFrame = runs[runs["status"] == "diverged"]
-    return diverged
+    return runs[runs["status"] == "diverged"]
 
 
 def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
@@ -98,22 +94,18 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
     return row | with_interval("nll", fit.minima[label]) | {"n_seeds": fit.n_seeds[label]}
 
 
-def optima(of: Sequence[Comparison]) -> pd.DataFrame:
-    """Return one row per arm of comparisons with a finished run: ARM, arm (its label), and what `optimum` returns."""
+def optima(of: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
+    """Return one row per arm of comparisons with a finished run: ARM, arm (its label), and what `optimum` returns.
+
+    With `fitted` only arms have a row whose runs determine a minimum.
+    """
     rows = [
         arm | {"arm": arm_label(arm)} | row
         for comparison in of
         for arm in comparison.arms
-        if (row := optimum(comparison, arm))
+        if (row := optimum(comparison, arm)) and row["fitted"] >= fitted
     ]
     return arm_table(rows, _OPTIMA)
-
-
-def fitted_minima(of: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the rows of `optima` whose runs determine a minimum."""
-    rows = optima(of)
-    minima: pd.DataFrame = rows[rows["fitted"].astype(bool)]
-    return minima
 
 
 def with_interval(name: str, estimate: Estimate) -> dict[str, float]:
@@ -122,13 +114,14 @@ def with_interval(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
 
 
-def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the band from the lowest fitted loss of a comparison up by its margin: no row without either.
+def lr_ratio(log_ratio: Estimate) -> dict[str, float]:
+    """Return a ratio with its 95% interval as the columns `ratio`, `ratio_low` and `ratio_high`, from its logarithm."""
+    low, high = ratio_interval(log_ratio)
+    return {"ratio": math.exp(log_ratio.value), "ratio_low": low, "ratio_high": high}
 
-    Args:
-        comparison: the comparison.
-        rows: those rows of it from `fitted_minima` whose lowest loss counts.
-    """
+
+def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the band from the lowest loss of a comparison's fitted `optima` up by its margin, if it has both."""
     if rows.empty or comparison.margin.problem:
         return pd.DataFrame()
     lowest = float(rows["nll"].min())
@@ -136,10 +129,11 @@ def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[PANEL].iloc[[0]].assign(**ends)
 
 
-def judged_departures(comparison: Comparison) -> dict[int, Departure]:
+def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, Departure]]:
     """Return where each LoRA rank leaves the curve of the highest rank, as claim A3 judges it, by rank.
 
-    Ranks are left out where something speaks against a verdict on them, such as too few seeds or training losses.
+    Each departure comes after the curves that it was found in. Ranks are left out where something speaks against a
+    verdict on them, such as too few seeds or training losses.
     """
     highest = comparison.highest
     if highest is None or comparison.margin.problem:
@@ -150,21 +144,18 @@ def judged_departures(comparison: Comparison) -> dict[int, Departure]:
             curves = pair_at_optimum(comparison, arm, highest)
             # Without training losses of both ranks nothing is known of it.
             if curves.n_seeds:
-                departures[rank] = paired_departure(curves, comparison.margin.value)
+                departures[rank] = curves, paired_departure(curves, comparison.margin.value)
     return departures
 
 
 def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the step at which each rank leaves, with the values of its envelope there.
+    """Return the step at which each rank leaves, with columns of its envelope (ARM, step from 1 on) at that step.
 
-    Args:
-        of: the comparisons.
-        envelope: columns ARM, step (from 1 on) and `columns`.
-        columns: what to interpolate between the steps of the envelope, along log(step).
+    The columns are interpolated between the steps of the envelope, along log(step).
     """
     rows = []
     for comparison in of:
-        for rank, departure in judged_departures(comparison).items():
+        for rank, (_, departure) in judged_departures(comparison).items():
             arm = comparison.lora[rank]
             curve = rows_of(envelope, arm).sort_values("step")
             if departure.first is not None and len(curve):
@@ -185,66 +176,62 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return titles
 
 
-def panels(
-    frame: pd.DataFrame, each: int = 1, strip: float = 0.0
-) -> tuple[Figure, list[tuple[pd.DataFrame, list[Axes]]]]:
-    """Make a figure with one panel, or two side by side, for each model, dataset, batch size and length of a table.
+def draw(
+    plotted: pd.DataFrame,
+    draws: Sequence[DrawPanel],
+    marks: Iterable[tuple[Any, Artist]] = (),
+    strip: float = 0.0,
+) -> Figure:
+    """Draw one panel, or two side by side, for each model, dataset, batch size and length of what a figure plots.
 
     Args:
-        frame: columns PANEL and others.
-        each: the number of panels of each group of rows: 1 or 2. The first has the title.
+        plotted: columns PANEL, arm, method, rank, placement, element and others.
+        draws: what draws the panels of each group of rows, one or two; the first panel has the title.
+        marks: the legend's entries, each after whether its mark occurs, or after the element that it stands for.
         strip: the height in points to keep free above a panel with a title, for marks.
-
-    Returns:
-        The figure, and for each group its rows and its panels.
     """
-    groups = titled(frame)
+    groups, each = titled(plotted), len(draws)
     columns = 2 if each == 2 else min(2, len(groups))
     rows = math.ceil(each * len(groups) / columns)
-    figure = new_figure((PANEL_HEIGHT + (0.4 if each == 2 else 0.0)) * rows)
-    drawn = []
-    for place, (title, part) in enumerate(groups):
-        axes = [figure.add_subplot(rows, columns, place * each + number) for number in range(1, each + 1)]
-        axes[0].set_title(title, pad=strip + 18, parse_math=False)
-        drawn.append((part, axes))
-    return figure, drawn
+    figure = style.new_figure((style.PANEL_HEIGHT + (0.4 if each == 2 else 0.0)) * rows)
+    # What others published is grey.
+    styles = style.arm_styles(plotted[plotted["element"] != "published"])
+    for place, (title, group) in enumerate(groups):
+        for number, draw_panel in enumerate(draws):
+            axes = figure.add_subplot(rows, columns, place * each + number + 1)
+            axes.set_title("" if number else title, pad=strip + 18, parse_math=False)
+            draw_panel(axes, group, styles)
+    elements = set(plotted["element"])
+    style.legends(
+        figure, styles, [(occurs in elements if isinstance(occurs, str) else occurs, mark) for occurs, mark in marks]
+    )
+    return figure
 
 
-def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles) -> None:
-    """Draw a line for each arm through its rows, in their order."""
+def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, **look: Any) -> None:
+    """Draw a line for each arm through its rows, in their order.
+
+    Rows with values in the columns `<y>_low` and `<y>_high` get a pale band between them.
+    """
     for arm, points in rows.groupby("arm"):
-        axes.plot(points[x].astype(float), points[y].astype(float), **styles[str(arm)].line)
+        at = points[x].astype(float)
+        axes.plot(at, points[y].astype(float), **styles[str(arm)].line, **look)
+        if f"{y}_low" in points and points[f"{y}_low"].notna().any():
+            low, high = (points[f"{y}_{end}"].astype(float) for end in ("low", "high"))
+            axes.fill_between(at, low, high, color=styles[str(arm)].colour, alpha=0.15, linewidth=0)
 
 
-def points(
-    axes: Axes,
-    rows: pd.DataFrame,
-    x: str,
-    y: str,
-    styles: Styles,
-    filled: str | bool = True,
-    marker: str | Callable[[dict[Any, Any]], str] | None = None,
-    size: float = 5.5,
-) -> None:
+def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, size: float = 5.5) -> None:
     """Draw a mark for each row, with a vertical line from `<y>_low` to `<y>_high` where the rows have these columns.
 
-    Args:
-        axes: the panel.
-        rows: columns arm, x and y.
-        x: the column of the positions.
-        y: the column of the heights.
-        styles: the look of each arm.
-        filled: whether marks are filled, or the column that says so.
-        marker: the mark, or what returns that of a row; by default that of the arm.
-        size: the size of a mark in points.
+    A mark has the shape of its arm and is filled, unless a column `marker` or `filled` says otherwise.
     """
     for row in rows.dropna(subset=[x, y]).to_dict("records"):
         look = styles[row["arm"]]
         if f"{y}_low" in row:
             axes.vlines(row[x], row[f"{y}_low"], row[f"{y}_high"], color=look.colour, linewidth=1.3, zorder=4)
-        face = look.colour if (row[filled] if isinstance(filled, str) else filled) else "white"
-        kind = marker(row) if callable(marker) else marker or look.marker
-        axes.plot(row[x], row[y], kind, ms=size, mfc=face, mec=look.colour, mew=1.3, zorder=5)
+        face = look.colour if row.get("filled", True) else "white"
+        axes.plot(row[x], row[y], row.get("marker", look.marker), ms=size, mfc=face, mec=look.colour, mew=1.3, zorder=5)
 
 
 def bars(
@@ -259,10 +246,10 @@ def bars(
         axes.errorbar(float(row[x]), row[y], half, capsize=2.5, ms=size, label=label, zorder=look.zorder + 2, **shape)
 
 
-def band(axes: Axes, rows: pd.DataFrame, x: str, low: str, high: str, colour: str = "0.85") -> None:
+def band(axes: Axes, rows: pd.DataFrame, x: str, low: str, high: str, colour: str = "0.85", label: str = "_") -> None:
     """Fill the area between two columns."""
     at, bottom, top = (rows[name].astype(float) for name in (x, low, high))
-    axes.fill_between(at, bottom, top, color=colour, linewidth=0, zorder=1, label="_")
+    axes.fill_between(at, bottom, top, color=colour, linewidth=0, zorder=1, label=label)
 
 
 def sigma_text(sigma: float) -> str:
@@ -276,16 +263,16 @@ def seeds_text(counts: pd.Series[int]) -> str:
     return f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}"
 
 
-def diverged_facts(rows: pd.DataFrame, drawn: pd.DataFrame, lack: str) -> list[str]:
-    """Write how many runs of a panel diverged, and which arms therefore lack what is drawn; nothing if none did.
+def lacking(what: str, arms: Iterable[str], drawn: Iterable[str] = ()) -> str:
+    """Write for the note above a panel which arms lack something: those that are not drawn; empty if all are."""
+    lost = ", ".join(sorted(set(arms) - set(drawn)))
+    return f"{what}: {lost}" if lost else ""
 
-    Args:
-        rows: the rows of a panel.
-        drawn: those of them that are drawn.
-        lack: what an arm without drawn rows lacks, such as `no curve`.
+
+def diverged_facts(rows: pd.DataFrame, drawn: pd.DataFrame, lack: str) -> list[str]:
+    """Write how many runs of a panel diverged, and which arms therefore have no `drawn` rows; nothing if none did.
+
+    `lack` says what such an arm lacks, such as `no curve`.
     """
     diverged = only(rows, "diverged")
-    if diverged.empty:
-        return []
-    lost = ", ".join(sorted(set(diverged["arm"]) - set(drawn["arm"])))
-    return [f"{len(diverged)} diverged", f"{lack}: {lost}" if lost else ""]
+    return [f"{len(diverged)} diverged", lacking(lack, diverged["arm"], drawn["arm"])] if len(diverged) else []

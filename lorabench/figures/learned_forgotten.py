@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import arm_label
@@ -31,10 +30,10 @@ _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
 _RUN = [*PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
 _LEARNED = ["learned", "learned_stderr", "learned_tasks", "learned_bits", "learned_bits_tasks"]
 _COLUMNS = [*_RUN, *_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
-_BASE = "base"
+_BASE, _NLL = "base", "final_test_nll"
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The table has one row per run (and the base, whose `arm` is `base`) and measure of forgetting. `learned` is an
@@ -57,12 +56,22 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     if trained.empty:
         raise UserError("the evals table has no trained run")
     trained = trained.assign(arm=[arm_label(row) for _, row in trained.iterrows()])
+    base = evals[evals["method"].isna()]
     panels = [
-        (title, _panel_rows(runs, evals[evals["method"].isna() & evals["model"].eq(runs["model"].iloc[0])]))
-        for title, runs in titled(trained)
+        (title, _panel_rows(runs, base[base["model"] == runs["model"].iloc[0]])) for title, runs in titled(trained)
     ]
     plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
-    return _figure(panels, plotted), plotted
+    measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [_BITS]
+    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
+    axes = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
+    styles = style.arm_styles(plotted[plotted["arm"] != _BASE])
+    for (title, rows), row_of_panels in zip(panels, axes, strict=True):
+        row_of_panels[0].set_title(title, pad=18, parse_math=False)
+        _draw_row(row_of_panels, rows, measures, styles)
+    marks = [(True, style.mark(look.label, look.marker, color=look.colour)) for look in styles.values()]
+    before = bool((plotted["arm"] == _BASE).any()), style.mark("before training", "x", mew=1.8)
+    style.legends(figure, {}, [*marks, before])
+    return figure, plotted
 
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -123,53 +132,36 @@ def _mean(scores: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float], str
     return values.mean(axis="columns"), error, "; ".join(" ".join(row) for row in tasks.itertuples(index=False))
 
 
-def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Figure:
-    measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [_BITS]
-    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
-    grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
-    styles = style.arm_styles(plotted[plotted["arm"] != _BASE])
-    for (title, rows), row_of_panels in zip(panels, grid, strict=True):
-        row_of_panels[0].set_title(title, pad=18, parse_math=False)
-        has_bits = bool(rows["learned_bits"].notna().any())
-        only_bits = has_bits and not rows["learned"].notna().any()
-        for measure, axes in zip(measures, row_of_panels[:-1], strict=True):
-            forgotten = rows[rows["measure"] == measure]
-            if forgotten.empty:
-                style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
-                continue
-            # The base is where the two grey lines cross.
-            axes.axvline(0, **_REFERENCE)
-            _draw_points(axes, forgotten, "forgotten", styles, "learned_bits" if has_bits else "learned")
-            label = _named(f"{_MEASURES[measure]}:\n", forgotten["forgotten_tasks"].iloc[0])
-            axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
-        last = row_of_panels[-1]
-        if rows["final_test_nll"].notna().any():
-            up = "learned_bits" if only_bits else "learned"
-            _draw_points(last, rows.drop_duplicates("run_id"), "final_test_nll", styles, up)
-            last.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
+def _draw_row(panels: Sequence[Axes], rows: pd.DataFrame, measures: Sequence[str], styles: Styles) -> None:
+    """Draw the panels of one model and dataset: one for each measure of forgetting, and one for the test NLL."""
+    has_bits = bool(rows["learned_bits"].notna().any())
+    only_bits = has_bits and not rows["learned"].notna().any()
+    drawn: dict[str, list[Axes]] = {"learned_bits": [], "learned": []}
+    for measure, axes in zip([*measures, _NLL], panels, strict=True):
+        # The last panel has the accuracy as its height, and those before it bits per byte, where there are both.
+        up = "learned_bits" if only_bits or (has_bits and measure != _NLL) else "learned"
+        shown = rows.drop_duplicates("run_id") if measure == _NLL else rows[rows["measure"] == measure]
+        if measure == _NLL and not rows[_NLL].notna().any():
+            style.say(axes, "There is no test NLL\nafter reinforcement learning.")
+        elif shown.empty:
+            style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
         else:
-            style.say(last, "There is no test NLL\nafter reinforcement learning.")
-        # The panels before this one have bits per byte as their height, and those from it on have the accuracy.
-        split = len(row_of_panels) if only_bits else len(row_of_panels) - 1 if has_bits else 0
-        bits = "bits per byte of right answers\nbelow the base: "
-        _label_height(row_of_panels[:split], bits, rows["learned_bits_tasks"].iloc[0])
-        _label_height(row_of_panels[split:], "accuracy: ", rows["learned_tasks"].iloc[0])
-    marks = [(True, style.mark(look.label, look.marker, color=look.colour)) for look in styles.values()]
-    before = bool((plotted["arm"] == _BASE).any()), style.mark("before training", "x", mew=1.8)
-    style.legends(figure, {}, [*marks, before])
-    return figure
-
-
-def _label_height(panels: Sequence[Axes], what: str, tasks: str) -> None:
-    """Give panels a common y-axis, with its label at the first panel that has data."""
-    drawn = [axes for axes in panels if axes.axison]
-    for axes in drawn[:1]:
-        axes.set_ylabel(f"{_named(what, tasks)}\n(higher is better)", parse_math=False)
-    for axes in drawn[1:]:
-        axes.sharey(drawn[0])
-        axes.tick_params(labelleft=False)
-    if drawn:
-        drawn[0].autoscale_view()
+            label = "test NLL\nnats per scored token"
+            if measure != _NLL:
+                # The base is where the two grey lines cross.
+                axes.axvline(0, **_REFERENCE)
+                label = _named(f"{_MEASURES[measure]}:\n", shown["forgotten_tasks"].iloc[0])
+            _draw_points(axes, shown, _NLL if measure == _NLL else "forgotten", styles, up)
+            axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
+            drawn[up].append(axes)
+    # Panels with the same height share their y-axis, which has its label at the first of them.
+    whats = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
+    for up, (first, *others) in {up: alike for up, alike in drawn.items() if alike}.items():
+        first.set_ylabel(f"{_named(whats[up], rows[f'{up}_tasks'].iloc[0])}\n(higher is better)", parse_math=False)
+        for axes in others:
+            axes.sharey(first)
+            axes.tick_params(labelleft=False)
+        first.autoscale_view()
 
 
 def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
-from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, tidy
@@ -29,7 +26,7 @@ _MARKERS, _LINES = {"llama": "o", "qwen": "s"}, {"llama": "-", "qwen": "--"}
 _OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `optimum` (fitted optimal LR of an arm with its 95% interval; `nll` is the
@@ -38,34 +35,32 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     that `source` published), `naive` (the ratio hidden/64), `reference` (the paper's ratio of 10) or `diverged` (one
     run). `family` is the family by which the law has its exponents.
     """
-    runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
-    runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
+    runs = tables.runs[is_standard(tables.runs)]
     groups = swept_models(grid.compared(tables, runs))
     laws = [fitted_law(models) for models in groups]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     diverged = tidy({"diverged": diverged_runs(runs).drop(columns=["family", "hidden_size"])}, _COLUMNS)
     plotted = pd.concat([*parts, diverged], ignore_index=True)
     if not groups:
-        return style.empty_figure(
-            "There is no model of known family and hidden size\nwith both FullFT and LoRA above rank 1."
-        ), plotted
+        sentence = "There is no model of known family and hidden size\nwith both FullFT and LoRA above rank 1."
+        return style.empty_figure(sentence), plotted
     figure = style.new_figure(style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(only(plotted, "optimum"))
-    left_out = sorted(set(runs["model"]) - {model.name for models in groups for model in models})
+    left_out = grid.lacking("not drawn", runs["model"], {model.name for models in groups for model in models})
     for row, (models, law, rows) in enumerate(zip(groups, laws, parts, strict=True)):
         lr_axes, ratio_axes = (figure.add_subplot(len(groups), 2, 2 * row + column) for column in (1, 2))
         first = models[0].fullft
         title = f"{first['dataset']} · batch {first['batch_size']}"
         title += f" · {first['steps']} steps" if first["steps"] is not None else ""
         lr_axes.set_title(title, pad=18, parse_math=False)
+        rows = rows.assign(marker=rows["family"].map(_MARKERS).fillna(_OTHER_MARKER), filled=rows["resolved"])
         _draw_lrs(lr_axes, rows, styles)
         _draw_ratios(ratio_axes, rows, styles)
-        lacking = f"not drawn: {', '.join(left_out)}" if left_out else ""
         fitted = "too few models to fit the law"
         if law:
             exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
             fitted = f"fit: base {law.base:.2g}, M {law.multiplier:.3g}, exponent {exponents}"
-        style.note(lr_axes, fitted, lacking)
+        style.note(lr_axes, fitted, left_out)
         n_diverged = len(diverged_runs(pd.concat([model.comparison.runs for model in models])))
         style.note(ratio_axes, f"{len(models)} models", f"{n_diverged} diverged")
     measured = plotted[plotted["element"].isin(["optimum", "ratio"])]
@@ -88,9 +83,7 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
     for model in models:
         about = {"family": model.lineage, "hidden_size": model.hidden_size}
         best += [arm | about | (grid.optimum(model.comparison, arm) or {}) for arm in (model.fullft, model.lora)]
-        low, high = ratio_interval(model.log_ratio)
-        ratio = {"ratio": math.exp(model.log_ratio.value), "ratio_low": low, "ratio_high": high}
-        ratios.append(model.lora | about | ratio | {"resolved": not model.problems})
+        ratios.append(model.lora | about | grid.lr_ratio(model.log_ratio) | {"resolved": not model.problems})
     families = sorted({model.lineage for model in models})
     published = _published_optima(families)
     sizes = [model.hidden_size for model in models] + published["hidden_size"].astype(int).tolist()
@@ -105,14 +98,14 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
             for size in span
         )
 
-    ten = paper_numbers().get("lr_ratio_lora_over_fullft")
+    ten = paper_numbers()["lr_ratio_lora_over_fullft"]
     parts = {
         "optimum": pd.DataFrame(best),
         "ratio": pd.DataFrame(ratios),
         "published_law": law_points(PUBLISHED),
         "law": law_points(law) if law else pd.DataFrame(),
         "naive": pd.DataFrame({"hidden_size": span, "ratio": span / 64}),
-        "reference": pd.DataFrame({"hidden_size": span, "ratio": ten}) if ten is not None else pd.DataFrame(),
+        "reference": pd.DataFrame({"hidden_size": span, "ratio": ten}),
         "published": published,
     }
     first = models[0].fullft
@@ -128,16 +121,11 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
     ids, nll = [str(row) for row in table.index], table["nll"]
     runs = table.assign(run_id=ids, batch_size=0, seed=0, status="done", final_valid_nll=nll, final_test_nll=nll)
     best = grid.optima(comparisons(runs, pd.DataFrame()))
-    about = table.drop_duplicates("model").set_index("model")
-    n_lrs = table.groupby(["model", "method"])["lr"].nunique()
-    on_grid = pd.Series([n_lrs[model, method] > 1 for model, method in zip(best["model"], best["method"], strict=True)])
+    firsts = dict.fromkeys(("family", "hidden_size", "source"), "first")
+    about = table.groupby(["model", "method"]).agg({**firsts, "lr": "nunique"}).rename(columns={"lr": "lrs"})
+    best = best[["model", "method", "rank", "placement", "arm", "lr", "at_edge"]].join(about, on=["model", "method"])
     # A best LR that was published without its grid counts as resolved, as its source says it is best.
-    return best[["model", "method", "rank", "placement", "arm", "lr"]].assign(
-        family=best["model"].map(about["family"]).map(lineage),
-        hidden_size=best["model"].map(about["hidden_size"]),
-        source=best["model"].map(about["source"]),
-        resolved=~(on_grid & best["at_edge"].astype(bool)),
-    )
+    return best.assign(family=best["family"].map(lineage), resolved=~(best["lrs"].gt(1) & best["at_edge"].astype(bool)))
 
 
 def _draw_lrs(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -149,10 +137,9 @@ def _draw_lrs(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
             axes.plot(line["hidden_size"].astype(float), line["lr"], zorder=2 if ours else 1, **look)
     for row in only(rows, "published").to_dict("records"):
         face = _GREY if row["resolved"] else "white"
-        axes.plot(row["hidden_size"], row["lr"], _marker(row), ms=4, mfc=face, mec=_GREY, zorder=1.5)
-    grid.points(axes, only(rows, "optimum"), "hidden_size", "lr", styles, "resolved", _marker)
-    axes.set(xscale="log", yscale="log", xlabel="hidden size", ylabel="optimal learning rate")
-    style.plain_log_ticks(axes)
+        axes.plot(row["hidden_size"], row["lr"], row["marker"], ms=4, mfc=face, mec=_GREY, zorder=1.5)
+    grid.points(axes, only(rows, "optimum"), "hidden_size", "lr", styles)
+    style.log_axes(axes, "hidden size", "optimal learning rate", "log")
 
 
 def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -162,11 +149,5 @@ def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         axes.plot(line["hidden_size"].astype(float), line["ratio"], look, color=_GREY, linewidth=0.9, zorder=1)
         for end in line.tail(1).to_dict("records"):
             axes.annotate(text.format(end["ratio"]), (end["hidden_size"], end["ratio"]), (-2, 3), **small)
-    grid.points(axes, only(rows, "ratio"), "hidden_size", "ratio", styles, "resolved", _marker)
-    axes.set(xscale="log", xlabel="hidden size")
-    style.plain_log_ticks(axes)
-    style.ratio_axis(axes)
-
-
-def _marker(row: dict[Any, Any]) -> str:
-    return _MARKERS.get(row["family"], _OTHER_MARKER)
+    grid.points(axes, only(rows, "ratio"), "hidden_size", "ratio", styles)
+    style.ratio_axes(axes, "hidden size")

@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import ALPHA, arm_label, is_standard, with_arm_columns
+from lorabench.analysis.arms import ALPHA, arm_label, is_standard
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
@@ -28,7 +25,6 @@ from lorabench.analysis.lr_ratio import (
     predicted,
     prediction_table,
 )
-from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_ratios
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.config.margins import DEFAULT_PREDICTIONS
@@ -46,52 +42,42 @@ _FIRST_STEP = 10
 _REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
 
 
-def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_by_length(tables: Tables) -> style.Drawn:
     """Draw losses by LR, and the LR ratio, had runs ended at several steps; return what is plotted, too.
 
     The columns and elements are those of `lr_rows`, with losses on the validation split at step `steps` of runs of
     `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
     and `reference` (the paper's ratios).
     """
-    groups = grid.titled(with_arm_columns(tables.runs[is_standard(tables.runs)]))
+    groups = grid.titled(tables.runs[is_standard(tables.runs)])
     parts = [_rows_by_length(runs, tables.curves) for _, runs in groups]
-    heights = [math.ceil((len(_lengths(part)) + 1) / 2) for part in parts]
+    lengths = [sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique()) for rows in parts]
+    heights = [math.ceil((len(steps) + 1) / 2) for steps in lengths]
+    ratios = [paper_numbers()[key] for key in _REFERENCES if any(len(only(rows, "ratio")) for rows in parts)]
+    plotted = grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH, *parts)
     figure = style.new_figure(style.PANEL_HEIGHT * sum(heights))
-    printed = paper_numbers()
-    ratios = [printed[key] for key in _REFERENCES if key in printed and any(len(only(p, "ratio")) for p in parts)]
-    plotted = pd.concat(
-        [*parts, grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)], ignore_index=True
-    )
     styles = style.arm_styles(plotted)
-    for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        first, lengths = 2 * sum(heights[:place]) + 1, _lengths(rows)
-        for column, length in enumerate(lengths):
-            axes = figure.add_subplot(sum(heights), 2, first + column)
-            axes.set_title(f"{title} · at step {length}", pad=STRIP + 18, parse_math=False)
-            draw_lr_panel(axes, rows[(rows["steps"] == length) & (rows["element"] != "ratio")], styles)
-            axes.set_ylabel("validation NLL (nats / token)")
-        axes = figure.add_subplot(sum(heights), 2, first + len(lengths))
-        axes.set_title(f"{title} · LR ratio", pad=STRIP + 18, parse_math=False)
-        _draw_ratio(axes, only(rows, "ratio"), styles)
-        if len(lengths) > 1:
-            axes.set_xticks(lengths)
+    for place, ((title, _), rows, steps) in enumerate(zip(groups, parts, lengths, strict=True)):
+        for column, what in enumerate([*(f"at step {step}" for step in steps), "LR ratio"], start=1):
+            axes = figure.add_subplot(sum(heights), 2, 2 * sum(heights[:place]) + column)
+            axes.set_title(f"{title} · {what}", pad=STRIP + 18, parse_math=False)
+            if column > len(steps):
+                _draw_ratio(axes, only(rows, "ratio"), styles)
+            else:
+                draw_lr_panel(axes, rows[rows["steps"] == steps[column - 1]], styles)
+                axes.set_ylabel("validation NLL (nats / token)")
+        if len(steps) > 1:
+            axes.set_xticks(steps)
     known = only(plotted, "ratio").dropna(subset=["ratio"])
     unresolved = style.mark("ratio, not resolved", "o", mfc="white", mew=1.2)
     style.legends(figure, styles, [*lr_marks(plotted), (not known["resolved"].astype(bool).all(), unresolved)])
     return figure, plotted
 
 
-def _lengths(rows: pd.DataFrame) -> list[int]:
-    """Return the steps that have a panel, ascending."""
-    return sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique())
-
-
 def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model, dataset, batch size and length."""
-    evaluated: list[int] = []
-    if len(curves):
-        own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
-        evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
+    own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
+    evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
     steps = runs["steps"].iloc[0]
     # A table without the length of its runs holds runs of one length.
     full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
@@ -103,33 +89,29 @@ def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for comparison in by_length.values():
         for arm in comparison.arms:
             if arm["method"] == "lora" and comparison.fullft:
-                log_ratio = comparison.fit.log_ratio(arm_label(arm), "FullFT")
-                low, high = ratio_interval(log_ratio)
-                ratio = {"ratio": math.exp(log_ratio.value), "ratio_low": low, "ratio_high": high}
+                ratio = grid.lr_ratio(comparison.fit.log_ratio(arm_label(arm), "FullFT"))
                 resolved = not comparison.problems([arm, comparison.fullft], resolved=True)
                 ratios.append(arm | ratio | {"resolved": resolved})
-    parts.append(grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH))
-    return grid.joined(parts, _BY_LENGTH).assign(full_steps=full)
+    return grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH, *parts).assign(full_steps=full)
 
 
 def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     printed = paper_numbers()
     small: dict[str, Any] = {"textcoords": "offset points", "color": style.MUTED, "fontsize": 7.5}
     for key, length in _REFERENCES.items():
-        if key in printed and len(rows):
+        if len(rows):
             axes.axhline(printed[key], color="0.6", linewidth=0.9, linestyle="--", zorder=1)
             text = f"paper, {length}: {printed[key]:g}"
             axes.annotate(text, (0, printed[key]), (2, 3), ("axes fraction", "data"), **small)
     known = rows[rows["ratio"].notna() & (rows["steps"] > 0)].sort_values("steps")
-    grid.lines(axes, known, "steps", "ratio", styles)
-    grid.points(axes, known, "steps", "ratio", styles, "resolved", size=4.5)
-    axes.set(xscale="log", xlabel="training step")
-    style.plain_log_ticks(axes)
-    style.ratio_axis(axes)
+    grid.lines(axes, known[["arm", "steps", "ratio"]], "steps", "ratio", styles)
+    grid.points(axes, known.assign(filled=known["resolved"]), "steps", "ratio", styles, 4.5)
+    style.ratio_axes(axes, "training step")
 
 
 _COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
 
+# The colour of each theory, and its name in the legend.
 _THEORIES = {
     "movement": ("#0072B2", "A moves, given FullFT's LR"),
     "scale": ("#D55E00", "width / alpha alone"),
@@ -137,23 +119,18 @@ _THEORIES = {
     "constant": ("0.55", "always 10 (paper)"),
     "naive": ("#CC79A7", "width / (2 alpha)"),
 }
-"""The colour of each theory, and its name in the legend."""
 
+# The marks of the widths, ascending, and the columns of the lower panels with the labels of their axes.
 _MARKERS = ("o", "s", "^", "D", "P", "X")
-"""The marks of the widths, ascending."""
-
 _PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
-"""The columns of the lower panels with the labels of their axes."""
 
 _CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
 
-_PAPER = "LoRA Without Regret"
-
-_PAPER_STEPS = 780
-"""The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
+# The paper as a source of ratios, and the length of its authors' published sweeps (100,000 examples in batches of 128).
+_PAPER, _PAPER_STEPS = "LoRA Without Regret", 780
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the LR ratio by condition; return the figure, and what it plots as one tidy table.
 
     The column `element` says what a row is: `condition` (a measured ratio with what a theory predicts of it, see
@@ -162,48 +139,51 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     ratio_low to ratio_high, for models from width_low to width_high).
     """
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-    theories = DEFAULT_PREDICTIONS.lr_ratio
-    conditions = prediction_table(measured_ratios(with_arm_columns(tables.runs), tables.curves, judging), theories)
+    conditions = prediction_table(measured_ratios(tables.runs, tables.curves, judging), DEFAULT_PREDICTIONS.lr_ratio)
     if not conditions["ratio"].notna().any():
-        return style.empty_figure("no condition with an LR sweep of both LoRA and full fine-tuning"), pd.DataFrame(
-            columns=_COLUMNS
-        )
+        sentence = "no condition with an LR sweep of both LoRA and full fine-tuning"
+        return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
     published = published_ratios()
     middle = {end: np.sqrt(published[f"{end}_low"] * published[f"{end}_high"]) for end in ("width", "ratio")}
     published = published.drop(columns="steps").assign(element="published", **middle)
-    parts = [conditions.assign(element="condition"), pd.DataFrame(_lines(conditions)), published]
-    plotted = pd.concat([part for part in parts if len(part)], ignore_index=True).reindex(columns=_COLUMNS)
+    widths = np.geomspace(0.8 * float(conditions["width"].min()), 10_000, 25)
+    # The theory `movement` needs a measured LR: it is drawn over the widths of models with published optima only.
+    lines = [_predicted(name, width, STEPS) for width in widths for name in _THEORIES if name != "movement"]
+    for width in np.geomspace(2048, 8192, 9):
+        lr = predict_lr(PUBLISHED, "llama", int(width), "fullft")
+        about = {"element": "paper_law", "steps": _PAPER_STEPS, "fullft_lr": lr}
+        lines.append(_predicted("movement", width, _PAPER_STEPS, lr) | about)
+    parts = [conditions.assign(element="condition"), pd.DataFrame(lines), published]
+    plotted = pd.concat(parts, ignore_index=True).reindex(columns=_COLUMNS)
     figure = style.new_figure(2 * style.PANEL_HEIGHT)
     places = figure.add_gridspec(2, len(_PANELS))
     marks = dict(zip(sorted(conditions["width"].unique()), _MARKERS, strict=False))
     _draw_widths(figure.add_subplot(places[0, :]), plotted, marks)
-    for place, (column, label) in enumerate(_PANELS.items()):
+    for place, column in enumerate(_PANELS):
         axes = figure.add_subplot(places[1, place])
         _draw_panel(axes, conditions, column, marks)
-        axes.set_xlabel(label)
         if place:
             axes.set_ylabel("")
-    style.legends(figure, {}, _entries(plotted, marks))
+    # Theories and published ratios always occur.
+    entries = [style.line(label, color=colour) for colour, label in _THEORIES.values()]
+    entries.append(style.line("A moves, the paper's LRs", color=_THEORIES["movement"][0], linestyle="--"))
+    entries += [style.mark(f"measured, width {int(width)}", mark, color="black") for width, mark in marks.items()]
+    if (conditions["runs"] == "prefix").any():
+        entries.append(style.mark("prefix of longer runs", "o", color="0.45"))
+    if not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all():
+        entries.append(style.mark("not resolved", "o", mfc="white", mew=1.2))
+    entries += [style.mark("published, SFT", "d", color="0.5"), style.mark("published, RL", "v", color="0.5")]
+    entries.append(style.mark("published, another alpha", "d", mfc="white", mec="0.5"))
+    entries.append(style.mark("the paper", "*", color="black", ms=10))
+    style.legends(figure, {}, [(True, entry) for entry in entries])
     return figure, plotted
 
 
-def _lines(conditions: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the theories that need no measured LR over the widths, and the theory `movement` at published optima."""
-    rows: list[dict[str, Any]] = []
-    theories = DEFAULT_PREDICTIONS.lr_ratio
-    for width in np.geomspace(0.8 * float(conditions["width"].min()), 10_000, 25):
-        at_width = predicted(theories, Setting(width, STEPS, BATCH_SIZE, ALPHA))
-        for name, theory in at_width.items():
-            if name != "movement":
-                value = float(np.exp(theory(np.asarray(math.nan))))
-                rows.append({"element": "line", "theory": name, "width": width, "alpha": ALPHA, "predicted": value})
-    for width in np.geomspace(2048, 8192, 9):
-        lr = predict_lr(PUBLISHED, "llama", int(width), "fullft")
-        theory = predicted(theories, Setting(width, _PAPER_STEPS, BATCH_SIZE, ALPHA))["movement"]
-        value = float(np.exp(theory(np.asarray(math.log(lr)))))
-        about = {"theory": "movement", "width": width, "alpha": ALPHA, "steps": _PAPER_STEPS, "fullft_lr": lr}
-        rows.append({"element": "paper_law", **about, "predicted": value})
-    return rows
+def _predicted(theory: str, width: float, steps: int, fullft_lr: float = math.nan) -> dict[str, Any]:
+    """Return the ratio that a theory predicts of a width, with the paper's alpha and the batch size of our runs."""
+    predict = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(width, steps, BATCH_SIZE, ALPHA))[theory]
+    ratio = float(np.exp(predict(np.asarray(math.log(fullft_lr)))))
+    return {"element": "line", "theory": theory, "width": width, "alpha": ALPHA, "predicted": ratio}
 
 
 def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> None:
@@ -212,9 +192,8 @@ def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> No
             rows = plotted[(plotted["element"] == element) & (plotted["theory"] == name)]
             width, ratio = rows["width"].astype(float), rows["predicted"].astype(float)
             axes.plot(width, ratio, line, color=colour, lw=1.3, zorder=2)
-    here = only(plotted, "condition").query(
-        "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
-    )
+    at_base = "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
+    here = only(plotted, "condition").query(at_base)
     given = here[here["theory"] == "movement"].sort_values("width")
     colour = _THEORIES["movement"][0]
     axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
@@ -227,22 +206,23 @@ def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> No
         marker = "*" if is_paper else "v" if row["task"] == "rl" else "d"
         face = colour if row["alpha"] == ALPHA else "white"
         axes.plot(row["width"], row["ratio"], marker, mfc=face, mec=colour, ms=11 if is_paper else 5, zorder=4)
-    axes.set(xscale="log", xlabel="width of the model (hidden size)")
+    style.ratio_axes(axes, "width of the model (hidden size)")
     axes.set_title("by width", pad=18)
     style.note(axes, f"alpha {ALPHA:g}; measured here after {STEPS} steps of {BATCH_SIZE} examples; grey: published")
-    style.plain_log_ticks(axes)
-    style.ratio_axis(axes)
 
 
 def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
     """Draw the conditions that differ in a column only, and what the theories predict of them."""
     axes.set_title(f"by {_PANELS[column]}", pad=18)
     base = {"steps": STEPS, "alpha": ALPHA, "batch_size": BATCH_SIZE}
-    at_base = conditions
-    for name, value in base.items():
-        at_base = at_base if name == column else at_base[at_base[name] == value]
-    shown = _varied(at_base, column) or _varied(conditions, column)
-    if not shown:
+    is_base = np.logical_and.reduce([conditions[name] == value for name, value in base.items() if name != column])
+    others = [name for name in _CONDITION if name not in (column, "runs")]
+    for chosen in (conditions[is_base], conditions):
+        # Groups of conditions that agree in all but the column, of which they have several values.
+        shown = [rows for _, rows in chosen.groupby(others, dropna=False) if rows[column].nunique() > 1]
+        if shown:
+            break
+    else:
         style.say(axes, "one value only")
         return
     for rows in shown:
@@ -254,18 +234,9 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
         _measured(axes, varied, column, marks)
     widths = sorted({int(rows["width"].iloc[0]) for rows in shown})
     style.note(axes, f"width {' and '.join(map(str, widths))}")
-    axes.set(xscale="log")
-    values = sorted({float(value) for rows in shown for value in rows[column]})
-    axes.xaxis.set_major_locator(FixedLocator(values))
+    style.ratio_axes(axes, _PANELS[column])
+    axes.xaxis.set_major_locator(FixedLocator(sorted({float(value) for rows in shown for value in rows[column]})))
     axes.xaxis.set_minor_locator(NullLocator())
-    style.plain_log_ticks(axes)
-    style.ratio_axis(axes)
-
-
-def _varied(conditions: pd.DataFrame, column: str) -> list[pd.DataFrame]:
-    """Return the groups of conditions that agree in all but a column, of which they have several values."""
-    others = [name for name in _CONDITION if name not in (column, "runs")]
-    return [rows for _, rows in conditions.groupby(others, dropna=False) if rows[column].nunique() > 1]
 
 
 def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
@@ -276,30 +247,3 @@ def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]
         axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
         face = colour if row["resolved"] else "white"
         axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)
-
-
-def _entries(plotted: pd.DataFrame, marks: dict[Any, str]) -> list[tuple[Any, Artist]]:
-    """Return the legend entries, each after whether its mark occurs."""
-    conditions, published = only(plotted, "condition"), only(plotted, "published")
-    unresolved = not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all()
-    other_alpha = (published["width"].notna() & (published["alpha"] != ALPHA)).any()
-    return [
-        *(
-            ((plotted["theory"] == name).any(), Line2D([], [], color=colour, label=label))
-            for name, (colour, label) in _THEORIES.items()
-        ),
-        (
-            len(only(plotted, "paper_law")),
-            Line2D([], [], color=_THEORIES["movement"][0], linestyle="--", label="A moves, the paper's LRs"),
-        ),
-        *(
-            (True, style.mark(f"measured, width {int(width)}", marker, color="black"))
-            for width, marker in marks.items()
-        ),
-        ((conditions["runs"] == "prefix").any(), style.mark("prefix of longer runs", "o", color="0.45")),
-        (unresolved, style.mark("not resolved", "o", mfc="white", mew=1.2)),
-        ((published["task"] == "sft").any(), style.mark("published, SFT", "d", color="0.5")),
-        ((published["task"] == "rl").any(), style.mark("published, RL", "v", color="0.5")),
-        (other_alpha, style.mark("published, another alpha", "d", mfc="white", mec="0.5")),
-        ((published["source"] == _PAPER).any(), style.mark("the paper", "*", color="black", ms=10)),
-    ]

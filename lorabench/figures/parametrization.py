@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import arm_label, arm_table, is_standard
 from lorabench.analysis.curves import train_curves
@@ -41,7 +39,7 @@ _STEPS = 50
 # The numerical precision of a training loss, in nats per token.
 _IDENTICAL = 1e-5
 
-_ENDS = {"low": "value_low", "high": "value_high"}
+_ENDS, _BAND = ["value", "low", "high"], {"low": "value_low", "high": "value_high"}
 _COLUMNS = [
     *(*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"),
     *("step", "value", "low", "high", "n", "run_id"),
@@ -55,7 +53,7 @@ _RULE_LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is; `value` is what is drawn, `low` and `high` are the ends of its interval,
@@ -75,13 +73,13 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = pd.concat(parts, ignore_index=True)
     figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(plotted)
+    draws = {
+        "first update": _draw_first_descents,
+        "redundant pair": _draw_differences,
+        "when A moves": _draw_move_times,
+        "size of updates": _draw_update_norms,
+    }
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        draws = {
-            "first update": _draw_first_descents,
-            "redundant pair": _draw_differences,
-            "when A moves": _draw_move_times,
-            "size of updates": _draw_update_norms,
-        }
         for column, (what, draw_panel) in enumerate(draws.items(), start=1):
             axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
             axes.set_title(f"{title} · {what}", pad=18, parse_math=False)
@@ -92,65 +90,50 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model and dataset."""
-    descents = descent_ratios(first_descents(runs, curves)).rename(columns={"ratio": "value", "n_seeds": "n"})
     # The largest difference of equivalent runs by step, and the range of the difference of other pairs. Before the
     # first update, all runs have the loss of the base model.
     apart = differences(invariance_pairs(runs), curves, _STEPS)
     pairs = apart[apart["step"] > 1].groupby(["eps", "step", "equivalent"], dropna=False)["difference"]
     ranges = pairs.agg(low="min", high="max", n="size").reset_index()
     equivalent = ranges["equivalent"].astype(bool)
+    # The time until A moves is a geometric mean over seeds, which is unknown if A did not move that far in one of them.
+    times = move_times(runs, curves)
+    times = times.assign(size=np.log(times["step"].astype(float)))
+    times = _over_seeds(times, [*PAIR_SETTING, *CONFIGURATION], "update_scale", "time_scale")
+    times[_ENDS] = np.exp(times[_ENDS].astype(float))
+    moved = times["value"].notna()
+    # In runs whose A stays still, only B is updated noticeably, so the norm is per unit of the LR of B.
+    still = train_curves(runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])], curves, "update_norm")
+    still = still.assign(size=still["value"] / (still["lr"] * still["lr_ratio"]))
+    descents = descent_ratios(first_descents(runs, curves))
     parts = {
-        "first_descent": descents,
-        "equivalent": ranges[equivalent].assign(value=ranges["high"]),
-        "not_equivalent": ranges[~equivalent].assign(value=ranges["low"]),
-        **_move_times(runs, curves),
-        **_update_norms(runs, curves),
+        "first_descent": descents.rename(columns={"ratio": "value", "n_seeds": "n"}),
+        "equivalent": ranges.assign(value=ranges["high"])[equivalent],
+        "not_equivalent": ranges.assign(value=ranges["low"])[~equivalent],
+        "a_moved": times[moved],
+        "a_not_moved": times.assign(value=times["steps"].astype(float))[~moved & times["steps"].notna()],
+        "update_norm": _over_seeds(step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
+        "still_a": _over_seeds(still, [*PAIR_SETTING, "lr", "lr_ratio", "step"], "time_scale"),
         "diverged": diverged_runs(runs),
     }
     rows = grid.tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
-    # No panel draws a run that diverged, so its arm has no entry in the legend.
-    rows.loc[rows["element"] == "diverged", "arm"] = None
+    # Only these elements have the colour of their rank; the other rows have no entry in the legend.
+    coloured = rows["element"].isin(["a_moved", "a_not_moved", "update_norm"])
+    rows["arm"] = ("LoRA r" + rows["rank"].astype("Int64").astype(str)).where(coloured, None)
     rows = rows.assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0], method="lora")
     return rows.astype({"n": "Int64", "step": "Int64"})
 
 
-def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return for each configuration the geometric mean over seeds, or the length of its runs if A lags in one."""
-    moved, not_moved = [], []
-    for _, seeds in move_times(runs, curves).groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False):
-        first = seeds.iloc[0]
-        row = dict(first[[*PAIR_SETTING, "update_scale", "time_scale"]])
-        row |= {"n": len(seeds), "arm": f"LoRA r{first['rank']}"}
-        if seeds["step"].notna().all():
-            value, low, high = np.exp(mean_interval(np.log(seeds["step"])))
-            moved.append(row | {"value": value, "low": low, "high": high})
-        elif not pd.isna(first["steps"]):
-            not_moved.append(row | {"value": float(first["steps"])})
-    return {"a_moved": pd.DataFrame(moved), "a_not_moved": pd.DataFrame(not_moved)}
+def _over_seeds(table: pd.DataFrame, key: list[str], *kept: str) -> pd.DataFrame:
+    """Return the mean over seeds of the column `size`, its 95% interval, the number of seeds, and the `kept` columns.
 
-
-def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the sizes of updates as means over seeds, also of runs whose A stays still."""
-    controls = runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])]
-    still = train_curves(controls, curves, "update_norm")
-    # Only B is updated noticeably, so the norm is per unit of the LR of B.
-    still = still.assign(size=still["value"] / (still["lr"] * still["lr_ratio"]))
-    sizes = {
-        "update_norm": (step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
-        "still_a": (still, [*PAIR_SETTING, "lr", "lr_ratio", "step"]),
-    }
-    parts = {}
-    for element, (table, key) in sizes.items():
-        rows = []
-        for _, seeds in table.groupby(key, dropna=False):
-            row = {name: seeds[name].iloc[0] for name in (*PAIR_SETTING, "step")} | {"n": len(seeds)}
-            row |= dict(zip(("value", "low", "high"), mean_interval(seeds["size"]), strict=True))
-            if element == "still_a":
-                rows.append(row | {"time_scale": seeds["time_scale"].iloc[0]})
-            else:
-                rows.append(row | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"})
-        parts[element] = pd.DataFrame(rows)
-    return parts
+    Rows that agree in the columns of `key` differ in their seed only.
+    """
+    rows = []
+    for _, seeds in table.groupby(key, dropna=False):
+        row = {name: seeds[name].iloc[0] for name in (*key, *kept)} | {"n": len(seeds)}
+        rows.append(row | dict(zip(_ENDS, mean_interval(seeds["size"]), strict=True)))
+    return pd.DataFrame(rows, columns=[*key, *kept, "n", *_ENDS])
 
 
 def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -159,21 +142,17 @@ def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None
         style.say(axes, "The curves hold no descent of step 1.")
         return
     axes.axhspan(0.95, 1.05, color="0.88", linewidth=0, zorder=0)
-    batches = [name for name in ("placement", "batch_size", "eps") if descents[name].nunique(dropna=False) > 1]
-    for _, batch_rows in descents.groupby(batches or ["model"], dropna=False):
+    entries = {}
+    for _, batch_rows in descents.groupby(["placement", "batch_size", "eps"], dropna=False):
         for rule, look in _RULE_LOOKS.items():
-            ratios = batch_rows[batch_rows["rule"] == rule].sort_values("rank")
-            if ratios.empty:
-                continue
-            ranks, ratio = ratios["rank"].astype(float), ratios["value"].astype(float)
-            bars = np.abs([ratios["low"].astype(float) - ratio, ratios["high"].astype(float) - ratio])
-            axes.errorbar(ranks, ratio, bars, capsize=2.5, ms=4, linewidth=1.3, label=rule, zorder=2, **look)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), loc="lower right")
-    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="first descent over that of the highest rank")
-    axes.set_xticks(sorted(set(descents["rank"].astype(int))), minor=False)
-    style.plain_log_ticks(axes)
+            ratios = batch_rows[batch_rows["rule"] == rule].sort_values("rank").astype({"rank": float})
+            if len(ratios):
+                ratio, *ends = ratios[_ENDS].to_numpy(float).T
+                bars: dict[str, Any] = {"yerr": np.abs(ends - ratio), "capsize": 2.5, "ms": 4, "linewidth": 1.3}
+                entries[rule] = axes.errorbar(ratios["rank"], ratio, **bars, zorder=2, **look)
+    axes.legend(entries.values(), entries, loc="lower right")
+    style.log_axes(axes, "rank", "first descent over that of the highest rank", "log")
+    axes.set_xticks(sorted(set(descents["rank"].astype(int))))
     low = min(0.5, float(descents["value"].min()))
     axes.set_ylim(low / 1.3, max(1.3, float(descents["value"].max()) * 1.3))
     style.log_ticks(axes.yaxis)
@@ -187,21 +166,19 @@ def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         style.say(axes, "No two runs should be equivalent.")
         return
     if len(other):
+        grid.band(axes, other, "step", "low", "high", label="others, range")
         steps = other["step"].astype(float)
-        look: dict[str, Any] = {"color": "0.85", "linewidth": 0, "label": "others, range", "zorder": 1}
-        axes.fill_between(steps, other["low"], other["high"], **look)
         axes.plot(steps, other["value"], "--", color="0.45", linewidth=1.2, label="others, smallest", zorder=2)
     # A difference of exactly 0 has no place on a log axis.
     shown = equivalent[equivalent["value"] > 0]
     axes.plot(shown["step"].astype(float), shown["value"], color="black", label="equivalent, largest", zorder=3)
     axes.axhline(_IDENTICAL, color="black", linestyle=":", linewidth=1.0, zorder=1)
-    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="|difference of NLL| so far (nats / token)")
+    style.log_axes(axes, "training step", "|difference of NLL| so far (nats / token)", "log")
     axes.legend(loc="upper left")
     low, high = axes.get_ylim()
     # The upper part of the panel is kept free for the legend.
     axes.set_ylim(min(low, _IDENTICAL / 10), high * (high / min(low, _IDENTICAL / 10)) ** 0.35)
     axes.set_xlim(1, _STEPS * 1.1)
-    style.plain_log_ticks(axes)
     last, others = equivalent.iloc[-1], other["n"].iloc[-1] if len(other) else 0
     remark = "" if pd.isna(last["eps"]) else f"eps {last['eps']:g}"
     remark = "equivalent runs equal to the last bit" if shown.empty else remark
@@ -215,48 +192,38 @@ def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         return
     facts = []
     if len(moved):
-        grid.points(axes, moved.rename(columns=_ENDS), "time_scale", "value", styles, marker="o", size=4)
+        grid.points(axes, moved.rename(columns=_BAND).assign(marker="o"), "time_scale", "value", styles, 4)
         # Only runs whose first updates have the same size can be compared.
         scale = moved["update_scale"].map(lambda value: f"{value:.9g}")
-        comparable_runs = moved.groupby([*PAIR_SETTING, scale], dropna=False)
-        for _, comparable in comparable_runs:
-            ordered = comparable.sort_values("time_scale")
-            axes.plot(ordered["time_scale"], ordered["value"], color="0.6", linewidth=0.9, zorder=1)
-        line = log_log(moved["time_scale"], moved["value"], groups=comparable_runs.ngroup())
+        comparable = moved.sort_values("time_scale").groupby([*PAIR_SETTING, scale], dropna=False)
+        for _, line in comparable:
+            axes.plot(line["time_scale"], line["value"], color="0.6", linewidth=0.9, zorder=1)
+        fit = log_log(moved["time_scale"], moved["value"], groups=comparable.ngroup()[moved.index])
         at = np.array([moved["time_scale"].min(), moved["time_scale"].max()], float)
         middle = np.exp(np.log(moved[["time_scale", "value"]].astype(float)).mean())
         axes.plot(at, middle["value"] * at / middle["time_scale"], ":", color="0.4", linewidth=1.2, zorder=1)
-        if not math.isnan(line.slope):
-            facts.append(f"slope {line.slope:.2f}, dotted 1")
+        if not math.isnan(fit.slope):
+            facts.append(f"slope {fit.slope:.2f}, dotted 1")
     if len(not_moved):
-        grid.points(axes, not_moved, "time_scale", "value", styles, filled=False, marker="^", size=4.5)
+        grid.points(axes, not_moved.assign(marker="^", filled=False), "time_scale", "value", styles, 4.5)
         facts.append(f"{len(not_moved)} beyond the end (open)")
-    axes.set(xscale="log", yscale="log", xlabel="init_A / LR_A", ylabel="steps until A has moved by its norm")
+    style.log_axes(axes, "init_A / LR_A", "steps until A has moved by its norm", "log")
     # The axis spans a decade or more, so that it has ticks.
     drawn = pd.concat([moved, not_moved])["value"].astype(float)
     axes.set_ylim(min(drawn.min() / 1.4, drawn.max() / 7), drawn.max() * 1.4)
-    style.plain_log_ticks(axes)
     style.log_ticks(axes.yaxis)
     style.note(axes, *facts)
 
 
 def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    norms, diverged = only(rows, "update_norm"), only(rows, "diverged")
+    norms, still, diverged = (only(rows, element) for element in ("update_norm", "still_a", "diverged"))
     if norms.empty:
         style.say(axes, "The curves hold no update norms\nin the standard parametrization.")
         return
-    for arm, curve in norms.groupby("arm"):
-        curve = curve.sort_values("step")
-        steps, look = curve["step"].astype(float), styles[str(arm)]
-        low, high = curve["low"].astype(float), curve["high"].astype(float)
-        axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
-        axes.plot(steps, curve["value"], **look.line, marker="o", ms=3)
-    still = only(rows, "still_a")
-    for _, control in still.groupby([*PAIR_SETTING, "time_scale"], dropna=False):
-        control = control.sort_values("step")
+    grid.lines(axes, norms.sort_values("step").rename(columns=_BAND), "step", "value", styles, marker="o", ms=3)
+    for _, control in still.sort_values("step").groupby([*PAIR_SETTING, "time_scale"], dropna=False):
         axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
-    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
-    style.plain_log_ticks(axes)
+    style.log_axes(axes, "training step", "||change of W|| / LR, one step", "log")
     style.log_ticks(axes.yaxis)
     lost = f"{len(diverged)} runs diverged" if len(diverged) else ""
     style.note(axes, seeds_text(norms["n"]), "dashed: A still" if len(still) else "", lost)
@@ -270,41 +237,38 @@ _VARIANTS = [
 _ROW = 0.27  # the height in inches of the row of one variant
 
 
-def draw_variants(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_variants(tables: Tables) -> style.Drawn:
     """Draw the variants; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `variant` (`nll` is the fitted minimum of the test loss, in nats per scored
     token, with its 95% interval; `lr` is the fitted optimum of LR_A with its 95% interval), `margin_band` (from the
     standard's loss down by the margin, from `nll_low` to `nll_high`) or `diverged` (one run).
     """
-    settings = []
+    parts: list[tuple[str, pd.DataFrame]] = []
     lora = with_lr_grid(tables.runs[tables.runs["method"] == "lora"])
     for title, panel in grid.titled(lora):
         for _, rows in panel.groupby(PAIR_SETTING, dropna=False):
             standard = is_standard(rows)
             # A setting has the standard parametrization and a variant of it.
             if standard.any() and not standard.all():
-                rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
-                several = f" · eps {eps:g}" if panel["eps"].nunique() > 1 else ""
-                settings.append((f"{title} · r{rank}{several}", rows))
-    if not settings:
+                several = f" · eps {rows['eps'].iloc[0]:g}" if panel["eps"].nunique() > 1 else ""
+                parts.append((f"{title} · r{rows['rank'].iloc[0]}{several}", _variant_rows(tables, rows)))
+    if not parts:
         sentence = "There are no LR-tuned variants of the standard parametrization."
         return style.empty_figure(sentence), pd.DataFrame(columns=_VARIANTS)
-    parts = [_variant_rows(tables, runs) for _, runs in settings]
-    heights = [_ROW * len(only(part, "variant")) + 1.2 for part in parts]
+    heights = [_ROW * len(only(part, "variant")) + 1.2 for _, part in parts]
     figure = style.new_figure(sum(heights))
     axes = figure.subplots(len(parts), 2, squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights})
-    for (title, _), rows, (left, right) in zip(settings, parts, axes, strict=True):
+    for (title, rows), (left, right) in zip(parts, axes, strict=True):
         left.set_title(title, pad=18, parse_math=False)
-        _draw_losses(left, rows)
-        _draw_rates(right, only(rows, "variant"))
-    plotted = pd.concat(parts, ignore_index=True)
+        _draw_variants(left, right, rows)
+    plotted = pd.concat([part for _, part in parts], ignore_index=True)
     variants = only(plotted, "variant")
     resolved = variants["resolved"].astype(bool)
     white = {"mfc": "white", "mew": 1.1, "ms": 5}
     marks = [
         (True, style.mark("standard", "s", color="black", ls="-", lw=1.4, ms=5)),
-        (len(only(plotted, "margin_band")), Patch(label="within the margin of the standard", facecolor="0.88")),
+        (len(only(plotted, "margin_band")), style.shade("within the margin of the standard", "0.88")),
         (variants["at_edge"].astype(bool).any(), style.mark("best LR at the edge", "o", **white)),
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.4, ms=5)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", **white)),
@@ -326,6 +290,7 @@ def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
     variants = arm_table(rows, columns).sort_values(["alpha", "lr_ratio"], ascending=False, kind="stable")
     standard = grid.margin_band(comparison, variants[is_standard(variants)].dropna(subset=["nll"]))
     if len(standard):
+        # A variant is better if its loss is lower than the standard's by more than the margin.
         margin = standard["nll_high"] - standard["nll_low"]
         standard = standard.assign(nll_low=standard["nll"] - margin, nll_high=standard["nll"])
     diverged = diverged_runs(runs).drop(columns=["n_diverged"], errors="ignore")
@@ -333,39 +298,36 @@ def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
     return table.astype({"n_seeds": "Int64", "n_diverged": "Int64"})
 
 
-def _draw_losses(axes: Axes, rows: pd.DataFrame) -> None:
+def _draw_variants(left: Axes, right: Axes, rows: pd.DataFrame) -> None:
+    """Draw a row for each variant: the loss at its best LR in the left panel, and that LR in the right panel."""
     variants = only(rows, "variant")
     for band in only(rows, "margin_band").to_dict("records"):
-        axes.axvspan(band["nll_low"], band["nll_high"], color="0.88", linewidth=0, zorder=0)
-        axes.axvline(band["nll"], color="0.6", linewidth=0.8, zorder=1)
+        left.axvspan(band["nll_low"], band["nll_high"], color="0.88", linewidth=0, zorder=0)
+        left.axvline(band["nll"], color="0.6", linewidth=0.8, zorder=1)
     for place, row in enumerate(variants.to_dict("records")):
-        standard = row["alpha"] == 32 and row["lr_ratio"] == 1
-        colour = "black" if standard else style.MUTED
-        axes.hlines(place, row["nll_low"], row["nll_high"], color=colour, linewidth=1.4, zorder=2)
-        face = "white" if row["at_edge"] else colour
-        axes.plot(row["nll"], place, "s" if standard else "o", ms=5, mfc=face, mec=colour, mew=1.1, zorder=3)
+        shape, colour = ("s", "black") if row["alpha"] == 32 and row["lr_ratio"] == 1 else ("o", style.MUTED)
+        for axes, value, marker, edge, filled in (
+            (left, "nll", shape, colour, not row["at_edge"]),
+            (right, "lr", "D", style.MUTED, row["resolved"]),
+        ):
+            axes.hlines(place, row[f"{value}_low"], row[f"{value}_high"], color=edge, linewidth=1.4, zorder=2)
+            face = edge if filled else "white"
+            axes.plot(row[value], place, marker, ms=5, mfc=face, mec=edge, mew=1.1, zorder=3)
     labels = [f"alpha {row['alpha']:g}, LR_B/LR_A {row['lr_ratio']:g}" for _, row in variants.iterrows()]
-    axes.set_yticks(range(len(variants)), labels)
-    axes.set(ylim=(-0.6, len(variants) - 0.4), xlabel="final test NLL (nats / token)")
-    axes.grid(visible=False, axis="y")
+    left.set_yticks(range(len(variants)), labels)
+    left.set(ylim=(-0.6, len(variants) - 0.4), xlabel="final test NLL (nats / token)")
     lost = ", ".join(variants.loc[variants["nll"].isna(), "arm"])
     diverged = f"{len(only(rows, 'diverged'))} diverged"
-    style.note(axes, seeds_text(variants["n_seeds"]), diverged, f"no loss: {lost}" if lost else "")
-
-
-def _draw_rates(axes: Axes, variants: pd.DataFrame) -> None:
-    for place, row in enumerate(variants.to_dict("records")):
-        axes.hlines(place, row["lr_low"], row["lr_high"], color=style.MUTED, linewidth=1.4, zorder=2)
-        face = style.MUTED if row["resolved"] else "white"
-        axes.plot(row["lr"], place, "D", ms=5, mfc=face, mec=style.MUTED, mew=1.1, zorder=3)
+    style.note(left, seeds_text(variants["n_seeds"]), diverged, f"no loss: {lost}" if lost else "")
     if variants["lr"].notna().any():
-        axes.set_xscale("log")
-        style.log_ticks(axes.xaxis)
+        right.set_xscale("log")
+        style.log_ticks(right.xaxis)
         # The axis spans a decade or more, so that it has ticks, and optima that are close look close.
         ends = variants[["lr", "lr_low", "lr_high"]].astype(float)
         low, high = float(ends.min().min()), float(ends.max().max())
         margin = max(1.2, math.sqrt(10 * low / high))
-        axes.set_xlim(low / margin, high * margin)
-    axes.set_xlabel("optimal learning rate of A")
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0, labelleft=False)
+        right.set_xlim(low / margin, high * margin)
+    right.set_xlabel("optimal learning rate of A")
+    right.tick_params(axis="y", length=0, labelleft=False)
+    for axes in (left, right):
+        axes.grid(visible=False, axis="y")

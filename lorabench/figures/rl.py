@@ -6,26 +6,15 @@ The panel of the sampler's distribution is one that the paper does not have.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import ARM, rows_of
 from lorabench.analysis.rewards import reward_curves, runs_above_max_kl
 from lorabench.figures import grid, style
-from lorabench.figures.by_lr import (
-    ACCURACY,
-    ACCURACY_COLUMNS,
-    STRIP,
-    accuracy_rows,
-    draw_levels,
-    draw_lr_panel,
-    lr_marks,
-)
+from lorabench.figures.by_lr import ACCURACY_COLUMNS, STRIP, accuracy_rows, draw_levels, draw_lr_panel, lr_marks
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, seeds_text
 from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
@@ -43,10 +32,11 @@ _SMOOTH = 1 / 20
 # The number of columns of the grid that panels are placed on, and the height of a panel in inches.
 _GRID, _HEIGHT = 6, 2.6
 
+_KL = "KL (nats per token)"
 _OWN_SPLITS = {"train", "validation", "test"}
 
 
-def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_accuracy(tables: Tables) -> style.Drawn:
     """Draw figure 7; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `curve` (greedy test accuracy of an arm near its optimal LR after a step,
@@ -54,58 +44,46 @@ def draw_accuracy(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
-    plotted = grid.joined([grid.tidy({"curve": curves}, columns), accuracy_rows(tables)], columns)
-    figure, drawn = grid.panels(plotted, each=2, strip=STRIP)
-    styles = style.arm_styles(plotted)
-    for rows, (over_time, by_lr) in drawn:
-        curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
-        if curve.empty:
-            style.say(over_time, "There are no test accuracies over training.")
-        else:
-            draw_levels(over_time, rows, "accuracy")
-            _draw_curves(over_time, curve, styles)
-            over_time.set_ylabel("test accuracy at the best LR")
-            style.note(over_time, seeds_text(curve["n_seeds"]), strip=STRIP)
-        draw_lr_panel(by_lr, rows[rows["element"] != "curve"], styles, ACCURACY)
-    style.legends(figure, styles, lr_marks(plotted))
-    return figure, plotted
+    plotted = grid.tidy({"curve": curves}, columns, accuracy_rows(tables))
+    return grid.draw(plotted, [_draw_accuracies, draw_lr_panel], lr_marks(plotted), STRIP), plotted
 
 
-def _curve_rows(tables: Tables, split: str, metric: str, further: Sequence[str] = ()) -> pd.DataFrame:
-    """Return a metric over the training of each arm near its optimal LR: its mean and standard deviation over seeds.
+def _draw_accuracies(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
+    if curve.empty:
+        style.say(axes, "There are no test accuracies over training.")
+        return
+    draw_levels(axes, rows, "accuracy")
+    _draw_curves(axes, curve, styles)
+    axes.set_ylabel("test accuracy at the best LR")
+    style.note(axes, seeds_text(curve["n_seeds"]), strip=STRIP)
 
-    Metrics of the split `train` are measured on each step's batch, so they are running means over a twentieth of the
-    steps.
 
-    Args:
-        tables: RL runs and their curves.
-        split: a split of the curves, or the name of a further problem set.
-        metric: a metric of the curves.
-        further: further metrics of the split; the mean of each gets a column.
+def _curve_rows(tables: Tables, split: str, *metrics: str) -> pd.DataFrame:
+    """Return metrics over the training of each arm near its optimal LR.
+
+    The columns `mean` and `sd` are those of the first metric over seeds; the mean of each further metric gets a column
+    of its name. Metrics of the split `train` are measured on each step's batch, so they are running means over a
+    twentieth of the steps.
     """
-
-    def means(name: str) -> pd.DataFrame:
-        rows = reward_curves(tables.runs, tables.curves, split, name)
+    parts = {}
+    for metric in metrics:
+        parts[metric] = rows = reward_curves(tables.runs, tables.curves, split, metric)
         for _, arm in rows.groupby(ARM, dropna=False) if split == "train" else []:
             window = max(1, round(_SMOOTH * len(arm)))
             smooth = arm[["mean", "sd"]].astype(float).rolling(window, center=True, min_periods=1).mean()
             rows.loc[arm.index, ["mean", "sd"]] = smooth
-        return rows
-
-    rows = means(metric)
-    for name in further:
-        other = means(name).rename(columns={"mean": name})
-        rows = rows.merge(other[[*ARM, "step", name]], how="left", on=[*ARM, "step"])
+    rows = parts[metrics[0]]
+    for metric in metrics[1:]:
+        other = parts[metric].rename(columns={"mean": metric})
+        rows = rows.merge(other[[*ARM, "step", metric]], how="left", on=[*ARM, "step"])
     return rows.assign(split=split)
 
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw the mean of each arm as a line, and its standard deviation over seeds as a band."""
-    for arm, points in rows.groupby("arm"):
-        mean, sd = points["mean"].astype(float), points["sd"].astype(float)
-        look: dict[str, Any] = {"color": styles[str(arm)].colour, "alpha": 0.15, "linewidth": 0, "zorder": 1}
-        axes.fill_between(points["step"].astype(float), mean - sd, mean + sd, **look)
-    grid.lines(axes, rows, "step", "mean", styles)
+    ends = {"mean_low": rows["mean"] - rows["sd"], "mean_high": rows["mean"] + rows["sd"]}
+    grid.lines(axes, rows.assign(**ends), "step", "mean", styles)
     axes.set_xlabel("training step")
     # Runs that were stopped at once have only a point at step 0.
     axes.set_xlim(0, max(1, axes.get_xlim()[1]))
@@ -115,20 +93,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-class _Panel(NamedTuple):
-    """A panel: the label of its y-axis, its rows, the text if there are none, and a fact for its note.
-
-    With a limit the y-axis is logarithmic, and the limit is a dashed line.
-    """
-
-    ylabel: str
-    rows: pd.DataFrame
-    absent: str
-    fact: str
-    limit: float | None = None
-
-
-def draw_responses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw_responses(tables: Tables) -> style.Drawn:
     """Draw figure 8; return it, and what it plots as one tidy table.
 
     Arms are shown at the LR of their grid nearest to the fitted optimum; `mean` and `sd` are over seeds. The column
@@ -138,89 +103,75 @@ def draw_responses(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     learner, nats per token), `above_max_kl` (one run, at any LR, with a KL above MAX_KL) or `diverged` (one run, at any
     LR). Lengths, reflection and KL are running means over training batches.
     """
-    groups = grid.titled(tables.runs)
-    plotted = _responses(tables)
+    runs, curves = tables.runs, tables.curves
+    sets = sorted(set(curves.loc[curves["metric"] == "accuracy", "split"]) - _OWN_SPLITS)
+    accuracies = [_curve_rows(tables, name, "accuracy", "n_problems", "n_samples") for name in sets]
+    cap = runs.groupby(PANEL, dropna=False, as_index=False)["max_new_tokens"].max()
+    # A logarithmic axis can show only absolute values, and a band would reach down to its edge where its deviation is
+    # above the mean.
+    kl = curves[curves["metric"] == "kl"]
+    kl = kl.assign(value=kl["value"].astype(float).abs())
+    parts = {
+        "accuracy": pd.concat(accuracies) if accuracies else pd.DataFrame(),
+        "response_length": _curve_rows(tables, "train", "response_length", "truncated").merge(cap, "left", PANEL),
+        "reflection": _curve_rows(tables, "train", "reflection"),
+        "kl": _curve_rows(Tables(runs, kl), "train", "kl").assign(sd=math.nan),
+        "above_max_kl": runs[runs["run_id"].isin(runs_above_max_kl(curves))],
+        "diverged": grid.diverged_runs(runs),
+    }
+    plotted = grid.tidy(parts, _COLUMNS)
     styles = style.arm_styles(plotted)
-    drawn = [(title, _panels(rows_of(plotted, runs.iloc[0], PANEL))) for title, runs in groups]
+    drawn = [(title, _panels(rows_of(plotted, rows.iloc[0], PANEL))) for title, rows in grid.titled(runs)]
     # Three panels stand in a row where that fills all rows, and otherwise two.
     widths = [2 if len(shown) % 3 == 0 else 3 for _, shown in drawn]
     heights = [math.ceil(len(shown) * width / _GRID) for (_, shown), width in zip(drawn, widths, strict=True)]
     figure = style.new_figure(_HEIGHT * sum(heights))
     places = figure.add_gridspec(sum(heights), _GRID)
     for place, ((title, shown), width) in enumerate(zip(drawn, widths, strict=True)):
-        for number, panel in enumerate(shown):
+        for number, (ylabel, rows, absent, fact) in enumerate(shown):
             row, column = divmod(number * width, _GRID)
             axes = figure.add_subplot(places[sum(heights[:place]) + row, column : column + width])
             axes.set_title("" if number else title, pad=18, parse_math=False)
-            _draw_panel(axes, panel, styles)
+            if rows.empty:
+                style.say(axes, absent)
+                continue
+            if ylabel == _KL:
+                axes.set_yscale("log")
+                # The axis reaches over the limit whatever the values are; they may all be 0.
+                axes.update_datalim([(0, MAX_KL / 2), (0, MAX_KL * 2)], updatex=False)
+                axes.axhline(MAX_KL, color=style.MUTED, linestyle="--", linewidth=1)
+            _draw_curves(axes, rows, styles)
+            axes.set_ylabel(ylabel, parse_math=False)
+            style.note(axes, seeds_text(rows["n_seeds"]), fact)
     style.legends(figure, styles)
     return figure, plotted
 
 
-def _responses(tables: Tables) -> pd.DataFrame:
-    """Return what figure 8 plots."""
-    runs, curves = tables.runs, tables.curves
-    accuracies = curves.loc[curves["metric"] == "accuracy", "split"] if len(curves) else pd.Series(dtype=str)
-    sets = sorted(set(accuracies) - _OWN_SPLITS)
-    on_sets = [_curve_rows(tables, name, "accuracy", ("n_problems", "n_samples")) for name in sets]
-    length = _curve_rows(tables, "train", "response_length", ("truncated",))
-    cap = runs.groupby(PANEL, dropna=False, as_index=False)["max_new_tokens"].max()
-    # A logarithmic axis can show only absolute values, and a band would reach down to its edge where its deviation is
-    # above the mean.
-    kl = curves[curves["metric"] == "kl"] if len(curves) else curves
-    kl = kl.assign(value=kl["value"].astype(float).abs()) if len(curves) else kl
-    parts = {
-        "accuracy": pd.concat(on_sets) if on_sets else pd.DataFrame(),
-        "response_length": length.merge(cap, how="left", on=PANEL),
-        "reflection": _curve_rows(tables, "train", "reflection"),
-        "kl": _curve_rows(Tables(runs, kl), "train", "kl").assign(sd=math.nan),
-        "above_max_kl": runs[runs["run_id"].isin(runs_above_max_kl(curves))],
-        "diverged": grid.diverged_runs(runs),
-    }
-    return grid.tidy(parts, _COLUMNS)
+def _panels(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str, str]]:
+    """Return the panels of one model and dataset.
 
-
-def _panels(rows: pd.DataFrame) -> list[_Panel]:
-    """Return the panels of one model and dataset."""
+    Each is the label of its y-axis, its rows, the text if there are none, and a fact for the note above it.
+    """
     accuracy, length, kl, above = (only(rows, name) for name in ("accuracy", "response_length", "kl", "above_max_kl"))
-    sets = {str(name): on_set for name, on_set in accuracy.groupby("split")} or {"": accuracy}
+    panels = []
     absent = "There are no accuracies on a problem set\nother than the training set."
-    cut, high = _cut(length), f"{len(above)} run{'' if len(above) == 1 else 's'} above {MAX_KL:g}"
-    reflection, diverged = only(rows, "reflection"), f"{len(only(rows, 'diverged'))} diverged"
+    for name, on_set in accuracy.groupby("split") if len(accuracy) else [("", accuracy)]:
+        # An accuracy is the mean of this number of answers of a run.
+        counts = {"answers": on_set["n_samples"].max(), "problems": on_set["n_problems"].max()}
+        known = [f"{formats.count(count)} {what}" for what, count in counts.items() if not pd.isna(count)]
+        panels.append((f"accuracy on {name}", on_set, absent, " to ".join(known)))
+    # The share of responses that was cut off at the end of training, which bounds their length.
+    cut = ""
+    last = length.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
+    if len(last):
+        fewest, most, cap = f"{last.min():.0%}", f"{last.max():.0%}", length["max_new_tokens"].max()
+        cut = f"{fewest if fewest == most else f'{fewest} to {most}'} cut"
+        cut += "" if pd.isna(cap) else f" at {cap:.0f} tokens"
+    high = f"{len(above)} run{'' if len(above) == 1 else 's'} above {MAX_KL:g}"
+    diverged = f"{len(only(rows, 'diverged'))} diverged"
     return [
-        *(_Panel(f"accuracy on {name}", on_set, absent, _answers(on_set)) for name, on_set in sets.items()),
-        _Panel("response length (tokens)", length, "There are no response lengths.", cut),
-        _Panel("KL (nats per token)", kl, "There is no KL of sampler and learner.", high, limit=MAX_KL),
-        _Panel("share with reflection", reflection, "There are no rates of reflection.", diverged),
+        *panels,
+        ("response length (tokens)", length, "There are no response lengths.", cut),
+        (_KL, kl, "There is no KL of sampler and learner.", high),
+        ("share with reflection", only(rows, "reflection"), "There are no rates of reflection.", diverged),
     ]
-
-
-def _draw_panel(axes: Axes, panel: _Panel, styles: Styles) -> None:
-    if panel.rows.empty:
-        style.say(axes, panel.absent)
-        return
-    if panel.limit is not None:
-        axes.set_yscale("log")
-        # The axis reaches over the limit whatever the values are; they may all be 0.
-        axes.update_datalim([(0, panel.limit / 2), (0, panel.limit * 2)], updatex=False)
-        axes.axhline(panel.limit, color=style.MUTED, linestyle="--", linewidth=1)
-    _draw_curves(axes, panel.rows, styles)
-    axes.set_ylabel(panel.ylabel, parse_math=False)
-    style.note(axes, seeds_text(panel.rows["n_seeds"]), panel.fact)
-
-
-def _answers(rows: pd.DataFrame) -> str:
-    """Write how many answers of a run an accuracy is the mean of."""
-    counts = {"answers": rows["n_samples"].max(), "problems": rows["n_problems"].max()}
-    return " to ".join(f"{formats.count(count)} {what}" for what, count in counts.items() if not pd.isna(count))
-
-
-def _cut(rows: pd.DataFrame) -> str:
-    """Write which share of the responses was cut off at the end of training, which bounds their length."""
-    last = rows.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
-    if last.empty:
-        return ""
-    fewest, most = f"{last.min():.0%}", f"{last.max():.0%}"
-    cap = rows["max_new_tokens"].max()
-    share = fewest if fewest == most else f"{fewest} to {most}"
-    return f"{share} cut" + ("" if pd.isna(cap) else f" at {cap:.0f} tokens")

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.utils.files import atomic_path
@@ -26,14 +27,16 @@ from lorabench.utils.files import atomic_path
 WIDTH, PANEL_HEIGHT = 7.2, 3.1
 PNG_DPI = 200
 
+Drawn = tuple[Figure, pd.DataFrame]
+"""A figure, and exactly what it plots as one tidy table."""
+
 FULLFT_COLOUR = "black"
 MUTED = "0.35"
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 # The part of the colour map that is neither too pale on white nor too near to black. Lightness falls all along it,
 # so that the order of ranks survives in greyscale.
 _RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
-_PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
-_PLACEMENT_MARKERS = {"all": "o", "mlp": "P", "attn": "v"}
+_PLACEMENT_LOOKS = {"all": ("-", "o"), "mlp": ("--", "P"), "attn": (":", "v")}
 
 
 @contextmanager
@@ -47,10 +50,7 @@ def applied() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How an arm is drawn.
-
-    FullFT is a wide line below the thin LoRA lines, so that both are visible where they coincide.
-    """
+    """How an arm is drawn. FullFT is a wide line below the thin LoRA lines, so that both are visible together."""
 
     label: str
     colour: str
@@ -69,26 +69,23 @@ class ArmStyle:
 def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
     """Return the style of each arm by its label, FullFT first, then by rank.
 
-    Args:
-        arms: columns arm (its label), method, rank and placement; rows may repeat or have no arm.
+    `arms` has the columns arm (its label), method, rank and placement; rows may repeat or have no arm.
     """
     unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
-    ordered = unique.sort_values(["method", "rank", "placement"], na_position="first")
     styles = {}
-    for arm in ordered.to_dict("records"):
-        label = arm["arm"]
+    for arm in unique.sort_values(["method", "rank", "placement"], na_position="first").to_dict("records"):
+        label, placement = arm["arm"], arm["placement"]
         if arm["method"] == "fullft":
             styles[label] = ArmStyle(label, FULLFT_COLOUR, "-", 2.8, "s", 2.0)
-        else:
-            rank, placement = int(arm["rank"]), arm["placement"]
-            linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
-            # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
-            low, high = math.log(ranks[0]), math.log(ranks[-1])
-            place = (math.log(rank) - low) / (high - low) if high > low else 0.5
-            colour = to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
-            # Low ranks are drawn on top, since their curves differ most from the others.
-            styles[label] = ArmStyle(label, colour, linestyle, 1.4, marker, 3 - ranks.index(rank) / 100)
+            continue
+        linestyle, marker = _PLACEMENT_LOOKS.get(placement, ("-", "o"))
+        # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
+        rank, low, high = (math.log(rank) for rank in (arm["rank"], ranks[0], ranks[-1]))
+        place = (rank - low) / (high - low) if high > low else 0.5
+        colour = to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
+        # Low ranks are drawn on top, since their curves differ most from the others.
+        styles[label] = ArmStyle(label, colour, linestyle, 1.4, marker, 3 - ranks.index(arm["rank"]) / 100)
     return styles
 
 
@@ -121,17 +118,19 @@ def log_ticks(
     axis.set_minor_formatter(NullFormatter())
 
 
-def ratio_axis(axes: Axes) -> None:
-    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
-    axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
-    log_ticks(axes.yaxis, subs=(1.0, 2.0, 5.0))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def plain_log_ticks(axes: Axes) -> None:
-    """Label the powers of ten on a log x-axis as plain numbers."""
+def log_axes(axes: Axes, xlabel: str, ylabel: str = "", yscale: str = "linear", base: int = 10) -> None:
+    """Label the axes and make the x-axis logarithmic, with plain numbers at the powers of the base."""
+    axes.set_xscale("log", base=base)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def ratio_axes(axes: Axes, xlabel: str) -> None:
+    """Set up the axes for a ratio of optimal LRs over a logarithmic x-axis, labelled with plain numbers."""
+    log_axes(axes, xlabel, "optimal LR, LoRA / FullFT", "log")
+    log_ticks(axes.yaxis, subs=(1.0, 2.0, 5.0))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:
@@ -141,14 +140,8 @@ def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:
 
 
 def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tuple[Any, Artist]] = ()) -> None:
-    """Draw two legends: of the arms above the panels, and below them of the other marks that occur.
-
-    Args:
-        figure: the figure.
-        styles: the arms.
-        entries: whether a mark occurs, and its entry.
-    """
-    lines: list[Artist] = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
+    """Draw two legends: of the arms above the panels, and below them of the other marks that occur, as entries say."""
+    lines = [line(look.label, **look.line) for look in styles.values()]
     marks = [entry for occurs, entry in entries if occurs]
     for handles, place in ((lines, "upper"), (marks, "lower")):
         if handles:
@@ -159,10 +152,20 @@ def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tu
             figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
 
 
+def line(label: str, **look: Any) -> Line2D:
+    """Make the legend entry of a line."""
+    return Line2D([], [], label=label, **look)
+
+
+def shade(label: str, colour: str = "0.85") -> Patch:
+    """Make the legend entry of a band."""
+    return Patch(label=label, facecolor=colour)
+
+
 def mark(label: str, marker: str, **properties: Any) -> Line2D:
     """Make the legend entry of a mark that means the same in the colour of every arm."""
     look: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6, **properties}
-    return Line2D([], [], label=label, marker=marker, **look)
+    return line(label, marker=marker, **look)
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Verdicts as pictures: estimates in units of the margin that decides each claim, and a matrix of claims by scale."""
+"""Verdicts as a picture: estimates in units of the margin that decides each claim."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import pandas as pd
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from lorabench.figures import style
 from lorabench.store.tables import Tables
-from lorabench.utils.formats import number
 
 _NAMES: dict[str, dict[str, str]] = yaml.safe_load(
     Path(__file__).with_name("claim_names.yaml").read_text(encoding="utf-8")
@@ -37,14 +34,14 @@ LINEAR, END = 2.0, 30.0
 _LAST = 20.0
 """Where a mark beyond the end of the axis is drawn."""
 
-LOOKS: Mapping[str, tuple[str, str, bool]] = {
-    "confirmed": ("#17683a", "o", True),
-    "contradicted": ("#a3211b", "X", True),
-    "inconclusive": ("#b07a00", "o", False),
-    "setting not met": ("#4a4fb0", "D", False),
-    "not tested": ("#77818b", "s", False),
+LOOKS: Mapping[str, tuple[str, str, str]] = {
+    "confirmed": ("#17683a", "o", "#17683a"),
+    "contradicted": ("#a3211b", "X", "#a3211b"),
+    "inconclusive": ("#b07a00", "o", "white"),
+    "setting not met": ("#4a4fb0", "D", "white"),
+    "not tested": ("#77818b", "s", "white"),
 }
-"""By verdict: colour, mark, and whether the mark is filled. Marks tell verdicts apart where colours don't."""
+"""By verdict: colour, mark, and the colour inside the mark. Marks tell verdicts apart where colours don't."""
 
 # Inches. The figure is narrow, so that its text can be read where the page is 390 pixels wide.
 _WIDTH, _ROW, _GUTTER = 4.1, 0.155, 2.1
@@ -58,7 +55,7 @@ _COLUMNS = [
 ]
 
 
-def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> style.Drawn:
     """Draw all verdicts; return the figure, and what it plots as one tidy table.
 
     `x`, `x_low` and `x_high` are the estimate and the ends of its 95% interval in units of the margin; they are null
@@ -81,11 +78,11 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     else:
         _draw_claims(axes, drawn)
     marks: list[Any] = [
-        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=colour if filled else "white")
-        for verdict, (colour, marker, filled) in LOOKS.items()
+        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face)
+        for verdict, (colour, marker, face) in LOOKS.items()
         if (plotted["verdict"] == verdict).any()
     ]
-    marks.append(Patch(facecolor="#dcefe2", label="where the claim holds"))
+    marks.append(style.shade("where the claim holds", "#dcefe2"))
     gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.02 / height)}
     figure.legend(handles=marks, ncols=3, fontsize=_TEXT["fontsize"], **place, **gaps)
@@ -95,47 +92,32 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def in_margins(claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the claims with their estimates in units of their margins.
+    """Return the table `claims` with estimate, interval and confirming range in units of the margin.
 
-    Args:
-        claims: the table `claims`.
+    Between two finite ends of the margin, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect
+    and 1 or -1 that end. Where one of the numbers is not known, there is nothing in these units.
     """
-    rows = []
-    for claim in claims.to_dict("records"):
-        row = {name: claim.get(name) for name in _COLUMNS}
-        claim_id = str(claim["claim_id"])
-        row |= {"family": claim_id[:1], "name": SHORT_NAMES.get(claim_id, str(claim["statement"]))}
-        rows.append(row | _scaled(claim))
-    return pd.DataFrame(rows, columns=_COLUMNS)
-
-
-def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return estimate, interval and confirming range in units of the margin; nothing if one of them is not known.
-
-    Between two finite ends, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect and 1 or -1
-    that end.
-    """
-    names = ("margin_low", "margin_high", "estimate", "ci_low", "ci_high")
-    low, high, *numbers = (math.nan if pd.isna(claim[name]) else float(claim[name]) for name in names)
-    ends = [end for end in (low, high) if math.isfinite(end)]
-    if not ends or math.isnan(low) or math.isnan(high) or not all(map(math.isfinite, numbers)):
-        return {}
-    log = str(claim["unit"]).startswith("ratio") and min(*ends, *numbers) > 0
-    to_scale = math.log if log else float
-    placed = [to_scale(end) for end in ends]
-    middle, unit = (sum(placed) / 2, (placed[1] - placed[0]) / 2) if len(placed) == 2 else (0.0, abs(placed[0]))
-    if unit < 1e-12:
-        return {}
-    x, *interval = ((to_scale(number) - middle) / unit for number in numbers)
-    holds = [(to_scale(end) - middle) / unit if math.isfinite(end) else end for end in (low, high)]
-    return {
-        "scale": "log" if log else "linear",
-        "x": x,
-        "x_low": min(interval),
-        "x_high": max(interval),
-        "holds_from": holds[0],
-        "holds_to": holds[1],
-    }
+    ids, ends = claims["claim_id"].astype(str), ["margin_low", "margin_high"]
+    numbers = claims[[*ends, "estimate", "ci_low", "ci_high"]].astype(float)
+    finite = numbers.where(np.isfinite(numbers))
+    known = numbers.notna().all(axis=1) & finite.drop(columns=ends).notna().all(axis=1)
+    log = claims["unit"].astype(str).str.startswith("ratio") & (finite.min(axis=1) > 0)
+    finite[log] = np.log(finite[log])
+    low, high = finite["margin_low"], finite["margin_high"]
+    # With one end, the unit is its distance from no effect.
+    unit = ((high - low) / 2).fillna(low.abs()).fillna(high.abs())
+    middle = ((low + high) / 2).fillna(0.0)
+    placed = finite.fillna(numbers).sub(middle, axis=0).div(unit, axis=0).where(known & (unit >= 1e-12))
+    return claims.assign(
+        family=ids.str[:1],
+        name=ids.map(SHORT_NAMES).fillna(claims["statement"]),
+        scale=log.map({True: "log", False: "linear"}).where(placed["estimate"].notna()),
+        x=placed["estimate"],
+        x_low=placed[["ci_low", "ci_high"]].min(axis=1),
+        x_high=placed[["ci_low", "ci_high"]].max(axis=1),
+        holds_from=placed["margin_low"],
+        holds_to=placed["margin_high"],
+    )[_COLUMNS]
 
 
 def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
@@ -147,7 +129,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
         axes.text(left, slot, FAMILIES.get(str(family), str(family)), weight="bold", **text)
         for row in claims.to_dict("records"):
             slot += 1
-            colour, marker, filled = LOOKS[row["verdict"]]
+            colour, marker, face = LOOKS[row["verdict"]]
             axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
             axes.text(left + _ID_WIDTH, slot, _shortened(row["name"], 34), **text)
             holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
@@ -157,8 +139,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
             for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
                 if abs(end) > END:
                     axes.plot(math.copysign(END * 0.88, end), slot, arrow, color=colour, markersize=3.5, zorder=3)
-            look: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": colour if filled else "white"}
-            axes.plot(x, slot, marker, color=colour, markeredgewidth=1.1, zorder=4, **look)
+            axes.plot(x, slot, marker, color=colour, mfc=face, markersize=4.6, markeredgewidth=1.1, zorder=4)
         slot += 1
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.9)
     axes.set(xlim=(-END, END), ylim=(slot - 0.4, -0.6), yticks=[])
@@ -176,74 +157,11 @@ def _shortened(text: str, most: int) -> str:
 def _draw_badges(figure: Figure, named: pd.DataFrame, height: float, top: float) -> None:
     """Write the ids of the claims without numbers as badges at the bottom; `top` is in inches from there."""
     figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **_TEXT)
-    order = list(LOOKS)
-    ranked = sorted(named.to_dict("records"), key=lambda row: order.index(row["verdict"]))
-    for place, row in enumerate(ranked):
+    order = named["verdict"].map(list(LOOKS).index)
+    for place, row in enumerate(named.loc[order.sort_values(kind="stable").index].to_dict("records")):
         across = 0.24 + (place % _BADGES) * (_WIDTH - 0.3) / _BADGES
         up = top - 0.2 - 0.19 * (place // _BADGES)
-        colour, _, filled = LOOKS[row["verdict"]]
-        box = {"boxstyle": "round,pad=0.22", "facecolor": colour if filled else "white", "edgecolor": colour}
-        look: dict[str, Any] = {"color": "white" if filled else colour, "ha": "center", "bbox": box}
+        colour, _, face = LOOKS[row["verdict"]]
+        box = {"boxstyle": "round,pad=0.22", "facecolor": face, "edgecolor": colour}
+        look: dict[str, Any] = {"color": colour if face == "white" else "white", "ha": "center", "bbox": box}
         figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)
-
-
-_CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.42, 0.98, 2.75  # inches, of the matrix
-_PAPER = "paper"
-
-
-@style.applied()
-def draw_matrix(cells: pd.DataFrame) -> Figure:
-    """Draw the matrix.
-
-    Args:
-        cells: as from `lorabench.sources.measurements.matrix`.
-    """
-    sizes = list(dict.fromkeys(cells.sort_values("parameters", kind="stable")["scale"]))
-    scales = [_PAPER, *sizes]
-    claims = list(dict.fromkeys(cells["claim_id"]))
-    paper = cells.drop_duplicates("claim_id").set_index("claim_id")["paper_value"]
-    width, height = _NAMES_WIDTH + _CELL_WIDTH * len(scales) + 0.1, _CELL_HEIGHT * (len(claims) + 1) + 0.55
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((_NAMES_WIDTH / width, 0.5 / height, _CELL_WIDTH * len(scales) / width, 1 - 0.52 / height))
-    axes.set(xlim=(-0.5, len(scales) - 0.5), ylim=(len(claims) - 0.5, -1.5), xticks=[], yticks=[])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    for column, scale in enumerate(scales):
-        axes.text(column, -0.95, scale, ha="center", va="center", weight="bold", fontsize=10)
-    axes.axhline(-0.5, color="0.4", linewidth=0.8)
-    at = {(cell["claim_id"], cell["scale"]): cell for cell in cells.to_dict("records")}
-    for row, claim_id in enumerate(claims):
-        left = -0.5 - _NAMES_WIDTH / _CELL_WIDTH + 0.06
-        colour = "0.1"
-        axes.text(left, row, claim_id, weight="bold", va="center", color=colour, clip_on=False)
-        axes.text(left + 0.36, row, SHORT_NAMES.get(claim_id, ""), va="center", color=colour, clip_on=False, fontsize=8)
-        if row:
-            axes.axhline(row - 0.5, color="0.9", linewidth=0.6)
-        axes.text(0, row, _paper_text(str(paper[claim_id])), ha="center", va="center", fontsize=6.5, color="0.25")
-        for column, scale in enumerate(sizes, start=1):
-            cell = at.get((claim_id, scale))
-            if cell is None or cell["verdict"] == "not tested":
-                axes.text(column, row, "\N{EN DASH}", ha="center", va="center", color="0.7")
-                continue
-            colour, mark, filled = LOOKS[str(cell["verdict"])]
-            known = not pd.isna(cell["estimate"])
-            look: dict[str, Any] = {"markersize": 7, "markerfacecolor": colour if filled else "white"}
-            axes.plot(column, row - 0.14 if known else row, mark, color=colour, **look)
-            if known:
-                text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-                axes.text(column, row + 0.26, number(cell["estimate"]), color=colour, **text)
-    handles = [
-        style.mark(verdict, mark, color=colour, markerfacecolor=colour if filled else "white")
-        for verdict, (colour, mark, filled) in LOOKS.items()
-        if verdict != "not tested"
-    ]
-    figure.legend(handles=handles, loc="lower left", ncols=4, handletextpad=0.2, columnspacing=1.0, borderaxespad=0.3)
-    return figure
-
-
-def _paper_text(value: str) -> str:
-    """Return the paper's number or statement in at most three short lines."""
-    said = value.partition(";")[0].partition(" (")[0]
-    said = "says so" if said in ("no number", "lower", "wider") else said
-    return "\n".join(textwrap.wrap(textwrap.shorten(said, 42, placeholder="..."), 17))

@@ -20,9 +20,8 @@ import yaml
 
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest, draw_left_out
+from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
 from lorabench.figures.style import write_figure
-from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import claim_text, summary
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
@@ -132,8 +131,8 @@ def evidence_tables(
 
 def write_evidence(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write the tables of the evidence, as from `evidence_tables`, and its figures into a folder."""
-    for name, table in tables.items():
-        write_csv(table, out / f"{name}.csv")
+    for name, rows in tables.items():
+        write_csv(rows, out / f"{name}.csv")
     figures = {
         "matrix": draw_matrix(tables["matrix"]),
         "forest": draw_forest(tables["measurements"], tables["summary"]),

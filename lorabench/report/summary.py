@@ -153,7 +153,7 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the settings of scores; each list has a single value if all scores were measured alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "sampler", "eval_batch_size")
-    versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
+    versions = [json.loads(text).get("lm_eval") for text in _distinct(scores["versions"])]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 
 
@@ -166,7 +166,7 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
         "commits": _distinct(runs["git_sha"]),
         "dirty": int(runs["git_dirty_patch"].notna().sum()),
         "started": (runs["started"].min(), runs["started"].max()),
-        "versions": [_versions(text) for text in _distinct(runs["versions"])],
+        "versions": [json.loads(text) for text in _distinct(runs["versions"])],
     }
 
 
@@ -221,12 +221,3 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
 
 def _distinct(column: pd.Series[Any]) -> list[Any]:
     return sorted(column.dropna().unique())
-
-
-def _versions(text: str) -> dict[str, str]:
-    """Parse package versions; a text that is not a JSON object, as in tables made by hand, is shown unparsed."""
-    try:
-        versions = json.loads(text)
-    except ValueError:
-        versions = None
-    return versions if isinstance(versions, dict) else {"versions": text}

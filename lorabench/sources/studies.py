@@ -38,14 +38,6 @@ _NEEDED = ("run_id", "model", "dataset", "method", "status")
 _CELL = ["model", "dataset", "task", "method", "rank", "placement", "alpha", "batch_size", "steps", "lr", "seed"]
 """The columns in which no two runs agree, as far as a source has them."""
 
-_ALLOWED = {
-    "attributes.precision": "a description such as fp32 weights; or mixed, or unknown",
-    "attributes.schedule": "a description such as constant; or mixed, or unknown",
-    "attributes.alpha": "a number or a rule, as text; or mixed, or unknown",
-    "attributes.base_kind": "base, instruct, mixed or unknown",
-}
-"""The values that the required attributes may have, for a reader of an error."""
-
 
 class Origin(Strict):
     """Where the tables are from."""
@@ -163,8 +155,7 @@ def _source_file(path: Path) -> Source:
         for problem in error.errors():
             place, message = ".".join(map(str, problem["loc"])), problem["msg"]
             value = "" if problem["type"] in ("missing", "value_error") else f" = {problem['input']!r}"
-            allowed = f" (allowed: {_ALLOWED[place]})" if place in _ALLOWED else ""
-            sentences.append(f"{place}{value}: {message[0].lower()}{message[1:]}{allowed}")
+            sentences.append(f"{place}{value}: {message[0].lower()}{message[1:]}")
         raise UserError(f"{path}: {'; '.join(sentences)}") from error
 
 

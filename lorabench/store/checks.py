@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
+from lorabench.store.schemas import RUNS
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
 
@@ -75,47 +76,41 @@ def _check_one_per(table: pd.DataFrame, rows: str, one_per: dict[str, tuple[str,
                 )
 
 
-def _rules(runs: pd.DataFrame) -> list[tuple[str, np.ndarray, str]]:
+def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     """Return the rules for values: the column, which of its values are right, and what is allowed."""
-
-    def known(name: str) -> np.ndarray:
-        return runs[name].notna().to_numpy(bool) if name in runs else np.zeros(len(runs), bool)
-
-    def numbers(name: str) -> np.ndarray:
-        missing = np.full(len(runs), np.nan)
-        return runs[name].to_numpy(float, na_value=np.nan) if name in runs else missing
-
-    def equal(name: str, *values: str) -> np.ndarray:
-        return runs[name].isin(values).to_numpy(bool) if name in runs else np.zeros(len(runs), bool)
-
-    lora, fullft, done = equal("method", "lora"), equal("method", "fullft"), equal("status", "done")
-    rl = equal("task", "rl")
-    ranked = (lora & (numbers("rank") >= 1)) | (fullft & ~known("rank")) | ("method" not in runs)
-    lr, n_seeds, sd = numbers("lr"), numbers("n_seeds"), numbers("final_test_nll_sd")
-    ended = done | equal("status", "diverged") | (rl & equal("status", "unrewarded"))
+    # A column that is lacking is null in what the other rules say of it.
+    runs, whole = runs.reindex(columns=RUNS.names), "method" in runs
+    known = runs.notna()
+    names = ["rank", "lr", "n_seeds", "final_test_nll_sd", *_LOSSES, *_REWARDS]
+    number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
+    finite = number.abs().lt(np.inf)
+    lora, fullft, rl = runs["method"].isin(["lora"]), runs["method"].isin(["fullft"]), is_rl(runs)
+    done, unrewarded = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded"])
+    ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | (not whole)
     rules = [
-        ("task", ~known("task") | equal("task", "sft", "rl"), "sft, rl"),
+        ("task", ~known["task"] | runs["task"].isin(["sft", "rl"]), "sft, rl"),
         ("method", lora | fullft, "fullft, lora"),
-        ("status", ended, "done, diverged, and unrewarded in RL"),
+        ("status", done | unrewarded | runs["status"].isin(["diverged"]), "done, diverged, and unrewarded in RL"),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
-        ("lr", np.isfinite(lr) & (lr > 0), "numbers above 0"),
-        ("seed", known("seed"), "whole numbers"),
-        ("n_seeds", ~known("n_seeds") | (n_seeds >= 1), "whole numbers from 1 up"),
-        ("final_test_nll_sd", ~known("final_test_nll_sd") | (np.isfinite(sd) & (sd >= 0)), "numbers from 0 up"),
+        ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
+        ("seed", known["seed"], "whole numbers"),
+        ("n_seeds", ~known["n_seeds"] | number["n_seeds"].ge(1), "whole numbers from 1 up"),
+        (
+            "final_test_nll_sd",
+            ~known["final_test_nll_sd"] | (finite["final_test_nll_sd"] & number["final_test_nll_sd"].ge(0)),
+            "numbers from 0 up",
+        ),
     ]
-    for name in _LOSSES:
-        rules.append((name, rl | ~done | np.isfinite(numbers(name)), "a finite number where status is done"))
-    finished_rl = rl & equal("status", "done", "unrewarded")
+    rules += [(name, rl | ~done | finite[name], "a finite number where status is done") for name in _LOSSES]
     for name in _REWARDS:
         final = name.startswith("final")
-        share = ((numbers(name) >= 0) & (numbers(name) <= 1)) | (~known(name) & ~(finished_rl & final))
-        rules.append((name, share, "a share of 0 to 1" + (" where RL finished" if final else "")))
+        needed = (rl & done) | unrewarded if final else pd.Series(False, index=runs.index)
+        allowed = "a share of 0 to 1" + (" where RL finished" if final else "")
+        rules.append((name, number[name].between(0, 1) | (~known[name] & ~needed), allowed))
     return rules
 
 
-def refuse_rows(
-    table: pd.DataFrame, wrong: pd.Series[bool] | np.ndarray, named_by: str, column: str, allowed: str
-) -> None:
+def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
     """Report the first wrong row of a table, if there is any, with its value and what is allowed.
 
     Args:

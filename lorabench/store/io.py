@@ -75,13 +75,21 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there is no such file, it can't be read, or a column holds a value of another type.
     """
+    import pandas as pd
+
     path = table_path(folder, name)
     if path is None:
         if optional:
-            return empty_table()
+            return pd.DataFrame()
         raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
     try:
-        frame = _read(path, SCHEMAS[name])
+        if path.suffix == ".parquet":
+            # The metadata of pandas would turn a column into the index.
+            frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
+        else:
+            # Text columns are not parsed: a run_id may consist of digits.
+            text = {column.name: str for column in SCHEMAS[name] if pa.types.is_string(column.type)}
+            frame = pd.read_csv(path, dtype=text)
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
@@ -90,18 +98,13 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
 
 
 def read_claims(folder: Path, without: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read the table `claims` of a folder.
-
-    Args:
-        folder: the folder of the table.
-        without: columns that the table need not have.
+    """Read the table `claims` of a folder, which may lack the columns `without`.
 
     Raises:
-        UserError: the table lacks a column, as one from an older version does; see also `read_table`.
+        UserError: the table lacks another column, as one from an older version does; see also `read_table`.
     """
     claims = read_table(folder, "claims")
-    absent = [name for name in CLAIMS.names if name not in claims and name not in without]
-    if absent:
+    if absent := [name for name in CLAIMS.names if name not in claims and name not in without]:
         raise UserError(
             f"the table claims in {folder} is from another version of lorabench, since it has no column "
             f"{', '.join(absent)}: judge the claims again with `lorabench claims`"
@@ -138,39 +141,22 @@ def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str,
     return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
 
 
-def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
-    import pandas as pd
-
-    if path.suffix == ".parquet":
-        # The metadata of pandas would turn a column into the index.
-        frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
-        return frame
-    # Text columns are not parsed: a run_id may consist of digits.
-    text = {column.name: str for column in schema if pa.types.is_string(column.type)}
-    return pd.read_csv(path, dtype=text)
-
-
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the table `name` with the documented columns that it lacks added, as nulls of their type."""
     import pandas as pd
 
-    absent = [column for column in SCHEMAS[name] if column.name not in frame]
-    nulls = pd.Series(None, index=frame.index, dtype=object)
-    return frame.assign(**{column.name: _typed(nulls, column.type, Path(name)) for column in absent})
+    absent = [column for column in SCHEMAS[name].names if column not in frame]
+    nulls = pd.DataFrame(index=frame.index, columns=absent, dtype=object)
+    return pd.concat([frame, typed_columns(nulls, name, Path(name))], axis="columns")
 
 
 def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[Any]:
-    """Convert a column to its documented type.
-
-    Raises:
-        UserError: a value is not of that type.
-    """
+    """Convert a column to its documented type, or raise UserError if a value is not of that type."""
     import pandas as pd
 
-    present = column.notna()
     typed: pd.Series[Any]
     if pa.types.is_string(kind):
-        return column.map(str, na_action="ignore").astype(object).where(present, None)
+        return column.map(str, na_action="ignore").astype(object).where(column.notna(), None)
     if pa.types.is_list(kind):
         what, valid = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
         typed = column.where(valid).map(list_of_words)
@@ -183,7 +169,7 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         if pa.types.is_int64(kind):
             what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
             typed = numbers.where(valid).astype("Int64")
-    if len(wrong := column[present & ~valid]):
+    if len(wrong := column[column.notna() & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
 

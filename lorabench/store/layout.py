@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
@@ -15,12 +15,31 @@ from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of one preset's files, relative to the working directory."""
 
-    name: str
-    preset: Preset
+    def __init__(self, name: str, preset: Preset) -> None:
+        self.name, self.preset = name, preset
+        self.root = Path("results") / name
+        """The folder of all results."""
+        self.figures = Path("paper_figures") / name
+        """The folder of the figures that a run of the preset draws; git ignores it."""
+        self.published = Path("paper_figures") / "published" / name
+        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
+        self.saved_runs = Path("paper_figures") / "partial" / name
+        """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
+        self.speed = self.root / "speed.json"
+        """The file of the speed of the preset's training steps on this machine's CPU."""
+        self.runs = self.root / "runs"
+        """The folder of the runs' folders."""
+        self.patches = self.root / "patches"
+        """The folder of the uncommitted changes to the code that runs were made with."""
+        self.pins = self.root / "pins"
+        """The folder that pins each branch or tag of the hub to the commit that was fetched first."""
+        self.report = self.root / "report" / "index.html"
+        """The report page."""
+        self.report_without_evaluation = self.report.with_name("without_evaluation.html")
+        """The report page without scores of lm-eval, for a preset whose evaluation fails."""
 
     @classmethod
     def of(cls, preset: str) -> Layout:
@@ -33,51 +52,6 @@ class Layout:
             PresetError: there is no such preset, or it is not valid.
         """
         return cls(preset_path(preset).stem, load_preset(preset))
-
-    @property
-    def root(self) -> Path:
-        """The folder of all results."""
-        return Path("results") / self.name
-
-    @property
-    def figures(self) -> Path:
-        """The folder of the figures that a run of the preset draws; git ignores it."""
-        return Path("paper_figures") / self.name
-
-    @property
-    def published(self) -> Path:
-        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
-        return Path("paper_figures") / "published" / self.name
-
-    @property
-    def saved_runs(self) -> Path:
-        """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
-        return Path("paper_figures") / "partial" / self.name
-
-    @property
-    def speed(self) -> Path:
-        """The file of the speed of the preset's training steps on this machine's CPU."""
-        return self.root / "speed.json"
-
-    @property
-    def runs(self) -> Path:
-        """The folder of the runs' folders."""
-        return self.root / "runs"
-
-    @property
-    def patches(self) -> Path:
-        """The folder of the uncommitted changes to the code that runs were made with."""
-        return self.root / "patches"
-
-    @property
-    def report(self) -> Path:
-        """The report page."""
-        return self.root / "report" / "index.html"
-
-    @property
-    def report_without_evaluation(self) -> Path:
-        """The report page without scores of lm-eval, for a preset whose evaluation fails."""
-        return self.report.with_name("without_evaluation.html")
 
     def tables(self, experiment: str | None = None) -> Path:
         """Return the folder of the tidy tables, of one experiment or of all."""
@@ -95,11 +69,6 @@ class Layout:
         """Return the file of a dataset's tokens for a model."""
         model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
         return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"
-
-    @property
-    def pins(self) -> Path:
-        """The folder that pins each branch or tag of the hub to the commit that was fetched first."""
-        return self.root / "pins"
 
     def fetched_model(self, model: str) -> Path | None:
         """Return the file that describes what was fetched of a model of the hub; None for other models."""

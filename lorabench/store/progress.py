@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.planning.plan import Plan
-from lorabench.runs import Job, Run, Sweep
+from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.utils.exhaustion import NoSpaceError
@@ -38,20 +38,14 @@ class Progress:
             number: the run's number in the sweep, from 1.
         """
         now = time.monotonic()
-        if now - self.last_written >= INTERVAL:
-            self.last_written = now
-            state = {
-                "label": self.sweep.condition.label,
-                "run": number,
-                "runs": max(number, self.sweep.n_runs),
-                "lr": run.lr,
-                "seed": run.seed,
-                "step": step,
-                "steps": run.condition.steps,
-            }
-            # A full disk must end the job where it loses something, not here.
-            with suppress(NoSpaceError):
-                write_json(state, self.path)
+        if now - self.last_written < INTERVAL:
+            return
+        self.last_written, condition = now, run.condition
+        state = {"label": condition.label, "run": number, "runs": max(number, self.sweep.n_runs)}
+        state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
+        # A full disk must end the job where it loses something, not here.
+        with suppress(NoSpaceError):
+            write_json(state, self.path)
 
     def close(self) -> None:
         """Remove the file, when all runs of the sweep are finished."""
@@ -75,8 +69,14 @@ class Status:
 def status(plan: Plan, layout: Layout) -> Status:
     """Read the state of a preset's work from the files on disk."""
     finished = [job for job in plan.jobs if layout.job(job).exists()]
-    # A sweep that finds its LRs has another number of runs than expected.
-    trained = {job: _trained(job, layout) for job in finished}
+    trained = {job: job.n_runs for job in finished}
+    for job in finished:
+        # A sweep that finds its LRs has another number of runs than expected.
+        if any(sweep.lattice is not None for sweep in job.sweeps):
+            # Imported only here, because `lorabench status` shall answer at once.
+            import pyarrow.parquet as pq
+
+            trained[job] = int(pq.read_metadata(layout.job(job)).num_rows)
     done, at_work = sum(trained.values()), []
     # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
     run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
@@ -84,7 +84,11 @@ def status(plan: Plan, layout: Layout) -> Status:
         done += sum(RunFolder(layout.runs, run_id).done() for run_id in run_folders & sweep.run_ids)
         path = layout.progress(sweep)
         if path.exists():
-            at_work.append({**json.loads(path.read_text()), "age_s": _age(path)})
+            # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
+            now = time.time()
+            with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
+                now = os.fstat(probe.fileno()).st_mtime
+            at_work.append({**json.loads(path.read_text()), "age_s": now - path.stat().st_mtime})
     return Status(
         runs_done=done,
         runs_planned=sum(trained.get(job, job.n_runs) for job in plan.jobs),
@@ -93,21 +97,3 @@ def status(plan: Plan, layout: Layout) -> Status:
         at_work=at_work,
         report=layout.report if layout.report.exists() else None,
     )
-
-
-def _age(path: Path) -> float:
-    """Return the seconds since a file was written, by the file system's clock: those of nodes may differ by hours."""
-    with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
-        return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime
-    # This process may not write to the folder, so its own clock has to do.
-    return time.time() - path.stat().st_mtime
-
-
-def _trained(job: Job, layout: Layout) -> int:
-    """Return the number of runs of a finished job."""
-    if all(sweep.lattice is None for sweep in job.sweeps):
-        return job.n_runs
-    # Imported only here, because `lorabench status` shall answer at once.
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(layout.job(job)).num_rows)

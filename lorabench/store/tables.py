@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
-from lorabench.store.io import empty_table, list_of_words, read_table, table_path, write_frame
+from lorabench.store.io import list_of_words, read_table, table_path, write_frame
 from lorabench.store.schemas import SCHEMAS
 
 KEYS = {
@@ -64,11 +63,11 @@ class Tables:
 
     runs: pd.DataFrame
     curves: pd.DataFrame
-    compute: pd.DataFrame = field(default_factory=empty_table)
-    counts: pd.DataFrame = field(default_factory=empty_table)
-    evals: pd.DataFrame = field(default_factory=empty_table)
-    test_losses: pd.DataFrame = field(default_factory=empty_table)
-    claims: pd.DataFrame = field(default_factory=empty_table)
+    compute: pd.DataFrame = field(default_factory=pd.DataFrame)
+    counts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    evals: pd.DataFrame = field(default_factory=pd.DataFrame)
+    test_losses: pd.DataFrame = field(default_factory=pd.DataFrame)
+    claims: pd.DataFrame = field(default_factory=pd.DataFrame)
     """The table `claims`, for the figure of it only; `read` leaves it out, since merged tables are judged again."""
 
     @classmethod
@@ -81,7 +80,7 @@ class Tables:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
         merged = {
-            name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), empty_table())
+            name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
             for name, frames in _read_all(folders).items()
         }
         return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
@@ -150,21 +149,17 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             expected = row.map(first)
             other = values[~((values == expected).fillna(False) | (values.isna() & expected.isna())).astype(bool)]
             if len(other):
-                raise UserError(f"{name}: {_contradiction(all_keys.loc[other.index[0]], column, values, row)}")
+                place = other.index[0]
+                key = " ".join(f"{name} {value}" for name, value in all_keys.loc[place].items() if not pd.isna(value))
+                contradicting = values[row.eq(row.to_dict()[place])]
+                pairs = zip(contradicting.index.get_level_values(0), contradicting.tolist(), strict=True)
+                values_in = " and ".join(f"{value!r} in {folder}" for folder, value in pairs)
+                raise UserError(f"{name}: {key} has {column} = {values_in}")
         merged[column] = first
     table = pd.DataFrame(merged, columns=columns)
     if "experiments" in table:
         table["experiments"] = table["experiments"].map(list_of_words)
     return table
-
-
-def _contradiction(key: pd.Series[Any], column: str, values: pd.Series[Any], row: pd.Series[int]) -> str:
-    """Describe the values of one row that contradict each other, with the folders that they are from."""
-    row_name = " ".join(f"{name} {value}" for name, value in key.items() if not pd.isna(value))
-    contradicting = values[row.eq(row.to_dict()[key.name])]
-    folders = contradicting.index.get_level_values(0)
-    values_in = [f"{value!r} in {folder}" for folder, value in zip(folders, contradicting.tolist(), strict=True)]
-    return f"{row_name} has {column} = {' and '.join(values_in)}"
 
 
 def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:

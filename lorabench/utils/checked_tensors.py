@@ -87,18 +87,15 @@ def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
 
 
 def _checksum(tensors: Iterable[tuple[str, Any]], about: Mapping[str, str]) -> str:
-    """Return a hash of the header's metadata and of each tensor with its name, type and shape."""
+    """Return a hash of the header's metadata and of each contiguous tensor with its name, type and shape."""
     lines = []
     for name, tensor in tensors:
+        content = tensor.reshape(-1)
+        if not isinstance(content, np.ndarray):
+            import torch
+
+            # Numpy has no bf16.
+            content = content.view(torch.uint8).numpy()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        lines.append(f"{name} {dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}")
+        lines.append(f"{name} {dtype} {tuple(tensor.shape)} {hashlib.sha256(content.view(np.uint8).data).hexdigest()}")
     return hashlib.sha256(json.dumps([dict(about), sorted(lines)], sort_keys=True).encode()).hexdigest()
-
-
-def _bytes(tensor: Any) -> Any:
-    """Return the bytes of a contiguous tensor in the host's memory, without a copy."""
-    if isinstance(tensor, np.ndarray):
-        return tensor.reshape(-1).view(np.uint8).data
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -89,9 +89,9 @@ def _number(error: Exception) -> int | None:
 def keep_freed_memory() -> bool:
     """Make this process reuse freed memory: blocks up to 1 GiB, and up to 2 GiB at the end of its heap.
 
-    By default glibc returns two kinds of memory to the system: free memory at the end of its heap, beyond twice the
-    largest block that was freed, and each block above 32 MiB. The system then maps and clears the same pages again in
-    every training step. `python -m benchmarks.allocation` measures the cost.
+    By default glibc returns free memory at the end of its heap to the system, beyond twice the largest block that was
+    freed, and each block above 32 MiB; the system then maps and clears the same pages again in every training step.
+    `python -m benchmarks.allocation` measures the cost.
 
     Returns:
         Whether the process does so from now on; False with another C library than glibc.

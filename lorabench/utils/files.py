@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, one sentence about a damaged file, hashes, and the packaged files.
 
-The package needs files outside of it: the workflow with its presets, published numbers, and known optimal LRs. In a
-clone, `lorabench/packaged` holds links to the repository's files; in a wheel, it holds copies of them.
+The package needs the workflow with its presets, published numbers, and known optimal LRs: in a clone,
+`lorabench/packaged` holds links to the repository's files, in a wheel copies of them.
 """
 
 from __future__ import annotations

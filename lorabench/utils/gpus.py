@@ -1,12 +1,8 @@
 """GPUs: those for which cost can be estimated, and those of this machine for jobs that no scheduler gives any.
 
-Peaks are dense, without sparsity, from the vendors' data sheets. `efficiency` is the share of the peak that the cost
-model assumes in training until runs are measured (`lorabench plan --measured`): eager PyTorch with autocast of fp32
-weights, not a tuned kernel. It is an assumption, not a measurement.
-
-Without a scheduler each job takes devices that no other job holds. A lock file per device in the machine's temporary
-folder is held by `flock` while a job runs; the kernel releases it when the process dies. The module does not import
-torch, which reads CUDA_VISIBLE_DEVICES when it is first used.
+Without a scheduler each job takes devices that no other job holds: it holds a lock file per device in the machine's
+temporary folder, which the kernel releases when the process dies. The module does not import torch, which reads
+CUDA_VISIBLE_DEVICES when it is first used.
 """
 
 from __future__ import annotations
@@ -33,7 +29,11 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s."""
+    """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s.
+
+    `efficiency` is the share of the peak that the cost model assumes in training until runs are measured: an assumption
+    for eager PyTorch with autocast of fp32 weights.
+    """
 
     peak_flops: float
     memory: float

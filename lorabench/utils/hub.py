@@ -1,15 +1,9 @@
 """The Hugging Face hub: jobs with a network fetch what a preset needs once, and all other jobs read the cache offline.
 
-A revision that may move (`main`, a tag) is pinned to one commit for all of a preset's results: the commit that it
-pointed to when it was first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so the commit
-stays the same when the workflow makes its outputs again. A small JSON file, which later jobs read, lists what was
-fetched: commit, files and sizes.
-
-A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
-and runs of different commits are never mixed (`lorabench/training/job.py`).
-
-Jobs that fetch large files leave it to the hub's client to try again. A command that a user waits for looks things up
-with one request, which is answered at once or not at all (`look_up`).
+A revision that may move (`main`, a tag) is pinned for all of a preset's results to the commit that it pointed to when
+it was first fetched. The file in `results/<preset>/pins/` that holds it is no output of a rule, so it stays when the
+workflow makes its outputs again. A run's id holds the revision that the preset names, so a plan needs no network; its
+record holds the commit, and runs of different commits are never mixed (`lorabench/training/job.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Bytes that must stay free on the disk after a download.
 _SPARE_BYTES = 1 << 30
-# Seconds in which a request that a user waits for must be answered, with the time that the look-up of a name takes.
+# Seconds in which a request that a user waits for must be answered, the look-up of the server's name included.
 _LOOK_UP_SECONDS = 2.0
 
 

@@ -1,11 +1,9 @@
 """A lock file, so that one process at a time works on the runs of a condition.
 
-The lock is filelock's, on Unix `flock`: the kernel releases it when the process dies, also over NFS, where the server
-releases a dead node's locks when their lease ends. So a job that died leaves no lock behind. Where the file system has
-no `flock`, filelock takes the file's existence for the lock, and removes that of an ended process of this machine.
-
+The lock is filelock's, on Unix `flock`, which the kernel releases when the process dies, and over NFS the server when
+the lease of a dead node ends. Where the file system has no `flock`, filelock takes the file's existence for the lock.
 A lock covers a condition and not a sweep, because a job of an earlier plan may still be training runs that a new plan
-wants too. A second process waits, says once for whom, and then finds the runs finished.
+wants too: a second process waits, says once for whom, and then finds the runs finished.
 """
 
 from __future__ import annotations

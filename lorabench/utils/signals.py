@@ -1,12 +1,9 @@
 """Signals that ask a job to end: SIGTERM (Slurm's time limit, preemption, `kill`) and SIGINT (Ctrl-C).
 
 Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls
-`raise_stopped`. Other work of a command ends at once by an exception, so that no half-written file is left. Several
-processes that train one run must agree before they call it.
-
-One request may arrive several times: Slurm signals every process of a job, the launcher of a job's processes passes the
-signal on to them, and `srun` does so again. So repetitions are ignored for a while, and a checkpoint that is being
-written is finished.
+`raise_stopped`, on which several processes that train one run must agree. Other work of a command ends at once by an
+exception, so that no half-written file is left. One request may arrive several times, from Slurm, from `srun` and from
+the launcher of a job's processes, so repetitions are ignored for a while.
 """
 
 from __future__ import annotations

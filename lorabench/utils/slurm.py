@@ -23,21 +23,16 @@ def partition_minutes(partitions: str) -> float | None:
         return None
     command = ["sinfo", "--noheader", "--format=%P|%l"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    limits = {name: limit for name, _, limit in (line.strip().partition("|") for line in listed.stdout.splitlines())}
+    limits = dict(line.strip().split("|", 1) for line in listed.stdout.splitlines() if "|" in line)
     # An asterisk marks the default partition.
     wanted = partitions.split(",") if partitions else [name for name in limits if name.endswith("*")]
-    named = {name.removesuffix("*"): minutes_of(limit) for name, limit in limits.items()}
-    minutes = [named.get(name.strip().removesuffix("*")) for name in wanted]
-    known = [limit for limit in minutes if limit is not None]
-    return min(known) if known and len(known) == len(minutes) else None
-
-
-def minutes_of(limit: str) -> float | None:
-    """Return a limit as `sinfo` writes it (`infinite`, `2-00:00:00`, `30:00`) in minutes; None for any other text."""
-    if limit == "infinite":
-        return math.inf
-    match = _LIMIT.fullmatch(limit)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
-    return 24 * 60 * days + 60 * hours + minutes + seconds / 60
+    named, minutes = {name.removesuffix("*"): limit for name, limit in limits.items()}, []
+    for name in wanted:
+        limit = named.get(name.strip().removesuffix("*"), "")
+        match = _LIMIT.fullmatch(limit)
+        if limit != "infinite" and not match:
+            return None
+        # 2-00:00:00 are days, hours, minutes and seconds, 30:00 are minutes and seconds.
+        parts = [int(part or 0) for part in match.groups()] if match else [math.inf, 0, 0, 0]
+        minutes.append(24 * 60 * parts[0] + 60 * parts[1] + parts[2] + parts[3] / 60)
+    return min(minutes, default=None)

@@ -18,9 +18,9 @@ from lorabench.errors import UserError
 from ..hub.repositories import (
     openthoughts3_row,
     tulu3_row,
+    write_configs,
     write_jsonl,
     write_openthoughts3,
-    write_parquet,
     write_tulu3,
 )
 
@@ -117,7 +117,7 @@ def test_too_few_examples_are_one_sentence_with_counts(make, tmp_path):
 
 
 def test_other_columns_are_named(make, tmp_path):
-    write_parquet(tmp_path / "owner/name/train.parquet", {"question": "string", "answer": "string"}, [])
+    write_configs(tmp_path / "owner/name", {"default": {"train": [{"question": "?", "answer": "!"}]}})
     with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
         make(tmp_path / "owner/name")
 

@@ -22,18 +22,16 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
-    """Flip one bit of the last tensor."""
+def flip(path: Path, place: int = -9) -> None:
+    """Flip one bit, by default of the last tensor."""
     content = bytearray(path.read_bytes())
-    content[-9] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
 
 
 def flip_header(path: Path) -> None:
     """Flip one bit of the step in the header."""
-    content = bytearray(path.read_bytes())
-    content[content.index(b"step") + len(b'step\\": ')] ^= 1
-    path.write_bytes(content)
+    flip(path, path.read_bytes().index(b"step") + len(b'step\\": '))
 
 
 def empty(path: Path) -> None:

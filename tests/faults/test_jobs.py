@@ -25,8 +25,6 @@ from lorabench.utils.lock import locked
 
 from .conftest import AT_WORK, numbers
 
-TASKS = pytest.mark.parametrize("task", ["sft", "rl"])
-
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, unbroken):
@@ -170,13 +168,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 @pytest.mark.slow
-@TASKS
-def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
+@pytest.mark.parametrize(("task", "memory"), [("sft", 30_000_000), ("rl", 50_000_000), ("rl", 30_000_000)])
+def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, memory, half, unbroken):
+    """Until the first step, a job takes about half of the larger numbers; with 30 MB, RL has no room for its threads.
+
+    To its end, SFT needs more than 40 MB and RL more than 60 MB, with 8 MB for the stack of each thread.
+    """
     checkpoint = half.checkpoint(task, AT_WORK[task])
     before = step_of(checkpoint)
-    # Until the first step, a job takes about half of it. To its end, SFT needs more than 40 MB and RL more than 60 MB,
-    # with 8 MB for the stack of each thread.
-    output = half.train(task, status=2, memory={"sft": 30_000_000, "rl": 50_000_000}[task])
+    output = half.train(task, status=2, memory=memory)
     message = output.splitlines()[-1]
     assert "is out of memory" in message
     others = " or max_cache_tokens (65536)" if task == "rl" else ""
@@ -224,24 +224,28 @@ def fill(disk: Path, but_for: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["checkpoint", "run"])
-def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what, half, unbroken, small_disk):
-    place = small_disk(half)
-    checkpoint = place.checkpoint("sft", 1)
+@pytest.mark.parametrize("what", ["checkpoint", "run", "file size"])
+def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what, half, unbroken, request):
+    """A file that may not grow, by a limit of its size, is a full disk too."""
+    place, limits = half, {"file_size": 100_000}
+    if what != "file size":
+        place, limits = request.getfixturevalue("small_disk")(half), {}
+        filler = fill(place.folder, but_for=64_000)
     if what == "run":
         # Without further checkpoints the finished run is the first that finds no room.
         place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
+    checkpoint = place.checkpoint("sft", 1)
     old = checkpoint.read_bytes()
-    filler = fill(place.folder, but_for=64_000)
-    output = place.train("sft", status=2)
-    path = checkpoint if what == "checkpoint" else place.run_path("sft", 1)
+    output = place.train("sft", status=2, **limits)
+    path = place.run_path("sft", 1) if what == "run" else checkpoint
     message = output.splitlines()[-1]
     assert message.startswith(f"lorabench: no space left to write {path.relative_to(place.folder)}; make room and give")
     assert "Traceback" not in output
     assert checkpoint.read_bytes() == old
     assert [entry.name for entry in checkpoint.parent.iterdir()] == ["checkpoint.safetensors"]
     assert not place.run_path("sft", 1).exists()
-    filler.unlink()
+    if not limits:
+        filler.unlink()
     assert "goes on after step" in place.train("sft")
     assert place.numbers("sft") == unbroken.numbers("sft")
 
@@ -261,17 +265,6 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     filler.unlink()
     place.run("step", "collect", *jobs, "--out", "tables")
     place.run("step", "tokens", "tiny", "instruct")
-
-
-@pytest.mark.slow
-def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
-    old = half.checkpoint("sft", 1).read_bytes()
-    output = half.train("sft", status=2, file_size=100_000)
-    assert "no space left to write" in output.splitlines()[-1]
-    assert "Traceback" not in output
-    assert half.checkpoint("sft", 1).read_bytes() == old
-    half.train("sft")
-    assert half.numbers("sft") == unbroken.numbers("sft")
 
 
 @pytest.mark.slow

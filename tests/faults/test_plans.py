@@ -69,35 +69,32 @@ def test_weights_that_a_shorter_grid_needs_again_are_trained_again(done):
 
 
 @pytest.mark.slow
-def test_another_experiment_with_the_same_runs_appears_in_the_tables(done):
+def test_other_names_of_an_experiment_and_a_dataset_appear_in_the_tables_of_the_same_runs(done):
+    def rows():
+        runs = collected(done)
+        return runs[runs.task == "sft"]
+
     before = records(done)
     sweep = done.sweep("sft")
     done.change(lambda raw: raw["experiments"].update(placement=raw["experiments"]["rank"]))
     assert done.sweep("sft").sweep_id == sweep.sweep_id
-    runs = collected(done)
-    assert {tuple(names) for names in runs.experiments[runs.task == "sft"]} == {("rank", "placement")}
+    assert {tuple(names) for names in rows().experiments} == {("rank", "placement")}
     assert records(done) == before
     done.change(lambda raw: raw["experiments"].pop("rank"))
-    runs = collected(done)
-    assert {tuple(names) for names in runs.experiments[runs.task == "sft"]} == {("placement",)}
+    assert {tuple(names) for names in rows().experiments} == {("placement",)}
 
-
-@pytest.mark.slow
-def test_a_dataset_of_another_name_has_it_in_the_tables(done):
-    before = records(done)
     data, tokens = done.path(done.layout.dataset("instruct")), done.path(done.layout.tokens("tiny", "instruct"))
 
     def rename(raw):
         raw["datasets"]["chats"] = raw["datasets"].pop("instruct")
-        raw["experiments"]["rank"][0]["datasets"] = ["chats"]
+        raw["experiments"]["placement"][0]["datasets"] = ["chats"]
 
     done.change(rename)
     data.rename(done.path(done.layout.dataset("chats")))
     tokens.rename(done.path(done.layout.tokens("tiny", "chats")))
     done.train("sft")
     assert records(done) == before
-    runs = collected(done)
-    assert set(runs.dataset[runs.task == "sft"]) == {"chats"}
+    assert set(rows().dataset) == {"chats"}
 
 
 def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(planned):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import applied
 from lorabench.store.tables import Tables
+
+DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
+"""What a run that diverged has in place of a result."""
 
 
 def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -19,9 +27,17 @@ def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, plotted
 
 
-def only(plotted: pd.DataFrame, element: str) -> pd.DataFrame:
-    """Return the rows of one element."""
-    return plotted[plotted["element"] == element]
+def only(plotted: pd.DataFrame, element: str, **values: Any) -> pd.DataFrame:
+    """Return the rows of one element with the given values."""
+    rows = plotted[plotted["element"] == element]
+    for column, value in values.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def lines(axes: Axes, **properties: Any) -> list[Line2D]:
+    """Return the lines and marks of a panel with the given properties."""
+    return [line for line in axes.get_lines() if all(getattr(line, f"get_{k}")() == v for k, v in properties.items())]
 
 
 def texts(figure: Figure, panel: int | None = None) -> str:
@@ -33,3 +49,8 @@ def texts(figure: Figure, panel: int | None = None) -> str:
 def legend(figure: Figure) -> list[str]:
     """Return the entries of a figure's legends."""
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def titles(figure: Figure) -> list[str]:
+    """Return the titles of a figure's panels."""
+    return [axes.get_title(loc="left") for axes in figure.axes]

@@ -25,7 +25,7 @@ HELLA = {"about": "forgotten", "task": "hellaswag", "source": None, "metric": "a
 ARC = HELLA | {"task": "arc_challenge"}
 
 
-def of_arm(rank: int | str | None, learned: float, bits: float, **changes: Any) -> list[dict[str, Any]]:
+def scores(rank: int | str | None, learned: float, bits: float, **changes: Any) -> list[dict[str, Any]]:
     """Make the scores of a run (rank None is FullFT, `base` the base): accuracy by both filters, and bits per byte."""
     return [
         make_eval(rank, learned, **ACC, **changes),
@@ -35,7 +35,7 @@ def of_arm(rank: int | str | None, learned: float, bits: float, **changes: Any) 
     ]
 
 
-ROWS = of_arm("base", 0.05, 1.50) + of_arm(None, 0.60, 1.62) + of_arm(8, 0.55, 1.53)
+ROWS = scores("base", 0.05, 1.50) + scores(None, 0.60, 1.62) + scores(8, 0.55, 1.53)
 
 
 def draw(rows: list[dict[str, Any]]):
@@ -56,6 +56,15 @@ def by_arm(plotted: pd.DataFrame, column: str) -> dict[str, float]:
     return dict(zip(plotted["arm"], plotted[column], strict=True))
 
 
+def marks(axes) -> set[tuple[float, float]]:
+    """Return the places of the marks in a panel."""
+    return {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
+
+
+def places(plotted: pd.DataFrame, across: str, up: str) -> set[tuple[float, float]]:
+    return set(plotted[[across, up]].dropna().itertuples(index=False, name=None))
+
+
 def test_what_is_plotted_is_the_strict_accuracy_and_the_bits_above_the_base():
     figure, plotted = draw(ROWS)
     assert by_arm(plotted, "learned") == {"base": 0.05, "FullFT": 0.60, "LoRA r8": 0.55}
@@ -67,13 +76,8 @@ def test_what_is_plotted_is_the_strict_accuracy_and_the_bits_above_the_base():
     for text in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining", "higher is better"):
         assert text in words(figure)
     assert words(figure).count("lower is better") == 2
-
-
-def test_marks_lie_where_the_table_says():
-    figure, plotted = draw(ROWS)
     for axes, across in zip(figure.axes, ("forgotten", "final_test_nll"), strict=True):
-        drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
-        assert drawn == set(plotted[[across, "learned"]].dropna().itertuples(index=False, name=None))
+        assert marks(axes) == places(plotted, across, "learned")
         assert [line.get_ydata() for line in axes.lines if line.get_color() == "0.7"][-1] == [0.05, 0.05]
     # The base was not trained on the dataset, so it has no loss there.
     assert [len(axes.containers) for axes in figure.axes] == [3, 2]
@@ -102,23 +106,16 @@ def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_
     assert set(plotted["learned_bits_tasks"]) == {"lorabench_instruct_bits bits_per_byte none"}
     assert by_arm(plotted, "learned") == {"base": 0.05, "FullFT": 0.60, "LoRA r8": 0.55}
     left, right = figure.axes
-    for axes, across, up in ((left, "forgotten", "learned_bits"), (right, "final_test_nll", "learned")):
-        drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
-        assert drawn == set(plotted[[across, up]].dropna().itertuples(index=False, name=None))
-    assert (
-        left.get_ylabel()
-        == "bits per byte of right answers\nbelow the base: lorabench_instruct_bits\n(higher is better)"
-    )
+    assert marks(left) == places(plotted, "forgotten", "learned_bits")
+    assert marks(right) == places(plotted, "final_test_nll", "learned")
+    assert left.get_ylabel().splitlines()[1:] == ["below the base: lorabench_instruct_bits", "(higher is better)"]
     assert right.get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
-
-
-def test_without_any_accuracy_the_last_panel_shows_the_likelihood_too():
+    # Without any accuracy, the last panel shows the likelihood, too.
     bits = [row for row in ROWS if row["metric"] == "bits_per_byte"]
     figure, plotted = draw(bits + ANSWERED)
     assert plotted["learned"].isna().all()
     left, right = figure.axes
-    drawn = {(x, y) for bar in right.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
-    assert drawn == {(row["final_test_nll"], value) for row, value in zip(bits[1:], (1.8, 1.75), strict=True)}
+    assert marks(right) == {(row["final_test_nll"], value) for row, value in zip(bits[1:], (1.8, 1.75), strict=True)}
     assert [bool(axes.get_ylabel()) for axes in (left, right)] == [True, False]
     assert left.get_ylim() == right.get_ylim()
 
@@ -145,8 +142,8 @@ def test_each_measure_of_forgetting_has_a_panel():
 
 
 def test_each_dataset_is_set_against_the_base_of_its_model():
-    rows = ROWS + of_arm(8, 0.3, 2.0, dataset="worked") + of_arm("base", 0.1, 3.0, model="big")
-    rows += of_arm(8, 0.2, 3.5, model="big")
+    rows = ROWS + scores(8, 0.3, 2.0, dataset="worked") + scores("base", 0.1, 3.0, model="big")
+    rows += scores(8, 0.2, 3.5, model="big")
     _, plotted = draw(rows)
     lora = plotted[plotted["arm"] == "LoRA r8"].set_index(["model", "dataset"])["forgotten"].to_dict()
     assert lora == pytest.approx({("tiny", "instruct"): 0.03, ("tiny", "worked"): 0.5, ("big", "instruct"): 0.5})
@@ -171,24 +168,18 @@ def test_without_the_base_or_a_loss_there_is_a_sentence():
 
 def test_a_table_that_says_nothing_is_refused():
     twice = "the score tiny .* pretraining byte_perplexity none more than once"
-    refused = {"there is no table evals": [], "no trained run": of_arm("base", 0.1, 1.5), twice: ROWS + ROWS[-1:]}
+    refused = {"there is no table evals": [], "no trained run": scores("base", 0.1, 1.5), twice: ROWS + ROWS[-1:]}
     for message, rows in refused.items():
         with pytest.raises(UserError, match=message):
             draw(rows)
 
 
-def test_it_reads_a_folder_with_evals_only(tmp_path: Path):
+def test_a_folder_or_preset_has_the_figure_where_it_has_scores(tmp_path: Path, raw_preset, write_preset):
     write_frame(evals_table(ROWS), "evals", tmp_path)
     assert drawable_figures([tmp_path]) == ["learned_forgotten"]
     save_figure("learned_forgotten", [tmp_path], tmp_path / "out")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".svg", ".png", ".csv"}
-
-
-def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):
-    assert "learned_forgotten" not in {
-        figure.name for figure in figures_of_preset(load_preset(write_preset(raw_preset)))
-    }
-    tasks = [{"name": "hellaswag", "about": "forgotten"}]
-    evaluation = {"experiments": ["rank"], "tasks": tasks}
-    preset = load_preset(write_preset(raw_preset | {"evaluation": evaluation}))
-    assert "learned_forgotten" in {figure.name for figure in figures_of_preset(preset)}
+    evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
+    for preset, has in ((raw_preset, False), (raw_preset | {"evaluation": evaluation}, True)):
+        figures = figures_of_preset(load_preset(write_preset(preset)))
+        assert ("learned_forgotten" in {figure.name for figure in figures}) == has

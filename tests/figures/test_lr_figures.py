@@ -1,4 +1,4 @@
-"""The figures about learning rates: short and long runs, the LR law, and published losses beside ours."""
+"""The figures about learning rates: the LR law, short and long runs, published losses in figure 2, and the LR ratio."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, 
 from lorabench.figures.grid import optima
 from lorabench.store.tables import Tables
 
+from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
+from .layout import DIVERGED, legend, lines, only, texts, titles
 from .layout import draw as drawn
-from .layout import legend, only, texts
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
-LENGTHS = {25: 20.0, 50: 16.0, 100: 14.0, 400: 10.0}
+LENGTHS = {"step": [25, 50, 100, 400], "ratio": [20.0, 16.0, 14.0, 10.0]}
 
 
 def draw(name, runs, curves=None):
@@ -43,28 +44,19 @@ def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
     runs, _ = tables(
         arm(rank, optimum=3e-4 if rank is None else 3e-3, steps=steps, offsets=offsets, **settings) for rank in ranks
     )
-    rows = [
-        {
-            "run_id": run["run_id"],
-            "step": step,
-            "split": "validation",
-            "metric": "nll",
-            "value": 2.1
-            + CURVATURE * math.log(run["lr"] / (3e-4 * (1 if run["method"] == "fullft" else ratio))) ** 2
-            + offsets[run["seed"]],
-        }
-        for run in runs.to_dict("records")
-        for step, ratio in LENGTHS.items()
-    ]
-    return runs, pd.DataFrame(rows)
+    points = runs[["run_id", "method", "lr", "seed"]].merge(pd.DataFrame(LENGTHS), "cross")
+    optimum = 3e-4 * points["ratio"].where(points["method"] == "lora", 1)
+    luck = points["seed"].map(dict(enumerate(offsets)))
+    points["value"] = 2.1 + CURVATURE * np.log(points["lr"] / optimum) ** 2 + luck
+    return runs, points[["run_id", "step", "value"]].assign(split="validation", metric="nll")
 
 
 # The LR law.
 
 
 def test_law_draws_the_optima_and_ratios_of_the_tables():
-    runs, _ = models()
-    _, plotted = draw("lr_law", runs)
+    runs, curves = models()
+    figure, plotted = draw("lr_law", runs)
     expected = optima(comparisons(runs, pd.DataFrame())).set_index(["model", "method"])
     shown = only(plotted, "optimum").set_index(["model", "method"])
     assert len(shown) == 8
@@ -74,11 +66,7 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
     assert ((ratio["ratio_low"] < 8) & (ratio["ratio_high"] > 8)).all()
     assert ratio["hidden_size"].to_dict() == {name: size for name, (_, size) in MODELS.items()}
-
-
-def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
-    runs, curves = models()
-    figure, plotted = draw("lr_law", runs)
+    # Lines are those of the fit and of the published constants.
     [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
     for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
         points = only(plotted, element)
@@ -104,7 +92,7 @@ def test_law_published_optima_are_those_of_the_reference():
 
 ODD_MODELS = {
     "one model": lambda: models({"l64": MODELS["l64"]})[0],
-    "all diverged": lambda: models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan),
+    "all diverged": lambda: models()[0].assign(**DIVERGED),
     "no sizes": lambda: models()[0].drop(columns=["family", "hidden_size"]),
     "a family without a published law": lambda: models({"g": ("gemma3", 64), "l": ("llama", 64)})[0],
 }
@@ -117,9 +105,6 @@ def test_law_of_odd_tables():
         _, plotted = draw("lr_law", runs)
         assert len(only(plotted, "diverged")) == (runs["status"] == "diverged").sum(), case
         assert only(plotted, "published_law")["lr"].notna().all(), case
-
-
-def test_law_says_which_models_it_leaves_out():
     runs, _ = models()
     figure, _ = draw("lr_law", runs[(runs["model"] != "q96") | (runs["method"] == "lora")])
     assert "not drawn: q96" in texts(figure, 0)
@@ -131,27 +116,17 @@ def test_law_says_which_models_it_leaves_out():
 def test_short_run_draws_losses_as_of_each_length():
     runs, curves = lengths()
     figure, plotted = draw("short_run", runs, curves)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == [f"tiny · instruct · {what}" for what in ("at step 50", "at step 100", "at step 400", "LR ratio")]
-    for step in (50, 100):
-        loss = only(plotted, "loss")
-        loss = loss[loss["steps"] == step]
-        at = curves[curves["step"] == step].merge(runs[["run_id", "method", "lr"]], on="run_id")
-        means = at.groupby(["method", "lr"])["value"].mean()
-        assert loss.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
-    full = only(plotted, "loss")[only(plotted, "loss")["steps"] == 400]
-    means = runs.groupby(["method", "lr"])["final_valid_nll"].mean()
-    assert full.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
-
-
-def test_short_run_ratio_by_length_and_the_papers():
-    figure, plotted = draw("short_run", *lengths())
+    panels = ["at step 50", "at step 100", "at step 400", "LR ratio"]
+    assert titles(figure) == [f"tiny · instruct · {panel}" for panel in panels]
+    measured = curves.merge(runs[["run_id", "method", "lr"]], on="run_id").groupby(["step", "method", "lr"])["value"]
+    shown = only(plotted, "loss").set_index(["steps", "method", "lr"])["nll"]
+    assert shown.to_dict() == pytest.approx(measured.mean().loc[[50, 100, 400]].to_dict())
     ratio = only(plotted, "ratio").set_index("steps")
-    assert ratio["ratio"].to_dict() == pytest.approx(LENGTHS)
+    assert ratio["ratio"].to_dict() == pytest.approx(dict(zip(*LENGTHS.values(), strict=True)))
     assert (ratio["ratio_low"] < ratio["ratio"]).all()
     assert (ratio["ratio_high"] > ratio["ratio"]).all()
     assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
-    levels = {line.get_ydata()[0] for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"}
+    levels = {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")}
     assert levels == {10.0, 15.0}
 
 
@@ -159,7 +134,7 @@ def test_short_run_counts_what_had_diverged_by_then():
     runs, curves = lengths()
     gone = (runs["lr"] > 2e-2) & (runs["method"] == "lora")
     runs = runs.assign(diverged_at=pd.array([70 if diverged else None for diverged in gone], dtype="Int64"))
-    runs.loc[gone, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    runs.loc[gone, list(DIVERGED)] = list(DIVERGED.values())
     curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
     _, plotted = draw("short_run", runs, curves)
     assert only(plotted, "diverged")["steps"].tolist() == [100, 400]
@@ -184,10 +159,10 @@ def test_short_run_of_odd_tables():
 
 
 PUBLISHED_ARMS = {
-    ("Llama-3.1-8B", "tulu3"): ["LoRA r128", "LoRA r16", "LoRA r4", "LoRA r64"],
     ("Qwen3-4B", "no_robots"): ["FullFT", "LoRA r1", "LoRA r16", "LoRA r256"],
     ("Llama-3.1-8B", "no_robots"): [],
     ("tiny", "tulu3"): [],
+    ("Llama-3.1-8B", "tulu3"): ["LoRA r128", "LoRA r16", "LoRA r4", "LoRA r64"],
 }
 
 
@@ -200,11 +175,7 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
         assert any(text.startswith("published") for text in words) == bool(arms)
         # Only the arms of our own runs have a colour.
         assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
-
-
-def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
-    runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model="Llama-3.1-8B", dataset="tulu3") for rank in (None, 8))
-    figure, plotted = draw("fig2_lr_by_rank", runs)
+    # The last are those of the file, and within the panel.
     shown = only(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
@@ -212,5 +183,23 @@ def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
     low, high = figure.axes[0].get_ylim()
     assert low < shown.min()
     assert shown.max() < high
-    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
-    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in shown.groupby("rank")}
+    drawn = {tuple(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    assert drawn >= {tuple(sweep) for _, sweep in shown.groupby("rank")}
+
+
+# The LR ratio by condition, with theories.
+
+
+def test_lr_ratio_plots_conditions_theories_and_published_ratios():
+    runs, curves = world(following("scale"))
+    _, plotted = draw("lr_ratio", runs, curves)
+    conditions = only(plotted, "condition")
+    assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
+    np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
+    assert set(only(plotted, "line")["theory"]) == {"scale", "fixed_lora", "constant", "naive"}
+    assert set(only(plotted, "published")["source"]) > {"LoRA Without Regret", "Orbit E4"}
+    # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
+    assert only(plotted, "paper_law")["predicted"].between(10, 20).all()
+    figure, plotted = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
+    assert "no condition" in texts(figure)
+    assert plotted.empty

@@ -13,8 +13,8 @@ from lorabench.store.tables import Tables
 
 from ..handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
+from .layout import DIVERGED, lines, only, texts
 from .layout import draw as drawn
-from .layout import texts
 
 SEEDS = range(3)
 NAMES = ("early", "parametrization", "variants")
@@ -24,25 +24,8 @@ def draw(name, runs, curves):
     return drawn(name, Tables(runs, curves))
 
 
-def of(plotted, element, **values):
-    rows = plotted[plotted["element"] == element]
-    for column, value in values.items():
-        rows = rows[rows[column] == value]
-    return rows
-
-
 def grid(*configurations, seeds=SEEDS, **columns):
     return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
-
-
-def line_at(axes, **properties):
-    """Return the only line of the axes that has the given properties."""
-    [line] = [
-        line
-        for line in axes.get_lines()
-        if all(getattr(line, f"get_{k}")() == value for k, value in properties.items())
-    ]
-    return line
 
 
 # Early curves
@@ -59,43 +42,38 @@ def early_tables(ranks=(1, 4, 64), **columns):
     return lora_tables(grid(*({"rank": rank} for rank in ranks), steps=32, **columns), nll=loss)
 
 
-def test_early_curves_are_means_over_seeds():
+def test_early_curves_are_means_over_seeds_and_differences_show_their_sign():
     figure, plotted = draw("early", *early_tables())
-    curve = of(plotted, "curve", arm="LoRA r64").sort_values("step")
+    left, right = figure.axes
+    curve = only(plotted, "curve", arm="LoRA r64").sort_values("step")
     run = lora_run(64, lr=1e-3)
     expected = [np.mean([nll(run | {"seed": seed}, step) for seed in SEEDS]) for step in range(1, 33)]
     np.testing.assert_allclose(curve["nll"].astype(float), expected)
-    styles = arm_styles(plotted.dropna(subset=["arm"]))
-    line = line_at(figure.axes[0], color=styles["LoRA r64"].colour)
+    colour = arm_styles(plotted.dropna(subset=["arm"]))["LoRA r64"].colour
+    [line] = lines(left, color=colour)
     np.testing.assert_allclose(line.get_ydata(), expected)
-
-
-def test_early_differences_show_their_sign():
-    figure, plotted = draw("early", *early_tables())
-    rows = of(plotted, "difference").set_index("step")
+    rows = only(plotted, "difference").set_index("step")
     # The lowest rank is 1, which the paper's figure does not have.
     assert set(rows["rank"]) == {4}
     assert set(rows["other_rank"]) == {64}
     for step in (2, 9, 10, 32):
         assert rows.loc[step, "difference"] == pytest.approx(0.001 * sign(step) * step * 1.1)
-    right = figure.axes[1]
-    below = line_at(right, markerfacecolor="white")
+    [below] = lines(right, markerfacecolor="white")
     assert list(below.get_xdata()) == list(range(1, 10))
     assert (below.get_ydata() > 0).all()
     assert right.get_yscale() == "log"
     losses = [[difficulty(seed, step) for seed in SEEDS] for step in range(1, 33)]
-    assert of(plotted, "sigma")["difference"].item() == pytest.approx(
-        2 * np.sqrt(np.mean(np.var(losses, axis=1, ddof=1))), rel=0.05
-    )
+    sigma = np.sqrt(np.mean(np.var(losses, axis=1, ddof=1)))
+    assert only(plotted, "sigma")["difference"].item() == pytest.approx(2 * sigma, rel=0.05)
 
 
 def test_early_seeds_that_a_rank_lacks_are_left_out_of_all():
     runs, curves = early_tables()
     lost = (runs["rank"] == 1) & (runs["seed"] == 2)
-    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    runs.loc[lost, list(DIVERGED)] = list(DIVERGED.values())
     figure, plotted = draw("early", runs, curves)
-    assert set(of(plotted, "curve")["n_seeds"]) == {2}
-    assert list(of(plotted, "diverged")["run_id"]) == list(runs.loc[lost, "run_id"])
+    assert set(only(plotted, "curve")["n_seeds"]) == {2}
+    assert list(only(plotted, "diverged")["run_id"]) == list(runs.loc[lost, "run_id"])
     assert "1 diverged" in texts(figure, 0)
 
 
@@ -117,60 +95,57 @@ def wobble(run, step):
     return nll(run, step) + (1e-7 * step if run["lr_ratio"] != 1 else 0.0)
 
 
-def parametrization_tables(**columns):
-    return lora_tables(grid(*CONFIGURATIONS, **columns), nll=wobble)
+@pytest.fixture(scope="module")
+def parametrization():
+    return draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=wobble))
 
 
-def test_first_descents_by_rule():
-    figure, plotted = draw("parametrization", *parametrization_tables())
-    rows = of(plotted, "first_descent").set_index(["rule", "rank"])["value"]
+def test_first_descents_by_rule(parametrization):
+    figure, plotted = parametrization
+    rows = only(plotted, "first_descent").set_index(["rule", "rank"])["value"]
     assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)
     assert rows["alpha / sqrt(r)", 1] == pytest.approx(1 / 4, rel=0.05)
     assert rows["constant factor", 1] == pytest.approx(1 / 16, rel=0.05)
-    dotted = [line.get_ydata() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    dotted = [line.get_ydata() for line in lines(figure.axes[0], linestyle=":")]
     assert any(np.allclose(values, [rows["constant factor", 1], 1.0]) for values in dotted if len(values) == 2)
 
 
-def test_equivalent_pairs_and_others():
-    figure, plotted = draw("parametrization", *parametrization_tables())
-    last = of(plotted, "equivalent", step=50)
+def test_equivalent_pairs_and_others(parametrization):
+    figure, plotted = parametrization
+    last = only(plotted, "equivalent", step=50)
     assert last["value"].item() == pytest.approx(5e-6, rel=1e-4)
     assert last["n"].item() == len(SEEDS)
-    others = of(plotted, "not_equivalent", step=50)
+    others = only(plotted, "not_equivalent", step=50)
     # The four configurations of the setting have five other pairs.
     assert others["n"].item() == 5 * len(SEEDS)
     assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
-    levels = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if line.get_linestyle() == ":"]
+    levels = [line.get_ydata()[0] for line in lines(figure.axes[1], linestyle=":")]
     assert levels == [1e-5]
     assert plotted["step"].min() >= 1
+    figure, _ = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=lambda run, step: 3.0 + run["seed"]))
+    assert "equal to the last bit" in texts(figure, 1)
 
 
-def test_times_until_a_moves_and_sizes_of_updates():
-    figure, plotted = draw("parametrization", *parametrization_tables())
-    moved = of(plotted, "a_moved", time_scale=250.0)
+def test_times_until_a_moves_and_sizes_of_updates(parametrization):
+    figure, plotted = parametrization
+    moved = only(plotted, "a_moved", time_scale=250)
     assert a_moved({"init_a": 1.0, "lr": 4e-3}, 1 + 12.5) == pytest.approx(1.0)
     assert moved["value"].item() == pytest.approx(13.5, rel=0.03)
-    assert len(of(plotted, "a_not_moved")) == 1
-    assert of(plotted, "a_not_moved")["value"].item() == 64
-    triangles = [line for line in figure.axes[2].get_lines() if line.get_marker() == "^"]
+    assert only(plotted, "a_not_moved")["value"].tolist() == [64]
+    triangles = lines(figure.axes[2], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [pytest.approx(1e5)]
-    sizes = of(plotted, "update_norm", arm="LoRA r16")
-    assert set(sizes["step"]) == {1, 2, 4, 8, 16, 32, 64}
-    assert sizes.set_index("step").loc[1, "value"] == pytest.approx(1.0)
+    sizes = only(plotted, "update_norm", arm="LoRA r16").set_index("step")
+    assert set(sizes.index) == {1, 2, 4, 8, 16, 32, 64}
+    assert sizes.loc[1, "value"] == pytest.approx(1.0)
 
 
 def test_sizes_of_updates_beside_runs_in_which_a_is_still():
     figure, plotted = draw("parametrization", *lora_tables(grid({}, {"lr": 1e-4, "lr_ratio": 10.0})))
-    still = of(plotted, "still_a").set_index("step")
+    still = only(plotted, "still_a").set_index("step")
     norms = [update_norm({"lr": 1e-4, "seed": seed}, 16) / 1e-3 for seed in SEEDS]
     assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
-    line = line_at(figure.axes[3], linestyle="--")
+    [line] = lines(figure.axes[3], linestyle="--")
     np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
-
-
-def test_runs_equal_to_the_last_bit_are_said_to_be():
-    figure, _ = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=lambda run, step: 3.0 + run["seed"]))
-    assert "equal to the last bit" in texts(figure, 1)
 
 
 # Variants
@@ -188,12 +163,12 @@ def test_variants_are_those_of_the_tables():
     figure, plotted = draw(
         "variants", *variant_tables({"alpha": 8.0, "floor": 2.1, "optimum": 1.1e-3}, {"lr_ratio": 4.0})
     )
-    rows = of(plotted, "variant").set_index("arm")
+    rows = only(plotted, "variant").set_index("arm")
     assert list(rows.index) == ["LoRA r16 LR_B/LR_A 4", "LoRA r16", "LoRA r16 alpha 8"]
     # The fitted minimum, not the loss at the best LR of the grid.
     assert rows.loc["LoRA r16 alpha 8", "nll"] == pytest.approx(2.1)
     assert rows.loc["LoRA r16 alpha 8", "lr"] == pytest.approx(1.1e-3)
-    band = of(plotted, "margin_band")
+    band = only(plotted, "margin_band")
     assert band["nll_high"].item() == pytest.approx(rows.loc["LoRA r16", "nll"])
     # 2% of the gain from 5 nats, that of the base.
     assert band["nll_high"].item() - band["nll_low"].item() == pytest.approx(0.02 * (5 - 2.1), rel=0.01)
@@ -206,16 +181,15 @@ def test_variants_are_those_of_the_tables():
 def test_variants_that_diverged_are_named():
     runs, curves = variant_tables({"alpha": 8.0})
     lost = runs["alpha"] == 8.0
-    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    runs.loc[lost, list(DIVERGED)] = list(DIVERGED.values())
     figure, plotted = draw("variants", runs, curves)
-    assert set(of(plotted, "diverged")["run_id"]) == set(runs.loc[lost, "run_id"])
+    assert set(only(plotted, "diverged")["run_id"]) == set(runs.loc[lost, "run_id"])
     assert "no loss: LoRA r16 alpha 8" in texts(figure, 0)
 
 
 # Odd tables
 
 
-DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
 ODD = {
     "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
     "one run": lambda runs, curves: (runs.iloc[:1], curves),

@@ -1,4 +1,4 @@
-"""Figures 4 and 5 from tables made by hand."""
+"""Figures 3, 4 and 5 from tables made by hand."""
 
 from __future__ import annotations
 
@@ -7,82 +7,115 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
+from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
-from ..handmade import make_sweep, runs_table
-from .layout import draw, only, texts
+from ..handmade import curves_of, make_sweep, runs_table
+from .layout import draw, lines, only, texts, titles
 
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 
 
-def sweeps(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), fullft=True, **changes):
-    rows = make_sweep(None, **changes) if fullft else []
+# Figure 3, by batch size.
+
+
+def by_size(ranks=(None, 8), sizes=(4, 16, 64), **changes):
+    rows = []
+    for size in sizes:
+        for rank in ranks:
+            sweep = make_sweep(rank, batch_size=size, steps=640 // size, **changes)
+            rows += [row | {"run_id": f"{row['run_id']}-b{size}"} for row in sweep]
+    return rows
+
+
+def drawn_by_size(rows):
+    runs = runs_table(rows)
+    return draw("fig3_batch_size", Tables(runs, curves_of(runs)))
+
+
+def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
+    rows = by_size()
+    figure, plotted = drawn_by_size(rows)
+    assert titles(figure) == ["batch 4", "batch 16", "batch 64", "", ""]
+    assert texts(figure, 0) == "160 steps · 2 diverged"
+    final = only(plotted, "final").set_index(["batch_size", "arm"])
+    gaps = only(plotted, "gap").set_index("batch_size")
+    for comparison in comparisons(runs_table(rows), pd.DataFrame()):
+        size = comparison.arms[0]["batch_size"]
+        expected = comparison.fit.gap("LoRA r8", "FullFT")
+        numbers = gaps.loc[size, ["gap", "low", "high"]].astype(float)
+        np.testing.assert_allclose(numbers, [expected.value, *expected.interval()])
+        for label, minimum in comparison.fit.minima.items():
+            numbers = final.loc[(size, label), ["nll", "low", "high"]].astype(float)
+            np.testing.assert_allclose(numbers, [minimum.value, *minimum.interval()])
+    [line] = lines(figure.axes[4], linestyle="--")
+    assert line.get_color() == arm_styles(plotted.dropna(subset=["arm"]))["LoRA r8"].colour
+    np.testing.assert_allclose(line.get_ydata(), gaps["gap"].astype(float))
+    # Curves are envelopes, solid of FullFT and dashed of LoRA.
+    for arm, linestyle, size, axes in (("FullFT", "-", 4, 0), ("LoRA r8", "--", 64, 2)):
+        points = only(plotted, "envelope", arm=arm, batch_size=size)
+        [line] = lines(figure.axes[axes], linestyle=linestyle)
+        np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
+
+
+def test_of_several_lengths_the_longest_is_compared():
+    short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in by_size(sizes=(64,))]
+    figure, _ = drawn_by_size(by_size() + short)
+    assert titles(figure)[:4] == ["batch 4", "batch 16", "batch 64", "batch 64"]
+    [line] = lines(figure.axes[-1], linestyle="--")
+    assert len(line.get_xdata()) == 3
+
+
+def test_each_model_and_dataset_has_its_block():
+    figure, _ = drawn_by_size(by_size(sizes=(4, 16)) + by_size(sizes=(4,), dataset="$worked$"))
+    assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
+    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
+
+
+# Figures 4 and 5, by placement.
+
+
+def placed(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), **changes):
+    rows = make_sweep(None, **changes)
     for placement, rank in arms:
         sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
         rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
     return rows
 
 
-def drawn(rows, name="fig4_placement"):
-    return draw(name, Tables(runs_table(rows), pd.DataFrame()))
+def drawn(rows):
+    return draw("fig4_placement", Tables(runs_table(rows), pd.DataFrame()))
 
 
-def test_numbers_are_those_of_the_tables():
-    rows = sweeps()
+def test_losses_by_parameters_are_those_of_the_fit():
+    rows = placed()
     figure, plotted = drawn(rows)
-    runs = runs_table(rows)
-    [comparison] = comparisons(runs, pd.DataFrame())
+    [comparison] = comparisons(runs_table(rows), pd.DataFrame())
     best = only(plotted, "best")
     expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
     np.testing.assert_allclose(best[["nll", "nll_low", "nll_high"]].astype(float), expected)
-    counts = best.set_index("arm")["parameters"].to_dict()
-    assert counts == {
-        "FullFT": "0.83M",
-        "LoRA r16": "0.22M",
-        "LoRA r16 attn": "88.0K",
-        "LoRA r16 mlp": "0.14M",
-        "LoRA r27 attn": "0.15M",
-    }
+    counts = {"FullFT": "0.83M", "LoRA r16": "0.22M", "LoRA r16 attn": "88.0K"}
+    counts |= {"LoRA r16 mlp": "0.14M", "LoRA r27 attn": "0.15M"}
+    assert best.set_index("arm")["parameters"].to_dict() == counts
     band = only(plotted, "margin_band").iloc[0]
     assert band["nll_low"] == pytest.approx(best["nll"].min())
     assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "attn r27  0.15M", "all r16  0.22M", "FullFT  0.83M"]
-
-
-def test_placement_is_line_style_and_marker_and_rank_is_colour():
-    figure, _ = drawn(sweeps())
-    lines = [line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None"]
-    assert {line.get_linestyle() for line in lines} == {"-", "--", ":"}
-    assert {"o", "P", "v", "s"} <= {line.get_marker() for line in figure.axes[0].get_lines()}
-    assert len({line.get_color() for line in lines if line.get_linestyle() == ":"}) == 2
+    # Placement is line style and marker, and rank is colour.
+    shown = figure.axes[0].get_lines()
+    assert {line.get_linestyle() for line in shown} == {"-", "--", ":", "None"}
+    assert {"o", "P", "v", "s"} <= {line.get_marker() for line in shown}
+    assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
 
 
 def test_a_best_lr_at_the_edge_is_open():
-    figure, plotted = drawn(sweeps(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
-    assert plotted.loc[plotted["element"].eq("best") & plotted["method"].eq("lora"), "at_edge"].all()
+    figure, plotted = drawn(placed(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
+    assert only(plotted, "best", method="lora")["at_edge"].all()
     faces = {line.get_markerfacecolor() for line in figure.axes[1].get_lines() if line.get_marker() in ("o", "P", "v")}
     assert faces == {"white"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "rows",
-    [
-        pytest.param(sweeps((("mlp", 16),), diverged_from=0.0), id="every run diverged"),
-        pytest.param([row | {"trainable_params": None} for row in sweeps()], id="no parameter counts"),
-        pytest.param([row | {"placement": None} for row in sweeps((("all", 16),))], id="placement not given"),
-    ],
-)
-def test_odd_tables_are_drawn(rows):
-    _, plotted = drawn(rows)
-    assert len(plotted)
-
-
 def test_arms_without_a_parameter_count_are_named():
-    rows = [row | ({"trainable_params": None} if row["placement"] == "attn" else {}) for row in sweeps()]
-    figure, _ = drawn(rows)
-    assert [text.get_text() for text in figure.axes[1].texts] == ["no parameter count: LoRA r16 attn, LoRA r27 attn"]
-    without = runs_table(sweeps()).drop(columns="trainable_params")
-    figure, _ = draw("fig4_placement", Tables(without, pd.DataFrame()))
-    assert "FullFT" in texts(figure, 1)
+    rows = [row | ({"trainable_params": None} if row["placement"] == "attn" else {}) for row in placed()]
+    assert texts(drawn(rows)[0], 1) == "no parameter count: LoRA r16 attn, LoRA r27 attn"

@@ -12,14 +12,13 @@ from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
 from lorabench.figures.style import arm_styles, write_figure
-from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
 from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
 from ..handmade.sft import tables
 from .layout import draw as drawn
-from .layout import legend, only, texts
+from .layout import legend, lines, only, texts, titles
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 OF_RESPONSES = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
@@ -28,9 +27,7 @@ COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
 
 
 def read(arms) -> Tables:
-    """Return the tables of some arms, as a figure takes them."""
-    runs, curves = tables(arms)
-    return Tables(with_all_columns(runs, "runs"), with_all_columns(curves, "curves"))
+    return Tables(*tables(arms))
 
 
 def arms(ranks=(None, 1, 16), **settings):
@@ -46,24 +43,18 @@ def arms(ranks=(None, 1, 16), **settings):
     return sweeps
 
 
-def diverged(arms):
-    """Make the same arms, but with diverged runs only."""
-    lost = {"status": "diverged"} | dict.fromkeys(("final_valid_reward", "final_reward", "best_reward"))
-    return [([run | lost for run in runs], curves) for runs, curves in arms]
+def changed(arms, status, reward=None):
+    """Make the same arms, but with all runs of one status and all rewards the same."""
+    rewards = dict.fromkeys(("final_valid_reward", "final_reward", "best_reward"), reward)
+    return [([run | rewards | {"status": status} for run in runs], curves) for runs, curves in arms]
 
 
 def out_of_reach(arms):
     """Make the same arms on problems of which none is ever solved."""
-    none = {"status": "unrewarded"} | dict.fromkeys(
-        ("base_reward", "final_valid_reward", "final_reward", "best_reward"), 0.0
-    )
-    unsolved = {("test", "accuracy"), ("train", "reward")}
+    solved = {("test", "accuracy"), ("train", "reward")}
     return [
-        (
-            [run | none for run in runs],
-            [point | ({"value": 0.0} if (point["split"], point["metric"]) in unsolved else {}) for point in curves],
-        )
-        for runs, curves in arms
+        (runs, [point | ({"value": 0.0} if (point["split"], point["metric"]) in solved else {}) for point in curves])
+        for runs, curves in changed(arms, "unrewarded", 0.0)
     ]
 
 
@@ -83,26 +74,17 @@ def draw(name, arms):
 # Accuracy against learning rate.
 
 
-def test_accuracies_are_means_over_seeds_with_their_deviation():
+def test_accuracies_are_means_over_seeds_and_optima_those_of_the_fits():
     rl_tables = read(arms())
     _, plotted = drawn("fig6_rl_lr", rl_tables)
     rows = only(plotted, "accuracy").set_index(["arm", "lr"])
-    expected = rl_tables.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(
-        ["mean", "std", "size"]
-    )
+    expected = rl_tables.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].mean()
     assert len(rows) == len(expected) == 3 * 7
-    np.testing.assert_allclose(rows["accuracy"].sort_values(), expected["mean"].sort_values())
+    np.testing.assert_allclose(rows["accuracy"].sort_values(), expected.sort_values())
     best = rows.loc[("LoRA r16", 1e-3)]
-    assert best["accuracy"] == pytest.approx(0.8)
-    assert best["accuracy_sd"] == pytest.approx(SD)
-    assert best["n_seeds"] == 3
+    assert best[["accuracy", "accuracy_sd", "n_seeds"]].tolist() == pytest.approx([0.8, SD, 3])
     assert rows["accuracy_sd"].notna().sum() == 3
     assert not any("nll" in column for column in plotted)
-
-
-def test_optima_are_those_of_the_fits():
-    rl_tables = read(arms())
-    _, plotted = drawn("fig6_rl_lr", rl_tables)
     expected = optima(compared(rl_tables, with_error_rates(rl_tables.runs))).assign(accuracy=lambda row: 1 - row["nll"])
     shown = only(plotted, "optimum")
     for column in ("lr", "lr_low", "lr_high", "accuracy"):
@@ -115,9 +97,8 @@ def test_what_has_not_learned_is_marked_and_counted():
     rl_tables = read(arms((1, 16), diverges_from=9e-3))
     figure, plotted = drawn("fig6_rl_lr", rl_tables)
     for status in ("diverged", "unrewarded"):
-        assert set(only(plotted, status)["run_id"]) == set(
-            rl_tables.runs.loc[rl_tables.runs["status"] == status, "run_id"]
-        )
+        expected = rl_tables.runs.query("status == @status")
+        assert set(only(plotted, status)["run_id"]) == set(expected["run_id"])
     assert "2 diverged · 2 unrewarded" in texts(figure)
     marks = [line.get_marker() for line in figure.axes[0].get_lines()]
     assert marks.count("x") == marks.count("$0$") == 2
@@ -131,7 +112,7 @@ def test_the_base_and_controls_are_lines_with_an_entry():
         assert only(plotted, element)["accuracy"].tolist() == [height]
     for axes in figure.axes[:2]:
         for look, height in zip(("-", ":", "--"), heights.values(), strict=True):
-            assert height in [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == look]
+            assert height in [line.get_ydata()[0] for line in lines(axes, linestyle=look)]
         low, high = axes.get_ylim()
         assert low < BASE < high
     assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
@@ -148,7 +129,7 @@ def test_no_accuracy_is_beyond_the_range():
     low, high = figure.axes[0].get_ylim()
     assert low < only(plotted, "accuracy")["accuracy"].min() == 0
     assert high > 1
-    assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
+    assert not lines(figure.axes[0], marker="^")
 
 
 # Placement.
@@ -185,9 +166,9 @@ def test_fig7_curves_are_test_accuracies_at_the_best_lr():
     assert set(curves["step"]) == {0, STEPS // 2, STEPS}
     assert curves.loc[curves["step"] == STEPS, "accuracy"].tolist() == pytest.approx([0.8] * 3)
     styles = arm_styles(plotted.dropna(subset=["arm"]))
-    lines = {line.get_color(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
     for label, points in curves.groupby("arm"):
-        assert lines[styles[str(label)].colour] == pytest.approx(points["accuracy"].tolist())
+        [line] = lines(figure.axes[0], color=styles[str(label)].colour)
+        np.testing.assert_allclose(line.get_ydata(), points["accuracy"])
     assert "3 seeds" in texts(figure, 0)
 
 
@@ -200,32 +181,27 @@ def test_fig8_shows_each_further_set():
     assert set(accuracy["n_samples"]) == {SAMPLES}
     labels = ["accuracy on aime24", "accuracy on aime25", *OF_RESPONSES]
     assert [axes.get_ylabel() for axes in figure.axes] == labels
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["tiny · problems", "", "", "", ""]
+    assert titles(figure) == ["tiny · problems", "", "", "", ""]
     assert texts(figure, 0) == "3 seeds · 480 answers"
 
 
 def test_fig8_lengths_are_running_means_of_the_training_batches():
     zigzag = {"response_length": lambda done: 200 + 100 * done + (-1) ** round(done * 100)}
-    rl_tables = read(arms())
-    long = read([arm(16, optimum=1e-3, max_new_tokens=500, train=zigzag)])
-    steps = pd.concat(
-        [long.curves.assign(step=long.curves["step"] + part * STEPS) for part in (0, 1)], ignore_index=True
-    )
-    steps = steps[(steps["split"] == "train") | (steps["step"] <= STEPS)].drop_duplicates(
-        ["run_id", "step", "split", "metric"]
-    )
-    _, plotted = drawn("fig8_aime_and_length", Tables(long.runs, steps))
+    once = read([arm(16, optimum=1e-3, max_new_tokens=500, train=zigzag)])
+    twice = once.curves[once.curves["split"] == "train"]
+    curves = pd.concat([once.curves, twice.assign(step=twice["step"] + STEPS)], ignore_index=True)
+    _, plotted = drawn("fig8_aime_and_length", Tables(once.runs, curves))
     length = only(plotted, "response_length").set_index("step")["mean"]
-    raw = reward_curves(long.runs, steps, "train", "response_length").set_index("step")["mean"]
+    raw = reward_curves(once.runs, curves, "train", "response_length").set_index("step")["mean"]
     # A twentieth of 40 steps is two.
     assert length[10] == pytest.approx((raw[9] + raw[10]) / 2)
-    figure, plotted = drawn("fig8_aime_and_length", rl_tables)
-    assert only(plotted, "response_length").groupby("arm")["mean"].last().tolist() == pytest.approx([400.0] * 3)
-    assert only(plotted, "reflection").groupby("arm")["mean"].last().tolist() == pytest.approx([0.2] * 3)
-    assert texts(figure, 2) == "3 seeds · 1% cut at 500 tokens"
 
 
 def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
+    figure, plotted = draw("fig8_aime_and_length", arms())
+    assert only(plotted, "response_length").groupby("arm")["mean"].last().tolist() == pytest.approx([400.0] * 3)
+    assert only(plotted, "reflection").groupby("arm")["mean"].last().tolist() == pytest.approx([0.2] * 3)
+    assert texts(figure, 2) == "3 seeds · 1% cut at 500 tokens"
     cut = arm(16, optimum=1e-3, max_new_tokens=500, diverges_from=9e-3, train={"truncated": grown(0, 0.3)})
     figure, plotted = draw("fig8_aime_and_length", [*arms((None,)), cut])
     assert len(only(plotted, "diverged")) == 1
@@ -243,15 +219,15 @@ def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_l
     assert only(plotted, "above_max_kl")["lr"].tolist() == [1e-5]
     assert texts(figure, 3) == "3 seeds · 1 run above 0.01"
     assert axes.get_yscale() == "log"
-    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == "--"] == [0.01]
+    assert [line.get_ydata()[0] for line in lines(axes, linestyle="--")] == [0.01]
 
 
 # Tables of every kind.
 
 ODD = {
-    "every run diverged": lambda: diverged(arms((None, 16))),
+    "every run diverged": lambda: changed(arms((None, 16)), "diverged"),
     "one learning rate and seed": lambda: arms((None, 16), lrs=(1e-3,), offsets=(0.0,)),
-    "out of reach": lambda: out_of_reach(arms((None, 16))),
+    "out of reach": lambda: out_of_reach(arms((None, 16), base_reward=0.0)),
     "all right everywhere": lambda: arms((None, 16), peak=1.0, curvature=0.0),
     "base not measured": lambda: arms((None, 16), base_reward=None),
     "one set of two further": lambda: (
@@ -287,18 +263,13 @@ def test_without_curves_a_sentence_says_so():
         assert all(words in texts(figure) for words in sentences)
 
 
-@pytest.fixture(scope="module")
-def mixed() -> Tables:
+def test_supervised_and_rl_runs_are_never_drawn_together():
     supervised, rl_tables = runs_table(make_sweep(None) + make_sweep(8)), read(arms())
     runs = pd.concat([supervised.assign(experiments=None), rl_tables.runs], ignore_index=True)
     curves = pd.concat([curves_of(supervised), rl_tables.curves], ignore_index=True)
-    return Tables(runs, curves)
-
-
-@pytest.mark.parametrize("third", range(3))
-def test_supervised_and_rl_runs_are_never_drawn_together(mixed, third):
-    """In three parts, since drawing all figures takes long."""
-    for name, figure in [item for item in FIGURES.items() if item[1].table == "runs"][third::3]:
-        own = Tables(figure.own_runs(mixed.runs), mixed.curves)
-        datasets = set(drawn(name, own)[1]["dataset"].dropna())
-        assert datasets == {"problems"} if figure.task == "rl" else "problems" not in datasets, name
+    for name, figure in FIGURES.items():
+        own = figure.own_runs(runs)
+        if figure.table == "runs":
+            assert (own["dataset"] == "problems").eq(figure.task == "rl").all(), name
+        if name in ("fig1_envelopes", "fig4_placement", "fig8_aime_and_length"):
+            assert set(drawn(name, Tables(own, curves))[1]["dataset"]) == set(own["dataset"])

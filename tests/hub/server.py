@@ -48,6 +48,14 @@ class Hub:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
+    def refusal(self, kind: str, name: str, revision: str, reads: bool) -> tuple[int, str] | None:
+        """Return the status and the error code of a request that is refused; `reads`: whether it needs access."""
+        if not self.folder(kind, name).is_dir():
+            return 401, "RepoNotFound"
+        if revision not in ("main", self.commit(kind, name)):
+            return 404, "RevisionNotFound"
+        return (401, "GatedRepo") if reads and name in self.gated else None
+
 
 def _sha(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
@@ -61,78 +69,55 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer()
-
-    do_HEAD = do_POST = do_GET  # noqa: N815
-
-    def _answer(self) -> None:
-        url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests[f"{self.command} {unquote(url.path)}"] += 1
+        path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests[f"{self.command} {path}"] += 1
+        api, file = _API.fullmatch(path), _FILE.fullmatch(path)
         if self.hub.broken:
             self._send(503, {})
-        elif match := _API.fullmatch(unquote(url.path)):
-            kind, name, what, revision, rest = match.groups()
-            if self._there(kind, name, revision or "main"):
-                self._api(kind, name, what, rest or "", parse_qs(body.decode()))
-        elif match := _FILE.fullmatch(unquote(url.path)):
-            kind, name, revision, file = "datasets" if match[1] else "models", match[2], match[3], match[4]
-            if self._there(kind, name, revision) and self._allowed(name):
-                self._file(kind, name, file)
+        elif api:
+            kind, name, what, revision, rest = api.groups()
+            refused = self.hub.refusal(kind, name, revision or "main", reads=what == "auth-check")
+            if not self._refused(refused):
+                value = self._api(kind, name, what, rest or "", parse_qs(body.decode()))
+                self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+        elif file:
+            kind, (name, revision) = "datasets" if file[1] else "models", file.group(2, 3)
+            if not self._refused(self.hub.refusal(kind, name, revision, reads=True)):
+                commit = {"X-Repo-Commit": self.hub.commit(kind, name)}
+                if local := self.hub.files(kind, name).get(file[4]):
+                    self._send(200, {"ETag": f'"{_sha(local)}"'} | commit, local.read_bytes())
+                else:
+                    self._send(404, {"X-Error-Code": "EntryNotFound"} | commit)
         else:
             self._send(404, {"X-Error-Code": "EntryNotFound"})
 
-    def _there(self, kind: str, name: str, revision: str) -> bool:
-        if not self.hub.folder(kind, name).is_dir():
-            self._send(401, {"X-Error-Code": "RepoNotFound"})
-        elif revision not in ("main", self.hub.commit(kind, name)):
-            self._send(404, {"X-Error-Code": "RevisionNotFound"})
-        else:
-            return True
-        return False
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
-    def _allowed(self, name: str) -> bool:
-        if name in self.hub.gated:
-            self._send(401, {"X-Error-Code": "GatedRepo"})
-        return name not in self.hub.gated
+    def _refused(self, refusal: tuple[int, str] | None) -> bool:
+        if refusal:
+            self._send(refusal[0], {"X-Error-Code": refusal[1]})
+        return refusal is not None
 
-    def _api(self, kind: str, name: str, what: str | None, rest: str, form: dict[str, list[str]]) -> None:
+    def _api(self, kind: str, name: str, what: str | None, inside: str, form: dict[str, list[str]]) -> Any:
         files = self.hub.files(kind, name)
         entries = [
             {"type": "file", "path": path, "oid": _sha(file), "size": file.stat().st_size}
             for path, file in files.items()
         ]
         folders = {str(parent) for path in files for parent in Path(path).parents if str(parent) != "."}
-        directories = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
-        match what:
-            case "tree":
-                inside = [
-                    entry for entry in entries + directories if entry["path"].startswith(f"{rest}/" if rest else "")
-                ]
-                if "recursive=True" not in self.path and "recursive=true" not in self.path:
-                    depth = rest.count("/") + bool(rest)
-                    inside = [entry for entry in inside if entry["path"].count("/") == depth]
-                self._json(inside)
-            case "auth-check":
-                if self._allowed(name):
-                    self._json({})
-            case "paths-info":
-                self._json([entry for entry in entries + directories if entry["path"] in form.get("paths", [])])
-            case _:
-                siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
-                sha = self.hub.commit(kind, name)
-                self._json({"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings})
-
-    def _file(self, kind: str, name: str, file: str) -> None:
-        commit = {"X-Repo-Commit": self.hub.commit(kind, name)}
-        path = self.hub.files(kind, name).get(file)
-        if path is None:
-            self._send(404, {"X-Error-Code": "EntryNotFound"} | commit)
-        else:
-            self._send(200, {"ETag": f'"{_sha(path)}"'} | commit, path.read_bytes())
-
-    def _json(self, value: Any) -> None:
-        self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+        both = entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        if what == "auth-check":
+            return {}
+        if what == "paths-info":
+            return [entry for entry in both if entry["path"] in form.get("paths", [])]
+        if what == "tree":
+            prefix = inside and f"{inside}/"
+            recursive = "recursive=true" in self.path.lower()
+            found = [entry for entry in both if entry["path"].startswith(prefix)]
+            return [entry for entry in found if recursive or "/" not in entry["path"].removeprefix(prefix)]
+        siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
+        sha = self.hub.commit(kind, name)
+        return {"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings}
 
     def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)

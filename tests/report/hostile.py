@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pandas as pd
@@ -36,14 +37,15 @@ def columns(name: str) -> list[str]:
 
 def hostile_report(report: Any) -> Any:
     """Build the page of runs, curves, evaluations and claims with HOSTILE in each of these columns."""
-    texts = {name: f"{name}{HOSTILE}" for name in columns("runs")}
+    texts, scores = ({name: f"{name}{HOSTILE}" for name in columns(table)} for table in ("runs", "evals"))
+    texts["versions"] = scores["versions"] = json.dumps({"torch": f"versions{HOSTILE}"})
     rows = []
     for place, row in enumerate(make_sweep(None) + make_sweep(1) + make_sweep(16)):
         own = {"run_id": f"run_id{HOSTILE}{place}", "experiments": ["rank", f"experiments{HOSTILE}"]}
         # Without LoRA on all layers no claim would have an estimate.
         layers = texts["placement"] if row["rank"] == 16 else row["placement"]
         rows.append(row | texts | own | {"placement": layers})
-    evals = [make_eval(rank, 0.5, **{name: f"{name}{HOSTILE}" for name in columns("evals")}) for rank in ("base", None)]
+    evals = [make_eval(rank, 0.5, **scores) for rank in ("base", None)]
 
     def spoilt(name: str) -> Any:
         def spoil(table: pd.DataFrame) -> pd.DataFrame:

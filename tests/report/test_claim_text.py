@@ -38,14 +38,11 @@ def test_power():
         assert claim_text.power(make_claim("B1", detectable=value, unit=unit)) == text
 
 
-def test_only_verdicts_that_lack_something_have_a_remark():
+def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so():
     assert claim_text.remark(make_claim("B1", would_decide="x", missing="y")) == ""
     assert claim_text.remark(make_claim("B1", "inconclusive")) == "to decide: 6 seeds (now 3)"
     assert claim_text.remark(make_claim("B1", "inconclusive", would_decide=None)) == ""
     assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
-
-
-def test_a_borderline_verdict_is_said_to_be():
     assert claim_text.verdict(make_claim("B1", borderline=True)) == "confirmed, borderline"
     # A claim of an older table is not known to be borderline.
     others = [make_claim("B1"), *(make_claim("B1", borderline=value) for value in (False, None, pd.NA))]

@@ -52,16 +52,12 @@ def test_what_is_in_no_section_comes_last_and_empty_sections_are_left_out():
 
 
 @given(st.integers(1, 30_000), st.integers(3, 80))
-def test_thinned_keeps_the_ends_and_no_more_than_allowed(n, limit):
+def test_thinned_keeps_the_ends_and_no_more_than_allowed_spaced_by_logarithm(n, limit):
     kept = thinned(np.arange(n), limit)
-    assert kept[0] == 0
-    assert kept[-1] == n - 1
+    assert (kept[0], kept[-1]) == (0, n - 1)
     assert len(kept) <= limit
     assert (np.diff(kept) > 0).all()
     assert len(kept) == n or n > limit
-
-
-def test_thinned_is_log_spaced():
     kept = thinned(np.arange(10_001), 41)
     assert (kept <= 10).sum() >= 8
     assert 8 <= ((kept > 100) & (kept <= 1000)).sum() <= 12
@@ -80,13 +76,9 @@ def test_curves_are_those_of_the_table(runs):
     # Runs that finished share one list of steps, and runs that diverged another.
     assert len(drawn["grids"]) == 2
     assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
-
-
-def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs):
-    curves = curves_of(runs)
+    # Unknown runs and values that are no numbers are left out.
     odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
-    drawn = curves_to_draw(runs, pd.concat([curves, odd]))
-    assert drawn["curves"] == curves_to_draw(runs, curves)["curves"]
+    assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]
 
 
 def test_many_curves_have_fewer_points_each(runs, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.verdicts import draw_matrix
+from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.report.publish import (
     PUBLISHED,

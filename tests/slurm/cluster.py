@@ -1,7 +1,5 @@
 """A Slurm cluster of one node on this machine: munged, slurmctld and slurmd in their own folder, and two GPUs.
 
-It can have accounting too, by slurmdbd and a MariaDB.
-
 The daemons, the scheduler, sbatch and srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
 """
 
@@ -55,47 +53,16 @@ KillWait=10
 NodeName={node} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-_ACCOUNTING = """
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=localhost
-AccountingStoragePort={accounting_port}
-AccountingStoragePass={folder}/munge.socket
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=1
-"""
-_DBD_CONF = """
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
-DbdHost=localhost
-DbdPort={accounting_port}
-SlurmUser=root
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StoragePort={database_port}
-StorageUser=slurm
-StoragePass=slurm
-LogFile={folder}/slurmdbd.log
-PidFile={folder}/slurmdbd.pid
-"""
-# Debian's slurmdbd ends with error 5027 of MariaDB's client where it has to create its database itself.
-_DATABASE = """
-create database slurm_acct_db;
-create user 'slurm'@'127.0.0.1' identified by 'slurm';
-grant all on slurm_acct_db.* to 'slurm'@'127.0.0.1';
-"""
 _GRES = "NodeName={node} Name=gpu File=/dev/null\nNodeName={node} Name=gpu File=/dev/zero\n"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
-_ACCOUNTING_PROGRAMS = ("slurmdbd", "sacct", "mariadbd", "mariadb", "mariadb-install-db")
 
 
-def missing(accounting: bool = False) -> str | None:
-    """Return what this machine lacks for Slurm, or for its accounting too, in words; None if it lacks nothing."""
+def missing() -> str | None:
+    """Return what this machine lacks for Slurm; None if it lacks nothing."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
-    programs = _PROGRAMS + (_ACCOUNTING_PROGRAMS if accounting else ())
-    absent = [program for program in programs if not shutil.which(program, path=_path())]
-    packages = "slurm-wlm, munge, slurmdbd and mariadb-server" if accounting else "slurm-wlm and munge"
-    return f"no {', '.join(absent)}: install Debian's {packages}" if absent else None
+    absent = [program for program in _PROGRAMS if not shutil.which(program, path=_path())]
+    return f"no {', '.join(absent)}: install Debian's slurm-wlm and munge" if absent else None
 
 
 def until(condition: Callable[[], T], what: str, seconds: float) -> T:
@@ -142,17 +109,20 @@ class Cluster:
 
 
 @contextmanager
-def started(folder: Path, accounting: bool = False) -> Iterator[Cluster]:
-    """Start a Slurm whose files are all in `folder`, with or without accounting; stop it and its jobs at the end."""
+def started(folder: Path) -> Iterator[Cluster]:
+    """Start a Slurm whose files are all in `folder`; stop it and its jobs at the end."""
     cluster = Cluster(folder, platform.node().partition(".")[0])
     for name in ("state", "spool", "bin"):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o600)
-    names = {"folder": folder, "node": cluster.node}
-    names |= zip(("controller_port", "node_port", "accounting_port", "database_port"), _free_ports(4), strict=True)
-    (folder / "slurm.conf").write_text((_CONF + (_ACCOUNTING if accounting else "")).format(**names))
+    names: dict[str, object] = {"folder": folder, "node": cluster.node}
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for name, server in zip(("controller_port", "node_port"), sockets, strict=True):
+        names[name] = server.getsockname()[1]
+        server.close()
+    (folder / "slurm.conf").write_text(_CONF.format(**names))
     (folder / "gres.conf").write_text(_GRES.format(**names))
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     # Snakemake's plugin drops SLURM_CONF from the environment of srun: on a cluster it lies in /etc/slurm.
@@ -171,8 +141,6 @@ def started(folder: Path, accounting: bool = False) -> Iterator[Cluster]:
         # munged refuses pytest's folders, which are closed to other users, unless it is forced.
         start("munged", "--foreground", "--force", f"--key-file={key}", *munge)
         until((folder / "munge.socket").exists, "munged", 20)
-        if accounting:
-            _start_accounting(cluster, names, start)
         start("slurmctld", "-D")
         start("slurmd", "-D", "-N", cluster.node)
         until(lambda: "idle" in _sinfo(cluster), f"an idle node; {cluster.log()}", 60)
@@ -188,26 +156,6 @@ def started(folder: Path, accounting: bool = False) -> Iterator[Cluster]:
                 daemon.kill()
                 daemon.wait()
         _kill_remaining(folder)
-
-
-def _start_accounting(cluster: Cluster, names: dict[str, object], start: Callable[..., None]) -> None:
-    """Start a database and Slurm's accounting."""
-    folder, socket_file = cluster.folder, cluster.folder / "mariadb.socket"
-    options = ("--no-defaults", f"--datadir={folder}/database", "--user=root")
-    cluster("mariadb-install-db", *options, "--auth-root-authentication-method=normal", "--skip-test-db")
-    place = (f"--socket={socket_file}", f"--port={names['database_port']}", "--bind-address=127.0.0.1")
-    start("mariadbd", *options, *place)
-    until(socket_file.exists, "mariadbd", 60)
-    cluster("mariadb", "--no-defaults", "--user=root", f"--socket={socket_file}", f"--execute={_DATABASE}")
-    (folder / "slurmdbd.conf").write_text(_DBD_CONF.format(**names))
-    (folder / "slurmdbd.conf").chmod(0o600)
-    start("slurmdbd", "-D")
-    until(lambda: _accounts(cluster), f"slurmdbd; {cluster.log()}", 60)
-
-
-def _accounts(cluster: Cluster) -> bool:
-    command = ["sacctmgr", "--noheader", "show", "cluster"]
-    return subprocess.run(command, env=cluster.environment, capture_output=True, check=False).returncode == 0
 
 
 def _kill_remaining(folder: Path) -> None:
@@ -227,11 +175,3 @@ def _sinfo(cluster: Cluster) -> str:
 
 def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports

@@ -20,7 +20,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Job, Sweep
 from lorabench.store.layout import Layout
 
-from ..workflow.checkout import snakemake
+from ..workflow.checkout import adapt_profile, snakemake
 from .cluster import until
 from .submitting import adapted_clone, of_job, of_rule, saved_step, workflow
 
@@ -203,12 +203,19 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 
 @pytest.mark.slow
 def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
-    """A preset for CPUs, whose jobs the profile gives a GPU each."""
+    """A preset for CPUs, whose jobs the profile gives a GPU each, with at most three jobs in the queue."""
     checkout = adapted_clone(tmp_path, PRESET)
+    adapt_profile(checkout, "\njobs: 100\n", "\njobs: 3\n")
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
-    before = len(cluster.jobs())
+    before, queued = len(cluster.jobs()), set()
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:
-        until(output, "the end of the workflow", 900)
+
+        def ended() -> str:
+            queued.add(len(cluster("squeue", "--noheader").splitlines()))
+            return output()
+
+        until(ended, "the end of the workflow", 900)
+    assert 1 < max(queued) <= 3
     jobs = cluster.jobs()[before:]
     assert len(of_rule(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
     assert {job["TresPerJob"] for job in of_rule(jobs, "train") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}

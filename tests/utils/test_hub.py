@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from lorabench.cli import app
@@ -77,15 +78,19 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-@pytest.fixture
-def fetched(hub):
-    """Return a function that fetches repositories and returns them by id."""
+def fetched(*wanted):
+    """Fetch repositories and return them by id."""
+    fetch_repositories(list(wanted), Path("pins"), Path("fetched.json"))
+    return read_fetched(Path("fetched.json"))
 
-    def get(*wanted):
-        fetch_repositories(list(wanted), Path("pins"), Path("fetched.json"))
-        return read_fetched(Path("fetched.json"))
 
-    return get
+def refused(*wanted):
+    """Return the sentence with which repositories are not fetched."""
+    with pytest.raises(UserError) as caught:
+        fetched(*wanted)
+    assert "\n" not in str(caught.value)
+    assert not Path("fetched.json").exists()
+    return str(caught.value)
 
 
 def add_model(hub, name="owner/tiny"):
@@ -104,7 +109,7 @@ MODEL = WantedRepository("model", "owner/tiny", "main")
 DATA = WantedRepository("dataset", TULU3, "main", ((None, "train"),))
 
 
-def test_of_a_model_only_what_is_read_comes(hub, fetched):
+def test_of_a_model_only_what_is_read_comes(hub):
     add_model(hub)
     (model,) = fetched(MODEL).values()
     assert (model.commit, model.revision) == (hub.commit("models", "owner/tiny"), "main")
@@ -116,7 +121,7 @@ def test_of_a_model_only_what_is_read_comes(hub, fetched):
     assert "code.py" in fetched(code)["owner/tiny"].files
 
 
-def test_what_is_fetched_is_fetched_once(hub, fetched):
+def test_what_is_fetched_is_fetched_once(hub):
     hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(50)))
     before = fetched(DATA)
     files = [f"GET /datasets/{TULU3}/resolve/{before[TULU3].commit}/{name}" for name in before[TULU3].files]
@@ -125,7 +130,7 @@ def test_what_is_fetched_is_fetched_once(hub, fetched):
     assert [hub.requests[file] for file in files] == [1, 1]
 
 
-def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub, fetched):
+def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
     folder = add_model(hub)
     before = fetched(MODEL)
     (folder / "README.md").write_text("# Another\n")
@@ -139,7 +144,7 @@ def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub, fetc
     assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
 
 
-def test_problem_sets_are_those_of_local_copies(hub, fetched):
+def test_problem_sets_are_those_of_local_copies(hub):
     for kind in PARTS:
         for write in PARTS[kind]:
             write(hub.root / "datasets")
@@ -154,7 +159,7 @@ def test_problem_sets_are_those_of_local_copies(hub, fetched):
         assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
 
 
-def preset(hub, **data):
+def preset(hub):
     """Write a preset with a model, a dataset and a problem set of the hub; return its layout."""
     block = {"models": ["tiny"], "seeds": 1, "ranks": {"all": [2]}, "lrs": {"fullft": [], "lora": [1e-3]}}
     rollouts = {"problems_per_step": 2, "group_size": 2, "steps": 1, "max_new_tokens": 4, "mean_response_tokens": 4}
@@ -163,7 +168,7 @@ def preset(hub, **data):
         "models": {"tiny": {"kind": "hub", "id": "owner/tiny", "parameters": 300_000, "hidden_size": 64}},
         "datasets": {
             "tulu3": {"kind": "hub", "id": TULU3, "train": 24, "validation": 4, "test": 4, "max_chars": 200}
-            | {"max_tokens": 300, "mean_tokens": 20, **data},
+            | {"max_tokens": 300, "mean_tokens": 20},
         },
         "problems": {"gsm8k": {"kind": "gsm8k", "train": 8, "validation": 4, "test": 4}},
         "experiments": {
@@ -195,22 +200,11 @@ def fixed_hashes(monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
 
 
-@pytest.fixture
-def offline(hub, monkeypatch, tmp_path):
-    """Return a function that takes the network away: no server answers, and the client is in offline mode."""
-
-    def cut():
-        at(monkeypatch, unused_endpoint(), tmp_path / "home")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-        hub.requests.clear()
-
-    return cut
-
-
-def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
+def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, monkeypatch, tmp_path):
     layout = preset(hub)
     plan = make_plan(layout.preset)
+    assert commands("plan", "--preset", "mine.yaml")[0] == 0
+    assert not hub.requests
     assert "not fetched from the hub yet" in lorabench("tokens", "tiny", "tulu3")
     assert "not fetched from the hub yet" in lorabench("dataset", "tulu3")
     assert not lorabench("fetch-model", "tiny")
@@ -223,7 +217,11 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
     }
     # A new commit of the base on the hub must not matter.
     (hub.folder("models", "owner/tiny") / "model.safetensors").write_bytes(b"other weights")
-    offline()
+    # No server answers any more, and the client is in offline mode.
+    at(monkeypatch, unused_endpoint(), tmp_path / "home")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
     assert not lorabench("dataset", "tulu3")
     assert not lorabench("dataset", "gsm8k")
     assert not lorabench("tokens", "tiny", "tulu3")
@@ -236,144 +234,91 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
         data = TULU3 if sweep.condition.task == "sft" else "openai/gsm8k"
         assert environment["hub_commits"] == {name: commits[name] for name in ("owner/tiny", data)}
         assert environment["model_sha256"] == {"owner/tiny": commits["owner/tiny"]}
+        config = json.loads((layout.runs / row["run_id"] / "weights/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "owner/tiny"
     assert not hub.requests
 
     # Runs on data of another commit are not mixed with the finished ones.
     changed = layout.fetched_data("tulu3")
-    changed.write_text(changed.read_text().replace(commits[TULU3], "f" * 40))
+    content = changed.read_text()
+    changed.write_text(content.replace(commits[TULU3], "f" * 40))
     read_fetched.cache_clear()
     (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
     message = f"was made with {TULU3} at commit {commits[TULU3]}, but {'f' * 40} is fetched now"
     with pytest.raises(UserError, match=message):
         run_job(plan, Job((sft,)), layout, lambda line: None)
 
-
-def test_an_adapter_is_named_after_its_base_on_the_hub(hub, fixed_hashes):
-    layout = preset(hub)
-    assert not lorabench("fetch-model", "tiny")
-    assert not lorabench("fetch-data", "tulu3")
-    assert not lorabench("dataset", "tulu3")
-    assert not lorabench("tokens", "tiny", "tulu3")
-    plan = make_plan(layout.preset)
-    (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
-    run_job(plan, Job((sft,)), layout, lambda line: None)
-    (config,) = layout.runs.glob("*/weights/adapter_config.json")
-    assert json.loads(config.read_text())["base_model_name_or_path"] == "owner/tiny"
-
-
-def test_files_that_were_cleared_away_are_named(hub, fixed_hashes, tmp_path):
-    preset(hub)
-    assert not lorabench("fetch-data", "tulu3")
-    assert not lorabench("fetch-model", "tiny")
+    # Files that were cleared away are named.
+    changed.write_text(content)
+    read_fetched.cache_clear()
     shutil.rmtree(tmp_path / "home")
     said = lorabench("dataset", "tulu3")
     assert re.search(f"data/train-0.* of dataset {TULU3} is not in the hub's cache .*; fetch it again", said)
 
 
-def only_sentence(caught):
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_a_gated_repository_without_a_token(hub, fetched):
-    add_model(hub, "meta-llama/Llama-3.2-1B")
+def test_a_gated_repository_without_a_token(hub):
+    llama = WantedRepository("model", "meta-llama/Llama-3.2-1B", "main")
+    add_model(hub, llama.id)
     hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(5)))
-    hub.gated |= {"meta-llama/Llama-3.2-1B", TULU3}
-    with pytest.raises(UserError) as caught:
-        fetched(WantedRepository("model", "meta-llama/Llama-3.2-1B", "main"))
-    assert only_sentence(caught) == (
+    hub.gated |= {llama.id, TULU3}
+    assert refused(llama) == (
         f"model meta-llama/Llama-3.2-1B is gated: ask for access on {hub.endpoint}/meta-llama/Llama-3.2-1B, then log "
         "in with `hf auth login` or set HF_TOKEN"
     )
-    with pytest.raises(UserError) as caught:
-        fetched(DATA)
-    assert f"dataset {TULU3} is gated: ask for access on {hub.endpoint}/datasets/{TULU3}" in only_sentence(caught)
-    assert not Path("fetched.json").exists()
+    assert f"dataset {TULU3} is gated: ask for access on {hub.endpoint}/datasets/{TULU3}" in refused(DATA)
 
 
-def test_a_repository_or_a_revision_that_is_not_there(hub, fetched):
-    with pytest.raises(UserError) as caught:
-        fetched(MODEL)
-    assert only_sentence(caught).startswith("model owner/tiny is not on the hub, or is private and needs a token")
+def test_a_repository_or_a_revision_that_is_not_there(hub):
+    assert refused(MODEL).startswith("model owner/tiny is not on the hub, or is private and needs a token")
     add_model(hub)
     for revision in ("v2", "f" * 40):
-        with pytest.raises(UserError) as caught:
-            fetched(WantedRepository("model", "owner/tiny", revision))
-        assert only_sentence(caught) == f"model owner/tiny has no revision {revision!r}"
+        wanted = WantedRepository("model", "owner/tiny", revision)
+        assert refused(wanted) == f"model owner/tiny has no revision {revision!r}"
 
 
-def test_a_model_without_safetensors(hub, fetched):
+def test_a_model_without_safetensors(hub):
     (add_model(hub) / "model.safetensors").unlink()
-    with pytest.raises(UserError) as caught:
-        fetched(MODEL)
-    assert re.fullmatch(
-        "model owner/tiny has no .safetensors file at [0-9a-f]{40}; pickled weights are not loaded",
-        only_sentence(caught),
-    )
+    expected = "model owner/tiny has no .safetensors file at [0-9a-f]{40}; pickled weights are not loaded"
+    assert re.fullmatch(expected, refused(MODEL))
 
 
-def test_a_split_or_a_configuration_that_is_not_there(hub, fetched):
+def test_a_split_or_a_configuration_that_is_not_there(hub):
     hub_repositories.write_gsm8k(hub.root / "datasets")
-    with pytest.raises(UserError) as caught:
-        fetched(WantedRepository("dataset", "openai/gsm8k", "main", (("main", "validation"),)))
-    assert only_sentence(caught) == "dataset openai/gsm8k has no split 'validation'; allowed: train, test"
-    with pytest.raises(UserError) as caught:
-        fetched(WantedRepository("dataset", "openai/gsm8k", "main", (("algebra", "train"),)))
-    assert "dataset openai/gsm8k has no configuration 'algebra'" in only_sentence(caught)
-    assert "socratic" in str(caught.value)
+    split, config = (
+        WantedRepository("dataset", "openai/gsm8k", "main", (part,))
+        for part in (("main", "validation"), ("algebra", "train"))
+    )
+    assert refused(split) == "dataset openai/gsm8k has no split 'validation'; allowed: train, test"
+    said = refused(config)
+    assert "dataset openai/gsm8k has no configuration 'algebra'" in said
+    assert "socratic" in said
 
 
-def test_a_disk_that_is_too_small(hub, fetched, monkeypatch):
+def test_a_disk_that_is_too_small(hub, monkeypatch):
     add_model(hub)
-    usage = shutil.disk_usage("/")
-    free = (1 << 30) + 1000
+    usage, free = shutil.disk_usage("/"), (1 << 30) + 1000
     monkeypatch.setattr("lorabench.utils.hub.shutil.disk_usage", lambda path: usage._replace(free=free))
-    with pytest.raises(UserError) as caught:
-        fetched(MODEL)
+    said = refused(MODEL)
     needed = sum(path.stat().st_size for path in shipped_folder("llama-64").iterdir())
-    assert f"model owner/tiny needs {needed:,} bytes and 1,073,741,824 to spare in " in only_sentence(caught)
-    assert f"where {free:,} are free" in str(caught.value)
+    assert f"model owner/tiny needs {needed:,} bytes and 1,073,741,824 to spare in " in said
+    assert f"where {free:,} are free" in said
     assert not [request for request in hub.requests if request.startswith("GET /owner")]
 
 
-def test_no_connection(hub, fetched, monkeypatch, tmp_path):
+def test_a_hub_that_does_not_answer(hub, monkeypatch, tmp_path):
     # The client waits longer after each attempt.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    at(monkeypatch, unused_endpoint(), tmp_path / "home")
-    for wanted in (
-        MODEL,
-        DATA,
-        WantedRepository("model", "owner/tiny", "f" * 40),
-        WantedRepository("dataset", TULU3, "f" * 40, DATA.parts),
-    ):
-        with pytest.raises(UserError) as caught:
-            fetched(wanted)
-        assert f"can't be fetched at {wanted.revision}: no connection to http://127.0.0.1:" in only_sentence(caught)
-
-
-def test_a_hub_that_is_out_of_order(hub, fetched):
     add_model(hub)
     hub.broken = True
-    with pytest.raises(UserError) as caught:
-        fetched(MODEL)
-    assert "model owner/tiny can't be fetched at main: " in only_sentence(caught)
-    assert "503" in str(caught.value)
-
-
-def test_offline_mode(hub, fetched, monkeypatch):
+    said = refused(MODEL)
+    assert "model owner/tiny can't be fetched at main: " in said
+    assert "503" in said
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError) as caught:
-        fetched(MODEL)
-    assert only_sentence(caught) == "model owner/tiny can't be fetched at main: HF_HUB_OFFLINE is set"
-
-
-def test_a_dataset_whose_form_has_changed(hub, fixed_hashes):
-    preset(hub)
-    row = {**hub_repositories.tulu3_row(1), "messages": [{"content": "x", "role": "ipython"}]}
-    hub_repositories.write_tulu3(hub.root / "datasets", [row])
-    assert not lorabench("fetch-data", "tulu3")
-    assert f"dataset {TULU3} has a turn of role 'ipython'; allowed: user, human" in lorabench("dataset", "tulu3")
+    assert refused(MODEL) == "model owner/tiny can't be fetched at main: HF_HUB_OFFLINE is set"
+    at(monkeypatch, unused_endpoint(), tmp_path / "home")
+    pinned = WantedRepository("model", "owner/tiny", "f" * 40), WantedRepository("dataset", TULU3, "f" * 40, DATA.parts)
+    for wanted in (MODEL, DATA, *pinned):
+        assert f"can't be fetched at {wanted.revision}: no connection to http://127.0.0.1:" in refused(wanted)
 
 
 @pytest.mark.slow
@@ -458,23 +403,11 @@ def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, command, hub
     assert capfd.readouterr().err == ""
 
 
-def test_a_repository_without_a_configuration_is_one_sentence(hub):
-    (add_model(hub) / "config.json").unlink()
+def test_a_model_in_the_cache_needs_no_connection(hub, monkeypatch, tmp_path):
+    (add_model(hub) / "config.json").rename("config.json")
     with pytest.raises(UserError, match=r"^model owner/tiny lacks a file that is needed: .*config\.json"):
         find_model("owner/tiny")
-
-
-def test_a_model_in_the_cache_needs_no_connection(hub, monkeypatch, tmp_path):
-    from huggingface_hub import hf_hub_download
-
-    add_model(hub)
+    Path("config.json").rename(hub.folder("models", "owner/tiny") / "config.json")
     hf_hub_download("owner/tiny", "config.json")
     at(monkeypatch, unused_endpoint(), tmp_path / "home")
     assert find_model("owner/tiny").family == "llama"
-
-
-def test_a_plan_with_a_model_of_the_hub_asks_nobody(hub):
-    preset(hub)
-    hub.requests.clear()
-    status, _, said = commands("plan", "--preset", "mine.yaml")
-    assert (status, said, hub.requests) == (0, "", Counter())
