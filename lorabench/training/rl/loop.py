@@ -40,7 +40,8 @@ Sampler = Callable[[list[Request], bool], list[Response]]
 """Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
 PATIENCE, MIN_PATIENCE = 0.2, 3
-"""A run without any reward in this share of its steps, and in this many, is stopped: its policy has not changed."""
+"""A run is stopped when it had no reward in this share of its steps, and in this number of steps at least, since its
+policy has not changed then."""
 
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
