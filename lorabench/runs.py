@@ -89,7 +89,7 @@ class Condition:
     @property
     def label(self) -> str:
         """A readable name for files and progress, which is never parsed."""
-        method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
+        method = self.method if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
     @cached_property
@@ -348,55 +348,45 @@ def best_lr(sweep: Sweep, losses: Losses) -> float | None:
     around it have, the middle of equally good ones.
     """
     if sweep.lattice is not None:
-        scores = {lr: mean for lr, mean in _means(sweep, losses).items() if math.isfinite(mean)}
-        return _middle_of_lowest(scores) if scores else None
-    lrs = [lr for lr, loss in _first_seed(losses).items() if math.isfinite(loss)]
+        means = {lr: mean for lr, mean in _means(losses, sweep.seeds.around).items() if math.isfinite(mean)}
+        return _middle_of_lowest(means) if means else None
+    lrs = [lr for lr, loss in _means(losses).items() if math.isfinite(loss)]
     seeds = {seed for _, seed in losses if all(math.isfinite(losses.get((lr, seed), math.inf)) for lr in lrs)}
     return lowest({lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs})
 
 
 def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
-    """Return the next wave of a sweep's runs; empty when the sweep is finished.
-
-    Args:
-        sweep: the sweep.
-        losses: the losses of the runs of all earlier waves.
-    """
+    """Return the next wave of a sweep's runs, given the losses of all earlier waves; empty when it is finished."""
 
     def missing(lrs: Iterable[float], seeds: int) -> list[Run]:
         """Return the runs with the first seeds at some LRs that are not finished, seed by seed."""
         cells = [(lr, seed) for seed in range(seeds) for lr in lrs]
         return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]
 
-    grid = sweep.grid()
+    grid, lattice = sweep.grid(), sweep.lattice
     if wave := [run for run in grid if (run.lr, run.seed) not in losses]:
         return wave
-    if sweep.lattice is None:
+    if lattice is None:
         best = best_lr(sweep, losses)
         return [] if best is None else missing([best], sweep.seeds.best)
-    first = _first_seed(losses)
-    room = max(0, sweep.lattice.further - (len(first) - len(sweep.lrs)))
+    first = _means(losses)
+    room = max(0, lattice.further - (len(first) - len(sweep.lrs)))
     started = any(seed for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
-    if not started and (unexplored := _unexplored(sweep, sweep.lattice, first)[:room]):
+    if not started and (unexplored := _unexplored(lattice, first, sweep.condition.task == "rl")[:room]):
         return missing(unexplored, 1)
     if not any(map(math.isfinite, first.values())):
         return []
     # Other experiments may have trained all seeds at some LRs, so that the means already know better.
-    means = _means(sweep, losses) or first
+    means = _means(losses, sweep.seeds.around) or first
     for scores in [means] if started else [first, means]:
-        around = _around(sweep.lattice, first, _middle_of_lowest(scores), room)
+        around = _around(lattice, first, _middle_of_lowest(scores), room)
         if wave := missing(around, sweep.seeds.around):
             return wave
     return missing([_middle_of_lowest(means)], sweep.seeds.best)
 
 
 def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple[float, int], float]:
-    """Return the losses of all runs of a finished sweep, in the order of its waves.
-
-    Args:
-        sweep: the sweep.
-        loss_of: returns a run's final validation loss, see `validation_loss`.
-    """
+    """Return the losses of all runs of a finished sweep, in the order of its waves; `loss_of` returns that of a run."""
     losses: dict[tuple[float, int], float] = {}
     while wave := next_runs(sweep, losses):
         losses |= {(run.lr, run.seed): loss_of(run) for run in wave}
@@ -405,26 +395,20 @@ def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple
 
 def ending(sweep: Sweep, losses: Losses) -> str:
     """Say how the walk of a finished sweep with a lattice ended."""
-    first, best = _first_seed(losses), best_lr(sweep, losses)
+    first, best = _means(losses), best_lr(sweep, losses)
     if best is None:
         return f"all {len(first)} LRs diverged"
-    scores = first | _means(sweep, losses)
+    scores = first | _means(losses, sweep.seeds.around)
     higher = [lr for lr, score in scores.items() if score > scores[best]]
     is_open = ["lower"] * (not any(lr < best for lr in higher)) + ["higher"] * (not any(lr > best for lr in higher))
     at = f"{len(first)} LRs, the lowest loss at lr {formats.lr(best, 3)}"
     return f"stopped at {at}, with no higher loss at a {' or '.join(is_open)} LR" if is_open else f"bracketed by {at}"
 
 
-def _first_seed(losses: Losses) -> dict[float, float]:
-    """Return the losses of the first seed by LR, ascending."""
-    return {lr: loss for (lr, seed), loss in sorted(losses.items()) if seed == 0}
-
-
-def _means(sweep: Sweep, losses: Losses) -> dict[float, float]:
-    """Return the mean losses at the LRs that have the seeds of those around the best, ascending."""
-    seeds = range(sweep.seeds.around)
-    complete = [lr for lr in _first_seed(losses) if all((lr, seed) in losses for seed in seeds)]
-    return {lr: fmean(losses[lr, seed] for seed in seeds) for lr in complete}
+def _means(losses: Losses, seeds: int = 1) -> dict[float, float]:
+    """Return the mean losses of the first seeds at the LRs that have all of these, ascending."""
+    lrs = sorted(lr for lr, seed in losses if seed == 0 and all((lr, other) in losses for other in range(seeds)))
+    return {lr: fmean(losses[lr, seed] for seed in range(seeds)) for lr in lrs}
 
 
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:
@@ -434,14 +418,13 @@ def _middle_of_lowest(scores: Mapping[float, float]) -> float:
     return equal[(len(equal) - 1) // 2 if math.isfinite(lowest) else 0]
 
 
-def _unexplored(sweep: Sweep, lattice: Lattice, first: Mapping[float, float]) -> list[float]:
+def _unexplored(lattice: Lattice, first: Mapping[float, float], is_rl: bool) -> list[float]:
     """Return the LRs to train on the sides on which no higher loss bounds the best; all lower if all diverged."""
     lowest = min(first.values())
     if math.isinf(lowest):
         return [lattice.next_to(min(first), -1)]
     # In RL the losses are minus the rewards.
-    highest = GOOD * lowest if sweep.condition.task == "rl" else lowest
-    enclosed = [lr for lr, loss in first.items() if loss <= highest]
+    enclosed = [lr for lr, loss in first.items() if loss <= (GOOD * lowest if is_rl else lowest)]
     unexplored: list[float | None] = []
     for end, side in ((enclosed[0], -1), (enclosed[-1], 1)):
         neighbour = lattice.neighbour(end, first, side)

@@ -25,7 +25,7 @@ class Covered:
     kind: Literal["equality", "difference"]
     """Whether the claim says that there is no effect, or that there is one."""
     effect: str
-    """What has the effect, in words."""
+    """What has the effect, as text."""
 
     def truth(self, effect: int) -> Truth:
         """Return whether the claim is true with an effect of so many margins."""

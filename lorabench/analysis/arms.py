@@ -11,11 +11,9 @@ error rate from 0 to 1 (`rewards.with_error_rates`). Tables on disk do not have 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -65,12 +63,8 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
 
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
-    standard = np.ones(len(runs), bool)
-    for name, value in STANDARD.items():
-        if name in runs:
-            numbers = runs[name].to_numpy(float, na_value=np.nan)
-            standard &= np.isnan(numbers) | (numbers == value)
-    return pd.Series(standard, index=runs.index) | (runs["method"] == "fullft")
+    numbers = runs.reindex(columns=list(STANDARD)).astype(float)
+    return (numbers.isna() | numbers.eq(pd.Series(STANDARD))).all(axis=1) | (runs["method"] == "fullft")
 
 
 def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
@@ -88,15 +82,12 @@ def check_runs(runs: pd.DataFrame) -> None:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
     check_table(runs)
-    for arm, rows in each_arm(runs) if len(runs) else []:
-        cells = list(zip(rows["lr"].to_numpy(object), rows["seed"].to_numpy(object), strict=True))
-        times = Counter(cells)
-        if len(times) < len(cells):
-            same = rows[[times[cell] > 1 for cell in cells]]
-            raise UserError(
-                f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(same['run_id'])} have the same LR and "
-                "seed, so they differ in something that is not part of an arm; analyse them separately"
-            )
+    repeated = runs[runs.duplicated([*(name for name in ARM if name in runs), "lr", "seed"], keep=False)]
+    for arm, same in each_arm(repeated):
+        raise UserError(
+            f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(same['run_id'])} have the same LR and "
+            "seed, so they differ in something that is not part of an arm; analyse them separately"
+        )
 
 
 def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
@@ -114,10 +105,9 @@ def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
     columns = []
     for name in ARM:
         values = table[name].to_numpy(object)
-        known = ~pd.isna(values)
         # A column with nulls may hold its whole numbers as floats.
         convert = int if name in _INTEGERS else lambda value: value
-        columns.append([convert(value) if here else None for value, here in zip(values, known, strict=True)])
+        columns.append([None if null else convert(value) for value, null in zip(values, pd.isna(values), strict=True)])
     for place, key in enumerate(zip(*columns, strict=True)):
         groups.setdefault(key, []).append(place)
 

@@ -35,10 +35,10 @@ Task = Literal["sft", "rl"]
 
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
-NEEDED = [*_ARM_AND_STATUS, "final_valid_nll", "final_test_nll"]
-"""The columns of `runs` that every comparison of supervised runs needs."""
-
-NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "final_valid_reward", "final_reward"]}
+NEEDED_BY: dict[Task, list[str]] = {
+    "sft": [*_ARM_AND_STATUS, "final_valid_nll", "final_test_nll"],
+    "rl": [*_ARM_AND_STATUS, "final_valid_reward", "final_reward"],
+}
 """The columns of `runs` that every comparison needs, by task."""
 
 
@@ -84,17 +84,13 @@ class Comparison:
         return {}
 
     @cached_property
-    def _by_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
-        return each_arm(self.runs)
+    def rows(self) -> dict[str, pd.DataFrame]:
+        """The runs of each arm, by arm label."""
+        return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
 
     @cached_property
     def arms(self) -> list[Arm]:
-        return [arm for arm, _ in self._by_arm]
-
-    @cached_property
-    def rows(self) -> dict[str, pd.DataFrame]:
-        """The runs of each arm, by arm label."""
-        return {arm_label(arm): rows for arm, rows in self._by_arm}
+        return [arm for arm, _ in each_arm(self.runs)]
 
     @cached_property
     def fullft(self) -> Arm | None:
@@ -154,8 +150,8 @@ class Comparison:
             return gain_margin(margins.reward, 1 - self._lowest(arm) - base, label, rewarded=True)
         points = self.points("validation", "nll")
         at_start = points[(points["step"] == 0) & points["run_id"].isin(self.runs["run_id"])]
-        tuned = float(with_losses(self.at_optimum(arm))["validation_loss"].astype(float).mean())
-        gain = float(at_start["value"].astype(float).mean()) - tuned
+        tuned = with_losses(self.at_optimum(arm))["validation_loss"]
+        gain = float(at_start["value"].astype(float).mean()) - float(tuned.astype(float).mean())
         if math.isnan(gain):
             loss = self._lowest(arm)
             rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
@@ -174,19 +170,16 @@ class Comparison:
         seeds are trained at one LR only. Without a fit, it is the LR with the lowest loss.
         """
         label = arm_label(arm)
-        rows, grid = self.rows[label], self.fit.grids.get(label)
-        done = rows["status"].to_numpy(object) == "done"
-        if grid is None or not done.any():
-            return rows.iloc[:0]
-        lr, seed = rows["lr"].to_numpy(float), rows["seed"].to_numpy(float)
-        fitted = self.fit.optima.get(label)
+        grid, fitted = self.fit.grids.get(label), self.fit.optima.get(label)
+        done = self.rows[label][self.rows[label]["status"] == "done"]
+        if grid is None or done.empty:
+            return done
         target = float(np.log(grid.lrs[grid.centre])) if fitted is None else fitted.value
-        lrs = np.unique(lr[done])
-        near = lrs[np.abs(np.log(lrs) - target) <= math.log(MAX_STEP)]
-        seeds = np.array([len(set(seed[done & (lr == at)].tolist())) for at in near])
-        most = near[seeds == seeds.max()]
-        chosen = most[np.abs(np.log(most) - target).argmin()]
-        at_chosen: pd.DataFrame = rows[done & (lr == chosen)]
+        seeds = done.groupby("lr")["seed"].nunique()
+        distance = pd.Series(np.abs(np.log(seeds.index.to_numpy(float)) - target), seeds.index)
+        near = distance[distance <= math.log(MAX_STEP)]
+        most = near[seeds[near.index] == seeds[near.index].max()]
+        at_chosen: pd.DataFrame = done[done["lr"] == most.idxmin()]
         return at_chosen
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
@@ -210,8 +203,8 @@ class Comparison:
             return [Problem("all seeds alike: no seed noise to judge by")]
         for label in labels if resolved else []:
             if not self.fit.resolved[label]:
-                lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
-                seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
+                lr = self.fit.grids[label].lr_to_add(math.exp(self.fit.optima[label].value))
+                seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
                 remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
                 # At the end of its LRs, further seeds would not show how the loss goes on.
                 remedy = remedy if lr is None else _further_lr(label, lr)
@@ -244,7 +237,7 @@ class Comparison:
         text = f"{arm_label(arm)} - {arm_label(other)} = {number} at the fitted minima, {gap.n_seeds} seeds"
         if gap.example_part is None and gap.known:
             text += "; the error from test examples is not known"
-        return text + (f"; seed noise from {self.fit.noise_source}" if self.fit.noise_source else "")
+        return text + self.fit.noise_text
 
     def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm, margin: Margin | None = None) -> Finding:
         """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`).
@@ -252,9 +245,7 @@ class Comparison:
         The margin is that of the comparison unless it is given.
         """
         margin = margin or self.margin
-        problems = self.problems([arm, other])
-        if margin.problem:
-            problems.append(Problem(margin.problem))
+        problems = [*self.problems([arm, other]), *([Problem(margin.problem)] if margin.problem else [])]
         text, ids = self.gap_text(arm, other), self.run_ids([arm, other])
         return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule)
 
@@ -274,10 +265,7 @@ def _further_lr(label: str, lr: float) -> Remedy:
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
     """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
 
-    Args:
-        runs: the runs.
-        curves: their learning curves; the table may hold those of other runs, too.
-        judging: margins and what else is known besides the runs.
+    The table `curves` may hold those of other runs, too.
 
     Raises:
         UserError: see `check_runs`.
@@ -285,21 +273,14 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | Non
     check_runs(runs)
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
+    # A groupby of one group is slow compared with the rest.
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
-
-    def several(column: str) -> bool:
-        """Return whether the runs on some model and dataset have several values of a column."""
-        known = runs[runs[column].notna()]
-        values = set(zip(*(known[name].to_numpy(object) for name in ("model", "dataset", column)), strict=True))
-        return len(values) > len({value[:2] for value in values})
-
-    sizes, lengths = several("batch_size"), several("steps")
+    # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
+    varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()
     parts = []
     for (model, dataset, batch_size, steps), rows in groups:
-        # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
-        setting = f" batch {batch_size}" if sizes else f" {steps} steps" if lengths else ""
-        label = f"{model}/{dataset}{setting}"
-        parts.append(Comparison(label, rows, curves, judging or Judging()))
+        setting = f" batch {batch_size}" if varied["batch_size"] else f" {steps} steps" if varied["steps"] else ""
+        parts.append(Comparison(f"{model}/{dataset}{setting}", rows, curves, judging or Judging()))
     return parts
 
 

@@ -2,9 +2,6 @@
 
 A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
 in the difference of their training losses. That makes the difference far less noisy than either loss.
-
-On the same batches the paper compares the early curves of ranks 16 and 256, and theory says that the difference of two
-ranks goes as 1/r1 - 1/r2.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
-from lorabench.analysis.estimate import Estimate, mean_interval, mean_over_seeds, unknown
+from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, worst
 from lorabench.analysis.rules import Problem, Rule
 from lorabench.analysis.slopes import slopes_by_seed
@@ -33,13 +30,10 @@ def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def metric_points(
     curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
 ) -> pd.DataFrame:
-    """Return the points of one metric whose value is not null.
+    """Return the points of one metric of a split whose value is not null.
 
-    Args:
-        curves: columns run_id, step, split, metric, value; an empty table may lack them.
-        split: the split, such as `train`.
-        metric: the metric, such as `nll`.
-        columns: the columns to return; one that the curves lack is null.
+    The curves have the columns run_id, step, split, metric, value; an empty table may lack them. A column to return
+    that they lack is null.
     """
     if curves.empty:
         return pd.DataFrame(columns=list(columns))
@@ -49,13 +43,9 @@ def metric_points(
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return the columns of runs with step and value of a metric, ordered by run and step.
+    """Return the columns of runs with step and value of a metric (see `metric_points`), ordered by run and step.
 
-    Args:
-        runs: column run_id, and any others.
-        curves: see `metric_points`.
-        metric: `nll` (nats per token), or another metric of the split.
-        split: `train` (measured on a step's batch before its update) or another split (measured after the update).
+    Metrics of the split `train` are measured on a step's batch before its update, those of other splits after it.
     """
     points = metric_points(curves, split, metric)
     if points.empty:
@@ -71,32 +61,21 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
             their weights (see `runs_at_optimum`).
         points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
     """
-    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
-    if not (run >= 0).any():
+    runs = runs.reindex(columns=["run_id", "seed", "weight"]).astype({"seed": int, "weight": float})
+    rows = runs.fillna({"weight": 1.0}).merge(points, on="run_id")
+    if rows.empty:
         return pd.DataFrame(index=pd.Index([], dtype=int))
-    steps, row = np.unique(points["step"].to_numpy(int)[run >= 0], return_inverse=True)
-    seeds, column_of = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
-    weights = runs["weight"].to_numpy(float, na_value=1.0) if "weight" in runs else np.ones(len(runs))
-    values = points["value"].to_numpy(float)[run >= 0] * weights[run[run >= 0]]
-    cells, shape = row * len(seeds) + column_of[run[run >= 0]], (len(steps), len(seeds))
-    sums, sizes = (np.bincount(cells, with_weights, len(steps) * len(seeds)) for with_weights in (values, None))
+    values = rows["value"].astype(float) * rows["weight"]
+    by_cell = values.groupby([rows["step"].astype(int), rows["seed"]])
     # A sum that lacks one of its runs at a step is no value of the arm.
-    whole = sizes.reshape(shape) == np.bincount(column_of)
-    kept = np.ix_(whole.any(axis=1), whole.any(axis=0))
-    by_seed = np.where(whole, sums.reshape(shape), np.nan)[kept]
-    return pd.DataFrame(by_seed, pd.Index(steps[whole.any(axis=1)]), pd.Index(seeds[whole.any(axis=0)], name="seed"))
+    whole = by_cell.sum().where(by_cell.size().eq(runs.groupby("seed").size(), level="seed"))
+    return whole.unstack("seed").dropna(how="all").dropna(how="all", axis="columns")
 
 
 def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
     """Compute each arm's pointwise minimum of a metric over its LR grid (the runs with its first seed).
 
-    A diverged run counts up to its last finite value.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, and optionally examples and tokens.
-        split: the split of the curves.
-        metric: the metric of the curves.
+    A diverged run counts up to its last finite value. The curves may have the columns examples and tokens.
 
     Returns:
         One row per arm and step, ascending: step, examples and tokens (seen by that step), value (in the metric's
@@ -159,18 +138,15 @@ class PairedCurves:
         The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
         by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
         """
-        steps, values = self.by_seed.index.to_numpy(), self.by_seed.to_numpy(float)
-        inside = [values[(steps >= low) & (steps <= high)] for low, high in windows]
+        curves = self.by_seed.astype(float)
         return [
-            mean_over_seeds(part.mean(axis=0) if len(part) else [], f"{self.name} steps {low} to {high}")
-            for part, (low, high) in zip(inside, windows, strict=True)
+            mean_over_seeds(curves.loc[low:high].mean(skipna=False), f"{self.name} steps {low} to {high}")
+            for low, high in windows
         ]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
-        return mean_over_seeds(
-            slopes_by_seed(self.by_seed[self.by_seed.index >= first]), f"{self.name} slope from {first}"
-        )
+        return mean_over_seeds(slopes_by_seed(self.by_seed.loc[first:]), f"{self.name} slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
@@ -181,14 +157,13 @@ class PairedCurves:
         Returns:
             log10(step); it is unknown if the difference does not grow.
         """
-        curves = self.by_seed[self.by_seed.index >= first]
-        slopes = slopes_by_seed(curves)
+        curves = self.by_seed.loc[first:]
+        slopes, y = slopes_by_seed(curves), curves.astype(float).mean()
         slope = float(slopes.mean())
-        # Each seed's line passes through its means.
-        values = curves.astype(float)
-        x, y = (np.log10(curves.index.to_numpy(float))[:, None] + 0 * values).mean(), values.mean()
         if not slope > 0:
             return unknown()
+        # Each seed's line passes through its means.
+        x = curves.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(curves.notna()).mean()
         value = float((slopes * x - y).mean() + level) / slope
         above = y + slopes * (value - x) - level
         return mean_over_seeds(value - above / slope, f"{self.name} reaches {level} from {first}")
@@ -198,11 +173,8 @@ def paired(
     runs: pd.DataFrame, others: pd.DataFrame, by_seed: pd.DataFrame, others_by_seed: pd.DataFrame, name: str
 ) -> PairedCurves:
     """Pair the curves of two arms by seed, given their runs and their curves (see `curves_by_seed`)."""
-    seeds = [seed for seed in by_seed.columns if seed in others_by_seed.columns]
-    steps, place, other_place = np.intersect1d(by_seed.index, others_by_seed.index, return_indices=True)
-    difference = by_seed[seeds].to_numpy(float)[place] - others_by_seed[seeds].to_numpy(float)[other_place]
-    whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
-    differences = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
+    seeds = by_seed.columns.intersection(others_by_seed.columns)
+    differences = (by_seed[seeds] - others_by_seed[seeds]).dropna() if len(seeds) else by_seed.iloc[:0, :0]
     both = pd.concat([runs, others])
     return PairedCurves(differences, tuple(both.loc[both["seed"].isin(seeds), "run_id"].astype(str)), name)
 
@@ -225,8 +197,8 @@ def scan(
         curves: the paired curves.
         windows: the first and last step of each window; at least one.
         text: formats a difference.
-        problems: see `decide`, also for `margin_rule`.
-        margin_rule: the rule that gives the margin, as text.
+        problems: see `decide`.
+        margin_rule: see `decide`.
     """
     findings = []
     for window, estimate in zip(windows, curves.means(windows), strict=True):
@@ -248,8 +220,8 @@ class EarlyDifference:
     """The lower of the two ranks."""
     high: int
     lr: float
-    by_seed: pd.DataFrame = field(repr=False)
-    """The difference, with a row per step (index) and a column per seed that both ranks finished."""
+    curves: PairedCurves
+    """The difference, by the steps and the seeds that both ranks finished."""
     sigma_batch: float
     """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
     It is NaN with fewer than two seeds."""
@@ -257,17 +229,7 @@ class EarlyDifference:
     """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
     (the mean over seeds and steps)."""
     n_diverged: int
-    """Number of runs of either rank at that LR that diverged and so lack in `by_seed`."""
-    run_ids: tuple[str, ...] = field(repr=False)
-
-    @property
-    def n_seeds(self) -> int:
-        return self.by_seed.shape[1]
-
-    def over_seeds(self) -> pd.DataFrame:
-        """Return by step (index) the mean difference over seeds and its 95% t interval (`low`, `high`)."""
-        rows = [mean_interval(differences) for _, differences in self.by_seed.iterrows()]
-        return pd.DataFrame(rows, columns=["mean", "low", "high"], index=self.by_seed.index, dtype=float)
+    """Number of runs of either rank at that LR that diverged and so lack in `curves`."""
 
 
 def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
@@ -283,7 +245,7 @@ def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
 
 
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
-    """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high.
+    """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high, as theory says.
 
     Returns:
         The factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
@@ -316,16 +278,16 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
         by_rank = by_lr.setdefault(float(rows["lr"].iloc[0]), {})
         by_rank[int(rows["rank"].iloc[0])] = curves_by_seed(rows, points)
     paired_seeds = {
-        lr: seeds
-        for lr, by_rank in by_lr.items()
-        if pair and set(pair) <= set(by_rank) and (seeds := [s for s in by_rank[pair[0]] if s in by_rank[pair[1]]])
+        at: [seed for seed in by_rank[pair[0]] if seed in by_rank[pair[1]]]
+        for at, by_rank in by_lr.items()
+        if pair and set(pair) <= set(by_rank)
     }
-    if pair is None or not paired_seeds:
+    lr = max(paired_seeds, key=lambda at: len(paired_seeds[at]), default=None)
+    if pair is None or lr is None or not paired_seeds[lr]:
         return None
-    lr = max(paired_seeds, key=lambda candidate: len(paired_seeds[candidate]))
     seeds = paired_seeds[lr]
     losses = {rank: by_seed[seeds] for rank, by_seed in by_lr[lr].items() if set(seeds) <= set(by_seed)}
-    difference = (losses[pair[0]] - losses[pair[1]]).dropna()
+    difference = (losses[pair[0]] - losses[pair[1]]).dropna().rename_axis("step")
     if difference.empty:
         return None
     variance = [losses[rank].loc[difference.index].var(axis=1) for rank in pair]
@@ -338,12 +300,10 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
     ]
     both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
     return EarlyDifference(
-        low=pair[0],
-        high=pair[1],
+        *pair,
         lr=lr,
-        by_seed=difference,
+        curves=PairedCurves(difference, tuple(both.loc[both["seed"].isin(seeds), "run_id"])),
         sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(seeds) > 1 else math.nan,
         by_inverse_rank=pd.DataFrame(by_inverse_rank, columns=["low", "high", "inverse", "difference"]),
         n_diverged=int((both["status"] == "diverged").sum()),
-        run_ids=tuple(both.loc[both["seed"].isin(seeds), "run_id"]),
     )

@@ -2,12 +2,11 @@
 
 An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
 the examples of the test split, which only more examples make smaller. Each part is kept as draws, so that a function of
-several estimates has an interval too, and estimates from one fit keep their correlation. The part from examples comes
-from the losses by test example, whose split is resampled.
+several estimates has an interval too, and estimates from one fit keep their correlation.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
-evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data.
-Their own standard error is about 0.3% of the interval's width, and 1% where the distribution has a heavy tail.
+evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
+docs/verdicts.md says how precise they are.
 """
 
 from __future__ import annotations
@@ -31,17 +30,6 @@ _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 
 POWER = 0.8
 """The probability with which an effect of the smallest detectable size would have been seen."""
-
-
-def _ranks(share: float) -> tuple[int, int]:
-    place = share * (N_DRAWS - 1)
-    return math.floor(place), math.ceil(place)
-
-
-_USUAL_SHARES = (0.025, 0.05, 0.5, POWER, 0.95, 0.975)
-"""The shares whose quantiles decide most verdicts, found together since that is the faster."""
-
-_USUAL_RANKS = sorted({N_DRAWS - 1, *(rank for share in _USUAL_SHARES for rank in _ranks(share))})
 
 
 @dataclass(frozen=True)
@@ -68,19 +56,15 @@ class Estimate:
         return self._quantile(tail), self._quantile(1 - tail)
 
     @cached_property
-    def _partly_ordered(self) -> np.ndarray:
-        """The draws with those of _USUAL_RANKS where they would be in ascending order, NaN last."""
-        return np.partition(self.draws, _USUAL_RANKS)
+    def ordered(self) -> np.ndarray:
+        """The draws in ascending order, NaN last."""
+        return np.sort(self.draws)
 
     def _quantile(self, share: float) -> float:
         """Return a quantile of the draws, on the line between the two nearest; NaN if some draw is."""
-        below, above = _ranks(share)
-        usual = below in _USUAL_RANKS and above in _USUAL_RANKS
-        draws = self._partly_ordered if usual else np.partition(self.draws, (below, above, N_DRAWS - 1))
-        if math.isnan(draws[-1]):
-            return math.nan
-        low, high = draws[below].item(), draws[above].item()
-        return float(low + (high - low) * (share * (N_DRAWS - 1) - below))
+        place = share * (N_DRAWS - 1)
+        low, high, last = self.ordered[[math.floor(place), math.ceil(place), -1]].tolist()
+        return math.nan if math.isnan(last) else float(low + (high - low) * (place - math.floor(place)))
 
     @property
     def known(self) -> bool:
@@ -118,9 +102,9 @@ def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estima
     """
     value = float(np.asarray(function(*(each.value for each in estimates))))
     seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
-    example_part = None
-    if all(each.example_part is not None for each in estimates):
-        example_part = np.asarray(function(*(each.value + np.asarray(each.example_part) for each in estimates))) - value
+    example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
+    if len(parts) == len(estimates):
+        example_part = np.asarray(function(*parts)) - value
     n_seeds, n_examples = min(each.n_seeds for each in estimates), min(each.n_examples for each in estimates)
     return Estimate(value, seed_part, example_part, n_seeds, n_examples)
 
@@ -136,18 +120,14 @@ def exact(value: float) -> Estimate:
 
 
 def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0) -> Estimate:
-    """Return a number with a t distributed error.
+    """Return a number with a t distributed error, given its standard error.
 
-    Args:
-        value: the number.
-        error: its standard error.
-        dof: degrees of freedom of the standard error; below 1 the error is not known.
-        name: names the number. Draws of different names are independent, and those of one name are always the same.
-        n_seeds: the number of seeds behind it.
+    With fewer than one degree of freedom the error is not known. Draws of different names are independent, and those of
+    one name are always the same.
     """
-    if not (dof >= 1 and math.isfinite(error)):
-        return Estimate(value, np.full(N_DRAWS, math.nan), None, n_seeds)
-    return Estimate(value, error * shuffled(_t_quantiles(dof), name), None, n_seeds)
+    known = dof >= 1 and math.isfinite(error)
+    seed_part = error * shuffled(_t_quantiles(dof), name) if known else np.full(N_DRAWS, math.nan)
+    return Estimate(value, seed_part, None, n_seeds)
 
 
 @lru_cache(maxsize=64)
@@ -198,21 +178,19 @@ def normal(name: str) -> np.ndarray:
 
 
 def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndarray:
-    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers).
+    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
-    Args:
-        covariance: the covariance of the numbers if the degrees of freedom were many, (numbers, numbers).
-        dof: the degrees of freedom, which all numbers share.
-        name: names the numbers, for draws.
+    The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers).
     """
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
     # Cholesky's factor is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns
     # them, or exchanges their signs. A negligible share is added, in case one error follows from the others.
     root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
-    blocks = math.ceil(len(root) / _BLOCK)
-    # One chi-squared draw for all numbers makes normal ones multivariate t.
-    return shuffled(_chi_factors(dof)[:, None] * (_even_normals(blocks)[:, : len(root)] @ root.T * errors), name)
+    even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
+    # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
+    # its draws can be combined with them in ascending order.
+    return shuffled(_chi_factors(dof)[:, None] * (even @ root.T * errors), name)
 
 
 def uniform(dimensions: int, name: str) -> np.ndarray:
@@ -229,15 +207,12 @@ _BLOCK = 32
 """Fits whose numbers fill as many blocks of this size share their points."""
 
 
-@lru_cache(maxsize=2)
-def _even_normals(blocks: int) -> np.ndarray:
-    # Any part of them is even as well, so a chi-squared number's draws can be combined with them in ascending order.
-    return np.asarray(ndtri(_even_points(blocks)))
-
-
-@lru_cache(maxsize=2)
-def _even_points(blocks: int) -> np.ndarray:
-    """Return points that fill the unit cube evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does."""
+@lru_cache(maxsize=4)
+def _even_points(blocks: int, normal: bool = False) -> np.ndarray:
+    """Return points, (N_DRAWS, _BLOCK * blocks), that fill the unit cube evenly, as any part of them does, or with
+    `normal` the numbers with these shares of a normal distribution."""
+    if normal:
+        return np.asarray(ndtri(_even_points(blocks)))
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
@@ -285,34 +260,27 @@ class ExampleLosses:
         """Read the table `test_losses`: columns run_id, example, loss, tokens."""
         if table.empty:
             return cls()
-        codes, run_ids = pd.factorize(table["run_id"].to_numpy(object))
-        order = np.lexsort((table["example"].to_numpy(), codes))
-        ends = np.cumsum(np.bincount(codes))[:-1]
-        nats, tokens = (np.split(table[name].to_numpy(float)[order], ends) for name in ("loss", "tokens"))
-        return cls(dict(zip(run_ids, nats, strict=True)), dict(zip(run_ids, tokens, strict=True)))
+        by_run = table.sort_values("example").astype({"loss": float, "tokens": float}).groupby("run_id")
+        return cls(*({str(run): rows.to_numpy() for run, rows in by_run[name]} for name in ("loss", "tokens")))
 
-    def deviations(
-        self, run_ids: Sequence[str], name: str, combined: np.ndarray | None = None
-    ) -> tuple[np.ndarray, int] | None:
-        """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
+    def deviations(self, run_ids: Sequence[str], name: str, combined: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Resample the test examples (bootstrap) and compute sums of the runs' mean losses on each resampled split.
 
         Args:
             run_ids: runs on one test split.
             name: names the test split; the examples of one name are resampled alike.
-            combined: weights of the runs, (runs, numbers), for sums over runs in place of the runs' own losses.
+            combined: weights of the runs in each sum, (runs, numbers).
 
         Returns:
-            The difference of each mean loss from that on the split itself, (N_DRAWS, runs or numbers), and the number
-            of examples. None if a run lacks its losses or the runs have different splits.
+            The difference of each sum from that on the split itself, (N_DRAWS, numbers), and the number of examples.
+            None if a run lacks its losses or the runs have different splits.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
         weights = self.tokens[run_ids[0]]
         if any(not np.array_equal(self.tokens[run_id], weights) for run_id in run_ids):
             return None
-        losses = np.array([self.nats[run_id] for run_id in run_ids]).T
-        if combined is not None:
-            losses = losses @ combined
+        losses = np.array([self.nats[run_id] for run_id in run_ids]).T @ combined
         n = len(weights)
         mean = losses.sum(0) / weights.sum()
         # The mean is subtracted first, so that single precision suffices for the sums over each resampled split.

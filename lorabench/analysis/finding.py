@@ -1,16 +1,9 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
 
-The verdicts are:
-
-- `confirmed`: The claim holds, beyond the error of its estimate, in every comparison that it is about.
-- `contradicted`: The claim fails, beyond the error of its estimate, in some comparison.
-- `inconclusive`: Neither holds, because of much noise, few seeds, a missing arm, or an optimum at the edge of its grid.
-- `setting not met`: The runs lack a condition of the claim, such as a length of run or a range of batch sizes.
-- `not tested`: The tables hold no runs or counts that the claim is about.
-
-A verdict is borderline if it would be another one with the ends of all intervals moved by a tenth of their margins, all
-to the side of the claim or all away from it. The margin is the `size` of the rule, in logarithms for ratios; where that
-is 0, half of the 95% interval stands for it. The numbers alone move: reasons against a verdict stay as they are.
+docs/verdicts.md explains the five verdicts. A verdict is borderline if it would be another one with the ends of all
+intervals moved by a tenth of their margins, all to the side of the claim or all away from it. The margin is the `size`
+of the rule, in logarithms for ratios; where that is 0, half of the 95% interval stands for it. The numbers alone move:
+reasons against a verdict stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +27,10 @@ SEVERITY: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "
 
 
 class Outcome(NamedTuple):
-    """What an interval decides."""
+    """What an interval decides; see `Finding`."""
 
     verdict: Verdict
     against: float
-    """See `Finding`."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +58,24 @@ class Finding:
     finding without an interval."""
     remedy: Remedy | None = None
     """What would decide an inconclusive claim."""
-    favoured: Outcome | None = None
-    """The outcome if all ends were moved to the side of the claim; None if they decide nothing."""
-    hindered: Outcome | None = None
-    """The same if they were moved away from it."""
+    moved: tuple[Outcome, ...] = ()
+    """The outcomes if all ends were moved to the side of the claim, and away from it; empty if they decide nothing."""
 
     @property
-    def outcome(self) -> Outcome:
-        """The verdict, as the ends are."""
-        return Outcome(self.verdict, self.against)
-
-    @property
-    def outcomes(self) -> tuple[Outcome, Outcome, Outcome]:
+    def outcomes(self) -> tuple[Outcome, ...]:
         """The outcomes with the ends as they are, moved to the side of the claim, and moved away from it."""
-        return self.outcome, self.favoured or self.outcome, self.hindered or self.outcome
+        as_they_are = Outcome(self.verdict, self.against)
+        return as_they_are, *(self.moved or (as_they_are, as_they_are))
 
     @property
     def borderline(self) -> bool:
         """Whether the verdict would be another if the ends were moved."""
-        return any(moved.verdict != self.verdict for moved in self.outcomes)
+        return any(outcome.verdict != self.verdict for outcome in self.outcomes)
+
+    def with_outcomes(self, outcomes: Iterable[Outcome]) -> Finding:
+        """Return the finding with other outcomes, in the order of `outcomes`."""
+        as_they_are, *moved = outcomes
+        return replace(self, **as_they_are._asdict(), moved=tuple(moved))
 
 
 class UnjudgedError(Exception):
@@ -127,20 +118,17 @@ def decide(
     )
     if problems:
         return judged
-    outcome, favoured, hindered = _outcome(rule, estimate, 0.0), None, None
-    if high > low:
-        slack = MOVED * (rule.size or (high - low) / 2)
-        favoured, hindered = _outcome(rule, estimate, slack), _outcome(rule, estimate, -slack)
+
+    def outcome(slack: float) -> Outcome:
+        against = rule.against(estimate, slack)
+        if rule.confirmed(estimate, slack):
+            return Outcome("confirmed", against)
+        return Outcome("contradicted" if against <= LEVEL else "inconclusive", against)
+
+    slack = MOVED * (rule.size or (high - low) / 2) if high > low else 0.0
+    judged = judged.with_outcomes([outcome(0.0), outcome(slack), outcome(-slack)])
     # A contradiction may turn inconclusive as one of several (see `worst`).
-    remedy = None if outcome.verdict == "confirmed" else cheapest(rule, estimate)
-    return replace(judged, **outcome._asdict(), remedy=remedy, favoured=favoured, hindered=hindered)
-
-
-def _outcome(rule: Rule, estimate: Estimate, slack: float) -> Outcome:
-    against = rule.against(estimate, slack)
-    if rule.confirmed(estimate, slack):
-        return Outcome("confirmed", against)
-    return Outcome("contradicted" if against <= LEVEL else "inconclusive", against)
+    return judged if judged.verdict == "confirmed" else replace(judged, remedy=cheapest(rule, estimate))
 
 
 def finding(
@@ -154,14 +142,7 @@ def finding(
 ) -> Finding:
     """Build a finding whose verdict does not follow from an `Estimate`; with any problem it is inconclusive.
 
-    Args:
-        run_ids: see `decide`, also for `text` and `problems`.
-        text: the numbers as text.
-        verdict: the verdict if there is no problem.
-        problems: reasons against a verdict.
-        estimate: the number that was judged.
-        interval: its 95% interval.
-        strain: see `Finding`.
+    See `decide` for the arguments; `interval` is the 95% interval of the number that was judged.
     """
     return Finding(
         verdict="inconclusive" if problems else verdict,
@@ -181,31 +162,27 @@ def worst(findings: Sequence[Finding]) -> Finding:
     `setting not met` and `not tested` decide only if no finding has another verdict. With k findings that have a
     verdict, one contradicts at the k-th part of the level only (see `rules`).
     """
-    strains = [judged.strain for judged in findings]
-    (decisive, outcome), (_, favoured), (_, hindered) = (
-        _worst(outcomes, strains) for outcomes in zip(*(judged.outcomes for judged in findings), strict=True)
-    )
-    return replace(findings[decisive], **outcome._asdict(), favoured=favoured, hindered=hindered)
+    ways = [_worst(outcomes, findings) for outcomes in zip(*(judged.outcomes for judged in findings), strict=True)]
+    return findings[ways[0][0]].with_outcomes(outcome for _, outcome in ways)
 
 
-def _worst(outcomes: Sequence[Outcome], strains: Sequence[float]) -> tuple[int, Outcome]:
+def _worst(outcomes: Sequence[Outcome], findings: Sequence[Finding]) -> tuple[int, Outcome]:
     """Return the number of the outcome that decides over several, and that outcome as corrected for their number."""
     tested = sum(outcome.verdict in ("confirmed", "inconclusive", "contradicted") for outcome in outcomes)
     verdicts: list[Verdict] = [
         "inconclusive" if outcome.verdict == "contradicted" and outcome.against > LEVEL / tested else outcome.verdict
         for outcome in outcomes
     ]
-    decisive = max(range(len(outcomes)), key=lambda number: (SEVERITY.index(verdicts[number]), strains[number]))
+    decisive = max(range(len(outcomes)), key=lambda at: (SEVERITY.index(verdicts[at]), findings[at].strain))
     # A finding may be one of several in turn, so that the corrections multiply.
     return decisive, Outcome(verdicts[decisive], min(1.0, outcomes[decisive].against * max(1, tested)))
 
 
 def without(judged: Finding, *verdicts: Verdict) -> Finding:
     """Return a finding in which some verdicts are inconclusive instead."""
-    outcome, favoured, hindered = (
+    return judged.with_outcomes(
         Outcome("inconclusive" if verdict in verdicts else verdict, against) for verdict, against in judged.outcomes
     )
-    return replace(judged, verdict=outcome.verdict, favoured=favoured, hindered=hindered)
 
 
 def together(findings: Sequence[Finding]) -> Finding:

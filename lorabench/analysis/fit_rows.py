@@ -20,45 +20,35 @@ MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
 
 
-@dataclass(frozen=True)
-class ArmRuns:
-    """Runs as arrays, which are many times as fast as small tables."""
+def run_array(runs: pd.DataFrame) -> np.ndarray:
+    """Return runs as a structured array, which is many times as fast as small tables.
 
-    run_id: np.ndarray
-    lr: np.ndarray
-    seed: np.ndarray
-    done: np.ndarray
-    """Whether the run finished with a test loss."""
-    diverged: np.ndarray
-    validation_loss: np.ndarray
-    test_loss: np.ndarray
-    n: np.ndarray
-    """The number of seeds in a row."""
-    sd: np.ndarray
-    """Their standard deviation, which is NaN for a single run."""
+    Its fields are run_id, lr, seed, validation_loss, test_loss, done (whether the run finished with a test loss),
+    diverged, n (the number of seeds in a row) and sd (their standard deviation, NaN for a single run), and two that
+    `counted_rows` fills: label (that of the arm) and x (ln LR over the arm's centre).
+    """
 
-    @classmethod
-    def of(cls, runs: pd.DataFrame) -> ArmRuns:
-        def numbers(column: str) -> np.ndarray:
-            if column not in runs:
-                return np.full(len(runs), math.nan)
-            return runs[column].to_numpy(float, na_value=math.nan)
+    def numbers(column: str, missing: float = math.nan) -> np.ndarray:
+        return runs[column].to_numpy(float, na_value=missing) if column in runs else np.full(len(runs), missing)
 
-        status, test_loss, n = runs["status"].to_numpy(object), numbers("test_loss"), numbers("n_seeds")
-        return cls(
-            runs["run_id"].to_numpy(object),
-            numbers("lr"),
-            numbers("seed").astype(int),
-            (status == "done") & np.isfinite(test_loss),
-            status == "diverged",
-            numbers("validation_loss"),
-            test_loss,
-            np.where(np.isnan(n), 1, n).astype(int),
-            numbers("final_test_nll_sd"),
-        )
-
-    def at(self, places: Sequence[int] | np.ndarray) -> ArmRuns:
-        return ArmRuns(*(values[places] for values in vars(self).values()))
+    status, test_loss, run_id = runs["status"].to_numpy(object), numbers("test_loss"), runs["run_id"].to_numpy(object)
+    fields = {
+        "run_id": run_id,
+        "lr": numbers("lr"),
+        "seed": numbers("seed").astype(int),
+        "validation_loss": numbers("validation_loss"),
+        "test_loss": test_loss,
+        "done": (status == "done") & np.isfinite(test_loss),
+        "diverged": status == "diverged",
+        "n": numbers("n_seeds", 1).astype(int),
+        "sd": numbers("final_test_nll_sd"),
+        "label": run_id,
+        "x": numbers("lr"),
+    }
+    array = np.empty(len(runs), [(name, values.dtype) for name, values in fields.items()])
+    for name, values in fields.items():
+        array[name] = values
+    return array
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class ArmGrid:
     diverged: np.ndarray
     """LRs at which the run of the first seed diverged, ascending."""
 
-    def beside(self, optimum: float) -> float | None:
+    def lr_to_add(self, optimum: float) -> float | None:
         """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
 
         It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
@@ -94,28 +84,28 @@ class ArmGrid:
         return None
 
 
-def arm_grid(runs: ArmRuns) -> ArmGrid | None:
-    """Return the LRs of an arm; None if no run finished.
+def arm_grid(runs: np.ndarray) -> ArmGrid | None:
+    """Return the LRs of an arm from its `run_array`; None if no run finished.
 
     The lowest loss is sought among the LRs of the first seed, by the mean of validation and test loss, which is less
     noisy than either, over the seeds that finished at all of these LRs. It only centres the window.
     """
-    first = runs.seed == runs.seed.min()
-    usable = first & runs.done
+    first = runs["seed"] == runs["seed"].min()
+    usable = first & runs["done"]
     if not usable.any():
         return None
-    lrs = np.unique(runs.lr[usable])
+    lrs = np.unique(runs["lr"][usable])
     # A table with one evaluation set has one of the two losses.
-    both = np.array([runs.validation_loss, runs.test_loss])
+    both = np.array([runs["validation_loss"], runs["test_loss"]])
     known = np.isfinite(both)
     loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    counted = runs.done & np.isin(runs.lr, lrs)
-    seeds, row = np.unique(runs.seed[counted], return_inverse=True)
+    counted = runs["done"] & np.isin(runs["lr"], lrs)
+    seeds, row = np.unique(runs["seed"][counted], return_inverse=True)
     by_seed = np.full((len(seeds), len(lrs)), math.nan)
-    by_seed[row, np.searchsorted(lrs, runs.lr[counted])] = loss[counted]
+    by_seed[row, np.searchsorted(lrs, runs["lr"][counted])] = loss[counted]
     means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
     centre = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
-    diverged = np.sort(runs.lr[first & runs.diverged])
+    diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
     step = float(lrs[1] / lrs[0]) if len(lrs) > 1 else MAX_STEP
@@ -134,8 +124,7 @@ def arm_grid(runs: ArmRuns) -> ArmGrid | None:
 
 
 _SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-"""The shares of the variance of an arm and seed in the sum of both that are tried; all are as likely before the runs.
-"""
+"""The tried shares of the variance of an arm and seed in the sum of both; all are as likely before the runs."""
 
 
 @dataclass(frozen=True)
@@ -163,35 +152,32 @@ class Solution:
 
 @dataclass(frozen=True)
 class FitRows:
-    """The runs of one fit as arrays, (runs,)."""
+    """The runs of one fit."""
 
-    run_id: np.ndarray
-    label: np.ndarray
-    """The label of each run's arm."""
-    seed: np.ndarray
-    x: np.ndarray
-    """ln LR over the arm's centre."""
-    loss: np.ndarray
-    n: np.ndarray
-    """The number of seeds in a row."""
-    sd: np.ndarray
-    """Their standard deviation, which is NaN for a single run."""
+    runs: np.ndarray
+    """As from `run_array`, (runs,)."""
 
     @cached_property
     def in_arm(self) -> dict[str, np.ndarray]:
         """Whether each run is of an arm, by the label of each arm that is fitted, (runs,)."""
-        labels = dict.fromkeys(self.label.tolist())
-        return {label: np.asarray(self.label == label, bool) for label in labels}
+        labels = dict.fromkeys(self.runs["label"].tolist())
+        return {label: np.asarray(self.runs["label"] == label, bool) for label in labels}
+
+    @cached_property
+    def ends(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest x of each arm."""
+        x = self.runs["x"]
+        return {label: (float(x[chosen].min()), float(x[chosen].max())) for label, chosen in self.in_arm.items()}
 
     @cached_property
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
-        return sorted(set(self.seed.tolist()))
+        return sorted(set(self.runs["seed"].tolist()))
 
     @cached_property
     def cells(self) -> np.ndarray:
         """The number of the cell of each run, one for each arm and seed, (runs,)."""
-        pairs = list(zip(self.label.tolist(), self.seed.tolist(), strict=True))
+        pairs = self.runs[["label", "seed"]].tolist()
         place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         return np.array([place[pair] for pair in pairs], int)
 
@@ -203,7 +189,7 @@ class FitRows:
     @cached_property
     def weights(self) -> np.ndarray:
         """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
-        return np.asarray(np.sqrt(self.n.astype(float)))
+        return np.asarray(np.sqrt(self.runs["n"].astype(float)))
 
     def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
         """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
@@ -212,13 +198,13 @@ class FitRows:
         """
         columns = []
         for in_arm in self.in_arm.values():
-            columns += [in_arm.astype(float), in_arm * self.x]
-        columns += [np.any([self.in_arm[arm] for arm in group], axis=0) * self.x**2 for group in curvatures]
+            columns += [in_arm.astype(float), in_arm * self.runs["x"]]
+        columns += [np.any([self.in_arm[arm] for arm in group], axis=0) * self.runs["x"] ** 2 for group in curvatures]
         # The effects of seeds sum to 0, so that intercepts are means over seeds.
-        last = (self.seed == self.seeds[-1]).astype(float)
-        columns += [(self.seed == seed).astype(float) - last for seed in self.seeds[:-1]]
+        last = (self.runs["seed"] == self.seeds[-1]).astype(float)
+        columns += [(self.runs["seed"] == seed).astype(float) - last for seed in self.seeds[:-1]]
         if optima:
-            columns.append((self.x - np.array([optima[arm] for arm in self.label.tolist()])) ** 3)
+            columns.append((self.runs["x"] - np.array([optima[arm] for arm in self.runs["label"].tolist()])) ** 3)
         return np.column_stack(columns)
 
     def solve(self, design: np.ndarray, prior: float = 0.0, ratio: float | None = None) -> Solution | None:
@@ -255,8 +241,8 @@ class FitRows:
 
     def _solution(self, design: np.ndarray, ratio: float) -> Solution:
         n, p = design.shape
-        runs = len(self.loss)
-        y = np.concatenate([self.weights * self.loss, np.zeros(n - runs)])
+        runs = len(self.runs)
+        y = np.concatenate([self.weights * self.runs["test_loss"], np.zeros(n - runs)])
         covariance = np.eye(n)
         covariance[:runs, :runs] += ratio * self.same_arm_and_seed
         inverse = np.linalg.inv(covariance)
@@ -271,28 +257,21 @@ class FitRows:
         if squares > 0 and n > p:
             determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
             likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
-        return Solution(
-            coefficients,
-            hat[:, :runs] * self.weights,
-            hat[:, runs:],
-            design[:runs],
-            covariance[:runs, :runs],
-            unscaled,
-            variance,
-            ratio,
-            likelihood,
-            n - p,
-        )
+        weighted, prior_weights = hat[:, :runs] * self.weights, hat[:, runs:]
+        design, covariance = design[:runs], covariance[:runs, :runs]
+        fit = (unscaled, variance, ratio, likelihood, n - p)
+        return Solution(coefficients, weighted, prior_weights, design, covariance, *fit)
 
 
-def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows | None:
-    """Return the runs that count for a fit, which are the finished ones at the LRs of their arm's window, if any."""
-    parts: list[tuple[np.ndarray, ...]] = []
-    for label, runs in arms:
-        grid = grids.get(label)
-        if grid is None or len(grid.window) < 2:
-            continue
-        counted = runs.at(np.flatnonzero(runs.done & np.isin(runs.lr, grid.lrs[grid.window])))
-        x, labels = np.log(counted.lr / grid.lrs[grid.centre]), np.full(len(counted.lr), label, object)
-        parts.append((counted.run_id, labels, counted.seed, x, counted.test_loss, counted.n, counted.sd))
-    return FitRows(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None
+def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:
+    """Return the runs that count for a fit, if any: the finished ones at the LRs of their arm's window.
+
+    `arms` holds the `run_array` of each arm by its label.
+    """
+    parts = []
+    for label, grid in grids.items():
+        if len(grid.window) >= 2:
+            counted = arms[label][arms[label]["done"] & np.isin(arms[label]["lr"], grid.lrs[grid.window])]
+            counted["label"], counted["x"] = label, np.log(counted["lr"] / grid.lrs[grid.centre])
+            parts.append(counted)
+    return FitRows(np.concatenate(parts)) if parts else None

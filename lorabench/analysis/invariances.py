@@ -51,22 +51,16 @@ def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
 def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     """Pair the LoRA runs that differ only in their parametrization or LR.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-
     Returns:
         One row per pair: PAIR_SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
         `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
         fast run, at least 1); equivalent (both scales are the same).
     """
-    scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
     setting = [*PAIR_SETTING, "seed"]
+    scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
     scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
-    columns = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
-    fast, slow = (
-        scaled[columns].add_suffix(f"_{speed}").assign(setting=scaled["setting"]) for speed in ("fast", "slow")
-    )
-    pairs = fast.join(scaled[setting]).merge(slow, on="setting")
+    compared = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
+    pairs = scaled.merge(scaled[["setting", *compared]], on="setting", suffixes=("_fast", "_slow"))
     pairs = pairs[pairs["place_fast"] < pairs["place_slow"]]
     pairs = pairs.sort_values(["setting", "place_fast", "place_slow"], ignore_index=True)
     update = pairs[["update_scale_fast", "update_scale_slow"]].to_numpy(float)
@@ -83,10 +77,8 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
     has the same settings and seeds.
 
-    Args:
-        runs: as for `run_pairs`.
-        plus: whether to use only equivalent pairs in which one run has unequal LRs of A and B (LoRA+) and the other
-            has equal LRs.
+    With `plus`, only equivalent pairs are used in which one run has unequal LRs of A and B (LoRA+) and the other has
+    equal LRs.
     """
     pairs = run_pairs(runs)
     wanted = pairs["equivalent"]
@@ -112,8 +104,8 @@ def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
     movement of A.
     """
     pairs = tenfold_pairs(runs)
-    standard = [pairs[f"{name}_fast"].eq(value) for name, value in STANDARD.items()]
-    return pairs[np.logical_and.reduce([*standard, pairs["init_a_slow"].eq(STANDARD["init_a"])])]
+    standard = {f"{name}_fast": value for name, value in STANDARD.items()} | {"init_a_slow": STANDARD["init_a"]}
+    return pairs[pairs[list(standard)].eq(pd.Series(standard)).all(axis=1)]
 
 
 def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -129,9 +121,8 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for pair in pairs.to_dict("records"):
         both = norms.reindex([pair["run_id_fast"], pair["run_id_slow"]]).astype(float).dropna(axis=1)
         if 1 in both and both.shape[1] > 1:
-            last = int(both.columns.max())
-            (fast_first, fast), (slow_first, slow) = both[[1, last]].to_numpy().tolist()
-            rows.append({**pair, "step": last, "growth": (fast / fast_first) / (slow / slow_first)})
+            fast, slow = both[both.columns.max()] / both[1]
+            rows.append({**pair, "step": int(both.columns.max()), "growth": fast / slow})
     return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
 
 
@@ -144,14 +135,11 @@ def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> 
     """
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
     losses = metric_points(curves, "train", "nll")
-    losses = losses[losses["step"] <= first_steps]
-    wide = losses.pivot(index="run_id", columns="step", values="value").astype(float)
+    wide = losses[losses["step"] <= first_steps].pivot(index="run_id", columns="step", values="value").astype(float)
     fast, slow = (wide.reindex(pairs[f"run_id_{speed}"]).to_numpy() for speed in ("fast", "slow"))
-    apart = np.abs(fast - slow)
-    number, column = np.nonzero(np.isfinite(apart))
-    so_far = np.fmax.accumulate(apart, axis=1)[number, column]
-    long = pd.DataFrame({"pair": number, "step": wide.columns.to_numpy(int)[column], "difference": so_far})
-    return pairs.merge(long, on="pair")
+    apart = pd.DataFrame(np.abs(fast - slow), pairs.index.rename("pair"), wide.columns)
+    so_far = apart.cummax(axis=1).where(apart.notna()).melt(value_name="difference", ignore_index=False).dropna()
+    return pairs.merge(so_far.reset_index(), on="pair")
 
 
 def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -160,9 +148,7 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
     alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
 
-    Args:
-        runs: columns run_id, ARM, lr, seed.
-        curves: with the metric `descent` at step 1.
+    The curves have the metric `descent` at step 1.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
@@ -181,12 +167,12 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=columns)]
     for _, rows in cells.groupby(_BATCHES, dropna=False):
         for power, rule in RULES.items():
-            followed = [rows[rows["alpha"] == STANDARD["alpha"]]]
-            if power:
-                # Rounding makes factors equal that differ only by the inexact square roots of ranks.
-                factor = (rows["alpha"] / rows["rank"].astype(float) ** power).map(lambda value: float(f"{value:.9g}"))
-                sets = [same for _, same in rows.groupby(factor) if same["rank"].nunique() > 1]
-                followed = [same for same in sets if (same["alpha"] != STANDARD["alpha"]).any()]
+            # Rounding makes factors equal that differ only by the inexact square roots of ranks.
+            factor = (rows["alpha"] / rows["rank"].astype(float) ** power).map(lambda value: float(f"{value:.9g}"))
+            followed = [same for _, same in rows.groupby(factor) if same["rank"].nunique() > 1]
+            followed = [same for same in followed if (same["alpha"] != STANDARD["alpha"]).any()]
+            if not power:
+                followed = [rows[rows["alpha"] == STANDARD["alpha"]]]
             if followed:
                 most = max(followed, key=lambda same: int(same["rank"].nunique()))
                 parts.append(most.assign(rule=rule)[columns])
@@ -228,11 +214,9 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     scaled, times = with_scales(runs), []
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
         steps, values = points["step"].to_numpy(float), points["value"].to_numpy(float)
+        limit, bound = (steps[values >= 1][0], -1) if (values >= 1).any() else (steps[-1], 1)
         moved = values > 0
-        logs = zip(np.log(steps[moved]).tolist(), np.log(values[moved]).tolist(), strict=True)
-        reached = steps[values >= 1]
-        limit, bound = (reached[0], -1) if len(reached) else (steps[-1], 1)
-        for (before, low), (after, high) in pairwise(logs):
+        for (before, low), (after, high) in pairwise(zip(np.log(steps[moved]), np.log(values[moved]), strict=True)):
             if low < 0 <= high:
                 limit, bound = math.exp(before - low / (high - low) * (after - before)), 0
                 break
@@ -244,9 +228,7 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their fitted optima.
 
-    Args:
-        runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
-        curves: with the metric `update_norm`.
+    The runs are of one model and dataset, and the curves have the metric `update_norm`.
 
     Returns:
         The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).
@@ -254,10 +236,9 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
     longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
-    best: set[str] = set()
-    for comparison in comparisons(longest, curves):
-        best.update(*(comparison.at_optimum(arm)["run_id"] for arm in comparison.arms))
-    norms = train_curves(longest[longest["run_id"].isin(list(best))], curves, "update_norm")
+    parts = comparisons(longest, curves)
+    best = pd.concat([longest.iloc[:0], *(part.at_optimum(arm) for part in parts for arm in part.arms)])
+    norms = train_curves(longest[longest["run_id"].isin(best["run_id"])], curves, "update_norm")
     return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
 
 

@@ -1,26 +1,13 @@
 """One fit per comparison: the loss of each arm as a parabola in log LR, with its own optimum and its own minimum.
 
-The model of the final test loss of a run of arm a, seed s and learning rate LR is
+The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/verdicts.md,
 
     loss = m_a + c (ln LR - x_a)^2 + d (ln LR - x_a)^3 + u_s + v_as + e,
 
-where m_a is the minimum of the arm, x_a the log of its optimal LR, c the curvature and d the asymmetry: losses rise
-faster towards high LRs. Three LRs of one arm can't tell an asymmetry from another optimum and curvature, but several
-arms whose optima lie differently between their LRs can. d is therefore shared by all arms, and known before the runs to
-be about 0, with a standard deviation of ASYMMETRY times c. Its third power is that of the distance from the optimum of
-a fit without it.
-
-The effect u_s of a seed, which all arms share because a seed fixes the order of the data, is a fixed effect, so that
-arms are compared within seeds. The effect v_as of a seed on one arm alone and the rest e are random. The curvature is
-shared by all arms unless the data refute this (F test at the level CURVATURE_LEVEL); each arm then has its own.
-
-The fit is generalized least squares. The ratio of the two variances is the mean over a grid by restricted likelihood
-(REML), whose maximum statsmodels' `MixedLM` finds by descent; a test holds the two together. Its own code is needed
-because `MixedLM` gives no t intervals, which matter with three seeds, and takes a hundred times as long.
-
-Only the LRs around the lowest loss of an arm count, up to a factor of MAX_STEP from it, since a loss is a parabola near
-its minimum only. The error of a minimum carries the choice of the LR, since the optimum is part of the fit; the seeds;
-and the examples of the test split, which are resampled.
+where the third power is that of the distance from the optimum of a fit without it, and d is known before the runs to be
+about 0, since three LRs of one arm can't tell an asymmetry from another optimum and curvature. The fit is generalized
+least squares. statsmodels' `MixedLM` finds the most likely ratio of the variances of v and e by descent; a test holds
+the two together. It gives no t intervals, which matter with three seeds, and takes a hundred times as long.
 
 A row may also be the mean of n seeds with their standard deviation. It then counts n times, and if there are only such
 rows, the seed noise is that of their deviations, pooled.
@@ -29,7 +16,7 @@ rows, the seed noise is that of their deviations, pooled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -47,7 +34,7 @@ from lorabench.analysis.estimate import (
     unknown,
     without_run_noise,
 )
-from lorabench.analysis.fit_rows import ArmGrid, ArmRuns, FitRows, Solution, arm_grid, counted_rows
+from lorabench.analysis.fit_rows import ArmGrid, FitRows, Solution, arm_grid, counted_rows, run_array
 
 CURVATURE_LEVEL = 0.01
 """The level at which one curvature for all arms is refuted."""
@@ -86,13 +73,12 @@ class LossFit:
     """Degrees of freedom of sigma."""
     curvature: Mapping[str, float]
     """The curvature of each arm, in the unit of the loss per squared unit of ln LR."""
-    n_seeds: Mapping[str, int]
-    """The number of seeds of each arm with a run that counts."""
     seeds: Mapping[str, frozenset[int]] = field(repr=False)
+    """The seeds of each arm with a run that counts."""
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
     """The runs of each arm that count."""
-    noise_source: str
-    """Where the seed noise was measured, if not by these runs."""
+    noise_text: str
+    """Where the seed noise was measured, for the end of a reason; empty if by these runs."""
 
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
@@ -136,46 +122,45 @@ def fit_losses(
             same examples, so that their difference keeps what they have in common.
     """
     runs = with_arm_columns(with_losses(runs))
-    every_run = ArmRuns.of(runs)
-    arms = [(arm_label(arm), every_run.at(places)) for arm, places in arm_places(runs)]
-    grids = {label: grid for label, rows in arms if (grid := arm_grid(rows))}
+    every_run = run_array(runs)
+    arms = {arm_label(arm): every_run[places] for arm, places in arm_places(runs)}
+    grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
     counted = counted_rows(arms, grids)
     fitted = None if counted is None else _fitted(counted)
     if counted is None or fitted is None:
-        return LossFit(grids, {}, {}, {}, math.nan, 0, {}, {}, {}, {}, "")
+        return LossFit(grids, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
     solution, places_by_arm, around = fitted
     noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
     seed_draws, dof, sigma = _seed_errors(counted, solution, noise, name)
     example_draws, n_examples = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
-    minima, optima, resolved, curvature, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
+    minima, optima, resolved, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
-        seed_and_n = zip(counted.seed[chosen].tolist(), counted.n[chosen].tolist(), strict=True)
+        grid, places, (low, high) = grids[label], places_by_arm[label], counted.ends[label]
+        curvature[label] = float(solution.coefficients[places[2]])
+        run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
-        seeds[label] = frozenset(seed + k for seed, n in seed_and_n for k in range(n))
-        n_seeds[label], run_ids[label] = len(seeds[label]), tuple(counted.run_id[chosen].tolist())
-        places, ends = places_by_arm[label], (float(counted.x[chosen].min()), float(counted.x[chosen].max()))
-        coefficients = solution.coefficients[places]
-        value = [float(part[0]) for part in _vertex(coefficients[None], ends, around.get(label))]
-        by_seed = _vertex(coefficients + seed_draws[:, places], ends, around.get(label))
-        by_example: Sequence[np.ndarray | None] = (None, None)
-        if example_draws is not None:
-            by_example = _vertex(coefficients + example_draws[:, places], ends, around.get(label))
-        grid, curvature[label] = grids[label], float(coefficients[2])
-        centre = math.log(grid.lrs[grid.centre])
-        optima[label], minima[label] = (
+        seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
+        errors = [np.zeros((1, 1)), seed_draws, *([] if example_draws is None else [example_draws])]
+        value, by_seed, *by_example = (
+            _vertex((solution.coefficients + error)[:, places], (low, high), around.get(label)) for error in errors
+        )
+        position, minima[label] = (
             Estimate(
-                shift + number, seeds_part - number, None if examples_part is None else examples_part - number,
-                n_seeds[label], n_examples,
+                float(value[part][0]),
+                by_seed[part] - value[part],
+                by_example[0][part] - value[part] if by_example else None,
+                len(seeds[label]),
+                n_examples,
             )
-            for shift, number, seeds_part, examples_part in zip((centre, 0.0), value, by_seed, by_example, strict=True)
-        )  # fmt: skip
-        draws = optima[label].draws - centre
-        outside = (draws <= ends[0] + 1e-9) | (draws >= ends[1] - 1e-9)
+            for part in (0, 1)
+        )
+        optima[label] = replace(position, value=math.log(grid.lrs[grid.centre]) + position.value)
+        outside = (position.draws <= low + 1e-9) | (position.draws >= high - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
-        resolved[label] = bounded and bool(np.isfinite(draws).all()) and float(outside.mean()) <= 0.025
-    source = "" if noise is None else noise.source
-    return LossFit(grids, minima, optima, resolved, sigma, dof, curvature, n_seeds, seeds, run_ids, source)
+        resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
+    text = "" if noise is None else f"; seed noise from {noise.source}"
+    return LossFit(grids, minima, optima, resolved, sigma, dof, curvature, seeds, run_ids, text)
 
 
 def _fitted(rows: FitRows) -> tuple[Solution, dict[str, list[int]], dict[str, float]] | None:
@@ -194,13 +179,12 @@ def _fitted(rows: FitRows) -> tuple[Solution, dict[str, list[int]], dict[str, fl
     curvature, centres, prior = float(first.coefficients[2 * len(labels)]), {}, 0.0
     # Without noise, or where the losses have no minimum, no asymmetry is fitted.
     if curvature > 0 and first.dof >= 1 and first.variance > 0:
-        for label, chosen in rows.in_arm.items():
-            ends = (float(rows.x[chosen].min()), float(rows.x[chosen].max()))
-            centres[label] = float(_vertex(first.coefficients[places[label]][None], ends)[0][0])
+        for label in labels:
+            centres[label] = float(_vertex(first.coefficients[places[label]][None], rows.ends[label])[0][0])
         # The standard deviation of e over that of the asymmetry before the runs, which has some weight in any case.
         prior = max(math.sqrt(first.variance) / (ASYMMETRY * curvature), 0.03)
     solution = rows.solve(rows.design([labels], centres), prior) or first
-    if len(labels) > 1 and all(len(set(rows.x[chosen].tolist())) >= 3 for chosen in rows.in_arm.values()):
+    if len(labels) > 1 and all(len(set(rows.runs["x"][chosen].tolist())) >= 3 for chosen in rows.in_arm.values()):
         alone = rows.solve(rows.design([[label] for label in labels], centres), prior, solution.ratio)
         together = rows.solve(rows.design([labels], centres), prior, solution.ratio)
         if alone and together and alone.dof >= 1 and alone.variance > 0:
@@ -218,11 +202,11 @@ def _fitted(rows: FitRows) -> tuple[Solution, dict[str, list[int]], dict[str, fl
 
 def _noise_of_rows(rows: FitRows) -> Noise | None:
     """Return the pooled seed noise of rows that are means of several seeds, if any."""
-    several = (rows.n > 1) & np.isfinite(rows.sd)
-    if not several.any():
+    several = rows.runs[(rows.runs["n"] > 1) & np.isfinite(rows.runs["sd"])]
+    dof = several["n"] - 1
+    if not len(several):
         return None
-    dof = rows.n[several] - 1
-    pooled = math.sqrt(float((dof * rows.sd[several] ** 2).sum() / dof.sum()))
+    pooled = math.sqrt(float((dof * several["sd"] ** 2).sum() / dof.sum()))
     return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
 
 
@@ -236,7 +220,7 @@ def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: s
     if noise is not None:
         # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
         sigma, dof = noise.sigma, noise.dof
-        run_covariance = sigma**2 * (np.eye(len(rows.x)) + rows.same_arm_and_seed) / 2
+        run_covariance = sigma**2 * (np.eye(len(rows.runs)) + rows.same_arm_and_seed) / 2
         run_covariance /= np.outer(rows.weights, rows.weights)
         covariance = solution.hat @ run_covariance @ solution.hat.T
         covariance += solution.variance * solution.prior_weights @ solution.prior_weights.T
@@ -259,7 +243,7 @@ def _example_errors(
     rows: FitRows, solution: Solution, examples: ExampleLosses, test_split: str
 ) -> tuple[np.ndarray | None, int]:
     """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and their number."""
-    run_ids = rows.run_id.tolist()
+    run_ids = rows.runs["run_id"].tolist()
     sampled = examples.deviations(run_ids, test_split, solution.hat.T)
     if sampled is None:
         return None, 0

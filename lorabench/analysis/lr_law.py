@@ -3,13 +3,11 @@
     LR = base * M * (2000 / hidden size) ** exponent        M is 1 for FullFT
 
 The paper prints the formula without a base LR; all constants are in the authors' later code, `get_lr` of
-`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The law does not depend on rank, dataset,
-batch size or number of steps, so its constants hold for the data they were fitted on.
-
-The paper fits it to the losses of many models by the summed regret, which is the rise of the loss at the predicted LR
-as a share of the lowest loss. Here the losses of an arm are a parabola in ln LR (see `loss_fit`), so its regret is the
-curvature over the lowest loss times the squared error of ln LR, and the fit is weighted least squares. The constants
-are then linear in the optima, so that draws of the optima's errors give those of the law's predictions.
+`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The paper fits the law by the summed regret,
+which is the rise of the loss at the predicted LR as a share of the lowest loss. Here the losses of an arm are a
+parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest loss times the squared error of
+ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws of the
+optima's errors give those of the law's predictions.
 """
 
 from __future__ import annotations
@@ -75,10 +73,9 @@ def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
     from_optima = _constants_from(_design(optima), optima)
     if from_optima is None:
         return None
-    constants = from_optima @ np.array([optimum.log_lr for optimum in optima])
-    base, multiplier = np.exp(constants[:2]).tolist()
+    log_base, log_multiplier, *exponents = (from_optima @ [optimum.log_lr for optimum in optima]).tolist()
     lineages = sorted({optimum.lineage for optimum in optima})
-    return LrLaw(base, multiplier, dict(zip(lineages, constants[2:].tolist(), strict=True)))
+    return LrLaw(math.exp(log_base), math.exp(log_multiplier), dict(zip(lineages, exponents, strict=True)))
 
 
 def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable] | None = None) -> np.ndarray:
@@ -91,16 +88,15 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
         The matrix, shape (n, n); a row is NaN where the law is not determined.
     """
     design, n = _design(optima), len(optima)
-    labels = list(left_out) if left_out is not None else [None] * n
+    labels = [None] * n if left_out is None else list(left_out)
     errors = np.full((n, n), math.nan)
     for label in dict.fromkeys(labels):
         predicted = [row for row in range(n) if labels[row] == label]
         fitted = [row for row in range(n) if left_out is None or labels[row] != label]
         from_optima = _constants_from(design[fitted], [optima[row] for row in fitted])
         if from_optima is not None:
-            errors[predicted] = 0.0
-            errors[np.ix_(predicted, fitted)] = design[predicted] @ from_optima
-            errors[predicted] -= np.eye(n)[predicted]
+            errors[predicted] = -np.eye(n)[predicted]
+            errors[np.ix_(predicted, fitted)] += design[predicted] @ from_optima
     return errors
 
 
@@ -128,25 +124,12 @@ METHODS = ("fullft", "lora")
 
 
 @dataclass(frozen=True)
-class SweptModel:
-    """The LR sweeps of FullFT and of LoRA, at the rank chosen for the model's group, on one model."""
+class SweptMethods:
+    """The LR sweeps of FullFT and of LoRA in one comparison."""
 
     comparison: Comparison
     fullft: Arm
     lora: Arm
-    lineage: str
-    """The family in which the model counts for the law."""
-    hidden_size: int
-
-    @property
-    def name(self) -> str:
-        return str(self.fullft["model"])
-
-    @cached_property
-    def base(self) -> tuple[object, ...]:
-        """Family, hidden size and number of parameters, which models share that were post-trained from one base."""
-        sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
-        return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
 
     @cached_property
     def log_ratio(self) -> Estimate:
@@ -165,6 +148,25 @@ class SweptModel:
     def log_optimum(self, method: str) -> Estimate:
         """Return the natural logarithm of the optimal LR of a method; unknown if its runs give no fit."""
         return self.comparison.fit.optima.get(arm_label(self.arm(method)), unknown())
+
+
+@dataclass(frozen=True)
+class SweptModel(SweptMethods):
+    """The sweeps on one model, with LoRA at the rank chosen for the model's group."""
+
+    lineage: str
+    """The family in which the model counts for the law."""
+    hidden_size: int
+
+    @property
+    def name(self) -> str:
+        return str(self.fullft["model"])
+
+    @cached_property
+    def base(self) -> tuple[object, ...]:
+        """Family, hidden size and number of parameters, which models share that were post-trained from one base."""
+        sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
+        return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
 
     def arm_optimum(self, method: str) -> ArmOptimum | None:
         """Return the optimum of a method as the law is fitted to it; None if its runs give no parabola with one."""
@@ -188,7 +190,7 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
             by_data.setdefault(key, []).append(comparison)
     groups = []
     for group in by_data.values():
-        shared = set.intersection(*({rank for rank in comparison.lora if rank > 1} for comparison in group))
+        shared = set.intersection(*(set(comparison.lora) for comparison in group)) - {1}
         models = []
         for comparison in group:
             lora = comparison.lora[max(shared)] if shared else comparison.highest
@@ -230,12 +232,9 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
 
     Args:
         x: the property of each model, such as ln of its hidden size.
-        y: the numbers, such as ln of an optimal LR.
-        groups: a label for each number.
+        y: the numbers, such as ln of an optimal LR; the slope is unknown if the error of one is.
+        groups: a label for each number; the slope is unknown if no group has two values of x.
         name: names the slope, for draws.
-
-    Returns:
-        The slope; it is unknown if no group has two values of x, or if the error of a number is not known.
     """
     places = np.asarray(x, float)
     own = np.array([[group == other for other in groups] for group in groups])

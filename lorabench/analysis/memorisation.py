@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,19 +33,12 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each run on random facts has stored of them.
+    """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter).
 
     They are the entropy of the answers minus the summed NLL of the answers under the trained model, in bits. That NLL
     includes the token that ends an answer, which costs almost nothing. The number is negative for a model that
-    predicts worse than a uniform guess.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, status, entropy_bits, final_test_nll, test_scored_tokens,
-            trainable_params.
-
-    Returns:
-        The runs on random facts, with bits_stored, and bits_per_parameter (per trainable parameter); both are NaN where
-        a run diverged.
+    predicts worse than a uniform guess, and NaN where a run diverged. It is made of the columns entropy_bits,
+    final_test_nll, test_scored_tokens and trainable_params.
     """
     facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
     entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
@@ -56,9 +48,6 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted.
-
-    Args:
-        runs: columns as for `stored_bits`, and final_valid_nll.
 
     Returns:
         One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
@@ -71,37 +60,34 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             label, chosen = arm_label(arm), comparison.at_optimum(arm)
             if chosen.empty:
                 continue
-            entropy, tokens, params, lr = (float(chosen[name].iloc[0]) for name in (_NEEDED[0], *_NEEDED[2:], "lr"))
+            first = chosen.iloc[0]
             at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            bits = stored(comparison.fit.minima.get(label, at_lr), entropy, tokens)
+            minimum = comparison.fit.minima.get(label, at_lr)
+            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
             low, high = bits.interval()
             row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
-            row |= {"bits_per_parameter": bits.value / params, "lr_best": lr, "n_seeds": len(chosen)}
-            rows.append(
-                arm | row | {"trainable_params": chosen["trainable_params"].iloc[0], "run_ids": list(chosen["run_id"])}
-            )
-    bits_columns = ["bits_stored", "bits_stored_low", "bits_stored_high", "bits_per_parameter"]
-    return arm_table(rows, ["lr_best", "n_seeds", "trainable_params", *bits_columns, "run_ids"])
+            row |= {"lr_best": first["lr"], "trainable_params": first["trainable_params"], "n_seeds": len(chosen)}
+            rows.append(arm | row | {"run_ids": list(chosen["run_id"])})
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+    table = arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
+    return table.assign(bits_per_parameter=table["bits_stored"].astype(float) / table["trainable_params"].astype(float))
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
-    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll, first_epoch_nats,
-            first_epoch_scored_tokens.
+    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run,
+    from the columns first_epoch_nats and first_epoch_scored_tokens.
 
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
         loss it is), bits (mean over seeds), run_ids.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
         grids = comparison.fit.grids
-        finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
         # FullFT is the first arm, and the highest rank the last.
+        finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
         for arm in [comparison.fullft] if comparison.fullft in finished else finished[-1:]:
             grid, arm_runs = grids[arm_label(arm)], comparison.rows[arm_label(arm)]
             at_best = arm_runs[arm_runs["status"].eq("done") & arm_runs["lr"].eq(grid.lrs[grid.centre])]
@@ -126,19 +112,15 @@ def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
 
     It is near 0 where the arm no longer stores more, and NaN without curves or without stored bits.
 
-    Args:
-        runs: the runs of one arm on random facts at one LR, one for each seed: columns as for `stored_bits`.
-        curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
+    The runs are those of one arm on random facts at one LR, one for each seed, whose validation split has the same
+    facts.
     """
-    bits = stored_bits(runs).set_index("run_id")["bits_stored"]
-    scored = runs.set_index("run_id")["test_scored_tokens"]
-    shares = []
-    points = train_curves(runs[["run_id"]], curves, split="validation")
-    for run_id, curve in points[points["step"] > 0].groupby("run_id"):
-        if len(curve) < 2 or not bits[run_id] > 0:
-            continue
-        steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
-        halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
-        late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
-        shares.append(late / float(bits[run_id]))
+    shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
+    points = train_curves(facts, curves, split="validation")
+    for _, curve in points[(points["step"] > 0) & (points["bits_stored"] > 0)].groupby("run_id"):
+        if len(curve) > 1:
+            steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
+            halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
+            late = (halfway - losses[-1]) * float(curve["test_scored_tokens"].iloc[0]) / math.log(2)
+            shares.append(late / float(curve["bits_stored"].iloc[0]))
     return mean_over_seeds(shares, f"late growth of {', '.join(sorted(runs['run_id'].astype(str)))}")

@@ -7,7 +7,6 @@ Where enough seeds have the three LRs around it, their curves are therefore inte
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, comparisons, kept_by_arm
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, comparisons, kept_by_arm
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
@@ -53,14 +52,10 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
         shares = [b * c / ((a - b) * (a - c)), a * c / ((b - a) * (b - c)), a * b / ((c - a) * (c - b))]
         weights = dict(zip(grid.lrs[grid.window][around], shares, strict=True))
         runs = comparison.rows[label]
-        lr, seed = runs["lr"].to_numpy(float), runs["seed"].to_numpy(int)
-        chosen = (runs["status"].to_numpy(object) == "done") & np.isin(lr, list(weights))
-        times = Counter(number for number, _ in set(zip(seed[chosen].tolist(), lr[chosen].tolist(), strict=True)))
-        complete = [number for number, lrs in times.items() if lrs == 3]
-        if len(complete) >= MIN_SEEDS:
-            kept = chosen & np.isin(seed, complete)
-            around_optimum: pd.DataFrame = runs[kept]
-            return around_optimum.assign(weight=[weights[at] for at in lr[kept].tolist()])
+        runs = runs[(runs["status"] == "done") & runs["lr"].isin(list(weights))]
+        complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
+        if complete["seed"].nunique() >= MIN_SEEDS:
+            return complete.assign(weight=complete["lr"].map(weights))
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 
@@ -102,18 +97,18 @@ def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> 
 
 @dataclass(frozen=True)
 class Departure:
-    """Whether and where a curve leaves another for good."""
+    """Whether and where a curve leaves another for good; the steps are None if it has not left."""
 
-    first: int | None
-    """The first step of the window from which it has left; None if it has not left."""
-    before: int | None
-    """The first step of the window before; None without one, or if it has not left."""
-    past: int | None
-    """The first step of the window after, from which on the curve has left for certain: it leaves somewhere within a
-    window, and its steps, which chose it, are no evidence of what comes after. None if it has not left."""
     growth: Estimate | None
     """The slope of the gap against log10(step) from there on, per tenfold steps. If the curve stays above to the end
     but the gap does not grow, it is the slope from where it stays above; None if it does not stay above."""
+    first: int | None = None
+    """The first step of the window from which it has left."""
+    before: int | None = None
+    """The first step of the window before, if any."""
+    past: int | None = None
+    """The first step of the window after, from which on the curve has left for certain: it leaves somewhere within a
+    window, and its steps, which chose it, are no evidence of what comes after."""
 
     @property
     def left(self) -> bool:
@@ -134,18 +129,16 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     means = curves.means(windows)
     above = [gap.known and gap.value >= margin and gap.interval(level)[0] > 0 for gap in means]
     if not above or not above[-1]:
-        return Departure(None, None, None, None)
-    start = len(above) - above[::-1].index(False) if False in above else 0
-    stretch = len(windows) - 1 - start
-    if stretch < 1:
-        return Departure(None, None, None, curves.slope(windows[start][0]))
-    place = min(range(start, len(windows) - 1), key=lambda index: means[index].value)
-    first = windows[place][0]
-    growth = curves.slope(first)
-    # The lowest of several windows gives a slope that noise alone makes larger, so the level is divided by them.
-    if growth.known and growth.interval(1 - LEVEL / stretch)[0] > 0:
-        return Departure(first, windows[place - 1][0] if place else None, windows[place + 1][0], growth)
-    return Departure(None, None, None, curves.slope(windows[start][0]))
+        return Departure(None)
+    start, last = len(above) - above[::-1].index(False) if False in above else 0, len(windows) - 1
+    if start < last:
+        place = min(range(start, last), key=lambda index: means[index].value)
+        growth = curves.slope(windows[place][0])
+        # The lowest of several windows gives a slope that noise alone makes larger, so the level is divided by them.
+        if growth.known and growth.interval(1 - LEVEL / (last - start))[0] > 0:
+            before = windows[place - 1][0] if place else None
+            return Departure(growth, windows[place][0], before, windows[place + 1][0])
+    return Departure(curves.slope(windows[start][0]))
 
 
 def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
@@ -159,9 +152,9 @@ def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> 
         margin: in nats per token.
 
     Returns:
-        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve: LoRA
-        starts slowly, since B is zero, and such a curve does not show when a lack of capacity sets in. A line that
-        reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
+        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve, which does
+        not show when a lack of capacity sets in, since LoRA starts slowly. A line that reaches the margin before the
+        window before the departure, with 95% confidence, does not describe the gap.
     """
     if departure.first is None:
         return "does not leave"
@@ -190,14 +183,13 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
     """Return the seed noise of comparisons, as their fits have it.
 
     Returns:
-        One row per comparison: the columns COMPARED, sigma (standard deviation of a run's final test loss without the
-        effect of its seed that all arms share, in the unit of the loss; NaN if it is not known), dof (its degrees of
-        freedom), n_runs (that count for the fit).
+        One row per comparison: the columns COMPARED, sigma and dof (see `LossFit`; NaN if it is not known), n_runs
+        (that count for the fit).
     """
     rows = []
     for part in parts:
         sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
-        rows.append((*(part.arms[0][name] for name in COMPARED), sigma, part.fit.dof, n_runs))
+        rows.append(part.arms[0] | {"sigma": sigma, "dof": part.fit.dof, "n_runs": n_runs})
     table = pd.DataFrame(rows, columns=[*COMPARED, "sigma", "dof", "n_runs"])
     return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})
 
@@ -208,14 +200,12 @@ def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
     The noise of a comparison is the sigma of its `LossFit`. Random facts are left out, since the loss on memorized
     text varies far more.
 
-    Args:
-        runs: the table `runs`.
-        source: where the runs are from, for the reasons of verdicts.
+    `source` says where the runs are from, for the reasons of verdicts.
 
     Raises:
         UserError: the table lacks a column, or no comparison has two seeds.
     """
-    if missing := [name for name in NEEDED if name not in runs]:
+    if missing := [name for name in NEEDED_BY["sft"] if name not in runs]:
         raise UserError(f"{source}: the runs table has no column {', '.join(missing)}, so its seed noise is not known")
     runs = with_arm_columns(runs)
     chosen = runs[~is_rl(runs) & is_standard(runs) & ~is_memorisation(runs)]
@@ -245,8 +235,7 @@ def ratio_text(comparison: Comparison, arm: Arm, other: Arm) -> str:
     labels, fit = (arm_label(arm), arm_label(other)), comparison.fit
     ratio = in_words(fit.log_ratio(*labels))
     both = " / ".join(f"{math.exp(fit.optima[label].value):.2g}" if label in fit.optima else "?" for label in labels)
-    source = f"; seed noise from {fit.noise_source}" if fit.noise_source else ""
-    return f"optimal LR {labels[0]} / {labels[1]} = {ratio} ({both}){source}"
+    return f"optimal LR {labels[0]} / {labels[1]} = {ratio} ({both}){fit.noise_text}"
 
 
 def as_ratio(judged: Finding) -> Finding:

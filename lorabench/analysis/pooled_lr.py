@@ -1,24 +1,10 @@
 """Measurements that several sources repeat: the optimal learning rate in a new place, and random-effects summaries.
 
-The natural logarithm of the optimal LR of a method, in SFT or in RL, is taken to be
-
-    the paper's law + offset + b ln(batch size / 128) + s ln(steps / 780)
-        + an effect of the source + a deviation of the model within its source + the error of the measurement
-
-The law gives the form and its exponents in the width. The offset is free: by how much all sources differ from the law
-on average. The other two coefficients have normal priors, since ten sources cannot tell them apart (`PRIORS` names
-where each is from). The effects of sources and the deviations of models within a source are normal with mean 0; their
-standard deviations have flat priors and are averaged over a grid, so that a prediction carries the doubt about them.
-All else is normal, so a prediction is a mixture of normal distributions, one for each point of the grid.
-
-An attribute that a source does not give is taken to be at its reference, and the optimum's error grows by what the
-attribute may do.
-
-In the random-effects summary the true value of each source is a draw from a normal distribution around a mean. The
-variance between sources is estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and
-Knapp (t, k - 1 degrees of freedom), and the prediction interval (t, k - 2) is where the true value of a further source
-would lie. statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction
-interval, and takes long to import.
+docs/other-runs.md has the model of optimal LRs. The effects of sources and the deviations of models within a source are
+normal with mean 0; their standard deviations have flat priors and are averaged over a grid, so that a prediction
+carries the doubt about them. All else is normal, so a prediction is a mixture of normal distributions, one for each
+point of the grid. An attribute that a source does not give is taken to be at its reference, and the optimum's error
+grows by what the attribute may do.
 """
 
 from __future__ import annotations
@@ -29,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import chdtrc, ndtr, stdtrit
 
 from lorabench.analysis.lr_law import PIVOT, lineage, predict_lr
@@ -187,8 +174,13 @@ class PooledLr:
             gains.append(gain)
         centre, spread = np.array(means), np.sqrt(variances)
         weights = (self._shares @ np.array(gains)) @ self._source
-        tail = (1 - probability) / 2
-        low, high = (_quantile(share, self._shares, centre, spread) for share in (tail, 1 - tail))
+
+        def quantile(share: float) -> float:
+            """Return a quantile of the mixture of normal distributions."""
+            ends = float((centre - 12 * spread).min()), float((centre + 12 * spread).max())
+            return float(brentq(lambda at: self._shares @ ndtr((at - centre) / spread) - share, *ends, xtol=1e-12))
+
+        low, high = quantile((1 - probability) / 2), quantile((1 + probability) / 2)
         by_source = dict(zip(self.sources, weights.tolist(), strict=True))
         return Prediction(float(self._shares @ centre), low, high, by_source)
 
@@ -201,16 +193,6 @@ def _terms(place: Place) -> np.ndarray:
 def _unknown_variance(place: Place) -> float:
     unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(place, name))]
     return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * _UNKNOWN**2 for prior in unknown)
-
-
-def _quantile(probability: float, shares: np.ndarray, means: np.ndarray, sds: np.ndarray) -> float:
-    """Return a quantile of a mixture of normal distributions, by bisection."""
-    low, high = float((means - 12 * sds).min()), float((means + 12 * sds).max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = float(shares @ ndtr((middle - means) / sds))
-        low, high = (middle, high) if below < probability else (low, middle)
-    return (low + high) / 2
 
 
 @dataclass(frozen=True)
@@ -239,6 +221,12 @@ class RandomEffects:
 def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
     """Summarize the measurements of several sources.
 
+    The true value of each source is a draw from a normal distribution around a mean. The variance between sources is
+    estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and Knapp (t, k - 1 degrees
+    of freedom), and the prediction interval (t, k - 2) is where the true value of a further source would lie.
+    statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction interval, and
+    takes long to import.
+
     Args:
         values: a value for each source.
         errors: their standard errors, all above 0.
@@ -260,34 +248,16 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
         mean = float((weights * value).sum() / weights.sum())
         return weights, mean, float((weights * (value - mean) ** 2).sum())
 
-    # The variance between sources is the one for which the weighted sum of squares is its expectation, k - 1.
+    # The variance between sources is the one for which the weighted sum of squares is its expectation, k - 1. It is at
+    # most that of the values.
     q, between = weighted(0.0)[2], 0.0
     if q > k - 1:
-        low, between = 0.0, float(value.var(ddof=1)) + float(variance.max())
-        while weighted(between)[2] > k - 1:
-            between *= 2
-        for _ in range(100):
-            middle = (low + between) / 2
-            low, between = (middle, between) if weighted(middle)[2] > k - 1 else (low, middle)
+        between = brentq(lambda tried: weighted(tried)[2] - (k - 1), 0.0, float(value.var(ddof=1)) * 1.01, xtol=1e-15)
     weights, mean, squares = weighted(between)
     # The interval must not be shorter than without variation between sources: the factor is at least 1.
     error = math.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
     half = float(stdtrit(k - 1, 0.975)) * error
     spread = float(stdtrit(k - 2, 0.975)) * math.sqrt(between + error**2) if k > 2 else math.nan
-    return RandomEffects(
-        mean,
-        error,
-        mean - half,
-        mean + half,
-        mean - spread,
-        mean + spread,
-        math.sqrt(between),
-        max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0,
-        float(chdtrc(k - 1, q)),
-        k,
-    )
-
-
-def p_of_groups(summaries: Sequence[RandomEffects]) -> float:
-    """Return the probability of means of groups so far apart if all groups had one mean (a Wald test)."""
-    return random_effects([part.mean for part in summaries], [part.error for part in summaries]).p_alike
+    intervals = (mean - half, mean + half, mean - spread, mean + spread)
+    share = max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0
+    return RandomEffects(mean, error, *intervals, math.sqrt(between), share, float(chdtrc(k - 1, q)), k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -111,25 +112,18 @@ def interpolated_optimum(grid: pd.DataFrame) -> float:
     best = lowest(dict(zip(grid["lr"], grid["nll"], strict=True)))
     place = grid["lr"].tolist().index(best)
     neighbours = grid.iloc[place - 1 : place + 2]
-    return float(np.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy())))
+    return math.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy()))
 
 
-def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the position of the minimum of the parabola through three points whose middle is the lowest.
+def vertex(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the position of the lowest point of the parabola through three points whose middle is the lowest.
 
-    Args:
-        x: ascending positions, shape (..., 3).
-        y: values, shape (..., 3).
-
-    Returns:
-        Positions, shape (...); the middle position if the three values are equal.
+    It is the middle position if the three values are equal.
     """
-    left, right = x[..., 0] - x[..., 1], x[..., 2] - x[..., 1]
-    rise_left, rise_right = y[..., 0] - y[..., 1], y[..., 2] - y[..., 1]
+    (left, _, right), (rise_left, _, rise_right) = (x - x[1]).tolist(), (y - y[1]).tolist()
     curvature = rise_left * right - rise_right * left
-    flat = curvature == 0
-    shift = (rise_left * right**2 - rise_right * left**2) / np.where(flat, 1.0, 2 * curvature)
-    return np.asarray(x[..., 1] + np.where(flat, 0.0, shift))
+    shift = (rise_left * right**2 - rise_right * left**2) / (2 * curvature) if curvature else 0.0
+    return float(x[1] + shift)
 
 
 def _short(model: str) -> str:

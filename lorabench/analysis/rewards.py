@@ -2,19 +2,7 @@
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
 learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
-problem set (see `lorabench.data.problems`). The rules of this module are the only place that compares runs with them.
-
-The objective weighs each token by the ratio of the learner's to the sampler's probability, without clipping or masking.
-It is that of the paper while the two distributions are close, so that all ratios are close to 1. Their KL (sampler ||
-learner) is estimated on the responses of a step, so that it may be negative, by rounding or by chance; its absolute
-value counts.
-
-An error rate, 1 - accuracy, is a loss: lower is better, it is reported on the test split, and it has an error from
-seeds and one from the problems of the split. `with_error_rates` puts it into the columns `validation_loss` and
-`test_loss`, so that the same code fits the optimal LRs and compares the arms of supervised runs and of RL runs.
-
-Policies that end at one and the same rule have one and the same accuracy, whatever their LR. Such a flat top has no
-optimal LR, though a parabola always has one; `flat_top` finds it.
+problem set. The rules of this module are the only place that compares runs with them.
 """
 
 from __future__ import annotations
@@ -22,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -96,51 +83,36 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    *controls, rewards = _numbers(runs, [*CONTROLS, "final_reward"])
-    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & ~np.isnan(rewards)
-    # Grouping by dictionaries is many times as fast as by pandas on the small tables of simulated runs.
-    columns = [runs[name].to_numpy(object) for name in ("model", "dataset", "method", "rank", "placement", "lr")]
-    columns = [np.where(pd.isna(values), np.array(None), values) for values in columns]
-    by_method: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
-    levels: dict[tuple[object, ...], list[list[float]]] = {}
-    for place, key in enumerate(zip(*columns, strict=True)):
-        by_lr = by_method.setdefault(key[:3], {})
-        if counted[place]:
-            by_lr.setdefault(key[3:], []).append(rewards[place])
-        levels.setdefault(key[:2], []).append([control[place] for control in controls])
-    rows = []
-    for method, by_lr in by_method.items():
-        accuracy = max(map(fmean, by_lr.values()), default=math.nan)
-        level = np.fmax.reduce(levels[method[:2]])
-        lead = (0.0 if math.isnan(accuracy) else accuracy) - np.fmax.reduce(level)
-        rows.append((*method, accuracy, *level, lead))
-    return pd.DataFrame(rows, columns=["model", "dataset", "method", "accuracy", *CONTROLS, "lead"])
+    method, numbers = ["model", "dataset", "method"], [*CONTROLS, "final_reward"]
+    known = runs[[*method, "rank", "placement", "lr"]].assign(
+        **dict(zip(numbers, _numbers(runs, numbers), strict=True))
+    )
+    known["accuracy"] = known["final_reward"].where(runs["status"].eq("done") & ~is_sick(runs))
+    by_lr = known.groupby([*method, "rank", "placement", "lr"], dropna=False, sort=False)["accuracy"].mean()
+    table = by_lr.groupby(method, sort=False).max().reset_index()
+    table = table.join(known.groupby(method[:2])[list(CONTROLS)].max(), on=method[:2])
+    return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
 def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return the measures of the sampler against the learner over the steps of all runs of each arm of RL.
 
-    Args:
-        runs: columns run_id, task and those of an arm; runs of supervised fine-tuning are left out.
-        curves: columns run_id, step, split, metric, value; metrics that they lack become NaN.
+    Runs of supervised fine-tuning are left out, and metrics that the curves lack become NaN.
 
     Returns:
         One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
         ratio_above_2 (the mean share of tokens), n_measured (runs with a KL), and n_above (see `runs_above_max_kl`).
     """
-    points = {
-        metric: metric_points(curves, "train", metric).astype({"value": float})
-        for metric in ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
-    }
+    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
+    metrics = ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
+    points = [metric_points(curves, "train", metric).astype({"value": float}).set_index("run_id") for metric in metrics]
     above, rows = runs_above_max_kl(curves), []
     for arm, arm_runs in each_arm(runs[is_rl(runs)]):
         ids = arm_runs["run_id"]
-        kl, mean, largest, above_2 = (table.loc[table["run_id"].isin(ids), "value"] for table in points.values())
-        row = {"run_ids": list(ids), "kl_mean": kl.mean(), "kl_max": kl.abs().max(), "ratio_mean": mean.mean()}
-        row |= {"ratio_max": largest.max(), "ratio_above_2": above_2.mean()}
-        row |= {"n_measured": int(ids.isin(points["kl"]["run_id"]).sum()), "n_above": int(ids.isin(above).sum())}
-        rows.append(arm | row)
-    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
+        kl, mean, largest, above_2 = (table.loc[table.index.isin(ids), "value"] for table in points)
+        numbers = [kl.mean(), kl.abs().max(), mean.mean(), largest.max(), above_2.mean()]
+        counts = [kl.index.nunique(), int(ids.isin(above).sum())]
+        rows.append(arm | dict(zip(columns, [list(ids), *numbers, *counts], strict=True)))
     return arm_table(rows, columns)
 
 
@@ -181,8 +153,8 @@ def reward_curves(
     """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
 
     Args:
-        runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
-        curves: columns run_id, step, split, metric, value, and optionally examples.
+        runs: as for `with_error_rates`.
+        curves: their curves, optionally with examples.
         split: train, validation, test, or the name of a held-out problem set.
         metric: a metric of the split, such as reward (train), accuracy (other splits), response_length.
 
@@ -191,25 +163,31 @@ def reward_curves(
         (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
     """
     points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
-    points = points.sort_values(["step", "run_id"])
-    rows: list[dict[str, Any]] = []
+    points = points.sort_values(["step", "run_id"]).astype({"value": float})
+    columns = ["step", "episodes", "mean", "sd", "n_seeds", "run_ids"]
+    rows: list[dict[Any, Any]] = []
     for comparison in comparisons(with_error_rates(runs), curves):
         for arm in comparison.arms:
             chosen = comparison.at_optimum(arm)
-            for step, at_step in points[points["run_id"].isin(chosen["run_id"])].groupby("step"):
-                row = {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
-                row |= {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
-                rows.append(arm | row | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])})
-    table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
-    return table.astype({"step": "Int64", "episodes": "Int64"})
+            by_step = points[points["run_id"].isin(chosen["run_id"])].groupby("step", as_index=False)
+            table = by_step.agg(
+                episodes=("examples", "max"),
+                mean=("value", "mean"),
+                sd=("value", "std"),
+                n_seeds=("run_id", "size"),
+                run_ids=("run_id", list),
+            )
+            rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
+    return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open.
 
-    Two LRs are equally good if their test error rates agree exactly with every seed that both have; so are three or
-    more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are no flat top,
-    since the optimum may lie halfway between them.
+    Policies that end at one and the same rule have one and the same accuracy, whatever their LR, and a parabola always
+    has an optimum. Two LRs are equally good if their test error rates agree exactly with every seed that both have; so
+    are three or more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are
+    no flat top, since the optimum may lie halfway between them.
 
     Returns:
         The LRs, ascending, with the best one of the grid among them; empty if the top is not flat.
@@ -259,70 +237,46 @@ class GoodRange:
         return self.open_low or self.open_high
 
 
-def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
-    """Measure the range of good LRs of several arms.
+def good_range(comparison: Comparison, arm: Arm) -> GoodRange:
+    """Measure the range of good LRs of an arm with a finished run; the runs have error rates as losses.
 
     At an LR of the grid the accuracy is the mean over its seeds; it is 0 where the run diverged. The peak is the
     accuracy at the LR nearest to the fitted optimum. A step of the grid between a good LR and another counts half. That
     the range may end anywhere in that step is part of the error, and so are the seeds (the noise of the fit, without
     effects of seeds that all arms share) and the test problems, which are resampled alike for all arms. One bad LR does
     not cut off the good LRs beyond it.
-
-    Args:
-        comparison: runs with error rates as losses.
-        arms: arms with a finished run.
     """
-    points = []
-    for arm in arms:
-        rows = comparison.rows[arm_label(arm)]
-        lost = rows["status"] == "diverged"
-        accuracy = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
-        points.append(rows[["run_id", "lr"]].assign(accuracy=accuracy, lost=lost).dropna(subset=["accuracy"]))
-    ids = [run_id for rows in points for run_id in rows.loc[~rows["lost"], "run_id"]]
-    sampled = comparison.judging.examples.deviations(ids, str(comparison.runs["dataset"].iloc[0]))
-    shifts = None if sampled is None else dict(zip(ids, sampled[0].T, strict=True))
-    n_examples = 0 if sampled is None else sampled[1]
-    return [_good_range(comparison, arm, rows, shifts, n_examples) for arm, rows in zip(arms, points, strict=True)]
-
-
-def _good_range(
-    comparison: Comparison, arm: Arm, rows: pd.DataFrame, shifts: dict[str, np.ndarray] | None, n_examples: int
-) -> GoodRange:
-    # `rows` are the arm's runs, of which those that diverged are lost; `shifts` are draws of each run's error from test
-    # problems.
+    rows, fit = comparison.rows[arm_label(arm)], comparison.fit
+    lost = rows["status"] == "diverged"
+    accuracy_or_0 = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
+    rows = rows[["run_id", "lr"]].assign(accuracy=accuracy_or_0, lost=lost).dropna(subset=["accuracy"])
     at_optimum, by_lr = comparison.at_optimum(arm), rows.groupby("lr")
-    accuracy = by_lr["accuracy"].mean()
+    accuracy, n_runs = by_lr["accuracy"].mean(), by_lr.size().to_numpy(float)
     lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
     steps, halves = np.diff(np.log10(lrs)), np.full(len(lrs) - 1, 0.5)
     peak = int(np.flatnonzero(lrs == float(at_optimum["lr"].iloc[0]))[0])
     is_good = _is_good(accuracies, peak)
     value = float(_width(is_good, steps, halves))
     name = f"good LRs of {comparison.label} {arm_label(arm)}"
-    # A mean over runs that all diverged has no noise.
-    variances = comparison.fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
-    noise = multivariate_student(np.diag(variances), max(comparison.fit.dof, 1), name)
-    good = _is_good(accuracies + noise, peak)
-    seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
-    example_part = None
-    if shifts is not None:
-        moved = [
-            np.mean([shifts.get(run_id, np.zeros(N_DRAWS)) for run_id in run_ids], axis=0)
-            for _, run_ids in by_lr["run_id"]
-        ]
-        example_part = _width(_is_good(accuracies - np.column_stack(moved), peak), steps, halves) - value
-    if not comparison.fit.sigma > 0:
-        good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
-    is_open = good.mean(axis=0) > MAX_OPEN
+    good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
+    if fit.sigma > 0:
+        # A mean over runs that all diverged has no noise.
+        variances = fit.sigma**2 / n_runs * ~by_lr["lost"].all().to_numpy(bool)
+        good = _is_good(accuracies + multivariate_student(np.diag(variances), max(fit.dof, 1), name), peak)
+        seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
+    finished = rows[~rows["lost"]]
+    means = (finished["lr"].to_numpy(float)[:, None] == lrs) / n_runs
+    test_split = str(comparison.runs["dataset"].iloc[0])
+    sampled = comparison.judging.examples.deviations(list(finished["run_id"]), test_split, means)
+    example_part, n_examples = None, 0
+    if sampled is not None:
+        example_part, n_examples = _width(_is_good(accuracies - sampled[0], peak), steps, halves) - value, sampled[1]
+    width = Estimate(value, seed_part, example_part, len(at_optimum), n_examples)
+    lowest, highest = lrs[is_good][[0, -1]].tolist()
+    open_low, open_high = (good.mean(axis=0) > MAX_OPEN)[[0, -1]].tolist()
     ends = np.flatnonzero(is_good[:-1] != is_good[1:])
-    return GoodRange(
-        Estimate(value, seed_part, example_part, len(at_optimum), n_examples),
-        float(lrs[is_good][0]),
-        float(lrs[is_good][-1]),
-        bool(is_open[0]),
-        bool(is_open[-1]),
-        tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist()),
-        tuple(rows["run_id"]),
-    )
+    between = tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist())
+    return GoodRange(width, lowest, highest, open_low, open_high, between, tuple(rows["run_id"]))
 
 
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:

@@ -1,19 +1,8 @@
 """Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
 
-- `Within`: the claim says that a number lies in a band, such as that two losses are equal within a margin. It is
-  confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the 95%
-  interval lies wholly outside.
-- `Above`: the claim says that a number is above 0 by at least a margin. It is confirmed if the 95% interval is above 0
-  and the estimate is at or above the margin. It is contradicted if the one-sided 95% interval lies below the margin, so
-  that there is no effect of the least size that matters; whether there is one of the other sign makes no difference.
-  With a margin of 0 the two-sided 95% interval must be below 0.
-
-A rule also judges with a slack, by which all of its limits lie further out, or further in if it is negative. That is
-the verdict if the ends of the interval lay that much further inside or outside, and tells whether a verdict is
-borderline (see `finding`).
-
-A claim that is judged on k comparisons is confirmed if each of them confirms it, which needs no correction. It is
-contradicted if one of them does at the k-th part of the level (Bonferroni), so that k chances to fail do not add up.
+docs/verdicts.md explains the two rules, `Within` and `Above`. A rule also judges with a slack, by which all of its
+limits lie further out, or further in if it is negative. That is the verdict if the ends of the interval lay that much
+further inside or outside, and tells whether a verdict is borderline (see `finding`).
 """
 
 from __future__ import annotations
@@ -37,7 +26,11 @@ _ONE_SIDED, _TWO_SIDED, _POWER = 1.645, 1.960, 0.842
 
 @dataclass(frozen=True)
 class Within:
-    """The claim that a number lies in a band; an end may be infinite."""
+    """The claim that a number lies in a band, such as that two losses are equal; an end may be infinite.
+
+    It is confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the
+    95% interval lies wholly outside.
+    """
 
     low: float
     high: float
@@ -90,7 +83,12 @@ class Within:
 
 @dataclass(frozen=True)
 class Above:
-    """The claim that a number is above 0 by at least a margin; its methods are those of `Within`."""
+    """The claim that a number is above 0 by at least a margin; its methods are those of `Within`.
+
+    It is confirmed if the 95% interval is above 0 and the estimate is at or above the margin. It is contradicted if the
+    one-sided 95% interval lies below the margin, so that there is no effect of the least size that matters, or with a
+    margin of 0 the two-sided one.
+    """
 
     margin: float
 
@@ -133,13 +131,9 @@ class Margin:
 
 
 def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = False) -> Margin:
-    """Return a margin that is a share of the gain from the base to a tuned arm.
+    """Return a margin that is a share, which the preset gives, of the gain from the base to a tuned arm.
 
-    Args:
-        share: the share, which the preset gives.
-        gain: the gain in nats per token, or in RL (`rewarded`) in accuracy; NaN if it is not known.
-        tuned_arm: the label of the arm that the gain is measured to.
-        rewarded: whether the runs are of RL.
+    The gain is in nats per token, or in RL (`rewarded`) in accuracy; NaN if it is not known.
     """
     quantity, unit = (" in accuracy", "") if rewarded else ("", " nats")
     rule = f"{100 * share:.3g}% of the gain{quantity} from the base to {tuned_arm} ({gain:.3f}{unit})"

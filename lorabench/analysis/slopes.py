@@ -15,39 +15,39 @@ from lorabench.analysis.estimate import Estimate, student, t_quantile, unknown
 
 @dataclass(frozen=True)
 class Line:
-    """A least-squares line; a number that the points do not determine is NaN."""
+    """A least-squares line on logarithmic axes; a number that the points do not determine is NaN."""
 
     slope: float
-    """Units of y per unit of x."""
+    """The exponent of a power law."""
     low: float
     """Lower end of the 95% t interval of the slope; NaN without a degree of freedom."""
     high: float
     """Upper end of that interval."""
     intercept: float
-    """Value at x = 0; with groups, of the line through the mean of all points."""
+    """log10(y) at x = 1; with groups, of the line through the mean of all points."""
     n: int
     """Number of points used."""
 
 
-def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit a line by ordinary least squares, with t intervals.
+def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
+    """Fit log10(y) against log10(x) by ordinary least squares, with t intervals.
 
     Args:
-        x: positions, shape (n,); a point whose position or value is not finite is left out.
+        x: positions, shape (n,); a point whose position or value is not positive and finite is left out.
         y: values, shape (n,).
-        sigma: known lower bound of the standard deviation of a value, in units of y; NaN stands for unknown. It keeps
-            points that lie on a line by chance from giving an interval that is too narrow.
+        sigma: known lower bound of the standard deviation of log10(y); NaN stands for unknown. It keeps points that lie
+            on a line by chance from giving an interval that is too narrow.
         groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
     """
-    points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
     points["group"] = 0 if groups is None else pd.factorize(np.asarray(groups))[0]
     points = points[np.isfinite(points["x"]) & np.isfinite(points["y"])]
     # Subtracting each group's means is equivalent to fitting an intercept per group.
     within = points[["x", "y"]] - points.groupby("group")[["x", "y"]].transform("mean")
     within = within.where(within.abs() > 1e-12 * points[["x", "y"]].abs().max(), 0.0)
-    n_groups = points["group"].nunique()
     centred, y_centred = within["x"].to_numpy(float), within["y"].to_numpy(float)
-    squares, dof = float(centred @ centred), len(points) - n_groups - 1
+    squares, dof = float(centred @ centred), len(points) - points["group"].nunique() - 1
     half = math.nan
     slope = float(centred @ y_centred) / squares if squares > 0 else math.nan
     if squares > 0 and dof >= 1:
@@ -57,34 +57,15 @@ def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike |
     return Line(slope, slope - half, slope + half, intercept, len(points))
 
 
-def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit log10(y) against log10(x); the slope is the exponent of a power law. See `fit_line`.
-
-    A point whose x or y is not positive is left out and not counted in `n`. `sigma` is in units of log10(y).
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    x, y = (np.log10(values, out=np.full(values.shape, math.nan), where=values > 0) for values in (x, y))
-    return fit_line(x, y, sigma, groups)
-
-
 def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
-    """Fit each column's values against log10 of the index by least squares.
+    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up.
 
-    Args:
-        curves: a row for each step (index, from 1 up) and a column for each seed; null values are left out.
-
-    Returns:
-        The slope of each column per tenfold steps; NaN for one with fewer than two steps.
+    Null values are left out; a column with fewer than two steps has NaN.
     """
-    x, values = np.log10(curves.index.to_numpy(float)), curves.to_numpy(float)
-    slopes = []
-    for y in values.T:
-        known = ~np.isnan(y)
-        slopes.append(math.nan)
-        if known.sum() > 1:
-            centred = x[known] - x[known].mean()
-            slopes[-1] = float(centred @ y[known] / (centred @ centred))
-    return pd.Series(slopes, curves.columns, dtype=float)
+    values = curves.astype(float)
+    x = values.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(values.notna())
+    centred = x - x.mean()
+    return (centred * values).sum() / (centred**2).sum()
 
 
 def censored_slope(
@@ -92,21 +73,18 @@ def censored_slope(
 ) -> Estimate:
     """Estimate the slope of a line where some values are only known to lie above or below a bound (Tobit regression).
 
-    Each group has its own intercept. The maximum likelihood is found by expectation maximization: a bounded value is
-    replaced by its mean given the bound and the line. The degrees of freedom are those of the values that are known,
-    and the error counts a bounded value by the information that it has.
+    The maximum likelihood is found by expectation maximization: a bounded value is replaced by its mean given the bound
+    and the line. The degrees of freedom are those of the values that are known, and the error counts a bounded value by
+    the information that it has. The slope is unknown if the known values of no group have two positions, and its error
+    without a degree of freedom.
 
     Args:
         x: positions, shape (n,).
         y: values, or bounds of them, shape (n,).
         bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, shape (n,).
-        groups: labels as whole numbers, shape (n,).
+        groups: labels as whole numbers, shape (n,); each group has its own intercept.
         floor: the least standard deviation of a value around the line, so that few points can not seem exact.
         name: names the slope, for draws.
-
-    Returns:
-        The slope; it is unknown if the known values of no group have two positions, and its error is unknown without a
-        degree of freedom.
     """
     # A group without a known value has its own intercept, so it says nothing about the slope.
     informed = np.isin(groups, groups[bound == 0])

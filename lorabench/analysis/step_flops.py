@@ -17,7 +17,12 @@ FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
 COMPUTE_SETTING = ["model", "batch_size", "sequence_length", "device", "threads"]
 """Columns in which a LoRA row and its FullFT row must agree; a missing column counts as equal in all rows."""
 
-_MEASURED = ["linear_flops", "total_flops", "step_s", "peak_mem_bytes"]
+_MEASURED = {
+    "linear_flops": "flops_ratio",
+    "total_flops": "total_flops_ratio",
+    "step_s": "step_ratio",
+    "peak_mem_bytes": "memory_ratio",
+}
 
 
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
@@ -55,17 +60,11 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     columns = [*COMPUTE_SETTING, "placement", "rank", "effective_width"]
     numbered = compute.reindex(columns=[*columns, *_MEASURED]).astype(dict.fromkeys(_MEASURED, float))
     both = numbered[lora].merge(numbered[fullft], on=COMPUTE_SETTING, how="left", suffixes=("", "_fullft"))
-    flops, total, step, memory = (both[name] / both[f"{name}_fullft"] for name in _MEASURED)
     formula = 2 / 3 + 2 * both["rank"].astype(float) / both["effective_width"].astype(float)
-    ratios = both[columns].assign(
-        flops_ratio=flops,
-        formula=formula,
-        relative_difference=flops / formula - 1,
-        total_flops_ratio=total,
-        step_ratio=step,
-        memory_ratio=memory,
-    )
-    return ratios.sort_values([*COMPUTE_SETTING, "placement", "rank"], ignore_index=True)
+    ratios = {name: both[measured] / both[f"{measured}_fullft"] for measured, name in _MEASURED.items()}
+    difference = ratios["flops_ratio"] / formula - 1
+    table = both[columns].assign(**ratios, formula=formula, relative_difference=difference)
+    return table.sort_values([*COMPUTE_SETTING, "placement", "rank"], ignore_index=True)
 
 
 def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -86,14 +85,9 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's envelope of the validation NLL against the training FLOPs spent.
+    """Compute each arm's envelope of the validation NLL against the training FLOPs spent, the same on every token.
 
-    Training spends the same FLOPs on every token, so the FLOPs up to a step are
-    train_flops * tokens / train_tokens.
-
-    Args:
-        runs: columns as for `envelopes`, and train_flops, train_tokens.
-        curves: columns as for `envelopes`.
+    The runs have the columns train_flops and train_tokens.
 
     Returns:
         The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step).
@@ -102,8 +96,7 @@ def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     points = envelopes(runs, curves)
     per_token = _flops_per_token(runs).set_axis(runs["run_id"])
     points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
-    known: pd.DataFrame = points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
-    return known
+    return points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
 
 
 def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str) -> PairedCurves:
@@ -116,7 +109,7 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     Args:
         runs: the runs of one arm (see `curves_by_seed`), with the columns train_flops and train_tokens.
         others: the runs of the other arm.
-        curves: columns run_id, step, tokens, split, metric, value.
+        curves: their curves with the column tokens.
         name: names the two arms, for draws.
 
     Returns:
@@ -132,35 +125,21 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
     points = points.dropna().astype({"step": int, "tokens": float})
     tokens = points.groupby(["step", "seed"])["tokens"].max().unstack("seed").sort_index()
-    seeds = [seed for seed in own if all(seed in curves_by for curves_by in (other, validation, tokens))]
-    per_token = [float(_flops_per_token(arm_runs).mean()) for arm_runs in (runs, others)]
-    by_seed = {
-        seed: _at_equal_flops(other[seed] - own[seed], validation[seed].dropna(), tokens[seed].dropna(), *per_token)
-        for seed in seeds
-    }
+    own_flops, other_flops = (float(_flops_per_token(arm_runs).mean()) for arm_runs in (runs, others))
+    by_seed = {}
+    for seed in (seed for seed in own if all(seed in table for table in (other, validation, tokens))):
+        difference, seen, losses = (other[seed] - own[seed]).dropna(), tokens[seed].dropna(), validation[seed].dropna()
+        by_seed[seed] = pd.Series(dtype=float)
+        # A training loss is measured before its step's update, a validation loss after it.
+        before = np.interp(difference.index - 1, [0, *seen.index], [0.0, *seen])
+        after = seen.reindex(losses.index).dropna()
+        after = after[after > 0]
+        within = (before > 0) & (own_flops * before <= other_flops * after.max())
+        if within.any():
+            later = within & (before >= math.sqrt(before[within].min() * before[within].max()))
+            known, at_known = np.log(other_flops * after), losses.reindex(after.index)
+            at_own, at_other = (np.interp(np.log(f * before[later]), known, at_known) for f in (own_flops, other_flops))
+            by_seed[seed] = difference[later] + (at_own - at_other)
     both = pd.concat([runs, others])
-    run_ids = both.loc[both["seed"].isin(seeds), "run_id"].astype(str)
+    run_ids = both.loc[both["seed"].isin(list(by_seed)), "run_id"].astype(str)
     return PairedCurves(pd.DataFrame(by_seed).dropna().sort_index(), tuple(run_ids), name)
-
-
-def _at_equal_flops(
-    difference: pd.Series[float], validation: pd.Series[float], tokens: pd.Series[float], own: float, other: float
-) -> pd.Series[float]:
-    """Return, for one seed, the loss of the other run minus that of the own one at the own one's FLOPs, by step.
-
-    `difference` is that loss on the same batch, `validation` the other run's NLL, and `tokens` those trained on up to
-    each step; `own` and `other` are FLOPs per token.
-    """
-    # A training loss is measured before its step's update, a validation loss after it.
-    measured = difference.dropna().index
-    before = pd.Series(np.interp(measured - 1, [0, *tokens.index], [0.0, *tokens]), index=measured)
-    after = tokens.reindex(validation.index).dropna()
-    after = after[after > 0]
-    if after.empty:
-        return pd.Series(dtype=float)
-    before = before[(before > 0) & (own * before <= other * after.max())]
-    later = before[before >= math.sqrt(before.min() * before.max())] if len(before) else before
-    known, values = np.log(other * after), validation.reindex(after.index)
-    gain = np.interp(np.log(own * later), known, values) - np.interp(np.log(other * later), known, values)
-    at_equal: pd.Series[float] = difference.reindex(later.index) + gain
-    return at_equal

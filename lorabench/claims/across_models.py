@@ -321,11 +321,13 @@ def _law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
         if predicted.verdict == "contradicted":
             remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
             predicted = replace(predicted, remedy=remedy)
-        outcome, favoured, hindered = (
-            Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
-            for by_all, by_others in zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
+        outcomes = zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
+        findings.append(
+            predicted.with_outcomes(
+                Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
+                for by_all, by_others in outcomes
+            )
         )
-        findings.append(replace(predicted, **outcome._asdict(), favoured=favoured, hindered=hindered))
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
     constants = f"fitted to all: base {law.base:.2g}, M {law.multiplier:.3g}, exponents {exponents}"
     # The interval is symmetric, but no regret is below 0.

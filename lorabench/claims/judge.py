@@ -160,7 +160,7 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
         return judged, None
     missing = "; ".join(unmet)
     reason = f"it needs {missing}; measured here: {judged.reason}"
-    return replace(judged, verdict="setting not met", reason=reason, favoured=None, hindered=None), missing
+    return replace(judged, verdict="setting not met", reason=reason, moved=()), missing
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

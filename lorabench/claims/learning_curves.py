@@ -155,8 +155,7 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
         judged = decide(rule, bend, text, runs["run_id"], problems, margin_rule)
         if rises and not problems:
             falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
-            both = {"favoured": falls.favoured, "hindered": falls.hindered, **falls.outcome._asdict()}
-            judged = replace(judged, reason=falls.reason, **both)
+            judged = replace(judged, reason=falls.reason).with_outcomes(falls.outcomes)
         yield judged
 
 
@@ -288,8 +287,8 @@ def _early(
         ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
         raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
     ranks = f"r{early.low} - r{early.high}"
-    curves = PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, f"{comparison.label} {ranks}")
-    problems = few_seeds(early.n_seeds, needed=seeds)
+    curves = replace(early.curves, name=f"{comparison.label} {ranks}")
+    problems = few_seeds(curves.n_seeds, needed=seeds)
     if early.n_diverged:
         problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
     return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
@@ -318,7 +317,7 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     problems += margin_problems(margin)
 
     def text(gap: Estimate) -> str:
-        return f"{name} = {nats(gap)}, {early.n_seeds} seeds"
+        return f"{name} = {nats(gap)}, {curves.n_seeds} seeds"
 
     judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
@@ -349,8 +348,8 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     over=every_dataset,
 )
 def _difference_grows(comparison: Comparison) -> Finding:
-    early, curves, name, problems = _early(comparison, MIN_SEEDS)
-    apart = early.by_seed[early.by_seed.index > 1]
+    _, curves, name, problems = _early(comparison, MIN_SEEDS)
+    apart = curves.by_seed[curves.by_seed.index > 1]
     # The difference keeps its sign: the absolute value of one that is small compared with its noise does not grow.
     mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
     growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), f"{curves.name} growth")
@@ -363,7 +362,7 @@ def _difference_grows(comparison: Comparison) -> Finding:
     if apart.empty or apart.index.max() <= FIRST_STEPS:
         problems.append(Problem(f"no more than {FIRST_STEPS} steps", Remedy("longer runs")))
     rule = f"{MIN_GROWTH:.0%} of the mean difference per tenfold steps"
-    return decide(Above(MIN_GROWTH), growth, text, early.run_ids, problems, rule)
+    return decide(Above(MIN_GROWTH), growth, text, curves.run_ids, problems, rule)
 
 
 @_early_claim(
@@ -379,9 +378,9 @@ def _difference_grows(comparison: Comparison) -> Finding:
     over=every_dataset,
 )
 def _difference_negative_at_first(comparison: Comparison) -> Finding:
-    early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
     [mean] = curves.means([(2, FIRST_STEPS)])
-    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    if early.by_seed.index.max() < FIRST_STEPS:
+    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
+    if curves.by_seed.index.max() < FIRST_STEPS:
         problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
-    return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
+    return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")

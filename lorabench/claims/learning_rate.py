@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, require
+from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, comparisons, require
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses, combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
@@ -174,7 +174,7 @@ def _short_runs_want_more(comparison: Comparison) -> Finding:
         at_length = judge_ratio(short, *arms, rule, margin_rule)
         findings.append(replace(at_length, reason=f"at step {step} {at_length.reason}"))
         from_short, from_full = (part.fit.log_ratio(*map(arm_label, arms)) for part in (short, full))
-        growth = combined(np.subtract, *coupled(short, full, from_short, from_full, short.label))
+        growth = combined(np.subtract, from_short, coupled(short, full, from_short, from_full, short.label))
         problems = named_problems(short.problems(arms, resolved=True), f"at step {step}")
         problems += named_problems(full.problems(highest_and_full(full), resolved=True), "at the end")
         text = f"ratio at step {step} over that at the end {in_words(growth)}"
@@ -277,7 +277,7 @@ def write_predictions(tables: Tables, margins: Margins | None, predictions: Pred
         predictions: as for `judge_claims`.
         out: the folder.
     """
-    needed = {*NEEDED, *_COLUMNS}
+    needed = {*NEEDED_BY["sft"], *_COLUMNS}
     if not needed <= set(tables.runs.columns):
         return
     runs = tables.runs[in_experiments(tables.runs, _EXPERIMENTS) & ~is_rl(tables.runs)]

@@ -251,5 +251,5 @@ def _choice(comparison: Comparison, arm: Arm) -> Choice:
         lr_high=math.exp(high),
         resolved=fit.resolved.get(label, False),
         loss=minimum.value,
-        n_seeds=fit.n_seeds.get(label, 0),
+        n_seeds=len(fit.seeds.get(label, ())),
     )

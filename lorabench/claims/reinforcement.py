@@ -17,7 +17,7 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, flat_top, good_ranges
+from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, flat_top, good_range
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number
 from lorabench.claims.scope import BEATS_CONTROLS, RL_PRESETS, SWEPT, Named, response_length
@@ -249,7 +249,7 @@ def _wider_range_of_lrs(comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     labels, problems = [arm_label(lora), arm_label(fullft)], comparison.problems([lora, fullft])
     if not all(label in comparison.fit.minima for label in labels):
         raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    ranges = good_ranges(comparison, [lora, fullft])
+    ranges = [good_range(comparison, arm) for arm in (lora, fullft)]
     difference = combined(np.subtract, *(good.width for good in ranges))
     texts = [
         f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"

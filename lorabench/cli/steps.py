@@ -17,9 +17,7 @@ from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
 
-steps = typer.Typer(
-    no_args_is_help=True, help="The steps of the workflow, which its rules call; each can be run by hand."
-)
+steps = typer.Typer(no_args_is_help=True, help="The steps that the workflow's rules call; each can be run by hand.")
 
 
 def _fix_hashes() -> None:

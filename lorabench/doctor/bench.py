@@ -30,7 +30,7 @@ from lorabench.planning.flops import (
     linear_flops_per_token,
     longest_sequence,
     lora_parameters,
-    run_tokens,
+    run_work,
 )
 from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import Plan
@@ -299,7 +299,7 @@ def slice_of(plan: Plan) -> Subject:
     The vocabulary is cut in proportion to the layers, so that each kind of work keeps its share.
     """
     preset = plan.preset
-    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_tokens(preset, sweep.condition).trained)
+    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_work(preset, sweep.condition).trained)
     subject = subject_of(plan, sweep)
     sizes, layers = subject.sizes, min(_LAYERS, subject.sizes.layers)
     sliced = replace(sizes, layers=layers, vocabulary=max(1, sizes.vocabulary * layers // sizes.layers))

@@ -29,6 +29,7 @@ LR_COLUMNS = [
     *(*ARM_COLUMNS, "element", "lr", "lr_low", "lr_high"),
     *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
 ]
+_BEST_COLUMNS = ["nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 ACCURACY_COLUMNS = [name.replace("nll", "accuracy") for name in LR_COLUMNS if name != "above_range"]
 
 
@@ -43,6 +44,7 @@ STRIP = 11.0
 """The height in points of the strip above a panel that holds the marks of runs outside the panel."""
 
 _DODGE = 4.5  # the distance in points between the arms of one LR in the strip
+_AXIS_POINTS = 30  # the height in points of the x-axis with its labels
 
 _DIVERGED, _UNREWARDED = "x", "$0$"  # marks in the strip
 
@@ -58,23 +60,61 @@ look of the line."""
 
 
 def draw(tables: Tables) -> style.Drawn:
-    """Draw figure 2 or 6; return it, and what it plots as one tidy table.
+    """Draw figure 2 or 6; return it, and what it plots as one tidy table, the `result_rows` and published losses.
 
-    Its rows are those of `lr_rows`, or in RL of `accuracy_rows`. With losses, rows of the element `published` are those
-    of full fine-tuning, and of LoRA on all layers, that others published for a panel's model and dataset, in the place
-    that `source` names; their data order, chat template and schedule may differ.
+    Rows of the element `published` are losses of full fine-tuning, and of LoRA on all layers, that others published for
+    a panel's model and dataset, in the place that `source` names; their data order, chat template and schedule may
+    differ.
     """
-    if is_rl(tables.runs).any():
-        plotted = accuracy_rows(tables)
-    else:
-        plotted = lr_rows(compared(tables))
+    plotted, marks = result_rows(tables), []
+    if "nll" in plotted:
         for _, panel in plotted[PANEL].drop_duplicates().iterrows():
             sweep = sweep_of(panel["model"], panel["dataset"]).assign(**dict(panel))
             sweep = sweep[(sweep["method"] == "fullft") | (sweep["placement"] == "all")]
             plotted = grid.tidy({"published": sweep}, [*LR_COLUMNS, "source"], plotted)
-    sources = sorted(plotted.get("source", pd.Series(dtype=str)).dropna().unique())
-    marks = [(True, style.mark(f"published ({name})", "o", color="0.6", ls="-", ms=3)) for name in sources]
+        for source in sorted(plotted["source"].dropna().unique()):
+            marks.append((True, style.mark(f"published ({source})", "o", color="0.6", ls="-", ms=3)))
     return grid.draw(plotted, [draw_lr_panel], [*lr_marks(plotted), *marks], STRIP), plotted
+
+
+def draw_placement(tables: Tables) -> style.Drawn:
+    """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table: `result_rows` with best."""
+    plotted = result_rows(tables, with_best=True)
+    marks = [*lr_marks(plotted), ("margin_band", style.shade("within the margin of the best"))]
+    return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted
+
+
+def result_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
+    """Return what the panels plot: losses, with the columns LR_COLUMNS, or accuracies, with ACCURACY_COLUMNS.
+
+    The column `element` says what a row of losses is, see `lr_rows`. With `with_best` there are further columns, and
+    rows `best` (an arm's fitted minimum of the test NLL with its 95% interval, the count `trainable_params`, and in
+    `parameters` the same as text) and `margin_band` (from the lowest of these up by the margin).
+
+    In RL, `accuracy` takes the place of `loss`, and the band lies below the highest accuracy. Further rows are
+    `unrewarded` (a run that never got a reward; the means count it with the accuracy of the base model), `base` (the
+    model before training), `constant` (the most frequent answer to all problems) and `rule` (the best cheap rule, see
+    `lorabench.data.problems`). Accuracies are of greedy answers to the test split, from 0 to 1.
+    """
+    runs, rewarded = tables.runs, is_rl(tables.runs).any()
+    comparisons = compared(tables, with_error_rates(runs) if rewarded else runs)
+    columns = [*LR_COLUMNS, *(_BEST_COLUMNS if with_best else [])]
+    rows = grid.tidy({}, columns, lr_rows(comparisons), *(map(_best_rows, comparisons) if with_best else []))
+    if not rewarded:
+        return rows
+    # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
+    names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
+    learned = rows.replace({"element": {"loss": "accuracy"}}).rename(columns=names)
+    # The parabola of an optimum may pass below an error of 0.
+    learned["accuracy"] = (1 - learned["accuracy"].astype(float)).clip(0, 1)
+    for end in {"accuracy_low", "accuracy_high"} & set(learned.columns):
+        learned[end] = 1 - learned[end].astype(float)
+    parts = {"unrewarded": runs[runs["status"] == "unrewarded"]}
+    for element, (column, _, _) in LEVELS.items():
+        level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
+        parts[element] = level.dropna(subset=["accuracy"])
+    columns = [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
+    return grid.tidy({}, columns, learned, grid.tidy(parts, ACCURACY_COLUMNS))
 
 
 def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -102,31 +142,12 @@ def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     return grid.tidy({"loss": loss, "optimum": optimum, "diverged": grid.diverged_runs(runs)}, LR_COLUMNS)
 
 
-def accuracy_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
-    """Return what the panels plot of RL runs, with the columns ACCURACY_COLUMNS.
-
-    The column `element` says what a row is: `accuracy` (the mean over the seeds of one arm and LR), `optimum` and
-    `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
-    the base model), `base` (the model before training), `constant` (the most frequent answer to all problems) or
-    `rule` (the best cheap rule, see `lorabench.data.problems`). Accuracies are of greedy answers to the test split,
-    from 0 to 1. With `with_best` the rows and columns of `_best_rows` are among them.
-    """
-    runs = tables.runs
-    comparisons = compared(tables, with_error_rates(runs))
-    rows = [lr_rows(comparisons), *(_best_rows(comparison) for comparison in comparisons if with_best)]
-    # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
-    names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
-    learned = pd.concat(rows).replace({"element": {"loss": "accuracy"}}).rename(columns=names)
-    # The parabola of an optimum may pass below an error of 0.
-    learned["accuracy"] = (1 - learned["accuracy"].astype(float)).clip(0, 1)
-    for end in {"accuracy_low", "accuracy_high"} & set(learned.columns):
-        learned[end] = 1 - learned[end].astype(float)
-    columns = [*ACCURACY_COLUMNS, *(name.replace("nll", "accuracy") for name in _BEST_COLUMNS if with_best)]
-    parts = {"unrewarded": runs[runs["status"] == "unrewarded"]}
-    for element, (column, _, _) in LEVELS.items():
-        level = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
-        parts[element] = level.dropna(subset=["accuracy"])
-    return grid.tidy({}, columns, learned, grid.tidy(parts, ACCURACY_COLUMNS))
+def _best_rows(comparison: Comparison) -> pd.DataFrame:
+    best = grid.optima([comparison], fitted=True)
+    counts = pd.Series([comparison.rows[label]["trainable_params"].max() for label in best["arm"]], best.index, "Int64")
+    best = best.assign(trainable_params=counts, parameters=counts.map(formats.parameters, na_action="ignore"))
+    parts = {"best": best, "margin_band": grid.margin_band(comparison, best)}
+    return grid.tidy(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
 
 
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
@@ -214,43 +235,6 @@ def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
         ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
         *((level in elements, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
     ]
-
-
-_BEST_COLUMNS = ["nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
-
-_AXIS_POINTS = 30  # the height in points of the x-axis with its labels
-
-
-def draw_placement(tables: Tables) -> style.Drawn:
-    """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table.
-
-    The column `element` says what a row is: one of `lr_rows`, or one of `_best_rows`. Losses are in nats per scored
-    token. In RL the rows are those of `accuracy_rows`, and accuracies from 0 to 1 take the place of losses, with the
-    band below the highest accuracy.
-    """
-    if is_rl(tables.runs).any():
-        plotted = accuracy_rows(tables, with_best=True)
-    else:
-        comparisons = compared(tables)
-        best = map(_best_rows, comparisons)
-        plotted = grid.tidy({}, [*LR_COLUMNS, *_BEST_COLUMNS], lr_rows(comparisons), *best)
-    shade = style.shade("within the margin of the best")
-    marks = [*lr_marks(plotted), ("margin_band", shade)]
-    return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted
-
-
-def _best_rows(comparison: Comparison) -> pd.DataFrame:
-    """Return what each arm of a comparison reaches at its best LR, with LR_COLUMNS and _BEST_COLUMNS.
-
-    The column `element` says what a row is: `best` (an arm's fitted minimum of the test NLL with its 95% interval, the
-    count `trainable_params`, and in `parameters` the same as text) or `margin_band` (from the lowest of these up by
-    the margin).
-    """
-    best = grid.optima([comparison], fitted=True)
-    counts = pd.Series([comparison.rows[label]["trainable_params"].max() for label in best["arm"]], best.index, "Int64")
-    best = best.assign(trainable_params=counts, parameters=counts.map(formats.parameters, na_action="ignore"))
-    parts = {"best": best, "margin_band": grid.margin_band(comparison, best)}
-    return grid.tidy(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
 
 
 def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:

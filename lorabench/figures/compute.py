@@ -17,9 +17,7 @@ from lorabench.figures.grid import only
 from lorabench.store.tables import Tables
 
 _COLUMNS = [*COMPUTE_SETTING, "placement", "effective_width", "element", "rank", "ratio"]
-
-# The number of points of the formula's line, which is curved on a log axis.
-_LINE_POINTS = 33
+_LINE_POINTS = 33  # of the formula's line, which is curved on a log axis
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "counted": {"label": "counted as it runs", "color": "black", "marker": "o", "linestyle": "none", "markersize": 5},

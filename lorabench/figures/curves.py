@@ -6,7 +6,6 @@ Figures 1 and 3 show envelopes, the lowest validation loss of an arm at every st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,8 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, rows_of
-from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
+from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError
@@ -65,14 +64,26 @@ def draw_by_step(tables: Tables) -> style.Drawn:
         "departure": style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4),
         "noise_band": style.shade(f"lowest envelope ± 2{style.SIGMA} of seeds"),
     }
-    return grid.draw(plotted, [_envelope_panel(comparisons)], marks.items()), plotted
+    return grid.draw(plotted, [_draw_by_step], marks.items()), plotted
+
+
+def _draw_by_step(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    noise, envelope = only(rows, "noise_band"), only(rows, "envelope")
+    grid.band(axes, noise, "step", "nll_low", "nll_high")
+    grid.lines(axes, envelope, "step", "nll", styles)
+    departure = only(rows, "departure")[["arm", "step", "nll"]].assign(marker="o", filled=False)
+    grid.points(axes, departure, "step", "nll", styles, 6)
+    style.log_axes(axes, "training step", _LOSS)
+    before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
+    sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
+    style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
 
 
 _BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
 
 
 def draw_by_flops(tables: Tables) -> style.Drawn:
-    """Draw envelopes over training FLOPs, of which the paper predicts what they show; return what they plot, too.
+    """Draw envelopes over training FLOPs, on which the paper has a prediction; return the figure, and what it plots.
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.
@@ -84,30 +95,16 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
     plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
     if plotted.empty:
         raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
-    return grid.draw(plotted, [_envelope_panel(compared(tables))]), plotted
-
-
-def _envelope_panel(comparisons: Sequence[Comparison]) -> grid.DrawPanel:
-    """Return what draws envelopes, over FLOPs or else over steps, and the step at which each rank leaves."""
-    noise = fitted_noise(comparisons)
+    noise = fitted_noise(compared(tables))
 
     def draw_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-        envelope, around, departure = (only(rows, element) for element in ("envelope", "noise_band", "departure"))
-        if "flops" in rows:
-            grid.lines(axes, envelope, "flops", "nll", styles)
-            axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
-        else:
-            grid.band(axes, around, "step", "nll_low", "nll_high")
-            grid.lines(axes, envelope, "step", "nll", styles)
-            circles = departure[["arm", "step", "nll"]].assign(marker="o", filled=False)
-            grid.points(axes, circles, "step", "nll", styles, 6)
-            style.log_axes(axes, "training step", _LOSS)
-        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
-        known = "flops" in rows or len(around)
-        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0]) if known else math.nan
-        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
+        curves = only(rows, "envelope")
+        grid.lines(axes, curves, "flops", "nll", styles)
+        axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
+        sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
+        style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
 
-    return draw_panel
+    return grid.draw(plotted, [draw_panel]), plotted
 
 
 _BY_BATCH_SIZE = [
@@ -261,10 +258,11 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         "diverged": diverged_runs(at_lr),
     }
     if early:
-        by_step = early.over_seeds()
-        ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.n_seeds}
-        half = by_step["high"] - by_step["mean"]
-        difference = pd.DataFrame({"step": by_step.index, "difference": by_step["mean"], "half_width": half})
+        by_seed = early.curves.by_seed
+        ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.curves.n_seeds}
+        intervals = [(step, *mean_interval(row)) for step, row in zip(by_seed.index, by_seed.to_numpy(), strict=True)]
+        difference = pd.DataFrame(intervals, columns=["step", "difference", "low", "high"], dtype=float)
+        difference = difference.assign(half_width=difference["high"] - difference["difference"])
         parts["difference"] = difference[difference["difference"] != 0].assign(**ranks)
         parts["sigma"] = pd.DataFrame([{"difference": 2 * early.sigma_batch, **ranks}]).dropna()
     rows = grid.tidy(parts, _EARLY)

@@ -91,17 +91,17 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
         low, high = fit.optima[label].interval()
         row |= {"lr": math.exp(fit.optima[label].value), "lr_low": math.exp(low), "lr_high": math.exp(high)}
         row |= {"resolved": fit.resolved[label]}
-    return row | with_interval("nll", fit.minima[label]) | {"n_seeds": fit.n_seeds[label]}
+    return row | with_interval("nll", fit.minima[label]) | {"n_seeds": len(fit.seeds[label])}
 
 
-def optima(of: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
+def optima(parts: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
     """Return one row per arm of comparisons with a finished run: ARM, arm (its label), and what `optimum` returns.
 
     With `fitted` only arms have a row whose runs determine a minimum.
     """
     rows = [
         arm | {"arm": arm_label(arm)} | row
-        for comparison in of
+        for comparison in parts
         for arm in comparison.arms
         if (row := optimum(comparison, arm)) and row["fitted"] >= fitted
     ]
@@ -148,13 +148,13 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
     return departures
 
 
-def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+def departure_rows(parts: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return the step at which each rank leaves, with columns of its envelope (ARM, step from 1 on) at that step.
 
     The columns are interpolated between the steps of the envelope, along log(step).
     """
     rows = []
-    for comparison in of:
+    for comparison in parts:
         for rank, (_, departure) in judged_departures(comparison).items():
             arm = comparison.lora[rank]
             curve = rows_of(envelope, arm).sort_values("step")

@@ -78,7 +78,6 @@ def draw(tables: Tables) -> style.Drawn:
 
 
 def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
-    """Return what is plotted of models that were trained on the same data."""
     best, ratios = [], []
     for model in models:
         about = {"family": model.lineage, "hidden_size": model.hidden_size}

@@ -34,10 +34,8 @@ from lorabench.figures.grid import Styles, only
 from lorabench.store.tables import Tables
 
 _BY_LENGTH = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
-
 # Ratios are drawn from this step on: earlier, the optimum of LoRA is beyond any grid, since B starts at zero.
 _FIRST_STEP = 10
-
 # The paper's numbers that the ratio is compared with, by their key in the table of the paper's numbers.
 _REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
 
@@ -75,7 +73,6 @@ def draw_by_length(tables: Tables) -> style.Drawn:
 
 
 def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return what is plotted of one model, dataset, batch size and length."""
     own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
     evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
     steps = runs["steps"].iloc[0]
@@ -123,9 +120,7 @@ _THEORIES = {
 # The marks of the widths, ascending, and the columns of the lower panels with the labels of their axes.
 _MARKERS = ("o", "s", "^", "D", "P", "X")
 _PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
-
 _CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
-
 # The paper as a source of ratios, and the length of its authors' published sweeps (100,000 examples in batches of 128).
 _PAPER, _PAPER_STEPS = "LoRA Without Regret", 780
 
@@ -218,7 +213,7 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
     is_base = np.logical_and.reduce([conditions[name] == value for name, value in base.items() if name != column])
     others = [name for name in _CONDITION if name not in (column, "runs")]
     for chosen in (conditions[is_base], conditions):
-        # Groups of conditions that agree in all but the column, of which they have several values.
+        # Each group has several values of the column, and one value of everything else.
         shown = [rows for _, rows in chosen.groupby(others, dropna=False) if rows[column].nunique() > 1]
         if shown:
             break

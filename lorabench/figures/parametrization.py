@@ -33,11 +33,8 @@ from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, seeds_text
 from lorabench.store.tables import Tables
 
-# Runs that should be equivalent are compared over this number of steps.
-_STEPS = 50
-
-# The numerical precision of a training loss, in nats per token.
-_IDENTICAL = 1e-5
+_STEPS = 50  # over which runs that should be equivalent are compared
+_IDENTICAL = 1e-5  # the numerical precision of a training loss, in nats per token
 
 _ENDS, _BAND = ["value", "low", "high"], {"low": "value_low", "high": "value_high"}
 _COLUMNS = [
@@ -89,7 +86,6 @@ def draw(tables: Tables) -> style.Drawn:
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return what is plotted of one model and dataset."""
     # The largest difference of equivalent runs by step, and the range of the difference of other pairs. Before the
     # first update, all runs have the loss of the base model.
     apart = differences(invariance_pairs(runs), curves, _STEPS)
@@ -114,7 +110,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         "a_not_moved": times.assign(value=times["steps"].astype(float))[~moved & times["steps"].notna()],
         "update_norm": _over_seeds(step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
         "still_a": _over_seeds(still, [*PAIR_SETTING, "lr", "lr_ratio", "step"], "time_scale"),
-        "diverged": diverged_runs(runs),
+        "diverged": diverged_runs(runs).drop(columns="method"),
     }
     rows = grid.tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
     # Only these elements have the colour of their rank; the other rows have no entry in the legend.
@@ -233,7 +229,6 @@ _VARIANTS = [
     *(*ARM_COLUMNS, "alpha", "init_a", "lr_ratio", "eps", "element", "nll", "nll_low", "nll_high"),
     *("n_seeds", "at_edge", "lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"),
 ]
-
 _ROW = 0.27  # the height in inches of the row of one variant
 
 
@@ -278,7 +273,6 @@ def draw_variants(tables: Tables) -> style.Drawn:
 
 
 def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what is plotted of one setting."""
     [comparison] = grid.compared(tables, runs)
     unknown = {"lr": math.nan, "nll": math.nan, "resolved": False, "at_edge": False}
     rows = []

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lorabench.analysis.arms import ARM, rows_of
 from lorabench.analysis.rewards import reward_curves, runs_above_max_kl
 from lorabench.figures import grid, style
-from lorabench.figures.by_lr import ACCURACY_COLUMNS, STRIP, accuracy_rows, draw_levels, draw_lr_panel, lr_marks
+from lorabench.figures.by_lr import ACCURACY_COLUMNS, STRIP, draw_levels, draw_lr_panel, lr_marks, result_rows
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, seeds_text
 from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
@@ -40,11 +40,11 @@ def draw_accuracy(tables: Tables) -> style.Drawn:
     """Draw figure 7; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is: `curve` (greedy test accuracy of an arm near its optimal LR after a step,
-    its mean and standard deviation over seeds), or one of `accuracy_rows`.
+    its mean and standard deviation over seeds), or one of `result_rows`.
     """
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
-    plotted = grid.tidy({"curve": curves}, columns, accuracy_rows(tables))
+    plotted = grid.tidy({"curve": curves}, columns, result_rows(tables))
     return grid.draw(plotted, [_draw_accuracies, draw_lr_panel], lr_marks(plotted), STRIP), plotted
 
 

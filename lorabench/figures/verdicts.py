@@ -28,11 +28,8 @@ FAMILIES = _NAMES["families"]
 SHORT_NAMES = _NAMES["claims"]
 """What each claim says, in at most 34 characters."""
 
-LINEAR, END = 2.0, 30.0
-"""The axis is linear up to the first number of margins, logarithmic above it, and ends at the second."""
-
-_LAST = 20.0
-"""Where a mark beyond the end of the axis is drawn."""
+LINEAR, LAST, END = 2.0, 20.0, 30.0
+"""Margins up to which the axis is linear, at which marks beyond its end are drawn, and at which it ends."""
 
 LOOKS: Mapping[str, tuple[str, str, str]] = {
     "confirmed": ("#17683a", "o", "#17683a"),
@@ -134,7 +131,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
             axes.text(left + _ID_WIDTH, slot, _shortened(row["name"], 34), **text)
             holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
             axes.fill_betweenx([slot - 0.4, slot + 0.4], *holds, color="#dcefe2", linewidth=0, zorder=1)
-            x, low, high = (float(np.clip(row[name], -_LAST, _LAST)) for name in ("x", "x_low", "x_high"))
+            x, low, high = (float(np.clip(row[name], -LAST, LAST)) for name in ("x", "x_low", "x_high"))
             axes.plot([low, high], [slot, slot], color=colour, linewidth=1.5, zorder=3)
             for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
                 if abs(end) > END:

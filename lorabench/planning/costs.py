@@ -19,7 +19,7 @@ from lorabench.planning.flops import (
     evaluated_documents,
     linear_flops_per_token,
     lora_parameters,
-    run_tokens,
+    run_work,
     sweep_flops,
     tokens_per_example,
 )
@@ -148,7 +148,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         state,
         runs=job.n_runs,
         most_runs=job.most_runs,
-        tokens=sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps),
+        tokens=sum(sweep.n_runs * run_work(preset, sweep.condition).trained for sweep in job.sweeps),
         flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
         working_disk=MB * math.ceil(working / MB),
         saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),

@@ -1,6 +1,6 @@
 """The engine vLLM, which draws responses where `execution.sampler` is `vllm`: its memory and time; imports no torch.
 
-Each process of an RL job starts one engine beside the trainer: one on each GPU of a job, or one on a CPU.
+Each process of an RL job starts one engine next to the trainer: one on each GPU of a job, or one on a CPU.
 """
 
 from __future__ import annotations

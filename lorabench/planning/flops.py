@@ -22,24 +22,18 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 
 
 @dataclass(frozen=True)
-class RunTokens:
-    """Tokens of one run: trained on, evaluated without a gradient, and drawn."""
+class RunWork:
+    """The tokens that one run trains on, evaluates without a gradient and draws, and the FLOPs of each."""
 
     trained: float
     evaluated: float
     drawn: float
     context: float
     """The mean number of tokens that a token attends to."""
-
-
-@dataclass(frozen=True)
-class RunFlops:
-    """FLOPs of one run: of training, of evaluating without a gradient, and of drawing responses."""
-
-    trained: float
-    evaluated: float
-    drawn: float
-    recomputed: float
+    trained_flops: float
+    evaluated_flops: float
+    drawn_flops: float
+    recomputed_flops: float
     """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
 
 
@@ -95,25 +89,40 @@ def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
     return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
-def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
-    """Estimate the tokens of each run of a condition."""
-    rollouts = condition.rollouts
+def run_work(preset: Preset, condition: Condition) -> RunWork:
+    """Estimate the tokens and FLOPs of each run of a condition."""
+    model, rollouts, steps = preset.models[condition.model], condition.rollouts, condition.steps
     if rollouts is None:
-        dataset, protocol, steps = preset.datasets[condition.dataset], preset.protocol, condition.steps
-        per_example = tokens_per_example(preset.models[condition.model], dataset)
+        dataset, protocol = preset.datasets[condition.dataset], preset.protocol
         # The steps after which a run is validated, as `lorabench.training.sft.curve_steps` gives them.
         spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
         validations = len(spaced | {step for step in protocol.validate_at if step <= steps})
-        examples = validations * dataset.validation + dataset.test
         # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
-        return RunTokens(steps * condition.batch_size * per_example, examples * per_example, 0.0, per_example)
-    prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
-    episodes = condition.steps * condition.batch_size
-    graded = rollouts.evaluations * graded_problems(preset, condition)
-    # A prompt passes through the model once for its group, both in sampling and in learning.
-    prompts = episodes / rollouts.group_size * prompt
-    drawn = (episodes + graded) * response
-    return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+        context = tokens_per_example(model, dataset)
+        trained, drawn = steps * condition.batch_size * context, 0.0
+        evaluated = (validations * dataset.validation + dataset.test) * context
+    else:
+        prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
+        episodes, graded = steps * condition.batch_size, rollouts.evaluations * graded_problems(preset, condition)
+        # A prompt passes through the model once for its group, both in sampling and in learning.
+        prompts = episodes / rollouts.group_size * prompt
+        trained, evaluated = episodes * response + prompts, prompts + graded * prompt
+        drawn, context = (episodes + graded) * response, prompt + response
+    sizes = dimensions(model)
+    lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
+    attention = attention_flops_per_token(sizes, context)
+    forward = 2.0 * (sizes.active_linear + lora) + attention
+    training = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
+    return RunWork(
+        trained,
+        evaluated,
+        drawn,
+        context,
+        trained_flops=trained * training,
+        evaluated_flops=evaluated * forward,
+        drawn_flops=drawn * forward,
+        recomputed_flops=trained * forward if preset.execution.activation_checkpointing is True else 0.0,
+    )
 
 
 def graded_problems(preset: Preset, condition: Condition) -> int:
@@ -124,21 +133,10 @@ def graded_problems(preset: Preset, condition: Condition) -> int:
     return problems.validation + problems.test + held_out * condition.rollouts.held_out_samples
 
 
-def run_flops(preset: Preset, condition: Condition) -> RunFlops:
-    """Estimate the FLOPs of each run of a condition."""
-    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
-    lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
-    attention = attention_flops_per_token(sizes, tokens.context)
-    forward = 2.0 * (sizes.active_linear + lora) + attention
-    train = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
-    recomputed = tokens.trained * forward if preset.execution.activation_checkpointing is True else 0.0
-    return RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, recomputed)
-
-
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
-    flops = run_flops(preset, sweep.condition)
-    return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
+    work = run_work(preset, sweep.condition)
+    return sweep.n_runs * (work.trained_flops + work.evaluated_flops + work.drawn_flops)
 
 
 def evaluated_documents(task: EvalTask) -> int:

@@ -65,7 +65,7 @@ class Memory:
     """Keys, values and distributions while responses are drawn, and bf16 copies of weights in passes without gradients;
     never at the same time as gradients, copies, activations and logits. With the engine vLLM it is 0."""
     engine: float = 0
-    """The engine vLLM, which draws responses beside the trainer and holds its memory throughout."""
+    """The engine vLLM, which draws responses next to the trainer and holds its memory throughout."""
 
     @property
     def total(self) -> float:

@@ -7,48 +7,35 @@ from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
+    RunWork,
     evaluated_documents,
     graded_problems,
     longest_sequence,
-    run_flops,
-    run_tokens,
+    run_work,
 )
 from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
-# Seconds in which a job on one core imports its libraries, loads and writes; in an evaluation with lm-eval's libraries.
-_START_SECONDS = 6.0
-_EVALUATION_START_SECONDS = 12.0
-
-# Seconds of drawing a token on a CPU over seconds of a forward pass for one token of a text: one position at a time
+# Seconds in which a job imports its libraries, loads and writes: on one core, there with lm-eval's libraries, and on a
+# GPU, where it is an assumption until runs are measured, as are the bytes/s at which weights are read from disk.
+_START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 12.0, 60.0, 1e9
+# Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
-# 30,000.
-_DECODING = 3.0
-# The same with the engine vLLM, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two cores
-# (benchmarks/engine.csv).
-_ENGINE_OVER_OWN = 4.2
-
-# Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
-# at which weights are read from disk.
-_GPU_START_SECONDS = 60.0
-_READING = 1e9
-
+# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
+# cores (benchmarks/engine.csv).
+_DECODING, _ENGINE_OVER_OWN = 3.0, 4.2
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
-
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
-
 # Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
 _TF32 = 2.0
 # Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
 # sum written; backward the gradient of the sum is written, and read for both factors.
 _ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
-
 # Positions of drawing responses whose rows waiting responses take, over those of rows that are never idle.
 _REFILLED = 1.2
-
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
@@ -60,8 +47,7 @@ def flops_per_second(execution: Execution, gpus: int = 1) -> float:
         single = execution.gflops * 1e9
     else:
         assert execution.gpu
-        gpu = GPUS[execution.gpu]
-        single = gpu.peak_flops * gpu.efficiency
+        single = GPUS[execution.gpu].peak_flops * GPUS[execution.gpu].efficiency
     return single if gpus <= 1 else single * gpus * _SHARDED
 
 
@@ -73,18 +59,18 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     """
     preset = decided(preset, sweep)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
-    flops, tokens = run_flops(preset, condition), run_tokens(preset, condition)
-    work = flops.trained + flops.evaluated + flops.recomputed
+    work = run_work(preset, condition)
+    flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
     if execution.gpu is None or not gpus:
-        return (work + _decoding(execution) * flops.drawn) / flops_per_second(execution), 0.0
+        return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
         active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
-        work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
-    computing = work / flops_per_second(execution, gpus)
+        flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
+    computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
-    trained, evaluated = max(condition.steps, tokens.trained / at_once), tokens.evaluated / at_once
+    trained, evaluated = max(condition.steps, work.trained / at_once), work.evaluated / at_once
     if condition.placement not in (None, "attn"):
         # In each pass LoRA is added to the weights of all experts.
         recomputed = trained if execution.activation_checkpointing is True else 0.0
@@ -95,8 +81,8 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
     if condition.rollouts is not None:
         if not uses_engine(preset, condition):
-            computing += flops.drawn / flops_per_second(execution, gpus)
-        waiting += _drawing_seconds(preset, condition, gpus)
+            computing += work.drawn_flops / flops_per_second(execution, gpus)
+        waiting += _drawing_seconds(preset, condition, work, gpus)
     return computing, waiting
 
 
@@ -105,7 +91,7 @@ def _decoding(execution: Execution) -> float:
     return _DECODING * (_ENGINE_OVER_OWN if execution.sampler == "vllm" else 1.0)
 
 
-def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
     """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
 
     The engine also gets the run's weights. This project's own sampler launches each layer for every position, reads the
@@ -114,9 +100,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
     rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
     assert rollouts
     assert execution.gpu
-    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
+    sizes = dimensions(preset.models[condition.model])
     # In the engine the cache of a running response grows with it.
-    rows = gpus * execution.max_cache_tokens / (tokens.context if engine else longest_sequence(preset, condition))
+    rows = gpus * execution.max_cache_tokens / (work.context if engine else longest_sequence(preset, condition))
     longest, positions = rollouts.max_new_tokens, 0.0
     for times, responses in (
         (condition.steps, condition.batch_size),
@@ -128,13 +114,13 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
         positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
         handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
-        return engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context) + handovers
+        return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
     # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
     # and the copy from which processes of a sharded model sample, are read in bf16.
     cast = cast_parameters(preset, sizes, condition.placement, gpus)
     weights = 2 * cast + (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     # Keys and values are read, repeated for all heads, and read again.
-    cache = tokens.drawn * tokens.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
+    cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth
     return positions * (sizes.layers * _LAYER_SECONDS + weights / bandwidth) + cache / bandwidth / gpus
 
@@ -142,8 +128,7 @@ def _drawing_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
     """Return the wall-clock seconds of a job before its first step, without reading a large model.
 
-    Args:
-        condition: the condition of a training job's first sweep.
+    A training job, whose first sweep has the given condition, may also start an engine.
     """
     seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
     return seconds + (engine_start_seconds(preset) if condition and uses_engine(preset, condition) else 0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, get_args
 
 import pandas as pd
@@ -130,13 +131,9 @@ def facts(claims: pd.DataFrame) -> pd.DataFrame:
         inconclusive, confirmed, setting not met, not tested) and `claim_ids`, a tuple.
     """
     group_of = {kind: group for group, kinds in _GROUPS.items() for kind in kinds}
-    groups = claims.assign(group=claims["kind"].map(group_of).fillna("empirical claim")).groupby(
-        ["group", "fact"], sort=False, as_index=False
-    )
-    return groups.agg(
-        verdict=("verdict", lambda verdicts: max(verdicts, key=SEVERITY.index)),
-        claim_ids=("claim_id", tuple),
-    )
+    grouped = claims.assign(group=claims["kind"].map(group_of).fillna("empirical claim"))
+    stated = grouped.groupby(["group", "fact"], sort=False, as_index=False)
+    return stated.agg(verdict=("verdict", partial(max, key=SEVERITY.index)), claim_ids=("claim_id", tuple))
 
 
 def tally(claims: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:

@@ -157,7 +157,7 @@ def _grid_optimum(arm: pd.DataFrame, about: Mapping[Any, Any]) -> LrOptimum:
         around = slice(best - 1, best + 2)
         error = float(logs[best + 1] - logs[best - 1]) / 2 / math.sqrt(12)
         if not lost[around].any():
-            log_lr = float(vertex(logs[around], losses[around]))
+            log_lr = vertex(logs[around], losses[around])
     remark = f"grid of {len(logs)} LRs" if inside else "the best LR is at the edge of its grid"
     optimum = {"lr": math.exp(log_lr), "error": error, "counts": inside, "remark": remark}
     points = {"log_lrs": tuple(logs[known].tolist()), "losses": tuple(losses[known].tolist())}

@@ -17,27 +17,14 @@ from lorabench.analysis.rules import Above, Within
 from ..handmade.lora import lora_run, lora_tables, nll
 
 
-def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:
+def by_hand(values: dict[str, list[float]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make a LoRA arm with runs `a`, `b`, ... at LRs 1, 2, ... that have the given validation losses."""
-    lrs = {run_id: float(index) for index, run_id in enumerate(values, start=1)}
-    runs = pd.DataFrame(
-        {
-            "run_id": list(values),
-            "model": "tiny",
-            "dataset": "instruct",
-            "method": "lora",
-            "rank": pd.array([8] * len(values), dtype="Int64"),
-            "placement": "all",
-            "batch_size": 16,
-            "lr": list(lrs.values()),
-            "seed": 0,
-        }
-    )
+    runs = pd.DataFrame([lora_run(lr=float(lr)) | {"run_id": run_id} for lr, run_id in enumerate(values, start=1)])
     curves = pd.DataFrame(
         [
             (run_id, step, 16 * step, 100 * step, "validation", "nll", value)
-            for run_id, of_run in values.items()
-            for step, value in zip(steps, of_run, strict=True)
+            for run_id, losses in values.items()
+            for step, value in zip((0, 1, 2, 4), losses, strict=True)
         ],
         columns=["run_id", "step", "examples", "tokens", "split", "metric", "value"],
     )
@@ -86,20 +73,14 @@ def paired_of(runs, others, curves):
 def test_the_batches_of_a_seed_cancel():
     runs, others, curves = pair()
     apart = paired_of(runs, others, curves)
-    assert apart.n_seeds == 3
-    assert apart.last == 64
+    assert (apart.n_seeds, apart.last) == (3, 64)
     for seed in SEEDS:
         np.testing.assert_allclose(apart.by_seed[seed], 0.1 * (1 + seed))
     assert set(apart.run_ids) == set(runs["run_id"]) | set(others["run_id"])
-
-
-def test_seeds_and_steps_without_a_partner_are_left_out():
-    runs, others, curves = pair()
+    # Seeds and steps without a partner are left out.
     lost = curves["run_id"].eq(others["run_id"].iloc[0]) & curves["step"].eq(5)
     apart = paired_of(runs[runs["seed"] < 2], others, curves.assign(value=curves["value"].mask(lost)))
-    assert list(apart.by_seed) == [0, 1]
-    assert 5 not in apart.by_seed.index
-    assert len(apart.run_ids) == 4
+    assert (list(apart.by_seed), 5 in apart.by_seed.index, len(apart.run_ids)) == ([0, 1], False, 4)
     nothing = paired_of(runs, others, pd.DataFrame())
     assert (nothing.n_seeds, nothing.last, nothing.windows(6)) == (0, 0, [])
 
@@ -163,6 +144,16 @@ def test_a_scan_needs_every_window(lift, verdict):
     assert judged.verdict == verdict
     assert judged.estimate == pytest.approx(max(lift))
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
+
+
+def test_intervals_of_paired_curves_hold_the_truth_as_often_as_they_say():
+    random, held = generator("paired"), []
+    for number in range(120):
+        curves = of(dict(enumerate(simulated(random, mean=0.03).T)), f"world {number}")
+        intervals = [(curves.means([(20, 60)])[0].interval(), 0.03), (curves.slope(20).interval(), 0.0)]
+        held.append([low <= truth <= high for (low, high), truth in intervals])
+    # Two binomial standard errors around 95%.
+    assert ((np.mean(held, axis=0) >= 0.91) & (np.mean(held, axis=0) < 1)).all()
 
 
 @pytest.mark.slow

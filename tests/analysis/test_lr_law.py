@@ -124,9 +124,9 @@ def test_a_slope_over_models_carries_the_errors_of_their_numbers():
 
 
 def test_groups_have_intercepts_of_their_own():
-    values = numbers([1.0, 3.0, 101.0, 103.0], 0.1)
-    assert slope_over_models([0.0, 1.0, 0.0, 1.0], values, ["a", "a", "b", "b"], "slope").value == pytest.approx(2)
-    assert not slope_over_models([0.0, 0.0, 1.0, 1.0], values, ["a", "a", "b", "b"], "slope").known
+    values, groups = numbers([1.0, 3.0, 101.0, 103.0], 0.1), ["a", "a", "b", "b"]
+    assert slope_over_models([0.0, 1.0, 0.0, 1.0], values, groups, "slope").value == pytest.approx(2)
+    assert not slope_over_models([0.0, 0.0, 1.0, 1.0], values, groups, "slope").known
 
 
 def test_scatter_around_the_line_widens_a_slope():

@@ -27,22 +27,16 @@ from ..handmade.sft import CURVATURE, arm, tables
 from ..handmade.training import shared, trained
 
 
-def fitted(**settings_of_arm):
-    [comparison] = comparisons(tables([arm(8, **settings_of_arm)])[0], pd.DataFrame())
-    return comparison.fit
-
-
 @settings(max_examples=10, deadline=None)
 @given(st.floats(math.log(3.1e-4), math.log(9.9e-3)))
 def test_the_optimum_of_a_parabola_is_exact(log_lr):
-    fit = fitted(optimum=math.exp(log_lr))
-    assert fit.optima["LoRA r8"].value == pytest.approx(log_lr, abs=1e-6)
-    assert fit.minima["LoRA r8"].value == pytest.approx(2.0, abs=1e-9)
-    assert fit.grids["LoRA r8"].edge is None
-
-
-def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
-    assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
+    [comparison] = comparisons(tables([arm(8, optimum=math.exp(log_lr))])[0], pd.DataFrame())
+    assert comparison.fit.optima["LoRA r8"].value == pytest.approx(log_lr, abs=1e-6)
+    assert comparison.fit.minima["LoRA r8"].value == pytest.approx(2.0, abs=1e-9)
+    assert comparison.fit.grids["LoRA r8"].edge is None
+    # A grid that is coarser than half a decade resolves nothing.
+    [coarse] = comparisons(tables([arm(8, optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2))])[0], pd.DataFrame())
+    assert not coarse.fit.resolved.get("LoRA r8", False)
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
@@ -66,16 +60,14 @@ def compared(every_lr: bool, optimum=OPTIMUM):
     """Make a comparison of FullFT and rank 64, whose seeds have each LR or the one with the lowest loss."""
     runs, curves = tables([trained(None, optimum=3e-4), trained(64, optimum=optimum)])
     if every_lr:
-        lora = runs[(runs["method"] == "lora") & (runs["seed"] == 0)]
-        seeds = [lora.assign(seed=seed, run_id=lora["run_id"] + f"-again{seed}") for seed in (1, 2)]
-        again = [
-            curves.merge(of_seed[["run_id"]].assign(old=lora["run_id"]), left_on="run_id", right_on="old").assign(
-                run_id=lambda table: table["run_id_y"]
-            )[curves.columns]
-            for of_seed in seeds
-        ]
-        runs = pd.concat([runs[(runs["method"] == "fullft") | (runs["seed"] == 0)], *seeds], ignore_index=True)
-        curves = pd.concat([curves, *again], ignore_index=True)
+        first = runs[(runs["method"] == "lora") & (runs["seed"] == 0)]
+        others = runs[(runs["method"] == "fullft") | (runs["seed"] == 0)]
+        again = [first.assign(seed=seed, run_id=first["run_id"] + f"-again{seed}") for seed in (1, 2)]
+        names = [dict(zip(first["run_id"], part["run_id"], strict=True)) for part in again]
+        runs = pd.concat([others, *again], ignore_index=True)
+        first_curves = curves[curves["run_id"].isin(first["run_id"])]
+        copies = [first_curves.assign(run_id=first_curves["run_id"].map(renamed)) for renamed in names]
+        curves = pd.concat([curves, *copies], ignore_index=True)
     [comparison] = comparisons(runs, curves)
     return comparison
 
@@ -138,16 +130,13 @@ def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step():
     assert not gaps(lambda step: 0.3 - 0.1 * np.log10(step)).crossing(98, 0.0).known
 
 
-def test_a_gap_that_shrinks_is_slow_learning():
+def test_a_gap_that_shrinks_comes_last_or_at_once():
+    # A gap that shrinks is slow learning.
     departure = paired_departure(gaps(lambda step: 0.5 / step**0.3), 0.02)
     assert not departure.left
     assert departure.growth.value < 0
     # It departs where the gap is smallest, after which it grows.
-    late = paired_departure(gaps(lambda step: 0.5 / step**0.5 + grows_from(100)(step)), 0.02)
-    assert late.first == 45
-
-
-def test_a_gap_that_comes_last_or_at_once():
+    assert paired_departure(gaps(lambda step: 0.5 / step**0.5 + grows_from(100)(step)), 0.02).first == 45
     # The last window alone shows no growth.
     assert paired_departure(gaps(grows_from(600)), 0.02).first is None
     at_once = paired_departure(gaps(grows_from(1)), 0.02)
@@ -168,4 +157,4 @@ def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
     threshold = log_threshold(curves, departure, margin)
     assert threshold.value == pytest.approx(math.log10(50) + margin / 0.3, abs=0.05)
     assert tokens_at(comparison, comparison.lora[1], 60.5) == pytest.approx(100 * 16 * 60.5)
-    assert log_threshold(curves, Departure(None, None, None, None), margin) == "does not leave"
+    assert log_threshold(curves, Departure(None), margin) == "does not leave"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, random_effects
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
 
@@ -53,11 +53,8 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
     for _ in range(60):
         # The truth of each coefficient is drawn from its prior.
-        truth = {
-            "batch": rng.normal(PRIORS["batch_size"].mean, PRIORS["batch_size"].sd),
-            "steps": rng.normal(PRIORS["steps"].mean, PRIORS["steps"].sd),
-            "offset": rng.normal(0, 1),
-        }
+        batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
+        truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
         pooled = PooledLr(made(rng, 8, 0.7, within=0.3, **truth))
         for further in made(rng, 4, 0.7, within=0.3, each=1, **truth):
             for probability, held in inside.items():
@@ -90,10 +87,11 @@ def test_mistakes_are_refused():
     optima = made(np.random.default_rng(5), 2, 0.3)
     with pytest.raises(ValueError, match="pooling needs two sources; there are 1"):
         PooledLr(optima[:2])
-    with pytest.raises(ValueError, match="a number and an error above 0"):
-        PooledLr([*optima, replace(optima[0], error=0.0)])
-    with pytest.raises(ValueError, match="a number and an error above 0"):
-        PooledLr([*optima, replace(optima[0], log_lr=math.nan)])
+    for wrong in ({"error": 0.0}, {"log_lr": math.nan}):
+        with pytest.raises(ValueError, match="a number and an error above 0"):
+            PooledLr([*optima, replace(optima[0], **wrong)])
+    with pytest.raises(ValueError, match="above 0"):
+        random_effects([1.0], [0.0])
 
 
 VALUES, ERRORS = [1.2, 0.3, 2.5, 1.9, 0.8], [0.3, 0.2, 0.4, 0.5, 0.25]
@@ -111,17 +109,14 @@ def test_mean_variance_and_interval_are_those_of_statsmodels():
     assert ours.share == pytest.approx(theirs.i2)
 
 
-def test_groups_far_apart_are_told_by_their_means():
-    near, far = random_effects([0.0, 0.1], [0.1, 0.1]), random_effects([3.0, 3.1], [0.1, 0.1])
-    assert p_of_groups([near, far]) < 1e-6 < 0.3 < p_of_groups([near, near])
+def test_groups_far_apart_are_told_by_their_means_and_one_source_has_no_interval():
+    def chance(*values):
+        groups = [random_effects([value, value + 0.1], [0.1, 0.1]) for value in values]
+        return random_effects([group.mean for group in groups], [group.error for group in groups]).p_alike
 
-
-def test_one_source_has_no_interval_and_an_error_of_0_is_refused():
+    assert chance(0.0, 3.0) < 1e-6 < 0.3 < chance(0.0, 0.0)
     single = random_effects([1.0], [0.1])
-    assert (single.mean, single.k) == (1.0, 1)
-    assert math.isnan(single.low)
-    with pytest.raises(ValueError, match="above 0"):
-        random_effects([1.0], [0.0])
+    assert (single.mean, single.k, math.isnan(single.low)) == (1.0, 1, True)
 
 
 def test_known_coefficients_are_recovered_from_many_sources():

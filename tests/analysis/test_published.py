@@ -1,4 +1,4 @@
-"""Published numbers are those of the files, and claims can be judged on a published sweep of LoRA."""
+"""Published numbers are those of the files, and the optima of a published sweep of LoRA are fitted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis import published
-from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.loss_fit import Noise
-from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.store.tables import Tables, with_stand_ins
+from lorabench.analysis.optima import ratio_interval
+from lorabench.claims.judge import CLAIMS
 
 
 def test_numbers_are_those_of_the_files():
@@ -32,44 +31,14 @@ NOISE = Noise(0.0004, 10, "the repeats at LR 1e-3")
 LLAMA = "meta-llama/Llama-3.1-8B"
 
 
-@pytest.fixture(scope="module")
-def runs():
+def test_optimum_by_rank():
     sweep = pd.read_csv(SWEEP)
-    sweep = sweep.assign(
-        dataset="tulu3",
-        method="lora",
-        placement="all",
-        batch_size=128,
-        status="done",
-        final_test_nll=sweep["test_nll"],
-        # A repeated cell is another run of the same settings.
-        seed=sweep.groupby(["model", "rank", "lr"]).cumcount(),
-    )
-    return sweep.assign(run_id=[f"row-{row}" for row in sweep.index])
-
-
-def judged(runs, **options):
-    """Judge claims on runs that have only the columns that every claim needs, and no validation loss."""
-    needed = [*(name for name in ARM if name not in OPTIONAL), "run_id", "lr", "seed", "status", "final_test_nll"]
-    chosen = [claim for claim in CLAIMS if claim.id in ("A7", "A8", "B1", "B2", "B3", "B4", "B5")]
-    return judge_claims(Tables(with_stand_ins(runs[needed]), pd.DataFrame()), chosen, **options).set_index("claim_id")
-
-
-def test_a_shift_of_the_optimum_is_judged_by_noise_from_elsewhere(runs):
-    llama = runs[runs["model"] == LLAMA]
-    assert judged(llama).loc["B3", "verdict"] == "inconclusive"
-    row = judged(llama, noise=NOISE).loc["B3"]
-    assert row["verdict"] == "confirmed"
-    # From rank 4 to 128 by a factor of 1.5 to 1.9.
-    assert 1.5 < row["ci_low"] < row["estimate"] < row["ci_high"] < 1.9
-    assert "seed noise from the repeats at LR 1e-3" in row["reason"]
-    assert row["reason"].endswith("one evaluation set: the LR was picked on the loss that is reported")
-    assert math.isfinite(row["detectable"])
-
-
-def test_optimum_by_rank(runs):
-    table = runs.assign(final_valid_nll=runs["final_test_nll"])
-    for comparison in comparisons(table, pd.DataFrame(), Judging(noise=NOISE)):
+    about = {"dataset": "tulu3", "method": "lora", "placement": "all", "batch_size": 128, "status": "done"}
+    # A repeated cell is another run of the same settings.
+    seed = sweep.groupby(["model", "rank", "lr"]).cumcount()
+    loss, ids = sweep["test_nll"], [f"row-{row}" for row in sweep.index]
+    runs = sweep.assign(**about, seed=seed, run_id=ids, final_test_nll=loss, final_valid_nll=loss)
+    for comparison in comparisons(runs, pd.DataFrame(), Judging(noise=NOISE)):
         fit = comparison.fit
         edges = {fit.grids[label].edge is not None for label in comparison.rows}
         if "Llama-3.2" in comparison.label:
@@ -80,3 +49,5 @@ def test_optimum_by_rank(runs):
             by_rank = {"LoRA r4": 3.0e-4, "LoRA r16": 3.7e-4, "LoRA r64": 5.5e-4, "LoRA r128": 5.0e-4}
             assert optima == pytest.approx(by_rank, rel=0.1)
             assert all(fit.resolved.values())
+            low, high = ratio_interval(fit.log_ratio("LoRA r128", "LoRA r4"))
+            assert 1.5 < low < high < 1.9

@@ -14,7 +14,7 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import (
     beyond_controls,
     flat_top,
-    good_ranges,
+    good_range,
     is_sick,
     leads,
     reward_curves,
@@ -27,37 +27,21 @@ from lorabench.store.checks import check_table
 from ..handmade.rl import BASE, OFFSETS, STEPS, arm
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables
-from ..handmade.sft import tables as sft_tables
 
 LRS = [10**-4, 10**-3.5, 10**-3, 10**-2.5, 10**-2]  # half a decade apart
 
 
-def compared(accuracies, lrs=LRS, noise=0.0, seeds=3, statuses=None, losses=None) -> Comparison:
+def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None) -> Comparison:
     """Make FullFT with the given accuracies by LR, with noise in each of its seeds."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "run_id": f"{lr:g}-{seed}",
-            "lr": lr,
-            "seed": seed,
-            "status": (statuses or {}).get(lr, "done"),
-            "final_reward": accuracy + noise * rng.standard_normal(),
-        }
-        for lr, accuracy in zip(lrs, accuracies, strict=True)
-        for seed in range(seeds)
-    ]
-    runs = pd.DataFrame(rows).assign(
-        final_valid_reward=lambda table: table["final_reward"],
-        task="rl",
-        model="m",
-        dataset="d",
-        method="fullft",
-        placement=None,
-        batch_size=8,
-        steps=10,
-    )
+    rng, rows = np.random.default_rng(0), []
+    for lr, accuracy in zip(LRS, accuracies, strict=True):
+        status = (statuses or {}).get(lr, "done")
+        for seed in range(seeds):
+            reward = accuracy + noise * rng.standard_normal() if status == "done" else math.nan
+            rows.append({"run_id": f"{lr:g}-{seed}", "lr": lr, "seed": seed, "status": status, "final_reward": reward})
+    about = {"task": "rl", "model": "m", "dataset": "d", "method": "fullft", "placement": None, "batch_size": 8}
+    runs = pd.DataFrame(rows).assign(**about, steps=10, final_valid_reward=lambda table: table["final_reward"])
     runs["rank"] = pd.array([None] * len(runs), dtype="Int64")
-    runs.loc[runs["status"] == "diverged", ["final_reward", "final_valid_reward"]] = math.nan
     examples = ExampleLosses.of(pd.DataFrame() if losses is None else losses(runs))
     [comparison] = comparisons(with_arm_columns(with_error_rates(runs)), pd.DataFrame(), Judging(examples=examples))
     return comparison
@@ -65,12 +49,12 @@ def compared(accuracies, lrs=LRS, noise=0.0, seeds=3, statuses=None, losses=None
 
 def measured(*args, **settings):
     comparison = compared(*args, **settings)
-    return good_ranges(comparison, comparison.arms)[0]
+    return good_range(comparison, comparison.arms[0])
 
 
 def test_error_rates_are_losses_of_rl_runs_alone():
     runs, _ = tables([arm(optimum=1e-4, best_gain=0.05, diverges_from=1e-2)])
-    sft, _ = sft_tables([sft_arm(optimum=3e-4)])
+    sft, _ = tables([sft_arm(optimum=3e-4)])
     runs.loc[0, ["status", "final_reward", "final_valid_reward", "best_reward"]] = ["unrewarded", BASE, BASE, BASE]
     both = pd.concat([runs, sft])
     table = with_error_rates(both)
@@ -90,13 +74,17 @@ def test_error_rates_are_losses_of_rl_runs_alone():
 
 def test_steps_of_the_grid_in_which_a_range_ends_count_half():
     good = measured([0.2, 0.8, 0.8, 0.8, 0.2], noise=1e-4)
-    assert good.width.value == pytest.approx(1.5)
-    assert (good.lr_low, good.lr_high) == pytest.approx((LRS[1], LRS[3]))
-    assert good.between == pytest.approx((10**-3.75, 10**-2.25))
-    assert not good.open
+    assert (good.width.value, good.open) == (pytest.approx(1.5), False)
+    assert (good.lr_low, good.lr_high, *good.between) == pytest.approx((LRS[1], LRS[3], 10**-3.75, 10**-2.25))
     # The range may end anywhere in these two steps: the sum of two uniform numbers lies within 0.22 to 1.78 of 2.
     assert good.width.interval() == pytest.approx((1 + 0.11, 1 + 0.89), abs=0.03)
     assert good.width.example_part is None
+    # One bad LR does not cut off those beyond.
+    apart = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
+    assert (apart.width.value, apart.lr_low, apart.lr_high) == pytest.approx((1, LRS[1], LRS[3]))
+    # Without noise there is no interval.
+    single = measured([0.2, 0.7, 0.8, 0.7, 0.2], seeds=1, noise=0.01)
+    assert (single.width.value, single.width.known) == (pytest.approx(0.5), False)
 
 
 def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
@@ -104,21 +92,9 @@ def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
     assert (good.open_low, good.open_high) == (False, True)
     # The last accuracy is below the threshold of 0.76, but the noise may hide that it is good.
     assert measured([0.2, 0.7, 0.8, 0.79, 0.75], noise=0.02).open_high
-
-
-def test_a_diverged_run_has_no_reward_and_one_bad_lr_does_not_cut_off_those_beyond():
-    good = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
-    assert good.width.value == pytest.approx(1.5)
-    assert not good.open
-    apart = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
-    assert apart.width.value == pytest.approx(1)
-    assert (apart.lr_low, apart.lr_high) == pytest.approx((LRS[1], LRS[3]))
-
-
-def test_without_noise_a_range_has_no_interval():
-    good = measured([0.2, 0.7, 0.8, 0.7, 0.2], seeds=1, noise=0.01)
-    assert good.width.value == pytest.approx(0.5)
-    assert not good.width.known
+    # A diverged run has no reward.
+    bounded = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
+    assert (bounded.width.value, bounded.open) == (pytest.approx(1.5), False)
 
 
 def test_test_problems_are_resampled_for_the_range():
@@ -126,12 +102,10 @@ def test_test_problems_are_resampled_for_the_range():
         rng = np.random.default_rng(1)
 
         def table(runs):
-            return pd.concat(
-                pd.DataFrame({"run_id": run["run_id"], "example": range(100), "tokens": 1}).assign(
-                    loss=(rng.permutation(100) if own else np.arange(100)) >= round(100 * run["final_reward"])
-                )
-                for run in runs.to_dict("records")
-            ).astype({"loss": float})
+            orders = [rng.permutation(100) if own else np.arange(100) for _ in runs.index]
+            solved = zip(runs["run_id"], orders, (100 * runs["final_reward"]).round(), strict=True)
+            parts = [pd.DataFrame({"run_id": run, "loss": (order >= n).astype(float)}) for run, order, n in solved]
+            return pd.concat([part.assign(example=range(100), tokens=1) for part in parts])
 
         return table
 
@@ -187,26 +161,20 @@ def test_rl_runs_need_rewards_and_no_losses(column, value, shown):
 
 
 def healthy(**columns):
+    about = {"task": "rl", "model": "tiny", "dataset": "sums", "status": "done"}
+    controls = {"constant_reward": 0.1, "rule_reward": 0.4, "final_entropy": 0.1, "final_truncated": 0.0}
     table = pd.DataFrame(
         {
             "run_id": list("abcd"),
-            "task": "rl",
-            "model": "tiny",
-            "dataset": "sums",
             "method": ["fullft", "fullft", "lora", "lora"],
             "rank": [None, None, 8, 8],
             "placement": [None, None, "all", "all"],
             "lr": [1e-4, 1e-3, 1e-3, 1e-2],
-            "status": "done",
             "final_reward": [0.5, 0.7, 0.6, 0.2],
             "final_valid_reward": [0.5, 0.7, 0.6, 0.2],
-            "constant_reward": 0.1,
-            "rule_reward": 0.4,
-            "final_entropy": 0.1,
-            "final_truncated": 0.0,
         }
     )
-    return table.assign(**columns)
+    return table.assign(**about | controls | columns)
 
 
 def test_each_method_is_compared_with_the_higher_control():
@@ -248,13 +216,14 @@ RATIOS = {"a": [1.5, 3.0], "b": [1.2, 1.1]}
 
 
 def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
-    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"]}
-    settings = {"model": "tiny", "dataset": "sums", "rank": [8, 8, None, 8], "placement": "all", "batch_size": 64}
-    runs = pd.DataFrame({"run_id": list("abcd"), **columns, **settings})
+    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"], "rank": [8, 8, None, 8]}
+    about = {"model": "tiny", "dataset": "sums", "placement": "all", "batch_size": 64}
+    runs = pd.DataFrame({"run_id": list("abcd"), **columns}).assign(**about)
+    measures = {"kl": KL, "ratio_max": RATIOS, "ratio_above_2": {"a": [0.1, 0.3]}}
     points = [
         (run_id, step, "train", metric, value)
-        for metric, of_runs in (("kl", KL), ("ratio_max", RATIOS), ("ratio_above_2", {"a": [0.1, 0.3]}))
-        for run_id, values in of_runs.items()
+        for metric, by_run in measures.items()
+        for run_id, values in by_run.items()
         for step, value in enumerate(values, 1)
     ]
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
@@ -267,5 +236,4 @@ def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
     assert all(math.isnan(of[name]) for of, name in ((lora, "ratio_mean"), (fullft, "ratio_above_2")))
 
     [without, _] = sampler_mismatch(runs, pd.DataFrame()).to_dict("records")
-    assert math.isnan(without["kl_max"])
-    assert (without["n_above"], without["n_measured"]) == (0, 0)
+    assert (math.isnan(without["kl_max"]), without["n_above"], without["n_measured"]) == (True, 0, 0)

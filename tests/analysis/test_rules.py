@@ -27,14 +27,10 @@ def verdict(rule, value, error=0.01):
 
 def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outside_of_the_margin():
     # The 90% interval is the value plus and minus 0.0164, the 95% interval plus and minus 0.0196.
-    rule = Within.margin(0.03)
+    rule, better_too = Within.margin(0.03), Within.margin(0.03, better_too=True)
     assert [verdict(rule, value) for value in (0.012, 0.015, 0.048)] == ["confirmed", "inconclusive", "inconclusive"]
     assert [verdict(rule, value) for value in (0.052, -0.052)] == ["contradicted"] * 2
-
-
-def test_a_one_sided_margin_takes_a_lower_loss_too():
-    assert verdict(Within.margin(0.03, better_too=True), -0.2) == "confirmed"
-    assert verdict(Within.margin(0.03, better_too=True), 0.052) == "contradicted"
+    assert [verdict(better_too, value) for value in (-0.2, 0.052)] == ["confirmed", "contradicted"]
 
 
 @pytest.mark.parametrize(
@@ -54,56 +50,42 @@ def test_a_difference_needs_an_interval_above_0_and_an_estimate_beyond_the_margi
     assert verdict(Above(0.03), value, error) == expected
 
 
-@pytest.mark.parametrize(("rule", "truth"), [(Within.margin(0.03), 0.03), (Above(0.03), 0.0)])
-def test_a_false_claim_is_confirmed_in_at_most_5_percent(rule, truth):
-    random = np.random.default_rng(1)
-    values = truth + 0.01 * random.standard_normal(1500)
-    base = estimate(0.0)
-    confirmed = np.mean([rule.confirmed(replace(base, value=value)) for value in values])
-    assert confirmed <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1500)
-
-
-@pytest.mark.parametrize(("rule", "truth"), [(Within.margin(0.03), 0.03), (Above(0.03), 0.03), (Above(0.0), 0.0)])
-def test_a_true_claim_is_contradicted_in_at_most_5_percent(rule, truth):
-    random = np.random.default_rng(2)
-    values = truth + 0.01 * random.standard_normal(1500)
-    base = estimate(0.0)
-    contradicted = np.mean([rule.against(replace(base, value=value)) <= LEVEL for value in values])
-    assert contradicted <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1500)
-
-
-def test_a_number_without_an_error_is_inconclusive_and_asks_for_seeds():
-    judged = decide(Within.margin(0.03), unknown(0.001), "text", ["a"])
-    assert (judged.verdict, judged.remedy.seeds) == ("inconclusive", 3)
+@pytest.mark.parametrize(
+    ("wrong", "rule", "truth"),
+    [
+        ("confirmed", Within.margin(0.03), 0.03),
+        ("confirmed", Above(0.03), 0.0),
+        ("contradicted", Within.margin(0.03), 0.03),
+        ("contradicted", Above(0.03), 0.03),
+        ("contradicted", Above(0.0), 0.0),
+    ],
+)
+def test_a_verdict_is_wrong_in_at_most_5_percent(wrong, rule, truth):
+    values, base = truth + 0.01 * np.random.default_rng(1).standard_normal(1000), estimate(0.0)
+    judge = rule.confirmed if wrong == "confirmed" else lambda number: rule.against(number) <= LEVEL
+    share = np.mean([judge(replace(base, value=value)) for value in values])
+    assert share <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / len(values))
 
 
 def test_a_problem_outweighs_the_numbers_and_brings_its_remedy():
+    without_error = decide(Within.margin(0.03), unknown(0.001), "text", ["a"])
+    assert (without_error.verdict, without_error.remedy.seeds) == ("inconclusive", 3)
     remedy = Remedy("LR 0.01 of FullFT", lrs=(("FullFT", 0.01),))
     judged = decide(Within.margin(0.03), exact(0.0), "text", ["b", "a", "b"], [Problem("at the edge", remedy)], "rule")
     assert (judged.verdict, judged.reason, judged.run_ids) == ("inconclusive", "text; at the edge", ("a", "b"))
-    assert judged.remedy == remedy
     assert (judged.margin_low, judged.margin_high, judged.margin_rule) == (-0.03, 0.03, "rule")
+    assert judged.remedy == remedy
 
 
-def test_seeds_that_would_decide_are_those_of_the_power():
+def test_seeds_that_would_decide_are_those_of_the_power_and_examples_where_no_number_of_seeds_does():
     # At an estimate of 0, the 90% interval lies inside 0.03 with 80% power if the error is 0.03 / (1.645 + 0.842).
-    number = estimate(0.0, 0.03)
-    remedy = cheapest(Within.margin(0.03), number)
-    assert remedy.seeds == math.ceil(3 * (0.03 / (0.03 / 2.487)) ** 2)
-    assert remedy.test_examples is None
-
-
-def test_examples_are_asked_for_where_no_number_of_seeds_decides():
-    random = np.random.default_rng(2)
-    normal = random.standard_normal((2, N_DRAWS))
-    number = Estimate(0.0, 0.001 * normal[0], 0.02 * normal[1], 3, 100)
-    remedy = cheapest(Within.margin(0.03), number)
-    assert remedy.seeds is None
-    assert remedy.test_examples == pytest.approx(100 * 0.02**2 / (0.03 / 2.487) ** 2 * 2, rel=0.1)
-
-
-def test_an_estimate_at_the_margin_is_said_to_be_undecidable():
-    assert "margin" in cheapest(Within.margin(0.03), estimate(0.03)).text
+    rule, needed = Within.margin(0.03), 0.03 / 2.487
+    remedy = cheapest(rule, estimate(0.0, 0.03))
+    assert (remedy.seeds, remedy.test_examples) == (math.ceil(3 * (0.03 / needed) ** 2), None)
+    normal = np.random.default_rng(2).standard_normal((2, N_DRAWS))
+    remedy = cheapest(rule, Estimate(0.0, 0.001 * normal[0], 0.02 * normal[1], 3, 100))
+    assert (remedy.seeds, remedy.test_examples) == (None, pytest.approx(100 * 0.02**2 / needed**2 * 2, rel=0.1))
+    assert "margin" in cheapest(rule, estimate(0.03)).text
 
 
 def test_one_of_several_comparisons_contradicts_at_its_share_of_the_level():

@@ -37,7 +37,7 @@ def graded(prepared: Prepared, name: str, source: str, response: str, target: st
     return {key: built.process_results(doc, [value])["exact_match"] for key, value in instance.filtered_resps.items()}
 
 
-def test_strict_and_flexible_filters_of_worked_answers(prepared):
+def test_filters_of_answers(prepared):
     for response, target, strict, flexible in [
         ("3 + 4 = 7\n#### 7", "7", 1, 1),
         ("3 + 4 = 7", "7", 0, 1),
@@ -52,9 +52,7 @@ def test_strict_and_flexible_filters_of_worked_answers(prepared):
     ]:
         scores = graded(prepared, "lorabench_worked", "worked", response, target)
         assert scores == {"strict-match": strict, "flexible-extract": flexible}, response
-
-
-def test_whole_answers(prepared):
+    # Other tasks take the whole answer.
     for name, source, response, right in [
         ("lorabench_arithmetic", "gcd", " 12 ", 1),
         ("lorabench_arithmetic", "gcd", "12.", 0),
@@ -87,10 +85,6 @@ def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_p
             load_preset(str(path))
 
 
-def test_every_task_of_this_project_has_its_kind_of_source():
-    assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
-
-
 def test_settings_that_lm_eval_would_pass_over_are_refused(prepared):
     wanted = task("lorabench_arithmetic", "gcd")
     loaded = catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
@@ -110,7 +104,12 @@ def test_settings_that_lm_eval_would_pass_over_are_refused(prepared):
         check(9, num_fewshot=2)
 
 
-def test_a_missing_file_is_named(prepared):
+def test_tasks_are_looked_up_by_a_command_and_missing_files_are_named(prepared):
+    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml", "--out", "tasks.json"])
+    assert result.exit_code == 0, result.output
+    with open("tasks.json") as file:
+        assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
+    assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
     path = prepared.layout.dataset("gcd")
     aside = path.rename(path.with_suffix(".aside"))
     wanted = task("lorabench_arithmetic", "gcd")
@@ -119,10 +118,3 @@ def test_a_missing_file_is_named(prepared):
             catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
     finally:
         aside.rename(path)
-
-
-def test_tasks_are_looked_up_by_a_command(prepared):
-    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml", "--out", "found.json"])
-    assert result.exit_code == 0, result.output
-    with open("found.json") as file:
-        assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}

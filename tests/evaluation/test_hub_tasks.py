@@ -76,7 +76,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_splitter(here.folder)
     write_repositories(here.folder / "hub/datasets")
     with serving(here.folder / "hub") as hub:
-        fetched = here.run("step", "fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
+        fetched = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
     assert fetched.returncode == 0, fetched.stderr
     result = here.evaluate()
     assert result.returncode == 0, result.stderr
@@ -98,35 +98,28 @@ def commits(evaluated: Place) -> dict[str, str]:
 
 def test_versions_and_commits_of_what_was_fetched_are_kept(evaluated):
     expected = commits(evaluated)
-    fetched = json.loads((evaluated.folder / "found.json").read_text())["tasks"]
+    fetched = json.loads((evaluated.folder / "tasks.json").read_text())["tasks"]
     assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": expected["openai/gsm8k"]}}
     assert len(fetched["mmlu"]) == SUBJECTS
     assert {leaf["data"] for leaves in fetched.values() for leaf in leaves.values()} == set(expected.values())
 
 
-def test_every_task_has_its_scores(scores):
-    scored = {(row.task, row.metric, row.filter) for row in scores.itertuples()}
-    assert scored == {
-        ("gsm8k", "exact_match", "strict-match"),
-        ("gsm8k", "exact_match", "flexible-extract"),
-        ("hendrycks_math500", "exact_match", "none"),
-        ("aime24", "exact_match", "none"),
-        ("aime25", "exact_match", "none"),
-        ("ifeval", "prompt_level_strict_acc", "none"),
-        ("ifeval", "inst_level_strict_acc", "none"),
-        ("ifeval", "prompt_level_loose_acc", "none"),
-        ("ifeval", "inst_level_loose_acc", "none"),
-        ("hellaswag", "acc", "none"),
-        ("hellaswag", "acc_norm", "none"),
-        ("arc_challenge", "acc", "none"),
-        ("arc_challenge", "acc_norm", "none"),
-        ("mmlu", "acc", "none"),
+def test_every_task_has_its_scores_and_settings(scores, evaluated):
+    levels = [f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")]
+    plain = {
+        "hendrycks_math500": ["exact_match"],
+        "aime24": ["exact_match"],
+        "aime25": ["exact_match"],
+        "ifeval": levels,
+        "hellaswag": ["acc", "acc_norm"],
+        "arc_challenge": ["acc", "acc_norm"],
+        "mmlu": ["acc"],
     }
+    expected = {(task, metric, "none") for task, metrics in plain.items() for metric in metrics}
+    expected |= {("gsm8k", "exact_match", name) for name in ("strict-match", "flexible-extract")}
+    assert set(scores[["task", "metric", "filter"]].itertuples(index=False, name=None)) == expected
     assert scores["value"].between(0, 1).all()
     assert scores["higher_is_better"].all()
-
-
-def test_settings_are_those_of_the_preset_and_of_the_tasks(scores, evaluated):
     by_task = scores.drop_duplicates("task").set_index("task")
     assert by_task["num_fewshot"].to_dict() == dict.fromkeys(by_task.index, 0) | {"gsm8k": 5}
     assert by_task["n_samples"].to_dict() == dict.fromkeys(by_task.index, 2) | {"mmlu": 2 * SUBJECTS}
@@ -137,21 +130,15 @@ def test_settings_are_those_of_the_preset_and_of_the_tasks(scores, evaluated):
     assert len(json.loads(by_task.loc["mmlu", "task_config"])) == SUBJECTS
 
 
-def test_data_that_were_not_fetched_are_named(tmp_path):
-    empty = place(tmp_path, [{"name": "arc_challenge", "about": "forgotten"}])
-    result = empty.evaluate()
+def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
+    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
+    result = place(tmp_path, [{"name": "arc_challenge", "about": "forgotten"}]).evaluate()
     assert result.returncode == 2
-    assert "'arc_challenge' can't be loaded; run `lorabench step fetch` with a connection: " in result.stderr
-
-
-def test_ifeval_without_its_splitter_of_sentences_is_refused(tmp_path):
+    assert f"'arc_challenge' {missing}" in result.stderr
     here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
     write_repositories(tmp_path / "hub/datasets")
     with serving(tmp_path / "hub") as hub:
-        result = here.run("step", "fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
+        result = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
     assert result.returncode == 2
-    assert (
-        "'ifeval' can't be loaded; run `lorabench step fetch` with a connection: nltk has no tokenizers/punkt_tab in"
-        in (result.stderr)
-    )
-    assert not (tmp_path / "found.json").exists()
+    assert f"'ifeval' {missing}nltk has no tokenizers/punkt_tab in" in result.stderr
+    assert not (tmp_path / "tasks.json").exists()

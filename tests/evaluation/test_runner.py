@@ -55,7 +55,7 @@ def scores(trained: Prepared, job: EvalJob) -> pd.DataFrame:
     return pq.read_table(trained.layout.evals(job)).to_pandas()
 
 
-def of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
+def row_of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
     return frame[(frame["task"] == task) & (frame["filter"] == filter_name)].iloc[0]
 
 
@@ -113,10 +113,10 @@ def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
     assert (base["sampler"] == "own").all()
     assert base["stderr"].notna().equals(base["metric"] == "exact_match")
     assert base["template_sha256"].notna().equals(base["about"] == "learned")
-    assert of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
-    assert of(base, "lorabench_pretraining")["n_samples"] == 8
+    assert row_of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
+    assert row_of(base, "lorabench_pretraining")["n_samples"] == 8
     assert {"lm_eval", "torch", "transformers"} <= json.loads(base["versions"][0]).keys()
-    assert json.loads(of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
+    assert json.loads(row_of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
 
 
 def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
@@ -125,7 +125,7 @@ def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
     answers = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
     assert answers["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
     hits = answers["metrics"].map(lambda text: json.loads(text)["exact_match"])
-    assert hits.mean() == of(base, "lorabench_instruct")["value"]
+    assert hits.mean() == row_of(base, "lorabench_instruct")["value"]
     assert hits.tolist() == (answers["response"].str.strip() == answers["target"]).astype(float).tolist()
 
 

@@ -21,7 +21,7 @@ from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import draw, lines, only, texts, titles
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
-OF_RUNS = [name for name, figure in FIGURES.items() if figure.table == "runs" and figure.task == "sft"]
+RUN_FIGURES = [name for name, figure in FIGURES.items() if figure.table == "runs" and figure.task == "sft"]
 # Figures of the usual panels, of subfigures, of panels on a grid, and with legends in panels.
 KINDS = ["fig2_lr_by_rank", "fig3_batch_size", "lr_ratio", "parametrization"]
 ARMS = ["arm", "method", "rank", "placement"]
@@ -72,10 +72,10 @@ def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path)
     rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
     runs = runs_table(rows)[[*kept, "final_valid_nll", "final_test_nll"]]
     runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert drawable_figures([tmp_path]) == OF_RUNS
-    for name in OF_RUNS:
+    assert drawable_figures([tmp_path]) == RUN_FIGURES
+    for name in RUN_FIGURES:
         save_figure(name, [tmp_path], tmp_path / "drawn")
-    assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in OF_RUNS}
+    assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in RUN_FIGURES}
     with pytest.raises(UserError, match="there is no table compute"):
         save_figure("compute", [tmp_path], tmp_path / "drawn")
 
@@ -97,7 +97,7 @@ SPARSE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SPARSE)
 def test_sparse_tables_are_drawn(case: str):
-    for name in OF_RUNS:
+    for name in RUN_FIGURES:
         _, plotted = drawn(name, SPARSE[case])
         assert list(plotted.columns), name
 

@@ -6,8 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.arms import with_arm_columns
-from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
@@ -20,10 +18,9 @@ from ..handmade.sft import tables
 from .layout import draw as drawn
 from .layout import legend, lines, only, texts, titles
 
-OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
-OF_RESPONSES = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
+RL_FIGURES = [name for name, figure in FIGURES.items() if figure.task == "rl"]
+RESPONSE_LABELS = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
 SD = float(np.std(OFFSETS, ddof=1))
-COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
 
 
 def read(arms) -> Tables:
@@ -58,13 +55,12 @@ def out_of_reach(arms):
     ]
 
 
-def placements(**settings):
-    peaks = {"attn": 0.6, "mlp": 0.8, "all": 0.8}
-    lora = [
-        arm(16, optimum=1e-3, placement=name, trainable_params=COUNTS[name], **({"peak": peak} | settings))
-        for name, peak in peaks.items()
+def placements():
+    chosen = {"attn": (0.6, 88_000), "mlp": (0.8, 144_000), "all": (0.8, 224_000)}
+    return arms((None,)) + [
+        arm(16, optimum=1e-3, placement=placement, peak=peak, trainable_params=count)
+        for placement, (peak, count) in chosen.items()
     ]
-    return arms((None,), **settings) + lora
 
 
 def draw(name, arms):
@@ -120,12 +116,12 @@ def test_the_base_and_controls_are_lines_with_an_entry():
 
 def test_no_accuracy_is_beyond_the_range():
     """A policy that fell apart is drawn however low its accuracy is, unless it counts as diverged."""
-    arms_of = arms((None, 16), peak=1.0)
-    for run in arms_of[0][0]:
+    chosen = arms((None, 16), peak=1.0)
+    for run in chosen[0][0]:
         # A base that is hardly ever right has nothing to lose.
         run["base_reward"] = 0.03
         run["final_reward"] = 0.0 if run["lr"] > 1e-3 else run["final_reward"]
-    figure, plotted = draw("fig6_rl_lr", arms_of)
+    figure, plotted = draw("fig6_rl_lr", chosen)
     low, high = figure.axes[0].get_ylim()
     assert low < only(plotted, "accuracy")["accuracy"].min() == 0
     assert high > 1
@@ -139,7 +135,7 @@ def test_placement_shows_best_accuracies_by_parameters():
     rl_tables = read(placements())
     figure, plotted = drawn("fig5_placement_rl", rl_tables)
     best = only(plotted, "best")
-    [comparison] = comparisons(with_arm_columns(with_error_rates(rl_tables.runs)), pd.DataFrame())
+    [comparison] = compared(rl_tables, with_error_rates(rl_tables.runs))
     expected = [1 - comparison.fit.minima[label].value for label in best["arm"]]
     np.testing.assert_allclose(best["accuracy"].astype(float), expected)
     assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
@@ -179,7 +175,7 @@ def test_fig8_shows_each_further_set():
     at_end = accuracy[accuracy["step"] == STEPS].set_index(["split", "arm"])["mean"]
     assert {split for (split, _), mean in at_end.items() if mean == pytest.approx(AIME[split])} == set(AIME)
     assert set(accuracy["n_samples"]) == {SAMPLES}
-    labels = ["accuracy on aime24", "accuracy on aime25", *OF_RESPONSES]
+    labels = ["accuracy on aime24", "accuracy on aime25", *RESPONSE_LABELS]
     assert [axes.get_ylabel() for axes in figure.axes] == labels
     assert titles(figure) == ["tiny · problems", "", "", "", ""]
     assert texts(figure, 0) == "3 seeds · 480 answers"
@@ -242,7 +238,7 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.filterwarnings("error")
 def test_odd_tables_are_drawn(case):
-    for name in OF_RL:
+    for name in RL_FIGURES:
         draw(name, ODD[case]())
 
 

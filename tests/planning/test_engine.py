@@ -9,7 +9,7 @@ from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.costs import job_cost
 from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
-from lorabench.planning.flops import run_flops
+from lorabench.planning.flops import run_work
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
@@ -56,16 +56,23 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
 
 
 def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling():
-    (own, of_own), (vllm, of_vllm) = (with_sampler("paper", sampler) for sampler in ("own", "vllm"))
+    (own, own_plan), (vllm, vllm_plan) = (with_sampler("paper", sampler) for sampler in ("own", "vllm"))
     for rank, gpus in ((None, 4), (16, 1)):
-        before, sweep = sweep_of(of_own, "math", rank), sweep_of(of_vllm, "math", rank)
-        alone, beside = sweep_memory(own, before, gpus), sweep_memory(vllm, sweep, gpus)
-        assert (alone.engine, beside.sampling) == (0, 0)
-        assert beside.engine == sum(engine_memory(vllm, sweep))
-        assert beside.total >= beside.weights + beside.moments + beside.engine + beside.gradients + beside.activations
+        before, sweep = sweep_of(own_plan, "math", rank), sweep_of(vllm_plan, "math", rank)
+        alone, with_engine = sweep_memory(own, before, gpus), sweep_memory(vllm, sweep, gpus)
+        assert (alone.engine, with_engine.sampling) == (0, 0)
+        assert with_engine.engine == sum(engine_memory(vllm, sweep))
+        assert (
+            with_engine.total
+            >= with_engine.weights
+            + with_engine.moments
+            + with_engine.engine
+            + with_engine.gradients
+            + with_engine.activations
+        )
         if gpus > 1:
             # A sharded model is no longer copied whole into each process.
-            assert alone.weights - beside.weights > 2 * LLAMA_8B
+            assert alone.weights - with_engine.weights > 2 * LLAMA_8B
 
 
 def test_drawing_takes_twice_the_time_that_memory_and_products_need():
@@ -85,14 +92,14 @@ def test_drawing_takes_twice_the_time_that_memory_and_products_need():
 
 
 def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
-    (own, of_own), (vllm, of_vllm) = (with_sampler("core", sampler) for sampler in ("own", "vllm"))
-    before, after = (sweep_of(plan, "deepmath", 16) for plan in (of_own, of_vllm))
+    (own, own_plan), (vllm, vllm_plan) = (with_sampler("core", sampler) for sampler in ("own", "vllm"))
+    before, after = (sweep_of(plan, "deepmath", 16) for plan in (own_plan, vllm_plan))
     assert sum(run_seconds(vllm, after, 1)) < sum(run_seconds(own, before, 1)) / 3
-    assert evaluation_seconds(vllm, of_vllm.evaluations()[0]) < evaluation_seconds(own, of_own.evaluations()[0])
-    job = next(job for job in of_vllm.jobs if job.sweeps == (after,))
-    other = next(job for job in of_own.jobs if job.sweeps == (before,))
+    assert evaluation_seconds(vllm, vllm_plan.evaluations()[0]) < evaluation_seconds(own, own_plan.evaluations()[0])
+    job = next(job for job in vllm_plan.jobs if job.sweeps == (after,))
+    other = next(job for job in own_plan.jobs if job.sweeps == (before,))
     # The engine's process, and twice an adapter; the start of the engine is counted once for a job.
-    extra = job_cost(of_vllm, job).mem_mb - job_cost(of_own, other).mem_mb
+    extra = job_cost(vllm_plan, job).mem_mb - job_cost(own_plan, other).mem_mb
     assert extra == pytest.approx(1.25 * (6000 + 2 * handover_bytes(vllm, after.condition) / 1e6), abs=1)
     runs = after.n_runs * sum(run_seconds(vllm, after, 1))
     loading = 4 * dimensions(vllm.models["qwen3-1-7b-base"]).parameters / 1e9
@@ -100,14 +107,16 @@ def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
 
 
 def test_a_plan_on_a_cpu_knows_the_engine():
-    (own, of_own), (vllm, of_vllm) = (with_sampler("smoke", sampler) for sampler in ("own", "vllm"))
-    before, after = (next(job for job in plan.jobs if job.sweeps[0].condition.rollouts) for plan in (of_own, of_vllm))
+    (own, own_plan), (vllm, vllm_plan) = (with_sampler("smoke", sampler) for sampler in ("own", "vllm"))
+    before, after = (
+        next(job for job in plan.jobs if job.sweeps[0].condition.rollouts) for plan in (own_plan, vllm_plan)
+    )
     held = engine_memory(vllm, after.sweeps[0])
     sizes = dimensions(vllm.models[after.sweeps[0].condition.model])
     assert (held.weights, held.overhead) == (4 * sizes.parameters, 1e9)
     assert held.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
-    assert job_cost(of_vllm, after).mem_mb > job_cost(of_own, before).mem_mb + 1000
+    assert job_cost(vllm_plan, after).mem_mb > job_cost(own_plan, before).mem_mb + 1000
     # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
-    flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)
+    flops = sum(sweep.n_runs * run_work(vllm, sweep.condition).drawn_flops for sweep in after.sweeps)
     drawn = 3.0 * flops / flops_per_second(vllm.execution)
     assert job_seconds(vllm, after, 0) - job_seconds(own, before, 0) == pytest.approx(20 + (4.2 - 1) * drawn)

@@ -76,20 +76,17 @@ def test_all_is_done_no_later_than_with_a_job_per_sweep(name):
         assert end(together, cores) <= 1.001 * end(alone, cores) + (later if cores > 2 else 0.0), cores
 
 
-def test_starts_take_little_of_the_laptop_preset():
+def test_a_start_is_paid_once_per_job_and_starts_take_little_of_the_laptop_preset():
     plan = PLANS["laptop"]
-    start, whole = start_seconds(plan.preset), combined(job_cost(plan, job) for job in plan.jobs).job_hours * 3600
+    start, whole = start_seconds(plan.preset), per_experiment(plan)["total"]
+    trained = combined(job_cost(plan, job) for job in plan.jobs)
     assert len(plan.jobs) < 0.6 * len(plan.sweeps)
-    assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
-
-
-def test_a_start_is_paid_once_per_job():
-    plan = PLANS["laptop"]
+    assert len(plan.jobs) * start < 1.5 * START_SHARE * trained.job_hours * 3600
     together = max(plan.jobs, key=lambda job: len(job.sweeps))
     alone = combined(job_cost(plan, Job((sweep,))) for sweep in together.sweeps)
-    saved = (len(together.sweeps) - 1) * start_seconds(plan.preset)
+    saved = (len(together.sweeps) - 1) * start
     assert (alone.job_hours - job_cost(plan, together).job_hours) * 3600 == pytest.approx(saved)
-    assert per_experiment(plan)["total"].runs == sum(job.n_runs for job in plan.jobs)
+    assert whole.runs == trained.runs == sum(job.n_runs for job in plan.jobs)
 
 
 def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
@@ -111,9 +108,7 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
     assert all(len(job.job_id) < 100 for plan in PLANS.values() for job in plan.jobs)
     ids = [job.job_id for plan in PLANS.values() for job in plan.jobs]
     assert len(set(ids)) == len(ids)
-
-
-def test_a_job_is_found_by_its_id_and_a_sweep_by_its_own():
+    # A job is found by its id, and a sweep by its own.
     plan = PLANS["laptop"]
     for job in plan.jobs:
         assert plan.job(job.job_id) == job

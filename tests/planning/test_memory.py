@@ -20,16 +20,22 @@ from ..conftest import REPOSITORY
 from ..handmade.presets import with_model
 
 
+def laptop(precision, again=False):
+    """Return the preset `laptop` with a precision, with or without activation checkpointing."""
+    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
+    return preset.with_execution(activation_checkpointing=again)
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "batch", "length"), [("llama-128", "fp32", 3, 400), ("qwen-64", "bf16", 8, 128)]
 )
 def test_memory_is_what_a_step_takes(name, precision, batch, length):
     from lorabench.training.step_cost import measure_compute
 
-    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
-    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    spec, preset = TinyModel(kind="tiny", name=name), laptop(precision)
     size = {"batch_size": batch, "sequence_length": length, "repeats": 1}
-    table = measure_compute("tiny", spec, ComputeExperiment(models=["tiny"], ranks=[8, 64], **size), 1, protocol)
+    experiment = ComputeExperiment(models=["tiny"], ranks=[8, 64], **size)
+    table = measure_compute("tiny", spec, experiment, 1, preset.protocol)
     for rank, peak in zip((None, 8, 64), table["peak_mem_bytes"], strict=True):
         estimate = step_memory(preset, dimensions(spec), rank, rank and "all", batch * length, length).total
         # An upper bound: the last gradients come when the first activations are gone.
@@ -55,21 +61,18 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     from lorabench.training import step_cost
     from lorabench.training.loss import Batch
 
-    pieces = 1 << 18
+    pieces, spec, preset = 1 << 18, TinyModel(kind="tiny", name=name), laptop(precision, again)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
     monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
-    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
     model = load_model(spec)
     if rank:
-        model = add_lora(model, rank, "all", protocol.alpha, True, seed=0)
+        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
         use_fast_products(model)
     if again:
         recompute_activations(model)
     tokens = torch.randint(1024, (2, 16, 128))
-    step, optimizer = step_cost.training_step(model, Batch(*tokens), protocol)
+    step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
     peak = step_cost.peak_memory(model, optimizer, step)
-    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    preset = preset.with_execution(activation_checkpointing=again)
     estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
     # Recomputed layers are bounded more coarsely.
     assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)
@@ -94,10 +97,8 @@ def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precisi
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("peak ")[1].split()[0])
-    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
-    preset = preset.with_execution(activation_checkpointing=again)
     sizes = dimensions(TinyModel(kind="tiny", name=name))
-    estimate = step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2).total
+    estimate = step_memory(laptop(precision, again), sizes, rank, rank and "all", batch * length, length, gpus=2).total
     assert 1.0 <= estimate / peak < 1.2
 
 
@@ -109,7 +110,7 @@ def test_the_limit_of_logits_is_that_of_the_loss():
     sizes = dimensions(core.models["llama-3-2-1b-base"])
     few, many = (step_memory(core, sizes, 8, "all", tokens, 512).logits for tokens in (512, 8192))
     assert few == 12 * sizes.vocabulary * 512
-    # The gradient of the unembedding's input beside a piece, or later the gradients in a layer.
+    # The gradient of the unembedding's input in addition to a piece, or later the gradients in a layer.
     assert many < 3 * few < 12 * sizes.vocabulary * 8192
     # RL and sharded models compute all at once.
     for settings in ({"is_rl": True}, {"gpus": 2}):
@@ -141,9 +142,9 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
     # Traces of 20,480 tokens take more than four.
     assert gpus[None] == 8
     full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
-    one, four = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
-    assert (four.gradients, four.moments) == (one.gradients / 4, one.moments / 4)
-    assert four.activations == one.activations
+    whole, quarter = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
+    assert (quarter.gradients, quarter.moments) == (whole.gradients / 4, whole.moments / 4)
+    assert quarter.activations == whole.activations
 
 
 def test_weights_that_lora_goes_with_stay_in_bf16():

@@ -9,7 +9,7 @@ import pytest
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_flops, run_tokens
+from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_work
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second, run_seconds
@@ -57,8 +57,8 @@ def test_evaluations_counted_are_those_made():
     dataset = preset.datasets[condition.dataset]
     for steps in (1, 2, 17, 250, 9999):
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
-        tokens = run_tokens(preset, replace(condition, steps=steps))
-        assert tokens.evaluated == examples * tokens.context
+        work = run_work(preset, replace(condition, steps=steps))
+        assert work.evaluated == examples * work.context
 
 
 def test_launching_layers_bounds_the_time_of_a_small_model():
@@ -66,8 +66,8 @@ def test_launching_layers_bounds_the_time_of_a_small_model():
     layers = dimensions(preset.models["smollm2-135m"]).layers
     sweep = next(s for s in make_plan(preset).sweeps if (s.condition.dataset, s.condition.rank) == ("worked", 16))
     # A forward and a backward pass for each batch, and a forward pass for each micro-batch that is evaluated.
-    tokens = run_tokens(preset, sweep.condition)
-    passes = 3 * sweep.condition.steps + tokens.evaluated / preset.execution.max_batch_tokens
+    work = run_work(preset, sweep.condition)
+    passes = 3 * sweep.condition.steps + work.evaluated / preset.execution.max_batch_tokens
     assert sum(run_seconds(preset, sweep, 1)) == pytest.approx(passes * layers * 0.8e-3)
 
 
@@ -75,7 +75,7 @@ def test_long_responses_cost_more_than_their_tokens():
     paper = load_preset("paper").with_execution(sampler="own")
     lora = [sweep for sweep in make_plan(paper).sweeps if sweep.condition.method == "lora"]
     gsm8k, deepmath = (
-        sum(run_seconds(paper, sweep, 1)) / run_tokens(paper, sweep.condition).drawn
+        sum(run_seconds(paper, sweep, 1)) / run_work(paper, sweep.condition).drawn
         for sweep in (next(s for s in lora if s.condition.dataset == name) for name in ("gsm8k", "deepmath"))
     )
     assert deepmath > 3 * gsm8k
@@ -91,8 +91,9 @@ def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
     for sweep in make_plan(paper).sweeps:
         condition = sweep.condition
         if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
-            flops = run_flops(decided(paper, sweep), condition)
-            computed = (flops.trained + flops.evaluated + flops.recomputed) / flops_per_second(paper.execution, 4)
+            work = run_work(decided(paper, sweep), condition)
+            flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
+            computed = flops / flops_per_second(paper.execution, 4)
             ratios[condition.placement] = run_seconds(paper, sweep, 4)[0] / (computed * (1 + share))
     assert ratios["attn"] == pytest.approx(1)
     # In each pass over 16,384 tokens, 28 billion parameters are read and written a few times.

@@ -64,7 +64,7 @@ WALKS = [
     # Equal lowest losses are enclosed together; where all are equal the walk stops.
     (flat_between(3e-4, 5e-3), [[2.15e-4, 4.64e-3], [1e-2]], 1e-3, 12, BRACKETED.format(6, "1e-3")),
     (flat_between(0, 1e9), [], 1e-3, 9 + 6, STOPPED.format("1e-3", "lower or higher")),
-    # A diverged LR counts as higher, and a finer one is tried before it; beside it the third one is finer.
+    # A diverged LR counts as higher, and a finer one is tried before it; next to it the third one is finer.
     (diverging(1.8e-3), [[1.47e-3], [4.64e-4, 1e-3, 1.47e-3]], 1.47e-3, 10, BRACKETED.format(4, "1.47e-3")),
     (diverging(1.2e-3), [[1.47e-3], [4.64e-4, 6.81e-4, 1e-3]], 1e-3, 11, BRACKETED.format(5, "1e-3")),
     (diverging(0), [[2.15e-4], [1e-4]], None, 9, "all 9 LRs diverged"),
@@ -114,16 +114,13 @@ def test_a_fixed_grid_has_seeds_at_its_best_lr():
     assert waves == [[1e-4, 3e-4, 1e-3], [3e-4]]
     assert (best_lr(fixed, losses), len(losses)) == (3e-4, fixed.n_runs)
     assert next_runs(fixed, {(lr, 0): math.inf for lr in fixed.lrs}) == []
-
-
-def test_seeds_at_every_lr_of_a_fixed_grid_choose_the_best_together():
     # By the first seed 1e-4 is best, by the mean of the two that have both LRs 3e-4; a third has one LR only.
     losses = {(1e-4, 0): 2.0, (3e-4, 0): 2.1, (1e-4, 1): 2.5, (3e-4, 1): 2.1, (1e-4, 2): 0.0}
     fixed = Sweep(CONDITION, (1e-4, 3e-4), Seeds(1, given=((1e-4, 3), (3e-4, 2))), ("rank",))
     assert best_lr(fixed, losses) == 3e-4
-    # Where a seed diverged, it does not choose.
+    # A seed that diverged does not choose. An LR at which the first seed diverged is not chosen, and the other seeds
+    # choose without it.
     assert best_lr(fixed, losses | {(3e-4, 1): math.inf}) == 1e-4
-    # An LR at which the first seed diverged is not chosen, and the other seeds choose without it.
     assert best_lr(fixed, losses | {(1e-4, 0): math.inf}) == 3e-4
 
 
@@ -164,14 +161,12 @@ def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, n
     assert enclosed or len({lr for lr, _ in losses}) == 9 or best < diverges < best * 2.2
 
 
-def test_all_sweeps_share_the_lattice():
+def test_all_sweeps_share_the_lattice_and_start_at_the_papers_law():
     assert [LATTICE.lr(position) for position in (-10, -9, -8, -7)] == [4.64e-4, 1e-3, 2.15e-3, 4.64e-3]
     assert Lattice(3, 6, scale=4.0).around(1e-3) == (4 * 4.64e-4, 4 * 1e-3, 4 * 2.15e-3)
     assert Lattice(4, 6).around(1e-3) == (5.62e-4, 1e-3, 1.78e-3)
     assert [LATTICE.next_to(2.2e-3, side) for side in (-1, 1)] == [1e-3, 4.64e-3]
-
-
-def test_the_start_is_the_geometric_mean_of_the_papers_law_for_both_methods():
+    # The start is the geometric mean of the law for both methods, in RL a quarter of it.
     laws = [predict_lr(PUBLISHED, "llama", 128, method) for method in ("fullft", "lora")]
     assert starting_lr(128, "sft") == pytest.approx(math.sqrt(math.prod(laws)))
     assert starting_lr(128, "rl") == pytest.approx(starting_lr(128, "sft") / 4)

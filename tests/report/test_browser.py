@@ -12,7 +12,7 @@ import pytest
 from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep
-from .hostile import hostile_report
+from .conftest import hostile_report
 
 pytestmark = pytest.mark.slow
 

@@ -26,8 +26,7 @@ from lorabench.utils.gpus import processor
 from tests.doctor.test_speeds import record
 
 from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
-from .conftest import Page
-from .hostile import HOSTILE, columns, hostile_report
+from .conftest import HOSTILE, Page, columns, hostile_report
 
 
 def judged_claims() -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -130,7 +129,7 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
 def test_what_cannot_be_published_is_refused_before_anything_is_written(
     finished: Layout, judged: pd.DataFrame, root: Path
 ):
-    other = replace(finished, name="long_runs")
+    other = Layout.of("long_runs")
     shutil.copytree(finished.tables(), other.tables())
     shutil.copytree(finished.figures, other.figures)
     with pytest.raises(UserError, match=r"docs/results.md has no place for its generated part: .*<!-- long_runs: "):

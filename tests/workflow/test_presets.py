@@ -33,41 +33,34 @@ def preset(request):
 
 
 def blocks(preset):
-    return [(name, block) for name, of in preset.experiments.trained().items() for block in of]
+    return [(name, block) for name, listed in preset.experiments.trained().items() for block in listed]
 
 
-def grids(preset):
-    """Yield each fixed LR grid that is swept, with its experiment, block and method; one or two LRs are no sweep."""
+def test_fixed_grids_are_fine_overlap_and_cover_what_others_found_best(preset):
     for name, block in blocks(preset):
-        for method in ("fullft", "lora"):
-            grid = getattr(block.lrs, method)
-            if isinstance(grid, list) and len(grid) > 2:
-                yield name, block, method, grid
-
-
-def test_grids_are_fine_overlap_and_cover_what_others_found_best(preset):
-    for name, _, method, grid in grids(preset):
-        # Three points per decade.
-        assert max(high / low for low, high in pairwise(grid)) <= STEP, (name, grid)
-        if name.startswith(("rl", "placement_rl")):
-            factor = 10 if method == "lora" else 1
-            assert grid[0] <= factor * 1e-6 * 1.01, name
-            assert grid[-1] >= factor * 1e-4 * 0.99, name
-    for name, block in blocks(preset):
-        fullft, lora = block.lrs.fullft, block.lrs.lora
-        if isinstance(fullft, list) and isinstance(lora, list) and min(len(fullft), len(lora)) > 2:
-            assert len(set(fullft) & set(lora)) >= 4, name
-
-
-def test_every_sweep_has_seeds_around_an_optimum_that_it_finds(preset):
-    for sweep in make_plan(preset).sweeps:
         # One or two LRs are no sweep.
-        if len(sweep.lrs) > 2:
-            assert sweep.lattice is not None, sweep.condition.label
-            assert sweep.seeds.best >= MIN_SEEDS, sweep.condition.label
+        grids = {
+            method: grid
+            for method in ("fullft", "lora")
+            if isinstance(grid := getattr(block.lrs, method), list) and len(grid) > 2
+        }
+        for method, grid in grids.items():
+            # Three points per decade.
+            assert max(high / low for low, high in pairwise(grid)) <= STEP, (name, grid)
+            if name.startswith(("rl", "placement_rl")):
+                factor = 10 if method == "lora" else 1
+                assert grid[0] <= factor * 1e-6 * 1.01, name
+                assert grid[-1] >= factor * 1e-4 * 0.99, name
+        if len(grids) == 2:
+            assert len(set(grids["fullft"]) & set(grids["lora"])) >= 4, name
 
 
 def test_seeds_and_ranks_are_those_that_claims_need(preset):
+    for sweep in make_plan(preset).sweeps:
+        # One or two LRs are no sweep; all others have seeds around an optimum that they find.
+        if len(sweep.lrs) > 2:
+            assert sweep.lattice is not None, sweep.condition.label
+            assert sweep.seeds.best >= MIN_SEEDS, sweep.condition.label
     for block in preset.experiments.early:
         assert block.seeds.every >= SIGN_SEEDS
     for name in ("rank", "placement"):
@@ -92,22 +85,18 @@ def test_pairs_of_placements_have_equal_parameters(preset):
     assert pairs
 
 
-@pytest.mark.parametrize("name", ["core", "paper"])
-def test_all_figures_can_be_drawn(name):
-    # The theories of the LR ratio are tested on tiny bases.
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        # The theories of the LR ratio are tested on tiny bases.
+        ("core", {"lr_ratio"}),
+        ("paper", {"lr_ratio"}),
+        ("smollm2", {"fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves", "fig8_aime_and_length", "lr_ratio"}),
+    ],
+)
+def test_all_figures_can_be_drawn_but_without_rl_those_of_rl(name, missing):
     drawn = {figure.name for figure in figures_of_preset(load_preset(name))}
-    assert {figure.name for figure in FIGURES.values()} - drawn == {"lr_ratio"}
-
-
-def test_without_rl_the_figures_of_rl_are_missing_and_no_others():
-    missing = set(FIGURES.values()) - set(figures_of_preset(load_preset("smollm2")))
-    assert {figure.name for figure in missing} == {
-        "fig5_placement_rl",
-        "fig6_rl_lr",
-        "fig7_rl_curves",
-        "fig8_aime_and_length",
-        "lr_ratio",
-    }
+    assert {figure.name for figure in FIGURES.values()} - drawn == missing
 
 
 def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
@@ -127,15 +116,6 @@ def test_problems_of_your_own_are_judged_and_drawn(raw_rl_preset, write_preset):
     assert {claim.id for claim in CLAIMS if "rl" in claim.experiments} == {"B10", "F1", "F2", "F9"}
 
 
-def test_fourteen_models_in_the_law_of_the_paper():
-    paper = load_preset("paper")
-    models = [model for block in paper.experiments.lr_law for model in block.models]
-    assert len(models) == len(set(models)) == 14
-    assert {"llama", "qwen3"} == {model.split("-")[0] for model in models}
-    core = {model for block in load_preset("core").experiments.lr_law for model in block.models}
-    assert len(core) >= 4
-
-
 def test_the_paper_says_so_and_it_is_done():
     paper = load_preset("paper")
     for rl in paper.experiments.rl_math:
@@ -145,19 +125,23 @@ def test_the_paper_says_so_and_it_is_done():
         assert (deepmath.max_new_tokens, deepmath.held_out) == (8192, ["aime24", "aime25"])
     assert {"llama-3-1-8b-base", "qwen3-30b-a3b-base"} == {m for b in paper.experiments.placement for m in b.models}
     assert all(block.train <= 10_000 for name, block in paper.datasets.items() if name.endswith("10k"))
+    # The law of the optimal LR is measured on fourteen models.
+    models, core = (
+        [model for block in experiments.lr_law for model in block.models]
+        for experiments in (paper.experiments, load_preset("core").experiments)
+    )
+    assert len(models) == len(set(models)) == 14
+    assert {"llama", "qwen3"} == {model.split("-")[0] for model in models}
+    assert len(set(core)) >= 4
+    # Experiments that ask for the same share runs: on the mixture of experts full fine-tuning, and LoRA on all layers.
+    shared = [sweep for sweep in make_plan(paper).sweeps if {"placement", "lr_law"} <= set(sweep.experiments)]
+    assert {sweep.condition.rank for sweep in shared} == {None, 128}
 
 
 def test_every_parameter_count_is_that_of_a_known_architecture(preset):
     for name, spec in preset.models.items():
         if not isinstance(spec, TinyModel):
             assert (dimensions(spec).parameters, dimensions(spec).hidden) == (spec.parameters, spec.hidden_size), name
-
-
-def test_runs_are_shared_where_experiments_ask_for_the_same():
-    plan = make_plan(load_preset("paper"))
-    shared = [sweep for sweep in plan.sweeps if {"placement", "lr_law"} <= set(sweep.experiments)]
-    # On the mixture of experts: full fine-tuning, and LoRA on all layers.
-    assert {sweep.condition.rank for sweep in shared} == {None, 128}
 
 
 @pytest.mark.parametrize(("name", "gpu"), [("smollm2", "A100"), ("core", "H100"), ("paper", "H200")])
@@ -176,12 +160,12 @@ def test_the_readme_tells_what_they_cost(name, gpu):
 def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     lines = (REPOSITORY / "docs/presets.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
-    told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
+    shown = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(load_preset(name).with_execution(sampler=sampler))
     rl = combined(job_cost(plan, job) for job in plan.jobs if job.sweeps[0].condition.task == "rl")
     rows = per_experiment(plan)
     hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]
-    assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
+    assert shown == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 
 def plan_digests(name):

@@ -11,37 +11,17 @@ import yaml
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
-from ..conftest import MARGINS
 from .checkout import fresh_clone, git, shell, snakemake
 from .test_workflow import planned_jobs
 
-PRESET = {
-    "description": "two sweeps for a test",
-    "models": {"tiny": {"kind": "tiny"}},
-    "datasets": {"instruct": {"kind": "instruct", "train": 32, "validation": 8, "test": 8, "max_chars": 200}},
-    "experiments": {
-        "rank": [
-            {
-                "models": ["tiny"],
-                "datasets": ["instruct"],
-                "ranks": {"all": [2, 4]},
-                "batch_sizes": [8],
-                "lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
-                "seeds": 2,
-            }
-        ]
-    },
-    "margins": MARGINS,
-    # One job per sweep.
-    "execution": {"gflops": 0.01},
-}
 TABLES = "results/mine/tables/runs.parquet"
 
 
 @pytest.mark.slow
-def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(tmp_path, monkeypatch):
+def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(raw_preset, tmp_path, monkeypatch):
     clone = fresh_clone(tmp_path / "clone")
-    (clone / "mine.yaml").write_text(yaml.safe_dump(PRESET))
+    # One job per sweep.
+    (clone / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"execution": {"gflops": 0.01}}))
     monkeypatch.chdir(clone)
     plan, layout = make_plan(Layout.of("mine.yaml").preset), Layout.of("mine.yaml")
     _, second, third = plan.jobs

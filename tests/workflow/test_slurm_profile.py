@@ -70,41 +70,33 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
         # Jobs that save checkpoints are told before their time is over, by half of it at most.
         early = min(estimate.saving_seconds, 30 * estimate.minutes)
         assert resources.get("slurm_extra") == (f"--signal=TERM@{early}" if early else None)
-        assert "gres" not in resources
-        assert "gpu_model" not in resources
+        assert not {"gres", "gpu_model"} & resources.keys()
     assert all("gpu" not in resources for resources in requested(output, "tokens").values())
 
 
-def test_a_preset_for_cpus_requests_no_gpu(checkout):
+def test_a_preset_for_cpus_requests_no_gpu_and_the_check_of_a_machine_one(checkout):
     output = dry_run(checkout, preset="smoke")
     for rule in ("train", "evaluate", "compute", "tokens"):
         jobs = requested(output, rule)
         assert jobs
         assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
-
-
-def test_the_check_of_a_machine_requests_one_gpu_for_half_an_hour(checkout):
+    # The check of a machine requests one GPU for half an hour.
     [resources] = requested(dry_run(checkout, "doctor", preset="core"), "doctor").values()
     assert (resources["gpu"], resources["runtime"], resources["nodes"]) == ("1", "30", "1")
 
 
-def test_a_site_names_its_gpus(checkout):
-    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
-    output = dry_run(checkout)
-    assert {resources["gpu_model"] for resources in requested(output, "train").values()} == {"h100"}
-    assert all("gpu_model" not in resources for resources in requested(output, "tokens").values())
-
-
-def test_a_site_takes_gres_only(checkout):
-    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
-    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
+def test_a_site_names_its_gpus_or_takes_gres_only(checkout):
     plan = make_plan(Layout.of("paper").preset)
-    output = dry_run(checkout)
-    for name, resources in requested(output, "train").items():
+    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
+    named = dry_run(checkout)
+    assert {resources["gpu_model"] for resources in requested(named, "train").values()} == {"h100"}
+    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
+    gres = dry_run(checkout)
+    for name, resources in requested(gres, "train").items():
         assert resources["gres"] == f"gpu:h100:{job_cost(plan, plan.job(name)).gpus}"
-        assert "gpu" not in resources
-        assert "gpu_model" not in resources
-    assert all("gres" not in resources for resources in requested(output, "tokens").values())
+        assert not {"gpu", "gpu_model"} & resources.keys()
+    for output in (named, gres):
+        assert not any({"gres", "gpu_model"} & resources.keys() for resources in requested(output, "tokens").values())
 
 
 def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):

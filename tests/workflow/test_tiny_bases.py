@@ -39,9 +39,13 @@ def record(name):
     return json.loads((shipped_folder(name) / "recipe.json").read_text())
 
 
-def test_every_base_of_the_presets_is_there():
+def test_every_base_of_the_presets_is_there_with_a_lossless_tokenizer_that_splits_digits():
     allowed = TinyModel.model_json_schema()["properties"]["name"]["enum"]
     assert set(allowed) == set(RECIPES) == {path.name for path in shipped_folder("llama-128").parent.iterdir()}
+    tokenizer = load_tokenizer(spec("llama-128"))
+    text = "Calculate 1234 + 5.6 → «naïve» 日本\n\tx"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert list(tokenizer.tokenize("1234")) == ["1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -71,17 +75,6 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
 def test_heldout_loss_is_as_recorded(name):
     nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
-
-
-@pytest.mark.parametrize("name", ["llama-64", "moe-128"])
-def test_it_speaks_the_language_of_its_tasks(name):
-    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
-    chat = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 4 + 3 ="}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert answer[-1] == tokenizer.eos_token_id
-    # The answer must be a number, but the smallest bases need not get it right.
-    assert tokenizer.decode(answer[:-1]).strip().removeprefix("-").isdigit()
 
 
 @pytest.mark.parametrize(
@@ -117,13 +110,6 @@ def test_every_expert_is_used():
         shares = torch.bincount(experts.flatten(), minlength=recipe.experts) / experts.shape[0]
         assert shares.sum() == pytest.approx(recipe.active_experts)
         assert shares.min() > 0.02
-
-
-def test_tokenizer_is_lossless_and_splits_digits():
-    tokenizer = load_tokenizer(spec("llama-128"))
-    text = "Calculate 1234 + 5.6 → «naïve» 日本\n\tx"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert list(tokenizer.tokenize("1234")) == ["1", "2", "3", "4"]
 
 
 def test_the_balancing_loss_is_least_when_experts_share_the_work():

@@ -19,7 +19,7 @@ from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
-from ..conftest import MARGINS, REPOSITORY
+from ..conftest import REPOSITORY
 from .checkout import fresh_clone, git, snakemake
 
 
@@ -50,11 +50,6 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     assert jobs == {"dataset": 2, "tokens": 2, "train": needed, "experiment_tables": 1, "figure": 1}
 
 
-@pytest.mark.slow
-def test_published_runs_are_judged_without_any_training(checkout):
-    assert planned_jobs(snakemake(checkout, "evidence", "--dry-run", "--quiet", "rules")) == {"evidence": 1}
-
-
 def test_what_is_read_comes_first_then_the_longest_job(checkout):
     output = snakemake(checkout, "--dry-run")
     blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
@@ -79,6 +74,8 @@ def test_a_figure_of_several_experiments_reads_the_tables_of_those_that_the_pres
     folders = re.findall(r"--tables=(\S+)", output)
     assert folders == ["results/core/tables/rl_gsm8k", "results/core/tables/rl_math"]
     assert planned_jobs(output)["experiment_tables"] == 2
+    # Published runs are judged without any training.
+    assert planned_jobs(snakemake(checkout, "evidence", "--dry-run", "--quiet", "rules")) == {"evidence": 1}
 
 
 def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
@@ -92,18 +89,15 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
 
 
 @pytest.mark.slow
-def test_what_fits_on_no_gpu_is_one_sentence(checkout):
+def test_what_fits_on_no_gpu_and_an_unknown_preset_are_one_sentence(checkout):
     (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
-    output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
-    assert re.search(r"of \S+ on \S+ needs \d+ GB on each of 4 x A10", output)
-    assert "Traceback" not in output
-
-
-@pytest.mark.slow
-def test_an_unknown_preset_is_one_sentence(checkout):
-    output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
-    assert "preset 'lpatop': no file" in output
-    assert "Traceback" not in output
+    for preset, sentence in (
+        ("small.yaml", r"of \S+ on \S+ needs \d+ GB on each of 4 x A10"),
+        ("lpatop", "preset 'lpatop': no file"),
+    ):
+        output = snakemake(checkout, "--dry-run", "--config", f"preset={preset}", fails=True)
+        assert re.search(sentence, output)
+        assert "Traceback" not in output
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +141,6 @@ def test_smoke_runs_to_the_report(smoke):
 
 
 @pytest.mark.slow
-def test_a_clean_clone_stays_clean(smoke):
-    assert smoke[2] == set()
-
-
-@pytest.mark.slow
 def test_the_base_and_every_condition_are_evaluated(smoke):
     results = smoke[0] / "results/smoke"
     evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
@@ -184,30 +173,26 @@ def test_records_say_what_happened_and_where(smoke):
     whole_epoch = (runs.task == "sft") & (runs.steps == 5)
     assert runs.first_epoch_nats.notna().eq(whole_epoch).all(), "early runs stop before the epoch ends"
     assert runs.final_reward.notna().eq(runs.task == "rl").all()
-
-
-@pytest.mark.slow
-def test_weights_are_kept_at_the_best_lr_only(smoke):
-    folder = smoke[0] / "results/smoke"
-    runs = pq.read_table(folder / "tables/runs.parquet").to_pandas()
+    # Weights are kept at the best LR only.
     for _, arm in runs.groupby(ARM, dropna=False):
         best = arm.loc[arm.seed > 0, "lr"].item()
         for run in arm.itertuples():
-            assert (folder / "runs" / run.run_id / "weights").exists() == (run.lr == best), run
+            assert (smoke[0] / "results/smoke/runs" / run.run_id / "weights").exists() == (run.lr == best), run
 
 
 @pytest.mark.slow
-def test_a_second_call_has_nothing_to_do(smoke):
-    output = snakemake(smoke[0], "--config", "preset=smoke")
-    assert "Nothing to be done" in output
-
-
-@pytest.mark.slow
-def test_status_and_plan_from_another_terminal(smoke):
+def test_what_a_finished_clone_says_of_itself(smoke):
+    checkout, _, changes = smoke
+    assert changes == set()
+    assert "Nothing to be done" in snakemake(checkout, "--config", "preset=smoke")
     command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
-    text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
     assert re.search(r"36/36 runs \(100%\), 4/4 jobs done", text)
     assert "results/smoke/report/index.html" in text
+    snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
+    text = (checkout / "snakemake_report.html").read_text()
+    for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
+        assert part in text
 
 
 @pytest.mark.slow
@@ -218,44 +203,17 @@ def test_presets_share_a_converted_model(checkout):
     assert "Nothing to be done" in snakemake(checkout, target, "--dry-run", "--config", "preset=smollm2")
 
 
-@pytest.mark.slow
-def test_snakemakes_own_report(smoke):
-    snakemake(smoke[0], "--config", "preset=smoke", "--report", "snakemake_report.html")
-    text = (smoke[0] / "snakemake_report.html").read_text()
-    for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
-        assert part in text
-
-
 BAD_TASKS = [
     {"name": "lorabench_pretraining", "about": "forgotten", "limit": 4},
     # Only lm-eval's index shows that this task does not exist.
     {"name": "gsm8", "about": "learned"},
 ]
-BAD_EVALUATION = {
-    "description": "an evaluation that fails",
-    "models": {"tiny": {"kind": "tiny"}},
-    "datasets": {"instruct": {"kind": "instruct", "train": 16, "validation": 4, "test": 8, "max_chars": 240}},
-    "experiments": {
-        "rank": [
-            {
-                "models": ["tiny"],
-                "datasets": ["instruct"],
-                "ranks": {"all": [1]},
-                "batch_sizes": [8],
-                "lrs": {"fullft": [3.0e-4, 1.0e-3, 3.0e-3], "lora": [1.0e-3, 3.0e-3, 1.0e-2]},
-                "seeds": 1,
-            }
-        ]
-    },
-    "evaluation": {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4},
-    "margins": MARGINS,
-    "execution": {"gflops": 20.0},
-}
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scores(checkout):
-    (checkout / "mine.yaml").write_text(yaml.safe_dump(BAD_EVALUATION))
+def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scores(checkout, raw_preset):
+    evaluation = {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4}
+    (checkout / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"evaluation": evaluation}))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
     assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output
     assert output.index("rule eval_tasks:") < output.index("rule train:")

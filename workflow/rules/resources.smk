@@ -109,9 +109,9 @@ def gpu_request(gpus):
     return {"gpu": gpus} | (model if GPU_TYPE else {})
 
 
-def warning_option(wildcards, attempt, of):
+def warning_option(wildcards, attempt, cost):
     """The options of sbatch for a job, which ask Slurm to send SIGTERM early enough for the last checkpoints."""
-    needed = of(wildcards)
+    needed = cost(wildcards)
     if not needed.saving_seconds or "--signal" in EXTRA:
         return EXTRA or None
     # At most half of the time is left for it, since Slurm sends the signal at once where the whole time is.
@@ -119,15 +119,15 @@ def warning_option(wildcards, attempt, of):
     return f"{EXTRA} --signal=TERM@{seconds}".strip()
 
 
-def requested(of):
+def requested(cost):
     """The resources of a rule; a job that has failed requests more time and memory.
 
     Args:
-        of: a function from a job's wildcards to its `lorabench.planning.costs.Cost`.
+        cost: a function from a job's wildcards to its `lorabench.planning.costs.Cost`.
     """
 
     def memory(wildcards, attempt):
-        needed = of(wildcards)
+        needed = cost(wildcards)
         if needed.gpus and not MEM_WITH_GPUS:
             # The executor requests no memory where it is 0.
             return 0
@@ -137,12 +137,12 @@ def requested(of):
         return int(needed.mem_mb * more)
 
     def cpus(wildcards, threads):
-        needed = of(wildcards)
+        needed = cost(wildcards)
         # The executor requests no number of cores where it is negative.
         return max(threads, needed.cpus) if CPUS_WITH_GPUS or not needed.gpus else -1
 
     def gpus(wildcards):
-        needed = of(wildcards).gpus
+        needed = cost(wildcards).gpus
         if HERE and needed > len(HERE):
             raise WorkflowError(
                 f"a job needs {needed} GPUs, and this machine shows {len(HERE)}; lower execution.max_gpus, or leave "
@@ -156,12 +156,12 @@ def requested(of):
         "nodes": 1,
         "cpus_per_task": cpus,
         "mem_mb": memory,
-        "runtime": lambda wildcards, attempt: in_time(of(wildcards).minutes * attempt),
-        "disk_mb": lambda wildcards: int(of(wildcards).disk / 1e6),
+        "runtime": lambda wildcards, attempt: in_time(cost(wildcards).minutes * attempt),
+        "disk_mb": lambda wildcards: int(cost(wildcards).disk / 1e6),
         **(
             {
                 "slurm_extra": lambda wildcards, attempt: warning_option(
-                    wildcards, attempt, of
+                    wildcards, attempt, cost
                 )
             }
             if ON_CLUSTER
