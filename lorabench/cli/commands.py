@@ -229,14 +229,16 @@ def recommend(
     recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
     if as_json:
         import json
+        from dataclasses import asdict
 
-        print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
+        print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
     elif as_script:
         from lorabench.custom.recommend import script
 
-        print(script(recommendation, examined, template), end="")
+        print(script(described, recommendation, examined, template), end="")
     else:
-        recommendation_table(recommendation, examined)
+        print(described if examined is None else f"{described}\n{examined}")
+        recommendation_table(recommendation)
 
 
 @app.command()
