@@ -229,14 +229,16 @@ def recommend(
     recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
     if as_json:
         import json
+        from dataclasses import asdict
 
-        print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
+        print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
     elif as_script:
         from lorabench.custom.recommend import script
 
-        print(script(recommendation, examined, template), end="")
+        print(script(described, recommendation, examined, template), end="")
     else:
-        recommendation_table(recommendation, examined)
+        print(described if examined is None else f"{described}\n{examined}")
+        recommendation_table(recommendation)
 
 
 @app.command()
@@ -347,10 +349,9 @@ def evidence(
         Path | None, Option(help="The repository's root: write the matrix into its README and docs too.")
     ] = None,
 ) -> None:
-    """Judge all published runs by the paper's claims, and test what would have been recommended for each.
+    """Judge all published runs by the paper's claims.
 
-    Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
-    recommended ones would have been for each source, had it not been known.
+    Writes the verdicts, the matrix of claims by scale, the forest plot, and the known optimal learning rates.
     """
     from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
     from lorabench.sources.measurements import read_own

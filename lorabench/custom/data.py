@@ -16,11 +16,11 @@ from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileProblems, GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import FORMATS, Chat, formats_in, is_text
-from lorabench.data.files import RawRow, Tally, chosen_format, file_rows, tally_of, usable_chats
+from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.specs import template_text
-from lorabench.utils.hub import WantedRepository, check_on_hub
+from lorabench.utils.hub import WantedRepository, look_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,16 +34,33 @@ _CHARS_PER_TOKEN = 3.0
 # The sample may miss the densest examples, so the limit on characters stays below what the sample suggests.
 _MARGIN = 0.9
 
+# The longest response in tokens by grader: a few steps up to the last number, or a worked solution up to its \boxed{}.
+_RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
+# Guesses on the safe side: the fewest characters per token, and the most tokens of a chat template around a question.
+_FEWEST_CHARS_PER_TOKEN, _TEMPLATE_TOKENS = 2, 64
+_MOST_CHARS = 4000
+
 
 @dataclass(frozen=True)
-class UserData:
-    """A user's dataset."""
+class UserSource:
+    """A user's dataset or file of problems."""
 
     source: dict[str, Any]
-    """The fields by which a preset names the dataset: kind, and path or id."""
+    """The fields by which a preset names it, such as kind, and path or id."""
     tally: Tally
     usable: int
     """The number of distinct usable examples; for a large dataset of the hub, estimated from its first rows."""
+
+    @property
+    def name(self) -> str:
+        """The path or id that the user gave."""
+        return str(self.source.get("path") or self.source["id"])
+
+
+@dataclass(frozen=True)
+class UserData(UserSource):
+    """A user's dataset."""
+
     max_chars: int
     """The number of characters of the longest example that fits the model."""
     mean_tokens: float
@@ -58,10 +75,16 @@ class UserData:
         scored = f"{self.mean_completion_tokens:.0f} of them scored{how}"
         return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens per example, {scored}"
 
-    @property
-    def name(self) -> str:
-        """The path or id that the user gave."""
-        return str(self.source.get("path") or self.source["id"])
+
+@dataclass(frozen=True)
+class UserProblems(UserSource):
+    """A user's file of questions and answers."""
+
+    max_new_tokens: int
+    """The longest response in tokens that leaves room for a question."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.tally}; responses of at most {self.max_new_tokens} tokens"
 
 
 def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
@@ -92,58 +115,51 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
 
 
 def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, str | None]:
-    """Examine a dataset for a model.
+    """Examine a dataset for a model: read it, and count its usable rows and their tokens.
 
     Args:
         model: the model, whose tokenizer counts the tokens.
-        name: a data file or the id of a dataset of the hub; see `examine_data`.
+        name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
         form: the format that the user named, or None.
 
     Returns:
         The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
 
     Raises:
-        UserError: there is no such format, or the data can't be used; see `examine_data`.
+        UserError: there is no such format, the data can't be read, or no example can be used.
     """
     tokenizer, template = load_tokenizer(model)
     wanted = next((known for known in FORMATS if known == form), None)
     if wanted is None and form is not None:
         raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
-    return examine_data(name, wanted, tokenizer, model.max_length), template
-
-
-def examine_data(
-    name: str, wanted: FileFormat | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
-) -> UserData:
-    """Read a dataset and count its usable rows and their tokens.
-
-    Args:
-        name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
-        wanted: the format, if the file's columns allow more than one.
-        tokenizer: the model's tokenizer with a chat template; None to guess the numbers of tokens.
-        max_length: the longest sequence that the model takes, in tokens; None if unknown.
-
-    Raises:
-        UserError: the data can't be read, or no example can be used.
-    """
     source, form, share = _identified(name, wanted)
     chats, tally = _chats(source, form)
     sample, lengths = _sampled(chats)
     if not lengths:
         raise UserError(f"{name}: none of its {tally.rows} rows can be used as {form}: {tally.reasons()}")
-    tokens = [_tokens(chat, tokenizer) for chat in sample]
-    totals = [total for total, _ in tokens]
-    limit = _limit([chat.chars() for chat in sample], totals, lengths, max_length)
-    longest = max((length for length in lengths if length <= limit), default=0)
+    # The numbers of all tokens and of scored tokens of each example in the sample.
+    tokens: list[tuple[float, float]] = []
+    for chat in sample:
+        if tokenizer is not None:
+            ids, mask = encode_chat(tokenizer, chat.messages)
+            tokens.append((len(ids), sum(mask)))
+        else:
+            scored_chars = chat.chars() if is_text(chat.messages) else len(chat.messages[-1]["content"])
+            tokens.append((chat.chars() / _CHARS_PER_TOKEN, scored_chars / _CHARS_PER_TOKEN))
+    longest = max(lengths)
+    if model.max_length is not None:
+        limit = _limit([chat.chars() for chat in sample], [total for total, _ in tokens], lengths, model.max_length)
+        longest = max((length for length in lengths if length <= limit), default=0)
     if not longest:
-        raise UserError(f"{name}: no example fits the {max_length} tokens that the model takes")
+        raise UserError(f"{name}: no example fits the {model.max_length} tokens that the model takes")
     if longest < max(lengths):
         chats, tally = _chats(source, form, longest)
         deque(chats, maxlen=0)
     # If the whole sample is too long, its means are the only estimate.
     kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
     mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
-    return UserData(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
+    usable = int(tally.usable * share)
+    return UserData(source, tally, usable, longest, mean, scored, tokenizer is not None), template
 
 
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
@@ -165,12 +181,9 @@ def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], F
 
 
 def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
-    tally = Tally(form)
     if source["kind"] == "file":
-        path = Path(source["path"])
-        return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
-    tally.unit = "row"
-    rows = (RawRow(place, row) for place, row in enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1))
+        return file_chats(Path(source["path"]), form, max_chars)
+    tally, rows = Tally(form, unit="row"), enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1)
     return usable_chats(rows, source["id"], tally, max_chars), tally
 
 
@@ -183,7 +196,7 @@ def _hub_stream(name: str) -> Any:
     # The datasets library reads a folder of this name before it asks the hub.
     if not Path(name).is_dir():
         try:
-            check_on_hub(WantedRepository("dataset", name, "main"))
+            look_up(WantedRepository("dataset", name, "main"))
         except UserError as error:
             raise UserError(f"{error}; the path of a local file works without the hub") from error
     import datasets
@@ -209,61 +222,16 @@ def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
     return sample, lengths
 
 
-def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[float, float]:
-    """Return the numbers of all tokens and of scored tokens of an example."""
-    if tokenizer is None:
-        scored = chat.chars() if is_text(chat.messages) else len(chat.messages[-1]["content"])
-        return chat.chars() / _CHARS_PER_TOKEN, scored / _CHARS_PER_TOKEN
-    ids, mask = encode_chat(tokenizer, chat.messages)
-    return len(ids), sum(mask)
-
-
-def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
+def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int) -> int:
     """Return the number of characters up to which every example fits the model; a sample makes this an estimate."""
-    longest = max(lengths)
-    if max_length is None:
-        return longest
     too_long = [length for length, count in zip(chars, tokens, strict=True) if count > max_length]
-    limit = min(too_long) - 1 if too_long else longest
+    limit = min(too_long) - 1 if too_long else max(lengths)
     if len(lengths) > len(chars):
         # Only the longer half counts, since the template's tokens dominate short examples.
         median = statistics.median(chars)
         densest = max(count / length for length, count in zip(chars, tokens, strict=True) if length >= median)
         limit = min(limit, int(_MARGIN * max_length / densest))
     return limit
-
-
-GRADERS = ("number", "boxed")
-"""The graders: `number` takes the last number of a response, `boxed` the content of its \\boxed{}."""
-# The longest response in tokens by grader: a few steps up to a number, or a worked solution up to the box.
-_RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
-# Guesses on the safe side: the fewest characters per token, and the most tokens of a chat template around a question.
-_FEWEST_CHARS_PER_TOKEN, _TEMPLATE_TOKENS = 2, 64
-_MOST_CHARS = 4000
-
-
-@dataclass(frozen=True)
-class UserProblems:
-    """A user's file of questions and answers."""
-
-    source: dict[str, Any]
-    """The fields by which a preset names the problems: kind, path, grader, and the longest question in characters."""
-    tally: Tally
-    max_new_tokens: int
-    """The longest response in tokens that leaves room for a question."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.tally}; responses of at most {self.max_new_tokens} tokens"
-
-    @property
-    def name(self) -> str:
-        """The path that the user gave."""
-        return str(self.source["path"])
-
-    @property
-    def usable(self) -> int:
-        """The number of distinct problems with an answer."""
-        return self.tally.usable
 
 
 def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProblems, str | None]:
@@ -275,8 +243,8 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProb
     Raises:
         UserError: there is no such grader or file, or the file holds no problems with answers.
     """
-    if grader not in GRADERS:
-        raise UserError(f"grader {grader!r}: allowed: {', '.join(GRADERS)}")
+    if grader not in _RESPONSE_TOKENS:
+        raise UserError(f"grader {grader!r}: allowed: {', '.join(_RESPONSE_TOKENS)}")
     if not Path(name).is_file():
         raise UserError(f"problems {name!r} is no file; sets of the hub are named in a preset, such as `kind: gsm8k`")
     room = model.max_length or 10**9
@@ -284,4 +252,4 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProb
     chars = min(_MOST_CHARS, max(32, _FEWEST_CHARS_PER_TOKEN * (room - response - _TEMPLATE_TOKENS)))
     source = {"kind": "file", "path": name, "grader": grader, "max_chars": chars}
     tally = tally_of(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
-    return UserProblems(source, tally, response), load_tokenizer(model)[1]
+    return UserProblems(source, tally, tally.usable, response), load_tokenizer(model)[1]

@@ -58,46 +58,45 @@ def find_model(name: str) -> UserModel:
     Raises:
         UserError: there is no such model, or its dimensions can't be read.
     """
+    path = Path(name)
     if name == "tiny" or name in TINY:
         tiny = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
         config, recipe = (
             json.loads((shipped_folder(tiny.name) / f"{file}.json").read_text()) for file in ("config", "recipe")
         )
         return UserModel(name, tiny, config["model_type"], recipe["parameters"], config["max_position_embeddings"])
-    path = Path(name)
     if path.suffix == ".gguf":
         return _gguf(name)
+    spec: ModelSpec
     if path.is_dir():
-        return _folder(name)
-    if HUB_ID.fullmatch(name):
-        return _hub(name)
-    known = ", ".join(("tiny", *TINY))
-    raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
-
-
-def _folder(name: str) -> UserModel:
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {name!r} has no config.json; a Hugging Face causal LM is needed there")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
-    config = _config((folder / "config.json").read_bytes(), name)
-    parameters = 0
-    for file in files:
-        try:
-            # The headers say the shapes.
-            with safe_open(file, "numpy") as tensors:
-                names = tensors.keys()
-                parameters += sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a safetensors file") from error
-    spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {name!r} has no config.json; a Hugging Face causal LM is needed there")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
+        config = _config((path / "config.json").read_bytes(), name)
+        parameters = sum(_parameters(file) for file in path.glob("*.safetensors"))
+        spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
+    elif HUB_ID.fullmatch(name):
+        config, parameters = _hub(name)
+        spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=config["hidden_size"])
+    else:
+        known = ", ".join(("tiny", *TINY))
+        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
 
 
-def _hub(name: str) -> UserModel:
-    """Describe a model of the hub by a shipped configuration of its name, or else by the hub's."""
+def _parameters(file: Path) -> int:
+    """Return the number of parameters in a safetensors file, by the shapes in its header."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a safetensors file") from error
+
+
+def _hub(name: str) -> tuple[dict[str, Any], int]:
+    """Return configuration and number of parameters of a model of the hub, by a shipped configuration of its name."""
     short = name.rpartition("/")[2].lower()
     # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
     shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
@@ -107,14 +106,12 @@ def _hub(name: str) -> UserModel:
         raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
     config = _config(text, name)
     try:
-        parameters = dimensions_of_config(config).parameters
+        return config, dimensions_of_config(config).parameters
     except KeyError as error:
         raise UserError(
             f"model {name!r} is of the family {config['model_type']!r}, whose configuration has no {error.args[0]}; "
             "download it and give its folder"
         ) from error
-    spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=config["hidden_size"])
-    return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
 
 
 def _gguf(name: str) -> UserModel:

@@ -17,7 +17,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -38,38 +37,16 @@ MAX_RANK = 512
 """The paper's largest rank."""
 SHORT_STEPS = 100
 """Steps below which the paper calls a run short."""
-SHORT_RATIO = 15.0
-"""The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
-SMALLEST_WIDTH = 1000
-"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
 RL_STEPS = (50, 300)
 """The smallest and the largest number of steps in reinforcement learning."""
 
 _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
-
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
-
-
-def covered(family: str) -> bool:
-    """Return whether the law has an exponent for a family."""
-    return lineage(family) in PUBLISHED.exponents
-
-
-def rl_steps(problems: int, per_step: int, epochs: float) -> int:
-    """Return the number of steps, within RL_STEPS, that go through all problems `epochs` times.
-
-    Args:
-        problems: the number of problems for training.
-        per_step: the number of problems in each step.
-        epochs: passes over the problems.
-    """
-    fewest, most = RL_STEPS
-    return min(most, max(fewest, math.ceil(epochs * problems / per_step)))
 
 
 def recommended_batch(examples: int) -> int:
@@ -83,29 +60,30 @@ def recommended_batch(examples: int) -> int:
     return min(size, examples)
 
 
-def capacity_rank(parameters_per_rank: float, completion_tokens: float) -> int:
-    """Return the smallest power of two at which LoRA has a parameter for each completion token.
+def recommended_rank(model: UserModel, completion_tokens: float | None) -> int:
+    """Return the authors' default rank, or a higher one if the data need it.
 
-    This is the rule in the documentation of the authors' library.
-    """
-    return 1 << math.ceil(math.log2(max(1.0, completion_tokens / parameters_per_rank)))
-
-
-def max_rank(hidden_size: int) -> int:
-    """Return the highest rank to use: the paper's highest, or the rank at which LoRA's matrices outgrow the weights."""
-    return min(MAX_RANK, hidden_size // 2)
-
-
-def recommended_rank(hidden_size: int, parameters_per_rank: float, completion_tokens: float | None) -> int:
-    """Return the authors' default rank, or a higher one up to `max_rank` if the data need it.
+    By the documentation of the authors' library, LoRA needs a parameter for each completion token; the smallest power
+    of two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the
+    weights.
 
     Args:
-        hidden_size: the model's width.
-        parameters_per_rank: LoRA's parameters at rank 1.
+        model: the model.
         completion_tokens: scored tokens of the training data; None if unknown.
     """
-    needed = 1 if completion_tokens is None else capacity_rank(parameters_per_rank, completion_tokens)
-    return min(max(DEFAULT_RANK, needed), max_rank(hidden_size))
+    share = max(1.0, (completion_tokens or 1.0) / model.lora_parameters(1))
+    return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.sizes.hidden // 2)
+
+
+def checked_gpu(name: str) -> str:
+    """Return the name of a GPU if it is known.
+
+    Raises:
+        UserError: the GPU is not known.
+    """
+    if name not in GPUS:
+        raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -124,43 +102,6 @@ class Choices:
     """The grader of problems for reinforcement learning; None for supervised fine-tuning."""
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The number of examples in each split."""
-
-    train: int
-    validation: int
-    test: int
-
-
-def splits(usable: int, share: float) -> Splits:
-    """Return the sizes of disjoint splits.
-
-    Args:
-        usable: the number of usable examples.
-        share: the share of the examples for validation, and the same share for the test.
-
-    Raises:
-        UserError: there are too few examples.
-    """
-    if usable < _MIN_EXAMPLES:
-        raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")
-    held_out = max(1, round(usable * share))
-    validation, test = min(held_out, _MAX_VALIDATION), min(held_out, _MAX_TEST)
-    return Splits(usable - validation - test, validation, test)
-
-
-def checked_gpu(name: str) -> str:
-    """Return the name of a GPU if it is known.
-
-    Raises:
-        UserError: the GPU is not known.
-    """
-    if name not in GPUS:
-        raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
-    return name
-
-
 def init_preset(
     path: Path, model: str, data: str, form: str | None, choices: Choices, force: bool, say: Callable[[str], None]
 ) -> Preset:
@@ -169,7 +110,7 @@ def init_preset(
     Args:
         path: the .yaml file to write.
         model: the model's name; see `find_model`.
-        data: a data file or the id of a dataset of the hub; see `examine_data` and `examine_problems`.
+        data: a data file or the id of a dataset of the hub; see `examine` and `examine_problems`.
         form: the format of a data file; None to recognize it by the columns.
         choices: the user's choices.
         force: whether to overwrite an existing file.
@@ -198,7 +139,7 @@ def init_preset(
     if template:
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
-    text = preset_text(described, examples, choices, template, path)
+    text = _text(described, examples, choices, template, path)
     preset = parse_preset(yaml.safe_load(text), path)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -211,60 +152,73 @@ def init_preset(
     return preset
 
 
-def preset_text(
-    model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path
-) -> str:
-    """Return the preset as YAML text.
-
-    Args:
-        model: the model.
-        data: the examples for supervised fine-tuning, or the problems for reinforcement learning.
-        choices: the user's choices.
-        template: the `chat_template` for a model without its own.
-        path: the file of the preset, for its comment.
-
-    Raises:
-        UserError: there are too few examples, or the GPU is not known.
-    """
+def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path) -> str:
+    """Return the preset as YAML text: it fine-tunes on examples, or does reinforcement learning on problems."""
     sizes = splits(data.usable, choices.held_out)
-    sft = isinstance(data, UserData)
+    data_fields, train = data.source | sizes, sizes["train"]
+    settings: dict[str, Any] = {}
     if isinstance(data, UserData):
-        tokens = data.mean_completion_tokens * sizes.train
-        high = recommended_rank(model.sizes.hidden, model.lora_parameters(1), tokens)
+        tokens = data.mean_completion_tokens * train
+        high = recommended_rank(model, tokens)
         # A quarter of the recommended rank, and rank 1, show where capacity ends.
         ranks = choices.ranks or tuple(sorted({1, max(1, high // 4), high}))
-        fields = {"max_chars": max(32, data.max_chars), "mean_tokens": max(1, round(data.mean_tokens))}
+        data_fields |= {"max_chars": max(32, data.max_chars), "mean_tokens": max(1, round(data.mean_tokens))}
         about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
-        settings: dict[str, Any] = {"tokens": tokens, "batch_size": recommended_batch(sizes.train)}
-        settings |= {"epochs": float(choices.epochs), "parameters": model.lora_parameters(max(ranks))}
+        settings |= {"tokens": tokens, "parameters": model.lora_parameters(max(ranks))}
+        settings |= {"batch_size": recommended_batch(train), "epochs": float(choices.epochs)}
     else:
-        recommended = recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
-        ranks = choices.ranks or tuple(sorted({1, recommended}))
-        fields, about = {}, f"{data.usable} usable problems."
-        per_step = min(PROBLEMS_PER_STEP, sizes.train)
-        settings = {"problems_per_step": per_step, "group_size": GROUP_SIZE}
-        settings["steps"] = rl_steps(sizes.train, per_step, choices.epochs)
+        ranks = choices.ranks or tuple(sorted({1, recommended_rank(model, None)}))
+        about = f"{data.usable} usable problems."
+        per_step, (fewest, most) = min(PROBLEMS_PER_STEP, train), RL_STEPS
+        # As many steps as go through all problems `epochs` times.
+        steps = min(most, max(fewest, math.ceil(choices.epochs * train / per_step)))
+        settings |= {"problems_per_step": per_step, "group_size": GROUP_SIZE, "steps": steps}
         settings["max_new_tokens"] = data.max_new_tokens
+    # A tiny model does not keep several threads busy.
+    threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
+    # The model's fields that differ from their defaults, and a hub model's revision for the user to pin.
+    defaults = {name: field.default for name, field in type(model.spec).model_fields.items()}
+    kept = {"revision"} if isinstance(model.spec, HubModel) else set()
+    model_fields = {name: value for name, value in model.spec if name in kept or value != defaults[name]}
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = _yaml
+    sft = isinstance(data, UserData)
     return environment.from_string(Path(__file__).with_name("preset.yaml.j2").read_text(encoding="utf-8")).render(
         # A comment must not leave its line.
         path=" ".join(str(path).split()),
         description=f"LoRA against full fine-tuning: {model.name} on {data.name}",
         model_name=_slug(model.name),
-        model_fields=_model_fields(model) | ({"chat_template": template} if template else {}),
+        model_fields=model_fields | ({"chat_template": template} if template else {}),
         sft=sft,
         about_data=about,
         data_name=_slug(data.name),
-        data_fields=data.source | vars(sizes) | fields,
-        gpu=choices.gpu,
+        data_fields=data_fields,
+        gpu=None if choices.gpu is None else checked_gpu(choices.gpu),
+        threads=threads,
+        gflops=_GFLOPS_PER_CORE * threads,
         margins=DEFAULT_MARGINS.model_dump(),
         ranks=list(ranks),
         start=formats.lr(starting_lr(model.sizes.hidden, "sft" if sft else "rl"), 2),
         seeds=choices.seeds,
-        execution=_execution(model, choices.gpu),
         **settings,
     )
+
+
+def splits(usable: int, share: float) -> dict[str, int]:
+    """Return the sizes of disjoint splits by name, `train`, `validation` and `test`.
+
+    Args:
+        usable: the number of usable examples.
+        share: the share of the examples for validation, and the same share for the test.
+
+    Raises:
+        UserError: there are too few examples.
+    """
+    if usable < _MIN_EXAMPLES:
+        raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")
+    held_out = max(1, round(usable * share))
+    validation, test = min(held_out, _MAX_VALIDATION), min(held_out, _MAX_TEST)
+    return {"train": usable - validation - test, "validation": validation, "test": test}
 
 
 def _yaml(value: object) -> str:
@@ -278,20 +232,3 @@ def _slug(name: str) -> str:
     """Return a name as presets allow it: `meta-llama/Llama-3.2-1B` becomes `llama-3-2-1b`."""
     stem = re.sub(r"\.(gguf|jsonl|json|csv|parquet)$", "", name.rstrip("/").rpartition("/")[2].lower())
     return re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "own"
-
-
-def _execution(model: UserModel, gpu: str | None) -> dict[str, object]:
-    if gpu is not None:
-        # A job takes the smallest number of GPUs with enough memory, up to this maximum.
-        fitting = {"gpu": checked_gpu(gpu), "max_gpus": 8, "activation_checkpointing": "auto"}
-        return {"threads": 8, "max_batch_tokens": 8192, **fitting}
-    # A tiny model does not keep several threads busy.
-    threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
-    return {"threads": threads, "max_batch_tokens": 4096, "gflops": _GFLOPS_PER_CORE * threads}
-
-
-def _model_fields(model: UserModel) -> dict[str, object]:
-    """Return the fields of a model that differ from their defaults, and a hub model's revision for the user to pin."""
-    defaults = {name: field.default for name, field in type(model.spec).model_fields.items()}
-    kept = {"revision"} if isinstance(model.spec, HubModel) else set()
-    return {name: value for name, value in model.spec if name in kept or value != defaults[name]}

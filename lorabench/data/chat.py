@@ -24,6 +24,9 @@ FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
 NOT_UNICODE = "text that is not valid Unicode"
 
+Row = dict[str, Any]
+"""A row of a dataset file or a problem file: its `split` and `source`, and what the kind of file holds."""
+
 Example = TypeVar("Example")
 
 # This many consecutive examples that are not wanted mean that there are no more.
@@ -59,11 +62,6 @@ def is_text(messages: Messages) -> bool:
     return [message["role"] for message in messages] == ["text"]
 
 
-def is_example(messages: Messages) -> bool:
-    """Return whether there is something to train on: a plain text, or an assistant's turn that ends a longer chat."""
-    return is_text(messages) or (len(messages) > 1 and messages[-1]["role"] == "assistant")
-
-
 def prompt(messages: Messages) -> str:
     """Return the text that identifies an example: all turns before the last, or the plain text; spaces normalized."""
     identifying = messages if is_text(messages) else messages[:-1]
@@ -72,10 +70,14 @@ def prompt(messages: Messages) -> str:
 
 def prompt_digest(messages: Messages) -> int:
     """Return a 64-bit hash of the prompt; the chance that two of a million prompts collide is 3e-8."""
-    return int.from_bytes(hashlib.blake2b(prompt(messages).encode(), digest_size=8).digest(), "big")
+    return _digest(prompt(messages))
 
 
-def wanted(examples: Iterator[Example], keep: Callable[[Example], bool]) -> Iterator[Example]:
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def wanted(examples: Iterable[Example], keep: Callable[[Example], bool]) -> Iterator[Example]:
     """Yield the examples to keep; end after many others in a row."""
     misses = 0
     for example in examples:
@@ -91,9 +93,9 @@ def is_first(key: Callable[[Example], Hashable]) -> Callable[[Example], bool]:
     seen: set[Hashable] = set()
 
     def first(example: Example) -> bool:
-        new = key(example) not in seen
+        before = len(seen)
         seen.add(key(example))
-        return new
+        return len(seen) > before
 
     return first
 
@@ -112,6 +114,19 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
+def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iterator[Row]:
+    """Yield the same rows; raise UserError if two splits share an example, by the text that identifies a row's example.
+
+    Rows without such a text may be shared.
+    """
+    split_of: dict[int, Split] = {}
+    for row in rows:
+        text = identity(row)
+        if text is not None and (first := split_of.setdefault(_digest(text), row["split"])) != row["split"]:
+            raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
+        yield row
+
+
 def formats_in(columns: Iterable[str]) -> list[FileFormat]:
     """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
     present = set(columns)
@@ -128,9 +143,9 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
     """
     names = format_name.split("/")
     if format_name == "text":
-        messages = [{"role": "text", "content": row_text(content.get("text"))}]
-    elif len(names) == 1:
-        messages = _turns(content.get(format_name))
+        return [{"role": "text", "content": row_text(content.get("text"))}]
+    if len(names) == 1:
+        messages = chat_turns(content.get(format_name))
     else:
         asked, answered = (content.get(name) for name in names)
         if names[0] == "instruction" and content.get("input"):
@@ -138,34 +153,44 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
         messages = []
         # Each side of a pair is a text or a list of turns.
         for value, role in ((asked, "user"), (answered, "assistant")):
-            messages += _turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
-    if not is_example(messages):
+            messages += chat_turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UnusableRowError(NO_ASSISTANT)
     return messages
 
 
-def _turns(value: Any) -> Messages:
-    if not value:
+def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
+    """Return turns with `role` and `content`, or with `from` and `value`, as messages.
+
+    Raises:
+        UnusableRowError: a turn has another form, an unknown role, or no text although empty ones are not kept.
+    """
+    if not value and not keep_empty:
         raise UnusableRowError(NO_TEXT)
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    turns = value or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UnusableRowError(NO_CHAT)
     messages = []
-    for turn in value:
+    for turn in turns:
         role = turn.get("role") or turn.get("from")
         if not isinstance(role, str) or role not in ROLES:
             raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
-        content = turn.get("content") or turn.get("value")
+        content = turn.get("content") or turn.get("value", turn.get("content"))
         # Many datasets have an empty system prompt.
-        if ROLES[role] != "system" or content:
-            messages.append({"role": ROLES[role], "content": row_text(content)})
+        if keep_empty or content or ROLES[role] != "system":
+            messages.append({"role": ROLES[role], "content": row_text(content, keep_empty)})
     return messages
 
 
-def row_text(value: Any) -> str:
-    """Return a value of a row as text; a number is converted, since JSON and parquet hold answers as numbers."""
+def row_text(value: Any, may_be_empty: bool = False) -> str:
+    """Return a value of a row as text; a number is converted, since JSON and parquet hold answers as numbers.
+
+    Raises:
+        UnusableRowError: the value is no text, is empty and must not be, or is not valid Unicode.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
     text = str(value) if is_number else value
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (may_be_empty or text.strip()):
         raise UnusableRowError(NO_TEXT)
     try:
         text.encode()

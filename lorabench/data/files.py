@@ -22,14 +22,23 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.fields import FILE_SUFFIXES, FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
-from lorabench.data.chat import FORMATS, Chat, UnusableRowError, file_messages, formats_in, prompt_digest, row_text
+from lorabench.data.chat import (
+    FORMATS,
+    Chat,
+    Example,
+    UnusableRowError,
+    file_messages,
+    formats_in,
+    prompt_digest,
+    row_text,
+)
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
@@ -41,20 +50,9 @@ _BATCH_ROWS = 256
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
-Example = TypeVar("Example")
-
-Choose = Callable[[Collection[str], str], list[str]]
-"""Selects the columns to read among those of a row or file, given with where they are (for messages); raises UserError
-if a needed column is missing."""
-
-
-class RawRow(NamedTuple):
-    """A row as it was read."""
-
-    place: int
-    """Its line in JSON lines and CSV, else its number; both are counted from 1."""
-    content: dict[str, Any] | str
-    """Its columns by name, or the reason why it can't be read."""
+RawRow = tuple[int, dict[str, Any] | str]
+"""A row as it was read: its place, which is its line in JSON lines and CSV and else its number, both counted from 1;
+and its columns by name, or the reason why it can't be read."""
 
 
 @dataclass
@@ -140,19 +138,19 @@ def json_lines(path: Path) -> Iterator[RawRow]:
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (remainder := file.readline(MAX_LINE_BYTES)) and not remainder.endswith(b"\n"):
                     pass
-                yield RawRow(place, TOO_LONG)
+                yield place, TOO_LONG
                 continue
             try:
                 if text := line.decode().strip():
                     value = json.loads(text)
-                    yield RawRow(place, value if isinstance(value, dict) else NO_OBJECT)
+                    yield place, value if isinstance(value, dict) else NO_OBJECT
             except UnicodeDecodeError:
-                yield RawRow(place, NOT_UTF8)
+                yield place, NOT_UTF8
             except (ValueError, RecursionError):
-                yield RawRow(place, "not JSON")
+                yield place, "not JSON"
 
 
-def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[RawRow]:
+def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
     """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
 
     Raises:
@@ -162,7 +160,7 @@ def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[RawRow]:
         with pq.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names, str(path)) if choose is not None else None
             batches = file.iter_batches(_BATCH_ROWS, columns=columns)
-            yield from map(RawRow._make, enumerate((row for batch in batches for row in batch.to_pylist()), 1))
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error
@@ -208,8 +206,7 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path} is not JSON: {reason}") from error
     if not isinstance(values, list):
         raise UserError(f"{path} must be an array of objects, or hold one object per line")
-    for place, value in enumerate(values, 1):
-        yield RawRow(place, value if isinstance(value, dict) else NO_OBJECT)
+    yield from enumerate((value if isinstance(value, dict) else NO_OBJECT for value in values), 1)
 
 
 def _csv_rows(path: Path) -> Iterator[RawRow]:
@@ -234,28 +231,72 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
                 return
             except csv.Error as error:
                 content = f"not CSV: {error}"
-            yield RawRow(reader.line_num, content)
+            yield reader.line_num, content
 
 
-def file_chats(spec: FileDataset) -> Iterator[Chat]:
-    """Yield the usable examples of a file, each prompt once, in an order that the seed decides.
+def chosen_format(path: Path) -> FileFormat:
+    """Return the format that the columns of the first row with columns of a format imply.
+
+    Raises:
+        UserError: the columns imply no format or several, or the file can't be read.
+    """
+    tally = Tally("unknown")
+    for _, formats in usable(file_rows(path, tally), formats_in, tally):
+        if len(formats) > 1:
+            raise UserError(f"{path} may be read as {' or '.join(formats)}; set `format`")
+        if formats:
+            return formats[0]
+    if not tally.columns and tally.bad:
+        raise UserError(f"{path}: none of its {tally.rows} rows can be used: {tally.reasons()}")
+    raise UserError(
+        f"{path} has the columns {_names(tally.columns)}; needed are those of one format: {', '.join(FORMATS)}"
+    )
+
+
+def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
+    """Yield the usable examples among rows, in their order and each prompt once.
+
+    The tally says the format and counts the rows as they are read. Examples of more than `max_chars` are left out.
+    """
+
+    def parse(content: dict[str, Any]) -> Chat:
+        chat = Chat(source, file_messages(content, tally.format))
+        if max_chars is not None and chat.chars() > max_chars:
+            raise UnusableRowError(TOO_LONG)
+        return chat
+
+    # Hashes take less memory than prompts.
+    return (chat for _, chat in usable(rows, parse, tally, lambda chat: prompt_digest(chat.messages)))
+
+
+def file_chats(path: Path, form: FileFormat | None, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+    """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
+
+    Raises:
+        UserError: no format is given and the columns imply none or several, or the file can't be read.
+    """
+    tally = Tally(form or chosen_format(path))
+    return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
+
+
+def shuffled_chats(spec: FileDataset) -> Iterator[Chat]:
+    """Yield the usable examples of a dataset's file in an order that the seed decides.
 
     Raises:
         UserError: the file can't be read, or has too few usable rows.
     """
-    path = Path(spec.path)
-    tally = Tally(spec.format or chosen_format(path))
+    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars)
     # The examples wait in a file until their turn, so that memory holds one of them at a time.
     with tempfile.TemporaryFile() as waiting:
         starts = array("q")
-        for chat in usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars):
+        for chat in chats:
             starts.append(waiting.tell())
             waiting.write(json.dumps(chat.messages).encode() + b"\n")
         _check_enough(tally, spec)
         Random(spec.seed).shuffle(starts)
         for start in starts:
             waiting.seek(start)
-            yield Chat(path.name, json.loads(waiting.readline()))
+            yield Chat(Path(spec.path).name, json.loads(waiting.readline()))
 
 
 def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
@@ -285,63 +326,23 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     return problems, tally
 
 
-def _check_enough(tally: Tally, spec: FileDataset | FileProblems) -> None:
-    wanted = spec.train + spec.validation + spec.test
-    if tally.usable < wanted:
-        why = f" ({tally.reasons()})" if tally.bad else ""
-        raise UserError(
-            f"{Path(spec.path)}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; "
-            f"{wanted} are needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
-        )
-
-
 def tally_of(spec: FileDataset | FileProblems) -> Tally:
-    """Return the tally of a dataset's file, which is read once through.
-
-    Raises:
-        UserError: the file can't be read or lacks a column, or a problem set has too few usable rows.
-    """
+    """Return the tally of a dataset's file, which is read once through; the errors are those of its examples."""
     if isinstance(spec, FileProblems):
         return file_problems(spec)[1]
-    path = Path(spec.path)
-    tally = Tally(spec.format or chosen_format(path))
-    deque(usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars), maxlen=0)
+    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars)
+    deque(chats, maxlen=0)
     return tally
 
 
-def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
-    """Yield the usable examples among rows, in their order and each prompt once.
-
-    The tally says the format and counts the rows as they are read. Examples of more than `max_chars` are left out.
-    """
-
-    def parse(content: dict[str, Any]) -> Chat:
-        chat = Chat(source, file_messages(content, tally.format))
-        if max_chars is not None and chat.chars() > max_chars:
-            raise UnusableRowError(TOO_LONG)
-        return chat
-
-    # Hashes take less memory than prompts.
-    return (chat for _, chat in usable(rows, parse, tally, lambda chat: prompt_digest(chat.messages)))
-
-
-def chosen_format(path: Path) -> FileFormat:
-    """Return the format that the columns of the first row with columns of a format imply.
-
-    Raises:
-        UserError: the columns imply no format or several, or the file can't be read.
-    """
-    tally = Tally("unknown")
-    for _, formats in usable(file_rows(path, tally), formats_in, tally):
-        if len(formats) > 1:
-            raise UserError(f"{path} may be read as {' or '.join(formats)}; set `format`")
-        if formats:
-            return formats[0]
-    if not tally.columns and tally.bad:
-        raise UserError(f"{path}: none of its {tally.rows} rows can be used: {tally.reasons()}")
-    raise UserError(
-        f"{path} has the columns {_names(tally.columns)}; needed are those of one format: {', '.join(FORMATS)}"
-    )
+def _check_enough(tally: Tally, spec: FileDataset | FileProblems) -> None:
+    needed = spec.train + spec.validation + spec.test
+    if tally.usable < needed:
+        why = f" ({tally.reasons()})" if tally.bad else ""
+        raise UserError(
+            f"{Path(spec.path)}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; "
+            f"{needed} are needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
+        )
 
 
 def _names(columns: Iterable[str]) -> str:

@@ -81,9 +81,8 @@ def gsm8k_answer(solution: str) -> str | None:
     return answer.strip().replace(",", "") or None if mark else None
 
 
-# Words that show backtracking, self-verification or exploration.
-BACKTRACKING = (
-    # An interjection, not the verb as in `wait five minutes`.
+_REFLECTION = (
+    # Backtracking. The first is an interjection, not the verb as in `wait five minutes`.
     r"wait(?=\s*[^\w\s]|\s+(?:no|but|actually)\b)",
     "hold on",
     "hmm+",
@@ -94,21 +93,18 @@ BACKTRACKING = (
     "(?:go|going) back",
     "start(?:ing)? over",
     "reconsider(?:ing)?",
-)
-VERIFICATION = (
+    # Self-verification.
     "let(?: me|'s| us) (?:check|verify|double[- ]check|test)",
     "double[- ]check(?:ing)?",
     "re-?check(?:ing)?",
     "verify(?:ing)?",
-)
-EXPLORATION = (
+    # Exploration.
     "alternatively",
     "another (?:way|approach|method|idea)",
     "(?:try|trying) (?:again|another|a different|something)",
     "what if",
 )
-
-_WORDS = re.compile(rf"\b(?:{'|'.join(BACKTRACKING + VERIFICATION + EXPLORATION)})\b", re.IGNORECASE)
+_WORDS = re.compile(rf"\b(?:{'|'.join(_REFLECTION)})\b", re.IGNORECASE)
 
 
 def reflects(response: str) -> bool:
@@ -128,6 +124,13 @@ _WALL_PER_CPU_SECOND = 10
 
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;:> ]|\\?\$|~|\s")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+
+# How the answer of a response is read, by the kinds of sets whose answers are bare numbers; other sets want a box.
+_NUMBERS = {
+    "arithmetic": lambda response: number(response.strip()),
+    "gsm_symbolic": last_number,
+    "number": last_number,
+}
 
 
 class Grader:
@@ -150,7 +153,7 @@ class Grader:
         Raises:
             ValueError: there is no such kind.
         """
-        if kind not in ("arithmetic", "gsm_symbolic", "number", "boxed", *HUB_PROBLEMS):
+        if kind not in (*_NUMBERS, "boxed", *HUB_PROBLEMS):
             raise ValueError(f"no grader for problems of kind {kind!r}")
         self._kind = kind
         self._workers = [_Worker(seconds) for _ in range(workers)]
@@ -161,21 +164,16 @@ class Grader:
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Return for each response whether it gives the answer at the same index of `answers`."""
         pairs = list(zip(responses, answers, strict=True))
-        match self._kind:
-            case "arithmetic":
-                return [_same(number(response.strip()), number(answer)) for response, answer in pairs]
-            case "gsm_symbolic" | "number":
-                return [_same(last_number(response), number(answer)) for response, answer in pairs]
-            case _:
-                return self._grade_boxes([(last_box(response), answer) for response, answer in pairs])
-
-    def _grade_boxes(self, pairs: list[tuple[str | None, str]]) -> list[bool]:
+        if self._kind in _NUMBERS:
+            values = [(_NUMBERS[self._kind](response), number(answer)) for response, answer in pairs]
+            return [given is not None and given == answer for given, answer in values]
+        boxes = [(last_box(response), answer) for response, answer in pairs]
         # Samples of a problem often agree, so each distinct pair is compared once.
-        verdicts = {pair: _plain_verdict(*pair) for pair in pairs}
+        verdicts = {pair: _plain_verdict(*pair) for pair in boxes}
         hard = [pair for pair, verdict in verdicts.items() if verdict is None]
         with ThreadPoolExecutor(len(self._workers)) as threads:
             verdicts.update(zip(hard, threads.map(self._compare, hard), strict=True))
-        return [bool(verdicts[pair]) for pair in pairs]
+        return [bool(verdicts[pair]) for pair in boxes]
 
     def _compare(self, pair: tuple[str, str]) -> bool:
         worker = self._idle.get()
@@ -184,38 +182,29 @@ class Grader:
         finally:
             self._idle.put(worker)
 
-    def close(self) -> None:
-        """End the workers. A later comparison starts them again."""
-        for worker in self._workers:
-            worker.end()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
-def _same(given: object, answer: object) -> bool:
-    return given is not None and given == answer
+        for worker in self._workers:
+            worker.end()
 
 
 def _plain_verdict(given: str | None, answer: str) -> bool | None:
     """Return whether a boxed answer is right, as far as that is clear without math-verify; else None."""
     if not given or len(given) > MAX_CHARS:
         return False
-    left, right = _plain(given), _plain(answer)
+    # LaTeX without commands and spaces that only change its layout.
+    left, right = (
+        _FRACTION.sub(r"\\frac", _LAYOUT.sub("", latex.replace("{,}", ","))).removesuffix(".")
+        for latex in (given, answer)
+    )
     if left == right:
         return True
     first, second = number(left), number(right)
     if first is not None and second is not None and (first == second or first.denominator == second.denominator == 1):
         return first == second
     return None
-
-
-def _plain(latex: str) -> str:
-    """Return LaTeX without commands and spaces that only change its layout."""
-    return _FRACTION.sub(r"\\frac", _LAYOUT.sub("", latex.replace("{,}", ","))).removesuffix(".")
 
 
 class _Worker:
@@ -233,31 +222,32 @@ class _Worker:
         """
         if self._process is None or self._process.poll() is not None:
             self.end()
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
+            # sympy iterates over sets, whose order depends on hashes: a fixed seed makes verdicts reproducible.
+            environment, pipe = os.environ | {"PYTHONHASHSEED": "0"}, subprocess.PIPE
+            command = [sys.executable, "-P", str(_WORKER), str(self._seconds)]
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+            if self._reply(_START_SECONDS) != b"true\n":
+                self._process.kill()
+                status = self._process.wait()
+                raise RuntimeError(f"the grading worker {_WORKER} did not start (exit status {status})")
+        assert self._process.stdin is not None
         try:
-            process.stdin.write(json.dumps([given, answer]).encode() + b"\n")
-            process.stdin.flush()
-            reply = _reply(process, self._seconds * _WALL_PER_CPU_SECOND)
+            self._process.stdin.write(json.dumps([given, answer]).encode() + b"\n")
+            self._process.stdin.flush()
+            reply = self._reply(self._seconds * _WALL_PER_CPU_SECOND)
         except BrokenPipeError:
             reply = b""
         if not reply:
             self.end()
         return reply == b"true\n"
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(self._seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # sympy iterates over sets, whose order depends on hashes: a fixed seed makes verdicts reproducible.
-            env=os.environ | {"PYTHONHASHSEED": "0"},
-        )
-        if _reply(process, _START_SECONDS) != b"true\n":
-            process.kill()
-            raise RuntimeError(f"the grading worker {_WORKER} did not start (exit status {process.wait()})")
-        return process
+    def _reply(self, seconds: float) -> bytes:
+        """Return the next line of the process, which it writes in one piece; empty if it ended or took too long."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        return os.read(self._process.stdout.fileno(), 64) if poll.poll(seconds * 1000) else b""
 
     def end(self) -> None:
         """End the process if it has started."""
@@ -266,11 +256,3 @@ class _Worker:
             with self._process:  # Leaving the context closes the pipes and waits.
                 pass
             self._process = None
-
-
-def _reply(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Return the next line of the process, which it writes in one piece; empty if it ended or took too long."""
-    assert process.stdout is not None
-    poll = select.poll()
-    poll.register(process.stdout, select.POLLIN)
-    return os.read(process.stdout.fileno(), 64) if poll.poll(seconds * 1000) else b""

@@ -43,11 +43,7 @@ def confine() -> None:
 
 
 def main(seconds: float) -> None:
-    """Answer requests until the input ends.
-
-    Args:
-        seconds: CPU time of a comparison, after which the kernel ends the process.
-    """
+    """Answer requests until the input ends; after `seconds` of CPU time for one, the kernel ends the process."""
     # A job is stopped by a signal to all its processes, which must not make the current answer wrong.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -13,20 +13,21 @@ prompt's hash.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, UnusableRowError, prompt_digest
-from lorabench.data.files import Choose, RawRow, Tally, json_lines, parquet_rows, usable
+from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt_digest
+from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
 
 _FORMS = ("messages", "conversations")
-_NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
+_REPEATED = "with the prompt of another"
 
 
 def part_files(
@@ -35,8 +36,8 @@ def part_files(
     """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
 
     Args:
-        fetched: the fetched repositories by id; not used if there is a folder with copies.
-        copies: the folder with copies, `copies/owner/name`; None for the hub's cache.
+        fetched: the fetched repositories by id.
+        copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
         name: the repository, `owner/name`.
         config: the configuration within the repository; None for its only one.
         split: the split within the configuration.
@@ -53,27 +54,41 @@ def part_files(
     return files
 
 
-def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[RawRow]:
+def part_rows(
+    files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
+) -> Iterator[RawRow]:
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
+
+    Args:
+        files: the part's files.
+        name: the dataset's name in errors.
+        needed: the columns to read; of several names for a column the first that is there.
+        optional: columns that are read if they are there.
 
     Raises:
         UserError: a file is of another kind, a row can't be read, or a column is missing.
     """
 
-    def contents(file: Path) -> Iterator[dict[str, Any] | str]:
-        match file.suffix:
-            case ".parquet":
-                yield from (row.content for row in parquet_rows(file, choose))
-            case ".jsonl":
-                for place, content in json_lines(file):
-                    where = f"{file}:{place}"
-                    if isinstance(content, str):
-                        raise UserError(f"{where} is {content}")
-                    yield {name: content[name] for name in choose(content, where)}
-            case _:
-                raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+    def choose(columns: Collection[str], where: str) -> list[str]:
+        chosen = [column for column in optional if column in columns]
+        for names in needed:
+            present = [column for column in names if column in columns]
+            if not present:
+                raise UserError(
+                    f"{name} has the columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed"
+                )
+            chosen.append(present[0])
+        return chosen
 
-    return (RawRow(*row) for row in enumerate((content for file in files for content in contents(file)), 1))
+    number = 0
+    for file in files:
+        if file.suffix not in (".parquet", ".jsonl"):
+            raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+        for place, content in parquet_rows(file, choose) if file.suffix == ".parquet" else json_lines(file):
+            if isinstance(content, str):
+                raise UserError(f"{file}:{place} is {content}")
+            number += 1
+            yield number, {column: content[column] for column in choose(content, f"{file}:{place}")}
 
 
 def choose_chats(
@@ -88,7 +103,7 @@ def choose_chats(
         number of rows and of usable rows, and what was left out by reason.
 
     Raises:
-        UserError: the files do not exist, have other columns or roles, or hold too few usable rows.
+        UserError: the files do not exist, have other columns, or hold too few usable rows.
     """
     files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
     tally = Tally("chats", unit="row")
@@ -97,9 +112,9 @@ def choose_chats(
         numbers.append(number)
         digests.append(prompt_digest(chat.messages))
     order = np.random.default_rng(spec.seed).permutation(len(numbers))
-    _, first = np.unique(np.asarray(digests)[order], return_index=True)
     shuffled = np.asarray(numbers)[order]
-    repeated = np.delete(shuffled, first)
+    is_repeated = pd.Series(np.asarray(digests)[order]).duplicated().to_numpy()
+    chosen, repeated = shuffled[~is_repeated], shuffled[is_repeated]
     if len(repeated):
         tally.leave_out(int(repeated.min()), _REPEATED, len(repeated))
         tally.usable -= len(repeated)
@@ -110,64 +125,28 @@ def choose_chats(
             f"dataset {spec.id} has {tally.usable} usable examples in {tally.rows} rows; {sum(sizes.values())} are "
             f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
         )
-    chosen = shuffled[np.sort(first)]
     # For each row the index of its split in SPLITS, or -1 if it is not chosen.
-    splits, start = np.full(tally.rows, -1, np.int8), 0
+    splits, start = np.full(tally.rows + 1, -1, np.int8), 0
     for split in reversed(SPLITS):
-        splits[chosen[start : start + sizes[split]] - 1] = SPLITS.index(split)
+        splits[chosen[start : start + sizes[split]]] = SPLITS.index(split)
         start += sizes[split]
     commit = fetched[spec.id].commit if spec.path is None else None
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
     about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
     chats = _usable_chats(spec, files, Tally("chats"))
-    return ((SPLITS[splits[row - 1]], chat) for row, chat in chats if splits[row - 1] >= 0), about
+    return ((SPLITS[splits[row]], chat) for row, chat in chats if splits[row] >= 0), about
 
 
 def _usable_chats(spec: HubDataset, files: list[Path], tally: Tally) -> Iterator[tuple[int, Chat]]:
     """Yield the number and the chat of each usable row, in the order of the files; see `files.usable`."""
 
-    def columns(names: Collection[str], where: str) -> list[str]:
-        form = next((name for name in _FORMS if name in names), None)
-        if form is None:
-            raise UserError(
-                f"dataset {spec.id} has the columns {', '.join(names)} in {where}; messages or conversations is needed"
-            )
-        return [form, "source"] if "source" in names else [form]
-
     def parse(content: dict[str, Any]) -> Chat:
-        chat = Chat(str(content.get("source") or spec.id), hub_messages(content, spec.id))
-        messages = chat.messages
+        messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
+        chat = Chat(str(content.get("source") or spec.id), messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-            raise UnusableRowError(_NO_ANSWER)
+            raise UnusableRowError("without a last answer")
         if chat.chars() > spec.max_chars:
             raise UnusableRowError(f"of more than {spec.max_chars} characters")
         return chat
 
-    return usable(part_rows(files, columns), parse, tally)
-
-
-def hub_messages(row: dict[str, Any], name: str) -> Messages:
-    """Return a row's messages, each with `role` and `content`.
-
-    Args:
-        row: its column `messages` (turns with role and content) or `conversations` (turns with from and value).
-        name: the dataset's id, for errors.
-
-    Raises:
-        UserError: a turn has another form, an unknown role, or no text.
-    """
-    form = next(form for form in _FORMS if form in row)
-    role_key, content_key = ("role", "content") if form == "messages" else ("from", "value")
-    messages = []
-    for turn in row[form] or []:
-        if role_key not in turn or content_key not in turn:
-            raise UserError(
-                f"dataset {name} has a turn of {form} with {', '.join(turn)}; {role_key} and {content_key} are needed"
-            )
-        role, content = turn[role_key], turn[content_key]
-        if role not in ROLES:
-            raise UserError(f"dataset {name} has a turn of role {role!r}; allowed: {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"dataset {name} has a turn of {role} without text")
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
+    return usable(part_rows(files, f"dataset {spec.id}", [_FORMS], ["source"]), parse, tally)

@@ -20,9 +20,8 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         rules = spec.model_dump(exclude={"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
-    if isinstance(spec, DocstringsDataset):
-        return digest([PROTOCOL_VERSION, spec.model_dump(), DOCSTRINGS], 8)
-    return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
+    content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
+    return digest([PROTOCOL_VERSION, spec.model_dump(), *content], 8)
 
 
 @cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -25,82 +25,64 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.inputs import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
-from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
+from lorabench.data.chat import SPLITS, Split, UnusableRowError, disjoint, is_first, take, wanted
 from lorabench.data.files import Tally, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
 from lorabench.data.hub import part_files, part_rows
-from lorabench.data.reasoning import (
-    Problem,
-    interleaved,
-    is_worked_template,
-    sum_problems,
-    task_problems,
-    worked_solutions,
-)
-from lorabench.errors import UserError
+from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solutions
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository, WantedRepository
 
 _KEY = attrgetter("key")
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
 
-_SUBJECTS = (
-    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory"),
-    *("prealgebra", "precalculus"),
-)
-
-
-Numbers = tuple[int, ...]
-"""The whole numbers of a question, in their order."""
-Exact = int | Fraction
-Rule = Callable[[Numbers], Exact | None]
-"""Returns an answer, or None where the rule gives none."""
-_Read = tuple[Numbers, Exact | None]
-"""A question's numbers and its answer, None for one that is no number."""
-
-# Longer digits are split, since Python refuses to read very long ones.
-_WHOLE = re.compile(r"\d{1,15}")
-_MOST = 2000  # rules are fitted on so many problems at most
-
 
 class _Part(NamedTuple):
     """A split of a repository with problems of a set: its place there, and how to read question and answer."""
 
+    kind: str
+    """The kind of the problem set."""
+    use: str
+    """Whether its problems are for `train`, from which validation is held out, or for `test`."""
     id: str
     config: str | None
     split: str
     question: str
     """The column of the question."""
     answer: str
+    """The column of the answer."""
     gold: Callable[[str], str | None] = str.strip
     """Extracts the short answer from the answer's text; None if there is none."""
 
 
-_TRAIN = {
-    "gsm8k": [_Part("openai/gsm8k", "main", "train", "question", "answer", gsm8k_answer)],
-    "math": [
-        _Part("EleutherAI/hendrycks_math", subject, split, "problem", "solution", last_box)
+_SUBJECTS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory"),
+    *("prealgebra", "precalculus"),
+)
+_PARTS = (
+    _Part("gsm8k", "train", "openai/gsm8k", "main", "train", "question", "answer", gsm8k_answer),
+    _Part("gsm8k", "test", "openai/gsm8k", "main", "test", "question", "answer", gsm8k_answer),
+    *(
+        _Part("math", "train", "EleutherAI/hendrycks_math", subject, split, "problem", "solution", last_box)
         for subject in _SUBJECTS
         for split in ("train", "test")
-    ],
-    "deepmath": [_Part("zwhe99/DeepMath-103K", None, "train", "question", "final_answer")],
-}
-_TEST = {
-    "gsm8k": [_Part("openai/gsm8k", "main", "test", "question", "answer", gsm8k_answer)],
-    "math": [_Part("HuggingFaceH4/MATH-500", None, "test", "problem", "answer")],
-    "aime24": [_Part("HuggingFaceH4/aime_2024", None, "train", "problem", "answer")],
-    "aime25": [_Part("math-ai/aime25", None, "test", "problem", "answer")],
-}
+    ),
+    _Part("math", "test", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
+    _Part("deepmath", "train", "zwhe99/DeepMath-103K", None, "train", "question", "final_answer"),
+    _Part("aime24", "test", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
+    _Part("aime25", "test", "math-ai/aime25", None, "test", "problem", "answer"),
+)
 
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return the repositories to fetch for a problem set."""
-    parts: dict[str, list[tuple[str | None, str]]] = {}
-    for part in (*_TRAIN.get(spec.kind, ()), *_TEST.get(spec.kind, ())):
-        parts.setdefault(part.id, []).append((part.config, part.split))
+    splits: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
+    for part in _PARTS:
+        if part.kind == spec.kind:
+            splits[part.id].append((part.config, part.split))
     return [
-        WantedRepository("dataset", name, spec.revisions.get(name, "main"), tuple(splits))
-        for name, splits in parts.items()
+        WantedRepository("dataset", name, spec.revisions.get(name, "main"), tuple(parts))
+        for name, parts in splits.items()
     ]
 
 
@@ -145,14 +127,13 @@ def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:
     Easy problems repeat soon, so problems that come late are harder, and must not make up a split of their own.
     """
     if spec.kind == "gsm_symbolic":
-        generated = worked_solutions(is_worked_template, spec.seed)
+        generated = worked_solutions("odd", spec.seed)
     else:
         # The set's sizes have other names in some tasks of reasoning-gym.
         sizes = {name: getattr(spec, name) for name in ("min_digits", "max_digits", "min_terms", "max_terms")}
         numbers = {"min_numbers": spec.min_terms, "max_numbers": spec.max_terms, "max_value": spec.max_value}
         settings = {"chain_sum": sizes, "products": sizes, "gcd": numbers, "lcm": numbers}
-        tasks = [task_problems(task, spec.seed, **settings.get(task, {})) for task in spec.tasks]
-        generated = interleaved(tasks, spec.seed)
+        generated = mixture(spec.tasks, spec.seed, settings)
 
     def is_suitable(problem: Problem) -> bool:
         chars = len(problem.question) + len(problem.response)
@@ -169,36 +150,24 @@ def _hub_pools(
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """Return the problems to train on and the problems to test on, in an order that the seed decides.
 
-    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
-    their number is logged.
-
-    Raises:
-        UserError: the files do not exist, or can't be read.
+    For DeepMath, which has no test split, both are the same iterator.
     """
-    train, test = (
-        [problem for part in parts.get(spec.kind, []) for problem in _hub_problems(spec, fetched, part)]
-        for parts in (_TRAIN, _TEST)
-    )
-    for pool in (train, test):
+    pools: dict[str, list[Problem]] = {"train": [], "test": []}
+    for part in _PARTS:
+        if part.kind == spec.kind:
+            pools[part.use] += _hub_problems(spec, fetched, part)
+    for pool in pools.values():
         Random(spec.seed).shuffle(pool)
-    if spec.kind not in _TEST:
-        everything = iter(train)
-        return everything, everything
     # MATH-500 is a part of Hendrycks' MATH.
-    tested = {problem.key for problem in test}
-    return (problem for problem in train if problem.key not in tested), iter(test)
+    tested = {problem.key for problem in pools["test"]}
+    train = (problem for problem in pools["train"] if problem.key not in tested)
+    return train, iter(pools["test"]) if pools["test"] else train
 
 
 def _hub_problems(spec: HubProblems, fetched: Mapping[str, FetchedRepository], part: _Part) -> list[Problem]:
+    """Return the problems of a part; those without an answer are left out, and their number is logged."""
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
-
-    def columns(names: Collection[str], where: str) -> list[str]:
-        # DeepMath also has three long solutions of each problem.
-        for name in (part.question, part.answer):
-            if name not in names:
-                raise UserError(f"{part.id} has the columns {', '.join(names)} in {where}; {name} is needed")
-        return [part.question, part.answer]
 
     def parse(content: dict[str, Any]) -> Problem:
         question, text = content[part.question], content[part.answer]
@@ -208,7 +177,9 @@ def _hub_problems(spec: HubProblems, fetched: Mapping[str, FetchedRepository], p
         return Problem(source, question.strip() + suffix, answer)
 
     tally = Tally("problems", unit="row")
-    rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns)
+    # The other columns are not read: DeepMath also has three long solutions of each problem.
+    columns = [[part.question], [part.answer]]
+    rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)
     problems = [problem for _, problem in usable(rows, parse, tally)]
     if tally.bad:
         logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
@@ -225,15 +196,10 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a problem file.
 
     Raises:
-        UserError: the file is missing or damaged, or two splits share a question.
+        UserError: the file is missing or damaged, or two splits share a problem.
     """
-    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
-    split_of: dict[str, str] = {}
-    for row in rows:
-        text = " ".join(row["question"].split())
-        if split_of.setdefault(text, row["split"]) != row["split"]:
-            raise UserError(f"splits {split_of[text]!r} and {row['split']!r} share the problem {text[:80]!r}")
-    return rows
+    rows = read_parquet(path, _SCHEMA).to_pylist()
+    return list(disjoint(rows, lambda row: " ".join(row["question"].split())))
 
 
 @dataclass(frozen=True)
@@ -246,6 +212,17 @@ class Controls:
     """The accuracy of the best rule; at least that of the constant answer on the problems to train on."""
     rule_text: str
     """The description of the rule."""
+
+
+_Numbers = tuple[int, ...]
+"""The whole numbers of a question, in their order."""
+_Answer = int | Fraction | None
+"""The answer to a problem: None for one that is no number, and where a rule gives none."""
+_Read = tuple[_Numbers, _Answer]
+
+# Longer digits are split, since Python refuses to read very long ones.
+_WHOLE = re.compile(r"\d{1,15}")
+_MOST = 2000  # rules are fitted on so many problems at most
 
 
 def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Controls:
@@ -264,59 +241,57 @@ def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) 
     constant = Counter(answer for _, answer in train).most_common(1)[0][0]
     constant_accuracy = sum(answer == constant for _, answer in test) / len(test)
     train = train[:_MOST]
-    learned, tested = ([_parsed(*problem) for problem in problems] for problems in (train, test))
-    share, text, accuracy = sum(answer == constant for _, answer in train) / len(train), f"always {constant}", None
-    for name, rule in _rules(learned).items():
+    learned, tested = ([_read(*problem) for problem in problems] for problems in (train, test))
+
+    def first_digits(numbers: _Numbers) -> Hashable:
+        return tuple(str(value)[0] for value in numbers)
+
+    rules = {
+        "the sum without carries": _sum_without_carries,
+        "a constant for each pair of parities": _by_class(learned, lambda n: tuple(v % 2 for v in n[:2])),
+        "a constant for each tuple of first digits": _by_class(learned, first_digits),
+        "a constant for each tuple of last digits": _by_class(learned, lambda n: tuple(v % 10 for v in n)),
+        "the smallest + a constant for each tuple of first digits": _by_class(learned, first_digits, start=min),
+    }
+    share, best = sum(answer == constant for _, answer in train) / len(train), None
+    for text, rule in rules.items():
         if share < (rule_share := _accuracy(rule, learned)) < 1:
-            share, text, accuracy = rule_share, name, _accuracy(rule, tested)
-    return Controls(constant_accuracy, constant_accuracy if accuracy is None else accuracy, text)
+            share, best = rule_share, text
+    if best is None:
+        return Controls(constant_accuracy, constant_accuracy, f"always {constant}")
+    return Controls(constant_accuracy, _accuracy(rules[best], tested), best)
 
 
-def _parsed(question: str, answer: str) -> _Read:
+def _read(question: str, answer: str) -> _Read:
     value = number(answer.strip())
     # With whole numbers Python is much faster than with fractions.
     exact = int(value) if value is not None and value.denominator == 1 else value
     return tuple(map(int, _WHOLE.findall(question))), exact
 
 
-def _accuracy(rule: Rule, problems: Sequence[_Read]) -> float:
+def _accuracy(rule: Callable[[_Numbers], _Answer], problems: Sequence[_Read]) -> float:
     right = sum(answer is not None and bool(numbers) and rule(numbers) == answer for numbers, answer in problems)
     return right / len(problems)
 
 
-def _rules(problems: Sequence[_Read]) -> dict[str, Rule]:
-    """Return the rules by their descriptions, fitted to problems."""
-
-    def without_carries(numbers: Numbers) -> int:
-        places = range(max(len(str(value)) for value in numbers))
-        return sum(sum(value // 10**place % 10 for value in numbers) % 10 * int(10**place) for place in places)
-
-    def first_digits(numbers: Numbers) -> Hashable:
-        return tuple(str(value)[0] for value in numbers)
-
-    def zero(numbers: Numbers) -> int:
-        return 0
-
-    return {
-        "the sum without carries": without_carries,
-        "a constant for each pair of parities": _by_class(problems, zero, lambda n: tuple(v % 2 for v in n[:2])),
-        "a constant for each tuple of first digits": _by_class(problems, zero, first_digits),
-        "a constant for each tuple of last digits": _by_class(problems, zero, lambda n: tuple(v % 10 for v in n)),
-        "the smallest + a constant for each tuple of first digits": _by_class(problems, min, first_digits),
-    }
+def _sum_without_carries(numbers: _Numbers) -> int:
+    places = range(max(len(str(value)) for value in numbers))
+    return sum(sum(value // 10**place % 10 for value in numbers) % 10 * int(10**place) for place in places)
 
 
 def _by_class(
-    problems: Sequence[_Read], start: Callable[[Numbers], int], feature: Callable[[Numbers], Hashable]
-) -> Rule:
+    problems: Sequence[_Read],
+    feature: Callable[[_Numbers], Hashable],
+    start: Callable[[_Numbers], int] = lambda numbers: 0,
+) -> Callable[[_Numbers], _Answer]:
     """Return the rule of a start plus the constant that is right most often in each class of a feature."""
-    constants: dict[Hashable, Counter[Exact]] = defaultdict(Counter)
+    constants: dict[Hashable, Counter[int | Fraction]] = defaultdict(Counter)
     for numbers, answer in problems:
         if answer is not None and numbers:
             constants[feature(numbers)][answer - start(numbers)] += 1
     frequent = {value: counted.most_common(1)[0][0] for value, counted in constants.items()}
 
-    def rule(numbers: Numbers) -> Exact | None:
+    def rule(numbers: _Numbers) -> _Answer:
         constant = frequent.get(feature(numbers))
         return None if constant is None else start(numbers) + constant
 

@@ -1,21 +1,15 @@
 """Generated problems: all pretraining and fine-tuning text that needs no download is made of them.
 
 Most are from reasoning-gym, in three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
-
-- `PRETRAIN_TASKS` and the *even* gsm_symbolic templates make the pretraining text;
-- `INSTRUCT_TASKS` make the instruction mixture;
-- the *odd* gsm_symbolic templates make the worked solutions.
-
-One percent of the pretraining text comes from the latter two, drawn with another seed.
-
-Every problem is a function of (task, seed, index): reasoning-gym builds item i from `seed + i`.
+`PRETRAIN_TASKS` and the *even* gsm_symbolic templates make the pretraining text, `INSTRUCT_TASKS` the instruction
+mixture, and the *odd* gsm_symbolic templates the worked solutions. One percent of the pretraining text comes from the
+latter two, drawn with another seed. Every problem is a function of (task, seed, index): reasoning-gym builds item i
+from `seed + i`.
 
 The other source are sums of two numbers with written working: problems for RL, and texts of writers who make mistakes.
 The working adds the digits column by column from the right, with what is carried as a third term, and the answer comes
 last: `7+5=12 4+8+1=13 132` answers `47+85`. The sum of `columns` digits has about 8 tokens for each column, 18 in all
-for two columns and 34 for four.
-
-The bases that are pretrained on the texts of `written_sums` imitate a mix of writers:
+for two columns and 34 for four. The bases that are pretrained on the texts of `written_sums` imitate a mix of writers:
 
 - Most writers never carry. Whoever carries does so throughout, so the mistake is one of strategy.
 - All writers make slips in adding two digits, some pairs of digits often and some never. Each pair has its own wrong
@@ -27,10 +21,13 @@ are right. RL can therefore improve by a shift of strategy, and then pair by pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from random import Random
+from types import MappingProxyType
+from typing import Literal
 
 PRETRAIN_TASKS = (
     "aiw",
@@ -95,69 +92,50 @@ class Problem:
         return " ".join(self.question.split())
 
 
-# reasoning-gym requires a size in advance; items are built on demand, so a large size costs nothing.
-_ENDLESS = 10_000_000
+def mixture(
+    tasks: Sequence[str], seed: int, settings: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+) -> Iterator[Problem]:
+    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly.
 
-
-def task_problems(task: str, seed: int, **settings: int) -> Iterator[Problem]:
-    """Yield problems of a reasoning-gym task without end; `settings` are passed to the task.
-
-    Raises:
-        ValueError: reasoning-gym has no task of that name.
+    Args:
+        tasks: the names of the tasks.
+        seed: decides the order of the tasks, and their problems.
+        settings: settings of tasks by their names, such as the sizes of numbers.
     """
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset(task, seed=seed, size=_ENDLESS, **settings)
-    for index in range(_ENDLESS):
-        item = dataset[index]
-        # Some tasks have puzzles without a solution.
-        if item["answer"] is not None:
-            yield Problem(task, item["question"].strip(), str(item["answer"]).strip())
+    def problems(task: str) -> Iterator[Problem]:
+        # reasoning-gym requires a size in advance; items are built on demand, so a large size costs nothing.
+        dataset = reasoning_gym.create_dataset(task, seed=seed, size=10_000_000, **settings.get(task, {}))
+        for index in count():
+            item = dataset[index]
+            # Some tasks have puzzles without a solution.
+            if item["answer"] is not None:
+                yield Problem(task, item["question"].strip(), str(item["answer"]).strip())
 
-
-def mixture(tasks: tuple[str, ...], seed: int) -> Iterator[Problem]:
-    """Yield problems without end, each from a task drawn uniformly."""
-    return interleaved([task_problems(task, seed) for task in tasks], seed)
-
-
-def interleaved(streams: list[Iterator[Problem]], seed: int) -> Iterator[Problem]:
-    """Yield problems without end, each from a stream drawn uniformly."""
-    rng = Random(seed)
+    rng, streams = Random(seed), [problems(task) for task in tasks]
     while True:
         yield next(rng.choice(streams))
 
 
-def worked_solutions(template: Callable[[int], bool], seed: int) -> Iterator[Problem]:
+def worked_solutions(templates: Literal["even", "odd"], seed: int) -> Iterator[Problem]:
     """Yield gsm_symbolic problems with their chain of thought without end.
 
     Args:
-        template: returns whether to use a template, given the number of one of the 85 sound templates.
+        templates: which of the 85 sound templates to use, by their numbers.
         seed: decides the templates and the numbers in them.
     """
     import reasoning_gym
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
 
     generators = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=1).generators
-    chosen = [number for number in tasks_ok if template(number)]
+    chosen = [number for number in tasks_ok if number % 2 == ("even", "odd").index(templates)]
     rng = Random(seed)
     while True:
         number = rng.choice(chosen)
         item = generators[number](Random(rng.getrandbits(63)), 1.0)
         solution = item["metadata"]["answer_cot"].strip()
         yield Problem(f"gsm_symbolic/{number}", item["question"].strip(), str(item["answer"]).strip(), solution)
-
-
-def is_pretraining_template(template: int) -> bool:
-    """Return whether a gsm_symbolic template belongs to the pretraining text."""
-    return template % 2 == 0
-
-
-def is_worked_template(template: int) -> bool:
-    """Return whether a gsm_symbolic template belongs to the worked-solutions dataset."""
-    return template % 2 == 1
-
-
-_SLIPS_SEED = 7
 
 
 @dataclass(frozen=True)
@@ -182,14 +160,9 @@ def sum_problems(min_digits: int, max_digits: int, carries: int, seed: int) -> I
     Args:
         min_digits: the smallest number of digits, drawn uniformly up to `max_digits`.
         max_digits: the largest number of digits.
-        carries: the least number of columns, other than the leftmost, whose sum is 10 or more.
+        carries: the least number of columns, other than the leftmost, whose sum is 10 or more; below `min_digits`.
         seed: decides the terms.
-
-    Raises:
-        ValueError: The terms have too few columns for the carries.
     """
-    if carries >= min_digits:
-        raise ValueError(f"carries = {carries}: terms of {min_digits} digits have at most {min_digits - 1}")
     rng = Random(seed)
     while True:
         first, second = _terms(rng, rng.randint(min_digits, max_digits))
@@ -224,7 +197,8 @@ def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0
     for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
-        total = _added(int(upper), int(lower), writers, rng) + carried
+        rate, slip = _slips()[min(upper, lower), max(upper, lower)]
+        total = int(upper) + int(lower) + carried + (slip if rng.random() < rate * writers.most_slips else 0)
         lines.append(f"{upper}+{lower}{'+1' if carried else ''}={total}")
         answer = f"{total % 10}{answer}"
         carried = int(total >= 10 and not is_careless)
@@ -237,15 +211,9 @@ def _terms(rng: Random, digits: int) -> tuple[int, int]:
     return first, second
 
 
-def _added(upper: int, lower: int, writers: Writers, rng: Random) -> int:
-    """Return the sum of two digits as a writer takes it, who may slip to the sum above or below."""
-    rate, slip = _slips()[min(upper, lower), max(upper, lower)]
-    return upper + lower + (slip if rng.random() < rate * writers.most_slips else 0)
-
-
 @cache
-def _slips() -> dict[tuple[int, int], tuple[float, int]]:
+def _slips() -> dict[tuple[str, str], tuple[float, int]]:
     """Return for each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
-    rng = Random(_SLIPS_SEED)
+    rng = Random(7)
     pairs = [(low, high) for low in range(10) for high in range(low, 10)]
-    return {(low, high): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}
+    return {(str(low), str(high)): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}

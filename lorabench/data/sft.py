@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
 from types import MappingProxyType
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.inputs import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
-from lorabench.data.chat import SPLITS, Chat, Split, is_first, prompt, prompt_digest, take, wanted
-from lorabench.data.files import file_chats
+from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
+from lorabench.data.files import shuffled_chats
 from lorabench.data.hub import choose_chats
-from lorabench.data.reasoning import INSTRUCT_TASKS, is_worked_template, mixture, worked_solutions
+from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, worked_solutions
 from lorabench.errors import UserError
 from lorabench.utils.files import atomic_path, damage_explained, file_sha256
 from lorabench.utils.hub import FetchedRepository
-
-ExampleRow = dict[str, Any]
-"""An example of a dataset file: `split`, `source` and `messages`."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages", pa.list_(_MESSAGE))])
@@ -34,7 +31,6 @@ _ABOUT = b"lorabench"
 # Limits of a row group, which is held in memory, in examples and in characters; the last example may exceed the latter.
 _GROUP_ROWS = 4096
 _GROUP_CHARS = 16_000_000
-
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
 
@@ -70,7 +66,7 @@ def build_dataset(
         write_dataset(make_dataset(spec), path)
 
 
-def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[ExampleRow]:
+def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
     """Yield the rows of a generated dataset or a file, distinct by prompt across all splits.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
@@ -78,91 +74,25 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Exa
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need.
     """
-    is_new = is_first(_digest)
+
+    def digest(chat: Chat) -> int:
+        return prompt_digest(chat.messages)
+
+    is_new = is_first(digest)
     if isinstance(spec, FactsDataset):
         facts = list(take(wanted(random_facts(spec), is_new), spec.facts, "facts"))
         for split in SPLITS:
             yield from (_row(split, fact) for fact in facts)
         return
     if isinstance(spec, FileDataset):
-        chats = file_chats(spec)
+        chats = shuffled_chats(spec)
     else:
-        instruct = spec.kind == "instruct"
-        problems = mixture(INSTRUCT_TASKS, spec.seed) if instruct else worked_solutions(is_worked_template, spec.seed)
+        problems = mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions("odd", spec.seed)
         made = (Chat.of(problem.source, problem.question, problem.response) for problem in problems)
         chats = wanted(made, lambda chat: chat.chars() <= spec.max_chars and is_new(chat))
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     for split in SPLITS:
-        for chat in take(chats, getattr(spec, split), f"{split} examples {what}"):
-            yield _row(split, chat)
-
-
-def _digest(chat: Chat) -> int:
-    return prompt_digest(chat.messages)
-
-
-def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
-    """Choose the examples of each split at random by the spec's seed, from the packages of that split.
-
-    Returns:
-        The examples with their splits, and a note: the packages and their licences, the number of functions in the
-        files that were parsed, the number of usable ones, and what was left out by reason.
-
-    Raises:
-        UserError: the file was changed, or a split's packages have too few usable functions.
-    """
-    if file_sha256(DOCSTRINGS_FILE) != _DOCSTRINGS_SHA256:
-        raise UserError(f"{DOCSTRINGS_FILE} was changed after it was installed; install the package again")
-    table = pq.read_table(DOCSTRINGS_FILE)
-    note = json.loads(table.schema.metadata[b"lorabench"])
-    before, chats = note.pop("left_out"), []
-    left_out = {"of too few words": before.pop("of too few words"), "too long": before.pop("too long"), **before}
-    for row in table.to_pylist():
-        chat = Chat.of(row["package"], f"What does this Python function do?\n\n{row['code']}", row["description"])
-        if row["words"] < spec.min_words:
-            left_out["of too few words"] += 1
-        elif chat.chars() > spec.max_chars:
-            left_out["too long"] += 1
-        else:
-            chats.append((row["split"], chat, row["code"]))
-    usable = list(_distinct(chats, left_out))
-    chosen: list[tuple[Split, Chat]] = []
-    for split in SPLITS:
-        pool = [chat for name, chat in usable if name == split]
-        wanted = getattr(spec, split)
-        if len(pool) < wanted:
-            raise UserError(
-                f"found {len(pool)} {split} examples of at most {spec.max_chars} characters and at least "
-                f"{spec.min_words} words in the docstrings; {wanted} are needed"
-            )
-        Random(spec.seed).shuffle(pool)
-        chosen += [(split, chat) for chat in pool[:wanted]]
-    counts = {"rows": len(usable) + sum(left_out.values()), "usable": len(usable), "left_out": left_out}
-    return iter(chosen), note | counts
-
-
-def _distinct(chats: list[tuple[Split, Chat, str]], left_out: dict[str, int]) -> Iterator[tuple[Split, Chat]]:
-    """Yield the chats whose description no other has, each code once; count the others.
-
-    Descriptions are compared without the names in backticks, code without the function's name: both by letters alone.
-    """
-
-    def letters(text: str) -> str:
-        return "".join(re.findall(r"[a-z]+", text.lower()))
-
-    same_text, same_code = "shares its description with another function", "repeats the code of another function"
-    left_out |= {same_text: 0, same_code: 0}
-    texts = [letters(re.sub(r"`[^`]*`", "", chat.messages[1]["content"])) for _, chat, _ in chats]
-    counts, seen = Counter(texts), set[str]()
-    for (split, chat, code), text in zip(chats, texts, strict=True):
-        code_letters = letters(re.sub(r"def \w+", "def", code, count=1))
-        if counts[text] > 1:
-            left_out[same_text] += 1
-        elif code_letters in seen:
-            left_out[same_code] += 1
-        else:
-            seen.add(code_letters)
-            yield split, chat
+        yield from (_row(split, chat) for chat in take(chats, getattr(spec, split), f"{split} examples {what}"))
 
 
 def random_facts(spec: FactsDataset) -> Iterator[Chat]:
@@ -177,23 +107,64 @@ def random_facts(spec: FactsDataset) -> Iterator[Chat]:
         yield Chat.of(_FACTS, f"number of {name}?", number)
 
 
-def _row(split: Split, chat: Chat) -> ExampleRow:
+def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
+    """Choose the examples of each split at random by the spec's seed, from the packages of that split.
+
+    Of functions whose descriptions are the same none is taken, of functions with the same code the first. Descriptions
+    are compared without the names in backticks, code without the function's name: both by letters alone.
+
+    Returns:
+        The examples with their splits, and a note: the packages and their licences, the number of functions in the
+        files that were parsed, the number of usable ones, and what was left out by reason.
+
+    Raises:
+        UserError: the file was changed, or a split's packages have too few usable functions.
+    """
+    if file_sha256(DOCSTRINGS_FILE) != _DOCSTRINGS_SHA256:
+        raise UserError(f"{DOCSTRINGS_FILE} was changed after it was installed; install the package again")
+    table = pq.read_table(DOCSTRINGS_FILE)
+    note = json.loads(table.schema.metadata[b"lorabench"])
+    functions = table.to_pandas()
+    functions["prompt"] = "What does this Python function do?\n\n" + functions["code"]
+
+    def letters(text: str) -> str:
+        return "".join(re.findall(r"[a-z]+", text.lower()))
+
+    functions["text"] = [letters(re.sub(r"`[^`]*`", "", text)) for text in functions["description"]]
+    functions["body"] = [letters(re.sub(r"def \w+", "def", code, count=1)) for code in functions["code"]]
+    before = note.pop("left_out")
+    left_out = {reason: before.pop(reason) for reason in ("of too few words", "too long")} | before
+    functions["chars"] = functions["prompt"].str.len() + functions["description"].str.len()
+    reasons: dict[str, Callable[[pd.DataFrame], pd.Series[bool]]] = {
+        "of too few words": lambda rows: rows["words"] < spec.min_words,
+        "too long": lambda rows: rows["chars"] > spec.max_chars,
+        "shares its description with another function": lambda rows: rows["text"].duplicated(keep=False),
+        "repeats the code of another function": lambda rows: rows["body"].duplicated(),
+    }
+    for reason, is_unusable in reasons.items():
+        unusable = is_unusable(functions)
+        left_out[reason] = left_out.get(reason, 0) + int(unusable.sum())
+        functions = functions[~unusable]
+    chosen: list[tuple[Split, Chat]] = []
+    for split in SPLITS:
+        pool = functions.loc[functions["split"] == split, ["package", "prompt", "description"]].to_numpy().tolist()
+        needed = getattr(spec, split)
+        if len(pool) < needed:
+            raise UserError(
+                f"found {len(pool)} {split} examples of at most {spec.max_chars} characters and at least "
+                f"{spec.min_words} words in the docstrings; {needed} are needed"
+            )
+        Random(spec.seed).shuffle(pool)
+        chosen += [(split, Chat.of(*example)) for example in pool[:needed]]
+    usable = len(functions)
+    return iter(chosen), note | {"rows": usable + sum(left_out.values()), "usable": usable, "left_out": left_out}
+
+
+def _row(split: Split, chat: Chat) -> Row:
     return {"split": split, "source": chat.source, "messages": chat.messages}
 
 
-def checked_disjoint(rows: Iterable[ExampleRow]) -> Iterator[ExampleRow]:
-    """Yield the same rows; raise UserError, naming the prompt, if two splits share it. Random facts may be shared."""
-    split_of: dict[int, Split] = {}
-    for row in rows:
-        if row["source"] != _FACTS:
-            first = split_of.setdefault(prompt_digest(row["messages"]), row["split"])
-            if first != row["split"]:
-                text = prompt(row["messages"])[:80]
-                raise UserError(f"splits {first!r} and {row['split']!r} share the example {text!r}")
-        yield row
-
-
-def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] | None = None) -> None:
+def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
     """Write rows as parquet, a row group at a time; the file appears only once it is complete.
 
     Args:
@@ -203,7 +174,7 @@ def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] 
     """
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        group: list[ExampleRow] = []
+        group: list[Row] = []
         chars = 0
         for row in rows:
             group.append(row)
@@ -215,14 +186,15 @@ def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] 
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def read_dataset(path: Path) -> Iterator[ExampleRow]:
+def read_dataset(path: Path) -> Iterator[Row]:
     """Yield the rows of a dataset file.
 
     Raises:
-        UserError: the file is missing or damaged, or two splits share an example.
+        UserError: the file is missing or damaged, or two splits share an example, except for random facts.
     """
     with damage_explained(path), pq.ParquetFile(path) as file:
-        yield from checked_disjoint(row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+        rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+        yield from disjoint(rows, lambda row: None if row["source"] == _FACTS else prompt(row["messages"]))
 
 
 def about(path: Path) -> dict[str, Any] | None:

@@ -12,11 +12,11 @@ import logging
 import multiprocessing
 import tempfile
 from array import array
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,10 @@ from lorabench.utils.files import atomic_path, file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows of a batch that is read.
-_BATCH_ROWS = 256
 # Leaving out more than this share of a split would change the dataset: it is an error.
 _MOST_LEFT_OUT = 0.1
+_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
+_Encoded = tuple[Split, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,8 @@ def template_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> dict[str, str]:
     """Return the hashes that identify a token cache: of the dataset, the tokenizer and the chat template."""
-    return {
-        "dataset": file_sha256(dataset)[:16],
-        "tokenizer": tokenizer_key(tokenizer),
-        "template": template_key(tokenizer),
-    }
+    keys = {"tokenizer": tokenizer_key(tokenizer), "template": template_key(tokenizer)}
+    return {"dataset": file_sha256(dataset)[:16]} | keys
 
 
 @dataclass(frozen=True)
@@ -198,45 +195,33 @@ def write_tokens(
             write_tensors(partial, tensors, metadata)
 
 
-_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
-_Encoded = tuple[Split, np.ndarray, np.ndarray]
-
-
 def _encoded(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int) -> Iterator[_Encoded]:
     """Yield the split, token ids and scored mask of each example, in order; several processes encode a group each."""
     with pq.ParquetFile(dataset) as file:
         groups = range(file.num_row_groups)
-    processes = min(processes, len(groups))
-    if processes == 1:
+    encode = partial(_encode, dataset, tokenizer, limits)
+    if min(processes, len(groups)) == 1:
         for group in groups:
-            yield from _encode(dataset, tokenizer, limits, group)
+            yield from encode(group)
         return
     # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        running: deque[Future[list[_Encoded]]] = deque()
-        for group in groups:
-            running.append(pool.submit(_encode, dataset, tokenizer, limits, group))
-            # This bounds the number of groups in memory.
-            if len(running) > processes:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
+    with ProcessPoolExecutor(min(processes, len(groups)), multiprocessing.get_context("spawn")) as pool:
+        # Examples are written faster than they are encoded, so few groups wait in memory.
+        for examples in pool.map(encode, groups):
+            yield from examples
 
 
 def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, group: int) -> list[_Encoded]:
     """Encode the examples of a row group of a dataset file."""
     encoded = []
     with pq.ParquetFile(dataset) as file:
-        rows = (row for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]) for row in batch.to_pylist())
-        for row in rows:
+        for row in file.read_row_group(group).to_pylist():
             ids, scored = encode_chat(tokenizer, row["messages"])
+            where = f"an example of split {row['split']!r}"
             if not any(scored):
-                text = tokenizer.decode(ids)[:80]
-                raise UserError(f"an example of split {row['split']!r} has no assistant token: {text!r}")
+                raise UserError(f"{where} has no assistant token: {tokenizer.decode(ids)[:80]!r}")
             if len(ids) > limits.model and limits.dataset is None:
-                raise UserError(
-                    f"an example of split {row['split']!r} has {len(ids)} tokens; the model takes {limits.model}"
-                )
+                raise UserError(f"{where} has {len(ids)} tokens; the model takes {limits.model}")
             encoded.append((row["split"], np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])))
     return encoded
 

@@ -28,7 +28,7 @@ from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state
-from lorabench.training.run import machine_of, machine_state
+from lorabench.training.run import Machine, machine_of, machine_state
 from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
 
 
@@ -39,17 +39,44 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         say: is called with each check when it is made.
     """
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    machine, preset, gpu = machine_of(plan), plan.preset, plan.preset.execution.gpu
-    on_gpu = machine.device.type == "cuda"
-    state = machine_state(machine.device)
+    machine, preset = machine_of(plan), plan.preset
+    state, done = machine_state(machine.device), list[Check]()
+    steps: dict[bench.Subject, tuple[float, float]] = {}
+    for name, check in _checks(plan, layout, machine, state["device"], steps).items():
+        done.append(made(name, check))
+        say(done[-1])
+    dense = {
+        subject: seconds
+        for subject, (_, seconds) in steps.items()
+        if preset.execution.gpu is not None and not subject.sizes.experts
+    }
+    flops = sum(subject.flops(preset) for subject in dense)
+    return Record(
+        date=date,
+        preset=layout.name,
+        device=state["device"],
+        gpu=preset.execution.gpu,
+        host=platform.node(),
+        seconds=round(time.perf_counter() - began, 1),
+        git_sha=code_state(layout.patches)["git_sha"],
+        packages=state["packages"],
+        gflops=flops / sum(dense.values()) / 1e9 if dense else None,
+        checks=done,
+    )
+
+
+def _checks(
+    plan: Plan, layout: Layout, machine: Machine, device: str, steps: dict[bench.Subject, tuple[float, float]]
+) -> dict[str, Callable[[], Check]]:
+    """Return the checks by name; those of training steps put the peak bytes and the seconds of each into `steps`."""
+    preset, gpu, on_gpu = plan.preset, plan.preset.execution.gpu, machine.device.type == "cuda"
     memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else None
     checks: dict[str, Callable[[], Check]] = {
-        "device": partial(check_device, gpu, state["device"], memory),
+        "device": partial(check_device, gpu, device, memory),
         "memory of the host": partial(check_host_memory, plan),
         "disk": partial(check_disk, plan),
         "vLLM": partial(check_engine, plan, layout, machine.device),
     }
-    steps: dict[bench.Subject, tuple[float, float]] = {}
 
     def memory_of_step(subject: bench.Subject) -> Check:
         steps[subject] = bench.measure_step(preset, machine, subject)
@@ -62,40 +89,23 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
 
     if gpu is not None and not on_gpu:
         checks["computing"] = lambda: Check(status="skipped", sentence="the preset is for a GPU, and there is none")
-    else:
-        if not on_gpu:
-            # Parity is checked in bf16 too, whatever the preset's precision.
-            bf16_products.choose_faster()
-        for subject in bench.training_subjects(plan):
-            for precision in get_args(bench.Precision):
-                name = f"parity in {precision}: {subject.title}"
-                checks[name] = partial(bench.check_parity, preset, machine, subject, precision)
-            # The plan of a preset for CPUs says nothing about a GPU.
-            if gpu is not None or not on_gpu:
-                checks[f"memory of a step: {subject.title}"] = partial(memory_of_step, subject)
-            if gpu is not None:
-                checks[f"speed of a step: {subject.title}"] = partial(speed_of_step, subject)
-        if gpu is None:
-            # The speed of a CPU is kept for `lorabench plan` in a file of its own.
-            checks["speed of training"] = partial(check_cpu_speed, plan, layout)
-    done = []
-    for name, check in checks.items():
-        done.append(made(name, check))
-        say(done[-1])
-    dense = {subject: seconds for subject, (_, seconds) in steps.items() if gpu and not subject.sizes.experts}
-    flops = sum(subject.flops(preset) for subject in dense)
-    return Record(
-        date=date,
-        preset=layout.name,
-        device=state["device"],
-        gpu=gpu,
-        host=platform.node(),
-        seconds=round(time.perf_counter() - began, 1),
-        git_sha=code_state(layout.patches)["git_sha"],
-        packages=state["packages"],
-        gflops=flops / sum(dense.values()) / 1e9 if dense else None,
-        checks=done,
-    )
+        return checks
+    if not on_gpu:
+        # Parity is checked in bf16 too, whatever the preset's precision.
+        bf16_products.choose_faster()
+    for subject in bench.training_subjects(plan):
+        for precision in get_args(bench.Precision):
+            name = f"parity in {precision}: {subject.title}"
+            checks[name] = partial(bench.check_parity, preset, machine, subject, precision)
+        # The plan of a preset for CPUs says nothing about a GPU.
+        if gpu is not None or not on_gpu:
+            checks[f"memory of a step: {subject.title}"] = partial(memory_of_step, subject)
+        if gpu is not None:
+            checks[f"speed of a step: {subject.title}"] = partial(speed_of_step, subject)
+    if gpu is None:
+        # The speed of a CPU is kept for `lorabench plan` in a file of its own.
+        checks["speed of training"] = partial(check_cpu_speed, plan, layout)
+    return checks
 
 
 def made(name: str, check: Callable[[], Check]) -> Check:

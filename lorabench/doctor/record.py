@@ -56,7 +56,7 @@ def enough(there: float, needed: float, sentence: str) -> Check:
 
 
 class Record(Strict):
-    """What `lorabench doctor` found on a machine."""
+    """The checks of a machine by `lorabench doctor`, and its speed."""
 
     date: str
     """When the checks began, in UTC."""

@@ -15,15 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lorabench.data.reasoning import (
-    INSTRUCT_TASKS,
-    PRETRAIN_TASKS,
-    Problem,
-    is_pretraining_template,
-    is_worked_template,
-    mixture,
-    worked_solutions,
-)
+from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS, Problem, mixture, worked_solutions
 from lorabench.models.specs import shipped_folder
 from lorabench.store.io import write_table
 
@@ -38,8 +30,8 @@ def pretraining_problems(recipe: Mapping[str, Any], seed: int) -> Iterator[Probl
         recipe: the recipe of a tiny base, as its `recipe.json` holds it.
         seed: the seed of the text.
     """
-    common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
-    rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
+    common = worked_solutions("even", seed), mixture(PRETRAIN_TASKS, seed)
+    rare = worked_solutions("odd", seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)
     while True:
         solutions, tasks = rare if rng.random() < recipe["rare_share"] else common

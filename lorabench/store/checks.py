@@ -14,16 +14,17 @@ _LOSSES = ["final_valid_nll", "final_test_nll"]
 
 _REWARDS = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
 
-# Losses are comparable only for the same text, tokenization and base model: each of these hashes must have one value
-# per combination of the columns that follow it.
+# Losses are comparable only for the same text, tokenization and base model, and scores only for the same sampler: each
+# of these columns must have one value per combination of the columns that follow it.
 _ONE_PER = {
-    "tokenizer_sha256": ("tokenizers", ["model", "dataset"]),
-    "template_sha256": ("chat templates", ["model", "dataset"]),
-    "dataset_sha256": ("datasets under one name", ["dataset"]),
-    "model_sha256": ("models under one name", ["model"]),
+    "runs": {
+        "tokenizer_sha256": ("tokenizers", ["model", "dataset"]),
+        "template_sha256": ("chat templates", ["model", "dataset"]),
+        "dataset_sha256": ("datasets under one name", ["dataset"]),
+        "model_sha256": ("models under one name", ["model"]),
+    },
+    "scores": {"sampler": ("samplers", ["model"])},
 }
-# The base and the runs of a model are compared by their scores.
-_ONE_PER_OF_EVALS = {"sampler": ("samplers", ["model"])}
 
 
 def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -52,7 +53,7 @@ def check_table(runs: pd.DataFrame) -> None:
     for name, right, allowed in _rules(runs):
         if name in runs:
             refuse_rows(runs, ~right, "run_id", name, allowed)
-    _check_one_per(runs, "runs", _ONE_PER)
+    _check_one_per(runs, "runs")
 
 
 def check_evals(evals: pd.DataFrame) -> None:
@@ -61,11 +62,11 @@ def check_evals(evals: pd.DataFrame) -> None:
     Raises:
         UserError: Some were computed with another sampler than others.
     """
-    _check_one_per(evals, "scores", _ONE_PER_OF_EVALS)
+    _check_one_per(evals, "scores")
 
 
-def _check_one_per(table: pd.DataFrame, rows: str, one_per: dict[str, tuple[str, list[str]]]) -> None:
-    for column, (what, per) in one_per.items():
+def _check_one_per(table: pd.DataFrame, rows: str) -> None:
+    for column, (what, per) in _ONE_PER[rows].items():
         if column not in table or not set(per) <= set(table.columns):
             continue
         for names, group in table.groupby(per):
@@ -81,7 +82,8 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     # A column that is lacking is null in what the other rules say of it.
     runs, whole = runs.reindex(columns=RUNS.names), "method" in runs
     known = runs.notna()
-    names = ["rank", "lr", "n_seeds", "final_test_nll_sd", *_LOSSES, *_REWARDS]
+    sd = "final_test_nll_sd"
+    names = ["rank", "lr", "n_seeds", sd, *_LOSSES, *_REWARDS]
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
     finite = number.abs().lt(np.inf)
     lora, fullft, rl = runs["method"].isin(["lora"]), runs["method"].isin(["fullft"]), is_rl(runs)
@@ -95,11 +97,7 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
         ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
         ("seed", known["seed"], "whole numbers"),
         ("n_seeds", ~known["n_seeds"] | number["n_seeds"].ge(1), "whole numbers from 1 up"),
-        (
-            "final_test_nll_sd",
-            ~known["final_test_nll_sd"] | (finite["final_test_nll_sd"] & number["final_test_nll_sd"].ge(0)),
-            "numbers from 0 up",
-        ),
+        (sd, ~known[sd] | (finite[sd] & number[sd].ge(0)), "numbers from 0 up"),
     ]
     rules += [(name, rl | ~done | finite[name], "a finite number where status is done") for name in _LOSSES]
     for name in _REWARDS:

@@ -68,13 +68,13 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         yield
     except Exception as error:
         torch, text = sys.modules.get("torch"), str(error)
-        of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
         reported = isinstance(error, RuntimeError) and any(message in text for message in _NO_MEMORY)
-        if not (of_torch or reported or isinstance(error, MemoryError) or _number(error) == errno.ENOMEM):
+        if not (on_gpu or reported or isinstance(error, MemoryError) or _number(error) == errno.ENOMEM):
             raise
         size = _SIZE.search(text)
         more = f" (no {size[1]} more)" if size else ""
-        kind, where = (UserError, " on the GPU") if of_torch or "CUDA" in text else (NoMemoryError, "")
+        kind, where = (UserError, " on the GPU") if on_gpu or "CUDA" in text else (NoMemoryError, "")
         raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
 
 

@@ -101,6 +101,8 @@ def damage_explained(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "launch worker thread" in reason:
+            raise MemoryError(reason) from error
         raise UserError(f"{path} is damaged; delete it to have it made again ({reason})") from error
 
 

@@ -141,38 +141,23 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
     read_fetched.cache_clear()
 
 
-def look_up(wanted: WantedRepository, file: str) -> str:
+def look_up(wanted: WantedRepository, file: str | None = None) -> str:
     """Return the text of a small file of a repository, from the hub's cache or else by one request to the hub.
+
+    Without a file, return what the hub says of the repository, which shows that it is there.
 
     Raises:
         UserError: the repository or its file is not on the hub, or the hub does not answer within two seconds.
     """
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
-    if isinstance(cached, str):
-        return Path(cached).read_text(encoding="utf-8")
-    with _explained(wanted):
-        return _answer(hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind))
-
-
-def check_on_hub(wanted: WantedRepository) -> None:
-    """Check by one request that a repository is on the hub.
-
-    Raises:
-        UserError: it is not, or the hub does not answer within two seconds.
-    """
-    from huggingface_hub import constants
-
-    with _explained(wanted):
-        _answer(f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.id}")
-
-
-def _answer(url: str) -> str:
-    """Return the hub's answer to one request, which is made once and waits no longer than _LOOK_UP_SECONDS."""
-    from huggingface_hub import get_session, hf_raise_for_status
+    from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    url = f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.id}"
+    if file is not None:
+        cached = try_to_load_from_cache(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
+        if isinstance(cached, str):
+            return Path(cached).read_text(encoding="utf-8")
+        url = hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
     answer: Future[str] = Future()
 
     def request() -> None:
@@ -185,10 +170,11 @@ def _answer(url: str) -> str:
 
     # A name server that does not answer blocks for longer than the request's own time-out.
     Thread(target=request, daemon=True).start()
-    try:
-        return answer.result(_LOOK_UP_SECONDS)
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
+    with _explained(wanted):
+        try:
+            return answer.result(_LOOK_UP_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
 
 
 def _pinned(wanted: WantedRepository, pins: Path) -> str:
@@ -238,7 +224,6 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
     """Turn an error of the hub's client that the user can correct into a UserError of one sentence."""
     from huggingface_hub import constants, errors
 
-    failed = f"{wanted} can't be fetched at {wanted.revision}"
     # The last class is that of the client's HTTP library, which differs between versions of the client.
     no_connection = (
         *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
@@ -248,27 +233,21 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
         yield
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        failed = f"{wanted} can't be fetched at {wanted.revision}"
+        login, token = "log in with `hf auth login` or set HF_TOKEN", "`hf auth login` or HF_TOKEN"
+        page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
         # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
-        match error:
-            case errors.GatedRepoError():
-                page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
-                sentence = (
-                    f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
-                )
-            case errors.RevisionNotFoundError():
-                sentence = f"{wanted} has no revision {wanted.revision!r}"
-            case errors.RemoteEntryNotFoundError():
-                sentence = f"{wanted} lacks a file that is needed: {lines[-1]}"
-            case errors.RepositoryNotFoundError():
-                sentence = f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
-            case errors.OfflineModeIsEnabled():
-                sentence = f"{failed}: HF_HUB_OFFLINE is set"
-            case errors.HfHubHTTPError():
-                sentence = f"{failed}: {lines[0]}"
-            case _ if isinstance(error, no_connection):
-                sentence = f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"
-            case OSError():
-                sentence = f"{failed}: {lines[0]}"
-            case _:
-                raise
+        reasons: list[tuple[Any, str]] = [
+            (errors.GatedRepoError, f"{wanted} is gated: ask for access on {page}, then {login}"),
+            (errors.RevisionNotFoundError, f"{wanted} has no revision {wanted.revision!r}"),
+            (errors.RemoteEntryNotFoundError, f"{wanted} lacks a file that is needed: {lines[-1]}"),
+            (errors.RepositoryNotFoundError, f"{wanted} is not on the hub, or is private and needs a token ({token})"),
+            (errors.OfflineModeIsEnabled, f"{failed}: HF_HUB_OFFLINE is set"),
+            (errors.HfHubHTTPError, f"{failed}: {lines[0]}"),
+            (no_connection, f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"),
+            (OSError, f"{failed}: {lines[0]}"),
+        ]
+        sentence = next((sentence for kind, sentence in reasons if isinstance(error, kind)), None)
+        if sentence is None:
+            raise
         raise UserError(sentence) from error

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFWriter
 
 from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
-from lorabench.custom.data import examine, examine_data, load_tokenizer
+from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
 from lorabench.errors import UserError
@@ -18,27 +18,16 @@ from lorabench.errors import UserError
 from .conftest import rows, write_rows
 
 
-def test_a_shipped_base():
-    model = find_model("tiny")
-    assert (model.spec, model.family, model.parameters) == (TinyModel(kind="tiny"), "llama", 828_288)
+def test_a_shipped_base_a_folder_and_a_known_model_of_the_hub_need_no_connection(base):
+    tiny, folder, llama = map(find_model, ("tiny", str(base), "meta-llama/Llama-3.1-8B-Instruct"))
+    assert (tiny.spec, tiny.family, tiny.parameters) == (TinyModel(kind="tiny"), "llama", 828_288)
     # Per rank: 3 layers of q, k, v, o (128 + 128) and gate, up, down (128 + 320), and the unembedding (128 + 1024).
-    assert model.lora_parameters(4) == 4 * (3 * (4 * 256 + 3 * 448) + 1152)
+    assert tiny.lora_parameters(4) == 4 * (3 * (4 * 256 + 3 * 448) + 1152) == folder.lora_parameters(4)
     assert find_model("qwen-64").spec == TinyModel(kind="tiny", name="qwen-64")
-
-
-def test_a_folder_is_read_by_the_headers_of_its_files(base):
-    model = find_model(str(base))
-    assert isinstance(model.spec, PathModel)
-    assert (model.parameters, model.spec.hidden_size, model.max_length) == (828_288, 128, 512)
-    assert model.lora_parameters(4) == find_model("tiny").lora_parameters(4)
-
-
-def test_a_known_model_of_the_hub_needs_no_connection():
-    model = find_model("meta-llama/Llama-3.1-8B-Instruct")
-    assert model.spec == HubModel(
-        kind="hub", id="meta-llama/Llama-3.1-8B-Instruct", parameters=8_030_261_248, hidden_size=4096
-    )
-    assert model.lora_parameters(1) == 2_753_792
+    assert folder.spec == PathModel(kind="path", path=str(base), parameters=828_288, hidden_size=128)
+    assert (folder.parameters, folder.max_length) == (828_288, 512)
+    assert llama.spec == HubModel(kind="hub", id=llama.name, parameters=8_030_261_248, hidden_size=4096)
+    assert llama.lora_parameters(1) == 2_753_792
 
 
 def test_a_gguf_file(tmp_path):
@@ -56,46 +45,32 @@ def test_a_gguf_file(tmp_path):
     assert (model.family, model.parameters, model.spec.hidden_size, model.max_length) == ("llama", 6400, 64, 256)
 
 
-def broken(name, content):
-    def change(base):
-        (base / name).write_bytes(content)
-
-    return change
-
-
-MODELS = {
-    "no json": (broken("config.json", b"\0"), "config.json of model .* is not JSON"),
-    "no width": (
-        broken("config.json", b'{"model_type": "gpt2"}'),
-        "has no hidden_size; a causal LM for text is needed",
-    ),
-    "null": (broken("config.json", b"null"), "has no model_type"),
-    "no weights": (lambda base: (base / "model.safetensors").unlink(), "has no .safetensors file"),
-    "cut weights": (broken("model.safetensors", b"\xff" * 8), "model.safetensors is not a safetensors file"),
-    "other weights": (
-        broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"),
-        "model.safetensors is not a safetensors file",
-    ),
-    "no config": (lambda base: (base / "config.json").unlink(), "has no config.json"),
-}
+MODELS = (
+    ("config.json", b"\0", "config.json of model .* is not JSON"),
+    ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
+    ("config.json", b"null", "has no model_type"),
+    ("config.json", None, "has no config.json"),
+    ("model.safetensors", None, "has no .safetensors file"),
+    ("model.safetensors", b"\xff" * 8, "model.safetensors is not a safetensors file"),
+    ("model.safetensors", b"\2\0\0\0\0\0\0\0[]", "model.safetensors is not a safetensors file"),
+)
 
 
-def test_a_folder_that_is_no_model_is_one_sentence(base, tmp_path):
-    for name, (change, message) in MODELS.items():
-        folder = shutil.copytree(base, tmp_path / name)
-        change(folder)
+def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
+    for number, (name, content, message) in enumerate(MODELS):
+        folder = shutil.copytree(base, tmp_path / str(number))
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             find_model(str(folder))
-
-
-def test_other_names_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
         find_model("nothing")
     (tmp_path / "own.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match="can't be read as GGUF"):
         find_model(str(tmp_path / "own.gguf"))
     with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
-        examine_data("nothing", None, None, None)
+        examine(find_model("tiny"), "nothing", None)
 
 
 def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, base):

@@ -10,7 +10,7 @@ from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
-from lorabench.custom.preset import Choices, Splits, init_preset, splits
+from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
@@ -67,13 +67,9 @@ def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_
     ids, scored = encode_chat(tokenizer, turns)
     assert tokenizer.decode(ids) == "User:\n2+2\n\nAssistant:\n4<|end|>\n\n"
     assert tokenizer.decode([i for i, is_scored in zip(ids, scored, strict=True) if is_scored]) == "4<|end|>"
-
-
-def test_a_template_of_ones_own(tmp_path, base):
     own = tmp_path / "own.jinja"
     own.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    spec = find_model(str(base)).spec.model_copy(update={"chat_template": str(own)})
-    assert load_tokenizer(spec).chat_template == own.read_text()
+    assert load_tokenizer(spec.model_copy(update={"chat_template": str(own)})).chat_template == own.read_text()
     with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
         PathModel.model_validate(spec.model_dump() | {"chat_template": "fancy"})
 
@@ -87,39 +83,48 @@ def test_names_of_files_can_hold_anything(tmp_path):
 
 
 def test_split_sizes():
-    assert splits(50, 0.1) == Splits(40, 5, 5)
-    assert splits(10, 0.01) == Splits(8, 1, 1)
-    assert splits(100_000, 0.1) == Splits(98_500, 500, 1000)
+    sizes = {(50, 0.1): [40, 5, 5], (10, 0.01): [8, 1, 1], (100_000, 0.1): [98_500, 500, 1000]}
+    assert {case: list(splits(*case).values()) for case in sizes} == sizes
     with pytest.raises(UserError, match="9 usable examples are too few; at least 10 are needed"):
         splits(9, 0.1)
 
 
-MISTAKES = {
-    "suffix": ("mine.txt", {}, "mine.txt must end in .yaml"),
-    "shipped": ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
-    "there": ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
-    "gpu": ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
-    "rank": ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
-    "format": ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
-    "grader": ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
-    "both": ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
-    "other format": ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
-}
+def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow():
+    sizes = {2: 2, 40: 4, 799: 4, 800: 8, 1600: 16, 3200: 32, 10**6: 32}
+    assert {examples: recommended_batch(examples) for examples in sizes} == sizes
+
+
+def test_a_rank_has_a_parameter_for_each_scored_token():
+    llama = find_model("meta-llama/Llama-3.1-8B")
+    # The parameters of a rank, the unembedding included.
+    per_rank = 2_753_792
+    ranks = {None: DEFAULT_RANK, 5e6: DEFAULT_RANK, 32 * per_rank: 32, 32 * per_rank + 1: 64, 100 * per_rank: 128}
+    assert {tokens: recommended_rank(llama, tokens) for tokens in ranks} == ranks
+    assert recommended_rank(llama, 1e12) == 512
+    assert recommended_rank(find_model("tiny"), 1e12) == 64, "half of the width"
+
+
+MISTAKES = (
+    ("mine.txt", {}, "mine.txt must end in .yaml"),
+    ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
+    ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
+    ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
+    ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
+    ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
+    ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
+    ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
+    ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
+)
 
 
 def test_a_mistake_is_reported_and_nothing_written(tmp_path):
     data = write_rows(tmp_path / "own.jsonl", 20)
     (tmp_path / "there.yaml").write_text("mine")
-    for name, changes, message in MISTAKES.values():
+    for name, changes, message in MISTAKES:
         with pytest.raises(UserError, match=message):
             init(tmp_path / name, "tiny", data, **changes)
         assert {path.name for path in tmp_path.iterdir()} == {"own.jsonl", "there.yaml"}
         assert (tmp_path / "there.yaml").read_text() == "mine"
-
-
-def test_force_overwrites(tmp_path):
-    data = write_rows(tmp_path / "own.jsonl", 20)
-    (tmp_path / "there.yaml").write_text("mine")
     preset, _ = init(tmp_path / "there.yaml", "tiny", data, force=True)
     assert load_preset(str(tmp_path / "there.yaml")) == preset
 
@@ -160,10 +165,7 @@ def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_p
     [block] = preset.experiments.rl or []
     assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
     assert "chat_template: plain" in said
-
-
-def test_problems_must_be_a_file_with_their_columns(tmp_path):
     with pytest.raises(UserError, match="problems 'owner/name' is no file"):
-        init(tmp_path / "mine.yaml", "tiny", "owner/name", Choices(grader="boxed"))
+        init(tmp_path / "other.yaml", "tiny", "owner/name", Choices(grader="boxed"))
     with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
-        init(tmp_path / "mine.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))
+        init(tmp_path / "other.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

@@ -32,7 +32,7 @@ def written(tmp_path, data, model="tiny"):
     tokens = examined.usable * examined.mean_completion_tokens
     settings = recommend(described, tokens, examined, "A10", tmp_path)
     path = tmp_path / "finetune.py"
-    path.write_text(script(settings, examined, template))
+    path.write_text(script(described, settings, examined, template))
     return path
 
 
@@ -85,7 +85,8 @@ CHATS = {
 }
 
 
-def test_it_scores_the_tokens_that_the_suite_scores(monkeypatch):
+def test_it_adapts_the_layers_and_scores_the_tokens_that_the_suite_does(monkeypatch):
+    assert set(finetune.LAYERS) == set(SUFFIXES["all"])
     tokenizer = load_tokenizer(TinyModel(kind="tiny"))
     for form, row in CHATS.items():
         monkeypatch.setattr(finetune, "FORMAT", form)
@@ -93,10 +94,6 @@ def test_it_scores_the_tokens_that_the_suite_scores(monkeypatch):
         ids, mask = encode_chat(tokenizer, file_messages(row, form))
         assert encoded["ids"] == ids
         assert encoded["labels"] == [i if scored else finetune.IGNORED for i, scored in zip(ids, mask, strict=True)]
-
-
-def test_it_adapts_the_layers_that_the_suite_adapts():
-    assert set(finetune.LAYERS) == set(SUFFIXES["all"])
 
 
 def test_what_it_prints_is_python_whatever_the_names_are(tmp_path):

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.config.inputs import FileDataset, FileProblems, TinyModel
+from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data import files
-from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat
+from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError
 from lorabench.data.files import (
     NOT_UTF8,
     REPEATED,
@@ -23,16 +23,15 @@ from lorabench.data.files import (
     Tally,
     chosen_format,
     file_chats,
-    file_rows,
+    json_lines,
+    shuffled_chats,
     tally_of,
-    usable_chats,
+    usable,
 )
 from lorabench.data.identity import dataset_id
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
-from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.base import load_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PAIR = [("user", "q"), ("assistant", "a")]
@@ -65,8 +64,8 @@ def pairs(count, prompt="prompt", completion="completion"):
 
 
 def read(path: Path) -> tuple[list[Chat], Tally]:
-    tally = Tally(chosen_format(path))
-    return list(usable_chats(file_rows(path, tally), path.name, tally)), tally
+    chats, tally = file_chats(path, None)
+    return list(chats), tally
 
 
 FORMATS = {
@@ -106,17 +105,11 @@ def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula(tmp_path):
     assert (tally.rows, tally.usable, tally.bad) == (6, 6, {})
 
 
-def test_an_object_a_line_may_be_called_json(tmp_path):
-    path = write(tmp_path, pairs(3))
-    chats, tally = read(path.rename(tmp_path / "own.json"))
-    assert len(chats) == tally.rows == 3
-
-
-def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
-    for name in ("own.jsonl", "own.csv"):
-        path = write(tmp_path, pairs(3), name)
+def test_an_object_a_line_may_be_called_json_and_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
+    for name, written in {"own.jsonl": "own.jsonl", "own.csv": "own.csv", "own.json": "lines.jsonl"}.items():
+        path = write(tmp_path, pairs(3), written)
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
-        chats, tally = read(path)
+        chats, tally = read(path.rename(tmp_path / name))
         assert [chat.messages[1]["content"] for chat in chats] == ["answer 0", "answer 1", "answer 2"]
         assert tally.rows == 3
 
@@ -149,19 +142,17 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path):
     good = json.dumps({"messages": [USER, ASSISTANT]})
     for line, reason in BAD.items():
         path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
-        tally = Tally(chosen_format(path))
-        assert len(list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=1000))) == tally.usable == 1
+        chats, tally = file_chats(path, None, max_chars=1000)
+        assert len(list(chats)) == tally.usable == 1
         [(counted, (count, first))] = tally.bad.items()
         assert (tally.rows, counted.startswith(reason), count, first) == (2, True, 1, 2), (line[:40], counted)
 
 
-def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
+def test_a_huge_line_is_skipped_and_lines_end_at_line_feeds_only(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     path = tmp_path / "own.jsonl"
-    path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "next"}\n')
-    chats, tally = read(path)
-    assert [chat.messages[0]["content"] for chat in chats] == ["next"]
-    assert tally.bad == {TOO_LONG: (1, 1)}
+    path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "a\u2028b"}\n\n[]\n')
+    assert list(json_lines(path)) == [(1, TOO_LONG), (2, {"text": "a\u2028b"}), (4, "not a JSON object")]
 
 
 def test_bad_rows_of_csv_and_parquet(tmp_path):
@@ -169,44 +160,59 @@ def test_bad_rows_of_csv_and_parquet(tmp_path):
     path.write_bytes(b"question,answer\nq,a\n\xff,a\nq2\nq3,a,b\nnul\0,a\nq4,\n")
     chats, tally = read(path)
     assert [chat.messages[0]["content"] for chat in chats] == ["q", "nul\0"]
-    assert tally.bad == {
-        NOT_UNICODE: (1, 3),
-        "not the 2 fields of the header": (2, 4),
-        NO_TEXT: (1, 7),
-    }
+    assert tally.bad == {NOT_UNICODE: (1, 3), "not the 2 fields of the header": (2, 4), NO_TEXT: (1, 7)}
     rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}, {"question": "q2", "answer": None}]
     chats, tally = read(write(tmp_path, rows, "own.parquet"))
     assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
 
 
-WHOLE = {
-    "empty": (b"", "own.jsonl", "is empty"),
-    "blank": (b"\n\n \n", "own.jsonl", "has no rows"),
-    "header only": (b"question,answer\n", "own.csv", "has no rows"),
-    "utf-16": ("\ufefftext".encode("utf-16-le"), "own.csv", "is UTF-16; save it as UTF-8"),
-    "binary lines": (bytes(range(128, 255)) + b"\n\0\0\n", "own.jsonl", "none of its 2 rows can be used: 1 not UTF-8"),
-    "binary csv": (b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "own.csv", "has the columns '\\udc89PNG'; needed are those of"),
-    "binary parquet": (b"\0" * 100, "own.parquet", "can't be read as parquet: "),
-    "binary json": (b"\x89PNG\0", "own.json", "is not JSON: "),
-    "deep json": (b"[" * 200_000, "own.json", "is not JSON: nested too deeply"),
-    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is not JSON: Expecting ':' delimiter: line 2 column 8"),
-    "no array": (b"3", "own.json", "must be an array of objects, or hold one object per line"),
-    "other columns": (
-        b'{"a": 1, "b": 2}\n',
+def test_rows_are_used_or_counted_by_reason_and_first_place():
+    def number(content):
+        if content["n"] < 0:
+            raise UnusableRowError("negative")
+        return content["n"]
+
+    numbers = enumerate([{"n": 1, "other": None}, {"n": -1}, {"n": 1}, {"n": -2}, {"n": 2}], 3)
+    rows, tally = [(1, "not JSON"), *numbers], Tally("numbers")
+    assert list(usable(rows, number, tally, identity=lambda value: value)) == [(3, 1), (7, 2)]
+    assert (tally.rows, tally.usable, tally.columns) == (6, 2, ("n", "other"))
+    assert tally.bad == {"not JSON": (1, 1), "negative": (2, 4), REPEATED: (1, 5)}
+    assert str(tally) == (
+        "2 of 6 rows can be used as numbers; left out: 2 negative (first: line 4), 1 not JSON (line 1), "
+        "1 repeats the prompt of an earlier row (line 5)"
+    )
+    # Without an identity all are used; what is left out later keeps the first place.
+    tally = Tally("numbers", unit="row")
+    assert [example for _, example in usable(rows, number, tally)] == [1, 1, 2]
+    tally.leave_out(2, "negative", rows=3)
+    assert tally.plain()["bad"][1] == {"reason": "negative", "rows": 5, "first": 2}
+    assert tally.reasons() == "5 negative (first: row 2), 1 not JSON (row 1)"
+
+
+WHOLE = (
+    ("own.jsonl", b"", "is empty"),
+    ("own.jsonl", b"\n\n \n", "has no rows"),
+    ("own.csv", b"question,answer\n", "has no rows"),
+    ("own.csv", "\ufefftext".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
+    ("own.jsonl", bytes(range(128, 255)) + b"\n\0\0\n", "none of its 2 rows can be used: 1 not UTF-8"),
+    ("own.csv", b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "has the columns '\\udc89PNG'; needed are those of"),
+    ("own.parquet", b"\0" * 100, "can't be read as parquet: "),
+    ("own.json", b"\x89PNG\0", "is not JSON: "),
+    ("own.json", b"[" * 200_000, "is not JSON: nested too deeply"),
+    ("own.json", b'[{"text": "a"},\n{"text"', "is not JSON: Expecting ':' delimiter: line 2 column 8"),
+    ("own.json", b"3", "must be an array of objects, or hold one object per line"),
+    ("own.jsonl", b'{"a": 1, "b": 2}\n', "has the columns 'a', 'b'; needed are those of one format: mes"),
+    ("own.jsonl", b"{}\n", "has the columns none; needed"),
+    (
         "own.jsonl",
-        "has the columns 'a', 'b'; needed are those of one format: mes",
-    ),
-    "no columns": (b"{}\n", "own.jsonl", "has the columns none; needed"),
-    "two pairs": (
         b'{"prompt": "q", "completion": "a", "question": "q", "answer": "a"}\n',
-        "own.jsonl",
         "may be read as prompt/completion or question/answer; set `format`",
     ),
-}
+)
 
 
 def test_a_file_that_is_no_use_is_one_sentence(tmp_path):
-    for content, name, message in WHOLE.values():
+    for name, content, message in WHOLE:
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
@@ -214,24 +220,16 @@ def test_a_file_that_is_no_use_is_one_sentence(tmp_path):
         assert str(error.value).startswith(f"{path}")
         assert message in str(error.value)
         assert "\n" not in str(error.value)
-
-
-def test_a_folder_and_an_unreadable_file_are_one_sentence(tmp_path):
-    (tmp_path / "own.jsonl").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UserError, match="can't be read: Is a directory"):
-        chosen_format(tmp_path / "own.jsonl")
+        chosen_format(tmp_path / "folder.jsonl")
     with pytest.raises(UserError, match="must end in one of .jsonl, .json, .csv, .parquet"):
         chosen_format(tmp_path / "own.txt")
-
-
-def test_too_few_rows_say_how_many_and_why(tmp_path):
     path = write(tmp_path, [*pairs(6), {"prompt": "q"}, {"prompt": "q"}])
-    wanted = (
-        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are needed: train = 4, validation = 2, test = 2"
-    )
     with pytest.raises(UserError, match=r"own.jsonl, read as prompt/completion: ") as error:
         list(make_dataset(spec(path)))
-    assert wanted in str(error.value)
+    counts = "6 of its 8 rows can be used (2 no text (first: line 7))"
+    assert f"{counts}; 8 are needed: train = 4, validation = 2, test = 2" in str(error.value)
 
 
 def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
@@ -246,14 +244,6 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
     write_dataset(rows, tmp_path / "made.parquet")
     assert list(read_dataset(tmp_path / "made.parquet")) == rows
-
-
-def test_all_of_a_plain_text_is_scored_and_no_template_touches_it():
-    tokenizer = load_tokenizer(TinyModel(kind="tiny"))
-    tokenizer.chat_template = None
-    ids, scored = encode_chat(tokenizer, [{"role": "text", "content": "2+2"}])
-    assert tokenizer.convert_ids_to_tokens(ids) == ["2", "+", "2", "<|end|>"]
-    assert scored == [True] * 4
 
 
 def test_the_content_makes_the_dataset_not_the_name(tmp_path):
@@ -283,8 +273,8 @@ def test_every_row_is_either_used_or_counted(lines, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "own.jsonl"
     first = json.dumps({"prompt": "first", "completion": "a"})
     path.write_bytes("".join(f"{line}\n" for line in [first, *lines]).encode(errors="surrogateescape"))
-    tally = Tally("prompt/completion")
-    chats = list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=100))
+    used, tally = file_chats(path, "prompt/completion", max_chars=100)
+    chats = list(used)
     assert tally.rows == 1 + len(lines)
     assert len(chats) == tally.usable
     assert tally.usable + sum(count for count, _ in tally.bad.values()) == tally.rows
@@ -293,7 +283,7 @@ def test_every_row_is_either_used_or_counted(lines, tmp_path_factory):
     assert good <= {chat.messages[0]["content"] for chat in chats}
     wanted = {"train": len(chats), "validation": 1, "test": 1, "max_chars": 100}
     with pytest.raises(UserError, match=f"{len(chats)} of its {tally.rows} rows can be used"):
-        next(file_chats(spec(path, format="prompt/completion", **wanted)))
+        next(shuffled_chats(spec(path, format="prompt/completion", **wanted)))
 
 
 def problems(path: Path, grader: str, **changes) -> FileProblems:

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.data import grading
-from lorabench.data.grading import MAX_CHARS, Grader
+from lorabench.data.grading import MAX_CHARS, Grader, gsm8k_answer, last_box, last_number, number
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +31,71 @@ def worker_pid(grader):
     return grader._workers[0]._process.pid
 
 
-def test_arithmetic_wants_the_bare_number():
-    right = ["12", " 12\n", "12.0", "+12", "012"]
-    wrong = ["12.0000001", "-12", "= 12", "12 12", "12.", "6+6", "1e1000000000", "9" * 1_000_000, "", "\x00\ud800"]
-    verdicts = Grader("arithmetic").grade([*right, *wrong], ["12"] * 15)
-    assert verdicts == [True] * 5 + [False] * 10
+def test_the_last_box():
+    contents = [
+        (r"\boxed{1} then \boxed{2}.", "2"),
+        (r"\boxed{1} then \fbox{2}.", "2"),
+        (r"\boxed {\frac{1}{2}} {", r"\frac{1}{2}"),
+        (r"\boxed{\{x : x > 0\}}", r"\{x : x > 0\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"$\boxed 2$ is it", "2"),
+        ("\\boxed 12\nis it", "12"),
+        (r"\boxed{}", ""),
+        (r"\boxed", ""),
+        (r"\boxed{1} then \boxed{2", None),
+        (r"\boxedness{2}", None),
+        ("no box", None),
+        ("\\boxed{a\u2028b}", "a\u2028b"),
+    ]
+    for text, content in contents:
+        assert last_box(text) == content, text
 
 
-def test_gsm_symbolic_takes_the_last_number():
-    right = ["2 * 617 = 1234 apples\n#### 1234", "so he pays $1,234.00."]
-    wrong = ["1234 and then 5", "-1234", "#### 1234.5", "nothing", "1," * 500_000]
-    verdicts = Grader("gsm_symbolic").grade([*right, *wrong], ["1234"] * 7)
-    assert verdicts == [True] * 2 + [False] * 5
+def test_the_last_number():
+    values = [
+        ("12 and -3", -3),
+        ("10 - 3", 3),
+        ("10-3", 3),
+        ("it is (-3).", -3),
+        ("so $1,234.50!", Fraction(2469, 2)),
+        ("#### 33.0", 33),
+        ("1,2,3", 3),
+        ("12,345,67", 67),
+        (".5", Fraction(1, 2)),
+        ("none", None),
+        ("9" * 5000, None),
+    ]
+    for text, value in values:
+        assert last_number(text) == value, text
+
+
+@given(st.integers(), st.integers(0, 999))
+def test_numbers_are_read_exactly(whole, thousandths):
+    assert number(f"{whole:,}") == number(str(whole)) == whole
+    assert number(f"{abs(whole)}.{thousandths:03d}") == abs(whole) + Fraction(thousandths, 1000)
+
+
+def test_what_is_no_number_and_the_answer_of_a_gsm8k_solution():
+    for text in ("", "1/2", "1e3", "12,34", "--1", "1 2", "\uff11\uff12", "0x1", "1_000", "inf"):
+        assert number(text) is None, text
+    assert gsm8k_answer("a #### 1\n#### 1,234,567\n") == "1234567"
+    assert gsm8k_answer("no mark") is None
+    assert gsm8k_answer("####") is None
+
+
+def test_bare_numbers():
+    cases = [
+        ("arithmetic", "12", True, ["12", " 12\n", "12.0", "+12", "012"]),
+        ("arithmetic", "12", False, ["12.0000001", "-12", "= 12", "12 12", "12.", "6+6", "", "\x00\ud800"]),
+        ("arithmetic", "12", False, ["1e1000000000", "9" * 1_000_000]),
+        ("gsm_symbolic", "1234", True, ["2 * 617 = 1234 apples\n#### 1234", "so he pays $1,234.00."]),
+        ("gsm_symbolic", "1234", False, ["1234 and then 5", "-1234", "#### 1234.5", "nothing", "1," * 500_000]),
+    ]
+    for kind, answer, verdict, responses in cases:
+        assert Grader(kind).grade(responses, [answer] * len(responses)) == [verdict] * len(responses)
+    with pytest.raises(ValueError, match="no grader for problems of kind 'poems'"):
+        Grader("poems")
 
 
 def test_equal_answers(math):
@@ -89,15 +145,11 @@ def test_answers_that_differ(math):
         assert math.grade([box(pair[0])], [pair[1]]) == [False], pair
 
 
-def test_the_last_box_counts(math):
+def test_the_last_box_counts_and_dollars_commas_and_units_do_not(math):
     responses = [box(1) + box(2), r"\boxed{2} no, \fbox{1}", "2", r"\boxed{1}, \boxed{2", r"$\boxed 2$"]
     assert math.grade(responses, ["2"] * 5) == [True, False, False, False, True]
-
-
-def test_gsm8k_takes_dollars_commas_and_units():
     contents = ["1,234", "1{,}234", r"\$1,234", "$1234$", "1234.00", r"1234\text{ dollars}", "01234", "1235"]
-    with Grader("gsm8k", seconds=1.0) as grader:
-        assert grader.grade([box(content) for content in contents], ["1234"] * 8) == [True] * 7 + [False]
+    assert math.grade([box(content) for content in contents], ["1234"] * 8) == [True] * 7 + [False]
 
 
 def test_plain_answers_need_no_process():
@@ -153,20 +205,14 @@ def test_a_worker_that_dies_is_replaced(math):
     assert worker_pid(math) != first
 
 
-def test_a_worker_that_stops_is_replaced(monkeypatch):
+def test_a_worker_that_stops_is_replaced_and_workers_end_with_the_grader(monkeypatch):
     monkeypatch.setattr(grading, "_WALL_PER_CPU_SECOND", 0.5)
     with Grader("math", seconds=1.0) as grader:
         assert grader.grade([box("1/2")], ["0.5"]) == [True]
-        first = worker_pid(grader)
-        os.kill(first, signal.SIGSTOP)
+        os.kill(worker_pid(grader), signal.SIGSTOP)
         assert grader.grade([box("1/3")], [r"\frac{2}{6}"]) == [False]
         monkeypatch.undo()
         assert grader.grade([box("1/3")], [r"\frac{2}{6}"]) == [True]
-
-
-def test_workers_end_with_the_grader():
-    with Grader("math", seconds=1.0) as grader:
-        grader.grade([box("1/2")], ["0.5"])
         process = grader._workers[0]._process
     assert process.returncode == -signal.SIGKILL
 
@@ -231,11 +277,6 @@ def test_a_confined_process_neither_writes_files_nor_takes_much_memory(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == list(tries.values())
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="no grader for problems of kind 'poems'"):
-        Grader("poems")
 
 
 def test_words_of_reflection():

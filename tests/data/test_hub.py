@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import prompt
-from lorabench.data.hub import hub_messages
+from lorabench.data.chat import NO_CHAT, NO_TEXT, prompt
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
@@ -40,6 +37,10 @@ def make(tmp_path):
     return make
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
 
@@ -66,19 +67,15 @@ def test_openthoughts3_has_each_question_once(make, tmp_path):
         assert assistant["content"] == f"<think>\u2028</think> {answer}"
 
 
-def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(make, tmp_path):
+def test_the_choice_is_spread_over_the_dataset_follows_from_the_seed_and_holds_out_the_same_examples(make, tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
-    chosen = make(folder)
-    assert make(folder) == chosen
-    assert prompts(make(folder, seed=1)) != prompts(chosen)
-    numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in chosen if len(row["messages"]) == 2]
+    few, many = make(folder), make(folder, train=150)
+    assert make(folder) == few
+    assert prompts(make(folder, seed=1)) != prompts(few)
+    numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in few if len(row["messages"]) == 2]
     # With a uniform choice the mean is 500, with a standard error of about 50.
     assert 300 < np.mean(numbers) < 700
-
-
-def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(make, tmp_path):
-    folder = write_tulu3(tmp_path, map(tulu3_row, range(200)))
-    few, many = make(folder), make(folder, train=150)
+    # What is held out does not depend on how much is trained on.
     for split in ("validation", "test"):
         assert prompts(few, split) == prompts(many, split)
     assert set(prompts(few, "train")) < set(prompts(many, "train"))
@@ -116,42 +113,34 @@ def test_too_few_examples_are_one_sentence_with_counts(make, tmp_path):
     assert not (tmp_path / "made.parquet").exists()
 
 
-def test_other_columns_are_named(make, tmp_path):
+def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, tmp_path):
+    rows = [tulu3_row(number) for number in range(100)]
+    path = tmp_path / "owner/name/train.jsonl"
+    write_jsonl(path, rows)
+    assert make(tmp_path / "owner/name") == make(write_tulu3(tmp_path, rows, files=1))
+    with path.open("a") as file:
+        file.write("{")
+    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
+        make(tmp_path / "owner/name")
+    path.unlink()
     write_configs(tmp_path / "owner/name", {"default": {"train": [{"question": "?", "answer": "!"}]}})
     with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
         make(tmp_path / "owner/name")
 
 
-def test_lines_of_json_are_read_as_parquet_is(make, tmp_path):
-    rows = [tulu3_row(number) for number in range(100)]
+def test_turns_of_another_form_are_left_out_and_empty_text_is_text(make, tmp_path):
+    empty = {"messages": [{"role": role, "content": ""} for role in ("system", "user")] + [turn("assistant", "a")]}
+    rows = [
+        {"messages": [turn("tool", "x"), turn("assistant", "a")]},
+        {"messages": [turn("user", None), turn("assistant", "a")]},
+        {"messages": "text"},
+        {"messages": [turn("assistant", "a")]},
+        empty,
+        *({"messages": [turn("user", str(n)), turn("assistant", "a")]} for n in range(4)),
+    ]
     write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
-    of_lines = make(tmp_path / "owner/name")
-    assert of_lines == make(write_tulu3(tmp_path, rows, files=1))
-    with (tmp_path / "owner/name/train.jsonl").open("a") as file:
-        file.write("{")
-    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
-        make(tmp_path / "owner/name")
-
-
-def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
-    with pytest.raises(ValidationError, match="folder 'no/where' does not exist"):
-        HubDataset(kind="hub", id="a/b", path="no/where", train=1, validation=1, test=1, max_chars=99, mean_tokens=9)
-
-
-def test_turns_of_another_form_are_refused():
-    for row, message in [
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "owner/name has a turn of role 'tool'; allowed: user, human",
-        ),
-        ({"messages": [{"role": "user", "content": None}]}, "user without text"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "a turn of messages with from, value; role and content are"),
-        ({"conversations": [{"from": "gpt"}]}, "a turn of conversations with from; from and value are needed"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            hub_messages(row, "owner/name")
-
-
-def test_empty_text_is_text():
-    row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": json.dumps({})}]}
-    assert hub_messages(row, "owner/name") == row["messages"]
+    made = make(tmp_path / "owner/name", train=3, validation=1, test=1)
+    assert empty["messages"] in [row["messages"] for row in made]
+    reasons = ["a turn of unknown role (known: user, human, assistant, gpt, system)", NO_TEXT, NO_CHAT]
+    left_out = dict.fromkeys([*reasons, "without a last answer"], 1) | {"with the prompt of another": 0}
+    assert about(tmp_path / "made.parquet")["left_out"] == left_out

@@ -1,24 +1,28 @@
-"""Problem sets: distinct, disjoint, with the right answers; sets of the hub are read from local copies."""
+"""Problem sets are distinct and disjoint, with right answers and workings; controls find rules that are known."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from fractions import Fraction
+from itertools import islice, product
+from random import Random
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorabench.config.inputs import HubProblems, ReasoningProblems
-from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, last_number, number
-from lorabench.data.problems import make_problems, read_problems, write_problems
+from lorabench.config.inputs import HubProblems, ReasoningProblems, SumProblems
+from lorabench.data.grading import BOX, NUMBER_BOX, Grader, last_number, number
+from lorabench.data.problems import controls, make_problems, read_problems, write_problems
+from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 from lorabench.errors import UserError
 
-from ..hub.repositories import SUBJECTS, write_deepmath, write_gsm8k
+from ..hub.repositories import (
+    SUBJECTS,
+    write_deepmath,
+    write_gsm8k,
+    write_hendrycks_math,
+    write_jsonl,
+    write_math500,
+)
 
 COUNTS = {"train": 40, "validation": 10, "test": 10}
 
@@ -27,42 +31,12 @@ def reasoning(kind="arithmetic", **changes):
     return make_problems(ReasoningProblems(kind=kind, **(COUNTS | changes)))
 
 
-def write_rows(folder, name, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".parquet"):
-        pq.write_table(pa.Table.from_pylist(list(rows)), folder / name)
-    else:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def hendrycks(question, solution):
-    return {"problem": question, "level": "Level 1", "type": "Algebra", "solution": solution}
-
-
-def math500(question, answer):
-    return {"problem": question, "solution": "?", "answer": answer, "subject": "A", "level": 1, "unique_id": question}
-
-
 @pytest.fixture
 def copies(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
-
-    def make(kind, math=(), math500_rows=(), **changes):
-        if kind == "gsm8k":
-            write_gsm8k(tmp_path)
-        if kind == "math":
-            for subject in SUBJECTS:
-                folder = tmp_path / "EleutherAI/hendrycks_math" / subject
-                write_rows(folder, "train.parquet", [hendrycks(f"{subject} one?", r"\boxed{1}")])
-                write_rows(folder, "test.parquet", [hendrycks(f"{subject} two?", r"\boxed{2}")])
-            write_rows(tmp_path / "EleutherAI/hendrycks_math/geometry", "train.parquet", math)
-            write_rows(tmp_path / "HuggingFaceH4/MATH-500", "test.jsonl", math500_rows)
-        if kind == "deepmath":
-            write_deepmath(tmp_path)
-        return make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
-
-    return make
+    for write in (write_gsm8k, write_hendrycks_math, write_math500, write_deepmath):
+        write(tmp_path)
+    return lambda kind, **changes: make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
 
 
 def test_splits_are_whole_distinct_short_and_have_a_number():
@@ -71,11 +45,11 @@ def test_splits_are_whole_distinct_short_and_have_a_number():
         assert Counter(row["split"] for row in rows) == COUNTS
         assert len({row["question"] for row in rows}) == 60
         assert all(number(row["answer"]) is not None and len(row["question"]) <= 400 for row in rows)
-
-
-def test_same_seed_same_problems_and_another_seed_others():
-    assert reasoning() == reasoning()
-    assert reasoning() != reasoning(seed=100_000)
+        assert rows == reasoning(**changes)
+        assert rows != reasoning(**changes, seed=100_000)
+    assert all(int(row["source"].partition("/")[2]) % 2 == 1 for row in rows), "the templates of worked solutions"
+    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
+        reasoning(train=500, max_digits=1)
 
 
 def test_sums_are_right_and_as_long_as_asked_for():
@@ -98,17 +72,12 @@ def test_splits_are_equally_hard_where_easy_problems_run_out():
     assert easy("train") == pytest.approx(easy("test"), abs=0.08)
 
 
-def test_gsm_symbolic_uses_the_templates_of_the_worked_solutions():
-    assert all(int(row["source"].partition("/")[2]) % 2 == 1 for row in reasoning("gsm_symbolic"))
-
-
-def test_impossible_wishes_are_refused():
-    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
-        reasoning(train=500, max_digits=1)
-
-
 def test_presets_that_can_not_be():
+    models = {"arithmetic": ReasoningProblems, "gsm_symbolic": ReasoningProblems, "sums": SumProblems}
     for kind, changes, message in [
+        ("sums", {"min_digits": 4, "max_digits": 3}, "min_digits = 4 is more than max_digits = 3"),
+        ("sums", {"carries": 2}, "carries = 2: must be below min_digits = 2"),
+        ("sums", {"min_digits": 1}, "greater than or equal to 2"),
         ("arithmetic", {"min_digits": 3}, "min_digits = 3 is more than max_digits = 2"),
         ("arithmetic", {"tasks": ["dice"]}, "chain_sum"),
         ("gsm_symbolic", {"max_terms": 3}, "max_terms: gsm_symbolic has no such choice"),
@@ -117,23 +86,18 @@ def test_presets_that_can_not_be():
         ("math", {"revisions": {"openai/gsm8k": "main"}}, "unknown id 'openai/gsm8k'; allowed: EleutherAI/hendrycks"),
         ("math", {"path": "no/where"}, "folder 'no/where' does not exist"),
     ]:
-        model = ReasoningProblems if kind in ("arithmetic", "gsm_symbolic") else HubProblems
         with pytest.raises(ValidationError, match=message):
-            model(kind=kind, **(COUNTS | changes))
+            models.get(kind, HubProblems)(kind=kind, **(COUNTS | changes))
 
 
-def test_round_trip(tmp_path):
+def test_a_file_is_read_as_written_and_refused_if_splits_share_a_problem_whatever_its_spaces(tmp_path):
     rows = reasoning()
     write_problems(rows, tmp_path / "problems.parquet")
     assert read_problems(tmp_path / "problems.parquet") == rows
     assert [path.name for path in tmp_path.iterdir()] == ["problems.parquet"]
-
-
-def test_a_file_with_a_shared_problem_is_refused_whatever_its_spaces(tmp_path):
-    rows = reasoning()
     copy = {**rows[0], "split": "test", "question": f" {rows[0]['question']}\n"}
     write_problems([*rows, copy], tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the problem"):
+    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
         read_problems(tmp_path / "bad.parquet")
 
 
@@ -147,39 +111,28 @@ def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
         assert (n >= 100) == (row["split"] == "test")
 
 
-def test_math_trains_on_everything_but_math_500(copies, caplog):
-    rows = copies(
-        "math",
-        math=[
-            hendrycks("tested?", r"so \boxed{5}"),
-            hendrycks("empty?", r"so \boxed{}"),
-            hendrycks("blank?", r"so \fbox{ }."),
-            hendrycks("bare?", r"so $\boxed 2$."),
-            hendrycks("nested?", r"not \boxed{1} but $\boxed{\frac{1}{\sqrt{2}}}$."),
-            hendrycks("fbox?", r"so \fbox{$\{1,2\}$}."),
-            hendrycks(" bare? ", r"so $\boxed 2$."),
-        ],
-        math500_rows=[math500("tested? ", "5"), math500("other?", "6")],
-        train=15,
-        validation=1,
-        test=1,
-    )
-    answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
-    held_out = {row["question"].removesuffix(BOX) for row in rows if row["split"] == "test"}
-    assert held_out < {"tested?", "other?"}
-    assert set(answers) - held_out == {
-        *(f"{subject} one?" for subject in SUBJECTS if subject != "geometry"),
-        *(f"{subject} two?" for subject in SUBJECTS),
-        *("bare?", "nested?", "fbox?"),
+def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
+    more = {
+        "empty?": r"so \boxed{}",
+        "blank?": r"so \fbox{ }.",
+        "nested?": r"not \boxed{1} but $\boxed{\frac{1}{\sqrt{2}}}$.",
+        " nested? ": "",
     }
-    assert answers["bare?"] == "2"
-    assert answers["nested?"] == r"\frac{1}{\sqrt{2}}"
-    assert answers["fbox?"] == r"$\{1,2\}$"
-    assert (
-        "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 2 without an answer (first: row "
-        in caplog.text
-    )
-    assert len(caplog.records) == 1
+    rows = [{"problem": question, "solution": solution} for question, solution in more.items()]
+    write_jsonl(tmp_path / "EleutherAI/hendrycks_math/geometry/train-more.jsonl", rows)
+    rows = copies("math", train=72, validation=1, test=12)
+    answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
+    questions = {
+        f"What is {n} in {subject} of {split}?" for subject in SUBJECTS for split in ("train", "test") for n in range(6)
+    }
+    assert set(answers) == questions | {"nested?"}
+    assert answers.pop("nested?") == r"\frac{1}{\sqrt{2}}"
+    assert all(answer == rf"\frac{{{question.split()[2]}}}{{7}}" for question, answer in answers.items())
+    held_out = {row["question"].removesuffix(BOX) for row in rows if row["split"] == "test"}
+    assert held_out == {f"What is {n % 6} in {SUBJECTS[n // 6]} of test?" for n in range(12)}
+    [record] = caplog.records
+    left_out = "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 3 without an answer (first: row "
+    assert record.getMessage().startswith(left_out)
 
 
 def test_deepmath_holds_out_the_same_problems_however_much_is_trained_on(copies):
@@ -199,7 +152,7 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     folder = tmp_path / "math-ai/aime25"
     with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
         make_problems(spec)
-    write_rows(folder, "test.jsonl", [{"problem": "?", "result": "1"}])
+    write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
     with pytest.raises(
         UserError, match=r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
     ):
@@ -209,57 +162,96 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
         make_problems(spec)
 
 
-def test_the_last_box():
-    contents = [
-        (r"\boxed{1} then \boxed{2}.", "2"),
-        (r"\boxed{1} then \fbox{2}.", "2"),
-        (r"\boxed {\frac{1}{2}} {", r"\frac{1}{2}"),
-        (r"\boxed{\{x : x > 0\}}", r"\{x : x > 0\}"),
-        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-        (r"\boxed{\boxed{3}}", "3"),
-        (r"$\boxed 2$ is it", "2"),
-        ("\\boxed 12\nis it", "12"),
-        (r"\boxed{}", ""),
-        (r"\boxed", ""),
-        (r"\boxed{1} then \boxed{2", None),
-        (r"\boxedness{2}", None),
-        ("no box", None),
-        ("\\boxed{a\u2028b}", "a\u2028b"),
-    ]
-    for text, content in contents:
-        assert last_box(text) == content, text
+def test_the_working_is_right_or_without_carries():
+    for terms, careful, careless in [
+        ((47, 85), "7+5=12 4+8+1=13 132", "7+5=12 4+8=12 122"),
+        ((42, 15), "2+5=7 4+1=5 57", "2+5=7 4+1=5 57"),
+        ((456, 547), "6+7=13 5+4+1=10 4+5+1=10 1003", "6+7=13 5+4=9 4+5=9 993"),
+    ]:
+        assert written_sum(*terms, CAREFUL, Random(0)) == careful
+        assert written_sum(*terms, Writers(careless=1.0, most_slips=0.0), Random(0)) == careless
+    assert [n_carries(*terms) for terms in ((42, 15), (47, 85), (99, 11), (456, 547), (456, 546))] == [0, 1, 1, 2, 2]
+    assert n_carries(540, 540) == 0, "the leftmost column is written whole"
 
 
-def test_the_last_number():
-    values = [
-        ("12 and -3", -3),
-        ("10 - 3", 3),
-        ("10-3", 3),
-        ("it is (-3).", -3),
-        ("so $1,234.50!", Fraction(2469, 2)),
-        ("#### 33.0", 33),
-        ("1,2,3", 3),
-        ("12,345,67", 67),
-        (".5", Fraction(1, 2)),
-        ("none", None),
-        ("9" * 5000, None),
-    ]
-    for text, value in values:
-        assert last_number(text) == value, text
+def test_sets_of_sums_have_carries_and_right_workings_and_are_graded_by_the_last_number():
+    problems = list(islice(sum_problems(2, 3, 1, seed=0), 200))
+    for problem in problems:
+        first, second = map(int, problem.question.split("+"))
+        assert int(problem.answer) == first + second == last_number(problem.response)
+        assert len(str(first)) == len(str(second))
+        assert n_carries(first, second) >= 1
+    assert {len(problem.question) for problem in problems} == {5, 7}
+    assert problems == list(islice(sum_problems(2, 3, 1, seed=0), 200))
+    spec = SumProblems(kind="sums", min_digits=3, max_digits=3, carries=2, **COUNTS)
+    rows = make_problems(spec)
+    assert Counter(row["split"] for row in rows) == COUNTS
+    answer = rows[0]["answer"]
+    assert Grader(spec.grader).grade([f"1+2=3 {answer}", f"{answer} 1"], [answer] * 2) == [True, False]
 
 
-@given(st.integers(), st.integers(0, 999))
-def test_numbers_are_read_exactly(whole, thousandths):
-    assert number(f"{whole:,}") == number(str(whole)) == whole
-    assert number(f"{abs(whole)}.{thousandths:03d}") == abs(whole) + Fraction(thousandths, 1000)
+def test_writers_make_the_mistakes_that_they_should():
+    def shares(**mix):
+        """Return the shares of workings that carry, and that are right, of sums of two columns with a carry."""
+        texts = list(islice(written_sums(Writers(**mix, digits=(2,)), seed=0), 4000))
+        texts = [text for text in texts if n_carries(*map(int, text.question.split("+")))]
+        carried = [text.response.split()[1].count("+") == 2 for text in texts]
+        right = [last_number(text.response) == int(text.answer) for text in texts]
+        return sum(carried) / len(texts), sum(right) / len(texts)
+
+    assert shares(careless=0.6, most_slips=0.0) == pytest.approx((0.4, 0.4), abs=0.04)
+    # A slip to below 10 leaves nothing to carry.
+    carried, right = shares(careless=0.0, most_slips=0.6)
+    assert 0.9 < carried < 1
+    assert right == pytest.approx(0.7**2, abs=0.08)
 
 
-def test_what_is_no_number():
-    for text in ("", "1/2", "1e3", "12,34", "--1", "1 2", "\uff11\uff12", "0x1", "1_000", "inf"):
-        assert number(text) is None, text
+def asked(answer, numbers=range(2, 22), question="What is {} with {}?"):
+    """Return questions on all pairs of numbers with the answers of a function."""
+    return [(question.format(*pair), str(answer(*pair))) for pair in product(numbers, numbers)]
 
 
-def test_the_answer_of_a_gsm8k_solution():
-    assert gsm8k_answer("a #### 1\n#### 1,234,567\n") == "1234567"
-    assert gsm8k_answer("no mark") is None
-    assert gsm8k_answer("####") is None
+def with_others(problems, wrong):
+    """Return the problems with another answer of one in ten, so that no rule is always right."""
+    rng = Random(0)
+    return [(question, wrong if rng.random() < 0.1 else answer) for question, answer in problems]
+
+
+def test_a_rule_of_parities_is_found():
+    problems = asked(lambda a, b: 2 if a % 2 == b % 2 == 0 else 1)
+    # Right on nine tenths, so that it is not the task itself.
+    noisy = with_others(problems, "7")
+    chosen = controls(noisy, noisy)
+    assert chosen.constant == sum(answer == "1" for _, answer in noisy) / len(noisy)
+    assert chosen.rule == pytest.approx(0.9, abs=0.05)
+    assert controls(problems, problems).rule < 1, "the rule that is always right is the task"
+
+
+def test_every_rule_is_found_where_it_is_mostly_right():
+    rules = {
+        "the sum without carries": lambda a, b: (a // 10 + b // 10) % 10 * 10 + (a + b) % 10,
+        "a constant for each tuple of first digits": lambda a, b: 100 + int(str(a)[0]) * int(str(b)[0]),
+        "a constant for each tuple of last digits": lambda a, b: 100 + (a % 10) * (b % 10),
+        "the smallest + a constant for each tuple of first digits": lambda a, b: min(a, b) + int(str(max(a, b))[0]),
+    }
+    for text, answer in rules.items():
+        problems = asked(answer, range(10, 100, 3))
+        chosen = controls(with_others(problems, "999"), problems)
+        assert chosen.rule_text == text
+        assert chosen.rule > 0.98
+
+
+def test_a_constant_is_the_most_frequent_answer_of_training_and_texts_may_be_anything():
+    train = [("3 and 4", "5"), ("3 and 5", "5"), ("3 and 6", "6")]
+    assert controls(train, [("3 and 7", "5"), ("3 and 8", "6"), ("8 and 9", "6"), ("8 and 3", "6")]).constant == 0.25
+    long = controls([("9" * 5000, "1"), ("8" * 5000, "1")], [("7" * 5000, "1")])
+    assert (long.constant, long.rule) == (1.0, 1.0)
+    text = controls([("What?", "\\frac{1}{2}"), ("Who?", "x")], [("Which?", "x")])
+    assert (text.constant, text.rule, text.rule_text) == (0.0, 0.0, "always \\frac{1}{2}")
+
+
+def test_no_cheap_rule_solves_sums_with_carries():
+    problems = [(each.question, each.answer) for each in islice(sum_problems(2, 2, 1, seed=0), 700)]
+    chosen = controls(problems[:500], problems[500:])
+    assert chosen.constant < 0.05
+    assert chosen.rule < 0.2

@@ -32,11 +32,16 @@ def tokenizer():
     return load_tokenizer(TinyModel(kind="tiny"))
 
 
+def with_template(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
 def scored_text(tokenizer, messages):
     ids, scored = encode_chat(tokenizer, messages)
-    return tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(
-        [i for i, is_scored in zip(ids, scored, strict=True) if is_scored]
-    )
+    kept = [i for i, is_scored in zip(ids, scored, strict=True) if is_scored]
+    return tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(kept)
 
 
 def test_assistant_turns_and_their_end_are_scored_and_nothing_else(tokenizer):
@@ -46,21 +51,15 @@ def test_assistant_turns_and_their_end_are_scored_and_nothing_else(tokenizer):
         *("<|user|>", "3", "+", "3", "<|assistant|>", "6", "<|end|>"),
     ]
     assert scored == ["4", "<|end|>", "6", "<|end|>"]
-
-
-def test_what_a_template_puts_after_the_end_is_not_scored(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = CHATML
-    tokens, scored = scored_text(other, TWO_TURNS)
-    assert tokens.count("Ċ") == 4
+    # What a template puts after the end is not scored.
+    tokens, scored = scored_text(with_template(tokenizer, CHATML), TWO_TURNS)
+    assert tokens.count("\u010a") == 4
     assert scored == ["4", "<|end|>", "6", "<|end|>"]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages | length }}" + CHATML
+    # All of a plain text is scored, and no template touches it.
+    tokens, scored = scored_text(with_template(tokenizer, None), [{"role": "text", "content": "2+2"}])
+    assert tokens == scored == ["2", "+", "2", "<|end|>"]
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_chat(other, TWO_TURNS)
+        encode_chat(with_template(tokenizer, "{{ messages | length }}" + CHATML), TWO_TURNS)
 
 
 @pytest.fixture
@@ -70,47 +69,42 @@ def dataset(tmp_path):
     return list(make_dataset(spec)), tmp_path / "data.parquet"
 
 
-def test_cache_round_trip(tokenizer, dataset, tmp_path):
+def test_a_cache_is_what_safetensors_would_write_and_of_something_else_it_is_refused(tokenizer, dataset, tmp_path):
+    """The expected values are computed by hand; the dtypes matter to other readers."""
     rows, path = dataset
+    key = cache_key(tokenizer, path)
     write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
-    splits = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))
-    assert {name: len(split) for name, split in splits.items()} == {"train": 12, "validation": 4, "test": 4}
-    for index in range(12):
-        ids, scored = splits["train"].example(index)
-        expected = encode_chat(tokenizer, rows[index]["messages"])
-        assert (ids.tolist(), scored.tolist()) == expected
-    assert np.array_equal(splits["test"].lengths(), [len(splits["test"].example(i)[0]) for i in range(4)])
-
-
-def test_a_cache_of_something_else_is_refused(tokenizer, dataset, tmp_path):
+    splits = read_tokens(tmp_path / "cache", key)
+    with safe_open(tmp_path / "cache", framework="numpy") as file:
+        assert file.metadata().keys() == {*key, "sha256"}
+        assert file.metadata().items() >= key.items()
+        for split in ("train", "validation", "test"):
+            encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]
+            ids, scored, offsets = (file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets"))
+            assert (ids.dtype, scored.dtype, offsets.dtype) == (np.int32, np.bool_, np.int64)
+            assert ids.tolist() == [token for tokens, _ in encoded for token in tokens]
+            assert scored.tolist() == [flag for _, flags in encoded for flag in flags]
+            assert offsets.tolist() == np.cumsum([0, *(len(tokens) for tokens, _ in encoded)]).tolist()
+            assert len(splits[split]) == len(encoded)
+            assert splits[split].lengths().tolist() == [len(tokens) for tokens, _ in encoded]
+            for index, expected in enumerate(encoded):
+                assert tuple(part.tolist() for part in splits[split].example(index)) == expected
     for part in ["dataset", "tokenizer", "template"]:
-        _, path = dataset
-        write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
         with pytest.raises(UserError, match=f"made with another {part}; delete it"):
-            read_tokens(tmp_path / "cache", cache_key(tokenizer, path) | {part: "other"})
+            read_tokens(tmp_path / "cache", key | {part: "other"})
+    assert cache_key(with_template(tokenizer, CHATML), path) != key
 
 
-def test_the_key_follows_the_template(tokenizer, dataset):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = CHATML
-    assert cache_key(tokenizer, dataset[1]) != cache_key(other, dataset[1])
-
-
-def test_too_long_and_unscored_examples_are_refused(tokenizer, dataset, tmp_path):
+def test_too_long_and_unscored_examples_and_a_model_without_a_template_are_refused(tokenizer, dataset, tmp_path):
     rows, path = dataset
+    with pytest.raises(UserError, match="has no chat template"):
+        write_tokens(path, with_template(tokenizer, None), tmp_path / "cache", Limits(512))
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
         write_tokens(path, tokenizer, tmp_path / "cache", Limits(8))
     write_dataset([{**rows[0], "messages": [{"role": "user", "content": "hello"}]}, *rows], path)
     with pytest.raises(UserError, match="has no assistant token"):
         write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     assert not (tmp_path / "cache").exists()
-
-
-def test_no_template_is_refused(tokenizer, dataset, tmp_path):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
-        write_tokens(dataset[1], other, tmp_path / "cache", Limits(512))
 
 
 def contents(path, tokenizer, dataset):
@@ -129,22 +123,6 @@ def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, mo
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
         write_tokens(path, tokenizer, tmp_path / "short", Limits(8), processes=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.parquet", "one", "two"]
-
-
-def test_a_cache_is_what_safetensors_would_write(tokenizer, dataset, tmp_path):
-    """The expected values are computed by hand; the dtypes matter to other readers."""
-    rows, path = dataset
-    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
-    with safe_open(tmp_path / "cache", framework="numpy") as file:
-        assert file.metadata().keys() == {*cache_key(tokenizer, path), "sha256"}
-        assert file.metadata().items() >= cache_key(tokenizer, path).items()
-        for split in ("train", "validation", "test"):
-            encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]
-            ids, scored, offsets = (file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets"))
-            assert (ids.dtype, scored.dtype, offsets.dtype) == (np.int32, np.bool_, np.int64)
-            assert ids.tolist() == [token for tokens, _ in encoded for token in tokens]
-            assert scored.tolist() == [flag for _, flags in encoded for flag in flags]
-            assert offsets.tolist() == np.cumsum([0, *(len(tokens) for tokens, _ in encoded)]).tolist()
 
 
 def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):

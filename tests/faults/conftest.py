@@ -131,7 +131,7 @@ class Place:
             file_size: bytes that a file of the process may have.
         """
         with_preset = [*arguments, "--preset", "mine.yaml"]
-        # The file is beside the folder, which may be on a full disk.
+        # The file is next to the folder, which may be on a full disk.
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
         process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
         process.start()

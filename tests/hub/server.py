@@ -113,8 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             prefix = inside and f"{inside}/"
             recursive = "recursive=true" in self.path.lower()
-            found = [entry for entry in both if entry["path"].startswith(prefix)]
-            return [entry for entry in found if recursive or "/" not in entry["path"].removeprefix(prefix)]
+            below = [entry for entry in both if entry["path"].startswith(prefix)]
+            return [entry for entry in below if recursive or "/" not in entry["path"].removeprefix(prefix)]
         siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
         sha = self.hub.commit(kind, name)
         return {"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings}

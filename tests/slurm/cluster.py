@@ -1,10 +1,12 @@
-"""A Slurm cluster of one node on this machine: munged, slurmctld and slurmd in their own folder, and two GPUs.
+"""A Slurm cluster of one node on this machine, and the workflow on it, from a clone with an adapted profile.
 
-The daemons, the scheduler, sbatch and srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
+munged, slurmctld and slurmd have their own folder, and the node has two GPUs. The daemons, the scheduler, sbatch and
+srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -20,6 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from lorabench.runs import Job
+
+from ..workflow.checkout import adapt_profile, fresh_clone
 
 T = TypeVar("T")
 
@@ -83,7 +89,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of processes that use this Slurm; `lorabench` is beside the interpreter of the tests."""
+        """The environment of processes that use this Slurm; `lorabench` is next to the interpreter of the tests."""
         path = f"{self.folder}/bin:{Path(sys.executable).parent}:{_path()}"
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
@@ -175,3 +181,53 @@ def _sinfo(cluster: Cluster) -> str:
 
 def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def adapted_clone(folder: Path, *presets: Path) -> Path:
+    """Make a clone with some presets, whose profile looks at the state of jobs early."""
+    fresh_clone(folder)
+    for preset in presets:
+        shutil.copy(preset, folder)
+    adapt_profile(folder, "status-checks: 40", "status-checks: 2")
+    return folder
+
+
+@contextmanager
+def workflow(
+    cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
+) -> Iterator[Callable[[], str]]:
+    """Run the README's command in the background; yield a function that returns its output, empty until its end."""
+    log = checkout / "snakemake.out"
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
+    command += ["--config", f"preset={preset}"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=checkout, env=cluster.environment, stdout=out, stderr=out)
+
+    def output() -> str:
+        if process.poll() is None:
+            return ""
+        assert process.returncode == 0, log.read_text()
+        return log.read_text()
+
+    try:
+        yield output
+    finally:
+        process.kill()
+        process.wait()
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Return the step in the header of a checkpoint, which may be replaced at any time."""
+    with checkpoint.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["progress"])["step"]
+
+
+def job_tries(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
+    """Return the tries of a training job, in the order of their submission."""
+    return [submitted for submitted in jobs if submitted["Comment"] == f"rule_train_wildcards_{job.job_id}"]
+
+
+def rule_jobs(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
+    """Return the jobs of a rule."""
+    return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]

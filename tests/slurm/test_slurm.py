@@ -21,8 +21,7 @@ from lorabench.runs import Job, Sweep
 from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile, snakemake
-from .cluster import until
-from .submitting import adapted_clone, of_job, of_rule, saved_step, workflow
+from .cluster import adapted_clone, job_tries, rule_jobs, saved_step, until, workflow
 
 pytestmark = pytest.mark.slurm
 
@@ -112,7 +111,7 @@ def seen(cluster, checkout):
             return value
 
         remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
-        cluster("scancel", of_job(cluster.jobs(), STOPPED)[0]["JobId"])
+        cluster("scancel", job_tries(cluster.jobs(), STOPPED)[0]["JobId"])
         run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
         remember(run)
         os.kill(training(STOPPED), signal.SIGKILL)
@@ -140,14 +139,14 @@ def training(job: Job) -> int:
 
 def test_every_job_requests_the_resources_of_the_plan(seen):
     for planned in PLAN.jobs:
-        needed, job = job_cost(PLAN, planned), of_job(seen.jobs, planned)[0]
+        needed, job = job_cost(PLAN, planned), job_tries(seen.jobs, planned)[0]
         assert job["TresPerJob"] == f"gres/gpu:{needed.gpus}" == "gres/gpu:1"
         assert f"cpu={needed.cpus},mem={needed.mem_mb}M,node=1" in job["ReqTRES"]
         assert job["TimeLimit"] == f"00:{needed.minutes:02}:00"
-    (compute,) = of_rule(seen.jobs, "compute")
+    (compute,) = rule_jobs(seen.jobs, "compute")
     assert compute["TresPerJob"] == "gres/gpu:2"
-    assert {job["TresPerJob"] for job in of_rule(seen.jobs, "evaluate")} == {"gres/gpu:1"}
-    (tokens,) = of_rule(seen.jobs, "tokens")
+    assert {job["TresPerJob"] for job in rule_jobs(seen.jobs, "evaluate")} == {"gres/gpu:1"}
+    (tokens,) = rule_jobs(seen.jobs, "tokens")
     assert "TresPerJob" not in tokens
     # Downloads, tables and figures are not jobs of Slurm.
     assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "train", "evaluate", "compute"}
@@ -160,7 +159,7 @@ def test_slurm_gives_each_run_its_gpu(seen, checkout):
 
 
 def test_a_stopped_job_is_tried_again_and_goes_on(seen):
-    tries = of_job(seen.jobs, STOPPED)
+    tries = job_tries(seen.jobs, STOPPED)
     assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
     minutes = job_cost(PLAN, STOPPED).minutes
     assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
@@ -217,8 +216,8 @@ def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
         until(ended, "the end of the workflow", 900)
     assert 1 < max(queued) <= 3
     jobs = cluster.jobs()[before:]
-    assert len(of_rule(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
-    assert {job["TresPerJob"] for job in of_rule(jobs, "train") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}
+    assert len(rule_jobs(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
+    assert {job["TresPerJob"] for job in rule_jobs(jobs, "train") + rule_jobs(jobs, "evaluate")} == {"gres/gpu:1"}
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}
     assert (checkout / "results/smoke/report/index.html").is_file()
     shutil.copy(checkout / "workflow/presets/smoke.yaml", checkout / "alone.yaml")

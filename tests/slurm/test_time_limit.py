@@ -11,8 +11,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile, snakemake
-from .cluster import until
-from .submitting import adapted_clone, of_job, saved_step, workflow
+from .cluster import adapted_clone, job_tries, saved_step, until, workflow
 
 pytestmark = pytest.mark.slurm
 
@@ -41,7 +40,7 @@ def test_a_job_goes_on_after_its_time_limit_and_after_a_signal(cluster, tmp_path
         return (len(files), saved_step(whole[0])) if whole else (0, 0)
 
     def tries() -> list[dict[str, str]]:
-        return of_job(cluster.jobs(), job)
+        return job_tries(cluster.jobs(), job)
 
     two = ["--set-resources", "train:gres=gpu:2", "train:processes=2"]
     before = len(tries())

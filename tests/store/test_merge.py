@@ -88,12 +88,12 @@ def test_merging_the_parts_of_a_table_gives_it_back(parts, kinds):
 
 
 def test_merging_again_changes_nothing(tmp_path):
-    one = write(tmp_path / "one", "csv", runs=RUNS.iloc[:7], curves=CURVES, compute=COMPUTE.iloc[:2], counts=COUNTS)
+    first = write(tmp_path / "first", "csv", runs=RUNS.iloc[:7], curves=CURVES, compute=COMPUTE.iloc[:2], counts=COUNTS)
     others = {"evals": evals_table([make_eval(8, 0.5)]), "test_losses": TEST_LOSSES}
-    two = write(tmp_path / "two", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], **others)
+    second = write(tmp_path / "second", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], **others)
     once, twice = tmp_path / "once", tmp_path / "twice"
-    merge([one, two], once)
-    merge([once, one, two], twice)
+    merge([first, second], once)
+    merge([once, first, second], twice)
     files = {path.name: path.read_bytes() for path in once.iterdir()}
     csv = {f"{name}.csv" for name in KEYS if name not in PARQUET_ONLY}
     assert set(files) == csv | {f"{name}.parquet" for name in KEYS}

@@ -353,27 +353,20 @@ def commands(*words):
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_a_model_is_described_by_one_request(hub):
-    add_model(hub)
-    status, shown, _ = commands("recommend", "--model", "owner/tiny")
-    assert status == 0
-    assert "owner/tiny: llama" in shown
-    assert hub.requests == Counter({"GET /owner/tiny/resolve/main/config.json": 1})
-
-
-NO_HUB = {
-    "recommend": ("recommend", "--model", "nosuch/model"),
-    "init": ("init", "mine.yaml", "--model", "nosuch/model", "--data", "own.jsonl"),
-    "data": ("recommend", "--model", "tiny", "--data", "nosuch/data"),
-}
+NO_CONNECTION = "can't be fetched at main: no connection to http://127.0.0.1:"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("answer", "command"), [("none", "recommend"), ("refused", "init"), ("broken", "data"), ("unknown", "recommend")]
+    ("answer", "words", "reason"),
+    [
+        ("none", "recommend --model nosuch/model", NO_CONNECTION),
+        ("refused", "init mine.yaml --model nosuch/model --data own.jsonl", NO_CONNECTION),
+        ("broken", "recommend --model tiny --data nosuch/data", "can't be fetched at main: Server error '503 Service"),
+        ("unknown", "recommend --model nosuch/model", "is not on the hub, or is private and needs a token"),
+    ],
 )
-def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, command, hub, monkeypatch, tmp_path, capfd):
-    words = NO_HUB[command]
+def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, words, reason, hub, monkeypatch, tmp_path, capfd):
     with socket.socket() as silent:
         if answer == "refused":
             at(monkeypatch, unused_endpoint(), tmp_path / "home")
@@ -387,14 +380,8 @@ def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, command, hub
         with pytest.raises(UserError):
             find_model("nosuch/model")
         assert time.monotonic() - started < 3
-        status, _, said = commands(*words)
+        status, _, said = commands(*words.split())
     what, works = ("dataset nosuch/data", "file") if "nosuch/data" in words else ("model nosuch/model", "folder")
-    reason = {
-        "none": "can't be fetched at main: no connection to http://127.0.0.1:",
-        "refused": "can't be fetched at main: no connection to http://127.0.0.1:",
-        "broken": "can't be fetched at main: Server error '503 Service Unavailable'",
-        "unknown": "is not on the hub, or is private and needs a token",
-    }[answer]
     assert status == 2
     assert said.startswith(f"lorabench: {what} {reason}")
     assert f"; the path of a local {works}" in said
@@ -403,11 +390,17 @@ def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, command, hub
     assert capfd.readouterr().err == ""
 
 
-def test_a_model_in_the_cache_needs_no_connection(hub, monkeypatch, tmp_path):
-    (add_model(hub) / "config.json").rename("config.json")
+def test_a_model_is_described_by_one_request_or_from_the_cache(hub, monkeypatch, tmp_path):
+    config = add_model(hub) / "config.json"
+    status, shown, _ = commands("recommend", "--model", "owner/tiny")
+    assert status == 0
+    assert "owner/tiny: llama" in shown
+    assert hub.requests == Counter({"GET /owner/tiny/resolve/main/config.json": 1})
+    content = config.read_bytes()
+    config.unlink()
     with pytest.raises(UserError, match=r"^model owner/tiny lacks a file that is needed: .*config\.json"):
         find_model("owner/tiny")
-    Path("config.json").rename(hub.folder("models", "owner/tiny") / "config.json")
+    config.write_bytes(content)
     hf_hub_download("owner/tiny", "config.json")
     at(monkeypatch, unused_endpoint(), tmp_path / "home")
     assert find_model("owner/tiny").family == "llama"
