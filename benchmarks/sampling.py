@@ -21,7 +21,7 @@ from lorabench.config.inputs import ReasoningProblems, TinyModel
 from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer, package_versions
 from lorabench.runs import Rollouts
-from lorabench.training.rl.prompts import ProblemTexts
+from lorabench.training.rl.loop import ProblemTexts
 from lorabench.training.rl.sampler import Request, sample
 from lorabench.training.run import machine_state
 

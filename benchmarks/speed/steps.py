@@ -23,8 +23,8 @@ from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
+from lorabench.training.loss import batch_gradient
 from lorabench.training.run import Machine
-from lorabench.training.sft import batch_gradient
 from lorabench.utils.exhaustion import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True

@@ -349,10 +349,9 @@ def evidence(
         Path | None, Option(help="The repository's root: write the matrix into its README and docs too.")
     ] = None,
 ) -> None:
-    """Judge all published runs by the paper's claims, and test what would have been recommended for each.
+    """Judge all published runs by the paper's claims.
 
-    Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
-    recommended ones would have been for each source, had it not been known.
+    Writes the verdicts, the matrix of claims by scale, the forest plot, and the known optimal learning rates.
     """
     from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
     from lorabench.sources.measurements import read_own

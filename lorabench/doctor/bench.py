@@ -37,8 +37,8 @@ from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
 from lorabench.store.layout import Layout
+from lorabench.training.loss import batch_gradient
 from lorabench.training.run import Machine, clip_gradient, machine_of, make_optimizer
-from lorabench.training.sft import batch_gradient
 from lorabench.training.step_cost import growth
 from lorabench.utils.files import write_json
 from lorabench.utils.formats import number

@@ -1,6 +1,4 @@
-"""What several sources measured: a forest plot with a random-effects summary, how far off rules of the LR are, and a
-matrix of verdicts by claim and scale.
-"""
+"""What several sources measured: a forest plot with a random-effects summary, and a matrix of verdicts by scale."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ from matplotlib.figure import Figure
 
 from lorabench.figures import style
 from lorabench.figures.verdicts import LOOKS, SHORT_NAMES
-from lorabench.sources.lr_left_out import METHODS, RULES
 from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z
 from lorabench.utils.formats import number
 
@@ -103,42 +100,6 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         style.log_ticks(axes.xaxis)
     else:
         axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
-
-
-_RULES: dict[str, dict[str, Any]] = {
-    "pooled": {"color": "#274b8f", "marker": "o", "markersize": 6},
-    "law": {"color": "#9a4a00", "marker": "s", "markersize": 5, "markerfacecolor": "white"},
-    "law_sqrt": {"color": "#9a4a00", "marker": "x", "markersize": 5},
-}
-_METHODS = {"fullft": "FullFT", "lora": "LoRA"}
-
-
-@style.applied()
-def draw_left_out(sources: pd.DataFrame) -> Figure:
-    """Draw how far off rules are, as `by_source` says: a panel for each task and method, with a row for each source."""
-    measured = sources[sources["optima"] > 0]
-    names = {task: list(rows["source"].unique()) for task, rows in measured.groupby("task", sort=False)}
-    names = {task: names[task] for task in ("sft", "rl") if task in names}
-    slots = [len(listed) for listed in names.values()]
-    figure = Figure(figsize=(style.WIDTH, 0.24 * sum(slots) + 0.9 * len(slots) + 0.4), layout="constrained")
-    panels = figure.subplots(len(slots), 2, sharex=True, squeeze=False, height_ratios=slots)
-    for (left, right), (task, listed) in zip(panels, names.items(), strict=True):
-        for axes, method in zip((left, right), METHODS, strict=True):
-            axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
-            for row in measured[(measured["task"] == task) & (measured["method"] == method)].to_dict("records"):
-                slot = listed.index(row["source"])
-                axes.plot(row["signed"], slot, linestyle="", **_RULES[str(row["rule"])])
-            axes.set_xscale("log")
-            style.log_ticks(axes.xaxis)
-            axes.set_yticks(range(len(listed)), listed)
-            axes.set_ylim(len(listed) - 0.5, -0.5)
-            axes.set_title(f"{str(task).upper()}, {_METHODS[method]}")
-        right.set_yticklabels([])
-    for axes in panels[-1]:
-        axes.set_xlabel("predicted over measured optimal LR")
-    handles = [style.line(label, linestyle="", **_RULES[rule]) for rule, label in RULES.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
 
 
 _CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.42, 0.98, 2.75  # inches, of the matrix

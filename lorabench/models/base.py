@@ -122,7 +122,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def max_length(spec: ModelSpec) -> int:
-    """Return the longest sequence that the model takes, in tokens."""
+    """Return the number of tokens of the longest sequence that the model takes."""
     return int(load_config(spec).max_position_embeddings)
 
 

@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs: of a model, and of LoRA on real architectures (the paper's table beside figure 4).
+"""Counts of parameters and FLOPs: of a model, and of LoRA on real architectures (the paper's table next to figure 4).
 
 `architectures/NAME.json` holds the public configuration of each architecture; nothing is downloaded, and no weight is
 allocated. The counted parameters are those that `add_lora` makes trainable. All decoder layers of these architectures

@@ -20,11 +20,10 @@ import yaml
 
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest, draw_left_out, draw_matrix
+from lorabench.figures.evidence import draw_forest, draw_matrix
 from lorabench.figures.style import write_figure
 from lorabench.report import claim_text, summary
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.measurements import MEASURES, matrix, measurement_table, summary_table
 from lorabench.sources.studies import judge, read_studies, source_folders
@@ -106,9 +105,8 @@ def evidence_tables(
         presets: folders of published presets, whose optimal learning rates are pooled with those of the sources.
 
     Returns:
-        By the names of their files: all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, the
-        known optimal learning rates (`lr_optima`), and how far off they would have been, had their source not been
-        known (`lr_left_out`, `lr_left_out_summary`).
+        By the names of their files: all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, and
+        the known optimal learning rates (`lr_optima`).
 
     Raises:
         UserError: a source is refused; then nothing is judged.
@@ -116,16 +114,12 @@ def evidence_tables(
     studies = read_studies(source_folders(*more))
     claims = pd.concat([judge(study) for study in studies], ignore_index=True)
     measurements = measurement_table(studies, claims, own)
-    optima = known_optima(studies, presets)
-    predicted = left_out(optima)
     return {
         "claims": claims.drop(columns=list(NOT_PUBLISHED)),
         "matrix": matrix(claims, own),
         "measurements": measurements,
         "summary": summary_table(measurements),
-        "lr_optima": optima_table(optima),
-        "lr_left_out": predicted,
-        "lr_left_out_summary": compared(by_source(predicted)),
+        "lr_optima": optima_table(known_optima(studies, presets)),
     }
 
 
@@ -136,7 +130,6 @@ def write_evidence(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     figures = {
         "matrix": draw_matrix(tables["matrix"]),
         "forest": draw_forest(tables["measurements"], tables["summary"]),
-        "lr_left_out": draw_left_out(by_source(tables["lr_left_out"])),
     }
     for name, figure in figures.items():
         for kind in ("svg", "png"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
 from lorabench.config.loading import load_preset, preset_path
@@ -113,10 +111,6 @@ class Layout:
     def job(self, job: Job) -> Path:
         """Return the file of a job's runs."""
         return self.root / "jobs" / f"{job.job_id}.parquet"
-
-    def base_scores(self, determining: Mapping[str, Any]) -> Path:
-        """Return the file of a base model's scores in RL, given all that they depend on as plain data."""
-        return self.root / "base_scores" / f"{digest(determining)}.json"
 
     def lock(self, sweep: Sweep) -> Path:
         """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""

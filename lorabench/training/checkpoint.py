@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorabench.models.passes import trained_parameters
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, local_part, sharded_like
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, local_part
 from lorabench.utils import signals
 from lorabench.utils.checked_tensors import (
     DamagedTensorsError,
@@ -36,27 +36,26 @@ from lorabench.utils.checked_tensors import (
 )
 from lorabench.utils.files import atomic_path
 
-_SHARE = 0.02
-"""The largest share of the time that saving takes; where it takes long, it is done less often."""
-
 
 class Checkpoint:
-    """The checkpoint of one run: decides when the run saves, and writes and reads the file."""
+    """The checkpoint of one run: decides when the run saves, and writes and reads the file.
+
+    Args:
+        path: the file.
+        run_id: the run.
+        seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
+        processes: the processes that train the run together.
+    """
 
     def __init__(self, path: Path, run_id: str, seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
-        """
-        Args:
-            path: the file.
-            run_id: the run.
-            seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
-            processes: the processes that train the run together.
-        """
         self._path, self._run_id, self._seconds, self._processes = path, run_id, seconds, processes
+        self._owner = {"run_id": run_id, "protocol_version": str(PROTOCOL_VERSION)}
         self._saved, self._cost = time.perf_counter(), 0.0
 
     def due(self) -> bool:
         """Return whether the run saves now: after some time, or because a signal has asked the job to end."""
-        interval = max(self._seconds, self._cost / _SHARE) if self._seconds else 0.0
+        # Saving takes 2% of the time at most.
+        interval = max(self._seconds, 50 * self._cost) if self._seconds else 0.0
         return self._processes.any(signals.requested() or time.perf_counter() - self._saved >= interval)
 
     def save(
@@ -73,11 +72,9 @@ class Checkpoint:
             for key, value in {"parameter": parameter.detach(), **optimizer.state[parameter]}.items():
                 tensors[f"{key}/{name}"] = local_part(value)
         parts = _parts(path, progress["step"], processes.count)
-        about = _owner(self._run_id)
-        if processes.first:
-            about |= {"progress": json.dumps(progress), "parts": str(processes.count)}
+        about = {"progress": json.dumps(progress), "parts": str(processes.count)} if processes.first else {}
         with atomic_path(parts[processes.rank]) as partial:
-            write_tensors(partial, tensors, about)
+            write_tensors(partial, tensors, self._owner | about)
             if processes.first:
                 # The file of the first process replaces the old one last.
                 processes.wait()
@@ -102,7 +99,7 @@ class Checkpoint:
         path, processes = self._path, self._processes
         if not processes.any(path.exists()):
             return None
-        progress, parts, reason = _verify(path, self._run_id, processes)
+        progress, parts, reason = self._verify()
         with ExitStack() as opened:
             files = [opened.enter_context(open_tensors(part)) for part in parts]
             if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
@@ -122,30 +119,29 @@ class Checkpoint:
             logging.info("run %s goes on after step %d", self._run_id, progress["step"])
         return progress
 
+    def _verify(self) -> tuple[dict[str, Any] | None, list[Path], str]:
+        """Verify the parts of the checkpoint, each by one process.
 
-def _verify(path: Path, run_id: str, processes: Processes) -> tuple[dict[str, Any] | None, list[Path], str]:
-    """Verify the parts of a checkpoint, each by one process.
-
-    Returns:
-        The progress and the parts; if the checkpoint cannot be used None, no parts and the reason, in all processes.
-    """
-    progress: dict[str, Any] | None = None
-    parts: list[Path] = []
-    reason = f"{path} can't be used by another process"
-    try:
-        about = read_header(path)
-        if not about.items() >= _owner(run_id).items():
-            owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
-            raise DamagedTensorsError(f"{path} is of {owner}")
-        saved: dict[str, Any] = json.loads(about["progress"])
-        parts = _parts(path, saved["step"], int(about["parts"]))
-        for part in parts[processes.rank :: processes.count]:
-            if not verify_tensors(part).items() >= _owner(run_id).items():
-                raise DamagedTensorsError(f"{part} is of another run")
-        progress = saved
-    except (DamagedTensorsError, KeyError, ValueError) as error:
-        reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
-    return (None, [], reason) if processes.any(progress is None) else (progress, parts, "")
+        Returns:
+            The progress and the parts; if the checkpoint can't be used None, no parts and the reason, in all processes.
+        """
+        progress: dict[str, Any] | None = None
+        path, processes, parts = self._path, self._processes, list[Path]()
+        reason = f"{path} can't be used by another process"
+        try:
+            about = read_header(path)
+            if not about.items() >= self._owner.items():
+                owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
+                raise DamagedTensorsError(f"{path} is of {owner}")
+            saved: dict[str, Any] = json.loads(about["progress"])
+            parts = _parts(path, saved["step"], int(about["parts"]))
+            for part in parts[processes.rank :: processes.count]:
+                if not verify_tensors(part).items() >= self._owner.items():
+                    raise DamagedTensorsError(f"{part} is of another run")
+            progress = saved
+        except (DamagedTensorsError, KeyError, ValueError) as error:
+            reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
+        return (None, [], reason) if processes.any(progress is None) else (progress, parts, "")
 
 
 def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:
@@ -172,25 +168,13 @@ def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes
             result = torch.empty_like(like)
             local_part(result).copy_(own)
             return result
-    return sharded_like(torch.cat([file.get_tensor(key) for file in files]), like)
-
-
-def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's trained parameters on the CPU of the first process; other processes return nothing."""
-    gathered = {}
-    for name, parameter in trained_parameters(model).items():
-        tensor = full_tensor(parameter.detach())
-        if processes.first:
-            gathered[name] = tensor.cpu()
-    return gathered
+    whole = torch.cat([file.get_tensor(key) for file in files]).to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return whole
 
 
 def _parts(path: Path, step: int, count: int) -> list[Path]:
     """Return the files of a checkpoint, that of the first process first."""
     others = [path.with_name(f"{path.stem}.{step}.{rank}-of-{count}{path.suffix}") for rank in range(1, count)]
     return [path, *others]
-
-
-def _owner(run_id: str) -> dict[str, str]:
-    """Return the header fields that identify the run of a checkpoint."""
-    return {"run_id": run_id, "protocol_version": str(PROTOCOL_VERSION)}

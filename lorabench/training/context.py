@@ -26,7 +26,8 @@ from lorabench.runs import Run, Sweep
 from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.training.checkpoint import Checkpoint, whole_weights
+from lorabench.training.checkpoint import Checkpoint
+from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
 from lorabench.training.run import Machine, Outcome, machine_state
 from lorabench.utils.files import atomic_path, write_json
@@ -104,7 +105,9 @@ class SweepContext:
         # PEFT would else add a copy of an adapted unembedding to the adapter.
         options: dict[str, Any] = {"save_embedding_layers": False} if condition.method == "lora" else {}
         if keep and processes.sharded:
-            options["state_dict"] = whole_weights(model, processes)
+            # Every process takes part in gathering; the first one keeps the tensors.
+            whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
+            options["state_dict"] = {name: weight.cpu() for name, weight in whole if processes.first}
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)

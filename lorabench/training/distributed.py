@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lorabench.errors import UserError
 from lorabench.models.lora import tie_beneath
@@ -97,12 +97,6 @@ class Processes:
         """Return the indices of this process's sequences, dealt by length so that all processes have similar work."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
 
-    def owners(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the rank of the process that has each sequence in its share, (sequences,)."""
-        ranks = np.empty(len(lengths), np.int64)
-        ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths)) % self.count
-        return ranks
-
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
         """Pad this process's parts with `nothing` to the largest number of any process.
 
@@ -135,7 +129,7 @@ class Processes:
         if isinstance(model, PeftModel):
             tie_beneath(model)
         sharded: M = fsdp2_prepare_model(accelerator, model)
-        sharded.enter = MethodType(_call, sharded)  # type: ignore[assignment]
+        sharded.enter = MethodType(lambda model, function, *inputs: function(model, *inputs), sharded)  # type: ignore[assignment]
         register_fsdp_forward_method(sharded, "enter")
         for module in sharded.modules():
             if isinstance(module, FSDPModule):
@@ -251,10 +245,6 @@ def call_as_forward(model: torch.nn.Module, function: Callable[..., T], *inputs:
     return entered
 
 
-def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
-    return function(model, *inputs)
-
-
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor in every process, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -263,10 +253,3 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Move a full tensor to the device of `like` and shard it as `like` is sharded."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return tensor.to(like.device)

@@ -18,16 +18,14 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import call_as_forward
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, deterministically
 
 IGNORED = -100
 """Target of a position whose next token is not scored."""
 
 PASS_TOKENS = {"cpu": 128, "cuda": 2048}
 """Fixed cost of a pass through the model (launching kernels, reading weights) by device type, in tokens' worth of time.
-
-The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed.
-"""
+The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed."""
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> list[np.ndarray]:
@@ -101,10 +99,8 @@ def scored_by_example(split: TokenizedSplit) -> np.ndarray:
 
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
-
 Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
-measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed.
-"""
+measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed."""
 
 
 def add_gradient(
@@ -147,6 +143,35 @@ def add_gradient(
             total += loss.detach()
         hidden.backward(leaf.grad)
     return total
+
+
+def batch_gradient(
+    model: nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
+) -> tuple[float, int, int]:
+    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
+
+    Args:
+        examples: indices into the split, (examples,); each process computes a share of them.
+
+    Returns:
+        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
+    """
+    processes, device, lengths = machine.processes, machine.device, split.lengths()
+    share = examples[processes.share(lengths[examples])]
+    tokens = int(processes.total(lengths[share].sum()))
+    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
+    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
+    scored = int(processes.total(sum(batch.scored for batch in batches)))
+    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
+
+    def add() -> float:
+        nll = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
+        return nll.item()
+
+    nll = deterministically(add, model.zero_grad, device)
+    return processes.total(nll), tokens, scored
 
 
 @torch.no_grad()

@@ -119,6 +119,12 @@ class Outcome:
     test_losses: list[ExampleLoss] = field(default_factory=list)
     """The loss of each test example after the last step; empty if the run did not get there."""
 
+    def record(self, step: int, examples: int, tokens: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append values to the curve."""
+        for metric, value in metrics.items():
+            finite = value if math.isfinite(value) else None
+            self.curve.append(CurvePoint(step, examples, tokens, split, metric, finite))
+
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the outcome, as plain data."""
         curve = [vars(point) for point in self.curve]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.chat import Split
@@ -24,20 +25,11 @@ from lorabench.models.lora import adapter_pairs
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
-from lorabench.training.adapter import AdapterProbe
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.context import Base, SweepContext, now
-from lorabench.training.loss import (
-    MAX_LOGITS,
-    PASS_TOKENS,
-    add_gradient,
-    collate,
-    example_nlls,
-    mean_nll,
-    micro_batches,
-    scored_by_example,
-)
-from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
+from lorabench.training.distributed import full_tensor
+from lorabench.training.loss import batch_gradient, example_nlls, mean_nll, scored_by_example
+from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, make_optimizer
 
 EXPLODED_ABOVE_UNIFORM = 1.0
 """A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
@@ -106,18 +98,15 @@ def train_sft(
         outcome.resume(saved)
         first_step, epoch_nats, epoch_scored = saved["step"], saved["epoch_nats"], saved["epoch_scored"]
 
-    def record(step: int, split: Split, metric: str, value: float) -> None:
-        finite = value if math.isfinite(value) else None
-        point = CurvePoint(step, step * condition.batch_size, outcome.train_tokens, split, metric, finite)
-        outcome.curve.append(point)
+    def record(step: int, split: Split, metrics: Mapping[str, float]) -> None:
+        outcome.record(step, step * condition.batch_size, outcome.train_tokens, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
         started = time.perf_counter()
         loss, tokens, scored = batch_gradient(model, train, order[step - 1], machine)
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         outcome.train_tokens += tokens
-        record(step, "train", "nll", loss)
-        record(step, "train", "grad_norm", norm)
+        record(step, "train", {"nll": loss, "grad_norm": norm})
         if machine.processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
@@ -128,11 +117,10 @@ def train_sft(
             probed.before_step()
         optimizer.step()
         if probed:
-            for metric, value in probed.after_step().items():
-                record(step, "train", metric, value)
+            record(step, "train", probed.after_step())
         optimizer.zero_grad()
         if step in validate_at:
-            record(step, "validation", "nll", mean_nll(model, data["validation"], machine))
+            record(step, "validation", {"nll": mean_nll(model, data["validation"], machine)})
         outcome.wall_s += time.perf_counter() - started
         tick(step)
         if step < condition.steps and checkpoint.due():
@@ -157,33 +145,79 @@ def train_sft(
     return outcome
 
 
-def batch_gradient(
-    model: torch.nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
-) -> tuple[float, int, int]:
-    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
+_GRAM_NUMBERS = 1 << 23
+"""Numbers of the Gram matrices that are decomposed together; 64 MiB."""
+
+Pair = tuple[Tensor, Tensor, float]
+"""The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
+
+
+class AdapterProbe:
+    """Measures single optimizer steps of a LoRA adapter.
+
+    The measures need the factors A and B only, never a matrix of the layer's size: with U of few columns and V of few
+    rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the singular values of U are the square roots of
+    the eigenvalues of U^T U.
+
+    Call `before_step()` when the batch's gradients are computed and `after_step()` after the update. Construct the
+    probe before the first step, and before a checkpoint is loaded, since it remembers the initial A. If gradients are
+    clipped before `before_step()`, `descent` is that of the clipped gradient.
 
     Args:
-        examples: indices into the split, (examples,); each process computes a share of them.
-
-    Returns:
-        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
+        pairs: the trained factors of each layer by name, all of one rank, as `lorabench.models.lora.adapter_pairs`
+            returns them.
     """
-    processes, device, lengths = machine.processes, machine.device, split.lengths()
-    share = examples[processes.share(lengths[examples])]
-    tokens = int(processes.total(lengths[share].sum()))
-    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
-    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
-    scored = int(processes.total(sum(batch.scored for batch in batches)))
-    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
 
-    def add() -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches:
-            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
-        return nll.item()
+    def __init__(self, pairs: Mapping[str, Pair]) -> None:
+        self._pairs = dict(pairs)
+        self._initial_a = {name: a.detach().clone() for name, (a, _, _) in self._pairs.items()}
+        self._before: dict[str, list[Tensor]] = {}
 
-    nll = deterministically(add, model.zero_grad, device)
-    return processes.total(nll), tokens, scored
+    def before_step(self) -> None:
+        """Copy the factors and gradients that the step will change."""
+        for name, (a, b, _) in self._pairs.items():
+            gradients = (torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in (a, b))
+            self._before[name] = [tensor.detach().clone() for tensor in (a, b, *gradients)]
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, float]:
+        """Return the measures of the step since `before_step()`, and release the copies made there.
+
+        Returns:
+            The measures by name; an empty dictionary if no layer carries LoRA.
+
+            a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
+            update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
+            b_over_a: share of layers whose B has a larger spectral norm than A.
+            descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
+        """
+        if not self._pairs:
+            return {}
+        layers, larger, grams = [], [], []
+        for number, (name, (a, b, scaling)) in enumerate(self._pairs.items(), 1):
+            initial_a = full_tensor(self._initial_a[name])
+            old_a, old_b, a_grad, b_grad = map(full_tensor, self._before.pop(name))
+            a, b = full_tensor(a), full_tensor(b)
+            a_step, b_step = (a - old_a).double(), (b - old_b).double()
+            descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
+            # B'A' - BA = (B' - B) A' + B (A' - A).
+            left = torch.cat([b_step, old_b.double()], dim=1)
+            right = torch.cat([a.double(), a_step], dim=0)
+            update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
+            moved = (a - initial_a).double().norm() / initial_a.double().norm()
+            layers.append(torch.stack([moved, update, descent]))
+            grams += [a.double() @ a.double().T, b.double().T @ b.double()]
+            # A GPU takes as long for one small matrix as for many, so they are decomposed together.
+            if len(grams) * grams[0].numel() > _GRAM_NUMBERS or number == len(self._pairs):
+                # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
+                largest = torch.linalg.eigvalsh(torch.nan_to_num(torch.stack(grams)))[:, -1]
+                larger.append(largest[1::2] > largest[::2])
+                grams = []
+        # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
+        moved, update, descent = torch.stack(layers).T
+        norm = update.sum().clamp(min=0).sqrt()
+        measures = torch.stack([moved.mean(), norm, torch.cat(larger).double().mean(), descent.sum()])
+        return dict(zip(("a_moved", "update_norm", "b_over_a", "descent"), measures.tolist(), strict=True))
 
 
 class SftTrainer:

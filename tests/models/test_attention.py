@@ -24,10 +24,10 @@ from ..training.conftest import base_of
 TINY = TinyModel(kind="tiny")
 
 
-def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
+def draw(rows, heads, groups, length, width, value_width, dtype=torch.float64):
     """Return queries, keys and values in a model's memory layout: the heads of a token are adjacent."""
     generator = torch.Generator().manual_seed(length)
-    shapes = (heads, width), (groups, width), (groups, of_values)
+    shapes = (heads, width), (groups, width), (groups, value_width)
     tensors = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in tensors]
 
@@ -49,11 +49,11 @@ def formula(query, key, value, scaling):
     each=st.integers(1, 3),
     length=st.integers(1, 2 * MAX_BLOCK_QUERIES + 3),
     width=st.integers(1, 5),
-    of_values=st.integers(1, 5),
+    value_width=st.integers(1, 5),
 )
-def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width, of_values):
-    given = draw(rows, groups * each, groups, length, width, of_values)
-    upstream = torch.randn(rows, length, groups * each, of_values, dtype=torch.float64)
+def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width, value_width):
+    given = draw(rows, groups * each, groups, length, width, value_width)
+    upstream = torch.randn(rows, length, groups * each, value_width, dtype=torch.float64)
     output = causal_attention(*given, 0.7)
     gradients = torch.autograd.grad(output, given, upstream)
     expected = formula(*given, 0.7)
@@ -157,7 +157,11 @@ def test_a_sliding_window_is_kept(calls):
     assert_close(own, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_models_with_attention_of_their_own_keep_it(monkeypatch):
+def test_loaded_models_attend_in_blocks_except_those_with_attention_of_their_own(tmp_path, monkeypatch):
+    for model in (load_model(TINY), skeleton(TINY)):
+        assert model.config._attn_implementation == attention.NAME
+    load_model(TINY).save_pretrained(tmp_path)
+    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     model = base_of("gemma")
     model.set_attn_implementation("eager")
     attend_in_blocks(model)
@@ -167,10 +171,3 @@ def test_models_with_attention_of_their_own_keep_it(monkeypatch):
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_loaded_models_attend_in_blocks_and_do_not_say_so_where_they_are_saved(tmp_path):
-    for model in (load_model(TINY), skeleton(TINY)):
-        assert model.config._attn_implementation == attention.NAME
-    load_model(TINY).save_pretrained(tmp_path)
-    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))

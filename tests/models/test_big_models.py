@@ -1,4 +1,4 @@
-"""Real architectures on the meta device: parameter counts, the layers with LoRA, and the sizes for the estimates."""
+"""Real architectures: counts against the paper and the published sizes, layers with LoRA, sizes for the estimates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorabench.config.inputs import HubModel, PathModel
+from lorabench.config.inputs import HubModel, PathModel, TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.models.lora import add_lora, expert_rank, in_expert, lora_layers, targets
+from lorabench.models.base import load_model
+from lorabench.models.counts import base_parameters, counts_table, train_flops_per_token
+from lorabench.models.lora import add_lora, in_expert, targets
 from lorabench.models.specs import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.planning.memory import step_memory
+from lorabench.training.loss import Batch
+from lorabench.training.step_cost import count_flops
 
 SIZES = {
     "llama-3.2-1b": 1_235_814_400,
@@ -43,10 +47,6 @@ def on_meta(name):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(name)))
 
 
-def test_all_architectures_are_tested():
-    assert SIZES.keys() == {path.stem for path in ARCHITECTURES.glob("*.json")}
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_those_of_the_model_and_as_published(name):
     model, sizes = on_meta(name), dimensions_of_config(config(name))
@@ -54,6 +54,10 @@ def test_parameters_are_those_of_the_model_and_as_published(name):
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     fused = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and in_expert(n))
     assert linear + fused == sum(m.parameters for m in sizes.matrices if m.part != "router")
+    # A model of unknown sizes is guessed.
+    guess = guessed_dimensions(sizes.parameters, sizes.hidden)
+    assert 0.7 < guess.parameters / sizes.parameters < 1.4
+    assert guess.hidden == sizes.hidden
 
 
 @pytest.mark.parametrize("name", BIG)
@@ -79,21 +83,6 @@ def test_lora_has_the_parameters_that_are_counted(name, placement, rank):
     assert trained == dimensions_of_config(config(name)).lora(placement, rank, True)[0]
 
 
-def test_each_expert_has_a_lora_of_its_own():
-    moe = config("qwen3-30b-a3b")
-    with torch.device("meta"):
-        model = add_lora(on_meta("qwen3-30b-a3b"), 64, "all", 32.0, True, seed=0)
-    # The total rank is divided by the 8 active experts.
-    assert expert_rank(model.get_base_model(), 64) == 8
-    experts = [layer for name, layer in lora_layers(model) if in_expert(name)]
-    assert len(experts) == 2 * moe["num_hidden_layers"]
-    for layer in experts:
-        assert layer.scaling["default"] == 32.0 / 8
-        assert layer.lora_A["default"].weight.shape[0] == moe["num_experts"] * 8
-    routers = [name for name, parameter in model.named_parameters() if ".gate." in name and parameter.requires_grad]
-    assert not routers
-
-
 @pytest.mark.parametrize("name", BIG)
 @pytest.mark.parametrize("rank", [None, 64])
 def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, rank):
@@ -115,27 +104,87 @@ def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, ran
     assert memory.moments == sum(moment.nbytes for moment in moments)
 
 
-def hub(name, parameters, hidden):
-    return HubModel(kind="hub", id=name, parameters=parameters, hidden_size=hidden)
+def test_a_known_model_is_known_by_its_name_and_size_or_by_its_own_configuration(tmp_path):
+    def hub(name, parameters):
+        return dimensions(HubModel(kind="hub", id=name, parameters=parameters, hidden_size=4096))
 
-
-def test_a_known_model_is_known_by_its_name_and_size():
+    assert SIZES.keys() == {path.stem for path in ARCHITECTURES.glob("*.json")}
     llama = dimensions_of_config(config("llama-3.1-8b"))
     for name in ("meta-llama/Llama-3.1-8B-Instruct", "somebody/llama-3.1-8b-tuned"):
-        assert dimensions(hub(name, 8_030_261_248, 4096)) == llama
+        assert hub(name, 8_030_261_248) == llama
     # A different model whose name starts alike.
-    assert dimensions(hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000, 4096)) != llama
-
-
-def test_an_unknown_model_is_guessed_by_its_size():
-    for name in SIZES:
-        known = dimensions_of_config(config(name))
-        guess = guessed_dimensions(known.parameters, known.hidden)
-        assert 0.7 < guess.parameters / known.parameters < 1.4, name
-        assert guess.hidden == known.hidden
-
-
-def test_a_folder_brings_its_own_configuration(tmp_path):
+    assert hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000) != llama
     (tmp_path / "config.json").write_text(json.dumps(config("qwen3-4b")))
     spec = PathModel(kind="path", path=str(tmp_path), parameters=4_022_468_096, hidden_size=2560)
     assert dimensions(spec) == dimensions_of_config(config("qwen3-4b"))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return counts_table()
+
+
+def test_llama_8b_has_the_papers_counts_and_whole_models_their_published_sizes(table):
+    key = ["placement", "rank", "include_unembedding"]
+    assert not table.duplicated(["architecture", *key, "part"]).any()
+    rows = table[table["architecture"] == "llama-3.1-8b"]
+    assert rows.set_index(key)["trainable_params"].to_dict() == {
+        ("mlp", 256, True): 486_866_944,
+        ("attn", 256, True): 251_985_920,
+        ("all", 256, True): 704_970_752,
+        ("mlp", 128, True): 243_433_472,
+        ("all", 1, True): 2_753_792,
+        ("all", 1, False): 2_621_440,
+    }
+    sizes = table[table["part"] == "all"].groupby("architecture")["base_params"].unique().map(list).to_dict()
+    assert sizes == {
+        "llama-3.1-8b": [8_030_261_248],
+        # Tied: the unembedding counts once.
+        "llama-3.2-1b": [1_235_814_400],
+        "qwen3-8b": [8_190_735_360],
+        "qwen3-30b-a3b": [30_532_122_624],
+    }
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_parts_of_the_mixture_of_experts(table, rank):
+    rows = table[(table["architecture"] == "qwen3-30b-a3b") & (table["rank"] == rank)].set_index("part")
+    hidden, expert, experts, layers = 2048, 768, 128, 48
+    # Gate and up share an A.
+    per_expert = (hidden + 2 * expert) + (expert + hidden)
+    attention = (hidden + 4096) + 2 * (hidden + 512) + (4096 + hidden)
+    assert rows["trainable_params"].drop("all").to_dict() == {
+        "experts": layers * experts * per_expert * rank // 8,
+        "attention": layers * attention * rank,
+        "unembedding": (hidden + 151_936) * rank,
+    }
+    assert rows["base_params"].drop("all").to_dict() == {
+        "experts": layers * experts * 3 * hidden * expert,
+        "attention": layers * (2 * hidden * 4096 + 2 * hidden * 512),
+        "unembedding": hidden * 151_936,
+    }
+    assert rows["trainable_params"].drop("all").sum() == rows["trainable_params"]["all"]
+
+
+@pytest.mark.parametrize("name", ["llama-64", "qwen-64"])
+def test_flops_of_a_token_are_those_counted(name):
+    spec = TinyModel(kind="tiny", name=name)
+    for rank in (None, 1, 16):
+        model = load_model(spec)
+        if rank is not None:
+            model = add_lora(model, rank, "all", 32.0, True, seed=0)
+        tokens = torch.zeros(2, 16, dtype=torch.long)
+        assert train_flops_per_token(model) == count_flops(model, Batch(tokens, tokens), bf16=False)[0] / tokens.numel()
+
+
+def test_only_active_experts_count():
+    model = load_model(TinyModel(kind="tiny", name="moe-128"))
+    experts = 3 * 8 * 3 * 128 * 128
+    dense = 3 * 4 * 128 * 128 + 1024 * 128
+    assert train_flops_per_token(model) == 6 * (dense + experts * 2 // 8)
+    parameters = base_parameters(model)
+    lora = add_lora(model, 4, "mlp", 32.0, False, seed=0)
+    # Each expert has two LoRAs: of gate and up as one matrix, and of down.
+    adapters = 3 * 8 * 2 * ((128 + 256) + (128 + 128))
+    assert train_flops_per_token(lora) == 4 * (dense + experts * 2 // 8) + 6 * adapters * 2 // 8
+    assert base_parameters(lora) == parameters

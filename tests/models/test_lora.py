@@ -29,21 +29,16 @@ from lorabench.errors import UserError
 from lorabench.evaluation.pretraining import heldout_documents
 from lorabench.models.base import config_of, load_model, load_tokenizer
 from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
+from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
 
 from ..conftest import REPOSITORY
 
 FAMILIES = ("llama-128", "qwen-64", "moe-128")
-# Per unit of rank: in + out of each linear layer of a base of hidden 128, MLP 320, 3 layers, vocabulary 1024.
-ATTENTION, MLP, UNEMBEDDING = 3 * 4 * 256, 3 * 3 * 448, 128 + 1024
 
 
 def base(name):
     return load_model(TinyModel(kind="tiny", name=name))
-
-
-def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def copies(parameters):
@@ -58,7 +53,7 @@ def text():
 
 
 def train(model, ids, steps=3):
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=1e-2, weight_decay=0.0)
     for _ in range(steps):
         optimizer.zero_grad()
         logits = model(input_ids=ids[:, :-1]).logits
@@ -67,37 +62,18 @@ def train(model, ids, steps=3):
 
 
 @pytest.mark.parametrize(
-    ("placement", "head", "per_rank"),
-    [
-        ("attn", True, ATTENTION + UNEMBEDDING),
-        ("mlp", True, MLP + UNEMBEDDING),
-        ("all", True, ATTENTION + MLP + UNEMBEDDING),
-        ("all", False, ATTENTION + MLP),
-    ],
+    ("placement", "attention", "rank", "expert_rank"),
+    [("all", 3 * 4 * 256, 1, 1), ("all", 3 * 4 * 256, 16, 8), ("mlp", 0, 5, 2), ("attn", 3 * 4 * 256, 5, 2)],
 )
-def test_parameter_counts(placement, head, per_rank):
-    model = add_lora(base("qwen-128"), 8, placement, 32.0, head, seed=0)
-    assert sum(p.numel() for p in trainable(model).values()) == 8 * per_rank
-
-
-@pytest.mark.parametrize(
-    ("placement", "attention", "rank", "of_an_expert"),
-    [
-        ("all", ATTENTION, 1, 1),
-        ("all", ATTENTION, 16, 8),
-        ("mlp", 0, 5, 2),
-        ("attn", ATTENTION, 5, 2),
-    ],
-)
-def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, rank, of_an_expert):
+def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, rank, expert_rank):
     """2 of 8 experts of width 128 are active; gate and up share an A; the router carries none."""
     model = add_lora(base("moe-128"), rank, placement, 32.0, True, seed=0)
     experts = 3 * 8 * ((128 + 256) + (128 + 128)) if placement != "attn" else 0
-    counted = sum(p.numel() for p in trainable(model).values())
-    assert counted == rank * (attention + UNEMBEDDING) + of_an_expert * experts
-    assert not any(".gate." in name for name in trainable(model))
+    trained = trained_parameters(model)
+    assert sum(p.numel() for p in trained.values()) == rank * (attention + 128 + 1024) + expert_rank * experts
+    assert not any(".gate." in name for name in trained)
     for name, layer in lora_layers(model):
-        expected = of_an_expert if ".experts." in name else rank
+        expected = expert_rank if ".experts." in name else rank
         assert (layer.r["default"], layer.scaling["default"]) == (expected, 32 / expected), name
 
 
@@ -105,7 +81,7 @@ def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, 
 @pytest.mark.parametrize(("rank", "init_a"), [(2, 1.0), (64, 0.25)])
 def test_initialization_and_scale(name, rank, init_a):
     # The experts' width differs from the model's, so that gate and down differ in d_in.
-    model = add_lora(small(name), rank, "all", 32.0, True, seed=0, init_a=init_a)
+    model, same, other = (add_lora(small(name), rank, "all", 32.0, True, seed, init_a) for seed in (0, 0, 1))
     hidden = model.config.hidden_size
     d_ins = set()
     for layer_name, layer in lora_layers(model):
@@ -118,28 +94,53 @@ def test_initialization_and_scale(name, rank, init_a):
         # Uniform on +-bound has a standard deviation of bound / sqrt(3).
         assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.25), layer_name
         assert not b.any()
+        assert torch.equal(a, same.get_submodule(find(model, layer)).lora_A["default"].weight)
+        assert not torch.equal(a, other.get_submodule(find(model, layer)).lora_A["default"].weight)
     assert len(d_ins) == 2
 
 
-def test_the_seed_decides_the_initialization():
-    def first(seed):
-        model = add_lora(base("llama-128"), 4, "all", 32.0, True, seed)
-        return next(iter(trainable(model).values())).clone()
-
-    assert torch.equal(first(0), first(0))
-    assert not torch.equal(first(0), first(1))
+def find(model, layer):
+    """Return the full name of a module."""
+    return next(name for name, module in model.named_modules() if module is layer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_layer_trains_and_nothing_else_does(name, text):
-    model = add_lora(base(name), 4, "all", 32.0, True, seed=0)
-    before, start = copies(dict(model.named_parameters())), copies(trainable(model))
-    train(model, text, steps=2)
-    for parameter, p in trainable(model).items():
-        assert p.grad.abs().max() > 0, parameter
-        assert not torch.equal(p, start[parameter]), parameter
-    for parameter, p in model.named_parameters():
-        assert parameter in start or torch.equal(p, before[parameter]), parameter
+def test_an_adapter_trains_alone_is_a_peft_checkpoint_and_leaves_the_base_as_it_was(name, text, tmp_path):
+    model = base(name)
+    linear = {n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    untrained = copies(dict(model.named_parameters()))
+    with torch.no_grad():
+        logits = model(input_ids=text).logits
+    # It is done twice, as a sweep trains several runs on the same base.
+    for seed in range(2):
+        adapted = add_lora(model, 8, "all", 32.0, True, seed)
+        before, start = copies(dict(adapted.named_parameters())), copies(trained_parameters(adapted))
+        pairs = adapter_pairs(adapted)
+        assert pairs.keys() == linear.keys()
+        for layer, (a, b, scaling) in pairs.items():
+            d_out, d_in = linear[layer].weight.shape
+            assert (a.shape, b.shape, scaling) == ((8, d_in), (d_out, 8), 4.0)
+        assert {id(t) for a, b, _ in pairs.values() for t in (a, b)} <= set(
+            map(id, trained_parameters(adapted).values())
+        )
+        train(adapted, text, steps=2)
+        for parameter, p in adapted.named_parameters():
+            assert (parameter in start) != torch.equal(p, before[parameter]), parameter
+            assert parameter not in start or p.grad.abs().max() > 0, parameter
+        adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+        assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+        loaded = PeftModel.from_pretrained(base(name), tmp_path)
+        with torch.no_grad():
+            expected, actual = adapted(input_ids=text).logits, loaded(input_ids=text).logits
+            assert (logits - expected).abs().max() > 0.1
+        torch.testing.assert_close(actual, expected)
+        model = adapted.unload()
+        model.requires_grad_(True)
+        after = dict(model.named_parameters())
+        assert list(after) == list(untrained)
+        assert all(torch.equal(after[parameter], untrained[parameter]) for parameter in untrained)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=text).logits, logits)
 
 
 def split_by_expert(layer, experts):
@@ -246,53 +247,7 @@ def test_experts_that_are_modules(text):
     assert ranks == expected | {"lm_head": 8}
     assert adapter_pairs(peft_model).keys() == {"lm_head"}
     train(peft_model, text)
-    assert all(p.grad is not None for p in trainable(peft_model).values())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_base_is_as_before_when_lora_is_taken_off(name, text):
-    model = base(name)
-    before = copies(dict(model.named_parameters()))
-    with torch.no_grad():
-        logits = model(input_ids=text).logits
-    # It is done twice, as a sweep trains several runs on the same base.
-    for seed in range(2):
-        peft_model = add_lora(model, 4, "all", 32.0, True, seed)
-        train(peft_model, text)
-        model = peft_model.unload()
-        model.requires_grad_(True)
-        after = dict(model.named_parameters())
-        assert list(after) == list(before)
-        assert all(torch.equal(after[parameter], before[parameter]) for parameter in before)
-        with torch.no_grad():
-            assert torch.equal(model(input_ids=text).logits, logits)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_adapter_is_a_peft_checkpoint(name, text, tmp_path):
-    model = add_lora(base(name), 4, "all", 32.0, True, seed=0)
-    train(model, text)
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    loaded = PeftModel.from_pretrained(base(name), tmp_path)
-    with torch.no_grad():
-        expected, actual = model(input_ids=text).logits, loaded(input_ids=text).logits
-        assert (base(name)(input_ids=text).logits - expected).abs().max() > 0.1
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_adapter_pairs_are_those_of_plain_layers(name):
-    model = base(name)
-    linear = {n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    peft_model = add_lora(model, 8, "all", 32.0, True, seed=0)
-    pairs = adapter_pairs(peft_model)
-    assert pairs.keys() == linear.keys()
-    for layer, (a, b, scaling) in pairs.items():
-        d_out, d_in = linear[layer].weight.shape
-        assert (a.shape, b.shape, scaling) == ((8, d_in), (d_out, 8), 4.0)
-    parameters = {id(p) for p in trainable(peft_model).values()}
-    assert {id(tensor) for a, b, _ in pairs.values() for tensor in (a, b)} <= parameters
+    assert all(p.grad is not None for p in trained_parameters(peft_model).values())
 
 
 def test_a_model_of_unknown_layers_is_refused():

@@ -163,7 +163,8 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
     publish_evidence(evidence, root)
     written = root / PUBLISHED / "evidence"
-    assert {path.name for path in written.iterdir()} == {path.name for path in EVIDENCE.iterdir()}
+    committed = {path.name for path in EVIDENCE.iterdir() if not path.name.startswith("lr_left_out")}
+    assert {path.name for path in written.iterdir()} == committed
     assert "[contradicted](docs/other-runs.md#nhckdvrl) 38.2" in (root / "README.md").read_text()
     page = (root / "docs/other-runs.md").read_text()
     for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
@@ -186,8 +187,3 @@ def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     pd.testing.assert_frame_equal(
         evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
     )
-    committed = pd.read_csv(EVIDENCE / "lr_left_out_summary.csv")
-    pd.testing.assert_frame_equal(evidence["lr_left_out_summary"], committed, rtol=1e-3)
-    # The rule that recommends is no further off than the law.
-    by_rule = committed.set_index(["task", "method", "rule"])[["off", "loss_above_best"]]
-    assert (by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")).all(axis=None)

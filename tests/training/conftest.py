@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -181,3 +184,17 @@ def trained(plan, layout, method):
     lines: list[str] = []
     run_job(plan, Job((sweep,)), layout, lines.append)
     return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a training process has written a file."""
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, "the sweep ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def command(sweep, *options: str) -> list[str]:
+    """Return the command that trains a sweep of the preset of `ready`."""
+    return [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml", *options]

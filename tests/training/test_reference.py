@@ -85,15 +85,15 @@ def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(loop, "backward", lambda *given: losses.append(real(*given)) or losses[-1])
     condition = replace(rl.condition_of(rank, steps), eps=EPS)
     outcome, model = rl.train(Run(condition, lr, 0), environment, tmp_path, sampler=recording)
-    problems, texts = environment.splits["train"], environment.texts
+    (prompts, answers), texts = zip(*environment.splits["train"], strict=True), environment.texts
 
     def reward(problem, tokens):
         said = texts.text(rl.Response(np.array(tokens), np.zeros(len(tokens)), False))
-        return float(environment.grade([said], [problems.answers[problem]])[0])
+        return float(environment.grade([said], [answers[problem]])[0])
 
     expected, rewards, theirs = reference.train_rl(
         shipped_folder(BASE),
-        problems.prompts,
+        prompts,
         reward,
         lambda model, step, problem: drawn[step, problem],
         steps,
@@ -110,20 +110,20 @@ def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_the_references_own_sampler_learns(environment):  # noqa: F811
-    problems, texts = environment.splits["train"], environment.texts
-    [end] = texts.stop.tokens
+    prompts, _ = zip(*environment.splits["train"], strict=True)
+    [end] = environment.texts.stop.tokens
     torch.manual_seed(0)
 
     def draw(model, step, problem):
-        return reference.generate(model, problems.prompts[problem], 4, 8, end)
+        return reference.generate(model, prompts[problem], 4, 8, end)
 
     losses, _, model = reference.train_rl(
-        shipped_folder(BASE), problems.prompts, lambda problem, tokens: float(tokens[-1] == end), draw, 2, 4, 1e-4
+        shipped_folder(BASE), prompts, lambda problem, tokens: float(tokens[-1] == end), draw, 2, 4, 1e-4
     )
     # The recorded probabilities are those of the learner, so each ratio is 1 and the loss that of the advantages alone.
     responses = draw(model, 0, 0)
     for tokens, sampled in responses:
         with torch.no_grad():
-            learned = reference.logprobs(model, [*problems.prompts[0], *tokens])[len(problems.prompts[0]) - 1 :]
+            learned = reference.logprobs(model, [*prompts[0], *tokens])[len(prompts[0]) - 1 :]
         np.testing.assert_allclose(learned.numpy(), sampled, atol=1e-4)
     assert len(losses) == 2

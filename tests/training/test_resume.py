@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from lorabench.runs import Job, Run
 from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
 
-from .conftest import condition_of, train, trained
+from .conftest import command, condition_of, train, trained, wait_for
 
 
 class BrokenError(Exception):
@@ -53,13 +51,8 @@ def numbers(runs) -> list[dict]:
 
 def kill_at(checkpoint, sweep) -> None:
     """Train a sweep in a process, which is killed when a run has its first checkpoint."""
-    command = [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE)
+    wait_for(checkpoint, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 

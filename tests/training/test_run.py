@@ -12,8 +12,8 @@ from torch import nn
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
+from lorabench.training import loss
 from lorabench.training import run as module
-from lorabench.training import sft
 from lorabench.training.run import clip_gradient, deterministically
 
 from .conftest import condition_of, series, train
@@ -35,21 +35,15 @@ def exact(parameters):
 
 
 @pytest.mark.parametrize("sizes", [[], [(2000, 1500), 6_000_000]])
-def test_the_norm_is_exact_however_long_a_tensor(sizes):
+def test_the_norm_is_exact_however_long_a_tensor_and_limits_the_gradient_but_never_raises_it(sizes):
     parameters = parameters_of(*sizes)
-    before = [p.grad.clone() for p in parameters[:-1]]
-    assert clip_gradient(parameters, None) == pytest.approx(exact(parameters), rel=1e-6)
-    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=False))
-
-
-def test_a_gradient_is_scaled_to_the_limit_and_never_up():
-    parameters = parameters_of((30, 40))
-    norm = exact(parameters)
-    direction = parameters[0].grad / norm
-    assert clip_gradient(parameters, 2 * norm) == pytest.approx(norm, rel=1e-6)
-    assert exact(parameters) == pytest.approx(norm, rel=1e-6)
+    before, norm = [p.grad.clone() for p in parameters[:-1]], exact(parameters)
+    for limit in (None, 2 * norm + 1):
+        assert clip_gradient(parameters, limit) == pytest.approx(norm, rel=1e-6)
+        assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=False))
     assert clip_gradient(parameters, 0.5) == pytest.approx(norm, rel=1e-6)
-    torch.testing.assert_close(parameters[0].grad, 0.5 * direction, rtol=1e-5, atol=0)
+    for parameter, old in zip(parameters, before, strict=False):
+        torch.testing.assert_close(parameter.grad, 0.5 * old / norm, rtol=1e-5, atol=0)
 
 
 @pytest.fixture
@@ -127,14 +121,14 @@ def test_a_huge_learning_rate_ends_as_diverged(method, rank, data, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):
-    real, calls = sft.add_gradient, []
+    real, calls = loss.add_gradient, []
 
     def broken(*arguments):
         calls.append(None)
         # A batch of one example is one part, so that calls count steps.
         return real(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(sft, "add_gradient", broken)
+    monkeypatch.setattr(loss, "add_gradient", broken)
     outcome, model = train(condition_of("lora", 4, steps=20, batch_size=1), data, tmp_path, lr=1e-3)
     assert (outcome.status, outcome.diverged_at) == ("diverged", 3)
     assert series(outcome, "nll")[-1] is None

@@ -60,18 +60,16 @@ def saved(ready):
 
 
 @pytest.mark.slow
-def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, monkeypatch):
-    whole, _ = trained(*ready("whole", lora=LRS), "lora")
-    plan, layout = ready("part", lora=LRS)
-    train_some(plan, layout, 2)
-    assert save_runs(plan, layout)[0] == 2
-    wipe_results(layout)
+def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, saved, monkeypatch):
+    plan, layout = saved
     assert restore_runs(plan, layout) == (2, 0, 0)
     assert status(plan, layout).runs_done == 2
     started = []
     train_sft = sft.train_sft
     monkeypatch.setattr(sft, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))
     rows, _ = trained(plan, layout, "lora")
+    monkeypatch.undo()
+    whole, _ = trained(*ready("whole", lora=LRS), "lora")
     assert set(started) == set(whole.run_id[2:])
     assert len(started) == len(whole) - 2 == 2
     pd.testing.assert_frame_equal(rows[NUMBERS], whole[NUMBERS], check_exact=True)
@@ -97,13 +95,9 @@ def test_a_finished_job_is_restored_and_has_its_table_without_training(ready, mo
         assert pq.read_table(layout.job(job)) == table
 
 
-def test_saving_elsewhere_keeps_what_was_saved_before(saved):
+def test_saving_elsewhere_keeps_what_was_saved_and_another_protocol_version_is_refused(saved, monkeypatch):
     plan, layout = saved
     assert save_runs(plan, layout)[0] == 2
-
-
-def test_another_protocol_version_is_refused_before_anything_is_written(saved, monkeypatch):
-    plan, layout = saved
     monkeypatch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
     with pytest.raises(UserError, match=r"holds runs of protocol version \d+, but this code computes version 99"):
         restore_runs(plan, layout)

@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,8 +37,6 @@ from lorabench.planning.engine import engine_memory
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
-
-_PREFIX = "lorabench-policy-"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def llm_options(
         dtype: the name of the type of products.
         max_length: tokens of the longest prompt with its response.
         cache_bytes: bytes of keys and values.
-        max_rank: largest rank of the adapter; None for an engine without one.
+        max_rank: largest rank of the adapter; None without one.
         gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
         tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
     """
@@ -113,22 +111,36 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
 class PolicyEngine:
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
-    It is started at the first draw, and again where a sweep needs other settings. This context manager ends the process
-    and removes the folder through which policies are handed over.
+    It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
+    folder that all processes of a job, which share a machine, see: in memory where there is such a file system. This
+    context manager ends the process and removes the folder, after those that killed jobs left behind.
     """
 
     def __init__(self, processes: Processes) -> None:
         self._processes, self._handed_over = processes, 0
-        self._handover = handover_folder(processes)
-        self._folder = self._handover.__enter__()
         self._settings: EngineSettings | None = None
+        memory = Path("/dev/shm")
+        parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+        owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
+        self._folder = parent / f"lorabench-policy-{owner}-{token}"
+        if processes.first:
+            for old in parent.glob("lorabench-policy-*"):
+                # Another user's process is alive too.
+                with suppress(PermissionError):
+                    try:
+                        os.kill(int(old.name.split("-")[2]), 0)
+                    except ProcessLookupError:
+                        shutil.rmtree(old, ignore_errors=True)
+            self._folder.mkdir(mode=0o700)
+        processes.wait()
 
     def __enter__(self) -> PolicyEngine:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stop()
-        self._handover.__exit__(*error)
+        if self._processes.first:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def draw(
         self,
@@ -160,16 +172,19 @@ class PolicyEngine:
         def draw_share(share: list[Request]) -> list[Response]:
             if not share:
                 return []
-            prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in share))}
-            answers = self.ask(
-                "sample",
-                interrupt,
-                prompts=list(prompts),
-                requests=[(prompts[request.prompt], seed(request.key)) for request in share],
-                max_new_tokens=stop.max_new_tokens,
-                stop_tokens=list(stop.tokens),
-                stop_texts=list(stop.texts),
-            )
+            options = {
+                "max_tokens": stop.max_new_tokens,
+                # The log-probability of the drawn token, and of no other.
+                "logprobs": 0,
+                # The stop tokens are all that end a response.
+                "ignore_eos": True,
+                "stop_token_ids": list(stop.tokens),
+                "stop": list(stop.texts) or None,
+                "detokenize": bool(stop.texts),
+                "skip_special_tokens": False,
+            }
+            wanted = [(request.prompt, seed(request.key)) for request in share]
+            answers = self.ask("sample", interrupt, requests=wanted, options=options)
             return [
                 Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
                 for tokens, logprobs, truncated in answers
@@ -289,33 +304,6 @@ class PolicyEngine:
         if "error" in answer:
             raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
         return answer["result"]
-
-
-@contextmanager
-def handover_folder(processes: Processes) -> Iterator[Path]:
-    """Make a folder that all processes of a job, which share a machine, see; it is removed at the end.
-
-    It is in memory where there is such a file system. Folders that killed jobs left behind are removed first.
-    """
-    memory = Path("/dev/shm")
-    parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
-    folder = parent / f"{_PREFIX}{owner}-{token}"
-    if processes.first:
-        for old in parent.glob(f"{_PREFIX}*"):
-            # Another user's process is alive too.
-            with suppress(PermissionError):
-                try:
-                    os.kill(int(old.name.split("-")[2]), 0)
-                except ProcessLookupError:
-                    shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-    processes.wait()
-    try:
-        yield folder
-    finally:
-        if processes.first:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _environment(settings: EngineSettings) -> dict[str, str]:

@@ -43,41 +43,21 @@ class _Engine:
         self._llm.reset_prefix_cache()
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        requests: list[tuple[int, int | None]],
-        max_new_tokens: int,
-        stop_tokens: list[int],
-        stop_texts: list[str],
+        self, requests: list[tuple[list[int], int | None]], options: dict[str, Any]
     ) -> list[tuple[list[int], list[float], bool]]:
         """Draw responses.
 
         Args:
-            prompts: token ids of each prompt.
-            requests: for each response the index of its prompt, and its seed (None: greedy).
+            requests: for each response the token ids of its prompt, and its seed (None: greedy).
+            options: arguments of vLLM's `SamplingParams`.
 
         Returns:
-            For each response its tokens, their log-probabilities, and whether it was cut at `max_new_tokens`.
+            For each response its tokens, their log-probabilities, and whether it was cut at its largest length.
         """
         from vllm import SamplingParams
 
-        sampling = [
-            SamplingParams(
-                temperature=0.0 if seed is None else 1.0,
-                seed=seed,
-                max_tokens=max_new_tokens,
-                # The log-probability of the drawn token, and of no other.
-                logprobs=0,
-                # The stop tokens are all that end a response.
-                ignore_eos=True,
-                stop_token_ids=stop_tokens,
-                stop=stop_texts or None,
-                detokenize=bool(stop_texts),
-                skip_special_tokens=False,
-            )
-            for _, seed in requests
-        ]
-        inputs: list[Any] = [{"prompt_token_ids": prompts[index]} for index, _ in requests]
+        inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        sampling = [SamplingParams(temperature=float(seed is not None), seed=seed, **options) for _, seed in requests]
         drawn = []
         for result in self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter):
             response = result.outputs[0]

@@ -11,22 +11,27 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.grading import reflects
-from lorabench.data.problems import Controls
+from lorabench.data.problems import Controls, read_problems
+from lorabench.errors import UserError
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.rl.objective import ResponseGroup, backward
-from lorabench.training.rl.prompts import EncodedProblems, ProblemTexts
-from lorabench.training.rl.sampler import Request, Response
+from lorabench.training.rl.sampler import Request, Response, Stop
 from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Grade = Callable[[list[str], list[str]], np.ndarray]
 """Returns the rewards of responses, given their texts and the right answers, (n,): 1 for a right answer, else 0."""
@@ -35,10 +40,76 @@ Sampler = Callable[[list[Request], bool], list[Response]]
 """Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
 PATIENCE, MIN_PATIENCE = 0.2, 3
-"""A run without any reward in this share of its steps, and in this many, is stopped: its policy has not changed."""
+"""A run is stopped when it had no reward in this share of its steps, and in this number of steps at least, since its
+policy has not changed then."""
 
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
+
+Problems = list[tuple[tuple[int, ...], str]]
+"""One split of a problem set: the token ids of each problem's prompt, and its answer."""
+
+
+@dataclass(frozen=True)
+class ProblemTexts:
+    """The conversion between texts and tokens for one model and problem set, and the stops of responses."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rollouts: Rollouts
+    max_length: int
+
+    @cached_property
+    def stop(self) -> Stop:
+        """The conditions that end a response: end token, special tokens that close a turn, stop texts, length."""
+        ends = {int(self.tokenizer.eos_token_id)}
+        if self.rollouts.prompt is None:
+            # Base models with a chat template may close a turn by another token than their end-of-text token.
+            turn = self._chat("a", "b")[len(self._chat("a")) :]
+            ends |= set(turn) & set(self.tokenizer.all_special_ids)
+        return Stop(tuple(sorted(ends)), self.rollouts.max_new_tokens, self.rollouts.stop)
+
+    def prompt(self, question: str) -> tuple[int, ...]:
+        """Return the token ids of a question's prompt, by the chat template or by the preset's plain prompt."""
+        if self.rollouts.prompt is None:
+            return self._chat(question)
+        encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
+        return tuple(encoded["input_ids"])
+
+    def _chat(self, question: str, *response: str) -> tuple[int, ...]:
+        """Return the token ids of a chat up to the assistant's turn, or through it if a response is given."""
+        messages = [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "content": text} for text in response]
+        encoded: Any = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not response, return_dict=True
+        )
+        return tuple(encoded["input_ids"])
+
+    def text(self, response: Response) -> str:
+        """Return the text of a response, up to the first stop text."""
+        decoded: str = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        ends = [index for text in self.rollouts.stop if (index := decoded.find(text)) >= 0]
+        return decoded[: min(ends, default=len(decoded))]
+
+    def read(self, path: Path) -> dict[str, Problems]:
+        """Read the splits of a problem set's file.
+
+        Raises:
+            UserError: the tokenizer has no chat template and the preset gives no prompt, or a prompt with the longest
+                response exceeds the model's length.
+        """
+        if self.rollouts.prompt is None and not self.tokenizer.chat_template:
+            name = self.tokenizer.name_or_path
+            raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
+        splits: dict[str, Problems] = {"train": [], "validation": [], "test": []}
+        for row in read_problems(path):
+            prompt = self.prompt(row["question"])
+            if len(prompt) + self.rollouts.max_new_tokens > self.max_length:
+                raise UserError(
+                    f"a problem of {len(prompt)} tokens with a response of {self.rollouts.max_new_tokens} is more than "
+                    f"the {self.max_length} tokens that the model takes: {row['question'][:80]!r}"
+                )
+            splits[row["split"]].append((prompt, row["answer"]))
+        return splits
 
 
 @dataclass(frozen=True)
@@ -49,9 +120,9 @@ class Environment:
     """
 
     texts: ProblemTexts
-    splits: Mapping[str, EncodedProblems]
+    splits: Mapping[str, Problems]
     grade: Grade
-    held_out: Mapping[str, tuple[EncodedProblems, Grade]]
+    held_out: Mapping[str, tuple[Problems, Grade]]
     controls: Controls | None = None
 
 
@@ -97,7 +168,7 @@ def evaluate(
     requests = [
         Request(prompt, None if samples == 1 else (seed, step, problem, sample, number))
         for number, (problems, _, samples) in enumerate(sets.values())
-        for problem, prompt in enumerate(problems.prompts)
+        for problem, (prompt, _) in enumerate(problems)
         for sample in range(samples)
     ]
     # The run has saved its state, so a signal may end this at once.
@@ -105,7 +176,7 @@ def evaluate(
     scores: Scores = {}
     right: list[bool] = []
     for name, (problems, grade, samples) in sets.items():
-        answers = [answer for answer in problems.answers for _ in range(samples)]
+        answers = [answer for _, answer in problems for _ in range(samples)]
         drawn = [next(responses) for _ in answers]
         texts = [environment.texts.text(response) for response in drawn]
         rewards = grade(texts, answers)
@@ -149,8 +220,8 @@ def train_rl(
     assert rollouts
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
-    train = environment.splits["train"]
-    order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
+    prompts, answers = zip(*environment.splits["train"], strict=True)
+    order = data_order(len(prompts), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
@@ -162,10 +233,7 @@ def train_rl(
     right: list[bool] = []
 
     def record(step: int, split: str, metrics: Mapping[str, float]) -> None:
-        for metric, value in metrics.items():
-            finite = value if math.isfinite(value) else None
-            examples = step * condition.batch_size
-            outcome.curve.append(CurvePoint(step, examples, response_tokens, split, metric, finite))
+        outcome.record(step, step * condition.batch_size, response_tokens, split, metrics)
 
     def save(step: int, evaluated: bool) -> None:
         progress = outcome.progress() | {"step": step, "evaluated": evaluated}
@@ -202,15 +270,15 @@ def train_rl(
         started, size = time.perf_counter(), rollouts.group_size
         problems = np.repeat(order[step - 1], size).tolist()
         requests = [
-            Request(train.prompts[problem], (run.seed, step, problem, number % size))
+            Request(prompts[problem], (run.seed, step, problem, number % size))
             for number, problem in enumerate(problems)
         ]
         responses = draw(requests, False)
         sampled = time.perf_counter()
         texts = [environment.texts.text(response) for response in responses]
-        rewards = environment.grade(texts, [train.answers[problem] for problem in problems])
+        rewards = environment.grade(texts, [answers[problem] for problem in problems])
         groups = [
-            ResponseGroup.of(train.prompts[problems[part.start]], responses[part], rewards[part])
+            ResponseGroup.of(prompts[problems[part.start]], responses[part], rewards[part])
             for part in (slice(start, start + size) for start in range(0, len(responses), size))
         ]
         metrics = {"reward": float(rewards.mean()), "equal_groups": float(np.mean([group.equal for group in groups]))}

@@ -111,7 +111,7 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
             read = torch.from_numpy(np.unique(layout.sources)).to(device)
             # The context includes the backward pass, since recomputed layers read the tokens again.
             with computing_only(model, read), torch.set_grad_enabled(learn):
-                with torch.autocast(device.type, dtype=machine.autocast, enabled=machine.autocast is not None):
+                with machine.cast():
                     learner, entropy, mask = call_as_forward(model, response_logprobs, layout)
                 if not part:
                     if learn:

@@ -111,11 +111,6 @@ def packed(items: Iterable[T], length: Callable[[T], int], limit: int) -> Iterat
         yield part
 
 
-def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
-    """Return the random numbers in [0, 1) of a key, (count,); a larger `count` only appends numbers."""
-    return np.random.default_rng(key).random(count)
-
-
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Draw tokens by inversion of the cumulative distribution, (n,).
 
@@ -154,8 +149,8 @@ def _sample_chunk(
     random_numbers = np.full((n, longest), -1.0)
     for number, request in enumerate(requests):
         if request.key is not None:
-            random_numbers[number] = uniforms(request.key, longest)
-    uniform = torch.from_numpy(random_numbers).to(device)
+            random_numbers[number] = np.random.default_rng(request.key).random(longest)
+    uniform = _on_device(random_numbers, device)
     stops = torch.tensor(stop.tokens, dtype=torch.long, device=device)
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
     logprobs = torch.zeros((n, longest), device=device)
@@ -231,6 +226,10 @@ class _Rows:
     Short responses share a row, so that their prompt is in the cache once. Each longer response has its own row, since
     attention is computed over the whole row.
 
+    Args:
+        prompts: index of the prompt of each response; equal ones are adjacent.
+        seats: largest number of responses in a row.
+
     Attributes:
         prompts: index of the prompt of each row.
         seats: seat of each response in its row, from 1.
@@ -238,11 +237,6 @@ class _Rows:
     """
 
     def __init__(self, prompts: np.ndarray, seats: int) -> None:
-        """
-        Args:
-            prompts: index of the prompt of each response; equal ones are adjacent.
-            seats: largest number of responses in a row.
-        """
         _, first, place = np.unique(prompts, return_index=True, return_inverse=True)
         nth = np.arange(len(prompts)) - first[place]
         starts = nth % seats == 0
@@ -277,11 +271,9 @@ def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 def _logits_at_end(
     model: torch.nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache, last: int
 ) -> Tensor:
-    """Return the logits at the last `last` tokens, (rows, last, vocabulary); the cache grows by `ids`.
+    """Return the logits at the last `last` of the new tokens `ids`, (rows, last, vocabulary).
 
-    Args:
-        ids: new tokens, (rows, tokens).
-        mask: attention mask, (rows, all tokens) or (rows, 1, tokens, all tokens).
+    The attention mask is (rows, all tokens) or (rows, 1, tokens, all tokens). The cache grows by all new tokens.
     """
     rows, length = ids.shape
     with computing_only(model, torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()):
@@ -353,8 +345,9 @@ def sample_in_processes(
         return draw(requests)
     # Shares are of prompts, since a prompt goes through the model once for all its responses.
     prompts = list(dict.fromkeys(request.prompt for request in requests))
-    owner = dict(zip(prompts, processes.owners(np.array([len(prompt) for prompt in prompts])), strict=True))
-    owners = [owner[request.prompt] for request in requests]
-    drawn = draw([request for request, rank in zip(requests, owners, strict=True) if rank == processes.rank])
-    gathered = [iter(part) for part in processes.gather_objects(drawn)]
-    return [next(gathered[rank]) for rank in owners]
+    own = {prompts[index] for index in processes.share(np.array([len(prompt) for prompt in prompts]))}
+    indices = [index for index, request in enumerate(requests) if request.prompt in own]
+    drawn = draw([requests[index] for index in indices])
+    parts = processes.gather_objects(list(zip(indices, drawn, strict=True)))
+    gathered = dict(pair for part in parts for pair in part)
+    return [gathered[index] for index in range(len(requests))]

@@ -6,9 +6,8 @@ random numbers (see `sampler.py`), so it is the same in whichever process it is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,15 @@ from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
-from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
+from lorabench.runs import Rollouts, Run
 from lorabench.training.context import Base, SweepContext, now, with_adapter
 from lorabench.training.distributed import full_tensor
 from lorabench.training.rl.engine import PolicyEngine, engine_settings
-from lorabench.training.rl.loop import Environment, Grade, Sampler, Scores, evaluate, train_rl
-from lorabench.training.rl.prompts import ProblemTexts
+from lorabench.training.rl.loop import Environment, Grade, ProblemTexts, Sampler, Scores, evaluate, train_rl
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
 from lorabench.training.run import Machine
 from lorabench.utils import signals
-from lorabench.utils.files import file_sha256, write_json
+from lorabench.utils.files import file_sha256
 
 
 class RlTrainer:
@@ -76,10 +74,10 @@ class RlTrainer:
             self._environments[rollouts] = environment, source
         environment, source = self._environments[rollouts]
         if self._engine is None and not machine.processes.sharded:
-            self._base_scores(context, self._sampler(context, self._base.untrained(context), run))
+            self._base_scores(rollouts, self._sampler(context, self._base.untrained(context), run))
         with self._base.trainable(context, run) as model:
             draw = self._sampler(context, model, run)
-            base = self._base_scores(context, draw)
+            base = self._base_scores(rollouts, draw)
             protocol, started = context.plan.preset.protocol, {"started": now()}
             checkpoint = context.checkpoint(run)
             outcome = train_rl(run, model, environment, protocol, machine, checkpoint, draw, base, tick)
@@ -118,16 +116,16 @@ class RlTrainer:
         assert condition.rollouts
         environment, _ = self._environments[condition.rollouts]
         texts, stop = environment.texts, environment.texts.stop
-        replica: Replica | None = None
+        replica: Callable[[], torch.nn.Module] | None = None
         if engine is not None:
             problems = (*environment.splits.values(), *(held_out for held_out, _ in environment.held_out.values()))
-            longest = max(len(prompt) for encoded in problems for prompt in encoded.prompts) + stop.max_new_tokens
+            longest = max(len(prompt) for split in problems for prompt, _ in split) + stop.max_new_tokens
             settings = engine_settings(context, longest, bool(stop.texts))
         elif machine.processes.sharded:
             blank: Any = skeleton(context.layout.model(condition.model))
             if condition.method == "lora":
                 blank = with_adapter(blank, context, run)
-            replica = Replica(model, blank, machine)
+            replica = replica_of(model, blank, machine)
 
         def draw(requests: list[Request], interruptible: bool) -> list[Response]:
             # Several processes would have to agree at every position.
@@ -135,7 +133,7 @@ class RlTrainer:
             interrupt: Callable[[], None] = signals.check if stops else lambda: None
             if engine is not None:
                 return engine.draw(model, settings, requests, stop, interrupt)
-            policy = replica.refreshed() if replica else model
+            policy = replica() if replica else model
 
             limit = machine.max_cache_tokens
 
@@ -146,72 +144,42 @@ class RlTrainer:
 
         return draw
 
-    def _base_scores(self, context: SweepContext, draw: Sampler) -> Scores:
-        """Return the base model's scores.
-
-        They are read from a file that other jobs share; if there is none, the first call evaluates the model, which is
-        then still untrained, and writes it.
-        """
-        rollouts, processes = context.sweep.condition.rollouts, context.machine.processes
-        assert rollouts
-        if rollouts in self._scores:
-            return self._scores[rollouts]
-        environment, source = self._environments[rollouts]
-        preset, layout = context.plan.preset, context.layout
-        names = (context.sweep.condition.dataset, *rollouts.held_out)
-        own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
-        determining = {
-            "protocol_version": PROTOCOL_VERSION,
-            "precision": preset.protocol.precision,
-            "rollouts": rollouts.determining,
-            "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
-            **{name: source[name] for name in own},
-        }
-        path = layout.base_scores(determining)
-        scores: Scores | None = None
-        # A file that cannot be read is written again.
-        with suppress(OSError, ValueError):
-            scores = json.loads(path.read_text())
-        # All processes read or all evaluate, even if another job writes the file at this moment.
-        if processes.any(scores is None):
-            scores, _ = evaluate(environment, rollouts, 0, 0, draw)
-            if processes.first:
-                write_json(scores, path)
-        assert scores is not None
-        self._scores[rollouts] = scores
-        return scores
+    def _base_scores(self, rollouts: Rollouts, draw: Sampler) -> Scores:
+        """Return the base model's scores; the first call evaluates the model, which is then still untrained."""
+        if rollouts not in self._scores:
+            environment, _ = self._environments[rollouts]
+            self._scores[rollouts], _ = evaluate(environment, rollouts, 0, 0, draw)
+        return self._scores[rollouts]
 
 
-class Replica:
-    """A full copy of a sharded model in each process, to sample from.
+def replica_of(sharded: torch.nn.Module, blank: torch.nn.Module, machine: Machine) -> Callable[[], torch.nn.Module]:
+    """Return a function that returns a full copy of a sharded model in each process, to sample from.
 
-    The processes sample different numbers of tokens, so they cannot sample from the sharded model together. The weights
-    of linear layers are stored in autocast's type, to which autocast would convert them for every token; samples and
-    their log-probabilities are therefore those of the sharded model.
+    Every process must call it. The processes sample different numbers of tokens, so they cannot sample from the sharded
+    model together. The weights of linear layers are stored in autocast's type, to which autocast would convert them for
+    every token; samples and their log-probabilities are therefore those of the sharded model.
 
     Args:
         sharded: the model that is trained.
         blank: the same model without weights; it receives them.
     """
-
-    def __init__(self, sharded: torch.nn.Module, blank: torch.nn.Module, machine: Machine) -> None:
-        self._model = blank
-        self._trained: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # A tied weight becomes two here, since the embedding and the unembedding may have different types.
-        for name, parameter in sharded.named_parameters(remove_duplicate=False):
-            layer, _, attribute = name.rpartition(".")
-            module = blank.get_submodule(layer)
-            dtype = machine.autocast if isinstance(module, torch.nn.Linear) else None
-            weight = full_tensor(parameter.detach()).to(device=machine.device, dtype=dtype, copy=True)
-            copied = torch.nn.Parameter(weight, requires_grad=False)
-            setattr(module, attribute, copied)
-            if parameter.requires_grad:
-                self._trained.append((parameter, copied))
-        blank.to(machine.device)
+    trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+    # A tied weight becomes two here, since the embedding and the unembedding may have different types.
+    for name, parameter in sharded.named_parameters(remove_duplicate=False):
+        layer, _, attribute = name.rpartition(".")
+        module = blank.get_submodule(layer)
+        dtype = machine.autocast if isinstance(module, torch.nn.Linear) else None
+        weight = full_tensor(parameter.detach()).to(device=machine.device, dtype=dtype, copy=True)
+        copied = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(module, attribute, copied)
+        if parameter.requires_grad:
+            trained.append((parameter, copied))
+    blank.to(machine.device)
 
     @torch.no_grad()
-    def refreshed(self) -> torch.nn.Module:
-        """Copy the model's present weights and return the copy. Every process must call this."""
-        for parameter, copied in self._trained:
+    def refreshed() -> torch.nn.Module:
+        for parameter, copied in trained:
             copied.copy_(full_tensor(parameter.detach()))
-        return self._model
+        return blank
+
+    return refreshed

@@ -16,9 +16,8 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.runs import Condition, Rollouts, Run
 from lorabench.training.checkpoint import Checkpoint
-from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
+from lorabench.training.rl.loop import Environment, ProblemTexts, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.objective import ResponseGroup
-from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 from lorabench.training.run import Machine
 
@@ -76,7 +75,7 @@ def base():
 
 @pytest.fixture(scope="session")
 def prompts(environment) -> list[tuple[int, ...]]:
-    return environment.splits["train"].prompts
+    return [prompt for prompt, _ in environment.splits["train"]]
 
 
 def drawn(
@@ -101,8 +100,17 @@ def groups(base, tokenizer, prompts):
     return groups
 
 
-def same_tokens(one: list[Response], other: list[Response]) -> bool:
-    return len(one) == len(other) and all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
+def learned(model, request: Request, response: Response) -> np.ndarray:
+    """Return the log-probabilities that a model gives the tokens of a response."""
+    ids = torch.tensor([[*request.prompt, *response.tokens]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
+
+
+def same_tokens(first: list[Response], second: list[Response]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(np.array_equal(response.tokens, other.tokens) for response, other in pairs)
 
 
 def train(

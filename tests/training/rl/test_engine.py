@@ -28,9 +28,10 @@ from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
-from lorabench.training.rl.sampler import Request, Response, Stop, sample
+from lorabench.training.rl.sampler import Request, Stop, sample
 
 from ...conftest import MARGINS
+from .conftest import learned, same_tokens
 from .wide_heads import widen
 
 pytestmark = [
@@ -57,12 +58,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
     questions = ("What is 12 + 30?", "Sort the letters: d a c", "What is the largest of 3, 9 and 4?")
-    return [
-        tuple(
-            tokenizer.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True)["input_ids"]
-        )
-        for one in questions
-    ]
+    return prompts_of(tokenizer, questions)
+
+
+def prompts_of(tokenizer, questions):
+    """Return the token ids of chats up to the assistant's turn."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    return [tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
 
 
 @pytest.fixture
@@ -95,24 +97,10 @@ def requested(prompts, samples=4) -> list[Request]:
     return [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts) for s in range(samples)]
 
 
-def learner(model, request, response) -> np.ndarray:
-    """Return the log-probabilities of a response by the learner."""
-    ids = torch.tensor([[*request.prompt, *response.tokens]])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
-
-
 def largest_difference(model, requests, responses) -> float:
     """Return the largest absolute difference of log-probabilities of the engine and the learner, in nats."""
-    return max(
-        float(np.abs(response.logprobs - learner(model, request, response)).max())
-        for request, response in zip(requests, responses, strict=True)
-    )
-
-
-def differ(one: list[Response], other: list[Response]) -> bool:
-    return any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
+    pairs = zip(requests, responses, strict=True)
+    return max(float(np.abs(drawn.logprobs - learned(model, asked, drawn)).max()) for asked, drawn in pairs)
 
 
 def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, stop):
@@ -121,15 +109,15 @@ def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, sto
     assert largest_difference(model, asked, responses) < 1e-3
     greedy = [Request(prompt, None) for prompt in prompts]
     own = sample(load_model(BASE), tokenizer, greedy, stop, 10_000)
-    assert not differ(engine.draw(model, settings(max_rank=1), greedy, stop), own)
-    assert not differ(engine.draw(model, settings(max_rank=1), asked, stop), responses)
+    assert same_tokens(engine.draw(model, settings(max_rank=1), greedy, stop), own)
+    assert same_tokens(engine.draw(model, settings(max_rank=1), asked, stop), responses)
     for step in range(1, 4):
         # All layers change, the unembedding included.
         move(model, 0.02, step)
         drawn = engine.draw(model, settings(max_rank=1), asked, stop)
         assert largest_difference(model, asked, drawn) < 1e-3
         # The keys of random numbers are equal, so only the policies differ.
-        assert differ(drawn, responses)
+        assert not same_tokens(drawn, responses)
         responses = drawn
     # Another run goes on with the same process.
     process, other = engine._process, adapted(BASE, 1)
@@ -169,7 +157,7 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
     until = Stop((), NEW_TOKENS, (tokenizer.decode(whole[0].tokens[2:4]),))
     drawn = engine.draw(model, settings(tokenizes=True), greedy, until)
     own = sample(model, tokenizer, greedy, until, 10_000)
-    assert not differ(drawn, own)
+    assert same_tokens(drawn, own)
     assert [response.truncated for response in drawn] == [response.truncated for response in own]
     assert len(drawn[0].tokens) == 4
 
@@ -187,8 +175,13 @@ def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
 STEPS = 9
 
 
-def rl_preset(sampler: str, base: Path) -> dict:
-    """Sums with LoRA of rank 8, three seeds."""
+def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = widen("llama-64-sums", tmp_path / "base")
+    ids = torch.randint(5, 1000, (2, 40))
+    narrow = load_model(TinyModel(kind="tiny", name="llama-64-sums"))
+    path = {"kind": "path", "path": str(base), "parameters": 300_000, "hidden_size": 64}
+    torch.testing.assert_close(load_model(PathModel(**path))(ids).logits, narrow(ids).logits, atol=1e-4, rtol=1e-4)
     block = {
         "models": ["wide"],
         "problems": ["sums"],
@@ -203,72 +196,45 @@ def rl_preset(sampler: str, base: Path) -> dict:
         "lrs": {"fullft": [], "lora": [1e-3]},
         "seeds": {"every": 3},
     }
-    return {
-        "description": "RL by two samplers",
-        "models": {"wide": {"kind": "path", "path": str(base), "parameters": 300_000, "hidden_size": 64}},
+    preset = {
+        "description": "RL of sums by LoRA of rank 8, three seeds",
+        "models": {"wide": path},
         "problems": {"sums": {"kind": "sums", "train": 600, "validation": 16, "test": 240}},
         "experiments": {"rl_arithmetic": [block]},
         "margins": dict(MARGINS),
-        "execution": {
-            "gflops": 40.0,
-            "threads": 2,
-            "max_cache_tokens": 8192,
-            "checkpoint_minutes": 0,
-            "sampler": sampler,
-        },
+        "execution": {"gflops": 40.0, "threads": 2, "checkpoint_minutes": 0, "sampler": "vllm"},
     }
+    Path("mine.yaml").write_text(yaml.safe_dump(preset))
+    layout = Layout.of("mine.yaml")
+    write_problems(make_problems(layout.preset.problems["sums"]), layout.dataset("sums"))
+    plan = make_plan(layout.preset)
+    job = Job(tuple(plan.sweeps))
+    asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*"))
+    # The engine dies in step 5 of the first run, whose base was evaluated before.
+    deadly = [6]
 
+    def counted(engine, name, *given, **arguments):
+        asked.append(name)
+        if deadly and asked.count("sample") == deadly[0]:
+            deadly.clear()
+            os.kill(engine._process.pid, signal.SIGKILL)
+        return ask(engine, name, *given, **arguments)
 
-def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base, tables = widen("llama-64-sums", tmp_path / "base"), {}
-    ids = torch.randint(5, 1000, (2, 40))
-    narrow = load_model(TinyModel(kind="tiny", name="llama-64-sums"))
-    path = PathModel(kind="path", path=str(base), parameters=300_000, hidden_size=64)
-    torch.testing.assert_close(load_model(path)(ids).logits, narrow(ids).logits, atol=1e-4, rtol=1e-4)
-    for sampler in ("own", "vllm"):
-        Path(f"{sampler}.yaml").write_text(yaml.safe_dump(rl_preset(sampler, base)))
-        layout = Layout.of(f"{sampler}.yaml")
-        write_problems(make_problems(layout.preset.problems["sums"]), layout.dataset("sums"))
-        plan = make_plan(layout.preset)
-        job = Job(tuple(plan.sweeps))
-        if sampler == "vllm":
-            asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*"))
-
-            def dying(engine, name, *given, asked=asked, ask=ask, **arguments):
-                asked.append(name)
-                if asked.count("sample") == 6:
-                    os.kill(engine._process.pid, signal.SIGKILL)
-                return ask(engine, name, *given, **arguments)
-
-            with monkeypatch.context() as patched:
-                patched.setattr(PolicyEngine, "ask", dying)
-                with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
-                    run_job(plan, job, layout, lambda line: None)
-            assert set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*")) == before
-
-            # It goes on from the checkpoint: what was drawn before the engine died is not drawn again.
-            def counted(engine, name, *given, asked=asked, ask=ask, **arguments):
-                asked.append(name)
-                return ask(engine, name, *given, **arguments)
-
-            monkeypatch.setattr(PolicyEngine, "ask", counted)
-            asked.clear()
+    monkeypatch.setattr(PolicyEngine, "ask", counted)
+    with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
         run_job(plan, job, layout, lambda line: None)
-        collect([layout.job(job)], layout.tables())
-        tables[sampler] = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
-    # The engine died in step 5 of the first run, whose base was evaluated before: the other steps of three runs, and
-    # an evaluation at the end of each.
-    assert asked.count("sample") == 3 * (STEPS + 1) - 4
-    rewards = {sampler: runs["final_reward"] for sampler, (runs, _) in tables.items()}
-    assert (rewards["own"].mean() - tables["own"][0]["base_reward"].mean()) > 0.1
-    # The noise of 240 problems and of three seeds.
-    noise = sum(values.var() / 3 + values.mean() * (1 - values.mean()) / 240 for values in rewards.values()) ** 0.5
-    assert abs(rewards["own"].mean() - rewards["vllm"].mean()) < 3 * noise
-    assert not set(tables["own"][0]["run_id"]) & set(tables["vllm"][0]["run_id"])
+    assert set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*")) == before
+    asked.clear()
+    run_job(plan, job, layout, lambda line: None)
+    # It went on from the checkpoint: the base was evaluated again, then came the other steps of three runs, and an
+    # evaluation at the end of each.
+    assert asked.count("sample") == 1 + 3 * (STEPS + 1) - 4
+    collect([layout.job(job)], layout.tables())
+    runs, curve = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
+    assert runs["final_reward"].mean() - runs["base_reward"].mean() > 0.1
     [record, *_] = layout.runs.glob("*/record.json")
     assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
-    curve = tables["vllm"][1]
+    # The sampler's distribution is the learner's at every step.
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
     assert len(kl) == 3 * STEPS
     assert kl.abs().max() < 1e-4
@@ -279,21 +245,19 @@ def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(e
     if not (converted_folder(spec) / "model.safetensors").exists():
         convert_gguf(spec)
     tokenizer = load_tokenizer(spec)
-    questions = "Name a large city.", "What is 17 + 25?"
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
+    prompts = prompts_of(tokenizer, ("Name a large city.", "What is 17 + 25?"))
     greedy = [Request(prompt, None) for prompt in prompts]
     end = Stop((tokenizer.eos_token_id,), 12)
 
     model = adapted(spec, 16)
     own = sample(model, tokenizer, greedy, end, 10_000)
-    assert not differ(engine.draw(model, settings(spec, max_rank=16), greedy, end), own)
+    assert same_tokens(engine.draw(model, settings(spec, max_rank=16), greedy, end), own)
     move(model, 0.002)
     asked = requested(prompts)
     assert largest_difference(model, asked, engine.draw(model, settings(spec, max_rank=16), asked, end)) < 1e-3
 
     model = load_model(spec)
-    assert not differ(engine.draw(model, settings(spec), greedy, end), own)
+    assert same_tokens(engine.draw(model, settings(spec), greedy, end), own)
     for step in range(2):
         move(model, 0.001, step)
     assert largest_difference(model, asked, engine.draw(model, settings(spec), asked, end)) < 1e-3

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from lorabench.training.distributed import SINGLE_PROCESS
-from lorabench.training.rl.engine import handover_folder
+from lorabench.training.rl.engine import PolicyEngine
 
 CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2])"
 PARENT = (
@@ -42,13 +42,14 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
 def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with handover_folder(SINGLE_PROCESS) as folder:
+    with PolicyEngine(SINGLE_PROCESS) as engine:
+        folder = engine._folder
         assert folder.is_dir()
         left, running = (folder.with_name(f"lorabench-policy-{process}-1") for process in (ended.pid, os.getppid()))
         for other in (left, running):
             other.mkdir()
-        with handover_folder(SINGLE_PROCESS) as another:
-            assert another != folder
+        with PolicyEngine(SINGLE_PROCESS) as another:
+            assert another._folder != folder
             assert not left.exists()
             assert running.is_dir()
         running.rmdir()

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from lorabench.errors import UserError
+from lorabench.models.base import load_tokenizer
 from lorabench.runs import Run
-from lorabench.training.rl.loop import evaluation_steps
-from lorabench.training.rl.prompts import ProblemTexts
+from lorabench.training.rl.loop import ProblemTexts, evaluation_steps
 from lorabench.training.rl.sampler import Request, Response
 
-from .conftest import ROLLOUTS, condition_of, drawn, environment_of, problem_file, same_tokens, train
+from .conftest import ROLLOUTS, TINY, condition_of, drawn, environment_of, problem_file, same_tokens, train
 
 
 class KilledError(Exception):
@@ -49,6 +50,8 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert metric(outcome, "ratio_mean") == pytest.approx([1.0] * 6, abs=1e-4)
     assert np.abs(metric(outcome, "kl")).max() < 1e-4
     assert metric(outcome, "ratio_above_2") == [0.0] * 6
+    if rank:
+        assert weights_hash(model) == weights_hash(base), "LoRA leaves the base as it was"
     requests = [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts[:10]) for s in range(4)]
     assert not same_tokens(drawn(model, tokenizer, requests), drawn(base, tokenizer, requests))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -67,12 +70,6 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert outcome.best_reward == max(pairs, key=lambda pair: pair[0])[1]
 
 
-def test_lora_leaves_the_base_as_it_was(environment, tmp_path, base):
-    outcome, model = train(Run(condition_of(2), 5e-3, 0), environment, tmp_path)
-    assert max(metric(outcome, "grad_norm")) > 0
-    assert weights_hash(model.unload()) == weights_hash(base)
-
-
 def test_equal_rewards_change_nothing(environment, tmp_path, base):
     """This holds after steps with differing rewards too: Adam's momentum must not move the policy."""
     rights = replace(environment, grade=every(1.0))
@@ -83,13 +80,11 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
     assert weights_hash(model) == weights_hash(base)
 
     # The last of three steps has equal rewards, so the policy is the one after two steps.
-    after = {
-        steps: weights_hash(
-            train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grade=grade), tmp_path)[1]
-        )
-        for steps, grade in ((2, environment.grade), (3, until(environment.grade, 2)))
-    }
-    assert after[2] == after[3] != weights_hash(base)
+    after = []
+    for steps, grade in ((2, environment.grade), (3, until(environment.grade, 2))):
+        _, model = train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grade=grade), tmp_path)
+        after.append(weights_hash(model))
+    assert after[0] == after[1] != weights_hash(base)
 
 
 def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environment, tmp_path, caplog):
@@ -206,27 +201,54 @@ def test_a_kill_during_an_evaluation_loses_nothing_but_the_evaluation(environmen
     assert resumed.test_losses == unbroken.test_losses
 
 
-def test_another_seed_draws_other_samples(environment, tmp_path):
-    one, other = (train(Run(condition_of(None, 2), 1e-4, seed), environment, tmp_path)[0] for seed in (0, 1))
-    assert metric(one, "response_length") != metric(other, "response_length")
-    assert one.base_reward == other.base_reward
-
-
-def test_held_out_problems_are_evaluated_and_not_trained_on(environment, tmp_path, tokenizer):
+def test_another_seed_draws_other_samples_and_held_out_problems_are_not_trained_on(environment, tmp_path, tokenizer):
     rollouts = replace(ROLLOUTS, held_out=("sums",), held_out_samples=3)
     path = problem_file(tmp_path, tasks=["chain_sum"], max_digits=1)
     sums = ProblemTexts(tokenizer, rollouts, 512).read(path)["test"]
     both = replace(environment, held_out={"sums": (sums, environment.grade)})
     with_sums, _ = train(Run(condition_of(None, rollouts=rollouts), 1e-4, 0), both, tmp_path)
-    without, _ = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)
+    without, other = (train(Run(condition_of(None), 1e-4, seed), environment, tmp_path)[0] for seed in (0, 1))
     assert metric(with_sums, "n_problems", "sums") == [16] * 3
     assert metric(with_sums, "n_samples", "sums") == [48] * 3
     assert len(metric(with_sums, "accuracy", "sums")) == 3
     assert metric(with_sums, "reward") == metric(without, "reward")
     assert with_sums.final_reward == without.final_reward
+    assert metric(without, "response_length") != metric(other, "response_length")
+    assert without.base_reward == other.base_reward
 
 
 def test_evaluations_are_evenly_spaced_and_the_last_is_the_end():
     assert evaluation_steps(40, 4) == {10, 20, 30, 40}
     assert evaluation_steps(7, 3) == {3, 5, 7}
     assert evaluation_steps(2, 6) == {1, 2}
+
+
+@pytest.fixture
+def own_tokenizer():
+    """A tokenizer that a test may change."""
+    return load_tokenizer(TINY)
+
+
+def test_a_prompt_is_the_chat_up_to_the_assistant_and_what_closes_a_turn_ends_a_response(own_tokenizer):
+    texts = ProblemTexts(own_tokenizer, ROLLOUTS, 512)
+    assert own_tokenizer.decode(texts.prompt("What is 1 + 1?")) == "<|user|>What is 1 + 1?<|assistant|>"
+    assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
+    own_tokenizer.chat_template = own_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
+    both = {own_tokenizer.eos_token_id, own_tokenizer.pad_token_id}
+    assert set(ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
+
+
+def test_a_plain_prompt_needs_no_template(own_tokenizer, tmp_path):
+    own_tokenizer.chat_template = None
+    texts = ProblemTexts(own_tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
+    assert own_tokenizer.decode(texts.prompt("{x} + 1?")) == "Question: {x} + 1?\nAnswer:"
+    assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
+    said = np.array(own_tokenizer(" 12\nQuestion").input_ids)
+    assert texts.text(Response(said, np.zeros(len(said)), False)) == " 12"
+    with pytest.raises(UserError, match="no chat template; give the RL experiment a `prompt`"):
+        ProblemTexts(own_tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))
+
+
+def test_what_does_not_fit_the_model_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="a response of 8 is more than the 40 tokens that the model takes"):
+        ProblemTexts(tokenizer, ROLLOUTS, 40).read(problem_file(tmp_path))

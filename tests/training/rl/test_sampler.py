@@ -14,10 +14,10 @@ from lorabench.errors import UserError
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.training.rl import sampler
 from lorabench.training.rl.objective import ResponseGroup, backward
-from lorabench.training.rl.sampler import Request, draw, uniforms
+from lorabench.training.rl.sampler import Request, draw
 
 from ..conftest import base_of
-from .conftest import drawn, machine, same_tokens
+from .conftest import drawn, learned, machine, same_tokens
 
 
 def keyed(prompts, samples=3):
@@ -27,11 +27,7 @@ def keyed(prompts, samples=3):
 def assert_log_probabilities_of(model, requests, responses):
     """Compare recorded log-probabilities with those that the model gives the same tokens."""
     for request, response in zip(requests, responses, strict=True):
-        ids = torch.tensor([[*request.prompt, *response.tokens]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
-        expected = logits.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
-        assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+        assert response.logprobs == pytest.approx(learned(model, request, response), abs=1e-4)
 
 
 def test_draws_follow_the_distribution():
@@ -48,13 +44,6 @@ def test_what_has_no_probability_is_never_drawn(scores, uniform, masked):
     logprobs = scores.log_softmax(-1)
     token = draw(logprobs, torch.tensor([uniform], dtype=torch.float64), torch.tensor([0])).item()
     assert logprobs[0, token] > -torch.inf
-
-
-@given(st.tuples(*[st.integers(0, 2**31)] * 4), st.integers(1, 20), st.integers(1, 20))
-def test_random_numbers_belong_to_the_key(key, few, more):
-    assert np.array_equal(uniforms(key, few), uniforms(key, few + more)[:few])
-    other = (*key[:3], key[3] + 1)
-    assert uniforms(key, 1)[0] != uniforms(other, 1)[0]
 
 
 @pytest.mark.parametrize("rank", [None, 4])
@@ -109,28 +98,19 @@ def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
         assert response.tokens.tolist() == text[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("cache", [40, 200])
-def test_a_response_does_not_depend_on_its_batch(base, tokenizer, prompts, cache):
-    requests = keyed(prompts[:10])
+@pytest.mark.parametrize(("cache", "shared", "seats"), [(40, 128, 1), (200, 128, 4), (100_000, 1, 1), (100_000, 16, 2)])
+def test_a_response_depends_neither_on_its_batch_nor_on_those_in_its_row(
+    base, tokenizer, prompts, monkeypatch, cache, shared, seats
+):
+    monkeypatch.setattr(sampler, "_SHARED_TOKENS", shared)
+    row_tables, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
+    requests = keyed(prompts[:8], samples=5)
     together = drawn(base, tokenizer, requests, cache=cache)
+    assert max(table.seats.max() for table in row_tables) == seats
     by_itself = [drawn(base, tokenizer, [request])[0] for request in requests]
     assert same_tokens(together, by_itself)
     assert len({tuple(response.tokens) for response in together}) > 5
-    for response, alone in zip(together, by_itself, strict=True):
-        assert response.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
-
-
-@pytest.mark.parametrize(("tokens", "seats"), [(1, 1), (16, 2)])
-def test_a_response_does_not_depend_on_those_in_its_row(base, tokenizer, prompts, monkeypatch, tokens, seats):
-    monkeypatch.setattr(sampler, "_SHARED_TOKENS", tokens)
-    row_tables, rows = [], sampler._Rows
-    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
-    requests = keyed(prompts[:6], samples=5)
-    together = drawn(base, tokenizer, requests, 8)
-    [row_table] = row_tables
-    assert row_table.seats.max() == seats
-    by_itself = [drawn(base, tokenizer, [request], 8)[0] for request in requests]
-    assert same_tokens(together, by_itself)
     # Some responses end early, so that rows are dropped and others have empty seats.
     assert len({len(response.tokens) for response in together}) > 2
     for response, alone in zip(together, by_itself, strict=True):

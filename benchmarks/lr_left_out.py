@@ -1,5 +1,9 @@
 """How far off the recommended learning rates would have been for each source, had it not been known: leave one out.
 
+    python -m benchmarks.lr_left_out
+
+The two tables and the figure are written into paper_figures/published/evidence.
+
 Three rules predict each known optimum: `pooled` from all other sources, `law` from the paper's law, and `law_sqrt` from
 the law with the square-root rule for the batch size. Where the optimum has a grid with losses, the loss at the
 predicted LR is interpolated in ln LR (monotone cubic), and compared with the lowest loss of the grid. Beyond the grid
@@ -13,15 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, PooledLr
-from lorabench.sources.lr_optima import AUTHORS, LrOptimum, rounded
+from lorabench.figures import style
+from lorabench.report.publish import PUBLISHED, published_folders
+from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
+from lorabench.sources.studies import read_studies, source_folders
+from lorabench.store.io import write_csv
 
 RULES = {
     "pooled": "pooled from the other sources",
@@ -150,3 +160,55 @@ def compared(sources: pd.DataFrame) -> pd.DataFrame:
     table.insert(5, "against_law_high", table["against_law"] + half)
     logs = ["off", "worst", "against_law", "against_law_low", "against_law_high"]
     return table.assign(**{name: np.exp(table[name]) for name in logs}).reset_index()
+
+
+_RULES: dict[str, dict[str, Any]] = {
+    "pooled": {"color": "#274b8f", "marker": "o", "markersize": 6},
+    "law": {"color": "#9a4a00", "marker": "s", "markersize": 5, "markerfacecolor": "white"},
+    "law_sqrt": {"color": "#9a4a00", "marker": "x", "markersize": 5},
+}
+_METHODS = {"fullft": "FullFT", "lora": "LoRA"}
+
+
+@style.applied()
+def draw_left_out(sources: pd.DataFrame) -> Figure:
+    """Draw how far off rules are, as `by_source` says: a panel for each task and method, with a row for each source."""
+    measured = sources[sources["optima"] > 0]
+    names = {task: list(rows["source"].unique()) for task, rows in measured.groupby("task", sort=False)}
+    names = {task: names[task] for task in ("sft", "rl") if task in names}
+    slots = [len(listed) for listed in names.values()]
+    figure = Figure(figsize=(style.WIDTH, 0.24 * sum(slots) + 0.9 * len(slots) + 0.4), layout="constrained")
+    panels = figure.subplots(len(slots), 2, sharex=True, squeeze=False, height_ratios=slots)
+    for (left, right), (task, listed) in zip(panels, names.items(), strict=True):
+        for axes, method in zip((left, right), METHODS, strict=True):
+            axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
+            for row in measured[(measured["task"] == task) & (measured["method"] == method)].to_dict("records"):
+                slot = listed.index(row["source"])
+                axes.plot(row["signed"], slot, linestyle="", **_RULES[str(row["rule"])])
+            axes.set_xscale("log")
+            style.log_ticks(axes.xaxis)
+            axes.set_yticks(range(len(listed)), listed)
+            axes.set_ylim(len(listed) - 0.5, -0.5)
+            axes.set_title(f"{str(task).upper()}, {_METHODS[method]}")
+        right.set_yticklabels([])
+    for axes in panels[-1]:
+        axes.set_xlabel("predicted over measured optimal LR")
+    handles = [style.line(label, linestyle="", **_RULES[rule]) for rule, label in RULES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def main() -> None:
+    """Predict the optima of all shipped sources and published presets, and write what came out."""
+    optima = known_optima(read_studies(source_folders()), published_folders(Path()))
+    rows = left_out(optima)
+    sources = by_source(rows)
+    out = Path() / PUBLISHED / "evidence"
+    write_csv(rows, out / "lr_left_out.csv")
+    write_csv(compared(sources), out / "lr_left_out_summary.csv")
+    for kind in ("svg", "png"):
+        style.write_figure(draw_left_out(sources), out / f"lr_left_out.{kind}")
+
+
+if __name__ == "__main__":
+    main()
