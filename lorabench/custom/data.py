@@ -100,10 +100,8 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
     from lorabench.models import base
 
     try:
-        if isinstance(model.spec, GgufModel):
-            tokenizer = base.gguf_tokenizer(Path(model.spec.path))
-        else:
-            tokenizer = base.load_tokenizer(model.spec)
+        spec = model.spec
+        tokenizer = base.gguf_tokenizer(Path(spec.path)) if isinstance(spec, GgufModel) else base.load_tokenizer(spec)
     except UserError:
         if isinstance(model.spec, HubModel):
             return None, None

@@ -1,8 +1,7 @@
 """Settings to start from for a model and its data, each with its source, as a table and as a script that trains.
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
-and of your own finished presets (`learning_rates`). What your presets measured on a model of the same family and size,
-and what others published for it, is shown next to them.
+and of your own finished presets (`learning_rates`). What was measured on a model of the same family and size is shown.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
+from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -33,7 +34,6 @@ from lorabench.custom.learning_rates import (
 )
 from lorabench.custom.model import UserModel
 from lorabench.custom.preset import (
-    ALPHA,
     GROUP_SIZE,
     PROBLEMS_PER_STEP,
     RL_STEPS,
@@ -59,8 +59,6 @@ from lorabench.utils.gpus import GB
 PAPER = "the paper"
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
 DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
-SHORT_RATIO = 15.0
-"""The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
 SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 
@@ -145,8 +143,8 @@ def recommend(
         rl_lrs.append(f"{formats.lr(lr, 2)} for {title} ({ends})")
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
-    where = "all, and the unembedding"
-    settings["placement"] = Setting("layers with LoRA", where, f"{PAPER}: attention alone is worse")
+    why = f"{PAPER}: attention alone is worse"
+    settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
     settings["alpha"] = Setting("alpha, at every rank", ALPHA, PAPER)
     settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", PAPER)
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
