@@ -73,13 +73,11 @@ _SCRIPT_MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Setting:
-    """One recommended setting."""
+    """A recommended setting: its name for a reader, its value, and where the value comes from."""
 
     what: str
-    """The setting's name for a reader."""
     value: float | int | str
     source: str
-    """Where the value comes from."""
     low: float | None = None
     """The ends of its interval, of a learning rate."""
     high: float | None = None
@@ -149,7 +147,7 @@ def recommend(
     settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", PAPER)
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     settings["batch_size"] = Setting("batch size", batch, why)
-    costs, too_large = _costs(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
+    costs, too_large = _costs(model, data, completion_tokens, examples, batch, checked_gpu(gpu))
     notes = [
         *outside(optima, model.family, hidden, batch, length),
         f"In reinforcement learning ({rl_batch} responses a step, {rl_length} steps) the pooled learning rates are "
@@ -165,13 +163,7 @@ def recommend(
 
 
 def _costs(
-    model: UserModel,
-    data: UserData | None,
-    completion_tokens: float | None,
-    examples: int,
-    batch: int,
-    rank: int,
-    gpu: str,
+    model: UserModel, data: UserData | None, completion_tokens: float | None, examples: int, batch: int, gpu: str
 ) -> tuple[dict[str, Setting], list[str]]:
     """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
 
@@ -184,7 +176,8 @@ def _costs(
     longest = max(32, data.max_chars if data else _ASSUMED_MAX_CHARS)
     # The estimate reads no data, so a dataset of the hub can stand for any other.
     dataset = {"kind": "hub", "id": "own/data", "train": examples, "validation": 1, "test": 1, "max_chars": longest}
-    block = {"models": ["m"], "datasets": ["d"], "ranks": {"all": [rank]}, "batch_sizes": [batch], "seeds": 1}
+    ranks = {"all": [recommended_rank(model, completion_tokens)]}
+    block = {"models": ["m"], "datasets": ["d"], "ranks": ranks, "batch_sizes": [batch], "seeds": 1}
     execution = {"gpu": gpu, "max_gpus": _MOST_GPUS, "max_batch_tokens": _MICRO_BATCH_TOKENS}
     raw = {
         "description": "costs of a recommendation",
@@ -295,14 +288,7 @@ def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
 def script(model: UserModel, recommendation: Recommendation, data: UserData | None, chat_template: str | None) -> str:
     """Return a Python script that trains the model with transformers and PEFT.
 
-    Args:
-        model: the model.
-        recommendation: its settings.
-        data: the training data; None leaves a placeholder for their path.
-        chat_template: a preset's setting for a model without its own template.
-
-    Raises:
-        UserError: the script does not support the model or the data.
+    Without data it has a placeholder for their path. UserError says that the script supports no such model or data.
     """
     if model.sizes.experts:
         raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")

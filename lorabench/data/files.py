@@ -105,7 +105,7 @@ def usable(
     Args:
         rows: the rows of a source, counted in the tally as they are read.
         parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
-        is_new: says whether an example is the first of its kind (`is_first`); others are left out. None keeps all.
+        is_new: says whether an example differs from all before it (see `is_first`); None keeps repeated ones.
     """
     for place, content in rows:
         tally.rows += 1
@@ -149,7 +149,7 @@ def json_lines(path: Path) -> Iterator[RawRow]:
 def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
     """Yield the rows of a parquet file, a batch of which is held in memory; UserError says that the file is damaged.
 
-    The function `choose` is given the names of the columns and the file's name, and returns the columns to read.
+    The function `choose` is given all columns and the file's name, and returns the columns to read; None reads all.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -264,8 +264,7 @@ def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: i
 def file_chats(path: Path, form: FileFormat | None, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
     """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
 
-    Raises:
-        UserError: no format is given and the columns imply none or several, or the file can't be read.
+    If no format is given, the columns decide (`chosen_format`).
     """
     tally = Tally(form or chosen_format(path))
     return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally

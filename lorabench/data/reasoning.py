@@ -95,12 +95,9 @@ class Problem:
 def mixture(
     tasks: Sequence[str], seed: int, settings: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 ) -> Iterator[Problem]:
-    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly.
+    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly; the seed decides them.
 
-    Args:
-        tasks: the names of the tasks.
-        seed: decides the order of the tasks, and their problems.
-        settings: settings of tasks by their names, such as the sizes of numbers.
+    The settings are those of tasks by their names, such as the sizes of numbers.
     """
     import reasoning_gym
 

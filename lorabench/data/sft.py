@@ -66,12 +66,9 @@ def build_dataset(
 
 
 def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
-    """Yield the rows of a generated dataset or a file, distinct by prompt across all splits.
+    """Yield the rows of a generated dataset or a file, distinct by prompt; UserError says that there are too few.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
-
-    Raises:
-        UserError: there are fewer usable and distinct chats than the splits need.
     """
     is_new: Callable[[Chat], bool] = is_first(lambda chat: prompt_digest(chat.messages))
     if isinstance(spec, FactsDataset):
