@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data import files
-from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError
+from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError, is_first
 from lorabench.data.files import (
     NOT_UTF8,
     REPEATED,
@@ -170,14 +170,14 @@ def test_rows_are_used_or_counted_by_reason_and_first_place():
 
     numbers = enumerate([{"n": 1, "other": None}, {"n": -1}, {"n": 1}, {"n": -2}, {"n": 2}], 3)
     rows, tally = [(1, "not JSON"), *numbers], Tally("numbers")
-    assert list(usable(rows, number, tally, identity=lambda value: value)) == [(3, 1), (7, 2)]
+    assert list(usable(rows, number, tally, is_first(lambda value: value))) == [(3, 1), (7, 2)]
     assert (tally.rows, tally.usable, tally.columns) == (6, 2, ("n", "other"))
     assert tally.bad == {"not JSON": (1, 1), "negative": (2, 4), REPEATED: (1, 5)}
     assert str(tally) == (
         "2 of 6 rows can be used as numbers; left out: 2 negative (first: line 4), 1 not JSON (line 1), "
         "1 repeats the prompt of an earlier row (line 5)"
     )
-    # Without an identity all are used; what is left out later keeps the first place.
+    # Repeated ones are used as well where nothing says which are new; what is left out later keeps the first place.
     tally = Tally("numbers", unit="row")
     assert [example for _, example in usable(rows, number, tally)] == [1, 1, 2]
     tally.leave_out(2, "negative", rows=3)
