@@ -95,7 +95,7 @@ def plan(
         write_table(pa.Table.from_pylist(planned.rows()), out)
         return
     from lorabench.cli.show import plan_json, plan_table
-    from lorabench.doctor.speeds import on_gpu, speed_of
+    from lorabench.cli.speeds import on_gpu, speed_of
     from lorabench.planning.plan import make_plan
 
     if gpu is not None:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.cli.show import plan_json
+from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
-from lorabench.doctor.speeds import on_gpu
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning.costs import (
