@@ -109,10 +109,7 @@ def _check_splitter(tasks: Iterable[str]) -> None:
 def check_settings(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
     """Refuse settings that lm-eval would ignore, or would fail at after hours.
 
-    Args:
-        loaded: the tasks of the preset.
-        model: the name of the model, for the message.
-        max_length: the largest number of tokens of prompt and answer together that the model takes.
+    A model takes at most `max_length` tokens of prompt and answer together.
 
     Raises:
         UserError: the answers of a task leave no room for its prompts, or a task that takes no few-shot examples is

@@ -147,7 +147,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         shared,
         state,
         runs=job.n_runs,
-        most_runs=job.most_runs,
+        most_runs=sum(sweep.most_runs for sweep in job.sweeps),
         tokens=sum(sweep.n_runs * run_work(preset, sweep.condition).trained for sweep in job.sweeps),
         flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
         working_disk=MB * math.ceil(working / MB),

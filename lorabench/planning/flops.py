@@ -77,8 +77,7 @@ def lora_parameters(
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
     """Return the FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
 
-    Args:
-        lora: number of LoRA's parameters that a token passes through; None for full fine-tuning.
+    `lora` is the number of LoRA's parameters that a token passes through; None for full fine-tuning.
     """
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
