@@ -194,13 +194,6 @@ class Seeds:
     given: tuple[tuple[float, int], ...] = ()
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
 
-    def merged(self, other: Seeds) -> Seeds:
-        """Return the seeds that satisfy two experiments which need the same condition."""
-        given = dict(self.given)
-        for lr, number in other.given:
-            given[lr] = max(number, given.get(lr, 1))
-        return Seeds(max(self.best, other.best), max(self.around, other.around), tuple(sorted(given.items())))
-
 
 @dataclass(frozen=True)
 class Sweep:

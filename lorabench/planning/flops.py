@@ -49,7 +49,6 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
 
 
 def _prompt_tokens(preset: Preset, condition: Condition) -> float:
-    """Return the estimated mean number of tokens of an RL condition's prompts."""
     chars = _CHARS_OF_A_PROBLEM.get(preset.problems[condition.dataset].kind, _CHARS_OF_OTHER_PROBLEMS)
     return chars / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
