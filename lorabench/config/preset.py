@@ -63,7 +63,7 @@ class Preset(Strict):
                         if train * block.epochs < batch_size:
                             what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
                             raise ValueError(f"{where}.batch_sizes: {what}")
-                else:
+                elif isinstance(block, RlExperiment):
                     self._check_rl(block, where)
         if self.evaluation:
             self._check_evaluation(self.evaluation)

@@ -83,8 +83,8 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
         if any("ifeval" in name for name in built["tasks"]):
             import nltk
 
-            # IFEval downloads its sentence splitter when it is first loaded. If the download fails, it says nothing, and
-            # fails later, at the first prompt about sentences.
+            # IFEval downloads its sentence splitter when it is first loaded. If the download fails, it says nothing,
+            # and fails later, at the first prompt about sentences.
             try:
                 nltk.data.find(_SPLITTER)
             except LookupError:

@@ -99,14 +99,14 @@ def result_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     runs, rewarded = tables.runs, is_rl(tables.runs).any()
     comparisons = compared(tables, with_error_rates(runs) if rewarded else runs)
     columns = [*LR_COLUMNS, *(_BEST_COLUMNS if with_best else [])]
-    parts = [lr_rows(comparisons)]
+    losses = [lr_rows(comparisons)]
     for comparison in comparisons if with_best else []:
         best = grid.optima([comparison], fitted=True)
         counts = [comparison.rows[label]["trainable_params"].max() for label in best["arm"]]
         best["trainable_params"] = pd.Series(counts, best.index, "Int64")
         best["parameters"] = best["trainable_params"].map(formats.parameters, na_action="ignore")
-        parts.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, columns))
-    rows = grid.tidy({}, columns, *parts)
+        losses.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, columns))
+    rows = grid.tidy({}, columns, *losses)
     if not rewarded:
         return rows
     # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.

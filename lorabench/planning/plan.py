@@ -148,7 +148,7 @@ def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator
             trained_on.append(({"task": "sft", "dataset": dataset, **size}, dataset_id(spec)))
     else:
         same = block.model_dump(include={field.name for field in fields(Rollouts)} - {"held_out", "stop"})
-        lists = {"held_out": tuple(block.held_out), "stop": tuple(block.stop)}
+        lists: dict[str, Any] = {"held_out": tuple(block.held_out), "stop": tuple(block.stop)}
         rollouts = Rollouts(**same, **lists, sampler=preset.execution.sampler)
         common = {"task": "rl", "batch_size": block.problems_per_step * block.group_size, "steps": block.steps}
         for problems in block.problems:
