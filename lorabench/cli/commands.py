@@ -95,7 +95,7 @@ def plan(
         write_table(pa.Table.from_pylist(planned.rows()), out)
         return
     from lorabench.cli.show import plan_json, plan_table
-    from lorabench.doctor.speeds import on_gpu, speed_of
+    from lorabench.cli.speeds import on_gpu, speed_of
     from lorabench.planning.plan import make_plan
 
     if gpu is not None:
@@ -129,7 +129,6 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
     """Return the command line that runs a preset with the packaged workflow.
 
     Args:
-        preset: a shipped preset's name, or the path of a YAML file.
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
             profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.cli.show import plan_json
+from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
-from lorabench.doctor.speeds import on_gpu
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning.costs import (
@@ -189,8 +189,7 @@ def test_planning_takes_little_time_and_no_heavy_package():
         "make_plan(load_preset('laptop')).rows()\n"
         "assert time.process_time() - start < 1.0, time.process_time() - start\n"
         "from lorabench.planning import costs\n"
-        "from lorabench.doctor import speeds\n"
-        "from lorabench.cli import show\n"
+        "from lorabench.cli import show, speeds\n"
         "costs.per_experiment(make_plan(load_preset('paper')))\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'pyarrow', 'reasoning_gym'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

@@ -23,7 +23,7 @@ from lorabench.report.claim_text import headline
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
-from tests.doctor.test_speeds import record
+from tests.cli.test_speeds import record
 
 from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
 from .conftest import HOSTILE, Page, columns, hostile_report

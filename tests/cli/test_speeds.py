@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli import app
+from lorabench.cli.speeds import read_speed, speed_of_runs
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.record import FOLDER, Check, Record, record_for, write_record
-from lorabench.doctor.speeds import read_speed, speed_of_runs
 from lorabench.errors import UserError
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
