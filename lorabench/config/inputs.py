@@ -296,12 +296,16 @@ class HubProblems(KnownProblems):
     validation: NotNegative
     """Problems on which the LR is picked, held out of the training problems."""
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the hub's datasets that the problem set is made of."""
+        return HUB_PROBLEMS[self.kind]
+
     @model_validator(mode="after")
     def _check_revisions_and_splits(self) -> Self:
-        ids = HUB_PROBLEMS[self.kind]
         for name in self.revisions:
-            if name not in ids:
-                raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(ids)}")
+            if name not in self.ids:
+                raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
         counts = f"train = {self.train}, validation = {self.validation}"
         if self.kind in ("aime24", "aime25"):
             if self.train or self.validation:
