@@ -55,12 +55,6 @@ class Rollouts:
     mean_response_tokens: int = field(compare=False)
     sampler: SamplerName = "own"
 
-    @property
-    def determining(self) -> dict[str, Any]:
-        """The fields that determine what is drawn; the sampler is among them unless it is the project's own."""
-        free = {"mean_response_tokens"} | ({"sampler"} if self.sampler == "own" else set())
-        return {name: value for name, value in asdict(self).items() if name not in free}
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -97,7 +91,9 @@ class Condition:
         """The fields that determine a run's result, for `Run.run_id`."""
         condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset", "rollouts"}}
         if self.rollouts is not None:
-            condition["rollouts"] = self.rollouts.determining
+            # A sampler counts unless it is the project's own.
+            free = {"mean_response_tokens"} | ({"sampler"} if self.rollouts.sampler == "own" else set())
+            condition["rollouts"] = {k: v for k, v in asdict(self.rollouts).items() if k not in free}
         return condition
 
 
@@ -198,13 +194,6 @@ class Seeds:
     given: tuple[tuple[float, int], ...] = ()
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
 
-    def merged(self, other: Seeds) -> Seeds:
-        """Return the seeds that satisfy two experiments which need the same condition."""
-        given = dict(self.given)
-        for lr, number in other.given:
-            given[lr] = max(number, given.get(lr, 1))
-        return Seeds(max(self.best, other.best), max(self.around, other.around), tuple(sorted(given.items())))
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -288,11 +277,6 @@ class Job:
     def n_runs(self) -> int:
         """The expected number of runs."""
         return sum(sweep.n_runs for sweep in self.sweeps)
-
-    @property
-    def most_runs(self) -> int:
-        """The largest possible number of runs."""
-        return sum(sweep.most_runs for sweep in self.sweeps)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lorabench.config.loading import load_preset
@@ -39,7 +40,7 @@ def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
     context = SweepContext(plan, sweep, layout, machine_of(plan))
     with RlTrainer() as train:
         train(context, run, lambda step: ends.append(time.perf_counter()))
-    curves = context.folder(run).read_curves().to_pandas()
+    curves = pd.DataFrame(context.folder(run).read_nested()["curve"])
     rewards = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.
     return ends[:-1], rewards.sort_values("step")["value"].tolist()[:-1]

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
@@ -205,7 +206,7 @@ class _Job:
     def losses(self, run: Run) -> Losses:
         """Return the final losses of a run; the test loss is NaN if it diverged."""
         folder = RunFolder(self.results / "runs", run.run_id)
-        curves = folder.read_curves().to_pandas()
+        curves = pd.DataFrame(folder.read_nested()["curve"])
         train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
         test = folder.read_record()["outcome"]["final_test_nll"]
         return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)

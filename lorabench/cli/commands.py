@@ -129,7 +129,6 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
     """Return the command line that runs a preset with the packaged workflow.
 
     Args:
-        preset: a shipped preset's name, or the path of a YAML file.
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
             profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """

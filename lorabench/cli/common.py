@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -80,14 +80,11 @@ class OneSentence(TyperGroup):
             return super().invoke(ctx)
 
 
-@contextmanager
-def own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
+def own_gpus(planned: Plan, processes: int = 1) -> AbstractContextManager[None]:
     """Within the context, a job has GPUs of its own if its preset is for GPUs.
 
     It begins before torch is imported, which then uses these GPUs.
     """
     if planned.preset.execution.gpu is None:
-        yield
-        return
-    with own_devices(processes, lambda line: print(line, file=sys.stderr)):
-        yield
+        return nullcontext()
+    return own_devices(processes, lambda line: print(line, file=sys.stderr))

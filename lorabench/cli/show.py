@@ -90,10 +90,6 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
             del row[request]
         row["money"] = None if price is None else row["gpu_hours"] * price
     execution = plan.preset.execution
-    machine = {
-        "gpu": execution.gpu,
-        "flops_per_s": flops_per_second(execution),
-        "cores": cores,
-        "sampler": execution.sampler,
-    }
-    return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
+    machine: dict[str, object] = {"gpu": execution.gpu, "flops_per_s": flops_per_second(execution), "cores": cores}
+    machine |= {"sampler": execution.sampler, "notes": list(notes)}
+    return json.dumps(machine | {"experiments": rows}, indent=2)

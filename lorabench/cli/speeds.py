@@ -27,16 +27,10 @@ from lorabench.store.layout import Layout
 from lorabench.utils.gpus import GPUS, is_called, processor
 
 RESULTS = Path("results")
-_COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
 
 
 def speed_of(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[float, str] | None:
-    """Return the measured speed of the machine that a plan is for.
-
-    Args:
-        plan: the plan.
-        layout: the paths of the preset's files.
-        folders: folders of tables of finished runs; if empty, all under results/.
+    """Return the measured speed of the machine that a plan is for; `speed_of_runs` says what the folders are.
 
     Returns:
         Useful GFLOP/s of a job on a CPU or of one GPU, and a sentence that says where they were measured; None if
@@ -107,7 +101,8 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
     from lorabench.store.io import read_rows
 
-    runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", _COLUMNS)}
+    columns = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
+    runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", columns)}
     plans, gpu = [plan], plan.preset.execution.gpu
     # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU.
     for name in dict.fromkeys(folder.resolve().parent.name for folder in tables):

@@ -98,15 +98,12 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
 
     planned, layout = plan_and_layout(preset)
     spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
-    match spec:
-        case HubDataset():
-            wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
-        case HubProblems():
-            wanted = repositories(spec)
-        case _:
-            wanted = []
-    if out is None:
+    if out is None or not isinstance(spec, HubDataset | HubProblems):
         raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
+    if isinstance(spec, HubDataset):
+        wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
+    else:
+        wanted = repositories(spec)
     fetch_repositories(wanted, layout.pins, out)
 
 

@@ -66,13 +66,9 @@ def _for_both_methods(value: Any) -> Any:
     return value
 
 
-def _kind_of_grid(value: Any) -> str:
-    return "auto" if isinstance(value, (dict, AutoLrs)) else "grid"
-
-
 Lrs = Annotated[
     Annotated[list[PositiveFloat], Tag("grid")] | Annotated[AutoLrs, Tag("auto")],
-    Discriminator(_kind_of_grid),
+    Discriminator(lambda value: "auto" if isinstance(value, (dict, AutoLrs)) else "grid"),
     BeforeValidator(_spelled_out, json_schema_input_type=list[PositiveFloat] | AutoLrs | Literal["auto"]),
 ]
 """The LRs of a method: a fixed grid, or one that the sweep finds."""

@@ -8,6 +8,8 @@ from itertools import product
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
@@ -54,23 +56,18 @@ class Preset(Strict):
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
                 _known(block.models, models, f"{where}.models")
-                match block:
-                    case SftExperiment():
-                        self._check_sft(block, where)
-                    case RlExperiment():
-                        self._check_rl(block, where)
+                if isinstance(block, SftExperiment):
+                    _known(block.datasets, self.datasets, f"{where}.datasets")
+                    for dataset, batch_size in product(block.datasets, block.batch_sizes):
+                        train = self.datasets[dataset].train
+                        if train * block.epochs < batch_size:
+                            what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
+                            raise ValueError(f"{where}.batch_sizes: {what}")
+                elif isinstance(block, RlExperiment):
+                    self._check_rl(block, where)
         if self.evaluation:
             self._check_evaluation(self.evaluation)
         return self
-
-    def _check_sft(self, block: SftExperiment, where: str) -> None:
-        _known(block.datasets, self.datasets, f"{where}.datasets")
-        for dataset, batch_size in product(block.datasets, block.batch_sizes):
-            train = self.datasets[dataset].train
-            if train * block.epochs < batch_size:
-                raise ValueError(
-                    f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
-                )
 
     def _check_rl(self, block: RlExperiment, where: str) -> None:
         _known(block.problems, self.problems, f"{where}.problems")
@@ -128,7 +125,7 @@ def json_schema() -> str:
 
     It requires no field, because a file may extend another that has it; `load_preset` says what is missing.
     """
-    schema = _without_required(Preset.model_json_schema())
+    schema = Preset.model_json_schema(schema_generator=_PartialSchema)
     defs = schema["$defs"]
     for blocks in defs["Experiments"]["properties"].values():
         if blocks["anyOf"][0].get("type") == "array":
@@ -148,16 +145,11 @@ def _by_name(items: dict[str, Any]) -> dict[str, Any]:
     return {"additionalProperties": {"anyOf": [items, {"type": "null"}]}, "type": "object"}
 
 
-def _without_required(schema: Any) -> Any:
-    """Return a JSON schema without required fields, which a part of a preset satisfies too, even without a `kind`."""
-    if isinstance(schema, list):
-        return [_without_required(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    # `required` may also be the name of a property, whose value is no list.
-    kept = {
-        key: _without_required(value)
-        for key, value in schema.items()
-        if key != "discriminator" and not (key == "required" and isinstance(value, list))
-    }
-    return {("anyOf" if key == "oneOf" else key): value for key, value in kept.items()}
+class _PartialSchema(GenerateJsonSchema):
+    """A JSON schema without required fields, which a part of a preset satisfies too, even without a `kind`."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return False
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        return {"anyOf": super().tagged_union_schema(schema)["oneOf"]}

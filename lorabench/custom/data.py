@@ -99,13 +99,11 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
     """
     from lorabench.models import base
 
+    spec = model.spec
     try:
-        if isinstance(model.spec, GgufModel):
-            tokenizer = base.gguf_tokenizer(Path(model.spec.path))
-        else:
-            tokenizer = base.load_tokenizer(model.spec)
+        tokenizer = base.gguf_tokenizer(Path(spec.path)) if isinstance(spec, GgufModel) else base.load_tokenizer(spec)
     except UserError:
-        if isinstance(model.spec, HubModel):
+        if isinstance(spec, HubModel):
             return None, None
         raise
     if tokenizer.chat_template:
@@ -188,11 +186,7 @@ def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = Non
 
 
 def _hub_stream(name: str) -> Any:
-    """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset).
-
-    Raises:
-        UserError: the dataset can't be read.
-    """
+    """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset)."""
     # The datasets library reads a folder of this name before it asks the hub.
     if not Path(name).is_dir():
         try:
@@ -235,10 +229,7 @@ def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_lengt
 
 
 def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProblems, str | None]:
-    """Examine a file of problems for a model.
-
-    Returns:
-        The problems, and the `chat_template` that a preset must give the model, None if the model has its own.
+    """Examine a file of problems for a model; return them, and a `chat_template` as `examine` does.
 
     Raises:
         UserError: there is no such grader or file, or the file holds no problems with answers.

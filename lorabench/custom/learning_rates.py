@@ -1,8 +1,4 @@
-"""The learning rates to start from for a model, pooled from all optima that are known, and what was measured on it.
-
-The optima are of published sources, of the paper's law as one of them, and of the user's own finished presets (see
-`analysis.pooled_lr`).
-"""
+"""The learning rates to start from for a model, pooled from known optima (`analysis.pooled_lr`) and measured on it."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.lr_law import PUBLISHED as LAW
-from lorabench.analysis.lr_law import lineage
+from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.analysis.pooled_lr import Place, PooledLr
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
 from lorabench.claims.recipe import measured_recipe
@@ -127,8 +122,8 @@ def recommended_lr(
 def outside(optima: Sequence[LrOptimum], family: str, width: int, batch_size: float, steps: float) -> list[str]:
     """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""
     sentences = []
-    if lineage(family) not in LAW.exponents:
-        names = " and ".join(name.capitalize() for name in LAW.exponents)
+    if lineage(family) not in PUBLISHED.exponents:
+        names = " and ".join(name.capitalize() for name in PUBLISHED.exponents)
         sentences.append(
             f"The law has no exponent for the family {family!r}: the learning rates rest on the middle of those of "
             f"{names}, and their intervals are wider for it."
@@ -175,8 +170,7 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
     for preset, run, recipe in recipes:
         shared, same_size = recipe.setting, abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
         is_shown = (run["family"], run["hidden_size"]) == (model.family, model.sizes.hidden) and same_size
-        batch = f"batch {shared['batch_size']}, {shared['steps']} steps"
-        where = f"measured, {preset}: {shared['dataset']}, {batch}"
+        where = f"measured, {preset}: {shared['dataset']}, batch {shared['batch_size']}, {shared['steps']} steps"
         for method, choice, remark in (("fullft", recipe.fullft, ""), ("lora", recipe.use, _MATCHES[recipe.answer])):
             lr, low, high = choice.lr_opt, choice.lr_low, choice.lr_high
             if is_shown:

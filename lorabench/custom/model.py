@@ -74,7 +74,14 @@ def find_model(name: str) -> UserModel:
         if not any(path.glob("*.safetensors")):
             raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
         config = _config((path / "config.json").read_bytes(), name)
-        parameters = sum(_parameters(file) for file in path.glob("*.safetensors"))
+        parameters = 0
+        for file in path.glob("*.safetensors"):
+            try:
+                with safe_open(file, "numpy") as tensors:
+                    names = tensors.keys()
+                    parameters += sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is not a safetensors file") from error
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
     elif HUB_ID.fullmatch(name):
         config, parameters = _hub(name)
@@ -83,16 +90,6 @@ def find_model(name: str) -> UserModel:
         known = ", ".join(("tiny", *TINY))
         raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
-
-
-def _parameters(file: Path) -> int:
-    """Return the number of parameters in a safetensors file, by the shapes in its header."""
-    try:
-        with safe_open(file, "numpy") as tensors:
-            names = tensors.keys()
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a safetensors file") from error
 
 
 def _hub(name: str) -> tuple[dict[str, Any], int]:

@@ -29,8 +29,6 @@ from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
 
-ALPHA = 32.0
-"""The paper's alpha, the same at every rank."""
 DEFAULT_RANK = 32
 """The default rank of the authors' library."""
 MAX_RANK = 512
@@ -65,22 +63,14 @@ def recommended_rank(model: UserModel, completion_tokens: float | None) -> int:
 
     By the documentation of the authors' library, LoRA needs a parameter for each completion token; the smallest power
     of two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the
-    weights.
-
-    Args:
-        model: the model.
-        completion_tokens: scored tokens of the training data; None if unknown.
+    weights. The scored tokens of the training data are None if unknown.
     """
     share = max(1.0, (completion_tokens or 1.0) / model.lora_parameters(1))
     return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.sizes.hidden // 2)
 
 
 def checked_gpu(name: str) -> str:
-    """Return the name of a GPU if it is known.
-
-    Raises:
-        UserError: the GPU is not known.
-    """
+    """Return the name of a GPU, or raise UserError if it is not known."""
     if name not in GPUS:
         raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
     return name
@@ -207,12 +197,8 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
 def splits(usable: int, share: float) -> dict[str, int]:
     """Return the sizes of disjoint splits by name, `train`, `validation` and `test`.
 
-    Args:
-        usable: the number of usable examples.
-        share: the share of the examples for validation, and the same share for the test.
-
-    Raises:
-        UserError: there are too few examples.
+    The share is that of the usable examples for validation, and the same for the test. UserError says that there are
+    too few examples.
     """
     if usable < _MIN_EXAMPLES:
         raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")

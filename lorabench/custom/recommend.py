@@ -1,8 +1,7 @@
 """Settings to start from for a model and its data, each with its source, as a table and as a script that trains.
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
-and of your own finished presets (`learning_rates`). What your presets measured on a model of the same family and size,
-and what others published for it, is shown next to them.
+and of your own finished presets (`learning_rates`). What was measured on a model of the same family and size is shown.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
+from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -33,7 +34,6 @@ from lorabench.custom.learning_rates import (
 )
 from lorabench.custom.model import UserModel
 from lorabench.custom.preset import (
-    ALPHA,
     GROUP_SIZE,
     PROBLEMS_PER_STEP,
     RL_STEPS,
@@ -59,8 +59,6 @@ from lorabench.utils.gpus import GB
 PAPER = "the paper"
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
 DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
-SHORT_RATIO = 15.0
-"""The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
 SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 
@@ -75,13 +73,11 @@ _SCRIPT_MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Setting:
-    """One recommended setting."""
+    """A recommended setting: its name for a reader, its value, and where the value comes from."""
 
     what: str
-    """The setting's name for a reader."""
     value: float | int | str
     source: str
-    """Where the value comes from."""
     low: float | None = None
     """The ends of its interval, of a learning rate."""
     high: float | None = None
@@ -145,13 +141,13 @@ def recommend(
         rl_lrs.append(f"{formats.lr(lr, 2)} for {title} ({ends})")
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
-    where = "all, and the unembedding"
-    settings["placement"] = Setting("layers with LoRA", where, f"{PAPER}: attention alone is worse")
+    why = f"{PAPER}: attention alone is worse"
+    settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
     settings["alpha"] = Setting("alpha, at every rank", ALPHA, PAPER)
     settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", PAPER)
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     settings["batch_size"] = Setting("batch size", batch, why)
-    costs, too_large = _costs(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
+    costs, too_large = _costs(model, data, completion_tokens, examples, batch, checked_gpu(gpu))
     notes = [
         *outside(optima, model.family, hidden, batch, length),
         f"In reinforcement learning ({rl_batch} responses a step, {rl_length} steps) the pooled learning rates are "
@@ -167,13 +163,7 @@ def recommend(
 
 
 def _costs(
-    model: UserModel,
-    data: UserData | None,
-    completion_tokens: float | None,
-    examples: int,
-    batch: int,
-    rank: int,
-    gpu: str,
+    model: UserModel, data: UserData | None, completion_tokens: float | None, examples: int, batch: int, gpu: str
 ) -> tuple[dict[str, Setting], list[str]]:
     """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
 
@@ -186,7 +176,8 @@ def _costs(
     longest = max(32, data.max_chars if data else _ASSUMED_MAX_CHARS)
     # The estimate reads no data, so a dataset of the hub can stand for any other.
     dataset = {"kind": "hub", "id": "own/data", "train": examples, "validation": 1, "test": 1, "max_chars": longest}
-    block = {"models": ["m"], "datasets": ["d"], "ranks": {"all": [rank]}, "batch_sizes": [batch], "seeds": 1}
+    ranks = {"all": [recommended_rank(model, completion_tokens)]}
+    block = {"models": ["m"], "datasets": ["d"], "ranks": ranks, "batch_sizes": [batch], "seeds": 1}
     execution = {"gpu": gpu, "max_gpus": _MOST_GPUS, "max_batch_tokens": _MICRO_BATCH_TOKENS}
     raw = {
         "description": "costs of a recommendation",
@@ -297,14 +288,7 @@ def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
 def script(model: UserModel, recommendation: Recommendation, data: UserData | None, chat_template: str | None) -> str:
     """Return a Python script that trains the model with transformers and PEFT.
 
-    Args:
-        model: the model.
-        recommendation: its settings.
-        data: the training data; None leaves a placeholder for their path.
-        chat_template: a preset's setting for a model without its own template.
-
-    Raises:
-        UserError: the script does not support the model or the data.
+    Without data it has a placeholder for their path. UserError says that the script supports no such model or data.
     """
     if model.sizes.experts:
         raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")

@@ -101,11 +101,7 @@ def is_first(key: Callable[[Example], Hashable]) -> Callable[[Example], bool]:
 
 
 def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example]:
-    """Yield the next `count` examples.
-
-    Raises:
-        UserError: there are fewer; the message calls them `what`.
-    """
+    """Yield the next `count` examples, or raise UserError that there are fewer; the message calls them `what`."""
     taken = 0
     for example in islice(examples, count):
         taken += 1
@@ -115,10 +111,7 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
 
 
 def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iterator[Row]:
-    """Yield the same rows; raise UserError if two splits share an example, by the text that identifies a row's example.
-
-    Rows without such a text may be shared.
-    """
+    """Yield the same rows, or raise UserError if splits share an example by its identity, if it has one."""
     split_of: dict[int, Split] = {}
     for row in rows:
         text = identity(row)
@@ -136,11 +129,7 @@ def formats_in(columns: Iterable[str]) -> list[FileFormat]:
 
 
 def file_messages(content: dict[str, Any], format_name: str) -> Messages:
-    """Return the messages of a row, each with `role` and `content`.
-
-    Raises:
-        UnusableRowError: the row is not an example of that format.
-    """
+    """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
     names = format_name.split("/")
     if format_name == "text":
         return [{"role": "text", "content": row_text(content.get("text"))}]

@@ -18,7 +18,7 @@ import json
 import tempfile
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -36,6 +36,7 @@ from lorabench.data.chat import (
     UnusableRowError,
     file_messages,
     formats_in,
+    is_first,
     prompt_digest,
     row_text,
 )
@@ -97,17 +98,15 @@ def usable(
     rows: Iterable[RawRow],
     parse: Callable[[dict[str, Any]], Example],
     tally: Tally,
-    identity: Callable[[Example], Hashable] | None = None,
+    is_new: Callable[[Example], bool] | None = None,
 ) -> Iterator[tuple[int, Example]]:
     """Yield the place and the example of each usable row, in the order of the rows.
 
     Args:
         rows: the rows of a source, counted in the tally as they are read.
         parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
-        identity: returns what identifies an example, so that later ones with the same identity are left out; None to
-            keep them all.
+        is_new: says whether an example differs from all before it (see `is_first`); None keeps repeated ones.
     """
-    seen: set[Hashable] = set()
     for place, content in rows:
         tally.rows += 1
         try:
@@ -115,11 +114,8 @@ def usable(
                 raise UnusableRowError(content)
             tally.columns = tally.columns or tuple(content)
             example = parse(content)
-            if identity is not None:
-                key = identity(example)
-                if key in seen:
-                    raise UnusableRowError(REPEATED)
-                seen.add(key)
+            if is_new is not None and not is_new(example):
+                raise UnusableRowError(REPEATED)
         except UnusableRowError as error:
             tally.leave_out(place, str(error))
             continue
@@ -151,10 +147,9 @@ def json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
-    """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
+    """Yield the rows of a parquet file, a batch of which is held in memory; UserError says that the file is damaged.
 
-    Raises:
-        UserError: the file is not parquet, or is damaged.
+    The function `choose` is given all columns and the file's name, and returns the columns to read; None reads all.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -254,10 +249,7 @@ def chosen_format(path: Path) -> FileFormat:
 
 
 def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
-    """Yield the usable examples among rows, in their order and each prompt once.
-
-    The tally says the format and counts the rows as they are read. Examples of more than `max_chars` are left out.
-    """
+    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`."""
 
     def parse(content: dict[str, Any]) -> Chat:
         chat = Chat(source, file_messages(content, tally.format))
@@ -266,14 +258,13 @@ def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: i
         return chat
 
     # Hashes take less memory than prompts.
-    return (chat for _, chat in usable(rows, parse, tally, lambda chat: prompt_digest(chat.messages)))
+    return (chat for _, chat in usable(rows, parse, tally, is_first(lambda chat: prompt_digest(chat.messages))))
 
 
 def file_chats(path: Path, form: FileFormat | None, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
     """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
 
-    Raises:
-        UserError: no format is given and the columns imply none or several, or the file can't be read.
+    If no format is given, the columns decide (`chosen_format`).
     """
     tally = Tally(form or chosen_format(path))
     return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
@@ -317,7 +308,8 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
         asks_for_box = spec.grader == "number" or "\\boxed" in question
         return Problem(path.name, question if asks_for_box else question + BOX, short)
 
-    problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, lambda problem: problem.key)]
+    is_new: Callable[[Problem], bool] = is_first(lambda problem: problem.key)
+    problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, is_new)]
     missing = [name for name in (spec.question, spec.answer) if name not in tally.columns]
     if tally.columns and missing and not problems:
         raise UserError(f"{path} has the columns {_names(tally.columns)}; {_names(missing)} is needed")

@@ -105,10 +105,23 @@ def choose_chats(
     Raises:
         UserError: the files do not exist, have other columns, or hold too few usable rows.
     """
+
+    def parse(content: dict[str, Any]) -> Chat:
+        messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
+        chat = Chat(str(content.get("source") or spec.id), messages)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise UnusableRowError("without a last answer")
+        if chat.chars() > spec.max_chars:
+            raise UnusableRowError(f"of more than {spec.max_chars} characters")
+        return chat
+
+    def usable_chats(tally: Tally) -> Iterator[tuple[int, Chat]]:
+        return usable(part_rows(files, f"dataset {spec.id}", [_FORMS], ["source"]), parse, tally)
+
     files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
     tally = Tally("chats", unit="row")
     numbers, digests = array("q"), array("Q")
-    for number, chat in _usable_chats(spec, files, tally):
+    for number, chat in usable_chats(tally):
         numbers.append(number)
         digests.append(prompt_digest(chat.messages))
     order = np.random.default_rng(spec.seed).permutation(len(numbers))
@@ -133,20 +146,5 @@ def choose_chats(
     commit = fetched[spec.id].commit if spec.path is None else None
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
     about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
-    chats = _usable_chats(spec, files, Tally("chats"))
+    chats = usable_chats(Tally("chats"))
     return ((SPLITS[splits[row]], chat) for row, chat in chats if splits[row] >= 0), about
-
-
-def _usable_chats(spec: HubDataset, files: list[Path], tally: Tally) -> Iterator[tuple[int, Chat]]:
-    """Yield the number and the chat of each usable row, in the order of the files; see `files.usable`."""
-
-    def parse(content: dict[str, Any]) -> Chat:
-        messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
-        chat = Chat(str(content.get("source") or spec.id), messages)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-            raise UnusableRowError("without a last answer")
-        if chat.chars() > spec.max_chars:
-            raise UnusableRowError(f"of more than {spec.max_chars} characters")
-        return chat
-
-    return usable(part_rows(files, f"dataset {spec.id}", [_FORMS], ["source"]), parse, tally)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -33,7 +32,6 @@ from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solu
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository, WantedRepository
 
-_KEY = attrgetter("key")
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
 
 
@@ -76,14 +74,11 @@ _PARTS = (
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return the repositories to fetch for a problem set."""
-    splits: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
-    for part in _PARTS:
-        if part.kind == spec.kind:
-            splits[part.id].append((part.config, part.split))
-    return [
-        WantedRepository("dataset", name, spec.revisions.get(name, "main"), tuple(parts))
-        for name, parts in splits.items()
-    ]
+    wanted_repositories = []
+    for name in spec.ids:
+        parts = tuple((part.config, part.split) for part in _PARTS if (part.kind, part.id) == (spec.kind, name))
+        wanted_repositories.append(WantedRepository("dataset", name, spec.revisions.get(name, "main"), parts))
+    return wanted_repositories
 
 
 def make_problems(
@@ -107,7 +102,7 @@ def make_problems(
             train = test = sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
         case _:
             train = test = _reasoning_pool(spec)
-    is_new = is_first(_KEY)
+    is_new: Callable[[Problem], bool] = is_first(lambda problem: problem.key)
     # Held-out splits are drawn first, so that those of the hub do not depend on the number of training problems.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
     taken = {
@@ -139,7 +134,7 @@ def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:
         chars = len(problem.question) + len(problem.response)
         return chars <= spec.max_chars and number(problem.answer) is not None
 
-    distinct = wanted(wanted(generated, is_suitable), is_first(_KEY))
+    distinct = wanted(wanted(generated, is_suitable), is_first(lambda problem: problem.key))
     pool = list(islice(distinct, spec.train + spec.validation + spec.test))
     Random(spec.seed).shuffle(pool)
     return iter(pool)
@@ -150,40 +145,36 @@ def _hub_pools(
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """Return the problems to train on and the problems to test on, in an order that the seed decides.
 
-    For DeepMath, which has no test split, both are the same iterator.
+    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
+    their number is logged.
     """
+    suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     pools: dict[str, list[Problem]] = {"train": [], "test": []}
     for part in _PARTS:
-        if part.kind == spec.kind:
-            pools[part.use] += _hub_problems(spec, fetched, part)
+        if part.kind != spec.kind:
+            continue
+        source = "/".join(name for name in (part.id, part.config) if name)
+
+        def parse(content: dict[str, Any], part: _Part = part, source: str = source) -> Problem:
+            question, text = content[part.question], content[part.answer]
+            answer = None if text is None else part.gold(str(text))
+            if not question or not answer:
+                raise UnusableRowError("without an answer")
+            return Problem(source, question.strip() + suffix, answer)
+
+        tally = Tally("problems", unit="row")
+        # The other columns are not read: DeepMath also has three long solutions of each problem.
+        columns = [[part.question], [part.answer]]
+        rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)
+        pools[part.use] += [problem for _, problem in usable(rows, parse, tally)]
+        if tally.bad:
+            logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
     for pool in pools.values():
         Random(spec.seed).shuffle(pool)
     # MATH-500 is a part of Hendrycks' MATH.
     tested = {problem.key for problem in pools["test"]}
     train = (problem for problem in pools["train"] if problem.key not in tested)
     return train, iter(pools["test"]) if pools["test"] else train
-
-
-def _hub_problems(spec: HubProblems, fetched: Mapping[str, FetchedRepository], part: _Part) -> list[Problem]:
-    """Return the problems of a part; those without an answer are left out, and their number is logged."""
-    suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
-    source = "/".join(name for name in (part.id, part.config) if name)
-
-    def parse(content: dict[str, Any]) -> Problem:
-        question, text = content[part.question], content[part.answer]
-        answer = None if text is None else part.gold(str(text))
-        if not question or not answer:
-            raise UnusableRowError("without an answer")
-        return Problem(source, question.strip() + suffix, answer)
-
-    tally = Tally("problems", unit="row")
-    # The other columns are not read: DeepMath also has three long solutions of each problem.
-    columns = [[part.question], [part.answer]]
-    rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)
-    problems = [problem for _, problem in usable(rows, parse, tally)]
-    if tally.bad:
-        logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
-    return problems
 
 
 def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
@@ -193,11 +184,7 @@ def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a problem file.
-
-    Raises:
-        UserError: the file is missing or damaged, or two splits share a problem.
-    """
+    """Return the rows of a problem file, or raise UserError if it is missing or damaged, or splits share a problem."""
     rows = read_parquet(path, _SCHEMA).to_pylist()
     return list(disjoint(rows, lambda row: " ".join(row["question"].split())))
 

@@ -95,12 +95,9 @@ class Problem:
 def mixture(
     tasks: Sequence[str], seed: int, settings: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 ) -> Iterator[Problem]:
-    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly.
+    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly; the seed decides them.
 
-    Args:
-        tasks: the names of the tasks.
-        seed: decides the order of the tasks, and their problems.
-        settings: settings of tasks by their names, such as the sizes of numbers.
+    The settings are those of tasks by their names, such as the sizes of numbers.
     """
     import reasoning_gym
 
@@ -121,9 +118,7 @@ def mixture(
 def worked_solutions(templates: Literal["even", "odd"], seed: int) -> Iterator[Problem]:
     """Yield gsm_symbolic problems with their chain of thought without end.
 
-    Args:
-        templates: which of the 85 sound templates to use, by their numbers.
-        seed: decides the templates and the numbers in them.
+    Of the 85 sound templates those with even or odd numbers are used; the seed decides their order and their numbers.
     """
     import reasoning_gym
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
@@ -151,17 +146,13 @@ class Writers:
 
 
 CAREFUL = Writers(careless=0.0, most_slips=0.0)
-"""A writer without mistakes."""
 
 
 def sum_problems(min_digits: int, max_digits: int, carries: int, seed: int) -> Iterator[Problem]:
     """Yield sums of two numbers of equally many digits without end, with the working of a writer without mistakes.
 
-    Args:
-        min_digits: the smallest number of digits, drawn uniformly up to `max_digits`.
-        max_digits: the largest number of digits.
-        carries: the least number of columns, other than the leftmost, whose sum is 10 or more; below `min_digits`.
-        seed: decides the terms.
+    The number of digits is uniform from `min_digits` to `max_digits`. At least `carries` columns other than the
+    leftmost, fewer than `min_digits`, have a sum of 10 or more.
     """
     rng = Random(seed)
     while True:
@@ -188,11 +179,7 @@ def written_sums(writers: Writers, seed: int) -> Iterator[Problem]:
 def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
     """Return the working of a writer drawn from a mix; its last number is the writer's answer.
 
-    Args:
-        first: the first term.
-        second: the second term, of as many digits.
-        writers: the mix of writers.
-        rng: decides the writer and the writer's slips.
+    Both terms have the same number of digits. The generator `rng` decides the writer and the writer's slips.
     """
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0

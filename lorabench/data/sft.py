@@ -29,8 +29,7 @@ _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages
 _ABOUT = b"lorabench"
 
 # Limits of a row group, which is held in memory, in examples and in characters; the last example may exceed the latter.
-_GROUP_ROWS = 4096
-_GROUP_CHARS = 16_000_000
+_GROUP_ROWS, _GROUP_CHARS = 4096, 16_000_000
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
 
@@ -49,11 +48,11 @@ _FACTS, _NAME_LENGTH = "facts", 6
 def build_dataset(
     spec: DatasetSpec, path: Path, fetched: Mapping[str, FetchedRepository] = MappingProxyType({})
 ) -> None:
-    """Make a dataset and write it, from the hub or docstrings with a note of what was left out and why (see `about`).
+    """Make a dataset and write it as parquet, from the hub or docstrings with a note of what was left out (`about`).
 
     Args:
         spec: the dataset.
-        path: the parquet file to write.
+        path: the file to write.
         fetched: the repository of a dataset of the hub, by id.
 
     Raises:
@@ -67,18 +66,11 @@ def build_dataset(
 
 
 def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
-    """Yield the rows of a generated dataset or a file, distinct by prompt across all splits.
+    """Yield the rows of a generated dataset or a file, distinct by prompt; UserError says that there are too few.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
-
-    Raises:
-        UserError: there are fewer usable and distinct chats than the splits need.
     """
-
-    def digest(chat: Chat) -> int:
-        return prompt_digest(chat.messages)
-
-    is_new = is_first(digest)
+    is_new: Callable[[Chat], bool] = is_first(lambda chat: prompt_digest(chat.messages))
     if isinstance(spec, FactsDataset):
         facts = list(take(wanted(random_facts(spec), is_new), spec.facts, "facts"))
         for split in SPLITS:
@@ -96,10 +88,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
 
 
 def random_facts(spec: FactsDataset) -> Iterator[Chat]:
-    """Yield facts without end: a random name and a number of `spec.digits` digits, all uniform and independent.
-
-    They do not generalize, so a model predicts only what it has stored.
-    """
+    """Yield random names and numbers without end; they do not generalize, so a model predicts only what it stored."""
     rng = Random(spec.seed)
     while True:
         name = "".join(rng.choices(ascii_lowercase, k=_NAME_LENGTH))
@@ -167,10 +156,7 @@ def _row(split: Split, chat: Chat) -> Row:
 def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
     """Write rows as parquet, a row group at a time; the file appears only once it is complete.
 
-    Args:
-        rows: the rows, in the order of the file.
-        path: the file to write.
-        about: a note for the function `about`, as plain JSON data.
+    The note `about`, plain JSON data, is what the function `about` returns.
     """
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,13 +145,6 @@ def write_tokens(
 ) -> None:
     """Tokenize a dataset file into a cache file, a row group at a time.
 
-    Args:
-        dataset: the dataset file.
-        tokenizer: the model's tokenizer, with its chat template.
-        path: the cache file to write.
-        limits: the longest example.
-        processes: processes that share the work.
-
     Raises:
         UserError: the tokenizer has no chat template, splits share an example, an example has no scored token or is
             longer than the model's context, or more than a tenth of a split is longer than the dataset's limit.
@@ -201,18 +195,15 @@ def _encoded(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, 
         groups = range(file.num_row_groups)
     encode = partial(_encode, dataset, tokenizer, limits)
     if min(processes, len(groups)) == 1:
-        for group in groups:
-            yield from encode(group)
+        yield from chain.from_iterable(map(encode, groups))
         return
     # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
     with ProcessPoolExecutor(min(processes, len(groups)), multiprocessing.get_context("spawn")) as pool:
         # Examples are written faster than they are encoded, so few groups wait in memory.
-        for examples in pool.map(encode, groups):
-            yield from examples
+        yield from chain.from_iterable(pool.map(encode, groups))
 
 
 def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, group: int) -> list[_Encoded]:
-    """Encode the examples of a row group of a dataset file."""
     encoded = []
     with pq.ParquetFile(dataset) as file:
         for row in file.read_row_group(group).to_pylist():
@@ -229,12 +220,9 @@ def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, g
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     """Return the splits of a cache file, memory-mapped: pages are loaded when they are read.
 
-    Args:
-        path: the cache file.
-        key: the hashes that the file must hold (see `cache_key`).
-
     Raises:
-        UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says.
+        UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says (see
+            `cache_key`).
     """
     # safetensors maps tensors of torch on a CPU, but reads those of numpy whole.
     try:

@@ -108,9 +108,6 @@ def training_subjects(plan: Plan) -> list[Subject]:
     Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
     """
 
-    def has_experts(sweep: Sweep) -> bool:
-        return dimensions(plan.preset.models[sweep.condition.model]).experts > 0
-
     def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
         try:
             fits = gpus_needed(plan.preset, sweep) <= 1
@@ -119,14 +116,12 @@ def training_subjects(plan: Plan) -> list[Subject]:
         return fits, dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
 
     trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
-    subjects = []
-    for experts, lora in ((False, False), (False, True), (True, True)):
-        sweeps = [
-            sweep for sweep in trained if (has_experts(sweep), sweep.condition.rank is not None) == (experts, lora)
-        ]
-        if sweeps:
-            subjects.append(subject_of(plan, max(sweeps, key=fits_and_size)))
-    return subjects
+    groups: dict[tuple[bool, bool], list[Sweep]] = {}
+    for sweep in trained:
+        experts = dimensions(plan.preset.models[sweep.condition.model]).experts > 0
+        groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
+    kinds = ((False, False), (False, True), (True, True))
+    return [subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
 
 
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
@@ -277,15 +272,16 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
 
 def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float) -> Check:
     """Compare the peak memory of a training step in bytes with the plan's estimate."""
-    expected = subject.planned_memory(preset)
-    shape = f"{subject.rows} x {subject.length} tokens"
-    sentence = f"a step on {shape} took {peak / expected:.2f} times the memory that the plan states"
+    expected, batch = subject.planned_memory(preset), f"{subject.rows} x {subject.length} tokens"
+    sentence = f"a step on {batch} took {peak / expected:.2f} times the memory that the plan states"
     near = abs(peak - expected) <= MEMORY_ERROR[machine.device.type] * expected
     return judged(near, sentence, peak / GB, expected / GB, "GB")
 
 
-def check_speed(preset: Preset, subject: Subject, seconds: float) -> Check:
+def check_speed(preset: Preset, subject: Subject, seconds: float | None) -> Check:
     """Return the speed of a training step on the preset's GPU, which has no limit, with that of the plan."""
+    if seconds is None:
+        return Check(status="skipped", sentence="the step failed")
     rate, tokens = subject.flops(preset) / seconds, subject.rows * subject.length
     share = rate / GPUS[preset.execution.gpu or ""].peak_flops
     sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"

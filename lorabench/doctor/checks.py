@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from lorabench.doctor import bench
-from lorabench.doctor.record import Check, Record, enough, judged
+from lorabench.doctor.record import Check, Record, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.vllm_support import check_installed, check_vllm, vllm_version
@@ -28,34 +28,59 @@ from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state
-from lorabench.training.run import Machine, machine_of, machine_state
+from lorabench.training.run import machine_of, machine_state
 from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
 
 
 def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
-    """Make all checks of this machine for a plan.
-
-    Args:
-        say: is called with each check when it is made.
-    """
+    """Make all checks of this machine for a plan; `say` is called with each check when it is made."""
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    machine, preset = machine_of(plan), plan.preset
-    state, done = machine_state(machine.device), list[Check]()
+    machine, preset, gpu = machine_of(plan), plan.preset, plan.preset.execution.gpu
+    on_gpu, state = machine.device.type == "cuda", machine_state(machine.device)
+    # What a step of each subject took: the peak bytes and the seconds.
     steps: dict[bench.Subject, tuple[float, float]] = {}
-    for name, check in _checks(plan, layout, machine, state["device"], steps).items():
-        done.append(made(name, check))
+    done: list[Check] = []
+
+    def make(name: str, check: Callable[..., Check], *arguments: Any) -> None:
+        done.append(made(name, partial(check, *arguments)))
         say(done[-1])
-    dense = {
-        subject: seconds
-        for subject, (_, seconds) in steps.items()
-        if preset.execution.gpu is not None and not subject.sizes.experts
-    }
+
+    def memory_of_step(subject: bench.Subject) -> Check:
+        steps[subject] = bench.measure_step(preset, machine, subject)
+        return bench.check_memory(preset, machine, subject, steps[subject][0])
+
+    here = on_gpu or gpu is None
+    if not on_gpu and here:
+        # Parity is checked in bf16 too, whatever the preset's precision.
+        bf16_products.choose_faster()
+    subjects = bench.training_subjects(plan) if here else []
+    memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else None
+    make("device", check_device, gpu, state["device"], memory)
+    make("memory of the host", check_host_memory, plan)
+    make("disk", check_disk, plan)
+    make("vLLM", check_engine, plan, layout, machine.device)
+    for subject in subjects:
+        for precision in get_args(bench.Precision):
+            make(f"parity in {precision}: {subject.title}", bench.check_parity, preset, machine, subject, precision)
+        # The plan of a preset for CPUs says nothing about a GPU.
+        if gpu is not None or not on_gpu:
+            make(f"memory of a step: {subject.title}", memory_of_step, subject)
+        if gpu is not None:
+            seconds = steps[subject][1] if subject in steps else None
+            make(f"speed of a step: {subject.title}", bench.check_speed, preset, subject, seconds)
+    if not here:
+        sentence = "the preset is for a GPU, and there is none"
+        make("computing", partial(Check, status="skipped", sentence=sentence))
+    elif gpu is None:
+        # The speed of a CPU is kept for `lorabench plan` in a file of its own.
+        make("speed of training", check_cpu_speed, plan, layout)
+    dense = {subject: step[1] for subject, step in steps.items() if gpu is not None and not subject.sizes.experts}
     flops = sum(subject.flops(preset) for subject in dense)
     return Record(
         date=date,
         preset=layout.name,
         device=state["device"],
-        gpu=preset.execution.gpu,
+        gpu=gpu,
         host=platform.node(),
         seconds=round(time.perf_counter() - began, 1),
         git_sha=code_state(layout.patches)["git_sha"],
@@ -63,49 +88,6 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         gflops=flops / sum(dense.values()) / 1e9 if dense else None,
         checks=done,
     )
-
-
-def _checks(
-    plan: Plan, layout: Layout, machine: Machine, device: str, steps: dict[bench.Subject, tuple[float, float]]
-) -> dict[str, Callable[[], Check]]:
-    """Return the checks by name; those of training steps put the peak bytes and the seconds of each into `steps`."""
-    preset, gpu, on_gpu = plan.preset, plan.preset.execution.gpu, machine.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else None
-    checks: dict[str, Callable[[], Check]] = {
-        "device": partial(check_device, gpu, device, memory),
-        "memory of the host": partial(check_host_memory, plan),
-        "disk": partial(check_disk, plan),
-        "vLLM": partial(check_engine, plan, layout, machine.device),
-    }
-
-    def memory_of_step(subject: bench.Subject) -> Check:
-        steps[subject] = bench.measure_step(preset, machine, subject)
-        return bench.check_memory(preset, machine, subject, steps[subject][0])
-
-    def speed_of_step(subject: bench.Subject) -> Check:
-        if subject not in steps:
-            return Check(status="skipped", sentence="the step failed")
-        return bench.check_speed(preset, subject, steps[subject][1])
-
-    if gpu is not None and not on_gpu:
-        checks["computing"] = lambda: Check(status="skipped", sentence="the preset is for a GPU, and there is none")
-        return checks
-    if not on_gpu:
-        # Parity is checked in bf16 too, whatever the preset's precision.
-        bf16_products.choose_faster()
-    for subject in bench.training_subjects(plan):
-        for precision in get_args(bench.Precision):
-            name = f"parity in {precision}: {subject.title}"
-            checks[name] = partial(bench.check_parity, preset, machine, subject, precision)
-        # The plan of a preset for CPUs says nothing about a GPU.
-        if gpu is not None or not on_gpu:
-            checks[f"memory of a step: {subject.title}"] = partial(memory_of_step, subject)
-        if gpu is not None:
-            checks[f"speed of a step: {subject.title}"] = partial(speed_of_step, subject)
-    if gpu is None:
-        # The speed of a CPU is kept for `lorabench plan` in a file of its own.
-        checks["speed of training"] = partial(check_cpu_speed, plan, layout)
-    return checks
 
 
 def made(name: str, check: Callable[[], Check]) -> Check:
@@ -144,16 +126,17 @@ def check_host_memory(plan: Plan) -> Check:
     """Compare the memory of this machine with what the plan's largest job requests."""
     requested = [job_cost(plan, job).mem_mb for job in plan.jobs]
     requested += [evaluation_cost(plan, job).mem_mb for job in plan.evaluations()]
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), max(requested) * MB
     sentence = "the memory of this machine, and what the plan requests for its largest job"
-    return enough(there, max(requested) * MB, sentence)
+    return judged(there >= needed, sentence, there / GB, needed / GB, "GB")
 
 
 def check_disk(plan: Plan) -> Check:
     """Compare the free space of this folder's file system with what the plan keeps there."""
-    cost = per_experiment(plan)["total"]
+    cost, free = per_experiment(plan)["total"], shutil.disk_usage(".").free
+    needed = cost.disk + cost.working_disk
     sentence = "the free space here, and what the plan keeps and its largest job needs in addition"
-    return enough(shutil.disk_usage(".").free, cost.disk + cost.working_disk, sentence)
+    return judged(free >= needed, sentence, free / GB, needed / GB, "GB")
 
 
 def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:

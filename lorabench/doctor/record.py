@@ -17,7 +17,7 @@ from lorabench.config.fields import PositiveFloat, Strict
 from lorabench.errors import UserError
 from lorabench.utils.files import write_json
 from lorabench.utils.formats import number
-from lorabench.utils.gpus import GB, is_called, processor
+from lorabench.utils.gpus import is_called, processor
 
 FOLDER = Path("results/doctor")
 """The folder of the records, which presets share."""
@@ -48,11 +48,6 @@ def judged(
     if value is not None and not math.isfinite(value):
         passed, sentence, value = False, f"{sentence}, and the number is {value}", None
     return Check(status="pass" if passed else "fail", sentence=sentence, value=value, planned=planned, unit=unit)
-
-
-def enough(there: float, needed: float, sentence: str) -> Check:
-    """Return a check of the bytes that are there, which must be as many as are needed."""
-    return judged(there >= needed, sentence, there / GB, needed / GB, "GB")
 
 
 class Record(Strict):

@@ -80,7 +80,15 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
         return LoadedTask(task, built["tasks"], list(built["tasks"].values()))
     try:
         built = index.load(task.name)
-        _check_splitter(built["tasks"])
+        if any("ifeval" in name for name in built["tasks"]):
+            import nltk
+
+            # IFEval downloads its sentence splitter when it is first loaded. If the download fails, it says nothing,
+            # and fails later, at the first prompt about sentences.
+            try:
+                nltk.data.find(_SPLITTER)
+            except LookupError:
+                raise LookupError(f"nltk has no {_SPLITTER} in {', '.join(nltk.data.path)}") from None
     # Tasks bring code of their own, which raises errors of any kind for missing data or packages.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -91,28 +99,10 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     return LoadedTask(task, built["tasks"], groups)
 
 
-def _check_splitter(tasks: Iterable[str]) -> None:
-    """Raise LookupError if one of the tasks is IFEval and its sentence splitter is not installed.
-
-    IFEval downloads the splitter when it is first loaded. If the download fails, IFEval says nothing, and fails
-    later, at the first prompt about sentences.
-    """
-    if any("ifeval" in name for name in tasks):
-        import nltk
-
-        try:
-            nltk.data.find(_SPLITTER)
-        except LookupError:
-            raise LookupError(f"nltk has no {_SPLITTER} in {', '.join(nltk.data.path)}") from None
-
-
 def check_settings(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
     """Refuse settings that lm-eval would ignore, or would fail at after hours.
 
-    Args:
-        loaded: the tasks of the preset.
-        model: the name of the model, for the message.
-        max_length: the largest number of tokens of prompt and answer together that the model takes.
+    A model takes at most `max_length` tokens of prompt and answer together.
 
     Raises:
         UserError: the answers of a task leave no room for its prompts, or a task that takes no few-shot examples is

@@ -22,14 +22,7 @@ from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
-from lorabench.models.base import (
-    load_model,
-    load_tokenizer,
-    max_length,
-    model_folder,
-    package_versions,
-    weights_sha256,
-)
+from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
 from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss

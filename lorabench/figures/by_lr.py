@@ -99,7 +99,14 @@ def result_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
     runs, rewarded = tables.runs, is_rl(tables.runs).any()
     comparisons = compared(tables, with_error_rates(runs) if rewarded else runs)
     columns = [*LR_COLUMNS, *(_BEST_COLUMNS if with_best else [])]
-    rows = grid.tidy({}, columns, lr_rows(comparisons), *(map(_best_rows, comparisons) if with_best else []))
+    losses = [lr_rows(comparisons)]
+    for comparison in comparisons if with_best else []:
+        best = grid.optima([comparison], fitted=True)
+        counts = [comparison.rows[label]["trainable_params"].max() for label in best["arm"]]
+        best["trainable_params"] = pd.Series(counts, best.index, "Int64")
+        best["parameters"] = best["trainable_params"].map(formats.parameters, na_action="ignore")
+        losses.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, columns))
+    rows = grid.tidy({}, columns, *losses)
     if not rewarded:
         return rows
     # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
@@ -140,14 +147,6 @@ def lr_rows(comparisons: Sequence[Comparison]) -> pd.DataFrame:
         loss.loc[panel.index, "above_range"] = (nll > top) & is_stretched
     optimum = grid.optima(comparisons).dropna(subset=["nll"]).drop(columns="n_seeds")
     return grid.tidy({"loss": loss, "optimum": optimum, "diverged": grid.diverged_runs(runs)}, LR_COLUMNS)
-
-
-def _best_rows(comparison: Comparison) -> pd.DataFrame:
-    best = grid.optima([comparison], fitted=True)
-    counts = pd.Series([comparison.rows[label]["trainable_params"].max() for label in best["arm"]], best.index, "Int64")
-    best = best.assign(trainable_params=counts, parameters=counts.map(formats.parameters, na_action="ignore"))
-    parts = {"best": best, "margin_band": grid.margin_band(comparison, best)}
-    return grid.tidy(parts, [*LR_COLUMNS, *_BEST_COLUMNS])
 
 
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:

@@ -11,16 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
+from lorabench.analysis import memorisation
 from lorabench.analysis.arms import ARM, is_standard
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import envelopes
-from lorabench.analysis.memorisation import (
-    BITS_PER_PARAMETER,
-    best_stored,
-    description_lengths,
-    is_memorisation,
-    stored_bits,
-)
 from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import grid, style
@@ -49,7 +43,7 @@ def draw(tables: Tables) -> style.Drawn:
     the reference line), `description_length` (the dataset's `bits`, and the parameters that hold them at 2 bits each).
     A row `diverged` is one run.
     """
-    runs = tables.runs[is_standard(tables.runs) & ~is_memorisation(tables.runs)]
+    runs = tables.runs[is_standard(tables.runs) & ~memorisation.is_memorisation(tables.runs)]
     comparisons = grid.compared(tables, runs)
     envelope = envelopes(runs, tables.curves)
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
@@ -59,8 +53,8 @@ def draw(tables: Tables) -> style.Drawn:
     thresholds = _thresholds(comparisons)
     left, stays = (thresholds[thresholds["left"] == known] for known in (True, False))
     # The description length is drawn where there are thresholds to compare it with.
-    described = description_lengths(runs).merge(thresholds[PANEL].drop_duplicates(), on=PANEL)
-    params = (described["bits"] / BITS_PER_PARAMETER).round().astype("Int64")
+    described = memorisation.description_lengths(runs).merge(thresholds[PANEL].drop_duplicates(), on=PANEL)
+    params = (described["bits"] / memorisation.BITS_PER_PARAMETER).round().astype("Int64")
     parts = {
         "excess": envelope,
         "departure": grid.departure_rows(comparisons, envelope, ["nll", "excess", "tokens"]),
@@ -180,12 +174,13 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
     fitted lowest loss, with its 95% interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of
     1 and 2 bits per parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
     """
-    facts = tables.runs[is_standard(tables.runs) & is_memorisation(tables.runs)]
+    facts = tables.runs[is_standard(tables.runs) & memorisation.is_memorisation(tables.runs)]
     if facts.empty:
         empty = pd.DataFrame(columns=_STORED)
         return style.empty_figure("There are no runs on a dataset of random facts."), empty
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
-    best, seeds = best_stored(facts).rename(columns=names), stored_bits(facts).rename(columns=names)
+    best = memorisation.best_stored(facts).rename(columns=names)
+    seeds = memorisation.stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
     # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or of FullFT alone.
     adapters = best["method"].eq("lora")

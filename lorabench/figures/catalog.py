@@ -16,8 +16,8 @@ from lorabench.analysis.comparison import NEEDED_BY
 from lorabench.analysis.curves import curves_of
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import NothingToDrawError, UserError
-from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
-from lorabench.store.io import empty_table, read_claims, table_path, with_all_columns, write_csv
+from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
+from lorabench.store.io import read_claims, table_path, with_all_columns, write_csv
 from lorabench.store.tables import Tables
 
 if TYPE_CHECKING:
@@ -116,20 +116,20 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     Raises:
         NothingToDrawError: the tables hold nothing for this figure.
         UserError: there is no such figure; the folders hold no tables, or tables that contradict one another; or see
-            `check_table`, `check_curves` and `check_evals`.
+            `check_table`, `check_curves` and `check_comparable`.
     """
     from lorabench.figures.style import write_figure
 
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, tables = FIGURES[name], Tables(empty_table(), empty_table(), claims=_claims(folders))
+    figure, tables = FIGURES[name], Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
     if figure.table != "claims":
         tables = Tables.read(*folders)
     elif tables.claims.empty:
         source = "the table claims of one folder, which `lorabench claims` writes"
         raise UserError(f"the figure {name} is drawn from {source}")
     if figure.table == "evals":
-        check_evals(tables.evals)
+        check_comparable(tables.evals, "scores")
     if figure.table == "runs":
         if tables.runs.columns.empty:
             raise UserError("there is no table runs")
@@ -150,4 +150,4 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 def _claims(folders: Sequence[Path]) -> pd.DataFrame:
     """Return the table `claims`; empty if there is none, or several folders, whose runs are judged together."""
     alone = len(folders) == 1 and table_path(folders[0], "claims") is not None
-    return read_claims(folders[0]) if alone else empty_table()
+    return read_claims(folders[0]) if alone else pd.DataFrame()

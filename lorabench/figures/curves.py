@@ -143,10 +143,8 @@ def draw_by_batch_size(tables: Tables) -> style.Drawn:
     plotted = grid.tidy(parts, _BY_BATCH_SIZE)
     if plotted.empty:
         raise NothingToDrawError("no validation curves beyond step 0, and no sweep of learning rates")
-    styles = {
-        label: replace(look, linestyle="--") if label != "FullFT" else look
-        for label, look in style.arm_styles(plotted).items()
-    }
+    styles = style.arm_styles(plotted)
+    styles |= {label: replace(look, linestyle="--") for label, look in styles.items() if label != "FullFT"}
     blocks = list(plotted.groupby(["model", "dataset"], sort=True))
     rows = [math.ceil(block.groupby(PANEL, dropna=False).ngroups / _CURVES_IN_A_ROW) for _, block in blocks]
     heights = [_CURVES_HEIGHT * count + _BY_SIZE_HEIGHT for count in rows]

@@ -32,9 +32,6 @@ _OPTIMA = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_
 Styles = Mapping[str, ArmStyle]
 """The look of each arm, by its label."""
 
-DrawPanel = Callable[[Axes, pd.DataFrame, Styles], None]
-"""What draws the rows of one panel."""
-
 
 def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str], *tables: pd.DataFrame) -> pd.DataFrame:
     """Join what a figure plots into one table with the given columns: tables, and parts by their `element`.
@@ -178,7 +175,7 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def draw(
     plotted: pd.DataFrame,
-    draws: Sequence[DrawPanel],
+    draws: Sequence[Callable[[Axes, pd.DataFrame, Styles], None]],
     marks: Iterable[tuple[Any, Artist]] = (),
     strip: float = 0.0,
 ) -> Figure:

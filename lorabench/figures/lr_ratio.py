@@ -159,18 +159,20 @@ def draw(tables: Tables) -> style.Drawn:
         _draw_panel(axes, conditions, column, marks)
         if place:
             axes.set_ylabel("")
+    resolved = conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool)
     # Theories and published ratios always occur.
-    entries = [style.line(label, color=colour) for colour, label in _THEORIES.values()]
-    entries.append(style.line("A moves, the paper's LRs", color=_THEORIES["movement"][0], linestyle="--"))
-    entries += [style.mark(f"measured, width {int(width)}", mark, color="black") for width, mark in marks.items()]
-    if (conditions["runs"] == "prefix").any():
-        entries.append(style.mark("prefix of longer runs", "o", color="0.45"))
-    if not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all():
-        entries.append(style.mark("not resolved", "o", mfc="white", mew=1.2))
-    entries += [style.mark("published, SFT", "d", color="0.5"), style.mark("published, RL", "v", color="0.5")]
-    entries.append(style.mark("published, another alpha", "d", mfc="white", mec="0.5"))
-    entries.append(style.mark("the paper", "*", color="black", ms=10))
-    style.legends(figure, {}, [(True, entry) for entry in entries])
+    entries = [
+        *((True, style.line(label, color=colour)) for colour, label in _THEORIES.values()),
+        (True, style.line("A moves, the paper's LRs", color=_THEORIES["movement"][0], linestyle="--")),
+        *((True, style.mark(f"measured, width {int(width)}", mark, color="black")) for width, mark in marks.items()),
+        ((conditions["runs"] == "prefix").any(), style.mark("prefix of longer runs", "o", color="0.45")),
+        (not resolved.all(), style.mark("not resolved", "o", mfc="white", mew=1.2)),
+        (True, style.mark("published, SFT", "d", color="0.5")),
+        (True, style.mark("published, RL", "v", color="0.5")),
+        (True, style.mark("published, another alpha", "d", mfc="white", mec="0.5")),
+        (True, style.mark("the paper", "*", color="black", ms=10)),
+    ]
+    style.legends(figure, {}, entries)
     return figure, plotted
 
 

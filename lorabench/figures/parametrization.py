@@ -11,23 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lorabench.analysis import invariances
 from lorabench.analysis.arms import arm_label, arm_table, is_standard
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import mean_interval
-from lorabench.analysis.invariances import (
-    CONFIGURATION,
-    PAIR_SETTING,
-    RULES,
-    descent_ratios,
-    differences,
-    first_descents,
-    fixed_a_controls,
-    invariance_pairs,
-    move_times,
-    step_sizes,
-    with_lr_grid,
-    with_scales,
-)
+from lorabench.analysis.invariances import PAIR_SETTING
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, seeds_text
@@ -45,7 +33,7 @@ _COLUMNS = [
 _RULE_LOOKS: dict[str, dict[str, Any]] = {
     rule: {"color": colour, "linestyle": line, "marker": marker}
     for rule, colour, line, marker in zip(
-        RULES.values(), ("black", "0.35", "0.6"), ("-", "--", ":"), ("o", "s", "^"), strict=True
+        invariances.RULES.values(), ("black", "0.35", "0.6"), ("-", "--", ":"), ("o", "s", "^"), strict=True
     )
 }
 
@@ -62,7 +50,7 @@ def draw(tables: Tables) -> style.Drawn:
     norm per unit of LR; n seeds), `still_a` (the norm per unit of LR of B, in runs whose A stays still) or `diverged`
     (one run).
     """
-    lora = with_scales(tables.runs)
+    lora = invariances.with_scales(tables.runs)
     if lora.empty:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     groups = [(f"{model} · {dataset}", runs) for (model, dataset), runs in lora.groupby(["model", "dataset"])]
@@ -88,27 +76,28 @@ def draw(tables: Tables) -> style.Drawn:
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     # The largest difference of equivalent runs by step, and the range of the difference of other pairs. Before the
     # first update, all runs have the loss of the base model.
-    apart = differences(invariance_pairs(runs), curves, _STEPS)
+    apart = invariances.differences(invariances.invariance_pairs(runs), curves, _STEPS)
     pairs = apart[apart["step"] > 1].groupby(["eps", "step", "equivalent"], dropna=False)["difference"]
     ranges = pairs.agg(low="min", high="max", n="size").reset_index()
     equivalent = ranges["equivalent"].astype(bool)
     # The time until A moves is a geometric mean over seeds, which is unknown if A did not move that far in one of them.
-    times = move_times(runs, curves)
+    times = invariances.move_times(runs, curves)
     times = times.assign(size=np.log(times["step"].astype(float)))
-    times = _over_seeds(times, [*PAIR_SETTING, *CONFIGURATION], "update_scale", "time_scale")
+    times = _over_seeds(times, [*PAIR_SETTING, *invariances.CONFIGURATION], "update_scale", "time_scale")
     times[_ENDS] = np.exp(times[_ENDS].astype(float))
     moved = times["value"].notna()
     # In runs whose A stays still, only B is updated noticeably, so the norm is per unit of the LR of B.
-    still = train_curves(runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])], curves, "update_norm")
+    controls = runs[runs["run_id"].isin(invariances.fixed_a_controls(runs)["run_id_slow"])]
+    still = train_curves(controls, curves, "update_norm")
     still = still.assign(size=still["value"] / (still["lr"] * still["lr_ratio"]))
-    descents = descent_ratios(first_descents(runs, curves))
+    descents = invariances.descent_ratios(invariances.first_descents(runs, curves))
     parts = {
         "first_descent": descents.rename(columns={"ratio": "value", "n_seeds": "n"}),
         "equivalent": ranges.assign(value=ranges["high"])[equivalent],
         "not_equivalent": ranges.assign(value=ranges["low"])[~equivalent],
         "a_moved": times[moved],
         "a_not_moved": times.assign(value=times["steps"].astype(float))[~moved & times["steps"].notna()],
-        "update_norm": _over_seeds(step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
+        "update_norm": _over_seeds(invariances.step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
         "still_a": _over_seeds(still, [*PAIR_SETTING, "lr", "lr_ratio", "step"], "time_scale"),
         "diverged": diverged_runs(runs).drop(columns="method"),
     }
@@ -240,7 +229,7 @@ def draw_variants(tables: Tables) -> style.Drawn:
     standard's loss down by the margin, from `nll_low` to `nll_high`) or `diverged` (one run).
     """
     parts: list[tuple[str, pd.DataFrame]] = []
-    lora = with_lr_grid(tables.runs[tables.runs["method"] == "lora"])
+    lora = invariances.with_lr_grid(tables.runs[tables.runs["method"] == "lora"])
     for title, panel in grid.titled(lora):
         for _, rows in panel.groupby(PAIR_SETTING, dropna=False):
             standard = is_standard(rows)

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
 
@@ -83,8 +82,19 @@ def draw(tables: Tables) -> style.Drawn:
     gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.02 / height)}
     figure.legend(handles=marks, ncols=3, fontsize=_TEXT["fontsize"], **place, **gaps)
-    if len(named):
-        _draw_badges(figure, named, height, strip - 0.12)
+    if named.empty:
+        return figure, plotted
+    # The ids of the claims without numbers are badges at the bottom; `top` is in inches from there.
+    top = strip - 0.12
+    figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **_TEXT)
+    order = named["verdict"].map(list(LOOKS).index)
+    for badge, row in enumerate(named.loc[order.sort_values(kind="stable").index].to_dict("records")):
+        across = 0.24 + (badge % _BADGES) * (_WIDTH - 0.3) / _BADGES
+        up = top - 0.2 - 0.19 * (badge // _BADGES)
+        colour, _, face = LOOKS[row["verdict"]]
+        box = {"boxstyle": "round,pad=0.22", "facecolor": face, "edgecolor": colour}
+        look: dict[str, Any] = {"color": colour if face == "white" else "white", "ha": "center", "bbox": box}
+        figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)
     return figure, plotted
 
 
@@ -149,16 +159,3 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
-
-
-def _draw_badges(figure: Figure, named: pd.DataFrame, height: float, top: float) -> None:
-    """Write the ids of the claims without numbers as badges at the bottom; `top` is in inches from there."""
-    figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **_TEXT)
-    order = named["verdict"].map(list(LOOKS).index)
-    for place, row in enumerate(named.loc[order.sort_values(kind="stable").index].to_dict("records")):
-        across = 0.24 + (place % _BADGES) * (_WIDTH - 0.3) / _BADGES
-        up = top - 0.2 - 0.19 * (place // _BADGES)
-        colour, _, face = LOOKS[row["verdict"]]
-        box = {"boxstyle": "round,pad=0.22", "facecolor": face, "edgecolor": colour}
-        look: dict[str, Any] = {"color": colour if face == "white" else "white", "ha": "center", "bbox": box}
-        figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)

@@ -108,10 +108,7 @@ def per_experiment(plan: Plan) -> dict[str, Cost]:
 
 
 def minutes(cost: Cost, at_once: int, most: bool = False) -> float:
-    """Estimate the wall-clock minutes of jobs on a CPU of which `at_once` run at the same time.
-
-    With `most` they are those of the largest possible number of runs, else of the expected number.
-    """
+    """Estimate the wall-clock minutes on a CPU of the expected or `most` runs, of whose jobs `at_once` run together."""
     return (cost.most_job_hours if most else cost.job_hours) * 60 / min(at_once, cost.jobs)
 
 
@@ -147,7 +144,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         shared,
         state,
         runs=job.n_runs,
-        most_runs=job.most_runs,
+        most_runs=sum(sweep.most_runs for sweep in job.sweeps),
         tokens=sum(sweep.n_runs * run_work(preset, sweep.condition).trained for sweep in job.sweeps),
         flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
         working_disk=MB * math.ceil(working / MB),

@@ -49,7 +49,6 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
 
 
 def _prompt_tokens(preset: Preset, condition: Condition) -> float:
-    """Return the estimated mean number of tokens of an RL condition's prompts."""
     chars = _CHARS_OF_A_PROBLEM.get(preset.problems[condition.dataset].kind, _CHARS_OF_OTHER_PROBLEMS)
     return chars / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
@@ -77,8 +76,7 @@ def lora_parameters(
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
     """Return the FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
 
-    Args:
-        lora: number of LoRA's parameters that a token passes through; None for full fine-tuning.
+    `lora` is the number of LoRA's parameters that a token passes through; None for full fine-tuning.
     """
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -144,20 +144,12 @@ def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator
         for dataset, batch_size in product(block.datasets, block.batch_sizes):
             spec = preset.datasets[dataset]
             steps = int(spec.train * block.epochs) // batch_size
-            fields = {"dataset": dataset, "batch_size": batch_size, "steps": min(steps, block.steps or steps)}
-            trained_on.append(({"task": "sft", **fields}, dataset_id(spec)))
+            size = {"batch_size": batch_size, "steps": min(steps, block.steps or steps)}
+            trained_on.append(({"task": "sft", "dataset": dataset, **size}, dataset_id(spec)))
     else:
-        rollouts = Rollouts(
-            block.group_size,
-            block.max_new_tokens,
-            block.evaluations,
-            tuple(block.held_out),
-            block.held_out_samples,
-            block.prompt,
-            tuple(block.stop),
-            block.mean_response_tokens,
-            preset.execution.sampler,
-        )
+        same = block.model_dump(include={field.name for field in fields(Rollouts)} - {"held_out", "stop"})
+        lists: dict[str, Any] = {"held_out": tuple(block.held_out), "stop": tuple(block.stop)}
+        rollouts = Rollouts(**same, **lists, sampler=preset.execution.sampler)
         common = {"task": "rl", "batch_size": block.problems_per_step * block.group_size, "steps": block.steps}
         for problems in block.problems:
             ids = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]
@@ -215,10 +207,14 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
             if sweep.lattice and other.lattice:
                 finest = max(other.lattice, sweep.lattice, key=lambda lattice: lattice.per_decade)
                 lattice = replace(finest, further=max(other.lattice.further, sweep.lattice.further))
+            seeds, given = (other.seeds, sweep.seeds), dict(other.seeds.given)
+            for lr, number in sweep.seeds.given:
+                given[lr] = max(number, given.get(lr, 1))
+            best, around = max(part.best for part in seeds), max(part.around for part in seeds)
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
-                seeds=other.seeds.merged(sweep.seeds),
+                seeds=Seeds(best, around, tuple(sorted(given.items()))),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
                 lattice=lattice,
             )

@@ -6,13 +6,7 @@ from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
-from lorabench.planning.flops import (
-    RunWork,
-    evaluated_documents,
-    graded_problems,
-    longest_sequence,
-    run_work,
-)
+from lorabench.planning.flops import RunWork, evaluated_documents, graded_problems, longest_sequence, run_work
 from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS

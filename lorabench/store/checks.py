@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -39,8 +40,8 @@ def check_table(runs: pd.DataFrame) -> None:
 
     Raises:
         UserError: A run_id is missing or appears twice; a task, method, status, rank, LR or seed has a value that is
-            not allowed; a finished run has no finite losses, or in RL no rewards between 0 and 1; or one name stands
-            for several tokenizers, chat templates, datasets or models.
+            not allowed; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see
+            `check_comparable`.
     """
     if runs.empty:
         return
@@ -53,19 +54,16 @@ def check_table(runs: pd.DataFrame) -> None:
     for name, right, allowed in _rules(runs):
         if name in runs:
             refuse_rows(runs, ~right, "run_id", name, allowed)
-    _check_one_per(runs, "runs")
+    check_comparable(runs, "runs")
 
 
-def check_evals(evals: pd.DataFrame) -> None:
-    """Check that the scores of a model and of what was trained from it are comparable.
+def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> None:
+    """Check that the rows of `runs`, or the scores of `evals`, can be compared with one another.
 
     Raises:
-        UserError: Some were computed with another sampler than others.
+        UserError: one name stands for several tokenizers, chat templates, datasets or models; or some scores of a model
+            and of what was trained from it were computed with another sampler than others.
     """
-    _check_one_per(evals, "scores")
-
-
-def _check_one_per(table: pd.DataFrame, rows: str) -> None:
     for column, (what, per) in _ONE_PER[rows].items():
         if column not in table or not set(per) <= set(table.columns):
             continue
@@ -109,17 +107,11 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
 
 
 def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
-    """Report the first wrong row of a table, if there is any, with its value and what is allowed.
-
-    Args:
-        table: the table, with `column` and, if possible, `named_by`.
-        wrong: which rows of the table are wrong.
-        named_by: the column whose value names a row in the message, such as run_id.
-        column: the column with the wrong value.
-        allowed: the allowed values, for the message.
+    """Refuse a table of which rows are wrong in a column.
 
     Raises:
-        UserError: At least one row is wrong.
+        UserError: at least one row is wrong. The message names the first by its value of `named_by`, such as a run_id,
+            and says what is `allowed`.
     """
     if not wrong.any():
         return

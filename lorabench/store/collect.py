@@ -23,12 +23,7 @@ from lorabench.utils.files import read_parquet
 
 
 def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
-    """Return a run's row of the `runs` table.
-
-    Args:
-        record: the content of the run's record.json.
-        experiments: the experiments that the run belongs to.
-    """
+    """Return the row of `runs` for the content of a run's record.json and the experiments that the run belongs to."""
     spec, outcome, environment = record["spec"], record["outcome"], record["environment"]
     flat = {**environment, **outcome, **spec, "run_id": record["run_id"], "experiments": list(experiments)}
     flat["versions"] = json.dumps(environment["packages"], sort_keys=True)
@@ -38,14 +33,7 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
 
 
 def write_entries(run_id: str, entries: Iterable[Mapping[str, Any]], name: str, path: Path) -> None:
-    """Write one run's rows of the table `curves` or `test_losses`.
-
-    Args:
-        run_id: the run.
-        entries: the rows without the run_id; test examples are numbered in the order given.
-        name: the name of the table.
-        path: the parquet file.
-    """
+    """Write one run's rows of `curves` or `test_losses`, which lack the run_id, and number them in the order given."""
     rows = [{"run_id": run_id, "example": number, **entry} for number, entry in enumerate(entries)]
     write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[name]), path)
 

@@ -34,8 +34,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
     """Write the tidy table `name` into the folder `out`, as parquet and, unless it is one of PARQUET_ONLY, as CSV.
 
-    Args:
-        all_columns: whether to write all documented columns, or those of them that the frame has.
+    It has all documented columns or, without `all_columns`, those of them that the frame has.
     """
     schema = SCHEMAS[name]
     if not all_columns:
@@ -68,8 +67,6 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     are lists of words.
 
     Args:
-        folder: the folder of the table's file.
-        name: the name of the table.
         optional: whether to return an empty table without columns if there is no file.
 
     Raises:
@@ -172,13 +169,6 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     if len(wrong := column[column.notna() & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
-
-
-def empty_table() -> pd.DataFrame:
-    """Return a table without rows and columns, in place of one that a folder lacks."""
-    import pandas as pd
-
-    return pd.DataFrame()
 
 
 def list_of_words(value: Any) -> list[str]:

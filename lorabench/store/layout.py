@@ -43,10 +43,7 @@ class Layout:
 
     @classmethod
     def of(cls, preset: str) -> Layout:
-        """Return the layout of a preset.
-
-        Args:
-            preset: a shipped preset's name or the path of a YAML file.
+        """Return the layout of a preset, given by a shipped preset's name or the path of a YAML file.
 
         Raises:
             PresetError: there is no such preset, or it is not valid.

@@ -26,16 +26,15 @@ INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 
 
 class Progress:
-    """The progress file of one sweep, which is removed when all runs of the sweep are finished."""
+    """The progress file of one sweep, which the job removes when all runs of the sweep are finished."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path, self.sweep, self.last_written = path, sweep, -INTERVAL
 
     def tick(self, number: int, run: Run, step: int) -> None:
-        """Record that a run has done `step` steps; the file is written at most every `INTERVAL` seconds.
+        """Record that the run of this number in the sweep, from 1, has done `step` steps.
 
-        Args:
-            number: the run's number in the sweep, from 1.
+        The file is written at most every `INTERVAL` seconds.
         """
         now = time.monotonic()
         if now - self.last_written < INTERVAL:
@@ -46,10 +45,6 @@ class Progress:
         # A full disk must end the job where it loses something, not here.
         with suppress(NoSpaceError):
             write_json(state, self.path)
-
-    def close(self) -> None:
-        """Remove the file, when all runs of the sweep are finished."""
-        self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

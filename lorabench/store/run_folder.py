@@ -20,14 +20,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench.errors import UserError
 from lorabench.utils.exhaustion import space_for
 from lorabench.utils.files import flush_to_disk, read_parquet
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 class RunFolder:
@@ -56,15 +53,6 @@ class RunFolder:
             record: dict[str, Any] = json.loads(self.record.read_text())
         return record
 
-    def read_curves(self) -> pa.Table:
-        """Read the curves of a finished run.
-
-        Raises:
-            UserError: the curves are missing or damaged.
-        """
-        with self._damage_explained():
-            return read_parquet(self.curves)
-
     def read_nested(self) -> dict[str, list[dict[str, Any]] | None]:
         """Read the curves and test losses of a finished run: the columns `curve` and `test_losses` of JOB.
 
@@ -73,8 +61,9 @@ class RunFolder:
         Raises:
             UserError: one of the files is damaged, or the curves are missing.
         """
-        curve, losses = self.read_curves().drop_columns(["run_id"]).to_pylist(), None
+        losses = None
         with self._damage_explained():
+            curve = read_parquet(self.curves).drop_columns(["run_id"]).to_pylist()
             if self.test_losses.is_file():
                 losses = read_parquet(self.test_losses).drop_columns(["run_id", "example"]).to_pylist()
         return {"curve": curve, "test_losses": losses}

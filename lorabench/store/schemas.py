@@ -30,37 +30,30 @@ class ExampleLoss:
     tokens: int
 
 
-_TYPES = {
-    "text": pa.string(),
-    "words": pa.list_(pa.string()),
-    "bool": pa.bool_(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float32": pa.float32(),
-    "float64": pa.float64(),
-}
-
-
 def _schema(lines: str) -> pa.Schema:
     """Return the columns that lines describe: on each line a type, and the names of the columns that have it."""
-    described = [line.split() for line in lines.strip().splitlines()]
-    return pa.schema([(name, _TYPES[kind]) for kind, *names in described for name in names])
+    fields = []
+    for line in lines.strip().splitlines():
+        kind, *names = line.split()
+        values = pa.list_(pa.string()) if kind == "words" else pa.type_for_alias(kind)
+        fields += [(name, values) for name in names]
+    return pa.schema(fields)
 
 
 RUNS = _schema(
     """
-    text run_id
+    string run_id
     words experiments
-    text model dataset data_kind base_kind task method
+    string model dataset data_kind base_kind task method
     int64 rank
-    text placement
+    string placement
     float64 alpha init_a lr_ratio
-    text alpha_convention
+    string alpha_convention
     bool unembedding
-    text precision schedule
+    string precision schedule
     float64 eps lr
     int64 batch_size steps seed n_seeds
-    text status
+    string status
     int64 diverged_at
     float64 final_valid_nll final_test_nll final_test_nll_sd final_train_nll
     int64 test_scored_tokens
@@ -69,52 +62,47 @@ RUNS = _schema(
     float64 entropy_bits
     int64 group_size max_new_tokens
     float64 base_reward final_valid_reward final_reward best_reward constant_reward rule_reward
-    text rule
+    string rule
     float64 final_entropy final_truncated
-    text family
+    string family
     int64 hidden_size trainable_params base_params train_tokens
     float64 train_flops wall_s
     int64 peak_mem_bytes
-    text device
+    string device
     int64 threads
-    text host started git_sha git_dirty_patch versions
-    text model_sha256 dataset_sha256 tokenizer_sha256 template_sha256 protocol
+    string host started git_sha git_dirty_patch versions
+    string model_sha256 dataset_sha256 tokenizer_sha256 template_sha256 protocol
     """
 )
 
 _CURVE = _schema(
     """
     int64 step examples tokens
-    text split metric
+    string split metric
     float64 value
     """
 )
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
-_TEST_LOSS = _schema(
-    """
-    float32 loss
-    int32 tokens
-    """
-)
+_TEST_LOSS = pa.schema([("loss", pa.float32()), ("tokens", pa.int32())])
 TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
 
 COMPUTE = _schema(
     """
-    text model method
+    string model method
     int64 rank
-    text placement
+    string placement
     int64 batch_size sequence_length
     float64 effective_width linear_flops total_flops step_s
     int64 peak_mem_bytes trainable_params base_params
-    text device
+    string device
     int64 threads
     """
 )
 
 COUNTS = _schema(
     """
-    text architecture placement part
+    string architecture placement part
     int64 rank
     bool include_unembedding
     int64 trainable_params base_params
@@ -123,38 +111,38 @@ COUNTS = _schema(
 
 EVALS = _schema(
     """
-    text run_id model dataset method
+    string run_id model dataset method
     int64 rank
-    text placement
+    string placement
     float64 alpha init_a lr_ratio eps lr
     int64 batch_size steps seed
     float64 final_test_nll final_reward
-    text about task source metric filter
+    string about task source metric filter
     float64 value stderr
     bool higher_is_better
     int64 n_samples num_fewshot
-    text sampler
+    string sampler
     int64 eval_batch_size
-    text task_version task_config template_sha256 versions
+    string task_version task_config template_sha256 versions
     """
 )
 
 CLAIMS = _schema(
     """
-    text claim_id kind fact statement figure criterion verdict
+    string claim_id kind fact statement figure criterion verdict
     bool borderline
     float64 margin_low margin_high
-    text margin_rule
+    string margin_rule
     float64 estimate ci_low ci_high
-    text unit
+    string unit
     float64 detectable
-    text scope missing would_decide
+    string scope missing would_decide
     int64 decide_seeds
     bool decide_around
     int64 decide_test_examples
     words decide_lrs
     int64 n_runs
-    text reason paper_value published
+    string reason paper_value published
     words run_ids
     """
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
+from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import list_of_words, read_table, table_path, write_frame
 from lorabench.store.schemas import SCHEMAS
 
@@ -99,19 +99,16 @@ def merge(folders: list[Path], out: Path) -> None:
     """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
 
     The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
-
-    Args:
-        folders: folders that each hold one or more of the tables, as parquet or CSV.
-        out: the folder of the merged tables, which may be one of `folders`. Nothing is written if tables contradict.
+    `out` may be one of the folders. Nothing is written if tables contradict each other.
 
     Raises:
         UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
-            and `check_evals`), or tables contradict each other (see `merge_tables`).
+            and `check_comparable`), or tables contradict each other (see `merge_tables`).
     """
     merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
-    check_evals(merged.get("evals", pd.DataFrame()))
+    check_comparable(merged.get("evals", pd.DataFrame()), "scores")
     for name, frame in merged.items():
         write_frame(frame, name, out, all_columns=False)
 
@@ -120,7 +117,6 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     """Merge tables of one kind: rows with the same KEYS become one row, with the experiments of all of them.
 
     Args:
-        name: the name of the table.
         frames: the tables by the folder that they are from, typed as by `read_table`.
 
     Returns:
@@ -166,10 +162,7 @@ def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs with a loss in place of each one that a model and dataset lack throughout, and with REMARK.
 
     The training loss stands in for the test loss, and the test loss for the validation loss. Where only some finished
-    runs lack a loss, nothing stands in for it, since the table is then not whole.
-
-    Args:
-        runs: the table `runs`; runs of RL are left as they are.
+    runs lack a loss, nothing stands in for it, since the table is then not whole. Runs of RL are left as they are.
     """
     if runs.empty or not {"model", "dataset", "status"} <= set(runs.columns) or not {_TEST, _TRAIN} & set(runs.columns):
         return runs
@@ -194,11 +187,7 @@ def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks_on(runs: pd.DataFrame) -> list[str]:
-    """Return what the reason of a verdict says about its runs: their remarks, and in what their sources differ.
-
-    Args:
-        runs: the runs behind the verdict; optionally REMARK and SOURCE_COLUMNS.
-    """
+    """Return what the reason of a verdict says about its runs: each REMARK, and in which SOURCE_COLUMNS they differ."""
     remarks = sorted(set(runs[REMARK].dropna())) if REMARK in runs else []
     for column in SOURCE_COLUMNS:
         # Several models may differ; what must be alike are the runs of one.

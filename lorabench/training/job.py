@@ -132,7 +132,7 @@ def run_sweep(
         for run in numbers:
             if run.lr != best:
                 shutil.rmtree(context.folder(run).weights, ignore_errors=True)
-    progress.close()
+    progress.path.unlink(missing_ok=True)
     return sweep_rows([context.folder(run) for run in numbers], sweep)
 
 

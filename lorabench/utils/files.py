@@ -69,7 +69,6 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Read a parquet file of the workflow, which can make it again if it is damaged.
 
     Args:
-        path: the file.
         schema: the columns to return; those that an older file lacks are null.
 
     Raises:
@@ -83,11 +82,8 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         table = file.read(use_threads=False)
         if schema is None:
             return table
-        return (
-            pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
-            .select(schema.names)
-            .cast(schema)
-        )
+        merged = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+        return merged.select(schema.names).cast(schema)
 
 
 @contextmanager

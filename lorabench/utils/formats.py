@@ -176,8 +176,6 @@ def print_table(
     """Print a table of text to the standard output.
 
     Args:
-        columns: the names of the columns.
-        rows: the cells of each row.
         numbers: the columns that are aligned to the right.
         title: a line above the table.
         notes: sentences below the table.

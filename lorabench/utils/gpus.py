@@ -120,10 +120,8 @@ def own_devices(count: int, say: Callable[[str], None]) -> Iterator[None]:
 
     Nothing changes where no GPU is visible, and where Slurm has assigned a job its GPUs. Torch, which is not imported
     yet, will take a GPU's memory in segments that grow, unless the user has set its allocator: batches of many lengths
-    and a cache that grows otherwise leave gaps between blocks that no tensor fits in.
-
-    Args:
-        say: is called with one line if this process has to wait for other jobs.
+    and a cache that grows otherwise leave gaps between blocks that no tensor fits in. `say` is called with one line if
+    this process has to wait for other jobs.
 
     Raises:
         UserError: fewer GPUs are visible.

@@ -98,12 +98,10 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
 
 
 def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
-    """Download repositories into the hub's cache and describe them in the JSON file `out`.
+    """Download repositories into the hub's cache and describe them in the JSON file `out` for `read_fetched`.
 
     Args:
-        wanted: the repositories.
         pins: the folder of the files that pin revisions to commits.
-        out: the file for `read_fetched`.
 
     Raises:
         UserError: a repository can't be downloaded, lacks a .safetensors file or a wanted part, or does not fit on the

@@ -12,7 +12,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorabench.errors import UserError
@@ -45,7 +45,11 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
         """Announce the wait once and end at a signal; false, since filelock shall go on trying."""
         nonlocal announced
         if not announced:
-            say(f"waits for {_holder(path)}, which is at work on {what}")
+            holder = ""
+            with suppress(FileNotFoundError):
+                holder = path.read_text()
+            holder = holder if holder.startswith("process ") else "another process"
+            say(f"waits for {holder}, which is at work on {what}")
             announced = True
         signals.check()
         return False
@@ -67,12 +71,3 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
         if isinstance(lock, UnixFileLock):
             path.unlink(missing_ok=True)
         lock.release()
-
-
-def _holder(path: Path) -> str:
-    """Return what the holder of a lock wrote into the file."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        text = ""
-    return text if text.startswith("process ") else "another process"

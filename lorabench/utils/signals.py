@@ -24,7 +24,6 @@ _IGNORED = {signal.SIGTERM: GRACE, signal.SIGINT: 2}
 _received: tuple[int, float] | None = None
 """The first signal since the outermost context began, and its time."""
 
-_Handler = Callable[[int, FrameType | None], None]
 _Handlers = dict[signal.Signals, Any]
 
 
@@ -94,7 +93,7 @@ def _is_repetition(number: int) -> bool:
 
 
 @contextmanager
-def _handled(handler: _Handler) -> Iterator[_Handlers]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Handlers]:
     global _received
     # A shell starts background jobs with SIGINT ignored, which must stay so.
     before = {number: old for number in _IGNORED if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}

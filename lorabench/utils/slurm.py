@@ -11,10 +11,9 @@ _LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
 def partition_minutes(partitions: str) -> float | None:
-    """Return the longest time in minutes that every one of some partitions gives a job, as `sinfo` reports it.
+    """Return the longest time in minutes that all partitions give a job, as `sinfo` reports it.
 
-    Args:
-        partitions: names, separated by commas; empty for the default partition.
+    The names of the partitions are separated by commas; an empty text is the default partition.
 
     Returns:
         Infinity where no partition has a limit; None where `sinfo` does not say.

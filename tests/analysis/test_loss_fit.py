@@ -123,6 +123,10 @@ def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     assert bounded.grids["FullFT"].edge is None
     assert bounded.grids["FullFT"].coarse == pytest.approx(math.sqrt(6e-4 * 1.5e-3))
     assert not bounded.resolved["FullFT"]
+    # A grid that is coarser than half a decade resolves nothing.
+    cells = [(lr, seed) for lr in (7e-5, 7e-4, 7e-3) for seed in range(3)]
+    coarse = pd.DataFrame([row("FullFT", lr, seed, loss_at("FullFT", lr)) for lr, seed in cells])
+    assert not fit_losses(coarse).resolved.get("FullFT", False)
 
 
 @pytest.mark.parametrize("seeds_at_the_lowest_lr", [3, 1])

@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import PairedCurves
@@ -25,18 +23,6 @@ from lorabench.analysis.optima import (
 
 from ..handmade.sft import CURVATURE, arm, tables
 from ..handmade.training import shared, trained
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.floats(math.log(3.1e-4), math.log(9.9e-3)))
-def test_the_optimum_of_a_parabola_is_exact(log_lr):
-    [comparison] = comparisons(tables([arm(8, optimum=math.exp(log_lr))])[0], pd.DataFrame())
-    assert comparison.fit.optima["LoRA r8"].value == pytest.approx(log_lr, abs=1e-6)
-    assert comparison.fit.minima["LoRA r8"].value == pytest.approx(2.0, abs=1e-9)
-    assert comparison.fit.grids["LoRA r8"].edge is None
-    # A grid that is coarser than half a decade resolves nothing.
-    [coarse] = comparisons(tables([arm(8, optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2))])[0], pd.DataFrame())
-    assert not coarse.fit.resolved.get("LoRA r8", False)
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():

@@ -95,14 +95,6 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, remedy)
         assert remedy in row["would_decide"]
 
 
-def test_curves_that_disagree_leave_the_gap_in_time_open():
-    runs, curves = world()
-    seeds = curves["run_id"].map(runs.set_index("run_id")["seed"]).astype(int)
-    lora = curves["run_id"].str.contains("-lora-") & curves["split"].eq("train")
-    curves.loc[lora, "value"] += seeds[lora].map({0: 0.0, 1: 0.3, 2: -0.3})
-    verdict_is(judged("D2", runs, curves), "inconclusive")
-
-
 def test_what_test_examples_add_to_the_gap_at_all_batch_sizes_cancels_in_its_growth():
     runs, curves = world()
     hard, own = np.random.default_rng(0).normal(0, 1, (2, 50))

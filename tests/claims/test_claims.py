@@ -91,15 +91,11 @@ def test_shorter_runs_are_left_out_where_there_are_full_ones():
     assert full_runs([("short", short)]) == [("short", short)]
 
 
-def test_mixed_tokenizers_repeated_ids_and_missing_losses_are_refused():
+def test_mixed_tokenizers_are_refused():
     runs, curves = world()
-    with pytest.raises(UserError, match="final_test_nll = missing; allowed: a finite number where status is done"):
-        judge_claims(Tables(runs.assign(final_test_nll=runs["final_test_nll"].mask(runs["seed"].eq(1))), curves))
     mixed = runs.assign(tokenizer_sha256=np.where(runs["method"] == "lora", "aaa", "bbb"))
     with pytest.raises(UserError, match="tiny/instruct have different tokenizers, aaa, bbb"):
         judge_claims(Tables(mixed, curves))
-    with pytest.raises(UserError, match="more than once"):
-        judge_claims(Tables(pd.concat([runs, runs.iloc[:1]]), curves))
 
 
 # Final losses at the fitted minima ------------------------------------------------------------------------------------
@@ -144,15 +140,3 @@ def test_equal_within_the_margin(small, large, a7, b2):
 def test_noise_leaves_it_open_and_seeds_would_decide():
     row = on_two_datasets({"small": 0.0, "large": 0.0}, "B2", sigma=0.05)
     assert (row["verdict"], row["decide_seeds"] > 3) == ("inconclusive", True)
-
-
-@pytest.mark.parametrize(("inside", "borderline"), [(0.05, True), (0.2, False)])
-def test_a_verdict_whose_end_lies_near_the_margin_is_borderline(inside, borderline):
-    """The margin is put at the end of the 90% interval, and further by a share of the margin."""
-    gaps, low, high = {"small": 0.02, "large": 0.0}, 0.0, 0.2
-    for _ in range(20):
-        middle = (low + high) / 2
-        confirmed = on_two_datasets(gaps, "A7", loss_margin=middle)["verdict"] == "confirmed"
-        low, high = (low, middle) if confirmed else (middle, high)
-    row = on_two_datasets(gaps, "A7", loss_margin=high / (1 - inside))
-    assert (row["verdict"], row["borderline"]) == ("confirmed", borderline)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from lorabench.analysis.arms import in_experiments
-from lorabench.analysis.finding import Finding
-from lorabench.analysis.rules import Remedy
+from lorabench.analysis.estimate import student
+from lorabench.analysis.finding import Finding, decide
+from lorabench.analysis.rules import Remedy, Within
 from lorabench.claims import scope
 from lorabench.claims.batch_size import large_batches
 from lorabench.claims.claim import Claim, Evidence
@@ -81,7 +82,9 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
     assert row["estimate"] == 0.1
     assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
     # A condition that is met changes nothing, and what is not tested stays so.
-    assert judged(lambda evidence: Finding("confirmed", "all well", 0.1), two_widths)["verdict"] == "confirmed"
+    near = decide(Within.margin(0.01), student(0.0078, 0.001, 20, "near the margin", 6), "all well", ["a"])
+    row = judged(lambda evidence: near, two_widths)
+    assert (row["verdict"], row["borderline"]) == ("confirmed", True)
     row = judged(lambda evidence: Finding("not tested", "no runs of LoRA"), scope.whole_runs)
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 

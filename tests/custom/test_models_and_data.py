@@ -76,17 +76,12 @@ def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
 def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, base):
     path = write_rows(tmp_path / "own.jsonl", 20)
     tokenizer = load_tokenizer(find_model("tiny"))[0]
-    counts = [
-        (
-            len(tokenizer(f"<|user|>{row['prompt']}<|assistant|>{row['completion']}<|end|>")["input_ids"]),
-            len(tokenizer(f"{row['completion']}<|end|>")["input_ids"]),
-        )
-        for row in rows(20)
-    ]
+    scored = [f"{row['completion']}<|end|>" for row in rows(20)]
+    texts = [f"<|user|>{row['prompt']}<|assistant|>{text}" for row, text in zip(rows(20), scored, strict=True)]
+    totals = [sum(map(len, tokenizer(part)["input_ids"])) for part in (texts, scored)]
     data, template = examine(find_model("tiny"), str(path), None)
     assert template is None
-    assert data.mean_tokens == sum(total for total, _ in counts) / 20
-    assert data.mean_completion_tokens == sum(scored for _, scored in counts) / 20
+    assert [data.mean_tokens, data.mean_completion_tokens] == [total / 20 for total in totals]
     assert data.max_chars == max(len(row["prompt"]) + len(row["completion"]) for row in rows(20))
     plain, template = examine(find_model(str(base)), str(path), None)
     assert template == "plain"
@@ -122,11 +117,9 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
-    chats = [
-        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-        for row in rows(25)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    roles = {"prompt": "user", "completion": "assistant"}
+    chats = [[{"role": role, "content": row[name]} for name, role in roles.items()] for row in rows(25)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     data, _ = examine(find_model("tiny"), "owner/name", None)
     assert data.source == {"kind": "hub", "id": "owner/name"}
     assert (data.usable, data.tally.bad) == (25, {})

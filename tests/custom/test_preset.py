@@ -82,22 +82,16 @@ def test_names_of_files_can_hold_anything(tmp_path):
         assert dataset.path == str(tmp_path / name)
 
 
-def test_split_sizes():
+def test_sizes_of_splits_and_batches_and_ranks_by_hand():
     sizes = {(50, 0.1): [40, 5, 5], (10, 0.01): [8, 1, 1], (100_000, 0.1): [98_500, 500, 1000]}
     assert {case: list(splits(*case).values()) for case in sizes} == sizes
     with pytest.raises(UserError, match="9 usable examples are too few; at least 10 are needed"):
         splits(9, 0.1)
-
-
-def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow():
+    # Batches are small and make a hundred steps where the data allow.
     sizes = {2: 2, 40: 4, 799: 4, 800: 8, 1600: 16, 3200: 32, 10**6: 32}
     assert {examples: recommended_batch(examples) for examples in sizes} == sizes
-
-
-def test_a_rank_has_a_parameter_for_each_scored_token():
-    llama = find_model("meta-llama/Llama-3.1-8B")
-    # The parameters of a rank, the unembedding included.
-    per_rank = 2_753_792
+    # A rank has a parameter for each scored token. These are the parameters of rank 1, the unembedding included.
+    llama, per_rank = find_model("meta-llama/Llama-3.1-8B"), 2_753_792
     ranks = {None: DEFAULT_RANK, 5e6: DEFAULT_RANK, 32 * per_rank: 32, 32 * per_rank + 1: 64, 100 * per_rank: 128}
     assert {tokens: recommended_rank(llama, tokens) for tokens in ranks} == ranks
     assert recommended_rank(llama, 1e12) == 512
@@ -130,9 +124,8 @@ def test_a_mistake_is_reported_and_nothing_written(tmp_path):
 
 
 def write_problems(path, count):
-    path.write_text(
-        "".join(json.dumps({"question": f"What is {n} + 2?", "answer": str(n + 2)}) + "\n" for n in range(count))
-    )
+    problems = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(count)]
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
 
 

@@ -101,9 +101,7 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
     seen = recommended("tiny", tmp_path).seen
     assert [(optimum.method, optimum.rank) for optimum in seen] == [("fullft", None), ("lora", 32)]
     for optimum in seen:
-        assert optimum.low
-        assert optimum.high
-        assert optimum.low <= optimum.lr <= optimum.high
+        assert 0 < optimum.low <= optimum.lr <= optimum.high
         assert optimum.where.startswith(f"measured, {tmp_path / 'mine'}: ")
     # They are a source of their own, near which the recommendation for its batch size and length then lies.
     lrs = {optimum.method: optimum.lr for optimum in seen}
@@ -113,9 +111,7 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
     for method, lr in lrs.items():
         sources = [recommendation.sources_of_lr[method].measured_by for recommendation in (before, after)]
         assert sources == ["lorabench", "your own presets"]
-        was, now = (
-            abs(math.log(recommendation.settings[f"{method}_lr"].value / lr)) for recommendation in (before, after)
-        )
+        was, now = (abs(math.log(advice.settings[f"{method}_lr"].value / lr)) for advice in (before, after))
         assert now < min(0.5, was)
     assert recommended("llama-64", tmp_path).seen == ()
     # A table that is not valid, or lacks columns, is skipped.
@@ -169,17 +165,6 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
     assert any("The run has 10 steps" in note for note in few.notes)
 
 
-def test_json_and_table_say_the_same(tmp_path):
-    printed = json.loads(lorabench("--model", LLAMA, "--json", cwd=tmp_path).stdout)
-    assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
-    lora = printed["settings"]["lora_lr"]
-    assert lora["low"] < lora["value"] < lora["high"]
-    assert printed["sources_of_lr"]["lora"]["law"] == 2.856e-4
-    assert {"source", "widths", "low", "high", "weight"} == set(printed["sources_of_lr"]["lora"]["sources"][0])
-    table = lorabench("--model", LLAMA, cwd=tmp_path).stdout
-    assert all(text in table for text in (formats.lr(lora["value"]), "2.86e-4", "2.86e-5"))
-
-
 MISTAKES = (
     (("--data", "x.jsonl", "--dataset-tokens", "5"), "--dataset-tokens and --data: give one of them"),
     (("--json", "--script"), "--json and --script: give one of them"),
@@ -189,7 +174,15 @@ MISTAKES = (
 )
 
 
-def test_a_mistake_is_one_sentence(tmp_path):
+def test_json_and_table_say_the_same_and_a_mistake_is_one_sentence(tmp_path):
+    printed = json.loads(lorabench("--model", LLAMA, "--json", cwd=tmp_path).stdout)
+    assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
+    lora = printed["settings"]["lora_lr"]
+    assert lora["low"] < lora["value"] < lora["high"]
+    assert printed["sources_of_lr"]["lora"]["law"] == 2.856e-4
+    assert {"source", "widths", "low", "high", "weight"} == set(printed["sources_of_lr"]["lora"]["sources"][0])
+    table = lorabench("--model", LLAMA, cwd=tmp_path).stdout
+    assert all(text in table for text in (formats.lr(lora["value"]), "2.86e-4", "2.86e-5"))
     write_rows(tmp_path / "own.jsonl", 20)
     for arguments, message in MISTAKES:
         result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)

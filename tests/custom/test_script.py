@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 
@@ -96,21 +96,12 @@ def test_it_adapts_the_layers_and_scores_the_tokens_that_the_suite_does(monkeypa
         assert encoded["labels"] == [i if scored else finetune.IGNORED for i, scored in zip(ids, mask, strict=True)]
 
 
-def test_what_it_prints_is_python_whatever_the_names_are(tmp_path):
-    odd = tmp_path / "a'b\"c  # \n{x}.jsonl"
-    path = written(tmp_path, write_rows(odd, 20))
-    spec = importlib.util.spec_from_file_location("printed", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert str(odd) == module.DATA
-    assert (module.FORMAT, module.BATCH_SIZE) == ("prompt/completion", 4)
-    assert 1e-4 < module.FULL_LR < module.LORA_LR < 1e-2
-
-
-def test_rows_that_it_would_stumble_on_are_named(tmp_path):
-    data = write_rows(tmp_path / "own.jsonl", 20)
-    data.write_text(data.read_text() + "{}\n")
+def test_what_it_prints_is_python_whatever_the_names_are_and_rows_that_it_would_stumble_on_are_named(tmp_path):
+    odd = write_rows(tmp_path / "a'b\"c  # \n{x}.jsonl", 20)
+    printed = runpy.run_path(str(written(tmp_path, odd)))
+    assert str(odd) == printed["DATA"]
+    assert (printed["FORMAT"], printed["BATCH_SIZE"]) == ("prompt/completion", 4)
+    assert 1e-4 < printed["FULL_LR"] < printed["LORA_LR"] < 1e-2
+    odd.write_text(odd.read_text() + "{}\n")
     with pytest.raises(UserError, match="rows that the script would not leave out: 1 no text .line 21.; remove them"):
-        written(tmp_path, data)
+        written(tmp_path, odd)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data import files
-from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError
+from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError, is_first
 from lorabench.data.files import (
     NOT_UTF8,
     REPEATED,
@@ -97,12 +97,19 @@ def test_a_row_becomes_turns(tmp_path):
         assert [(turn["role"], turn["content"]) for turn in chat.messages] == turns, (name, suffix)
 
 
-def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula(tmp_path):
+def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula_and_bad_rows_are_counted(tmp_path):
     cells = ["two\nlines", 'a "quoted", comma', "=HYPERLINK(1)", "+1", "@sum", "[red]no markup[/red]"]
-    rows = [{"question": cell, "answer": cell} for cell in cells]
-    chats, tally = read(write(tmp_path, rows, "own.csv"))
+    path = write(tmp_path, [{"question": cell, "answer": cell} for cell in cells], "own.csv")
+    chats, tally = read(path)
     assert [chat.messages[0]["content"] for chat in chats] == cells
     assert (tally.rows, tally.usable, tally.bad) == (6, 6, {})
+    path.write_bytes(b"question,answer\nq,a\n\xff,a\nq2\nq3,a,b\nnul\0,a\nq4,\n")
+    chats, tally = read(path)
+    assert [chat.messages[0]["content"] for chat in chats] == ["q", "nul\0"]
+    assert tally.bad == {NOT_UNICODE: (1, 3), "not the 2 fields of the header": (2, 4), NO_TEXT: (1, 7)}
+    rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}, {"question": "q2", "answer": None}]
+    chats, tally = read(write(tmp_path, rows, "own.parquet"))
+    assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
 
 
 def test_an_object_a_line_may_be_called_json_and_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
@@ -155,17 +162,6 @@ def test_a_huge_line_is_skipped_and_lines_end_at_line_feeds_only(tmp_path, monke
     assert list(json_lines(path)) == [(1, TOO_LONG), (2, {"text": "a\u2028b"}), (4, "not a JSON object")]
 
 
-def test_bad_rows_of_csv_and_parquet(tmp_path):
-    path = tmp_path / "own.csv"
-    path.write_bytes(b"question,answer\nq,a\n\xff,a\nq2\nq3,a,b\nnul\0,a\nq4,\n")
-    chats, tally = read(path)
-    assert [chat.messages[0]["content"] for chat in chats] == ["q", "nul\0"]
-    assert tally.bad == {NOT_UNICODE: (1, 3), "not the 2 fields of the header": (2, 4), NO_TEXT: (1, 7)}
-    rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}, {"question": "q2", "answer": None}]
-    chats, tally = read(write(tmp_path, rows, "own.parquet"))
-    assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
-
-
 def test_rows_are_used_or_counted_by_reason_and_first_place():
     def number(content):
         if content["n"] < 0:
@@ -174,14 +170,14 @@ def test_rows_are_used_or_counted_by_reason_and_first_place():
 
     numbers = enumerate([{"n": 1, "other": None}, {"n": -1}, {"n": 1}, {"n": -2}, {"n": 2}], 3)
     rows, tally = [(1, "not JSON"), *numbers], Tally("numbers")
-    assert list(usable(rows, number, tally, identity=lambda value: value)) == [(3, 1), (7, 2)]
+    assert list(usable(rows, number, tally, is_first(lambda value: value))) == [(3, 1), (7, 2)]
     assert (tally.rows, tally.usable, tally.columns) == (6, 2, ("n", "other"))
     assert tally.bad == {"not JSON": (1, 1), "negative": (2, 4), REPEATED: (1, 5)}
     assert str(tally) == (
         "2 of 6 rows can be used as numbers; left out: 2 negative (first: line 4), 1 not JSON (line 1), "
         "1 repeats the prompt of an earlier row (line 5)"
     )
-    # Without an identity all are used; what is left out later keeps the first place.
+    # Repeated ones are used as well where nothing says which are new; what is left out later keeps the first place.
     tally = Tally("numbers", unit="row")
     assert [example for _, example in usable(rows, number, tally)] == [1, 1, 2]
     tally.leave_out(2, "negative", rows=3)
@@ -302,13 +298,8 @@ def test_problems_of_a_file(tmp_path):
         {"question": "?", "answer": None},
     ]
     path = write(tmp_path, rows)
-    problem_rows = make_problems(problems(path, "number"))
-    assert {row["question"]: row["answer"] for row in problem_rows} == {
-        "1+1?": "2",
-        "2+2?": "4",
-        "10*150?": "1,500",
-        "1/4?": "0.25",
-    }
+    answers = {row["question"]: row["answer"] for row in make_problems(problems(path, "number"))}
+    assert answers == {"1+1?": "2", "2+2?": "4", "10*150?": "1,500", "1/4?": "0.25"}
     tally = tally_of(problems(path, "number"))
     assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -45,15 +46,6 @@ def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
 
 
-def test_tulu3(make, tmp_path):
-    rows = make(write_tulu3(tmp_path, map(tulu3_row, range(100))))
-    assert Counter(row["split"] for row in rows) == SIZES
-    assert {row["source"] for row in rows} == {"ai2-adapt-dev/part0", "ai2-adapt-dev/part1"}
-    originals = [[dict(m) for m in tulu3_row(number)["messages"]] for number in range(100)]
-    assert all(row["messages"] in originals for row in rows)
-    assert {len(row["messages"]) for row in rows} == {2, 5}
-
-
 def test_openthoughts3_has_each_question_once(make, tmp_path):
     """OpenThoughts3 has 16 answers to each question; this copy has two."""
     rows = make(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
@@ -67,9 +59,14 @@ def test_openthoughts3_has_each_question_once(make, tmp_path):
         assert assistant["content"] == f"<think>\u2028</think> {answer}"
 
 
-def test_the_choice_is_spread_over_the_dataset_follows_from_the_seed_and_holds_out_the_same_examples(make, tmp_path):
+def test_the_choice_is_spread_over_tulu3_follows_from_the_seed_and_holds_out_the_same_examples(make, tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
     few, many = make(folder), make(folder, train=150)
+    assert Counter(row["split"] for row in few) == SIZES
+    assert {row["source"] for row in few} == {"ai2-adapt-dev/part0", "ai2-adapt-dev/part1"}
+    originals = [[dict(m) for m in tulu3_row(number)["messages"]] for number in range(1000)]
+    assert all(row["messages"] in originals for row in few)
+    assert {len(row["messages"]) for row in few} == {2, 5}
     assert make(folder) == few
     assert prompts(make(folder, seed=1)) != prompts(few)
     numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in few if len(row["messages"]) == 2]
@@ -81,7 +78,15 @@ def test_the_choice_is_spread_over_the_dataset_follows_from_the_seed_and_holds_o
     assert set(prompts(few, "train")) < set(prompts(many, "train"))
 
 
-def test_what_is_left_out_is_counted_and_noted(make, tmp_path):
+def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sentence(make, tmp_path):
+    rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
+    message = (
+        "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
+        "8 test); left out: 1 of more than 100 characters (row 24), 1 with the prompt of another (row 47)"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        make(write_tulu3(tmp_path, rows))
+    assert not (tmp_path / "made.parquet").exists()
     rows = [tulu3_row(number) for number in range(100)]
     rows += [tulu3_row(number, answer="another") for number in range(1, 100, 3)]
     # This prompt differs only in its spaces.
@@ -101,18 +106,6 @@ def test_what_is_left_out_is_counted_and_noted(make, tmp_path):
     }
 
 
-def test_too_few_examples_are_one_sentence_with_counts(make, tmp_path):
-    rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
-    message = (
-        "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
-        "8 test); left out: 1 of more than 100 characters (row 24), 1 with the prompt of another (row 47)"
-    )
-    with pytest.raises(UserError) as caught:
-        make(write_tulu3(tmp_path, rows))
-    assert str(caught.value) == message
-    assert not (tmp_path / "made.parquet").exists()
-
-
 def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, tmp_path):
     rows = [tulu3_row(number) for number in range(100)]
     path = tmp_path / "owner/name/train.jsonl"
@@ -129,18 +122,18 @@ def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, t
 
 
 def test_turns_of_another_form_are_left_out_and_empty_text_is_text(make, tmp_path):
-    empty = {"messages": [{"role": role, "content": ""} for role in ("system", "user")] + [turn("assistant", "a")]}
-    rows = [
-        {"messages": [turn("tool", "x"), turn("assistant", "a")]},
-        {"messages": [turn("user", None), turn("assistant", "a")]},
-        {"messages": "text"},
-        {"messages": [turn("assistant", "a")]},
+    empty = [turn("system", ""), turn("user", ""), turn("assistant", "a")]
+    chats = [
+        [turn("tool", "x"), turn("assistant", "a")],
+        [turn("user", None), turn("assistant", "a")],
+        "text",
+        [turn("assistant", "a")],
         empty,
-        *({"messages": [turn("user", str(n)), turn("assistant", "a")]} for n in range(4)),
+        *([turn("user", str(n)), turn("assistant", "a")] for n in range(4)),
     ]
-    write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
+    write_jsonl(tmp_path / "owner/name/train.jsonl", [{"messages": chat} for chat in chats])
     made = make(tmp_path / "owner/name", train=3, validation=1, test=1)
-    assert empty["messages"] in [row["messages"] for row in made]
+    assert empty in [row["messages"] for row in made]
     reasons = ["a turn of unknown role (known: user, human, assistant, gpt, system)", NO_TEXT, NO_CHAT]
     left_out = dict.fromkeys([*reasons, "without a last answer"], 1) | {"with the prompt of another": 0}
     assert about(tmp_path / "made.parquet")["left_out"] == left_out

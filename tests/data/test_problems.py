@@ -15,14 +15,8 @@ from lorabench.data.problems import controls, make_problems, read_problems, writ
 from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 from lorabench.errors import UserError
 
-from ..hub.repositories import (
-    SUBJECTS,
-    write_deepmath,
-    write_gsm8k,
-    write_hendrycks_math,
-    write_jsonl,
-    write_math500,
-)
+from ..hub import repositories
+from ..hub.repositories import SUBJECTS, write_jsonl
 
 COUNTS = {"train": 40, "validation": 10, "test": 10}
 
@@ -34,12 +28,13 @@ def reasoning(kind="arithmetic", **changes):
 @pytest.fixture
 def copies(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
-    for write in (write_gsm8k, write_hendrycks_math, write_math500, write_deepmath):
+    hub = repositories
+    for write in (hub.write_gsm8k, hub.write_hendrycks_math, hub.write_math500, hub.write_deepmath):
         write(tmp_path)
     return lambda kind, **changes: make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
 
 
-def test_splits_are_whole_distinct_short_and_have_a_number():
+def test_splits_are_whole_distinct_short_with_a_number_and_are_read_as_written(tmp_path):
     for changes in [{}, {"tasks": ["products", "gcd", "count_bits"]}, {"kind": "gsm_symbolic"}]:
         rows = reasoning(**changes)
         assert Counter(row["split"] for row in rows) == COUNTS
@@ -47,6 +42,14 @@ def test_splits_are_whole_distinct_short_and_have_a_number():
         assert all(number(row["answer"]) is not None and len(row["question"]) <= 400 for row in rows)
         assert rows == reasoning(**changes)
         assert rows != reasoning(**changes, seed=100_000)
+        path = tmp_path / "problems.parquet"
+        write_problems(rows, path)
+        assert read_problems(path) == rows
+        assert list(tmp_path.iterdir()) == [path]
+    copy = {**rows[0], "split": "test", "question": f" {rows[0]['question']}\n"}
+    write_problems([*rows, copy], path)
+    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
+        read_problems(path)
     assert all(int(row["source"].partition("/")[2]) % 2 == 1 for row in rows), "the templates of worked solutions"
     with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
         reasoning(train=500, max_digits=1)
@@ -88,17 +91,6 @@ def test_presets_that_can_not_be():
     ]:
         with pytest.raises(ValidationError, match=message):
             models.get(kind, HubProblems)(kind=kind, **(COUNTS | changes))
-
-
-def test_a_file_is_read_as_written_and_refused_if_splits_share_a_problem_whatever_its_spaces(tmp_path):
-    rows = reasoning()
-    write_problems(rows, tmp_path / "problems.parquet")
-    assert read_problems(tmp_path / "problems.parquet") == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["problems.parquet"]
-    copy = {**rows[0], "split": "test", "question": f" {rows[0]['question']}\n"}
-    write_problems([*rows, copy], tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        read_problems(tmp_path / "bad.parquet")
 
 
 def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
@@ -153,9 +145,8 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
         make_problems(spec)
     write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(
-        UserError, match=r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
-    ):
+    columns = r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
+    with pytest.raises(UserError, match=columns):
         make_problems(spec)
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
@@ -182,6 +173,11 @@ def test_sets_of_sums_have_carries_and_right_workings_and_are_graded_by_the_last
         assert len(str(first)) == len(str(second))
         assert n_carries(first, second) >= 1
     assert {len(problem.question) for problem in problems} == {5, 7}
+    # No cheap rule solves them.
+    two_digits = [(each.question, each.answer) for each in islice(sum_problems(2, 2, 1, seed=0), 700)]
+    chosen = controls(two_digits[:500], two_digits[500:])
+    assert chosen.constant < 0.05
+    assert chosen.rule < 0.2
     assert problems == list(islice(sum_problems(2, 3, 1, seed=0), 200))
     spec = SumProblems(kind="sums", min_digits=3, max_digits=3, carries=2, **COUNTS)
     rows = make_problems(spec)
@@ -206,25 +202,15 @@ def test_writers_make_the_mistakes_that_they_should():
     assert right == pytest.approx(0.7**2, abs=0.08)
 
 
-def asked(answer, numbers=range(2, 22), question="What is {} with {}?"):
+def asked(answer, numbers=range(2, 22)):
     """Return questions on all pairs of numbers with the answers of a function."""
-    return [(question.format(*pair), str(answer(*pair))) for pair in product(numbers, numbers)]
+    return [(f"What is {a} with {b}?", str(answer(a, b))) for a, b in product(numbers, numbers)]
 
 
 def with_others(problems, wrong):
     """Return the problems with another answer of one in ten, so that no rule is always right."""
     rng = Random(0)
     return [(question, wrong if rng.random() < 0.1 else answer) for question, answer in problems]
-
-
-def test_a_rule_of_parities_is_found():
-    problems = asked(lambda a, b: 2 if a % 2 == b % 2 == 0 else 1)
-    # Right on nine tenths, so that it is not the task itself.
-    noisy = with_others(problems, "7")
-    chosen = controls(noisy, noisy)
-    assert chosen.constant == sum(answer == "1" for _, answer in noisy) / len(noisy)
-    assert chosen.rule == pytest.approx(0.9, abs=0.05)
-    assert controls(problems, problems).rule < 1, "the rule that is always right is the task"
 
 
 def test_every_rule_is_found_where_it_is_mostly_right():
@@ -239,6 +225,13 @@ def test_every_rule_is_found_where_it_is_mostly_right():
         chosen = controls(with_others(problems, "999"), problems)
         assert chosen.rule_text == text
         assert chosen.rule > 0.98
+    parities = asked(lambda a, b: 2 if a % 2 == b % 2 == 0 else 1)
+    # Right on nine tenths, so that it is not the task itself.
+    noisy = with_others(parities, "7")
+    chosen = controls(noisy, noisy)
+    assert chosen.constant == sum(answer == "1" for _, answer in noisy) / len(noisy)
+    assert chosen.rule == pytest.approx(0.9, abs=0.05)
+    assert controls(parities, parities).rule < 1, "the rule that is always right is the task"
 
 
 def test_a_constant_is_the_most_frequent_answer_of_training_and_texts_may_be_anything():
@@ -248,10 +241,3 @@ def test_a_constant_is_the_most_frequent_answer_of_training_and_texts_may_be_any
     assert (long.constant, long.rule) == (1.0, 1.0)
     text = controls([("What?", "\\frac{1}{2}"), ("Who?", "x")], [("Which?", "x")])
     assert (text.constant, text.rule, text.rule_text) == (0.0, 0.0, "always \\frac{1}{2}")
-
-
-def test_no_cheap_rule_solves_sums_with_carries():
-    problems = [(each.question, each.answer) for each in islice(sum_problems(2, 2, 1, seed=0), 700)]
-    chosen = controls(problems[:500], problems[500:])
-    assert chosen.constant < 0.05
-    assert chosen.rule < 0.2

@@ -37,23 +37,12 @@ def test_splits_are_whole_distinct_and_short_and_follow_from_the_seed():
         assert "####" in row["messages"][1]["content"]
         assert int(row["source"].partition("/")[2]) % 2 == 1, "worked solutions are of odd templates"
     assert not set(INSTRUCT_TASKS) & set(PRETRAIN_TASKS), "fine-tuning tasks are unseen in pretraining"
-    message = (
-        r"found \d+ distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are needed"
-    )
-    with pytest.raises(UserError, match=message):
+    message = "distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are needed"
+    with pytest.raises(UserError, match=rf"found \d+ {message}"):
         made(max_chars=32)
 
 
-def test_a_shared_example_is_named_whatever_its_spaces(tmp_path):
-    rows = made()
-    copy = {**rows[0], "split": "test"}
-    copy["messages"] = [{"role": "user", "content": f" {rows[0]['messages'][0]['content']}\n"}, rows[0]["messages"][1]]
-    write_dataset([*rows, copy], tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        list(read_dataset(tmp_path / "rows.parquet"))
-
-
-def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
+def test_many_row_groups_hold_the_same_rows_and_a_shared_example_is_named_whatever_its_spaces(tmp_path, monkeypatch):
     rows = made()
     monkeypatch.setattr(sft, "_GROUP_ROWS", 7)
     write_dataset(iter(rows), tmp_path / "rows.parquet")
@@ -63,6 +52,11 @@ def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
     assert counts[0] == 9
     assert counts[1] > counts[0]
     assert list(read_dataset(tmp_path / "rows.parquet")) == list(read_dataset(tmp_path / "chars.parquet")) == rows
+    question, answer = rows[0]["messages"]
+    spaced = question | {"content": f" {question['content']}\n"}
+    write_dataset([*rows, rows[0] | {"split": "test", "messages": [spaced, answer]}], tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
+        list(read_dataset(tmp_path / "rows.parquet"))
 
 
 def test_facts_are_the_same_in_every_split_and_uniform(tmp_path):
@@ -97,7 +91,7 @@ def test_the_docstrings_of_overnight_keep_their_identity_and_their_examples(tmp_
     assert answered.endswith(".")
 
 
-def test_docstrings_are_short_distinct_and_of_other_packages_in_each_split():
+def test_docstrings_are_short_distinct_and_of_other_packages_in_each_split(tmp_path, monkeypatch):
     chosen, note = choose_docstrings(docstrings(train=2000, max_chars=600))
     chats = list(chosen)
     assert len({chat.messages[1]["content"] for _, chat in chats}) == len(chats) == 2016
@@ -110,9 +104,6 @@ def test_docstrings_are_short_distinct_and_of_other_packages_in_each_split():
     fewer = choose_docstrings(docstrings(train=1, max_chars=600, min_words=30))[1]
     assert fewer["usable"] < note["usable"]
     assert fewer["rows"] == note["rows"]
-
-
-def test_what_is_wrong_with_docstrings_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="test examples of at most 800 characters and at least 14 words in the docstr"):
         choose_docstrings(docstrings(test=9000))
     monkeypatch.setattr(sft, "DOCSTRINGS_FILE", tmp_path / "file")

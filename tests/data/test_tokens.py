@@ -107,22 +107,21 @@ def test_too_long_and_unscored_examples_and_a_model_without_a_template_are_refus
     assert not (tmp_path / "cache").exists()
 
 
-def contents(path, tokenizer, dataset):
-    splits = read_tokens(path, cache_key(tokenizer, dataset))
-    return {(name, part): getattr(split, part).tolist() for name, split in splits.items() for part in vars(split)}
-
-
 @pytest.mark.slow
 def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, monkeypatch):
     rows, path = dataset
     monkeypatch.setattr(sft, "_GROUP_ROWS", 3)
     write_dataset(rows, path)
-    write_tokens(path, tokenizer, tmp_path / "one", Limits(512))
-    write_tokens(path, tokenizer, tmp_path / "two", Limits(512), processes=2)
-    assert contents(tmp_path / "one", tokenizer, path) == contents(tmp_path / "two", tokenizer, path)
+    contents = []
+    for processes in (1, 2):
+        cache = tmp_path / str(processes)
+        write_tokens(path, tokenizer, cache, Limits(512), processes)
+        splits = read_tokens(cache, cache_key(tokenizer, path)).items()
+        contents.append({(name, part): getattr(split, part).tolist() for name, split in splits for part in vars(split)})
+    assert contents[0] == contents[1]
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
         write_tokens(path, tokenizer, tmp_path / "short", Limits(8), processes=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.parquet", "one", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "data.parquet"]
 
 
 def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):

@@ -29,6 +29,13 @@ TASKS = [
     {"name": "lorabench_pretraining", "about": "forgotten"},
 ]
 SIZES = {"train": 64, "validation": 8, "test": 12}
+BLOCK = {
+    "models": ["tiny"],
+    "datasets": ["instruct"],
+    "ranks": {"all": [4]},
+    "batch_sizes": [8],
+    "lrs": {"fullft": [3e-4, 1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
+}
 RAW: dict[str, Any] = {
     "description": "evaluation for tests",
     "models": {"tiny": {"kind": "tiny"}, "other": {"kind": "tiny", "name": "llama-64"}},
@@ -37,17 +44,7 @@ RAW: dict[str, Any] = {
         "worked": {"kind": "worked", **SIZES, "max_chars": 300},
     },
     "problems": {"gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, **SIZES}},
-    "experiments": {
-        "rank": [
-            {
-                "models": ["tiny"],
-                "datasets": ["instruct"],
-                "ranks": {"all": [4]},
-                "batch_sizes": [8],
-                "lrs": {"fullft": [3e-4, 1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
-            }
-        ]
-    },
+    "experiments": {"rank": [BLOCK]},
     "evaluation": {"experiments": ["rank"], "tasks": TASKS, "batch_size": 4, "pretraining_documents": 8},
     "margins": MARGINS,
     "execution": {"gflops": 20.0},

@@ -23,12 +23,16 @@ def task(name: str, source: str | None = None) -> EvalTask:
     return EvalTask(name=name, about="learned", source=source)
 
 
+def loaded(prepared: Prepared, name: str, source: str) -> catalog.LoadedTask:
+    wanted = task(name, source)
+    return catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
+
+
 def graded(prepared: Prepared, name: str, source: str, response: str, target: str) -> dict[str, float]:
     """Return the score of a response by filter."""
     from lm_eval.api.instance import Instance
 
-    wanted = task(name, source)
-    built = catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout).leaves[name]
+    built = loaded(prepared, name, source).leaves[name]
     doc = {"question": "?", "answer": target, "source": "made up"}
     instance = Instance("generate_until", doc, ("?", {}), 0, metadata=(name, 0, 1))
     instance.resps.append(response)
@@ -86,11 +90,11 @@ def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_p
 
 
 def test_settings_that_lm_eval_would_pass_over_are_refused(prepared):
-    wanted = task("lorabench_arithmetic", "gcd")
-    loaded = catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
+    arithmetic = loaded(prepared, "lorabench_arithmetic", "gcd")
 
     def check(max_length: int, **changes: int) -> None:
-        catalog.check_settings([replace(loaded, task=wanted.model_copy(update=changes))], "tiny", max_length)
+        changed = replace(arithmetic, task=arithmetic.task.model_copy(update=changes))
+        catalog.check_settings([changed], "tiny", max_length)
 
     check(9)
     with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
@@ -98,7 +102,7 @@ def test_settings_that_lm_eval_would_pass_over_are_refused(prepared):
     with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
         check(512, max_new_tokens=512)
     check(9, num_fewshot=2)
-    loaded.leaves["lorabench_arithmetic"].set_config("num_fewshot", 0)
+    arithmetic.leaves["lorabench_arithmetic"].set_config("num_fewshot", 0)
     check(9, num_fewshot=0)
     with pytest.raises(UserError, match="'lorabench_arithmetic' takes no examples; num_fewshot = 2 is given"):
         check(9, num_fewshot=2)
@@ -112,9 +116,8 @@ def test_tasks_are_looked_up_by_a_command_and_missing_files_are_named(prepared):
     assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
     path = prepared.layout.dataset("gcd")
     aside = path.rename(path.with_suffix(".aside"))
-    wanted = task("lorabench_arithmetic", "gcd")
     try:
         with pytest.raises(UserError, match=f"reads {path}, which does not exist"):
-            catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
+            loaded(prepared, "lorabench_arithmetic", "gcd")
     finally:
         aside.rename(path)

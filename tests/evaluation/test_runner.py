@@ -23,13 +23,7 @@ from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
-from lorabench.evaluation.runner import (
-    SAMPLES,
-    best_record,
-    evaluate_job,
-    run_tasks,
-    transformers_model,
-)
+from lorabench.evaluation.runner import SAMPLES, best_record, evaluate_job, run_tasks, transformers_model
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import make_plan
@@ -40,7 +34,7 @@ from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine
 from lorabench.utils.files import write_json
 
-from ..training.several import write_tied
+from ..training.conftest import write_tied
 from .conftest import Prepared
 
 pytestmark = pytest.mark.slow
@@ -99,15 +93,12 @@ def adapted(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
     return scores(trained, job)
 
 
-def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
+def test_scores_of_a_base_have_all_settings_they_were_made_with_and_samples_are_the_test_split(trained, base):
     assert base[["run_id", "method", "lr", "dataset"]].isna().all().all()
     worked = base[base["task"] == "lorabench_worked"]
     assert set(worked["filter"]) == {"strict-match", "flexible-extract"}
-    assert set(base.loc[base["task"] == "lorabench_pretraining", "metric"]) == {
-        "word_perplexity",
-        "byte_perplexity",
-        "bits_per_byte",
-    }
+    metrics = {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert set(base.loc[base["task"] == "lorabench_pretraining", "metric"]) == metrics
     assert base[["about", "value", "higher_is_better", "n_samples", "num_fewshot", "task_version"]].notna().all().all()
     assert (base["eval_batch_size"] == 4).all()
     assert (base["sampler"] == "own").all()
@@ -117,11 +108,8 @@ def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
     assert row_of(base, "lorabench_pretraining")["n_samples"] == 8
     assert {"lm_eval", "torch", "transformers"} <= json.loads(base["versions"][0]).keys()
     assert json.loads(row_of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
-
-
-def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
     samples = pq.read_table(trained.layout.samples(trained.job(None))).to_pandas()
-    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
+    _, rows, _ = instruct_test(trained)
     answers = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
     assert answers["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
     hits = answers["metrics"].map(lambda text: json.loads(text)["exact_match"])
@@ -223,7 +211,9 @@ def evaluated(trained: Prepared, batch_size: int, tokenizer: Any, names: list[st
     return run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
 
 
-def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base, adapted):
+def test_scores_do_not_depend_on_batch_size_or_on_what_came_before_or_on_chance(trained, base, adapted):
+    from langdetect import detect_langs
+
     tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
     keys = ["task", "metric", "filter"]
     # The fixtures evaluated first the base, then an adapter.
@@ -235,21 +225,13 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
     exact = alone.index.get_level_values("metric") == "exact_match"
     pd.testing.assert_series_equal(other[exact], alone[exact], check_exact=True)
     pd.testing.assert_series_equal(other, alone, rtol=1e-5)
-
-
-def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
-    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    # IFEval's language detector draws at random; an evaluation seeds it.
+    assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
+    # A model without a chat template gets prompts as they are.
     tokenizer.chat_template = None
     rows, samples = evaluated(trained, 4, tokenizer, ["lorabench_arithmetic"])
     assert [row["template_sha256"] for row in rows] == [None]
     assert len(samples) == 6
-
-
-def test_the_language_of_an_answer_is_always_detected_alike(adapted):
-    from langdetect import detect_langs
-
-    # IFEval's language detector draws at random; the fixture has already run an evaluation, which seeds it.
-    assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,6 @@ def test_damaged_weights_of_a_base_are_reported(damage, tmp_path):
         load_model(PathModel(kind="path", path=str(tmp_path / "base"), parameters=1, hidden_size=64))
 
 
-def of_another_run(path: Path) -> None:
-    rewrite(path, run_id="other")
-
-
-def of_another_protocol(path: Path) -> None:
-    rewrite(path, protocol_version="1")
-
-
 def rewrite(path: Path, **about: str) -> None:
     tensors, header = read_tensors(path)
     write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header | about)
@@ -102,8 +95,8 @@ REASONS = {
     empty: "can't be read (",
     flip: "is damaged (its checksum is not that of its content)",
     flip_header: "is damaged (its checksum is not that of its content)",
-    of_another_run: "is of run other, protocol 2",
-    of_another_protocol: "is of run mine, protocol 1",
+    partial(rewrite, run_id="other"): "is of run other, protocol 2",
+    partial(rewrite, protocol_version="1"): "is of run mine, protocol 1",
     of_another_model: "is of a model with other parameters",
 }
 

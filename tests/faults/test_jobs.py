@@ -192,16 +192,8 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, memory, half, u
     ("error", "beginning"),
     [
         (MemoryError(), "is out of memory: "),
-        (
-            torch.OutOfMemoryError(
-                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
-            ),
-            "is out of memory on the GPU (no 20.00 GiB more): ",
-        ),
-        (
-            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-            "is out of memory on the GPU: ",
-        ),
+        (torch.OutOfMemoryError("Tried to allocate 20.00 GiB."), "is out of memory on the GPU (no 20.00 GiB more): "),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "is out of memory on the GPU: "),
         (OSError(12, "Cannot allocate memory"), "is out of memory: "),
     ],
 )

@@ -136,17 +136,6 @@ def test_fig1_draws_the_envelope_of_each_arm_and_says_the_loss_before_training()
     assert "before training 4.20" in texts(figure)
 
 
-def test_fig2_is_the_mean_over_seeds_with_their_deviation():
-    rows = make_sweep(8)
-    _, plotted = drawn("fig2_lr_by_rank", rows)
-    loss = only(plotted, "loss").set_index("lr")
-    at_best = [row["final_test_nll"] for row in rows if row["lr"] == 3e-3]
-    assert loss.loc[3e-3, "n_seeds"] == len(at_best) == 3
-    assert loss.loc[3e-3, "nll"] == pytest.approx(np.mean(at_best))
-    assert loss.loc[3e-3, "nll_sd"] == pytest.approx(np.std(at_best, ddof=1))
-    assert loss["nll_sd"].notna().sum() == 1
-
-
 def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     rows = [*make_sweep(8), make_run(8, 0.0001, final_test_nll=40.0, final_valid_nll=40.0)]
     figure, plotted = drawn("fig2_lr_by_rank", rows)

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.curves import early_difference
 from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
-from ..handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
+from ..handmade.lora import a_moved, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
 from .layout import DIVERGED, lines, only, texts
 from .layout import draw as drawn
@@ -62,9 +63,8 @@ def test_early_curves_are_means_over_seeds_and_differences_show_their_sign():
     assert list(below.get_xdata()) == list(range(1, 10))
     assert (below.get_ydata() > 0).all()
     assert right.get_yscale() == "log"
-    losses = [[difficulty(seed, step) for seed in SEEDS] for step in range(1, 33)]
-    sigma = np.sqrt(np.mean(np.var(losses, axis=1, ddof=1)))
-    assert only(plotted, "sigma")["difference"].item() == pytest.approx(2 * sigma, rel=0.05)
+    sigma = early_difference(*early_tables()).sigma_batch
+    assert only(plotted, "sigma")["difference"].item() == pytest.approx(2 * sigma)
 
 
 def test_early_seeds_that_a_rank_lacks_are_left_out_of_all():

@@ -58,18 +58,13 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
         np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
 
 
-def test_of_several_lengths_the_longest_is_compared():
+def test_each_model_and_dataset_has_its_block_and_of_several_lengths_the_longest_is_compared():
     short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in by_size(sizes=(64,))]
-    figure, _ = drawn_by_size(by_size() + short)
-    assert titles(figure)[:4] == ["batch 4", "batch 16", "batch 64", "batch 64"]
+    figure, _ = drawn_by_size(by_size() + short + by_size(sizes=(4,), dataset="$worked$"))
+    assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
+    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "batch 64", "batch 64", "", ""]
     [line] = lines(figure.axes[-1], linestyle="--")
     assert len(line.get_xdata()) == 3
-
-
-def test_each_model_and_dataset_has_its_block():
-    figure, _ = drawn_by_size(by_size(sizes=(4, 16)) + by_size(sizes=(4,), dataset="$worked$"))
-    assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
-    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
 
 
 # Figures 4 and 5, by placement.

@@ -12,7 +12,7 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
 from lorabench.figures.verdicts import END, FAMILIES, LOOKS, SHORT_NAMES, in_margins
-from lorabench.store.io import empty_table, write_frame
+from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 
 from ..handmade import claims_table, make_claim
@@ -57,7 +57,7 @@ def every_verdict() -> pd.DataFrame:
 
 
 def test_every_claim_is_drawn_or_named_once_below_its_family():
-    figure, plotted = draw("verdicts", Tables(empty_table(), empty_table(), claims=every_verdict()))
+    figure, plotted = draw("verdicts", Tables(pd.DataFrame(), pd.DataFrame(), claims=every_verdict()))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert [text for text in texts if text in FAMILIES.values()] == [FAMILIES["B"], FAMILIES["A"]]
     named = [text.get_text() for text in figure.texts]
@@ -73,7 +73,7 @@ def test_every_claim_is_drawn_or_named_once_below_its_family():
 
 def test_without_numbers_there_is_a_figure_that_says_so():
     for claims in ([], [make_claim("D5", "not tested")]):
-        figure, _ = draw("verdicts", Tables(empty_table(), empty_table(), claims=claims_table(claims)))
+        figure, _ = draw("verdicts", Tables(pd.DataFrame(), pd.DataFrame(), claims=claims_table(claims)))
         assert "no claim has both" in texts(figure)
 
 

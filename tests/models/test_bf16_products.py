@@ -149,10 +149,6 @@ def test_no_product_of_a_model_is_left_out(base, method):
         assert losses["fp32", length] == pytest.approx(losses["native", length], rel=2e-3)
 
 
-AS_A_PROCESSOR_WITHOUT_BF16 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-"""Settings of PyTorch and oneDNN that hold them to the instructions of older processors."""
-
-
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the settings are of x86 processors")
 def test_a_processor_without_instructions_for_bf16_multiplies_in_fp32():
     script = (
@@ -166,7 +162,8 @@ def test_a_processor_without_instructions_for_bf16_multiplies_in_fp32():
         "    started = time.perf_counter(); x @ x; seconds.append(time.perf_counter() - started)\n"
         "print(seconds[0] / seconds[1])"
     )
-    environment = os.environ | AS_A_PROCESSOR_WITHOUT_BF16
+    # These settings hold PyTorch and oneDNN to the instructions of older processors.
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )

@@ -81,10 +81,10 @@ def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, 
 @pytest.mark.parametrize(("rank", "init_a"), [(2, 1.0), (64, 0.25)])
 def test_initialization_and_scale(name, rank, init_a):
     # The experts' width differs from the model's, so that gate and down differ in d_in.
-    model, same, other = (add_lora(small(name), rank, "all", 32.0, True, seed, init_a) for seed in (0, 0, 1))
+    model, *others = (add_lora(small(name), rank, "all", 32.0, True, seed, init_a) for seed in (0, 0, 1))
     hidden = model.config.hidden_size
     d_ins = set()
-    for layer_name, layer in lora_layers(model):
+    for (layer_name, layer), (_, same), (_, other) in zip(*map(lora_layers, (model, *others)), strict=True):
         a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         d_in = 40 if "down_proj" in layer_name else hidden
         d_ins.add(d_in)
@@ -94,14 +94,9 @@ def test_initialization_and_scale(name, rank, init_a):
         # Uniform on +-bound has a standard deviation of bound / sqrt(3).
         assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.25), layer_name
         assert not b.any()
-        assert torch.equal(a, same.get_submodule(find(model, layer)).lora_A["default"].weight)
-        assert not torch.equal(a, other.get_submodule(find(model, layer)).lora_A["default"].weight)
+        assert torch.equal(a, same.lora_A["default"].weight)
+        assert not torch.equal(a, other.lora_A["default"].weight)
     assert len(d_ins) == 2
-
-
-def find(model, layer):
-    """Return the full name of a module."""
-    return next(name for name, module in model.named_modules() if module is layer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -225,18 +220,13 @@ class ListedExperts(torch.nn.Module):
         return sum(weights[..., [e]] * expert(hidden) for e, expert in enumerate(self.experts))
 
 
-def listed_moe():
+def test_experts_that_are_modules(text):
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 1024}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
         layer.mlp = ListedExperts(config)
-    return model
-
-
-def test_experts_that_are_modules(text):
-    model = listed_moe()
     with pytest.raises(UserError, match="LlamaForCausalLM lacks num_experts_per_tok, by which the rank is divided"):
         add_lora(model, 8, "mlp", 32.0, True, seed=0)
     model.config.num_experts_per_tok = 2
@@ -250,31 +240,22 @@ def test_experts_that_are_modules(text):
     assert all(p.grad is not None for p in trained_parameters(peft_model).values())
 
 
-def test_a_model_of_unknown_layers_is_refused():
+def test_layers_that_are_unknown_or_not_the_requested_ones_are_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match="GPT2LMHeadModel has no layer for placement 'all'; known names: q_proj"):
         targets(model, "all", True)
-
-
-def test_experts_under_an_unknown_name_are_refused():
-    model = small_moe()
+    model, unadapted = small_moe(), "has expert weights that would get no LoRA, such as model.layers.1.mlp.experts.w2"
     model.model.layers[1].mlp.experts.w2 = torch.nn.Parameter(torch.zeros(8, 4, 4))
-    with pytest.raises(
-        UserError, match="has expert weights that would get no LoRA, such as model.layers.1.mlp.experts.w2"
-    ):
+    with pytest.raises(UserError, match=unadapted):
         targets(model, "mlp", True)
     assert targets(model, "attn", True)[1] == []
-
-
-def test_lora_on_other_layers_is_refused():
-    """Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter."""
+    # Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter.
     sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
-    with pytest.raises(
-        UserError, match="PEFT did not put LoRA on the requested layers of Qwen3MoeForCausalLM: see model.layers.0"
-    ):
+    others = "PEFT did not put LoRA on the requested layers of Qwen3MoeForCausalLM: see model.layers.0"
+    with pytest.raises(UserError, match=others):
         add_lora(model, 8, "all", 32.0, True, seed=0)
 
 

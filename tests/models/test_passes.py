@@ -64,25 +64,20 @@ def products_of_mlps(model, run):
     return rows
 
 
-def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
+def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_otherwise_the_models_own_computes_all():
     model, batch = base_of("llama-128"), batch_of(7)
-    layers = model.config.num_hidden_layers
+    layers, last = model.config.num_hidden_layers, model.get_decoder().layers[-1]
+    own = last.mlp.forward
     rows = products_of_mlps(model, lambda: add_gradient(model, batch, 1, None, None))
     assert rows == [80] * (layers - 1) + [7 + 6]
-    # Outside the context the model's own forward pass is back.
+    # Outside the context, also after an error, and without a scored token the model's own forward pass is back.
     assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
-
-
-def test_without_a_scored_token_or_an_mlp_all_is_computed_and_the_models_own_is_back_after_an_error():
-    model, batch = base_of("llama-128"), batch_of(7)
-    mlp, layers = model.get_decoder().layers[-1].mlp, model.config.num_hidden_layers
-    own = mlp.forward
     with pytest.raises(KeyError), computing_only(model, torch.tensor([3])):
-        raise KeyError(mlp.forward == own)
-    assert mlp.forward == own
+        raise KeyError(last.mlp.forward == own)
+    assert last.mlp.forward == own
     with computing_only(model, torch.zeros(0, dtype=torch.long)):
         assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
-    last = model.get_decoder().layers[-1]
+    # The same holds for a model whose layers have no MLP of this name.
     last.feed_forward = last.mlp
     del last.mlp
     with computing_only(model, torch.tensor([3])):

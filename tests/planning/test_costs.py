@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -181,20 +179,7 @@ def test_a_job_is_asked_to_stop_as_early_as_its_checkpoints_take():
     assert {job_cost(small, job).saving_seconds for job in small.jobs} == {120}
 
 
-def test_planning_takes_little_time_and_no_heavy_package():
-    script = (
-        "import sys, time; start = time.process_time()\n"
-        "from lorabench.config.loading import load_preset\n"
-        "from lorabench.planning.plan import make_plan\n"
-        "make_plan(load_preset('laptop')).rows()\n"
-        "assert time.process_time() - start < 1.0, time.process_time() - start\n"
-        "from lorabench.planning import costs\n"
-        "from lorabench.cli import show, speeds\n"
-        "costs.per_experiment(make_plan(load_preset('paper')))\n"
-        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'pyarrow', 'reasoning_gym'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_costs_of_many_jobs_take_little_time():
     plan = make_plan(load_preset("paper"))
     jobs = len(every_job(plan))
     started = time.process_time()

@@ -55,7 +55,7 @@ def test_texts_of_the_page():
     assert page.text(True) == "yes"
 
 
-def test_a_fact_counts_once_with_its_worst_verdict():
+def test_a_fact_counts_once_with_its_worst_verdict_and_the_headline_counts_kinds_apart():
     claims = claims_table(
         [
             make_claim("B1", "confirmed", fact="ratio"),
@@ -64,6 +64,8 @@ def test_a_fact_counts_once_with_its_worst_verdict():
             make_claim("B9", "inconclusive", fact="ratio", kind="opinion"),
             make_claim("B10", "setting not met", fact="RL"),
             make_claim("F2", "confirmed", fact="RL", kind="prediction"),
+            make_claim("C4", "setting not met", kind="derivation"),
+            make_claim("C5", "inconclusive", kind="derivation"),
             make_claim("B11", "confirmed", fact="ratio", kind="count"),
         ]
     )
@@ -71,24 +73,13 @@ def test_a_fact_counts_once_with_its_worst_verdict():
         ("empirical claim", "ratio", "contradicted", ("B1", "B5", "B9")),
         ("empirical claim", "fact of B3", "not tested", ("B3",)),
         ("empirical claim", "RL", "confirmed", ("B10", "F2")),
+        ("derivation", "fact of C4", "setting not met", ("C4",)),
+        ("derivation", "fact of C5", "inconclusive", ("C5",)),
         ("count", "ratio", "confirmed", ("B11",)),
     ]
-    assert list(claim_text.in_order(claims)["claim_id"]) == ["B1", "B5", "B9", "B3", "B10", "F2", "B11"]
-
-
-def test_headline_counts_empirical_claims_derivations_and_counts_apart():
-    claims = claims_table(
-        [
-            make_claim("A1", "confirmed"),
-            make_claim("A2", "inconclusive", fact="same"),
-            make_claim("A3", "inconclusive", fact="same"),
-            make_claim("F8", "setting not met", kind="prediction"),
-            make_claim("C4", "confirmed", kind="derivation"),
-            make_claim("C5", "confirmed", kind="derivation"),
-            make_claim("E6", "contradicted", kind="count"),
-        ]
-    )
+    order = ["B1", "B5", "B9", "B3", "B10", "F2", "C4", "C5", "B11"]
+    assert list(claim_text.in_order(claims)["claim_id"]) == order
     assert claim_text.headline(claims) == (
-        "4 empirical claims about 3 facts: 1 confirmed, 1 inconclusive, 1 setting not met; "
-        "2 derivations: 2 confirmed; 1 count: 1 contradicted"
+        "6 empirical claims about 3 facts: 1 confirmed, 1 contradicted, 1 not tested; "
+        "2 derivations: 1 inconclusive, 1 setting not met; 1 count: 1 confirmed"
     )

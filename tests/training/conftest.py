@@ -178,11 +178,34 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
     return make
 
 
-def trained(plan, layout, method):
-    """Train the sweep of one method; return its rows and the reported lines."""
-    sweep = next(s for s in plan.sweeps if s.condition.method == method)
-    lines: list[str] = []
-    run_job(plan, Job((sweep,)), layout, lines.append)
+class BrokenError(Exception):
+    """Interrupts a run."""
+
+
+def write_tied(folder: Path) -> None:
+    """Write a base whose unembedding shares the embedding's weights."""
+    model = load_model(TINY)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    model.save_pretrained(folder)
+
+
+def sweep_of(plan, method: str):
+    return next(sweep for sweep in plan.sweeps if sweep.condition.method == method)
+
+
+def trained(plan, layout, method, processes=1):
+    """Train the sweep of one method, here or in several processes; return its rows and the reported lines."""
+    sweep, lines = sweep_of(plan, method), []
+    if processes == 1:
+        run_job(plan, Job((sweep,)), layout, lines.append)
+    else:
+        together = command(sweep, "--processes", str(processes))
+        done = subprocess.run(together, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
     return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
 
 
@@ -198,3 +221,8 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def command(sweep, *options: str) -> list[str]:
     """Return the command that trains a sweep of the preset of `ready`."""
     return [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml", *options]
+
+
+def children(pid: int) -> list[int]:
+    """Return the ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

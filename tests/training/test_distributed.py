@@ -1,19 +1,130 @@
-"""Two processes give the losses, gradient norms, measures and results of one, also after an interruption."""
+"""Two processes give the losses, gradient norms, measures and results of one, also after an interruption.
+
+This module is also the program that runs in each process: `torchrun ... -m tests.training.test_distributed DATA OUT`.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from lorabench.config.experiments import Protocol
+from lorabench.config.inputs import ModelSpec, PathModel, TinyModel
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
 
 from ..conftest import REPOSITORY
-from .several import CASES, break_case, run_case, write_tied
+from .conftest import BrokenError, condition_of, splits_of, train, write_tied
 
 pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run. With `breaks_after` it is interrupted after that step and goes on from its checkpoint."""
+
+    method: str
+    rank: int | None = None
+    base: str = "llama-128"
+    batch_size: int = 4
+    steps: int = 6
+    lr: float = 3e-3
+    precision: str = "fp32"
+    breaks_after: int | None = None
+    recompute: bool = False
+
+
+MOE = "moe-128"
+CASES = {
+    "fullft": Case("fullft", breaks_after=4),
+    "lora": Case("lora", 4, breaks_after=4),
+    # With rank 1 one process has all of A and the other none.
+    "rank-1": Case("lora", 1, breaks_after=4),
+    # One process has two sequences and the other has one, so that the latter computes a part without any sequence.
+    "odd-batch": Case("fullft", batch_size=3),
+    "moe-lora": Case("lora", 4, base=MOE),
+    "moe-fullft": Case("fullft", base=MOE),
+    # The unembedding shares the embedding's weights, as in small Llama models.
+    "tied-fullft": Case("fullft", base="tied"),
+    "tied-lora": Case("lora", 4, base="tied"),
+    "bf16-fullft": Case("fullft", precision="bf16"),
+    "bf16-lora": Case("lora", 4, precision="bf16"),
+    "recompute-fullft": Case("fullft", recompute=True),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
+    "diverges": Case("fullft", lr=1e3),
+}
+
+
+def spec_of(case: Case, folder: Path) -> ModelSpec:
+    if case.base == "tied":
+        return PathModel(kind="path", path=str(folder / "tied"), parameters=1, hidden_size=1)
+    return TinyModel(kind="tiny", name=case.base)
+
+
+def run_case(
+    case: Case, data, folder: Path, checkpoints: Path, processes: Processes = SINGLE_PROCESS, tick=lambda step: None
+):
+    """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
+    condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
+    outcome, model = train(
+        condition,
+        data,
+        checkpoints,
+        case.lr,
+        protocol=Protocol(precision=case.precision, curve_points=3, clip_norm=2.0),
+        checkpoint_seconds=0 if case.breaks_after else 1e9,
+        tick=tick,
+        spec=spec_of(case, folder),
+        processes=processes,
+        recompute=case.recompute,
+    )
+    held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+    curve, losses = ([vars(part) for part in parts] for parts in (outcome.curve, outcome.test_losses))
+    numbers = {**vars(outcome), "curve": curve, "test_losses": losses, "held": held}
+    return json.loads(json.dumps(numbers))
+
+
+def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = SINGLE_PROCESS) -> None:
+    """Train a case up to its interruption."""
+
+    def tick(step: int) -> None:
+        # The checkpoint of a step is written after its tick.
+        if step == case.breaks_after + 1:
+            raise BrokenError
+
+    try:
+        run_case(case, data, folder, checkpoints, processes, tick)
+    except BrokenError:
+        return
+    raise AssertionError("the run was not interrupted")
+
+
+def main(data_folder: Path, out: Path) -> None:
+    """Train each case in one of the processes, and write its numbers, and checkpoints, for each case and process."""
+    torch.set_num_threads(1)
+    processes = join()
+    data = splits_of(data_folder)
+    for name, case in CASES.items():
+        results = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
+        if case.breaks_after:
+            broken, resumed = out / name / "broken", out / name / "resumed"
+            break_case(case, data, out, broken, processes)
+            if processes.first:
+                shutil.copytree(broken, resumed)
+            processes.wait()
+            results["resumed"] = run_case(case, data, out, resumed, processes)
+            # The checkpoint in `alone` was written by a single process.
+            results["more"] = run_case(case, data, out, out / name / "alone", processes)
+        (out / name / f"{processes.rank}.json").write_text(json.dumps(results))
+    leave(processes)
+
 
 NUMBERS = ("final_valid_nll", "final_test_nll", "first_epoch_nats")
 COUNTS = ("status", "diverged_at", "train_tokens", "test_scored_tokens", "first_epoch_scored_tokens")
@@ -29,7 +140,7 @@ def several(tmp_path_factory, data_folder, data):
         if case.breaks_after:
             break_case(case, data, out, out / name / "alone")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.training.several", str(data_folder), str(out)]
+    command = [*launcher, "-m", "tests.training.test_distributed", str(data_folder), str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -88,3 +199,7 @@ def test_a_broken_run_goes_on_in_as_many_processes_in_fewer_and_in_more(name, se
     fewer = run_case(case, data, out, checkpoints)
     assert_same(fewer, first["unbroken"], rtol=5e-5)
     assert_same(first["more"], first["unbroken"], rtol=5e-5)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from peft import PeftModel
 
@@ -17,24 +16,12 @@ from lorabench.config.inputs import PathModel
 from lorabench.models.base import load_model
 from lorabench.runs import Job
 
-from .conftest import TINY, command, trained, wait_for
+from .conftest import TINY, children, command, sweep_of, trained, wait_for
 
 pytestmark = pytest.mark.slow
 
 KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "trainable_params", "base_params"]
 LOSSES = ["final_valid_nll", "final_test_nll"]
-
-
-def sweep_of(plan, method: str):
-    return next(sweep for sweep in plan.sweeps if sweep.condition.method == method)
-
-
-def together(plan, layout, method: str):
-    """Train the sweep of one method in two processes; return its rows and the text on stderr."""
-    sweep = sweep_of(plan, method)
-    done = subprocess.run(command(sweep, "--processes", "2"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), done.stderr
 
 
 @pytest.mark.parametrize(("method", "lrs"), [("fullft", [1e-3]), ("lora", [1e-3, 3e-3])])
@@ -43,12 +30,12 @@ def test_two_processes_leave_the_numbers_and_the_ordinary_weights_of_one(method,
     alone, _ = trained(plan, layout, method)
     layout.runs.rename("alone")
     layout.job(Job((sweep_of(plan, method),))).unlink()
-    runs, said = together(plan, layout, method)
+    runs, lines = trained(plan, layout, method, processes=2)
     assert len(runs) == len(lrs) + 1
     assert runs[KEPT].equals(alone[KEPT])
     for column in LOSSES:
         assert list(runs[column]) == pytest.approx(list(alone[column]), rel=1e-5)
-    assert said.count("run 1/") == 2, "only the first process says when a run starts and ends"
+    assert "\n".join(lines).count("run 1/") == 2, "only the first process says when a run starts and ends"
     assert not layout.progress(sweep_of(plan, method)).exists()
     record = json.loads((layout.runs / runs.run_id[0] / "record.json").read_text())
     assert record["environment"]["processes"] == 2
@@ -86,31 +73,6 @@ def test_an_error_ends_all_processes_and_is_shown_once(ready):
     assert "Traceback" not in done.stderr
 
 
-def test_killed_processes_go_on_where_they_were(ready):
-    plan, layout = ready("killed", {"checkpoint_minutes": 0.0, "keep_weights": "all"}, lora=[1e-3, 3e-3])
-    sweep = sweep_of(plan, "lora")
-    first, second = (layout.runs / run.run_id for run in sweep.grid())
-    checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
-    process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(checkpoint, process)
-    for pid in children(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode != 0
-    assert (first / "record.json").exists()
-    assert not second.exists()
-    kept = (first / "record.json").stat().st_mtime_ns
-
-    resumed, _ = together(plan, layout, "lora")
-    assert (first / "record.json").stat().st_mtime_ns == kept
-    assert not checkpoint.exists()
-    layout.job(Job((sweep,))).unlink()
-    layout.runs.rename("resumed")
-    unbroken, _ = together(plan, layout, "lora")
-    assert [list(curve) for curve in resumed.curve] == [list(curve) for curve in unbroken.curve]
-    assert resumed[[*KEPT, *LOSSES]].equals(unbroken[[*KEPT, *LOSSES]])
-
-
 def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
@@ -128,10 +90,5 @@ def test_processes_that_get_a_signal_save_together(ready):
     assert "Traceback" not in said
     assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
     assert not layout.lock(sweep).exists()
-    _, said = together(plan, layout, "lora")
-    assert said.count("goes on after step") == 1
-
-
-def children(pid: int) -> list[int]:
-    """Return the ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    _, lines = trained(plan, layout, "lora", processes=2)
+    assert "\n".join(lines).count("goes on after step") == 1

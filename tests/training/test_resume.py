@@ -14,11 +14,7 @@ from lorabench.runs import Job, Run
 from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
 
-from .conftest import command, condition_of, train, trained, wait_for
-
-
-class BrokenError(Exception):
-    """Interrupts a run."""
+from .conftest import BrokenError, children, command, condition_of, sweep_of, train, trained, wait_for
 
 
 @pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4)])
@@ -46,40 +42,44 @@ def test_resumed_equals_unbroken(method, rank, data, tmp_path):
 def numbers(runs) -> list[dict]:
     """Return the columns that must not depend on interruptions."""
     kept = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "train_tokens", "train_flops"]
+    kept += ["trainable_params", "base_params"]
     return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
 
 
-def kill_at(checkpoint, sweep) -> None:
-    """Train a sweep in a process, which is killed when a run has its first checkpoint."""
-    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE)
+def kill_at(checkpoint, sweep, processes=1) -> None:
+    """Train a sweep in processes, which are killed when a run has its first checkpoint."""
+    options = ["--processes", str(processes)] if processes > 1 else []
+    process = subprocess.Popen(command(sweep, *options), stderr=subprocess.PIPE, start_new_session=True)
     wait_for(checkpoint, process)
-    os.kill(process.pid, signal.SIGKILL)
+    for pid in children(process.pid) if processes > 1 else [process.pid]:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
+    assert process.returncode != 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "fullft"])
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, ready):
+@pytest.mark.parametrize(("method", "processes"), [("lora", 1), ("fullft", 1), ("lora", 2)])
+def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, processes, ready):
     execution = {"checkpoint_minutes": 0.0, "keep_weights": "all"}
     plan, layout = ready("killed", execution, **{method: [1e-3, 3e-3]})
-    sweep = next(s for s in plan.sweeps if s.condition.method == method)
+    sweep = sweep_of(plan, method)
     first, second = (layout.runs / run.run_id for run in sweep.grid())
     checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
 
-    kill_at(checkpoint, sweep)
+    kill_at(checkpoint, sweep, processes)
     # A run in progress has a checkpoint and is no result. The first run is finished by then.
     assert not second.exists()
     assert not layout.job(Job((sweep,))).exists()
     finished = first / "record.json"
     kept = finished.stat().st_mtime_ns
 
-    resumed, _ = trained(plan, layout, method)
+    resumed, _ = trained(plan, layout, method, processes)
     assert kept == finished.stat().st_mtime_ns
     assert not checkpoint.exists()
 
     layout.job(Job((sweep,))).unlink()
     layout.runs.rename("resumed")
-    unbroken, _ = trained(plan, layout, method)
+    unbroken, _ = trained(plan, layout, method, processes)
     assert numbers(resumed) == numbers(unbroken)
     weights = sorted(layout.runs.glob("*/weights/*.safetensors"))
     assert len(weights) == 3
@@ -90,7 +90,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, r
 @pytest.mark.slow
 def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     plan, layout = ready("walk", {"checkpoint_minutes": 0.0}, lora={"start": 1e-4, "most": 5})
-    sweep = next(s for s in plan.sweeps if s.condition.method == "lora")
+    sweep = sweep_of(plan, "lora")
     # The optimum is far above, so the second wave has one LR.
     fourth = Run(sweep.condition, 4.64e-4, 0)
     checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
@@ -113,9 +113,8 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
 
 def test_a_half_written_run_is_no_result(ready):
     plan, layout = ready("half")
-    sweep = next(s for s in plan.sweeps if s.condition.method == "lora")
-    run = sweep.grid()[0]
-    staging = layout.runs / f"{run.run_id}.finishing"
+    sweep = sweep_of(plan, "lora")
+    staging = layout.runs / f"{sweep.grid()[0].run_id}.finishing"
     staging.mkdir(parents=True)
     (staging / "record.json").write_text(json.dumps({"outcome": {"final_test_nll": 0.0}}))
     runs, _ = trained(plan, layout, "lora")

@@ -16,31 +16,26 @@ from lorabench.training import saved_runs, sft
 from lorabench.training.job import SweepContext, run_job
 from lorabench.training.saved_runs import restore_runs, save_runs
 
-from .conftest import trained
+from .conftest import BrokenError, sweep_of, trained
 
 LRS = [1e-3, 3e-3, 1e-2]
 NUMBERS = ["run_id", "lr", "seed", "final_valid_nll", "final_test_nll"]
 
 
-class PowerCutError(Exception):
-    pass
-
-
 def train_some(plan, layout, number: int) -> None:
     """Train the LoRA sweep until a number of its runs is finished."""
-    sweep = next(sweep for sweep in plan.sweeps if sweep.condition.method == "lora")
     write, finished = SweepContext.write, []
 
     def write_until_cut(context, run, *rest) -> None:
         write(context, run, *rest)
         finished.append(run)
         if len(finished) == number:
-            raise PowerCutError
+            raise BrokenError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SweepContext, "write", write_until_cut)
-        with pytest.raises(PowerCutError):
-            run_job(plan, Job((sweep,)), layout, lambda line: None)
+        with pytest.raises(BrokenError):
+            run_job(plan, Job((sweep_of(plan, "lora"),)), layout, lambda line: None)
 
 
 def wipe_results(layout) -> None:
@@ -95,18 +90,14 @@ def test_a_finished_job_is_restored_and_has_its_table_without_training(ready, mo
         assert pq.read_table(layout.job(job)) == table
 
 
-def test_saving_elsewhere_keeps_what_was_saved_and_another_protocol_version_is_refused(saved, monkeypatch):
+def test_saving_elsewhere_keeps_what_was_saved_and_runs_of_another_version_or_settings_are_refused(saved, monkeypatch):
     plan, layout = saved
     assert save_runs(plan, layout)[0] == 2
-    monkeypatch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
-    with pytest.raises(UserError, match=r"holds runs of protocol version \d+, but this code computes version 99"):
-        restore_runs(plan, layout)
-    assert not layout.runs.exists()
-
-
-def test_runs_of_other_settings_are_refused(saved):
-    plan, layout = saved
     protocol = plan.preset.protocol.model_copy(update={"clip_norm": 0.5})
     other = make_plan(plan.preset.model_copy(update={"protocol": protocol}))
     with pytest.raises(UserError, match="none of the 2 runs in .* is in the plan of preset mine: its models"):
         restore_runs(other, layout)
+    monkeypatch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
+    with pytest.raises(UserError, match=r"holds runs of protocol version \d+, but this code computes version 99"):
+        restore_runs(plan, layout)
+    assert not layout.runs.exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import create_autospec
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lorabench.training import context, sft
 from lorabench.training.context import Base
 from lorabench.training.job import run_job
 
-from .conftest import trained
+from .conftest import sweep_of, trained
 
 
 def rows_of(plan, layout, *sweeps):
@@ -33,7 +35,7 @@ def test_a_diverged_run_is_a_result_and_touches_no_other(method, ready):
     lost = mixed[mixed.lr == 1e3]
     assert list(lost.status) == ["diverged"]
     assert lost[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
-    assert lost.diverged_at.item() >= 1
+    assert lost.diverged_at.item() > 1
     assert any("lr 1000, seed 0: diverged at step" in line for line in lines)
     # Runs before it in the same process, and the repeat after it, are as without it.
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll"]
@@ -46,6 +48,7 @@ def test_a_sweep_of_diverged_runs_only_has_no_repeats_and_a_second_call_trains_n
     plan, layout = ready("lost", lora=[1e3, 2e3])
     runs, _ = trained(plan, layout, "lora")
     assert list(runs.status) == ["diverged", "diverged"]
+    assert (runs.diverged_at > 1).all()
     assert not list(layout.runs.glob("*/weights"))
     monkeypatch.setattr(sft, "train_sft", None)
     again, _ = trained(plan, layout, "lora")
@@ -72,31 +75,20 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
     plan, layout = ready("apart", ranks=[2, 4])
     apart = [row for sweep in plan.sweeps for row in rows_of(plan, layout, sweep)]
     plan, layout = ready("together", ranks=[2, 4])
-    calls = {"load_model": 0, "read_tokens": 0, "sharded": 0}
-
-    def counting(module, name):
-        real = getattr(module, name)
-
-        def call(*given, **named):
-            calls[name] += 1
-            return real(*given, **named)
-
-        monkeypatch.setattr(module, name, call)
-
-    counting(context, "load_model")
-    counting(sft, "read_tokens")
+    calls = {}
     # The base model is taken for its evaluation.
-    counting(Base, "sharded")
+    for place, name in ((context, "load_model"), (sft, "read_tokens"), (Base, "sharded")):
+        calls[name] = create_autospec(getattr(place, name), side_effect=getattr(place, name))
+        monkeypatch.setattr(place, name, calls[name])
     methods = [sweep.condition.method for sweep in plan.sweeps]
     assert sorted(methods) == ["fullft", "lora", "lora"]
     together = rows_of(plan, layout, *plan.sweeps)
     # Full fine-tuning uses up the base in its grid and in its repeat; a sweep after it loads the base again.
     again = methods[-1] != "fullft"
-    assert calls == {"load_model": 2 + again, "read_tokens": 1, "sharded": 1}
+    counts = {name: call.call_count for name, call in calls.items()}
+    assert counts == {"load_model": 2 + again, "read_tokens": 1, "sharded": 1}
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
-    assert [{name: row[name] for name in columns} for row in together] == [
-        {name: row[name] for name in columns} for row in apart
-    ]
+    assert_frame_equal(pd.DataFrame(together)[columns], pd.DataFrame(apart)[columns], check_exact=True)
     assert len(together) == 3 * 2
 
 
@@ -108,7 +100,7 @@ def test_status_counts_what_lies_on_disk(ready):
     trained(plan, layout, "lora")
     after = status(plan, layout)
     assert (after.runs_done, after.jobs_done) == (2, 1)
-    progress = layout.progress(next(s for s in plan.sweeps if s.condition.method == "fullft"))
+    progress = layout.progress(sweep_of(plan, "fullft"))
     progress.parent.mkdir(exist_ok=True)
     state = {"time": 0.0, "label": "x", "run": 1, "runs": 2, "lr": 1e-3, "seed": 0, "step": 1, "steps": 2}
     progress.write_text(json.dumps(state))

@@ -120,19 +120,8 @@ def test_the_paper_says_so_and_it_is_done():
     paper = load_preset("paper")
     for rl in paper.experiments.rl_math:
         assert rl.steps * rl.problems_per_step * rl.group_size == pytest.approx(320_000, rel=0.01)
-        assert rl.models == ["llama-3-1-8b-base"]
     for deepmath in paper.experiments.rl_deepmath:
         assert (deepmath.max_new_tokens, deepmath.held_out) == (8192, ["aime24", "aime25"])
-    assert {"llama-3-1-8b-base", "qwen3-30b-a3b-base"} == {m for b in paper.experiments.placement for m in b.models}
-    assert all(block.train <= 10_000 for name, block in paper.datasets.items() if name.endswith("10k"))
-    # The law of the optimal LR is measured on fourteen models.
-    models, core = (
-        [model for block in experiments.lr_law for model in block.models]
-        for experiments in (paper.experiments, load_preset("core").experiments)
-    )
-    assert len(models) == len(set(models)) == 14
-    assert {"llama", "qwen3"} == {model.split("-")[0] for model in models}
-    assert len(set(core)) >= 4
     # Experiments that ask for the same share runs: on the mixture of experts full fine-tuning, and LoRA on all layers.
     shared = [sweep for sweep in make_plan(paper).sweeps if {"placement", "lr_law"} <= set(sweep.experiments)]
     assert {sweep.condition.rank for sweep in shared} == {None, 128}

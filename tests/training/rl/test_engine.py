@@ -32,7 +32,6 @@ from lorabench.training.rl.sampler import Request, Stop, sample
 
 from ...conftest import MARGINS
 from .conftest import learned, same_tokens
-from .wide_heads import widen
 
 pytestmark = [
     pytest.mark.slow,
@@ -170,6 +169,38 @@ def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
     os.kill(engine._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
         engine.ask("weights", folder="nowhere")
+
+
+def widen(base: str, folder: Path) -> Path:
+    """Write a Llama base with the same logits and heads of 32, not 16, which vLLM lacks on a CPU; return its folder.
+
+    Rotary embeddings turn dimensions i and i + d/2 of a head of size d at frequency theta^(-2i/d). So dimension i of 16
+    becomes dimension 2i of 32, which has the same frequency; the other dimensions are zero. Queries are multiplied by
+    sqrt(2), since scores are divided by the root of the size.
+    """
+    narrow, wide = 16, 32
+    spec = TinyModel(kind="tiny", name=base)
+    model = load_model(spec)
+    half = torch.arange(narrow // 2)
+    to = torch.cat([2 * half, wide // 2 + 2 * half])
+    heads = model.config.num_attention_heads
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        factors = {"q_proj": (wide / narrow) ** 0.5, "k_proj": 1.0, "v_proj": 1.0}
+        for name, factor in factors.items():
+            projection = attention.get_submodule(name)
+            old = projection.weight.detach().view(heads, narrow, -1)
+            new = torch.zeros(heads, wide, old.shape[-1])
+            new[:, to] = factor * old
+            projection.weight = torch.nn.Parameter(new.flatten(0, 1))
+        old = attention.o_proj.weight.detach().view(-1, heads, narrow)
+        new = torch.zeros(len(old), heads, wide)
+        new[..., to] = old
+        attention.o_proj.weight = torch.nn.Parameter(new.flatten(1))
+    model.config.head_dim = wide
+    model.save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
+    return folder
 
 
 STEPS = 9

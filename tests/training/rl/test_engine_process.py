@@ -32,11 +32,10 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
     parent.wait()
     for _ in range(100):
         if not folder.exists() and (not child.exists() or "Z" in (child / "stat").read_text().split()[2]):
-            break
+            return
         time.sleep(0.1)
-    else:
-        os.kill(int(child.name), signal.SIGKILL)
-        raise AssertionError("the process lives on")
+    os.kill(int(child.name), signal.SIGKILL)
+    raise AssertionError("the process lives on")
 
 
 def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():

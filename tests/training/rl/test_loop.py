@@ -16,11 +16,8 @@ from lorabench.runs import Run
 from lorabench.training.rl.loop import ProblemTexts, evaluation_steps
 from lorabench.training.rl.sampler import Request, Response
 
+from ..conftest import BrokenError
 from .conftest import ROLLOUTS, TINY, condition_of, drawn, environment_of, problem_file, same_tokens, train
-
-
-class KilledError(Exception):
-    """Interrupts a run."""
 
 
 def weights_hash(model) -> str:
@@ -64,15 +61,21 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert outcome.final_reward == 1 - np.mean([problem.loss for problem in outcome.test_losses])
     assert outcome.final_valid_reward == metric(outcome, "accuracy", "validation")[-1]
     assert outcome.base_reward == metric(outcome, "accuracy", "test")[0]
-    pairs = list(
-        zip(metric(outcome, "accuracy", "validation")[1:], metric(outcome, "accuracy", "test")[1:], strict=True)
-    )
-    assert outcome.best_reward == max(pairs, key=lambda pair: pair[0])[1]
+    validation, test = (metric(outcome, "accuracy", split)[1:] for split in ("validation", "test"))
+    assert outcome.best_reward == test[np.argmax(validation)]
 
 
 def test_equal_rewards_change_nothing(environment, tmp_path, base):
     """This holds after steps with differing rewards too: Adam's momentum must not move the policy."""
-    rights = replace(environment, grade=every(1.0))
+
+    def grade_until(steps):
+        """Return a grading that is right for some training steps (batches of 32) and then accepts all responses."""
+        batches, grade = iter(range(1, 100)), environment.grade
+        return lambda responses, answers: (
+            grade(responses, answers) if len(responses) != 32 or next(batches) <= steps else np.ones(len(responses))
+        )
+
+    rights = replace(environment, grade=lambda responses, answers: np.ones(len(responses)))
     outcome, model = train(Run(condition_of(None), 1e-3, 0), rights, tmp_path)
     assert outcome.status == "done"
     assert metric(outcome, "equal_groups") == [1.0] * 4
@@ -81,7 +84,7 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
 
     # The last of three steps has equal rewards, so the policy is the one after two steps.
     after = []
-    for steps, grade in ((2, environment.grade), (3, until(environment.grade, 2))):
+    for steps, grade in ((2, environment.grade), (3, grade_until(2))):
         _, model = train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grade=grade), tmp_path)
         after.append(weights_hash(model))
     assert after[0] == after[1] != weights_hash(base)
@@ -104,30 +107,17 @@ def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environmen
     def train_until(last):
         def die(step):
             if step == last:
-                raise KilledError
+                raise BrokenError
 
         return train(run, environment, tmp_path, die, sampler=shifting, checkpoint_seconds=0)[0]
 
-    with pytest.raises(KilledError):
+    with pytest.raises(BrokenError):
         train_until(3)
     outcome = train_until(None)
     assert metric(outcome, "kl") == pytest.approx([0.005, 0.034, 0.034, 0.034], abs=1e-4)
     [message] = caplog.messages
     assert f"In run {run.run_id}, step 2, " in message
     assert "differs from the learner's by 0.034 nats per token (KL); above 0.01 " in message
-
-
-def every(reward):
-    """Return a grading that gives all responses one reward."""
-    return lambda responses, answers: np.full(len(responses), reward)
-
-
-def until(grade, steps):
-    """Return a grading that is right for some training steps (batches of 32) and then accepts all responses."""
-    batches = iter(range(1, 100))
-    return lambda responses, answers: (
-        grade(responses, answers) if len(responses) != 32 or next(batches) <= steps else np.ones(len(responses))
-    )
 
 
 def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
@@ -149,56 +139,47 @@ def test_a_run_that_blows_up_is_diverged(environment, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
+def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(environment, tmp_path, rank):
+    """In a step there is a checkpoint of the one before; between evaluations there is only that before the last one."""
     run = Run(condition_of(rank, steps=5), 3e-3 if rank else 3e-4, 0)
-    (tmp_path / "unbroken").mkdir()
-    (tmp_path / "broken").mkdir()
-    unbroken, _ = train(run, environment, tmp_path / "unbroken")
 
-    def die(step):
-        if step == 4:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(run, environment, tmp_path / "broken", tick=die, checkpoint_seconds=0)
-    resumed, _ = train(run, environment, tmp_path / "broken")
-    assert untimed(resumed) == untimed(unbroken)
-    assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
-    assert resumed.test_losses == unbroken.test_losses
-    assert resumed.train_tokens == unbroken.train_tokens
-
-
-def test_a_kill_during_an_evaluation_loses_nothing_but_the_evaluation(environment, tmp_path):
-    """The time between checkpoints is long, so only the one before the evaluation is there."""
-    run = Run(condition_of(2, steps=4), 3e-3, 0)
-    (tmp_path / "broken").mkdir()
-
-    def train_until(folder, killed_at=math.inf):
+    def train_until(folder, step=None, evaluation=None, **changes):
         """Return the outcome, and what was drawn for: training or an evaluation."""
         drawn_for = []
 
         def killing(draw):
             def drawing(requests, interruptible):
                 drawn_for.append("evaluation" if interruptible else "training")
-                if drawn_for.count("evaluation") == killed_at:
-                    raise KilledError
+                if drawn_for.count("evaluation") == evaluation:
+                    raise BrokenError
                 return draw(requests, interruptible)
 
             return drawing
 
+        def die(started):
+            if started == step:
+                raise BrokenError
+
+        folder.mkdir(exist_ok=True)
         try:
-            return train(run, environment, folder, sampler=killing)[0], drawn_for
-        except KilledError:
+            return train(run, environment, folder, die, sampler=killing, **changes)[0], drawn_for
+        except BrokenError:
             return None, drawn_for
 
-    unbroken, whole = train_until(tmp_path)
-    _, before = train_until(tmp_path / "broken", killed_at=1)
-    resumed, after = train_until(tmp_path / "broken")
-    # The resumed run starts with the evaluation, and repeats no step.
+    unbroken, whole = train_until(tmp_path / "unbroken")
+    in_a_step, in_an_evaluation = tmp_path / "step", tmp_path / "evaluation"
+    assert train_until(in_a_step, step=4, checkpoint_seconds=0)[0] is None
+    killed, before = train_until(in_an_evaluation, evaluation=1)
+    assert killed is None
+    for folder in (in_a_step, in_an_evaluation):
+        resumed, after = train_until(folder)
+        assert untimed(resumed) == untimed(unbroken)
+        assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
+        assert resumed.test_losses == unbroken.test_losses
+        assert resumed.train_tokens == unbroken.train_tokens
+    # The run resumed last starts with the evaluation, and repeats no step.
     assert after[0] == "evaluation"
-    assert before.count("training") + after.count("training") == whole.count("training") == 4
-    assert untimed(resumed) == untimed(unbroken)
-    assert resumed.test_losses == unbroken.test_losses
+    assert before.count("training") + after.count("training") == whole.count("training") == 5
 
 
 def test_another_seed_draws_other_samples_and_held_out_problems_are_not_trained_on(environment, tmp_path, tokenizer):
@@ -223,32 +204,22 @@ def test_evaluations_are_evenly_spaced_and_the_last_is_the_end():
     assert evaluation_steps(2, 6) == {1, 2}
 
 
-@pytest.fixture
-def own_tokenizer():
-    """A tokenizer that a test may change."""
-    return load_tokenizer(TINY)
-
-
-def test_a_prompt_is_the_chat_up_to_the_assistant_and_what_closes_a_turn_ends_a_response(own_tokenizer):
-    texts = ProblemTexts(own_tokenizer, ROLLOUTS, 512)
-    assert own_tokenizer.decode(texts.prompt("What is 1 + 1?")) == "<|user|>What is 1 + 1?<|assistant|>"
-    assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
-    own_tokenizer.chat_template = own_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
-    both = {own_tokenizer.eos_token_id, own_tokenizer.pad_token_id}
-    assert set(ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
-
-
-def test_a_plain_prompt_needs_no_template(own_tokenizer, tmp_path):
-    own_tokenizer.chat_template = None
-    texts = ProblemTexts(own_tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
-    assert own_tokenizer.decode(texts.prompt("{x} + 1?")) == "Question: {x} + 1?\nAnswer:"
-    assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
-    said = np.array(own_tokenizer(" 12\nQuestion").input_ids)
-    assert texts.text(Response(said, np.zeros(len(said)), False)) == " 12"
-    with pytest.raises(UserError, match="no chat template; give the RL experiment a `prompt`"):
-        ProblemTexts(own_tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))
-
-
-def test_what_does_not_fit_the_model_is_refused(tokenizer, tmp_path):
+def test_a_prompt_is_a_chat_up_to_the_assistant_or_a_text_and_what_closes_a_turn_ends_a_response(tmp_path):
+    tokenizer = load_tokenizer(TINY)
     with pytest.raises(UserError, match="a response of 8 is more than the 40 tokens that the model takes"):
         ProblemTexts(tokenizer, ROLLOUTS, 40).read(problem_file(tmp_path))
+    texts = ProblemTexts(tokenizer, ROLLOUTS, 512)
+    assert tokenizer.decode(texts.prompt("What is 1 + 1?")) == "<|user|>What is 1 + 1?<|assistant|>"
+    assert texts.stop.tokens == (tokenizer.eos_token_id,)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|pad|>")
+    both = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert set(ProblemTexts(tokenizer, ROLLOUTS, 512).stop.tokens) == both
+    # A plain prompt needs no template.
+    tokenizer.chat_template = None
+    texts = ProblemTexts(tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
+    assert tokenizer.decode(texts.prompt("{x} + 1?")) == "Question: {x} + 1?\nAnswer:"
+    assert texts.stop.tokens == (tokenizer.eos_token_id,)
+    said = np.array(tokenizer(" 12\nQuestion").input_ids)
+    assert texts.text(Response(said, np.zeros(len(said)), False)) == " 12"
+    with pytest.raises(UserError, match="no chat template; give the RL experiment a `prompt`"):
+        ProblemTexts(tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))

@@ -68,10 +68,6 @@ def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
 
 
-def row_length(row):
-    return len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses)
-
-
 @given(
     st.lists(
         st.tuples(st.integers(1, 60), st.lists(st.integers(1, 90), min_size=2, max_size=9)), min_size=1, max_size=6
@@ -88,16 +84,13 @@ def test_parts_hold_every_response_once_and_fit(shapes, limit):
     assert held == sorted((group.prompt[0], reward) for group in groups for reward in group.rewards)
     assert sum(row.advantages.sum() for part in parts for row in part) == pytest.approx(0, abs=1e-9)
     for part in parts:
-        assert len(part) * max(map(row_length, part)) <= limit or len(part) == len(part[0].responses) == 1
+        longest = max(len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses) for row in part)
+        assert len(part) * longest <= limit or len(part) == len(part[0].responses) == 1
 
 
 def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn(base):
-    drawn = [
-        response([3, 1], [-1.0, -16.0]),
-        response([4], [-2.0]),
-        response([3, 1], [-1.0, -16.0]),
-        response([3], [-1.0]),
-    ]
+    twice, once, other = response([3, 1], [-1.0, -16.0]), response([4], [-2.0]), response([3], [-1.0])
+    drawn = [twice, once, twice, other]
     group = ResponseGroup.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
     # The same tokens with another reward, for instance after a timeout of the grader, are another response.
     judged_apart = ResponseGroup.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
@@ -197,11 +190,8 @@ def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
     for row, (prompt, response) in enumerate(zip(owners, responses, strict=True)):
         prompt_ids[row, width - len(prompt) :], prompt_mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
         n = len(response.tokens)
-        ids[row, :n], mask[row, :n], old[row, :n] = (
-            torch.from_numpy(response.tokens),
-            1,
-            torch.from_numpy(response.logprobs),
-        )
+        ids[row, :n], mask[row, :n] = torch.from_numpy(response.tokens), 1
+        old[row, :n] = torch.from_numpy(response.logprobs)
     inputs = {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,

@@ -63,8 +63,16 @@ def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts, rank
     assert_log_probabilities_of(plain, requests, drawn(model, tokenizer, requests))
 
 
+@pytest.fixture
+def row_tables(monkeypatch):
+    """The tables of rows that were drawn in."""
+    tables, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: tables.append(rows(*given)) or tables[-1])
+    return tables
+
+
 @pytest.mark.parametrize(("short", "shared"), [(12, True), (30, False)])
-def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
+def test_a_sliding_window_is_kept_and_nothing_is_learned_beyond_it(tokenizer, row_tables, short, shared):
     """Responses share a row only if the window covers prompt and response."""
     model = base_of("mistral").eval()
     assert sampler.window(model) == 24
@@ -72,21 +80,15 @@ def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
         for parameter in model.parameters():
             # Larger weights make attention less uniform.
             parameter.mul_(8 if parameter.ndim == 2 else 1)
-    row_tables, rows = [], sampler._Rows
-    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
     rng = np.random.default_rng(0)
     requests = keyed([tuple(rng.integers(5, 900, short).tolist()) for _ in range(3)])
     responses = drawn(model, tokenizer, requests, 8)
     assert row_tables[0].shared == shared
     assert_log_probabilities_of(model, requests, responses)
-
-
-def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
-    model = base_of("mistral")
-    requests = keyed([tuple(range(5, 35))], samples=2)
-    group = ResponseGroup.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
-    with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be within"):
-        backward(model, [group], machine())
+    if not shared:
+        group = ResponseGroup.of(requests[0].prompt, responses[:3], np.array([0.0, 1.0, 1.0]))
+        with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be wit"):
+            backward(model, [group], machine())
 
 
 def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
@@ -100,11 +102,9 @@ def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
 
 @pytest.mark.parametrize(("cache", "shared", "seats"), [(40, 128, 1), (200, 128, 4), (100_000, 1, 1), (100_000, 16, 2)])
 def test_a_response_depends_neither_on_its_batch_nor_on_those_in_its_row(
-    base, tokenizer, prompts, monkeypatch, cache, shared, seats
+    base, tokenizer, prompts, monkeypatch, row_tables, cache, shared, seats
 ):
     monkeypatch.setattr(sampler, "_SHARED_TOKENS", shared)
-    row_tables, rows = [], sampler._Rows
-    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
     requests = keyed(prompts[:8], samples=5)
     together = drawn(base, tokenizer, requests, cache=cache)
     assert max(table.seats.max() for table in row_tables) == seats

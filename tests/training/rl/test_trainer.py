@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from copy import deepcopy
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from peft import PeftModel
 
+from lorabench.config.inputs import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
@@ -28,25 +28,26 @@ from ..conftest import command
 from .conftest import TINY
 
 
-@pytest.fixture
-def job(tmp_path, monkeypatch, raw_rl_preset):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset))
+def prepare(raw: dict):
+    """Write a preset and its problems into the working directory; return its plan and layout."""
+    Path("mine.yaml").write_text(yaml.safe_dump(raw))
     layout = Layout.of("mine.yaml")
     for name, spec in layout.preset.problems.items():
         write_problems(make_problems(spec), layout.dataset(name))
-    plan = make_plan(layout.preset)
-    return plan, layout, {sweep.condition.method: sweep for sweep in plan.sweeps}
+    return make_plan(layout.preset), layout
 
 
-def base_reward(record: str) -> float:
-    return json.loads(record)["outcome"]["base_reward"]
+def learned_layers(weights: Path) -> list[str]:
+    """Return the LoRA layers of an adapter whose B is not zero."""
+    model = PeftModel.from_pretrained(load_model(TINY), weights)
+    return [name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0]
 
 
 @pytest.mark.slow
-def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monkeypatch):
-    plan, layout, sweeps = job
-    whole, lines, evaluations = Job(tuple(sweeps.values())), [], []
+def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, raw_rl_preset, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan, layout = prepare(raw_rl_preset)
+    whole, lines, evaluations = Job(tuple(plan.sweeps)), [], []
     monkeypatch.setattr(rl_job, "evaluate", lambda *given: evaluations.append(given) or evaluate(*given))
     run_job(plan, whole, layout, lines.append)
     assert len(evaluations) == 1, "the sweeps of a job share the scores of the base"
@@ -72,19 +73,16 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monke
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
     assert kept == set(lora.loc[lora["lr"] == at_best, "run_id"])
-    for run_id in kept:
-        weights = layout.runs / run_id / "weights"
-        model = PeftModel.from_pretrained(load_model(TINY), weights)
-        trained = {name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0}
-        assert trained
+    assert all(learned_layers(layout.runs / run_id / "weights") for run_id in kept)
 
     first = pq.read_table(layout.job(whole)).to_pandas()
     layout.job(whole).unlink()
     lost = layout.runs / lora["run_id"].iloc[0]
-    record = (lost / "record.json").read_text()
+    record = json.loads((lost / "record.json").read_text())
     shutil.rmtree(lost)
     run_job(plan, whole, layout, lambda line: None)
-    assert base_reward((lost / "record.json").read_text()) == base_reward(record)
+    again = json.loads((lost / "record.json").read_text())
+    assert again["outcome"]["base_reward"] == record["outcome"]["base_reward"]
 
     layout.job(whole).unlink()
     monkeypatch.setattr(rl_job, "train_rl", None)
@@ -95,50 +93,34 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monke
 SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
 
 
-def make(folder: Path, raw: dict, precision: str) -> None:
-    """Write a preset and its problems."""
-    raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
-    changed = deepcopy(raw) | {"protocol": {"precision": precision}}
-    changed["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0}
-    folder.mkdir()
-    (folder / "mine.yaml").write_text(yaml.safe_dump(changed))
-    layout = Layout.of(str(folder / "mine.yaml"))
-    for problems, spec in layout.preset.problems.items():
-        write_problems(make_problems(spec), folder / layout.dataset(problems))
-
-
-def runs_of(folder: Path) -> dict[str, dict]:
-    """Return the rows of the preset's runs by run_id."""
-    layout = Layout.of(str(folder / "mine.yaml"))
-    files = [folder / layout.job(Job((sweep,))) for sweep in make_plan(layout.preset).sweeps]
-    return {row["run_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_preset, monkeypatch):
-    alone, several = tmp_path / "alone", tmp_path / "several"
-    for folder in (alone, several):
-        make(folder, raw_rl_preset, precision)
-    monkeypatch.chdir(alone)
-    layout = Layout.of("mine.yaml")
-    plan = make_plan(layout.preset)
-    for sweep in plan.sweeps:
-        run_job(plan, Job((sweep,)), layout, lambda line: None)
-        together = command(sweep, "--processes", "2")
-        done = subprocess.run(together, cwd=several, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    expected, runs = runs_of(alone), runs_of(several)
+    raw = raw_rl_preset | {"protocol": {"precision": precision}}
+    raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
+    raw["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0}
+    rows = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        plan, layout = prepare(raw)
+        for sweep in plan.sweeps:
+            if processes == 1:
+                run_job(plan, Job((sweep,)), layout, lambda line: None)
+                continue
+            together = command(sweep, "--processes", "2")
+            done = subprocess.run(together, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        tables = [pq.read_table(layout.job(Job((sweep,)))).to_pylist() for sweep in plan.sweeps]
+        rows.append({row["run_id"]: row for table in tables for row in table})
+    expected, runs = rows
     assert len(expected) == 3
     assert runs.keys() == expected.keys()
     for run_id, run in runs.items():
         same_run(run, expected[run_id], precision == "bf16")
-        weights = several / layout.runs / run_id / "weights"
-        if run["method"] == "lora":
-            adapted = PeftModel.from_pretrained(load_model(TINY), weights)
-            assert any(p.abs().max() > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
-        else:
-            assert (weights / "model.safetensors").is_file()
+        weights = layout.runs / run_id / "weights"
+        assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
 
 
 def same_run(run: dict, expected: dict, rounded: bool) -> None:
@@ -162,3 +144,23 @@ def same_run(run: dict, expected: dict, rounded: bool) -> None:
         elif metric in ("grad_norm", "entropy") and not rounded:
             assert ours == pytest.approx(value, rel=1e-4), (step, metric)
     assert run["train_tokens"] == expected["train_tokens"] or rounded
+
+
+def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_path, monkeypatch, raw_rl_preset):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"train": 32, "validation": 8, "test": 24}
+    problems = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
+    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in problems]
+    Path("mine.jsonl").write_text("\n".join(lines))
+    own = {"kind": "file", "path": "mine.jsonl", "question": "q", "answer": "a", "grader": "number"}
+    raw_rl_preset["problems"] = {"mine": own | sizes}
+    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
+    lrs = {"fullft": [1e-4], "lora": []}
+    block |= {"problems": ["mine"], "held_out": [], "ranks": {}, "lrs": lrs, "seeds": 1}
+    plan, layout = prepare(raw_rl_preset)
+    [sweep] = plan.sweeps
+    run_job(plan, Job((sweep,)), layout, lambda line: None)
+    [run] = pq.read_table(layout.job(Job((sweep,)))).to_pylist()
+    # The base solves about one problem in four, which shows that it is graded by the file's answers.
+    assert 0 < run["base_reward"] < 1
+    assert run["status"] == "done"
