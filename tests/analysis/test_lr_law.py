@@ -121,9 +121,7 @@ def test_a_slope_over_models_carries_the_errors_of_their_numbers():
     assert slope.value == pytest.approx(2)
     # The standard deviation of a slope is that of a number over the root of the summed squares of x, here 5.
     assert slope.draws.std() == pytest.approx(0.1 * math.sqrt(10 / 8) / math.sqrt(5), rel=0.05)
-
-
-def test_groups_have_intercepts_of_their_own():
+    # Groups have intercepts of their own.
     values, groups = numbers([1.0, 3.0, 101.0, 103.0], 0.1), ["a", "a", "b", "b"]
     assert slope_over_models([0.0, 1.0, 0.0, 1.0], values, groups, "slope").value == pytest.approx(2)
     assert not slope_over_models([0.0, 0.0, 1.0, 1.0], values, groups, "slope").known

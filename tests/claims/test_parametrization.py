@@ -67,8 +67,7 @@ def test_equivalent_runs_are_one_run():
         verdict_is(claims.loc[claim], "confirmed", f"{pairs} equivalent pairs")
         assert claims.loc[claim, "estimate"] < 1e-12
 
-
-def test_the_largest_difference_of_equivalent_runs_is_the_estimate():
+    # The largest difference of equivalent runs is the estimate.
     def loss(run, step):
         return nll(run, step) + (3e-5 if run["lr_ratio"] == 3.0 and run["seed"] == 2 and step == 50 else 0.0)
 

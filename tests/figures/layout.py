@@ -18,8 +18,9 @@ DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll":
 """What a run that diverged has in place of a result."""
 
 
-def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw a figure and compute its layout as for a file: bad texts, limits and axes raise here."""
+def draw(name: str, runs: Tables | pd.DataFrame, curves: pd.DataFrame | None = None) -> tuple[Figure, pd.DataFrame]:
+    """Draw a figure of tables, or of runs and curves, and compute its layout: bad texts, limits and axes raise here."""
+    tables = runs if isinstance(runs, Tables) else Tables(runs, pd.DataFrame() if curves is None else curves)
     figure, plotted = FIGURES[name].draw(tables)
     with applied():
         figure.draw_without_rendering()

@@ -12,20 +12,14 @@ from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
 from lorabench.figures.grid import optima
-from lorabench.store.tables import Tables
 
 from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
-from .layout import DIVERGED, legend, lines, only, texts, titles
-from .layout import draw as drawn
+from .layout import DIVERGED, draw, legend, lines, only, texts, titles
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
 LENGTHS = {"step": [25, 50, 100, 400], "ratio": [20.0, 16.0, 14.0, 10.0]}
-
-
-def draw(name, runs, curves=None):
-    return drawn(name, Tables(runs, pd.DataFrame() if curves is None else curves))
 
 
 def models(chosen=MODELS, ranks=(None, 16), **settings):

@@ -10,19 +10,13 @@ import pytest
 
 from lorabench.analysis.curves import early_difference
 from lorabench.figures.style import arm_styles
-from lorabench.store.tables import Tables
 
 from ..handmade.lora import a_moved, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
-from .layout import DIVERGED, lines, only, texts
-from .layout import draw as drawn
+from .layout import DIVERGED, draw, lines, only, texts
 
 SEEDS = range(3)
 NAMES = ("early", "parametrization", "variants")
-
-
-def draw(name, runs, curves):
-    return drawn(name, Tables(runs, curves))
 
 
 def grid(*configurations, seeds=SEEDS, **columns):

@@ -8,7 +8,6 @@ import pytest
 
 from lorabench.analysis.comparison import comparisons
 from lorabench.figures.style import arm_styles
-from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
 from .layout import draw, lines, only, texts, titles
@@ -30,7 +29,7 @@ def by_size(ranks=(None, 8), sizes=(4, 16, 64), **changes):
 
 def drawn_by_size(rows):
     runs = runs_table(rows)
-    return draw("fig3_batch_size", Tables(runs, curves_of(runs)))
+    return draw("fig3_batch_size", runs, curves_of(runs))
 
 
 def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
@@ -78,13 +77,9 @@ def placed(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), **change
     return rows
 
 
-def drawn(rows):
-    return draw("fig4_placement", Tables(runs_table(rows), pd.DataFrame()))
-
-
 def test_losses_by_parameters_are_those_of_the_fit():
     rows = placed()
-    figure, plotted = drawn(rows)
+    figure, plotted = draw("fig4_placement", runs_table(rows))
     [comparison] = comparisons(runs_table(rows), pd.DataFrame())
     best = only(plotted, "best")
     expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
@@ -105,7 +100,7 @@ def test_losses_by_parameters_are_those_of_the_fit():
 
 
 def test_a_best_lr_at_the_edge_is_open():
-    figure, plotted = drawn(placed(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
+    figure, plotted = draw("fig4_placement", runs_table(placed(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0)))
     assert only(plotted, "best", method="lora")["at_edge"].all()
     faces = {line.get_markerfacecolor() for line in figure.axes[1].get_lines() if line.get_marker() in ("o", "P", "v")}
     assert faces == {"white"}
@@ -113,4 +108,4 @@ def test_a_best_lr_at_the_edge_is_open():
 
 def test_arms_without_a_parameter_count_are_named():
     rows = [row | ({"trainable_params": None} if row["placement"] == "attn" else {}) for row in placed()]
-    assert texts(drawn(rows)[0], 1) == "no parameter count: LoRA r16 attn, LoRA r27 attn"
+    assert texts(draw("fig4_placement", runs_table(rows))[0], 1) == "no parameter count: LoRA r16 attn, LoRA r27 attn"

@@ -134,6 +134,7 @@ def rows() -> list[dict[str, Any]]:
     return [row for rank in (None, 1, 16) for row in make_sweep(rank)]
 
 
+EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
 HOSTILE = (
     "'\"></script></style><script>window.hacked=1</script><img/src=x/onerror=window.hacked=1>"
     "<a/href=javascript:window.hacked=1>-->]]><x-evil/onclick=window.hacked=1>{{7*7}}\u2028\\u003cx-evil>&lt;"
@@ -178,13 +179,12 @@ def hostile_report(report: Any) -> Any:
 
         return spoil
 
-    evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
     return report(
         rows,
         evals,
         claims=spoilt("claims"),
         curves=spoilt("curves"),
-        evaluation=evaluation,
+        evaluation=EVALUATION,
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],
     )

@@ -12,12 +12,11 @@ import pytest
 from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep
-from .conftest import hostile_report
+from .conftest import EVALUATION, hostile_report
 
 pytestmark = pytest.mark.slow
 
 BINARIES = {"chromium": "chromium", "chromedriver": "chromium-driver"}
-EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
 WIDE, PHONE, A4 = 1280, 390, 794
 
 

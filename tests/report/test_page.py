@@ -26,7 +26,7 @@ from lorabench.utils.gpus import processor
 from tests.cli.test_speeds import record
 
 from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
-from .conftest import HOSTILE, Page, columns, hostile_report
+from .conftest import EVALUATION, HOSTILE, Page, columns, hostile_report
 
 
 def judged_claims() -> pd.DataFrame:
@@ -235,9 +235,6 @@ def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(
     page = report(make_sweep(None) + changed, limits=["It cannot fly."])
     for text in ("7 runs with uncommitted changes", "abc123", "It cannot fly."):
         assert text in page.text
-
-
-EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
 
 
 def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
