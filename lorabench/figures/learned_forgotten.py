@@ -155,9 +155,9 @@ def _draw_row(panels: Sequence[Axes], rows: pd.DataFrame, measures: Sequence[str
             axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
             drawn[up].append(axes)
     # Panels with the same height share their y-axis, which has its label at the first of them.
-    whats = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
+    labels = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
     for up, (first, *others) in {up: alike for up, alike in drawn.items() if alike}.items():
-        first.set_ylabel(f"{_named(whats[up], rows[f'{up}_tasks'].iloc[0])}\n(higher is better)", parse_math=False)
+        first.set_ylabel(f"{_named(labels[up], rows[f'{up}_tasks'].iloc[0])}\n(higher is better)", parse_math=False)
         for axes in others:
             axes.sharey(first)
             axes.tick_params(labelleft=False)

@@ -87,7 +87,7 @@ def test_a_sliding_window_is_kept_and_nothing_is_learned_beyond_it(tokenizer, ro
     assert_log_probabilities_of(model, requests, responses)
     if not shared:
         group = ResponseGroup.of(requests[0].prompt, responses[:3], np.array([0.0, 1.0, 1.0]))
-        with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be wit"):
+        with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be"):
             backward(model, [group], machine())
 
 
