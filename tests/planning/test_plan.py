@@ -132,15 +132,6 @@ def test_runs_shared_between_experiments_appear_once(raw_preset):
     assert [run.seed for run in next_runs(merged, losses | {(sweep.lrs[1], 0): 0.0})] == [1]
 
 
-def test_seeds_at_every_lr(raw_preset):
-    plan = changed_block(raw_preset, seeds={"every": 3})
-    sweep = next(sweep for sweep in plan.sweeps if sweep.condition.method == "lora")
-    cells = {(run.lr, run.seed) for run in sweep.grid()}
-    assert cells == {(lr, seed) for lr in (1e-3, 3e-3, 1e-2) for seed in (0, 1, 2)}
-    assert sweep.n_runs == 9
-    assert next_runs(sweep, dict.fromkeys(cells, 0.0)) == []
-
-
 def test_steps_and_arms_are_those_of_the_block(raw_preset):
     lrs = raw_preset["experiments"]["rank"][0]["lrs"]
     for fields, steps in (({"steps": 5}, 5), ({"steps": 500}, 16), ({"steps": None, "epochs": 2.0}, 32)):

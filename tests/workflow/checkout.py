@@ -60,10 +60,13 @@ def adapt_profile(checkout: Path, old: str, new: str) -> None:
     profile.write_text(text.replace(old, new))
 
 
-def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
-    """Run Snakemake on two cores in the working copy; returns all it printed."""
-    # The commands of the rules lie beside the interpreter that runs the tests.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def snakemake(checkout: Path, *arguments: str, fails: bool = False, commands: str | None = None) -> str:
+    """Run Snakemake on two cores in the working copy; returns all it printed.
+
+    Args:
+        commands: the folder whose commands come first; by default that of the interpreter that runs the tests.
+    """
+    path = f"{commands or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
         cwd=checkout,

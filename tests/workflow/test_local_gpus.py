@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
-from .checkout import fresh_clone
+from .checkout import fresh_clone, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -25,14 +22,6 @@ sleep 0.5
 echo end >>log
 mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$3.parquet
 """
-
-
-def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake where the stand-ins of `lorabench` and `nvidia-smi` come first."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment["PATH"] = f"{checkout}/bin{os.pathsep}{environment['PATH']}"
-    command = [sys.executable, "-m", "snakemake", "--cores", "32", *arguments]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
 
 
 def most_at_once(checkout: Path, *arguments: str) -> int:
@@ -48,16 +37,15 @@ def most_at_once(checkout: Path, *arguments: str) -> int:
     log = checkout / "log"
     for path in (log, *targets):
         (checkout / path).unlink(missing_ok=True)
-    done = run(
-        checkout, *map(str, targets), "--allowed-rules", "train", *arguments, "--config", f"preset={layout.name}"
-    )
-    assert done.returncode == 0, done.stderr
+    options = ("--cores", "32", "--allowed-rules", "train", *arguments, "--config", f"preset={layout.name}")
+    snakemake(checkout, *map(str, targets), *options, commands=f"{checkout}/bin")
     words = log.read_text().split()
     assert words.count("start") == len(jobs)
     return max(accumulate(1 if word == "start" else -1 for word in words))
 
 
-def test_jobs_wait_for_a_gpu(tmp_path):
+def test_jobs_wait_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     checkout = fresh_clone(tmp_path)
     (checkout / "bin").mkdir()
     for name, text in (("lorabench", COMMAND), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
@@ -66,6 +54,6 @@ def test_jobs_wait_for_a_gpu(tmp_path):
     assert most_at_once(checkout) == 2
     assert most_at_once(checkout, "--resources", "gpu=3") == 3
     # One that needs more GPUs than there are would wait forever.
-    refused = run(checkout, "--dry-run", "--config", "preset=paper")
-    assert refused.returncode != 0
-    assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused.stdout + refused.stderr
+    options = ("--dry-run", "--config", "preset=paper")
+    refused = snakemake(checkout, *options, fails=True, commands=f"{checkout}/bin")
+    assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused

@@ -136,22 +136,23 @@ def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
         assert int(resources["cpus_per_task"]) > 0
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "option", "sentence"),
-    [
-        ("gpu_option: gpu", "gpu_option: grse", "--dry-run", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
-        (
-            *("# max_runtime: 1440", "max_runtime: 0", "--dry-run"),
-            "max_runtime = 0 in the profile: minutes are needed, at least 1",
-        ),
+def test_a_wrong_setting_is_one_sentence(checkout):
+    for old, new, option, sentence in (
         # They would wait forever.
         ("", "", "--slurm-array-jobs=all", "slurm-array-jobs = 'all': leave this option out"),
-    ],
-)
-def test_a_wrong_setting_is_one_sentence(checkout, old, new, option, sentence):
-    if old:
-        adapt_profile(checkout, old, new)
-    arguments = (option, "results/smoke/plan.parquet", "--config", "preset=smoke")
-    output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
-    assert sentence in output
-    assert "Traceback" not in output
+        (
+            "# max_runtime: 1440",
+            "max_runtime: 0",
+            "--dry-run",
+            "max_runtime = 0 in the profile: minutes are needed, at least 1",
+        ),
+        ("gpu_option: gpu", "gpu_option: grse", "--dry-run", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
+    ):
+        if old:
+            adapt_profile(checkout, old, new)
+        arguments = (option, "results/smoke/plan.parquet", "--config", "preset=smoke")
+        output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
+        assert sentence in output
+        assert "Traceback" not in output
+        if old:
+            adapt_profile(checkout, new, old)
