@@ -9,7 +9,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
@@ -151,5 +150,5 @@ class _PartialSchema(GenerateJsonSchema):
     def field_is_required(self, field: Any, total: bool) -> bool:
         return False
 
-    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+    def tagged_union_schema(self, schema: Any) -> JsonSchemaValue:
         return {"anyOf": super().tagged_union_schema(schema)["oneOf"]}

@@ -57,7 +57,8 @@ def changed(tables: Tables, size: float) -> Tables:
     return Tables(runs, curves, test_losses=test_losses)
 
 
-@pytest.mark.parametrize("preset", [pytest.param("overnight", marks=pytest.mark.slow), "laptop_more"])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["overnight", "laptop_more"])
 def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(preset):
     """The accuracies of `laptop_more` are often equal at several LRs, between which only rounding could choose."""
     tables, by = published_tables(preset)
