@@ -48,9 +48,7 @@ rule evaluate:
     threads: LAYOUT.preset.execution.threads
     resources:
         **requested(
-            lambda wildcards: evaluation_cost(
-                PLAN, EVALUATIONS[wildcards.evaluation]
-            )
+            lambda wildcards: evaluation_cost(PLAN, EVALUATIONS[wildcards.evaluation])
         ),
     params:
         preset=PRESET,

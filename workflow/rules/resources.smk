@@ -156,7 +156,9 @@ def requested(cost):
         "nodes": 1,
         "cpus_per_task": cpus,
         "mem_mb": memory,
-        "runtime": lambda wildcards, attempt: in_time(cost(wildcards).minutes * attempt),
+        "runtime": lambda wildcards, attempt: in_time(
+            cost(wildcards).minutes * attempt
+        ),
         "disk_mb": lambda wildcards: int(cost(wildcards).disk / 1e6),
         **(
             {

@@ -39,9 +39,7 @@ rule train:
     resources:
         **requested(lambda wildcards: job_cost(PLAN, JOBS[wildcards.job])),
         # Each GPU has a training process.
-        processes=lambda wildcards: max(
-            1, job_cost(PLAN, JOBS[wildcards.job]).gpus
-        ),
+        processes=lambda wildcards: max(1, job_cost(PLAN, JOBS[wildcards.job]).gpus),
     params:
         preset=PRESET,
     shell:
