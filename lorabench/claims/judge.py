@@ -142,7 +142,8 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
         if evidence.runs.empty:
             without = f"no runs of the experiment {' or '.join(claim.experiments)}"
             return Finding("not tested", f"{without}; it needs {claim.needs}"), None
-        if absent := [name for name in (*NEEDED_BY[claim.task], *claim.columns) if name not in columns]:
+        needed = dict.fromkeys((*NEEDED_BY[claim.task], *claim.columns))
+        if absent := [name for name in needed if name not in columns]:
             return Finding("not tested", f"the runs table has no column {', '.join(absent)}"), None
     over, judge = claim.over, claim.judge
     judged = judge_part(judge if over is None else lambda whole: judge_each(over(whole), judge), evidence)
