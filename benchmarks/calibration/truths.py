@@ -36,7 +36,7 @@ class Covered:
     def wrong(self, effect: int) -> tuple[Verdict, ...]:
         """Return the verdicts that are wrong with an effect of so many margins; each may fall in 5% of the worlds."""
         by_truth: dict[Truth, tuple[Verdict, ...]] = {
-            "true": ("contradicted",),
+            "true": ("contradicted", "right sign, below the margin"),
             "false": ("confirmed",),
             "at the margin": ("confirmed", "contradicted"),
         }
