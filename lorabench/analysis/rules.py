@@ -219,18 +219,19 @@ class Plan:
         seeds = self._seeds()
         if seeds is not None:
             return Remedy(f"{seeds} seeds {now}", seeds=seeds, plan=self)
-        if self.decides(1e12):
+        if not self.decides(MANY_SEEDS, 1e24):
             return Remedy(f"more than {MANY_SEEDS} seeds {now}: the estimate lies near the margin", plan=self)
-        # The error from test examples alone is too large. Both errors get half of the variance that decides.
-        factors = 1.02 ** np.arange(1500)
-        more = 2 * float(factors[bisect_left(factors, True, key=lambda more: self.decides(1e12, more))])
+        # The error from test examples alone is too large. Both errors get half of the variance that decides, or the
+        # error from examples what most seeds leave.
+        factors = 1.02 ** np.arange(2500)
+        more = float(factors[bisect_left(factors, True, key=lambda more: self.decides(1e12, more))]) * 2
+        if not self.decides(MANY_SEEDS, more):
+            more = float(factors[bisect_left(factors, True, key=lambda more: self.decides(MANY_SEEDS, more))])
         examples = math.ceil(self.n_examples * more)
         text = f"{examples} test examples (now {self.n_examples})"
-        if self.decides(self.n_seeds, more):
-            return Remedy(text, test_examples=examples, plan=self)
         seeds = self._seeds(more)
-        if seeds is None:
-            return Remedy(f"{text} and more than {MANY_SEEDS} seeds {now}", test_examples=examples, plan=self)
+        if self.decides(self.n_seeds, more) or seeds is None:
+            return Remedy(text, test_examples=examples, plan=self)
         return Remedy(f"{text} and {seeds} seeds {now}", seeds=seeds, test_examples=examples, plan=self)
 
     def _seeds(self, more_examples: float = 1.0) -> int | None:
