@@ -21,7 +21,7 @@ from lorabench.config.inputs import (
     ProblemSpec,
     model_catalogue,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
 
 
 class Preset(Strict):
@@ -43,8 +43,8 @@ class Preset(Strict):
     predictions: Predictions | None = None
     """What theories predict, written down before the runs and judged like claims; null for no predictions."""
     first_seed: NotNegative = 0
-    """The first seed of every sweep: 100 gives the seeds 100, 101, and so on, and other test examples too wherever
-    examples are generated (`GeneratedSplits`, `FactsDataset`), so that nothing of the verdicts was seen before."""
+    """The first seed of every sweep: 100 gives the seeds 100, 101, and so on. Wherever examples are generated, another
+    first seed than 0 also gives other test examples."""
     experiments: Experiments
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""
@@ -129,6 +129,11 @@ class Preset(Strict):
                     f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
                     f"allowed: {', '.join(allowed) or 'none in this preset'}"
                 )
+
+    @property
+    def judged_predictions(self) -> Predictions:
+        """The predictions that are judged: those that the preset states, and else none."""
+        return self.predictions or Predictions(lr_ratio=LrRatioPredictions())
 
     @property
     def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:
