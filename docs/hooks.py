@@ -124,8 +124,8 @@ def results_page(folder: Path) -> str:
     again, rules = read_held_out(folder), [name[:12] for name in sorted(set(judged["rules"].dropna()))]
     rows = [
         [claim["claim_id"], claim["statement"], claim_text.verdict(claim), *held_out(claim, again),
-         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim), _text(claim["scope"]),
-         _text(claim["paper_value"])]
+         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim),
+         _text(claim["scope"]), _text(claim["paper_value"])]
         for claim in tested.to_dict("records")
     ]  # fmt: skip
     untested = judged.loc[judged["verdict"] == "not tested", "claim_id"]
