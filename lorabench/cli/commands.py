@@ -248,7 +248,8 @@ def claims(
         str | None, Option(help="The preset of the runs, which states the margins of the verdicts.")
     ] = None,
     margins: Annotated[
-        Path | None, Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor.")
+        Path | None,
+        Option(help="A YAML file with the margins, for runs without a preset: loss, final_loss, reward, lr_factor."),
     ] = None,
     noise: Annotated[
         Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
