@@ -143,7 +143,7 @@ CLAIMS = _schema(
     int64 decide_test_examples
     words decide_lrs
     int64 n_runs
-    string reason paper_value published
+    string reason paper_value published rules
     words run_ids
     """
 )
@@ -164,7 +164,7 @@ SCHEMAS = {
 
 WHERE_ABSENT: dict[str, dict[str, str | None]] = {
     "evals": {"sampler": "own"},
-    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high")),
+    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
 }
 """The value of a column in tables that were written before the column was; there is no other in them."""
 
