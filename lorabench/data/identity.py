@@ -15,13 +15,15 @@ DOCSTRINGS = "b890d934b8f2"
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+    # Without groups, the hash is that of datasets from before there were any.
+    rules = spec.model_dump(exclude={"group"} if getattr(spec, "group", None) is None else None)
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
-        rules = spec.model_dump(exclude={"path", "mean_tokens"})
+        rules = {name: value for name, value in rules.items() if name not in ("path", "mean_tokens")}
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
-    return digest([PROTOCOL_VERSION, spec.model_dump(), *content], 8)
+    return digest([PROTOCOL_VERSION, rules, *content], 8)
 
 
 @cache
