@@ -31,6 +31,7 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
 )
 from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.claim import Claim, Evidence, judge_each, judge_part
+from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
@@ -90,6 +91,7 @@ def judge_claims(
         task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
         for task, task_noise in (("sft", noise), ("rl", reward_noise))
     }
+    rules = rules_sha256(margins, predictions)
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
     rows = []
     for claim in claims:
@@ -123,6 +125,7 @@ def judge_claims(
                 "n_runs": len(judged.run_ids),
                 "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
                 "published": replications.get(claim.id),
+                "rules": rules,
                 "run_ids": list(judged.run_ids),
             }
         )

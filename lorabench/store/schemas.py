@@ -142,7 +142,7 @@ CLAIMS = _schema(
     int64 decide_test_examples
     words decide_lrs
     int64 n_runs
-    string reason paper_value published
+    string reason paper_value published rules
     words run_ids
     """
 )
@@ -161,7 +161,10 @@ SCHEMAS = {
 }
 """The columns of each tidy table, by its name."""
 
-WHERE_ABSENT: dict[str, dict[str, str | None]] = {"evals": {"sampler": "own"}, "claims": {"borderline": None}}
+WHERE_ABSENT: dict[str, dict[str, str | None]] = {
+    "evals": {"sampler": "own"},
+    "claims": {"borderline": None, "rules": None},
+}
 """The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)
