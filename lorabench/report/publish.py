@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.config.loading import preset_path
 from lorabench.errors import UserError
@@ -258,7 +259,7 @@ def results_part(root: Path, preset: str) -> str:
     folder = root / PUBLISHED / preset
     judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
     provenance, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
-    decided = judged["verdict"].isin(["confirmed", "contradicted"]) & judged["kind"].ne("count")
+    decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     shown = judged[judged["verdict"].ne("not tested") & (decided | judged["claim_id"].isin(CORE))]
     picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
     rows = []

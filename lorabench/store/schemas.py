@@ -130,10 +130,11 @@ EVALS = _schema(
 CLAIMS = _schema(
     """
     string claim_id kind fact statement figure criterion verdict
-    bool borderline
-    float64 margin_low margin_high
+    float64 p_again margin_low margin_high
     string margin_rule
     float64 estimate ci_low ci_high
+    int64 n_hold n_parts
+    float64 part_low part_high
     string unit
     float64 detectable
     string scope missing would_decide
@@ -163,7 +164,7 @@ SCHEMAS = {
 
 WHERE_ABSENT: dict[str, dict[str, str | None]] = {
     "evals": {"sampler": "own"},
-    "claims": {"borderline": None, "rules": None},
+    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
 }
 """The value of a column in tables that were written before the column was; there is no other in them."""
 

@@ -115,7 +115,7 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
     claims = [
         make_claim("B1"),
         make_claim("B3", "inconclusive"),
-        make_claim("B2", borderline=True),
+        make_claim("B2", p_again=0.7),
         make_claim("D1", "setting not met", missing="natural text"),
     ]
     claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
