@@ -325,7 +325,7 @@ _LEFT_OUT = " The conditions where its parameters were fitted (width 128, 50 ste
 
 
 def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[MeasuredRatio, LogRatio]]]:
-    """Return the measured ratios of which a theory speaks and to which it was not fitted, with its predictions."""
+    """Return the measured ratios that a theory speaks of and was not fitted to, each with its prediction."""
     predictions = evidence.judging.predictions.lr_ratio
     unjudged_if(getattr(predictions, theory) is None, f"the preset states no prediction of the theory {theory}")
     return [
@@ -344,8 +344,8 @@ for claim_id, theory, source, statement, content in _THEORIES:
         statement=statement,
         figure="own",
         criterion=(
-            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition of which it "
-            "speaks (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
+            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition it speaks "
+            "of (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
             "predicted ratio within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise)"
             ". The estimate is the measured over the predicted ratio."
             f"{'' if theory in ('constant', 'naive') else _LEFT_OUT} The beginnings of longer runs are the same steps "
