@@ -84,7 +84,9 @@ def long_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]
 def _long_runs_of_models(evidence: Evidence) -> str | None:
     models = evidence.runs.groupby(["dataset", "batch_size", "steps"], dropna=False)["model"].nunique()
     steps = models[models > 1].index.get_level_values("steps").astype(float).max()
-    return f"at most {steps:,.0f} steps" if steps <= SHORT_RUN else None
+    if steps > SHORT_RUN:
+        return None
+    return "no two models with runs of a known length" if math.isnan(steps) else f"at most {steps:,.0f} steps"
 
 
 @condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", "paper")
