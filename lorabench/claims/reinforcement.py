@@ -20,7 +20,7 @@ from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, TestReward, flat_top, good_range
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
-from lorabench.claims.scope import RL_PRESETS, SHORT_RUN, Named, beats_controls, longer_runs, response_length, swept
+from lorabench.claims.scope import RL_PRESETS, Named, beats_controls, response_length, swept
 from lorabench.runs import GOOD
 
 WIDER = 0.2
@@ -151,8 +151,7 @@ def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
     statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="6, 7",
     criterion=(
-        f"In runs of more than {SHORT_RUN} steps, on every problem set, the ratio of the optimal LRs of the highest "
-        "LoRA rank and FullFT is the same as "
+        "On every problem set, the ratio of the optimal LRs of the highest LoRA rank and FullFT is the same as "
         f"{PAPER_RATIO:g} within the factor for LRs that the preset gives. The optima are those of one fit of the test "
         "error rates of all arms in log LR. Inconclusive where an optimum is not resolved by its grid, or where the "
         "accuracies are no parabola: two neighbouring LRs with exactly one test accuracy for each seed, three that the "
@@ -164,7 +163,6 @@ def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
     paper_value="10",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
-    conditions=(*CONDITIONS, longer_runs("core", "paper")),
 )
 def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     arms, factor = highest_and_full(comparison), comparison.judging.margins.lr_factor

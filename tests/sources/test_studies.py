@@ -46,7 +46,7 @@ def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
 def test_known_verdicts_of_sources(claims):
     rows = claims.set_index(["source", "claim_id"])
     ratio = rows.loc[("nhckdvrl", "B1")]
-    assert ratio["verdict"] == "contradicted"
+    assert ratio["verdict"] == "not seen here"
     assert ratio["estimate"] == pytest.approx(38.2, abs=0.5)
     assert "seed noise from nayyirahsan" in ratio["reason"]
     # Theories of alpha 32 are not asked about another alpha.
