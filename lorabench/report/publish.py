@@ -72,9 +72,14 @@ def publish(layout: Layout, root: Path) -> None:
     """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
     Raises:
-        UserError: a page has no place for its part, the figure of the verdicts has not been drawn, or the table claims
-            is from another version; then nothing is changed.
+        UserError: the preset has held-out seeds, a page has no place for its part, the figure of the verdicts has not
+            been drawn, or the table claims is from another version; then nothing is changed.
     """
+    if layout.preset.first_seed:
+        raise UserError(
+            f"preset {layout.name} has other seeds than the explored ones; publish it with --held-out and the file "
+            "that `lorabench freeze` wrote"
+        )
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:

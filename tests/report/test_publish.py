@@ -143,6 +143,8 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     turned = explored.assign(verdict=explored["verdict"].where(explored["claim_id"] != "B1", "inconclusive"))
     for name, frame in (("runs", runs), ("claims", turned)):
         write_frame(frame, name, held_out.tables())
+    with pytest.raises(UserError, match="preset laptop@100 has other seeds than the explored ones"):
+        publish(held_out, Path())
     with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
         publish_held_out(frozen, Path())
     assert not (finished.published / "held_out").exists()
