@@ -270,7 +270,7 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     errors = np.full((N_DRAWS, len(lrs)), math.nan)
     if parts.sum() > 0:
         satterthwaite = parts.sum() ** 2 / (parts[counts] ** 2 / dof[counts]).sum()
-        errors = multivariate_student(np.diag(variance / n_runs), max(1, int(satterthwaite)), name)
+        errors = multivariate_student(np.diag(variance / n_runs), float(satterthwaite), name)
 
     def cost(drawn: np.ndarray) -> np.ndarray:
         return 1 - (drawn @ far) / (drawn @ near)

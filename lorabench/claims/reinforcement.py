@@ -169,8 +169,8 @@ def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
         f"{PAPER_RATIO:g} within the factor for LRs that the preset gives. The optima are those of one fit of the test "
         "error rates of all arms in log LR. Inconclusive where an optimum is not resolved by its grid, or where the "
         "accuracies are no parabola: two neighbouring LRs with exactly one test accuracy for each seed, three that the "
-        "noise does not tell apart, half of the gain lost at both LRs beside the best, or a fitted peak that is above "
-        "the best measured accuracy by more than half of the margin of accuracies. "
+        "noise does not tell apart, half of the gain lost at both neighbours of the best LR, or a fitted peak that is "
+        "above the best measured accuracy by more than half of the margin of accuracies. "
         f"{LEARNED.format('each of the two')}"
     ),
     needs=RL_RUNS.format("LoRA above rank 1"),
@@ -197,7 +197,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         # not known, and a parabola through such points has an optimum with too small an error.
         if len(neighbours) == 2 and bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
             lrs = tuple((label, math.sqrt(lr * accuracy.index[best])) for lr in neighbours.index)
-            text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
+            text = f"{label}: breaks down at both neighbours of the LR {accuracy.index[best]:.2g}"
             remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
             breakdowns.append(Problem(text, remedy))
     return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]), arms)
@@ -260,7 +260,7 @@ def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
 )
 def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     lowest = next(iter(comparison.lora.values()), None)
-    lora, fullft = arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
+    arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
     labels, problems = [arm_label(arm) for arm in arms], comparison.problems(arms)
     if not all(label in comparison.fit.minima for label in labels):
         raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))

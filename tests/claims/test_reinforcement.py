@@ -168,7 +168,7 @@ def test_a_flat_top_has_no_optimal_lr(tied):
 
 def test_an_optimum_between_two_breakdowns_is_not_known():
     claim = judged("B10", *world({FULLFT: {"curvature": 0.4}}))
-    verdict_is(claim, "inconclusive", "breaks down at both LRs beside 0.0001")
+    verdict_is(claim, "inconclusive", "breaks down at both neighbours of the LR 0.0001")
     assert claim["decide_lrs"] == ["FullFT=5.48e-05", "FullFT=0.000173"]
 
 
