@@ -18,7 +18,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_table, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, without_run_noise
+from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.runs import MAX_KL, TIE
 from lorabench.store.checks import is_rl
@@ -276,16 +276,15 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
         return 1 - (drawn @ far) / (drawn @ near)
 
     value = float(cost(means))
-    example_part, n_examples, examples = None, 0, comparison.judging.examples
     known = rows["final_reward"].notna().to_numpy(bool)
     run_ids, hat = rows["run_id"][known].tolist(), (cell[known] == np.arange(len(lrs))[:, None]) / n_runs[:, None]
-    sampled = examples.deviations(run_ids, str(comparison.runs["dataset"].iloc[0]), hat.T)
-    if sampled is not None:
-        failures = without_run_noise(
-            sampled[0], examples.influences(run_ids), (hat > 0).T.astype(float), hat, np.eye(len(run_ids))
-        )
-        example_part, n_examples = cost(means - failures) - value, sampled[1]
-    return Estimate(value, cost(means + errors) - value, example_part, int(n_runs.max()), n_examples)
+    examples, example_part, n_examples, n_groups = comparison.judging.examples, None, 0, 0
+    on_runs = examples.influences(run_ids)
+    if on_runs is not None:
+        influences = without_run_noise(on_runs, np.sign(hat).T, hat, np.eye(len(run_ids)))
+        example_part = cost(means - example_draws(influences, str(comparison.runs["dataset"].iloc[0]))) - value
+        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
+    return Estimate(value, cost(means + errors) - value, example_part, int(n_runs.max()), n_examples, n_groups)
 
 
 def _by_lr(comparison: Comparison, arm: Arm) -> pd.DataFrame:
