@@ -273,7 +273,7 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
         errors = multivariate_student(np.diag(variance / n_runs), float(satterthwaite), name)
 
     def cost(drawn: np.ndarray) -> np.ndarray:
-        return 1 - (drawn @ far) / (drawn @ near)
+        return np.asarray(1 - (drawn @ far) / (drawn @ near))
 
     value = float(cost(means))
     known = rows["final_reward"].notna().to_numpy(bool)
