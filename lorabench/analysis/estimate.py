@@ -13,6 +13,7 @@ docs/verdicts.md says how precise they are.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 
-N_DRAWS = 2**16
-"""Number of draws of an error; a power of two, by which Sobol's points fill a cube evenly."""
+N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
+"""Number of draws of an error; a power of two from 2**12 up, by which Sobol's points fill a cube evenly. Calibration
+sets a smaller one, since errors of its intervals average out over many worlds."""
 
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 """Shares of a distribution, equally far apart, (N_DRAWS,)."""
