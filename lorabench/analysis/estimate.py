@@ -182,7 +182,7 @@ def normal(name: str) -> np.ndarray:
     return shuffled(ndtri(_SHARES), name)
 
 
-def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndarray:
+def multivariate_student(covariance: np.ndarray, dof: float, name: str) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
     The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers).
@@ -207,13 +207,8 @@ def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     return np.asarray(scales[:, None] * root)
 
 
-def uniform(dimensions: int, name: str) -> np.ndarray:
-    """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); those of different names are independent."""
-    return shuffled(_even_points(math.ceil(dimensions / _BLOCK))[:, :dimensions], name)
-
-
 @lru_cache(maxsize=64)
-def _chi_factors(dof: int) -> np.ndarray:
+def _chi_factors(dof: float) -> np.ndarray:
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
 
