@@ -133,7 +133,7 @@ COVERED = (
     Covered("E5", "RL placements", "difference", "the error rate of attention above that of the MLP"),
     Covered("E7", "placements", "difference", _ATTENTION),
     Covered("F1", "RL", "equality", "the error rate of rank 1 above that of FullFT"),
-    Covered("F2", "RL ranges", "difference", "the width of the range of good LRs of LoRA beyond that of FullFT"),
+    Covered("F2", "RL ranges", "difference", "the cost of a missed LR of FullFT above that of LoRA"),
     Covered("F3", "RL", "equality", "the training reward of one rank against that of FullFT"),
     Covered("F4", "RL", "equality", "the accuracy of rank 1 on a held-out set below that of FullFT"),
     Covered("F5", "RL", "equality", "the length of the responses of rank 1 over that of FullFT"),
