@@ -107,17 +107,17 @@ def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurve
     return replace(curves, lr_errors=tuple(error for error in errors if error is not None))
 
 
-def in_window(comparison: Comparison, arms: Sequence[Arm], window: tuple[int, int]) -> Comparison:
-    """Return the comparison of arms by the mean training NLL of each run from one step to another.
+def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
+    """Return the comparison by the mean training NLL of each run from one step to another.
 
     Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope). A fit has no bias towards
     the arm with more LRs, as the lowest of several noisy losses has. A run that diverged later counts, and one that had
     diverged by then bounds the lowest loss; other runs without all of these steps are left out.
     """
     points = comparison.points("train", "nll")
-    inside = points[points["step"].between(*window)].astype({"value": float}).groupby("run_id")["value"]
+    inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
     means = inside.mean()[inside.size() == inside.size().max()]
-    runs = comparison.of(arms)
+    runs = comparison.runs
     loss = runs["run_id"].map(means).astype(float)
     known = np.isfinite(loss)
     runs = runs.assign(
@@ -128,6 +128,23 @@ def in_window(comparison: Comparison, arms: Sequence[Arm], window: tuple[int, in
     # The losses by test example, and seed noise from elsewhere, are those of final losses.
     judging = Judging(comparison.judging.margins)
     return Comparison(comparison.label, runs[known | (runs["status"] == "diverged")], comparison.curves, judging)
+
+
+def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds.
+
+    Further seeds are trained around the LR that is best at the end, and not where another one is best in a window.
+    """
+    problems = []
+    for label in map(arm_label, arms):
+        runs, fitted = comparison.rows[label], comparison.fit.optima.get(label)
+        if fitted is not None:
+            seeds = runs[runs["status"] == "done"].groupby("lr")["seed"].nunique()
+            lr = min(seeds.index, key=lambda lr: abs(math.log(lr) - fitted.value))
+            if seeds[lr] < MIN_SEEDS:
+                remedy = Remedy(f"{MIN_SEEDS} seeds at LR {lr:.2g} of {label}", MIN_SEEDS)
+                problems.append(Problem(f"{label}: {seeds[lr]} seeds at LR {lr:.2g}, the best there", remedy))
+    return problems
 
 
 def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> list[Problem]:

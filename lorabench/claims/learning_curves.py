@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from lorabench.analysis.optima import (
     off_optimum,
     pair_at_optimum,
     runs_at_optimum,
+    seeds_at_best,
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
@@ -106,37 +107,39 @@ MAX_BEND = 0.1
 )
 def _same_curve(comparison: Comparison) -> Finding:
     lora, fullft = arms = highest_and_full(comparison)
-    trained = comparison.points("train", "nll")
-    last_steps = [trained.loc[trained["run_id"].isin(comparison.run_ids([arm])), "step"].max() for arm in arms]
-    unjudged_if(pd.isna(last_steps).any(), "no training curves of both arms")
-    steps = np.arange(1, min(last_steps) + 1)
-    left_out = min(LEFT_OUT, len(steps) // 10)
-    windows = log_windows(steps, WINDOWS, max(2, left_out + 1))
+    points = comparison.points("train", "nll")
+    steps = [set(points.loc[points["run_id"].isin(comparison.run_ids([arm])), "step"]) for arm in arms]
+    common = sorted(steps[0] & steps[1])
+    unjudged_if(not common, "no training curves with steps in common")
+    left_out = min(LEFT_OUT, common[-1] // 10)
+    early = log_windows([step for step in common if step <= left_out], WINDOWS // 2)
+    windows = log_windows(common, WINDOWS, max(2, left_out + 1))
     unjudged_if(not windows, "too few steps")
     margin, ids = comparison.margin, comparison.run_ids(arms)
     rule = Within.margin(margin.value)
-    envelopes = [in_window(comparison, arms, window) for window in windows]
-    gaps = [envelope.gap(lora, fullft) for envelope in envelopes]
-    findings = []
-    for (low, high), envelope, gap in zip(windows, envelopes, gaps, strict=True):
-        problems = [*named_problems(envelope.problems(arms), f"steps {low} to {high}:"), *margin_problems(margin)]
+
+    @cache
+    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem]]:
+        """Return the difference of the envelopes in a window of steps, and what speaks against it."""
+        envelopes = in_window(comparison, low, high)
+        problems = envelopes.problems(arms) or seeds_at_best(envelopes, arms)
+        return envelopes.gap(lora, fullft), named_problems(problems, f"steps {low} to {high}:")
+
+    findings, by_window = [], []
+    for low, high in windows:
+        gap, problems = envelope_gap(low, high)
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
-        findings.append(decide(rule, gap, text, ids, problems, margin.rule))
-    decisive = worst(findings)
-    by_window = ", ".join(
-        f"{gap.value:+.4f} in {low} to {high}" for (low, high), gap in zip(windows, gaps, strict=True)
-    )
+        findings.append(decide(rule, gap, text, ids, [*problems, *margin_problems(margin)], margin.rule))
+        by_window.append(f"{gap.value:+.4f} from {low}")
     agree: int | str = "none"
-    for window in reversed([*log_windows(steps[:left_out], WINDOWS), *windows]):
-        envelope = in_window(comparison, arms, window)
-        if envelope.problems(arms) or margin.problem or not rule.confirmed(envelope.gap(lora, fullft)):
+    for window in [] if margin.problem else reversed([*early, *windows]):
+        gap, problems = envelope_gap(*window)
+        if problems or not rule.confirmed(gap):
             break
         agree = window[0]
-    return replace(
-        decisive,
-        reason=f"{decisive.reason} (one of {len(windows)} windows: {by_window}); step from which on the curves agree "
-        f"within the margin: {agree}",
-    )
+    decisive = worst(findings)
+    text = f"in the {len(windows)} windows {', '.join(by_window)}; step from which on they agree to the end: {agree}"
+    return replace(decisive, reason=f"{decisive.reason} ({text})")
 
 
 @long_claim(
