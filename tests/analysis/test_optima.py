@@ -96,26 +96,27 @@ def test_numbers_of_curves_carry_the_error_of_their_lrs():
     steep = replace(comparison, curves=comparison.curves.assign(value=value))
     curves = pair_at_optimum(steep, lora, fullft)
     late, early = curves.means([(101, 1024), (2, 100)])
-    [without] = replace(curves, lr_errors=()).means([(2, 100)])
+    plain = replace(curves, lr_errors=())
+    late_without, without = plain.means([(101, 1024), (2, 100)])
     optimum = steep.fit.optima["LoRA r64"].seed_error
     assert early.value == pytest.approx(without.value)
     assert early.seed_error == pytest.approx(math.hypot(without.seed_error, 5 * optimum), rel=0.1)
     assert early.seed_error > 1.5 * without.seed_error
     # At the lowest loss an error of the LR changes next to nothing.
-    assert late.seed_error == pytest.approx(without.seed_error, rel=0.2)
+    assert late.seed_error == pytest.approx(late_without.seed_error, rel=0.1)
     # Steps up to 100 weigh in the slope as they do in that of a curve that falls there.
     steps = curves.by_seed.loc[2:].index
     [fall] = slopes_by_seed(pd.DataFrame({0: np.where(steps <= 100, -5.0, 0.0)}, steps))
-    slope, plain = curves.slope(2), replace(curves, lr_errors=()).slope(2)
-    assert slope.seed_error == pytest.approx(math.hypot(plain.seed_error, fall * optimum), rel=0.1)
+    slope, without = curves.slope(2), plain.slope(2)
+    assert slope.seed_error == pytest.approx(math.hypot(without.seed_error, fall * optimum), rel=0.1)
 
 
 def test_the_envelope_is_no_lower_with_more_lrs():
     random, gaps, lowest = np.random.default_rng(0), [], []
     runs, _ = tables([arm(rank, optimum=1e-3, lrs=lrs) for rank, lrs in ((None, GRID[1:4]), (64, GRID))])
     first = runs[runs["seed"] == 0]
-    runs = pd.concat([first.assign(seed=seed, run_id=first["run_id"] + f"-{seed}") for seed in range(30)])
-    for _ in range(6):
+    runs = pd.concat([first.assign(seed=seed, run_id=first["run_id"] + f"-{seed}") for seed in range(8)])
+    for _ in range(5):
         # Two arms alike but for their number of LRs, each run with noise of its own.
         loss = 2 + 0.02 * np.log(runs["lr"] / 1e-3) ** 2 + 0.02 * random.standard_normal(len(runs))
         points = {"step": 2, "split": "train", "metric": "nll", "value": loss}
@@ -124,9 +125,9 @@ def test_the_envelope_is_no_lower_with_more_lrs():
         gaps.append(window.gap(comparison.lora[64], comparison.fullft).value)
         by_seed = window.runs.groupby(["method", "seed"])["final_test_nll"].min().groupby("method").mean()
         lowest.append(by_seed["lora"] - by_seed["fullft"])
-    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / math.sqrt(6)
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / math.sqrt(5)
     # The lowest of five noisy losses is lower than that of three.
-    assert np.mean(lowest) < -0.004
+    assert np.mean(lowest) < -0.003
 
 
 GRID = (6e-4, 7.7e-4, 1e-3, 1.3e-3, 1.7e-3)
