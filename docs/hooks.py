@@ -6,11 +6,13 @@ has a page of its own leads to that page, and a link to another file becomes pla
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import yaml
@@ -20,7 +22,19 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, SOURCES, escaped, matrix_part, published_folders, table
+from lorabench.report.freeze import summary_of
+from lorabench.report.publish import (
+    NOT_PUBLISHED,
+    PUBLISHED,
+    SOURCES,
+    escaped,
+    held_out,
+    matrix_part,
+    published_folders,
+    read_held_out,
+    table,
+    verdict_columns,
+)
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
 
@@ -33,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "lorabench/claims/judge.py": "claims.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
+    "docs/rule_changes.yaml": "rule-changes.md",
     f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
     f"{PUBLISHED}/evidence/lr_optima.csv": "all-learning-rates.md",
     **{str((folder / "claims.csv").relative_to(ROOT)): f"all-{folder.name}.md" for folder in published_folders(ROOT)},
@@ -47,6 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts = {
         "claims.md": claims_page(),
         "all-calibration.md": calibration_page(),
+        "rule-changes.md": rule_changes_page(read_rule_changes()),
         "all-evidence.md": evidence_page(),
         "all-learning-rates.md": learning_rates_page(),
         **{f"all-{folder.name}.md": results_page(folder) for folder in published_folders(ROOT)},
@@ -109,20 +125,23 @@ def results_page(folder: Path) -> str:
     provenance = json.loads((folder / "provenance.json").read_text())
     judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
     tested = judged[judged["verdict"] != "not tested"]
+    again, rules = read_held_out(folder), [name[:12] for name in sorted(set(judged["rules"].dropna()))]
     rows = [
-        [claim["claim_id"], claim["statement"], claim_text.verdict(claim), claim_text.remark(claim),
-         claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim), _text(claim["scope"]),
-         _text(claim["paper_value"])]
+        [claim["claim_id"], claim["statement"], claim_text.verdict(claim), *held_out(claim, again),
+         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim),
+         _text(claim["scope"]), _text(claim["paper_value"])]
         for claim in tested.to_dict("records")
     ]  # fmt: skip
     untested = judged.loc[judged["verdict"] == "not tested", "claim_id"]
-    header = ["", "claim", "verdict", "needs, or what would decide", "margin", "measured, 95% interval", "power",
-              "scope", "paper"]  # fmt: skip
+    header = ["", "claim", *verdict_columns(again), "needs, or what would decide", "margin", "measured, 95% interval",
+              "power", "scope", "paper"]  # fmt: skip
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
         f"{claim_text.headline(judged)}. {claim_text.COUNTING} They were computed from {provenance['runs']} runs on "
-        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}.",
+        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}, "
+        f"and judged by the rules {', '.join(rules) or 'of an older version'}.",
+        *([] if again is None else ["", f"{summary_of(again)}."]),
         "",
         *table(header, rows),
         "",
@@ -219,6 +238,50 @@ def calibration_page() -> str:
             *table(*_frame(core)),
         ]
     )
+
+
+class RuleChange(NamedTuple):
+    """A record of docs/rule_changes.yaml, whose head describes the fields."""
+
+    rule: str
+    date: datetime.date
+    commit: str
+    why: str
+    seen: str | None
+    turned: list[str] | None
+
+
+def read_rule_changes() -> list[RuleChange]:
+    """Return all changes of rules, in the order in which they were made."""
+    records = yaml.safe_load((ROOT / "docs/rule_changes.yaml").read_text(encoding="utf-8"))
+    return [RuleChange(**record) for record in records]
+
+
+def rule_changes_page(changes: Sequence[RuleChange]) -> str:
+    """Return the page of all changes of rules, the newest first."""
+    rows = [
+        [change.date, change.rule, change.why, change.seen or "no results", _turned(change.turned), change.commit]
+        for change in reversed(changes)
+    ]
+    return "\n".join(
+        [
+            "# Changes of rules",
+            "",
+            "A rule that is made or changed after a look at results can be made to fit them, on purpose or not. This "
+            "table has every change of the rules of judging, and every choice of a design that was made after results "
+            "had been seen: what was known then, and which verdicts turned. Verdicts on [held-out "
+            "seeds](held-out.md) come from rules that were fixed before.",
+            "",
+            f"{sum(change.seen is not None for change in changes)} of {len(changes)} changes were made after results "
+            "that they are about had been seen.",
+            "",
+            *table(["date", "change", "why", "known before", "verdicts that turned", "commit"], rows),
+        ]
+    )
+
+
+def _turned(verdicts: list[str] | None) -> str:
+    return "not written down" if verdicts is None else "; ".join(verdicts) or "none"
 
 
 def _frame(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -33,6 +33,11 @@ Arm = dict[str, Any]
 Task = Literal["sft", "rl"]
 """Supervised fine-tuning, or reinforcement learning (RL)."""
 
+_ONE_GROUP = Problem(
+    "the error from test examples is not known, since all of them are of one group",
+    Remedy("test examples of 2 groups or more, such as packages, documents or templates"),
+)
+
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
 NEEDED_BY: dict[Task, list[str]] = {
@@ -156,7 +161,11 @@ class Comparison:
             loss = self._lowest(arm)
             rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
             return Margin(SHARE_OF_LOSS * loss, rule)
-        return gain_margin(margins.loss, gain, label)
+        of_gain, loss = gain_margin(margins.loss, gain, label), self._lowest(arm)
+        if of_gain.problem or of_gain.value <= margins.final_loss * loss:
+            return of_gain
+        rule = f"{100 * margins.final_loss:.3g}% of the final loss of {label} ({loss:.3f} nats)"
+        return Margin(margins.final_loss * loss, f"{rule}, which is less than {of_gain.rule}")
 
     def _lowest(self, arm: Arm) -> float:
         minimum = self.fit.minima.get(arm_label(arm))
@@ -193,6 +202,8 @@ class Comparison:
         problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
         if problems:
             return problems
+        if any(self.fit.minima[label].n_groups == 1 for label in labels):
+            return [_ONE_GROUP]
         paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
         if paired < MIN_SEEDS and self.judging.noise is None:
             remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)

@@ -30,6 +30,7 @@ from lorabench.analysis.estimate import (
     Estimate,
     ExampleLosses,
     combined,
+    example_draws,
     multivariate_student,
     unknown,
     without_run_noise,
@@ -41,6 +42,11 @@ CURVATURE_LEVEL = 0.01
 
 ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
+
+
+FEW_GROUPS = 10
+"""The number of groups of test examples below which a reason names it: the error is then uncertain itself, and the
+groups hardly stand for others."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ class LossFit:
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
     """The runs of each arm that count."""
     noise_text: str
-    """Where the seed noise was measured, for the end of a reason; empty if by these runs."""
+    """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
+    how many groups the test examples come, if from fewer than FEW_GROUPS."""
 
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
@@ -132,7 +139,7 @@ def fit_losses(
     solution, places_by_arm, around = fitted
     noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
     seed_draws, dof, sigma = _seed_errors(counted, solution, noise, name)
-    example_draws, n_examples = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
+    by_examples, *n_test = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
     minima, optima, resolved, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
         grid, places, (low, high) = grids[label], places_by_arm[label], counted.ends[label]
@@ -140,7 +147,7 @@ def fit_losses(
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        errors = [np.zeros((1, 1)), seed_draws, *([] if example_draws is None else [example_draws])]
+        errors = [np.zeros((1, 1)), seed_draws, *([] if by_examples is None else [by_examples])]
         value, by_seed, *by_example = (
             _vertex((solution.coefficients + error)[:, places], (low, high), around.get(label)) for error in errors
         )
@@ -150,7 +157,7 @@ def fit_losses(
                 by_seed[part] - value[part],
                 by_example[0][part] - value[part] if by_example else None,
                 len(seeds[label]),
-                n_examples,
+                *n_test,
             )
             for part in (0, 1)
         )
@@ -160,6 +167,8 @@ def fit_losses(
         # 2.5% is what lies on each side of a 95% interval.
         resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
     text = "" if noise is None else f"; seed noise from {noise.source}"
+    if 1 < n_test[1] < min(n_test[0], FEW_GROUPS):
+        text += f"; the {n_test[0]} test examples come from {n_test[1]} groups"
     return LossFit(grids, minima, optima, resolved, sigma, dof, curvature, seeds, run_ids, text)
 
 
@@ -241,15 +250,16 @@ def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: s
 
 def _example_errors(
     rows: FitRows, solution: Solution, examples: ExampleLosses, test_split: str
-) -> tuple[np.ndarray | None, int]:
-    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and their number."""
+) -> tuple[np.ndarray | None, int, int]:
+    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and the numbers of examples
+    and of their groups."""
     run_ids = rows.runs["run_id"].tolist()
-    sampled = examples.deviations(run_ids, test_split, solution.hat.T)
-    if sampled is None:
-        return None, 0
-    influences = rows.weights[:, None] * examples.influences(run_ids)
-    hat = solution.hat / rows.weights
-    return without_run_noise(sampled[0], influences, solution.design, hat, solution.covariance), sampled[1]
+    on_runs = examples.influences(run_ids)
+    if on_runs is None:
+        return None, 0, 0
+    weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
+    influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
+    return example_draws(influences, test_split), len(examples.tokens[run_ids[0]]), on_runs.shape[1]
 
 
 def _vertex(

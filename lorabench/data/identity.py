@@ -5,7 +5,13 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
+from lorabench.config.inputs import (
+    DatasetSpec,
+    DocstringsDataset,
+    FileDataset,
+    FileProblems,
+    ProblemSpec,
+)
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
@@ -15,13 +21,15 @@ DOCSTRINGS = "b890d934b8f2"
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+    # The ids of data without these fields are as they were before the fields were.
+    without = {name for name in ("group", "test_seed") if getattr(spec, name, None) is None}
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
-        rules = spec.model_dump(exclude={"path", "mean_tokens"})
+        rules = spec.model_dump(exclude=without | {"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
-    return digest([PROTOCOL_VERSION, spec.model_dump(), *content], 8)
+    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
 
 
 @cache

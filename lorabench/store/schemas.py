@@ -85,7 +85,9 @@ _CURVE = _schema(
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
 _TEST_LOSS = pa.schema([("loss", pa.float32()), ("tokens", pa.int32())])
-TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
+RUN_TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
+"""The columns of a run's own file of losses; the groups of examples are those of the data."""
+TEST_LOSSES = pa.schema([*RUN_TEST_LOSSES, ("group", pa.string())])
 
 COMPUTE = _schema(
     """
@@ -130,10 +132,11 @@ EVALS = _schema(
 CLAIMS = _schema(
     """
     string claim_id kind fact statement figure criterion verdict
-    bool borderline
-    float64 margin_low margin_high
+    float64 p_again margin_low margin_high
     string margin_rule
     float64 estimate ci_low ci_high
+    int64 n_hold n_parts
+    float64 part_low part_high
     string unit
     float64 detectable
     string scope missing would_decide
@@ -142,7 +145,7 @@ CLAIMS = _schema(
     int64 decide_test_examples
     words decide_lrs
     int64 n_runs
-    string reason paper_value published
+    string reason paper_value published rules
     words run_ids
     """
 )
@@ -161,7 +164,11 @@ SCHEMAS = {
 }
 """The columns of each tidy table, by its name."""
 
-WHERE_ABSENT: dict[str, dict[str, str | None]] = {"evals": {"sampler": "own"}, "claims": {"borderline": None}}
+WHERE_ABSENT: dict[str, dict[str, str | None]] = {
+    "evals": {"sampler": "own"},
+    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
+    "test_losses": {"group": None},
+}
 """The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)

@@ -148,7 +148,7 @@ _KEPT = {
     },
     "curves": {"run_id"},
     "evals": {"run_id", "method", "about", "source", "template_sha256", "task_config", "placement"},
-    "claims": {"kind", "verdict"},
+    "claims": {"kind", "verdict", "rules"},
 }
 
 
