@@ -182,7 +182,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         yield finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     for rank in gone:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
-        past = rank.departure.past
+        past = rank.departure.past or 0
         curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
         slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
