@@ -103,7 +103,7 @@ def moving_optimum(seeds):
 
     Its envelope is that of FullFT at every step. `seeds` of rank 64 have all LRs.
     """
-    runs, curves = long_world()
+    runs, curves = tables(learner(rank) for rank in (None, 64))
     high = runs["rank"].eq(64).fillna(False)
     first = runs[high & runs["seed"].eq(0)]
     copies = [first.assign(seed=seed, run_id=first["run_id"] + f"-{seed}") for seed in range(1, seeds)]
@@ -125,7 +125,8 @@ def test_a1_compares_the_lowest_losses_over_lrs_at_each_step():
     few = judged("A1", *moving_optimum(seeds=1))
     verdict_is(few, "inconclusive", "LoRA r64: 1 seeds at LR 0.01, the best there")
     assert few["would_decide"] == "3 seeds at LR 0.01 of LoRA r64"
-    late = judged("A1", *long_world({64: {"shape": lambda step: shared(step) + (0.2 if step <= 250 else 0.0)}}))
+    slow = {None: {}, 64: {"shape": lambda step: shared(step) + (0.2 if step <= 250 else 0.0)}}
+    late = judged("A1", *tables(learner(rank, **settings) for rank, settings in slow.items()))
     verdict_is(late, "contradicted", "they agree to the end: 3")
 
 
