@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,31 +81,12 @@ def judge_claims(
     Raises:
         UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
-    runs = tables.runs
-    check_table(runs)
+    check_table(tables.runs)
     check_curves(tables.curves)
-    # Every claim picks points by these columns.
-    by_category = [name for name in ("split", "metric") if name in tables.curves]
-    every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
-    if "run_id" in runs:
-        runs = with_arm_columns(runs)
-    replications, rl = estimates_by_claim(), is_rl(runs)
-    examples = ExampleLosses.of(tables.test_losses)
-    judging = {
-        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
-        for task, task_noise in (("sft", noise), ("rl", reward_noise))
-    }
+    runs, replications = tables.runs, estimates_by_claim()
     rules = rules_sha256(margins, predictions)
-    by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
     rows = []
-    for claim in claims:
-        chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
-        # Experiments with the same runs share their comparisons, whose fits take most of the time.
-        key = (claim.task, tuple(chosen.index))
-        if key not in by_runs:
-            curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
-            by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        judged, missing = _judge(claim, by_runs[key])
+    for claim, judged, missing in findings(tables, claims, margins, noise, reward_noise, predictions):
         if margins is None and re.search(r"of the gain|of the loss \(|lr_factor", judged.margin_rule):
             rule = judged.margin_rule.replace("the preset's", "the")
             judged = replace(judged, margin_rule=f"default margins: {rule}")
@@ -130,6 +111,8 @@ def judge_claims(
                 "decide_test_examples": remedy and remedy.test_examples,
                 "decide_lrs": [f"{arm.replace(' ', '_')}={lr:.3g}" for arm, lr in remedy.lrs] if remedy else [],
                 "n_runs": len(judged.run_ids),
+                "n_seeds": _seeds(behind),
+                "lr_chosen_on": _lr_chosen_on(behind),
                 "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
                 "published": replications.get(claim.id),
                 "rules": rules,
@@ -137,6 +120,39 @@ def judge_claims(
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS.names)
+
+
+def findings(
+    tables: Tables,
+    claims: Sequence[Claim] = CLAIMS,
+    margins: Margins | None = None,
+    noise: Noise | None = None,
+    reward_noise: Noise | None = None,
+    predictions: Predictions | None = None,
+) -> Iterator[tuple[Claim, Finding, str | None]]:
+    """Judge claims on tables that are checked already; see `judge_claims`.
+
+    Yields:
+        Each claim with its finding, and the conditions of the claim that the runs do not meet.
+    """
+    # Every claim picks points by these columns.
+    by_category = [name for name in ("split", "metric") if name in tables.curves]
+    every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
+    runs = with_arm_columns(tables.runs) if "run_id" in tables.runs else tables.runs
+    rl, examples = is_rl(runs), ExampleLosses.of(tables.test_losses)
+    judging = {
+        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
+        for task, task_noise in (("sft", noise), ("rl", reward_noise))
+    }
+    by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
+    for claim in claims:
+        chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
+        # Experiments with the same runs share their comparisons, whose fits take most of the time.
+        key = (claim.task, tuple(chosen.index))
+        if key not in by_runs:
+            curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
+            by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
+        yield (claim, *_judge(claim, by_runs[key]))
 
 
 def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
@@ -181,6 +197,29 @@ def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
     if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
         return False
     return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
+
+
+def _seeds(behind: pd.DataFrame) -> int | None:
+    """Return the number of seeds of the runs behind a verdict; None without runs. A row may be the mean of several."""
+    if behind.empty:
+        return None
+    several = behind["n_seeds"].max() if "n_seeds" in behind else pd.NA
+    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several))
+
+
+def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
+    """Return the split by whose losses or accuracies the runs behind a verdict have their best LR; None without runs.
+
+    Fits of supervised runs take the test losses, whose minimum they report. In RL the validation accuracies pick the
+    LR, unless they are the reported ones.
+    """
+    if behind.empty:
+        return None
+    names = ("final_valid_reward", "final_reward")
+    if not is_rl(behind).all() or any(name not in behind for name in names):
+        return "test"
+    picked, reported = (behind[name].astype(float) for name in names)
+    return "test" if picked.isna().all() or (picked - reported).abs().max() == 0 else "validation"
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

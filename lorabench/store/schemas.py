@@ -144,8 +144,8 @@ CLAIMS = _schema(
     bool decide_around
     int64 decide_test_examples
     words decide_lrs
-    int64 n_runs
-    string reason paper_value published rules
+    int64 n_runs n_seeds
+    string lr_chosen_on reason paper_value published rules
     words run_ids
     """
 )
@@ -166,7 +166,9 @@ SCHEMAS = {
 
 WHERE_ABSENT: dict[str, dict[str, str | None]] = {
     "evals": {"sampler": "own"},
-    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
+    "claims": dict.fromkeys(
+        ("p_again", "n_hold", "n_parts", "part_low", "part_high", "n_seeds", "lr_chosen_on", "rules")
+    ),
     "test_losses": {"group": None},
 }
 """The value of a column in tables that were written before the column was; there is no other in them."""

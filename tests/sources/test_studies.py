@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
-from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
+from lorabench.sources.measurements import matrix, measurement_table, range_text, read_own, share_text, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
 from lorabench.utils.files import REFERENCE
 
@@ -36,7 +38,7 @@ def test_every_shipped_source_is_read_and_judged(studies, claims):
 
 
 def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
-    decided = claims[claims["verdict"].isin(["confirmed", "contradicted"])]
+    decided = claims[claims["verdict"].isin(DECIDED)]
     several = {study.source: study.tables.runs.groupby(["lr"])["seed"].nunique().max() for study in studies
                if "lr" in study.tables.runs}  # fmt: skip
     for row in decided.to_dict("records"):
@@ -46,7 +48,7 @@ def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
 def test_known_verdicts_of_sources(claims):
     rows = claims.set_index(["source", "claim_id"])
     ratio = rows.loc[("nhckdvrl", "B1")]
-    assert ratio["verdict"] == "contradicted"
+    assert ratio["verdict"] == "not seen here"
     assert ratio["estimate"] == pytest.approx(38.2, abs=0.5)
     assert "seed noise from nayyirahsan" in ratio["reason"]
     # Theories of alpha 32 are not asked about another alpha.
@@ -82,6 +84,23 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     assert at.loc[("B1", "0.6B"), "others"] == "nayyirahsan: inconclusive"
     assert at.loc[("F1", "70B"), "verdict"] == "not tested"
     assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
+
+
+def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_without_the_setting(claims):
+    own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
+    b3 = own[own["claim_id"] == "B3"].assign(verdict="confirmed", estimate=1.1, n_hold=1, n_parts=1)
+    several = [
+        b3.assign(origin="more", n_hold=1, n_parts=2, part_low=0.8, part_high=1.3, verdict="contradicted"),
+        b3.assign(part_low=1.1, part_high=1.1),
+        b3.assign(origin="other", verdict="setting not met", n_hold=0, n_parts=0, part_low=np.nan, part_high=np.nan),
+    ]
+    [cell] = matrix(claims.iloc[:0], several).to_dict("records")
+    assert (cell["verdict"], cell["origin"]) == ("contradicted", "more")
+    assert (share_text(cell), range_text(cell)) == ("2 of 3 hold", "0.800 to 1.30")
+    [cell] = matrix(claims.iloc[:0], several[2:]).to_dict("records")
+    assert (cell["estimate"], share_text(cell), range_text(cell)) == (1.1, "", "")
+    [cell] = matrix(claims.iloc[:0], several[1:2]).to_dict("records")
+    assert (share_text(cell), range_text(cell)) == ("", "1.10")
 
 
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
