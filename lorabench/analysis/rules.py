@@ -111,10 +111,10 @@ class Within:
 class Above:
     """The claim that a number is above 0 by at least a margin; its methods are those of `Within`.
 
-    It is confirmed if the estimate is at or above the margin, the two-sided 95% interval lies above 0, and the one-sided
-    one above half of the margin, so that half of it is rarely confirmed. It is contradicted if the one-sided 95% interval lies below the margin, so that there is no effect of the least size
-    that matters; if then the two-sided one lies above 0, the sign is right. With a margin of 0 both are decided by the
-    two-sided interval.
+    It is confirmed if the estimate is at or above the margin, the two-sided 95% interval lies above 0, and the
+    one-sided one above half of the margin. It is contradicted if the one-sided 95% interval lies below the margin, so
+    that there is no effect of the least size that matters; if then the two-sided one lies above 0, the sign is right.
+    With a margin of 0 both are decided by the two-sided interval.
     """
 
     margin: float
