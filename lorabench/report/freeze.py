@@ -281,7 +281,8 @@ def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
             | {"again": _yes(held_out["verdict"] == expected.verdict) if expected.verdict in DECIDED else None}
             | expected.model_dump(include={"p_again", "power", "estimate", "ci_low", "ci_high"})
             | {"held_out_estimate": estimate}
-            | {"held_out_low": held_out.get("ci_low"), "held_out_high": held_out.get("ci_high"), "within": within}
+            | {f"held_out_{end}": _number(held_out.get(f"ci_{end}")) for end in ("low", "high")}
+            | {"within": within}
         )
     return pd.DataFrame(rows)
 
