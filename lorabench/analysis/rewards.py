@@ -259,11 +259,8 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     effect = at_far * near / at_near**2 - far / at_near
 
     several = (effect != 0) & (n_runs > 1)
-    variance, dof, measured_at = (
-        np.full(len(lrs), fit.sigma**2),
-        np.full(len(lrs), float(fit.dof)),
-        np.zeros(len(lrs), int),
-    )
+    variance, dof = np.full(len(lrs), fit.sigma**2), np.full(len(lrs), float(fit.dof))
+    measured_at = np.zeros(len(lrs), int)
     if several.any():
         own = np.bincount(cell, (accuracy - means[cell]) ** 2) / np.maximum(n_runs - 1, 1)
         measured_at = np.where(several, np.arange(len(lrs)), np.argmax(np.where(several, own, -1.0)))
