@@ -55,7 +55,6 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
         assert fit.curvature[label] == pytest.approx(CURVATURE)
     assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(0.02)
     assert math.exp(fit.log_ratio("LoRA r64", "FullFT").value) == pytest.approx(2.2 / 0.7)
-    assert len(set(fit.curvature.values())) == 1
 
 
 @pytest.mark.parametrize(
@@ -93,20 +92,21 @@ def test_variances_are_those_of_statsmodels():
         x=np.log(table["lr"]) - table["method"].map({"fullft": math.log(7e-4), "lora": math.log(2.2e-3)}),
         cell=table["method"] + table["seed"].astype(str),
     )
-    mixed = smf.mixedlm("y ~ label + x:label + I(x**2) + C(seed)", data, groups="cell").fit(reml=True)
+    mixed = smf.mixedlm("y ~ label + x:label + I(x**2):label + C(seed)", data, groups="cell").fit(reml=True)
     assert fit.sigma == pytest.approx(math.sqrt(mixed.scale + float(mixed.cov_re.iloc[0, 0])), rel=0.1)
-    # With every LR at every seed, the gap of the minima is that of statsmodels to the coarseness of the variances.
-    slopes = [mixed.params["x:label[fullft]"], mixed.params["x:label[lora]"]]
-    curvature = mixed.params["I(x ** 2)"]
-    minima = [0.0 - slopes[0] ** 2 / 4 / curvature, mixed.params["label[T.lora]"] - slopes[1] ** 2 / 4 / curvature]
-    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima[1] - minima[0], abs=1e-4)
+    # With every LR at every seed, the gap of the minima is that of statsmodels, to what is known before the runs.
+    minima = {
+        method: mixed.params.get(f"label[T.{method}]", 0.0)
+        - mixed.params[f"x:label[{method}]"] ** 2 / 4 / mixed.params[f"I(x ** 2):label[{method}]"]
+        for method in ("fullft", "lora")
+    }
+    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima["lora"] - minima["fullft"], abs=5e-4)
 
 
-def test_arms_have_their_own_curvature_where_the_data_refute_a_shared_one():
+def test_arms_have_their_own_curvature():
     random = np.random.default_rng(6)
     curvatures = {"FullFT": 0.03, "LoRA r64": 0.12}
     fit = fit_losses(world(random, seeds=6, curvatures=curvatures, own=0.0005, run=0.0005))
-    assert len(set(fit.curvature.values())) == 2
     for label, curvature in curvatures.items():
         assert fit.curvature[label] == pytest.approx(curvature, rel=0.15)
 
@@ -180,8 +180,9 @@ def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     assert not any(number("LoRA r64", "FullFT").known for number in (alone.gap, alone.log_ratio))
     assert not any(alone.resolved.values())
     gap = fit_losses(runs, noise=Noise(0.01, 1000, "elsewhere")).gap("LoRA r64", "FullFT")
-    # Two arms with a standard deviation of 0.01 each; half of the variance averages a little over LRs.
-    assert 0.01 <= gap.seed_error <= 0.0142
+    # Two arms with a standard deviation of 0.01 each; half of the variance averages a little over LRs, and the shape of
+    # the loss is not known well.
+    assert 0.01 <= gap.seed_error <= 0.0155
 
 
 def test_the_error_from_test_examples_is_that_of_new_examples():
@@ -213,9 +214,10 @@ def as_means(runs, **changes):
 
 
 def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
-    # Five seeds at every LR, whose losses differ by noise that is known.
+    # Five seeds at every LR, whose losses differ by noise that is known. The minimum lies at an LR, so that its error is
+    # that of its level, and not that of the shape of the loss.
     offsets = [-0.006, -0.003, 0.0, 0.003, 0.006]
-    cells = [(label, lr, seed) for label in LRS for lr in LRS[label] for seed in range(5)]
+    cells = [(label, OPTIMA[label] * 2.4**step, seed) for label in LRS for step in range(-2, 3) for seed in range(5)]
     runs = pd.DataFrame([row(label, lr, seed, loss_at(label, lr) + offsets[seed]) for label, lr, seed in cells])
     fit = fit_losses(as_means(runs))
     gap = fit.gap("LoRA r64", "FullFT")
