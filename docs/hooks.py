@@ -20,7 +20,19 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, SOURCES, escaped, matrix_part, published_folders, table
+from lorabench.report.freeze import summary_of
+from lorabench.report.publish import (
+    NOT_PUBLISHED,
+    PUBLISHED,
+    SOURCES,
+    escaped,
+    held_out,
+    matrix_part,
+    published_folders,
+    read_held_out,
+    table,
+    verdict_columns,
+)
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
 
@@ -109,20 +121,23 @@ def results_page(folder: Path) -> str:
     provenance = json.loads((folder / "provenance.json").read_text())
     judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
     tested = judged[judged["verdict"] != "not tested"]
+    again, rules = read_held_out(folder), [name[:12] for name in sorted(set(judged["rules"].dropna()))]
     rows = [
-        [claim["claim_id"], claim["statement"], claim_text.verdict(claim), claim_text.remark(claim),
-         claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim), _text(claim["scope"]),
-         _text(claim["paper_value"])]
+        [claim["claim_id"], claim["statement"], claim_text.verdict(claim), *held_out(claim, again),
+         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim), claim_text.power(claim),
+         _text(claim["scope"]), _text(claim["paper_value"])]
         for claim in tested.to_dict("records")
     ]  # fmt: skip
     untested = judged.loc[judged["verdict"] == "not tested", "claim_id"]
-    header = ["", "claim", "verdict", "needs, or what would decide", "margin", "measured, 95% interval", "power",
-              "scope", "paper"]  # fmt: skip
+    header = ["", "claim", *verdict_columns(again), "needs, or what would decide", "margin", "measured, 95% interval",
+              "power", "scope", "paper"]  # fmt: skip
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
         f"{claim_text.headline(judged)}. {claim_text.COUNTING} They were computed from {provenance['runs']} runs on "
-        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}.",
+        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}, "
+        f"and judged by the rules {', '.join(rules) or 'of an older version'}.",
+        *([] if again is None else ["", f"{summary_of(again)}."]),
         "",
         *table(header, rows),
         "",

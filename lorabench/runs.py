@@ -185,7 +185,7 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The numbers of seeds of a sweep; each counts the first seed, which every LR has."""
+    """The seeds of a sweep: consecutive numbers from the first seed on, which every LR has and every count includes."""
 
     best: int
     """Seeds at the best LR."""
@@ -193,6 +193,12 @@ class Seeds:
     """Seeds at each of the three LRs around the best, at most `best`; 1 in a sweep of fixed LRs."""
     given: tuple[tuple[float, int], ...] = ()
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
+    first: int = 0
+    """The first seed."""
+
+    def leading(self, number: int) -> range:
+        """Return the first seeds, as many as `number`."""
+        return range(self.first, self.first + number)
 
 
 @dataclass(frozen=True)
@@ -229,23 +235,25 @@ class Sweep:
 
     def grid(self) -> list[Run]:
         """The runs that are known before training: each of the first LRs with the first seed, then other seeds."""
-        further = [(lr, seed) for lr, number in self.seeds.given for seed in range(1, number)]
-        return [Run(self.condition, lr, seed) for lr, seed in [*((lr, 0) for lr in self.lrs), *further]]
+        first = [(lr, self.seeds.first) for lr in self.lrs]
+        further = [(lr, seed) for lr, number in self.seeds.given for seed in self.seeds.leading(number)[1:]]
+        return [Run(self.condition, lr, seed) for lr, seed in [*first, *further]]
 
     def expected_seeds(self) -> list[int]:
         """Return the seed of each run that is expected after the grid, whose LRs are not known before training."""
+        seeds = self.seeds.leading(self.seeds.best)
         if self.lattice is None:
-            return list(range(1, self.seeds.best))
-        walk = [0] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
-        around = [seed for seed in range(1, self.seeds.around) for _ in range(AROUND)]
-        return [*walk, *around, *range(self.seeds.around, self.seeds.best)]
+            return list(seeds[1:])
+        walk = [self.seeds.first] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
+        around = [seed for seed in seeds[1 : self.seeds.around] for _ in range(AROUND)]
+        return [*walk, *around, *seeds[self.seeds.around :]]
 
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""
         yield from self.grid()
         reachable = self.lattice.reachable(min(self.lrs), max(self.lrs)) if self.lattice else []
         for lr in (*self.lrs, *reachable):
-            yield from (Run(self.condition, lr, seed) for seed in range(self.seeds.best))
+            yield from (Run(self.condition, lr, seed) for seed in self.seeds.leading(self.seeds.best))
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
@@ -332,9 +340,9 @@ def best_lr(sweep: Sweep, losses: Losses) -> float | None:
     around it have, the middle of equally good ones.
     """
     if sweep.lattice is not None:
-        means = {lr: mean for lr, mean in _means(losses, sweep.seeds.around).items() if math.isfinite(mean)}
+        means = {lr: mean for lr, mean in _means(sweep, losses, sweep.seeds.around).items() if math.isfinite(mean)}
         return _middle_of_lowest(means) if means else None
-    lrs = [lr for lr, loss in _means(losses).items() if math.isfinite(loss)]
+    lrs = [lr for lr, loss in _means(sweep, losses).items() if math.isfinite(loss)]
     seeds = {seed for _, seed in losses if all(math.isfinite(losses.get((lr, seed), math.inf)) for lr in lrs)}
     return lowest({lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs})
 
@@ -344,7 +352,7 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
 
     def missing(lrs: Iterable[float], seeds: int) -> list[Run]:
         """Return the runs with the first seeds at some LRs that are not finished, seed by seed."""
-        cells = [(lr, seed) for seed in range(seeds) for lr in lrs]
+        cells = [(lr, seed) for seed in sweep.seeds.leading(seeds) for lr in lrs]
         return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]
 
     grid, lattice = sweep.grid(), sweep.lattice
@@ -353,15 +361,15 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
     if lattice is None:
         best = best_lr(sweep, losses)
         return [] if best is None else missing([best], sweep.seeds.best)
-    first = _means(losses)
+    first = _means(sweep, losses)
     room = max(0, lattice.further - (len(first) - len(sweep.lrs)))
-    started = any(seed for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
+    started = any(seed != sweep.seeds.first for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
     if not started and (unexplored := _unexplored(lattice, first, sweep.condition.task == "rl")[:room]):
         return missing(unexplored, 1)
     if not any(map(math.isfinite, first.values())):
         return []
     # Other experiments may have trained all seeds at some LRs, so that the means already know better.
-    means = _means(losses, sweep.seeds.around) or first
+    means = _means(sweep, losses, sweep.seeds.around) or first
     for scores in [means] if started else [first, means]:
         around = _around(lattice, first, _middle_of_lowest(scores), room)
         if wave := missing(around, sweep.seeds.around):
@@ -379,20 +387,21 @@ def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple
 
 def ending(sweep: Sweep, losses: Losses) -> str:
     """Say how the walk of a finished sweep with a lattice ended."""
-    first, best = _means(losses), best_lr(sweep, losses)
+    first, best = _means(sweep, losses), best_lr(sweep, losses)
     if best is None:
         return f"all {len(first)} LRs diverged"
-    scores = first | _means(losses, sweep.seeds.around)
+    scores = first | _means(sweep, losses, sweep.seeds.around)
     higher = [lr for lr, score in scores.items() if score > scores[best]]
     is_open = ["lower"] * (not any(lr < best for lr in higher)) + ["higher"] * (not any(lr > best for lr in higher))
     at = f"{len(first)} LRs, the lowest loss at lr {formats.lr(best, 3)}"
     return f"stopped at {at}, with no higher loss at a {' or '.join(is_open)} LR" if is_open else f"bracketed by {at}"
 
 
-def _means(losses: Losses, seeds: int = 1) -> dict[float, float]:
-    """Return the mean losses of the first seeds at the LRs that have all of these, ascending."""
-    lrs = sorted(lr for lr, seed in losses if seed == 0 and all((lr, other) in losses for other in range(seeds)))
-    return {lr: fmean(losses[lr, seed] for seed in range(seeds)) for lr in lrs}
+def _means(sweep: Sweep, losses: Losses, number: int = 1) -> dict[float, float]:
+    """Return the mean losses of a number of first seeds at the LRs that have all of these, ascending."""
+    seeds = sweep.seeds.leading(number)
+    lrs = sorted({lr for lr, _ in losses if all((lr, seed) in losses for seed in seeds)})
+    return {lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs}
 
 
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:

@@ -22,8 +22,16 @@ def calibrate(
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Make worlds that break no assumption of the fit.")] = False,
+    trait: Annotated[
+        list[str] | None,
+        typer.Option(help="Make worlds that break this assumption alone, by default all.", metavar="NAME..."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="CSV file for the table; the command goes on where it was interrupted.")
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="CSV file for how often the verdict falls again in a twin of a world.")
     ] = None,
     measure: Annotated[
         Path | None, typer.Option(help="Only measure the noise of the runs in this folder of tidy tables.")
@@ -40,7 +48,7 @@ def calibrate(
     # The matrices of a fit are small, and the processes share the cores. Thread pools read this once, on import.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with in_one_sentence():
-        from dataclasses import asdict
+        from dataclasses import asdict, replace
 
         if measure is not None:
             from benchmarks.calibration.noise import measure_noise
@@ -49,25 +57,36 @@ def calibrate(
             for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
                 print(f"{name}: {value:.4g}")
             return
+        from benchmarks.calibration.run import Making
+        from benchmarks.calibration.traits import NAMES, Traits
+        from lorabench.errors import UserError
+
+        if unknown := sorted({*(trait or ())} - {*NAMES}):
+            raise UserError(f"no trait {', '.join(unknown)}; allowed: {', '.join(NAMES)}")
+        making = Making(traits=Traits.only(trait or ()) if plain or trait else Traits(), seed=seed)
         if preset is not None:
             from benchmarks.calibration import power
             from benchmarks.calibration.noise import measure_noise
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables
 
-            levels = None if noise is None else measure_noise(Tables.read(noise), dataset or ())
+            if noise is not None:
+                making = replace(making, noise=measure_noise(Tables.read(noise), dataset or ()))
             ids = [*(claims or ()), *(more or ())]
-            table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, levels, seed)
+            table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, making)
             if out is None:
                 print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
             else:
                 write_csv(table, out)
             return
-        from benchmarks.calibration.run import calibrate as run
+        from benchmarks.calibration.run import counted, shares, twins
         from lorabench.store.io import write_csv
 
         kept = None if out is None else out.with_name(f"{out.name}.partial")
-        table = run(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
+        counts = counted(worlds, [*(claims or ()), *(more or ())], processes, making, kept)
+        table = shares(counts)
+        if again is not None:
+            write_csv(twins(counts), again)
         if out is None:
             print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class MadeArm:
     """
     curvature: float = 1.0
     """Its curvature over that of the noise levels."""
+    skew: float = 0.0
+    """The rate per ln LR by which its curvature grows towards high LRs, beyond that of the noise levels."""
+    lr_noise: float = 0.0
+    """The power of the LR with which the noise of its seeds and runs grows; the noise levels are those at its optimum.
+    """
+    lag: float = 0.0
+    """The number of steps by which it starts late, as a share of all steps."""
     moved: Curve | None = None
     """How far ln of its optimal LR lies above `optimum` after a number of steps; by default nowhere."""
     curve: Curve | None = None
@@ -60,6 +67,10 @@ class MadeSweep:
     """The steps with a validation loss, besides step 0."""
     test_examples: int = 132
     validation_examples: int = 42
+    group_sd: float = 0.0
+    """SD over groups of test examples of what a group adds to the loss of an arm, in margins."""
+    without: tuple[str, ...] = ()
+    """The traits that a world of this sweep does not have (see `traits`)."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,20 @@ class MadeRl:
     columns: Mapping[str, Any]
     """Values of `runs` that all arms share."""
     steps: int = 50
-    test_problems: int = 160
-    validation_problems: int = 64
+    test_examples: int = 160
+    """The number of test problems."""
+    validation_examples: int = 64
     held_out: Mapping[str, int] = field(default_factory=dict)
     """The number of problems of further sets; their error rates are those of the test split."""
     lengths: Mapping[int, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     """The mean length of responses by step, by the arm's position in `arms`."""
+    group_sd: float = 0.0
+    """As in `MadeSweep`, of the error rate."""
+    without: tuple[str, ...] = ()
+    """As in `MadeSweep`."""
+
+
+Made = TypeVar("Made", MadeSweep, MadeRl)
 
 
 Role = tuple[str, str | None, bool]
@@ -120,10 +139,15 @@ def highest_rank(arms: Sequence[Mapping[str, Any]]) -> int | None:
     return max((arm["rank"] for arm in arms if arm.get("placement") == "all"), default=None)
 
 
-def as_designed(design: Design, arms: Sequence[MadeArm], random: np.random.Generator) -> list[MadeArm]:
-    """Return arms with the LRs and seeds of a design; an arm with a single LR keeps it, and its own repeats."""
-    highest = highest_rank([arm.columns for arm in arms])
-    return [_swept(arm, design.of(role(arm.columns, highest)), random) for arm in arms]
+def as_designed(design: Design, sweep: Made, random: np.random.Generator) -> Made:
+    """Return a sweep with the LRs, seeds and numbers of examples of a design.
+
+    An arm with a single LR keeps it, and its own repeats.
+    """
+    highest = highest_rank([arm.columns for arm in sweep.arms])
+    arms = [_swept(arm, design.of(role(arm.columns, highest)), random) for arm in sweep.arms]
+    test, validation = design.test_examples, design.validation_examples
+    return replace(sweep, arms=arms, test_examples=test, validation_examples=validation)
 
 
 def _swept(arm: MadeArm, design: ArmDesign, random: np.random.Generator) -> MadeArm:

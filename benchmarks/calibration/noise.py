@@ -14,6 +14,7 @@ from lorabench.analysis.comparison import Comparison, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.claims.claim import rewarded_errors
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
@@ -70,6 +71,16 @@ class NoiseLevels:
     """The accuracy of the base."""
     rl_tuned: float = 0.59
     """The accuracy of full fine-tuning."""
+
+    @property
+    def margin(self) -> float:
+        """The margin of losses that the default preset gives, in nats per token."""
+        return DEFAULT_MARGINS.loss * self.gain
+
+    @property
+    def rl_margin(self) -> float:
+        """The margin of error rates that the default preset gives."""
+        return DEFAULT_MARGINS.reward * (self.rl_tuned - self.rl_base)
 
 
 N_PROBLEMS = 160

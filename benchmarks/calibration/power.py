@@ -10,21 +10,21 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
 import pandas as pd
 
 from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
-from benchmarks.calibration.noise import NoiseLevels
-from benchmarks.calibration.run import CHUNK, Task, worlds_of
+from benchmarks.calibration.run import CHUNK, Making, Seen, Task, shares, worlds_of
 from benchmarks.calibration.truths import COVERED, Covered
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 
-AT = (0, 2)
+AT = (0.0, 2.0)
 """The sizes of effects, in margins, at which power is counted: where an equality is true, and where a difference is."""
 
 COLUMNS = ["claim_id", "kind", "what", "lrs", "seeds", "test_examples", "n_worlds", "power_at_0", "power_at_2"]
@@ -88,8 +88,7 @@ def power_of_plan(
     worlds: int,
     claim_ids: Sequence[str] = (),
     processes: int = 1,
-    noise: NoiseLevels | None = None,
-    seed: int = 0,
+    making: Making | None = None,
 ) -> pd.DataFrame:
     """Judge made-up worlds with the design of a plan's sweeps, and count the right verdicts.
 
@@ -98,8 +97,7 @@ def power_of_plan(
         worlds: the number of worlds for each claim and size of the effect.
         claim_ids: the claims; by default all that calibration covers and the preset has runs for.
         processes: the number of processes.
-        noise: the noise of the worlds, by default that of `laptop`.
-        seed: the seed of all random numbers.
+        making: how the worlds are made, by default with the noise of `laptop`; its design is that of the plan.
 
     Returns:
         A row for each claim, with the columns COLUMNS.
@@ -107,7 +105,8 @@ def power_of_plan(
     Raises:
         UserError: calibration does not cover a claim, or the preset has no runs for it.
     """
-    noise = noise or NoiseLevels()
+    making = making or Making()
+    worlds += worlds % 2
     chosen: list[tuple[Covered, Design]] = []
     for covered in COVERED:
         design = design_of(plan, covered.claim_id)
@@ -117,25 +116,30 @@ def power_of_plan(
         allowed = ", ".join(covered.claim_id for covered, _ in chosen)
         raise UserError(f"calibration does not cover {', '.join(absent)} in this preset; allowed: {allowed or 'none'}")
     tasks = [
-        (Task(covered.scene, effect, first, min(CHUNK, worlds - first)), [covered.claim_id], noise, seed, design)
+        (
+            Task(covered.scene, effect, first, min(CHUNK, worlds - first)),
+            [covered.claim_id],
+            replace(making, design=design),
+        )
         for covered, design in chosen
         for effect in AT
         for first in range(0, worlds, CHUNK)
     ]
-    counts: dict[tuple[str, int], Counter[str]] = {}
+    counts: dict[tuple[str, float], Counter[Seen]] = {}
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(worlds_of, *zip(*tasks, strict=True))
         for (task, *_), task_counts in zip(tasks, results, strict=True):
-            for (claim_id, verdict), number in task_counts.items():
-                counts.setdefault((claim_id, task.effect), Counter())[verdict] += number
-    return pd.DataFrame([_row(covered, design, counts) for covered, design in chosen], columns=COLUMNS)
+            for seen, number in task_counts.items():
+                counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
+    power = shares(counts).set_index(["claim_id", "effect"])["power"]
+    rows = [
+        _row(covered, design, [float(power[covered.claim_id, effect]) for effect in AT], worlds)
+        for covered, design in chosen
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter[str]]) -> dict[str, object]:
-    power = []
-    for effect in AT:
-        verdicts, right = counts[covered.claim_id, effect], covered.right(effect)
-        power.append(verdicts[str(right)] / verdicts.total())
+def _row(covered: Covered, design: Design, power: Sequence[float], worlds: int) -> dict[str, object]:
     arms = list(design.arms.values())
     return {
         "claim_id": covered.claim_id,
@@ -144,7 +148,7 @@ def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter
         "lrs": _span([arm.n_lrs for arm in arms]),
         "seeds": _span([arm.seeds for arm in arms]),
         "test_examples": design.test_examples,
-        "n_worlds": counts[covered.claim_id, AT[0]].total(),
+        "n_worlds": worlds,
         "power_at_0": power[0],
         "power_at_2": power[1],
     }

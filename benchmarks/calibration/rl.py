@@ -12,29 +12,30 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from benchmarks.calibration.made import Curve, Design, MadeRl, as_designed
+from benchmarks.calibration.made import Curve, MadeRl
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, TEN, lora, made_arm, sign
-from benchmarks.calibration.worlds import Rows, cells, kept_cells, points, progress
+from benchmarks.calibration.worlds import (
+    GROUPS,
+    Rows,
+    cells,
+    group_names,
+    groups_of,
+    kept_cells,
+    noise_factor,
+    points,
+    progress,
+)
 from lorabench.claims.reinforcement import WIDER
-from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.tables import Tables
 
 
-def make_rl_tables(
-    sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator, design: Design | None = None
-) -> Tables:
+def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of a sweep of RL."""
-    if design is not None:
-        sweep = replace(
-            sweep,
-            arms=as_designed(design, sweep.arms, random),
-            test_problems=design.test_examples,
-            validation_problems=design.validation_examples,
-        )
     rows = Rows()
-    sets = {"test": sweep.test_problems, "validation": sweep.validation_problems, **sweep.held_out}
+    sets = {"test": sweep.test_examples, "validation": sweep.validation_examples, **sweep.held_out}
     common = {name: random.standard_normal(n) for name, n in sets.items()}
+    groups = {name: groups_of(n, random) for name, n in sets.items()}
     seeds = max(arm.seeds for arm in sweep.arms)
     shared = noise.rl_shared_seed * random.standard_normal(seeds)
     steps = np.arange(1, sweep.steps + 1)
@@ -44,11 +45,19 @@ def make_rl_tables(
         x = np.log(lr) - arm.optimum
         arm_luck = noise.rl_arm_seed * random.standard_normal(seeds)
         luck = shared[seed] + arm_luck[seed] + noise.rl_run * random.standard_normal(len(lr))
-        error = np.clip(arm.minimum + arm.curvature * noise.rl_curvature * x**2 + luck, 0.01, 1 - noise.rl_base)
-        failed = {name: _failed(error, common[name], noise, random) for name in sets}
-        kept = kept_cells(arm, lr, seed, failed["validation"].mean(1))
-        lr, seed, error = lr[kept], seed[kept], error[kept]
-        accuracy = {name: 1 - by_problem[kept].mean(1) for name, by_problem in failed.items()}
+        luck *= noise_factor(x, arm)
+        excess = arm.curvature * noise.rl_curvature * x**2 * np.exp(arm.skew * x)
+        error = np.clip(arm.minimum + excess + luck, 0.01, 1 - noise.rl_base)
+        # Difficulties have an SD of 1 over problems. Where about half of these fail, a group that is harder by a small
+        # amount fails 0.4 times that amount more often.
+        of_group = sweep.group_sd * noise.rl_margin / 0.4
+        hardness = {name: common[name] + of_group * random.standard_normal(GROUPS)[groups[name]] for name in sets}
+        validation = _failed(error, hardness["validation"], noise, random)
+        kept = kept_cells(arm, lr, seed, validation.mean(1))
+        lr, seed, error, luck = lr[kept], seed[kept], error[kept], luck[kept]
+        failed = {name: _failed(error, hardness[name], noise, random) for name in sets if name != "validation"}
+        failed["validation"] = validation[kept]
+        accuracy = {name: 1 - by_problem.mean(1) for name, by_problem in failed.items()}
         run_ids = [f"rl-{number}-{i}" for i in range(len(lr))]
         fixed = {"task": "rl", "status": "done", "base_reward": noise.rl_base, "steps": sweep.steps}
         fixed |= {"constant_reward": 0.0, "rule_reward": 0.0}
@@ -58,13 +67,14 @@ def make_rl_tables(
             | {"final_reward": accuracy["test"][i], "best_reward": accuracy["test"][i]}
             for i, run_id in enumerate(run_ids)
         ]
-        rows.losses += list(failed["test"][kept].astype(float))
-        rows.tokens += [np.ones(sweep.test_problems)] * len(lr)
+        rows.losses += list(failed["test"].astype(float))
+        rows.tokens += [np.ones(sweep.test_examples)] * len(lr)
+        rows.groups += [group_names(groups["test"])] * len(lr)
         done = progress(steps - 1, sweep.steps)
         reward = noise.rl_base + (1 - error - noise.rl_base)[:, None] * done
         if arm.curve is not None:
             reward = noise.rl_base + (noise.rl_tuned - noise.rl_base) * done + arm.curve(steps)
-            reward = reward - luck[kept][:, None] * done
+            reward = reward - luck[:, None] * done
         reward = reward + batches[seed] + noise.rl_step * random.standard_normal(reward.shape)
         rows.curves.append(points(run_ids, steps, "train", "reward", np.clip(reward, 0, 1)))
         ends = np.array([0, sweep.steps])
@@ -96,11 +106,6 @@ def _failed(error: np.ndarray, common: np.ndarray, noise: NoiseLevels, random: n
 _RL = {"model": "made-up", "dataset": "problems", "batch_size": 640, "family": "llama", "hidden_size": 128}
 
 
-def rl_margin(noise: NoiseLevels) -> float:
-    """Return the margin of error rates that the default preset gives."""
-    return DEFAULT_MARGINS.reward * (noise.rl_tuned - noise.rl_base)
-
-
 LENGTH = 360.0
 """The mean length of responses at the end, twice that at first; in tokens. On average it meets the setting of F5."""
 
@@ -117,7 +122,7 @@ def rl(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
     a factor of 1.25 to the k. The training reward of rank 64 is k margins off FullFT's. Its ratio of optimal LRs is k
     margins off 10.
     """
-    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, rl_margin(noise)
+    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, noise.rl_margin
     apart, ratio = sign(random) * k * margin, sign(random) * k * LR_MARGIN
     arms = [
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6, curve=np.zeros_like),
@@ -138,12 +143,14 @@ def rl_ranges(k: float, noise: NoiseLevels, random: np.random.Generator) -> Made
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
         replace(made_arm(lora(64), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
     ]
-    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length()))
+    # The rise of the error rate around the optimum is what the claim is about.
+    shape = ("curvatures", "asymmetry")
+    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length()), without=shape)
 
 
 def rl_placements(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
     """Return a sweep of RL in which LoRA on attention alone has an error rate k margins above that on the MLP."""
-    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, rl_margin(noise)
+    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, noise.rl_margin
     at = optimum + TEN
     arms = [
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),

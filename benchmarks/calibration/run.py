@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, field
+from itertools import pairwise, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from benchmarks.calibration.made import Design, MadeRl
+from benchmarks.calibration.made import Design, Made, MadeRl, as_designed
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.rl import make_rl_tables
-from benchmarks.calibration.truths import COVERED, EFFECTS, SCENES, Covered
+from benchmarks.calibration.traits import Traits, with_traits
+from benchmarks.calibration.truths import AGAINST, COVERED, EFFECTS, SCENES, SMALL, Covered
 from benchmarks.calibration.worlds import make_tables
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
+from lorabench.store.tables import Tables
 
-VERDICTS = ("confirmed", "contradicted", "inconclusive", "setting not met", "not tested")
+_COUNTED = {
+    "confirmed": ("confirmed",),
+    "right_sign": (SMALL,),
+    "inconclusive": ("inconclusive",),
+    "contradicted": AGAINST,
+    "setting_not_met": ("setting not met",),
+    "not_tested": ("not tested",),
+}
+"""The verdicts that each column counts."""
 
-CHUNK = 25
-"""The number of worlds that a process makes at a time."""
+CHUNK = 26
+"""The number of worlds that a process makes at a time, an even one."""
 
 COLUMNS = [
     "claim_id",
@@ -37,14 +49,32 @@ COLUMNS = [
     "effect",
     "truth",
     "n_worlds",
-    *(verdict.replace(" ", "_") for verdict in VERDICTS),
+    *_COUNTED,
     "wrong",
     "wrong_low",
     "wrong_high",
     "power",
 ]
 """The columns of the table: shares of worlds with each verdict, the share with a wrong one (at the margin of an
-equality the larger of the two shares) with its 95% interval, and the share with the right one."""
+equality the larger of the two shares) with its 95% interval, and the share with a right one."""
+
+AGAIN_COLUMNS = ["claim_id", "p_low", "p_high", "n_worlds", "predicted", "same"]
+"""The columns of the table of twins: the worlds in which the stated probability that a verdict falls again is from
+p_low to p_high, their number, the mean of that probability, and the share of them whose twin has the same verdict."""
+
+_STEP = 0.05
+"""The width of the classes in which probabilities are counted."""
+
+
+class Seen(NamedTuple):
+    """What is counted of a world: a claim's verdict in it, and what its twin says."""
+
+    claim_id: str
+    verdict: str
+    p_again: int
+    """The stated probability that the verdict falls again, in whole steps of _STEP; -1 if none is stated."""
+    same: bool
+    """Whether the twin has the same verdict."""
 
 
 @dataclass(frozen=True)
@@ -52,97 +82,180 @@ class Task:
     """Some worlds of one scene and effect."""
 
     scene: str
-    effect: int
+    effect: float
     first: int
-    """The number of the first world."""
+    """The number of the first world, an even one."""
     n: int
 
 
-def worlds_of(
-    task: Task, claim_ids: Sequence[str], noise: NoiseLevels, seed: int, design: Design | None = None
-) -> Counter[tuple[str, str]]:
-    """Draw and judge the worlds of a task; return how often each claim got each verdict.
+@dataclass(frozen=True)
+class Making:
+    """How worlds are made."""
 
-    Args:
-        task: the worlds.
-        claim_ids: the claims to judge.
-        noise: the noise of the worlds.
-        seed: the seed of all random numbers.
-        design: the LRs, seeds and examples of the sweeps; without it those of the scene.
-    """
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
+    traits: Traits = field(default_factory=Traits)
+    seed: int = 0
+    """The seed of all random numbers."""
+    design: Design | None = None
+    """The LRs, seeds and examples of the sweeps; without it those of the scene."""
+
+    def tables(self, task: Task, number: int) -> Tables:
+        """Draw the tables of a world.
+
+        Worlds come in pairs of twins, an even number and the next one. Twins share their truth and their LRs, and have
+        seeds and test examples of their own.
+        """
+        # Every world has generators of its own, so the results depend neither on the processes nor on the claims.
+        of_pair = [self.seed, zlib.crc32(task.scene.encode()), round(10 * task.effect), number // 2]
+        truth, luck = np.random.default_rng(of_pair), np.random.default_rng([*of_pair, number % 2])
+        made = SCENES[task.scene](task.effect, self.noise, truth)
+        if isinstance(made, MadeRl):
+            [sweep] = self._finished([made], truth)
+            return make_rl_tables(sweep, self.noise, luck)
+        return make_tables(self._finished(made, truth), self.noise, luck)
+
+    def _finished(self, sweeps: Sequence[Made], random: np.random.Generator) -> list[Made]:
+        """Give sweeps their design and their traits."""
+        if self.design is not None:
+            sweeps = [as_designed(self.design, sweep, random) for sweep in sweeps]
+        return with_traits(sweeps, self.traits, random)
+
+
+def worlds_of(task: Task, claim_ids: Sequence[str], making: Making) -> Counter[Seen]:
+    """Draw and judge the worlds of a task; return how often each claim got each verdict."""
     claims = [claim for claim in CLAIMS if claim.id in claim_ids]
-    counts: Counter[tuple[str, str]] = Counter()
+    counts: Counter[Seen] = Counter()
     # Small tables of text are faster as Python's own strings.
     with pd.option_context("mode.string_storage", "python"):
-        for number in range(task.first, task.first + task.n):
-            # Every world has a generator of its own, so the results depend neither on the processes nor on the claims.
-            random = np.random.default_rng([seed, zlib.crc32(task.scene.encode()), task.effect, number])
-            made = SCENES[task.scene](task.effect, noise, random)
-            if isinstance(made, MadeRl):
-                tables = make_rl_tables(made, noise, random, design)
-            else:
-                tables = make_tables(made, noise, random, design)
-            judged = judge_claims(tables, claims)
-            counts.update(zip(judged["claim_id"], judged["verdict"], strict=True))
+        for number in range(task.first, task.first + task.n, 2):
+            pair = [judge_claims(making.tables(task, twin), claims) for twin in (number, number + 1)]
+            for judged, other in (pair, reversed(pair)):
+                stated = judged.get("p_again", pd.Series(math.nan, judged.index)).astype(float).fillna(-1.0)
+                rows = zip(judged["claim_id"], judged["verdict"], stated, other["verdict"], strict=True)
+                for claim_id, verdict, p, again in rows:
+                    counts[Seen(claim_id, verdict, -1 if p < 0 else min(int(p / _STEP), 19), verdict == again)] += 1
     return counts
 
 
-def calibrate(
+def counted(
     worlds: int = 500,
     claim_ids: Sequence[str] = (),
     processes: int = 1,
-    noise: NoiseLevels | None = None,
-    seed: int = 0,
+    making: Making | None = None,
     kept: Path | None = None,
-) -> pd.DataFrame:
+) -> dict[tuple[str, float], Counter[Seen]]:
     """Judge made-up worlds and count the verdicts.
 
     Args:
-        worlds: the number of worlds for each claim and size of the effect.
+        worlds: the number of worlds for each claim and size of the effect; an odd number is raised by 1.
         claim_ids: the claims; by default all that calibration covers.
         processes: the number of processes.
-        noise: the noise of the worlds.
-        seed: the seed of all random numbers.
+        making: how the worlds are made.
         kept: a file that keeps the counts of finished parts, with which an interrupted calibration goes on.
 
     Returns:
-        A row for each claim and effect, with the columns COLUMNS.
+        By claim and effect, what was seen in its worlds.
 
     Raises:
         UserError: calibration does not cover a claim.
     """
-    noise = noise or NoiseLevels()
-    known = {covered.claim_id: covered for covered in COVERED}
-    if unknown := [claim_id for claim_id in claim_ids if claim_id not in known]:
-        raise UserError(f"calibration does not cover {', '.join(unknown)}; allowed: {', '.join(known)}")
-    covered = [known[claim_id] for claim_id in claim_ids] or list(COVERED)
     by_scene: dict[str, list[str]] = {}
-    for claim in covered:
+    for claim in covered(claim_ids):
         by_scene.setdefault(claim.scene, []).append(claim.claim_id)
+    worlds += worlds % 2
     tasks = [
         Task(scene, effect, first, min(CHUNK, worlds - first))
+        for first in range(0, worlds, CHUNK)
         for scene in by_scene
         for effect in EFFECTS
-        for first in range(0, worlds, CHUNK)
     ]
-    counts: dict[tuple[str, int], Counter[str]] = {}
-    for task, task_counts in _counted(tasks, by_scene, noise, seed, processes, kept):
-        for (claim_id, verdict), number in task_counts.items():
-            counts.setdefault((claim_id, task.effect), Counter())[verdict] += number
-    rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim in covered for effect in EFFECTS]
+    counts: dict[tuple[str, float], Counter[Seen]] = {}
+    for task, task_counts in _counted(tasks, by_scene, making or Making(), processes, kept):
+        for seen, number in task_counts.items():
+            counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
+    return counts
+
+
+def covered(claim_ids: Sequence[str] = ()) -> list[Covered]:
+    """Return the claims of some ids, by default all that calibration covers.
+
+    Raises:
+        UserError: calibration does not cover a claim.
+    """
+    known = {claim.claim_id: claim for claim in COVERED}
+    if unknown := [claim_id for claim_id in claim_ids if claim_id not in known]:
+        raise UserError(f"calibration does not cover {', '.join(unknown)}; allowed: {', '.join(known)}")
+    return [known[claim_id] for claim_id in claim_ids] or list(COVERED)
+
+
+def shares(counts: Mapping[tuple[str, float], Counter[Seen]]) -> pd.DataFrame:
+    """Return the table of verdicts: a row for each claim and effect, with the columns COLUMNS."""
+    rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim, effect in _judged(counts)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _judged(counts: Mapping[tuple[str, float], Counter[Seen]]) -> list[tuple[Covered, float]]:
+    return [(claim, effect) for claim in COVERED for effect in EFFECTS if (claim.claim_id, effect) in counts]
+
+
+def _row(claim: Covered, effect: float, counts: Counter[Seen]) -> dict[str, object]:
+    verdicts: Counter[str] = Counter()
+    for seen, number in counts.items():
+        verdicts[seen.verdict] += number
+    n = verdicts.total()
+
+    def share(names: Sequence[str]) -> float:
+        return sum(verdicts[name] for name in names) / n
+
+    wrong = max(share(names) for names in claim.wrong(effect))
+    interval = binomtest(round(wrong * n), n).proportion_ci(0.95, "exact")
+    right = claim.right(effect)
+    return {
+        "claim_id": claim.claim_id,
+        "kind": claim.kind,
+        "what": claim.effect,
+        "effect": effect,
+        "truth": claim.truth(effect),
+        "n_worlds": n,
+        **{column: share(names) for column, names in _COUNTED.items()},
+        "wrong": wrong,
+        "wrong_low": interval.low,
+        "wrong_high": interval.high,
+        "power": share(right) if right else math.nan,
+    }
+
+
+AGAIN_ENDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""The ends of the classes of probabilities in the table of twins."""
+
+
+def twins(counts: Mapping[tuple[str, float], Counter[Seen]]) -> pd.DataFrame:
+    """Return the table of twins for all claims together and for each: columns AGAIN_COLUMNS, without empty classes."""
+    rows = []
+    everything: Counter[Seen] = Counter()
+    for of_claim in counts.values():
+        everything.update(of_claim)
+    stated = {seen: number for seen, number in everything.items() if seen.p_again >= 0}
+    for claim_id in ["all", *dict.fromkeys(claim.claim_id for claim, _ in _judged(counts))]:
+        for low, high in pairwise(AGAIN_ENDS):
+            chosen = {
+                seen: number
+                for seen, number in stated.items()
+                if claim_id in ("all", seen.claim_id) and low <= (seen.p_again + 0.5) * _STEP < high
+            }
+            n = sum(chosen.values())
+            if n:
+                predicted = sum((seen.p_again + 0.5) * _STEP * number for seen, number in chosen.items()) / n
+                same = sum(number for seen, number in chosen.items() if seen.same) / n
+                rows.append((claim_id, low, high, n, predicted, same))
+    return pd.DataFrame(rows, columns=AGAIN_COLUMNS)
+
+
 def _counted(
-    tasks: Sequence[Task],
-    by_scene: dict[str, list[str]],
-    noise: NoiseLevels,
-    seed: int,
-    processes: int,
-    kept: Path | None,
-) -> Iterator[tuple[Task, Counter[tuple[str, str]]]]:
+    tasks: Sequence[Task], by_scene: Mapping[str, Sequence[str]], making: Making, processes: int, kept: Path | None
+) -> Iterator[tuple[Task, Counter[Seen]]]:
     """Yield the counts of each task, from the file of finished parts where it has them, and report progress."""
-    names = {task: f"{seed};{noise};{task};{' '.join(by_scene[task.scene])}" for task in tasks}
+    names = {task: f"{making};{task};{' '.join(by_scene[task.scene])}" for task in tasks}
     finished = _read(kept)
     left = [task for task in tasks if names[task] not in finished]
     yield from ((task, finished[names[task]]) for task in tasks if names[task] in finished)
@@ -150,45 +263,25 @@ def _counted(
     with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
         apply = pool.map if pool else map
         claims = [by_scene[task.scene] for task in left]
-        for task, counts in zip(left, apply(worlds_of, left, claims, repeat(noise), repeat(seed)), strict=True):
+        for task, counts in zip(left, apply(worlds_of, left, claims, repeat(making)), strict=True):
             done += task.n
-            print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect} margins)", file=sys.stderr)
+            print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect:g} margins)", file=sys.stderr)
             if kept is not None:
-                lines = [f"{names[task]}\t{claim}\t{verdict}\t{n}\n" for (claim, verdict), n in counts.items()]
+                lines = [json.dumps([names[task], *seen, number]) for seen, number in counts.items()]
                 with kept.open("a", encoding="utf-8") as file:
-                    file.write("".join([*lines, f"{names[task]}\t\t\t0\n"]))
+                    file.write("\n".join([*lines, json.dumps([names[task]]), ""]))
             yield task, counts
 
 
-def _read(kept: Path | None) -> dict[str, Counter[tuple[str, str]]]:
+def _read(kept: Path | None) -> dict[str, Counter[Seen]]:
     """Return the counts that are kept by the name of their task; a part without its last line was interrupted."""
-    by_task: dict[str, Counter[tuple[str, str]]] = {}
+    by_task: dict[str, Counter[Seen]] = {}
     whole = set()
     for line in kept.read_text(encoding="utf-8").splitlines() if kept is not None and kept.is_file() else []:
-        name, claim, verdict, number = line.split("\t")
-        if claim:
-            by_task.setdefault(name, Counter())[claim, verdict] = int(number)
+        name, *seen = json.loads(line)
+        if seen:
+            *fields, number = seen
+            by_task.setdefault(name, Counter())[Seen(*fields)] = number
         else:
             whole.add(name)
     return {name: counts for name, counts in by_task.items() if name in whole}
-
-
-def _row(covered: Covered, effect: int, counts: Counter[str]) -> dict[str, object]:
-    n = counts.total()
-    wrong = max(counts[verdict] for verdict in covered.wrong(effect))
-    interval = binomtest(wrong, n).proportion_ci(0.95, "exact")
-    right = covered.right(effect)
-    shares = {verdict.replace(" ", "_"): counts[verdict] / n for verdict in VERDICTS}
-    return {
-        "claim_id": covered.claim_id,
-        "kind": covered.kind,
-        "what": covered.effect,
-        "effect": effect,
-        "truth": covered.truth(effect),
-        "n_worlds": n,
-        **shares,
-        "wrong": wrong / n,
-        "wrong_low": interval.low,
-        "wrong_high": interval.high,
-        "power": math.nan if right is None else counts[right] / n,
-    }

@@ -54,11 +54,6 @@ def sign(random: np.random.Generator) -> int:
     return int(random.choice([-1, 1]))
 
 
-def loss_margin(noise: NoiseLevels) -> float:
-    """Return the margin of losses that the default preset gives."""
-    return DEFAULT_MARGINS.loss * noise.gain
-
-
 def an_optimum(random: np.random.Generator) -> float:
     """Return the optimum of full fine-tuning, as ln LR."""
     return math.log(6e-4) + random.uniform(-0.5, 0.5)
@@ -84,7 +79,7 @@ def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[Mad
     ranks by a factor of 2 to the k; the optimal LR of rank 1 is k margins below that of higher ranks, and its share of
     layers in which B has the larger norm is 0.1 k above a half.
     """
-    optimum, margin = an_optimum(random), loss_margin(noise)
+    optimum, margin = an_optimum(random), noise.margin
 
     def b_over_a(margins: float) -> Mapping[str, Metric]:
         return {"b_over_a": lambda steps: HALF + MAJORITY * margins + 0.05 * random.standard_normal(len(steps))}
@@ -110,7 +105,7 @@ def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> l
         optimum = an_optimum(random)
         arms = [
             made_arm(FULLFT, optimum, noise.loss, random, seeds=6),
-            made_arm(lora(64), optimum + TEN, noise.loss + gap * loss_margin(noise), random, seeds=6),
+            made_arm(lora(64), optimum + TEN, noise.loss + gap * noise.margin, random, seeds=6),
         ]
         sweeps.append(MadeSweep(arms, {**RUN, "dataset": dataset}))
     return sweeps
@@ -123,7 +118,7 @@ def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
     the middle one the ranks are k margins apart. Along the runs, the gap at the largest is 4 margins; at the smallest
     it ends at 0, from k margins halfway for one rank, and from 3 for the other.
     """
-    optimum, margin = an_optimum(random), loss_margin(noise)
+    optimum, margin = an_optimum(random), noise.margin
     apart = sign(random) * k * margin
     sweeps = []
     for number, (batch_size, steps) in enumerate(((8, 960), (32, 240), (128, 60))):
@@ -164,7 +159,7 @@ def placements(
         family: the family of the model.
         mlp: the loss of the MLP minus that of all layers, in margins.
     """
-    optimum, margin = an_optimum(random), loss_margin(noise)
+    optimum, margin = an_optimum(random), noise.margin
     at, mlp_loss = optimum + TEN, noise.loss + mlp * margin
     arms = [
         made_arm(FULLFT, optimum, noise.loss, random),
@@ -188,7 +183,7 @@ def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> list
 
 def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep of LoRA in the standard parametrization and in variants, one of which is better by k margins."""
-    optimum, margin = an_optimum(random) + TEN, loss_margin(noise)
+    optimum, margin = an_optimum(random) + TEN, noise.margin
     others = [(8.0, 1.0, 0.0), (128.0, 1.0, 0.0), (32.0, 4.0, 0.0), (32.0, 16.0, -k)]
     arms = [made_arm(FULLFT, optimum - TEN, noise.loss, random), made_arm(lora(16), optimum, noise.loss, random)]
     for alpha, ratio, gap in others:
@@ -266,4 +261,6 @@ def law(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeS
     for number, (family, width) in enumerate(_WIDTHS):
         fullft_lr = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
         log_lrs.append((fullft_lr, fullft_lr + TEN))
-    return _models(_WIDTHS, log_lrs, noise, random)
+    # The curvature says what being off the law costs.
+    shape = ("curvatures", "asymmetry")
+    return [replace(sweep, without=shape) for sweep in _models(_WIDTHS, log_lrs, noise, random)]

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.calibration import curve_scenes, rl, scenes
-from lorabench.analysis.rules import Verdict
 
-Truth = Literal["true", "false", "at the margin"]
-"""Whether a claim is true in a world. At the margin of a claim of equality neither verdict is right."""
+Truth = Literal["true", "false", "at the margin", "half true"]
+"""Whether a claim is true in a world. At the margin of a claim of equality neither verdict is right. A claim of a
+difference is half true if the difference is half of the margin."""
 
-EFFECTS = (0, 1, 2)
+EFFECTS = (0.0, 0.5, 1.0, 2.0)
 """The sizes of effects that are tried, in margins."""
+
+AGAINST = ("contradicted", "not seen here")
+"""The verdicts against a claim: the second is that on models smaller than the claim's."""
+
+SMALL = "right sign, below the margin"
+"""The verdict on a difference that is there and matters too little."""
+
+_WRONG: Mapping[Truth, tuple[tuple[str, ...], ...]] = {
+    "true": (AGAINST,),
+    "false": (("confirmed", SMALL),),
+    "at the margin": (("confirmed",), AGAINST),
+    "half true": (("confirmed",),),
+}
+
+_RIGHT: Mapping[Truth, tuple[str, ...]] = {
+    "true": ("confirmed",),
+    "false": AGAINST,
+    "at the margin": (),
+    "half true": (SMALL, *AGAINST),
+}
 
 
 @dataclass(frozen=True)
@@ -27,25 +48,24 @@ class Covered:
     effect: str
     """What has the effect, as text."""
 
-    def truth(self, effect: int) -> Truth:
+    def truth(self, effect: float) -> Truth:
         """Return whether the claim is true with an effect of so many margins."""
         if self.kind == "equality":
-            return ("true", "at the margin", "false")[effect]
-        return "true" if effect else "false"
+            return "true" if effect < 1 else "at the margin" if effect == 1 else "false"
+        return "false" if effect == 0 else "half true" if effect < 1 else "true"
 
-    def wrong(self, effect: int) -> tuple[Verdict, ...]:
-        """Return the verdicts that are wrong with an effect of so many margins; each may fall in 5% of the worlds."""
-        by_truth: dict[Truth, tuple[Verdict, ...]] = {
-            "true": ("contradicted",),
-            "false": ("confirmed",),
-            "at the margin": ("confirmed", "contradicted"),
-        }
-        return by_truth[self.truth(effect)]
+    def wrong(self, effect: float) -> tuple[tuple[str, ...], ...]:
+        """Return the sets of verdicts that are wrong with an effect of so many margins.
 
-    def right(self, effect: int) -> Verdict | None:
-        """Return the verdict that is right, or None if there is none but `inconclusive`."""
-        by_truth: dict[Truth, Verdict | None] = {"true": "confirmed", "false": "contradicted", "at the margin": None}
-        return by_truth[self.truth(effect)]
+        All verdicts of a set together may fall in 5% of the worlds.
+        """
+        truth = self.truth(effect)
+        # A difference that is there to the full is neither absent nor too small to matter.
+        return ((*AGAINST, SMALL),) if self.kind == "difference" and truth == "true" else _WRONG[truth]
+
+    def right(self, effect: float) -> tuple[str, ...]:
+        """Return the verdicts that are right, none if only `inconclusive` is."""
+        return _RIGHT[self.truth(effect)]
 
 
 SCENES: dict[str, scenes.Scene] = {

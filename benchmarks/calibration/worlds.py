@@ -2,27 +2,27 @@
 
 The loss of a run of an arm at a learning rate and with a seed is
 
-    minimum + curvature x^2 + asymmetry x^3 + (seed) + (arm and seed) + (run),
+    minimum + curvature x^2 exp(skew x) + (seed) + (arm and seed) + (run),
 
 with x = ln LR - ln optimal LR. On top of it each test example has a difficulty for all arms, one for the arm, and one
-for the run; the loss of the test split is the mean over them. As in the shipped presets, the first seed is trained at
-every LR of the grid, and further seeds at the LR with the lowest validation loss.
+for the run, and each group of examples has one for the arm; the loss of the test split is the mean over them. As in
+the shipped presets, the first seed is trained at every LR of the grid, which is extended while its best LR is at an
+end, and further seeds are trained at the LR with the lowest validation loss. `traits` says what else a world has.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.calibration.made import Design, MadeArm, MadeSweep, as_designed
+from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
-from lorabench.runs import lowest
 from lorabench.store.tables import Tables
 
 GRID_STEP = 2.4
@@ -30,6 +30,17 @@ GRID_STEP = 2.4
 
 TOKENS_PER_STEP = 1000
 """The number of tokens that a step trains on."""
+
+GROUPS = 20
+"""The number of groups in which test examples come; some are about ten times as large as others."""
+
+FURTHER = 2
+"""The largest number of LRs by which a grid is extended at either end."""
+
+MOST_NOISE = 10.0
+"""The largest factor by which high LRs enlarge the noise."""
+
+_NAMES = np.array([f"group {number}" for number in range(GROUPS)], object)
 
 _INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens", "trainable_params", "hidden_size", "group_size")
 
@@ -48,6 +59,7 @@ class Rows:
         self.curves: list[pd.DataFrame] = []
         self.losses: list[np.ndarray] = []
         self.tokens: list[np.ndarray] = []
+        self.groups: list[np.ndarray] = []
 
     def tables(self) -> Tables:
         runs = pd.DataFrame(self.runs)
@@ -59,37 +71,26 @@ class Rows:
                 "example": np.concatenate([np.arange(length) for length in lengths]),
                 "loss": np.concatenate(self.losses),
                 "tokens": np.concatenate(self.tokens),
+                "group": np.concatenate(self.groups),
             }
         )
         return Tables(runs, pd.concat(self.curves, ignore_index=True), test_losses=test_losses)
 
 
-def make_tables(
-    sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.random.Generator, design: Design | None = None
-) -> Tables:
+def make_tables(sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.random.Generator) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of supervised sweeps.
 
-    Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently. With a design,
-    its LRs, seeds and numbers of examples take the place of those of the sweeps.
+    Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently.
     """
-    if design is not None:
-        sweeps = [
-            replace(
-                sweep,
-                arms=as_designed(design, sweep.arms, random),
-                test_examples=design.test_examples,
-                validation_examples=design.validation_examples,
-            )
-            for sweep in sweeps
-        ]
     rows = Rows()
-    datasets: dict[Any, tuple[np.ndarray, np.ndarray, float]] = {}
+    datasets: dict[Any, _Dataset] = {}
     for number, sweep in enumerate(sweeps):
         name = sweep.columns.get("dataset")
         if name not in datasets:
             n = sweep.test_examples
-            datasets[name] = (
+            datasets[name] = _Dataset(
                 random.integers(10, 31, n).astype(float),
+                groups_of(n, random),
                 noise.example_common * random.standard_normal(n),
                 noise.example_common * random.standard_normal() / math.sqrt(sweep.validation_examples),
             )
@@ -97,16 +98,36 @@ def make_tables(
     return rows.tables()
 
 
+@dataclass(frozen=True)
+class _Dataset:
+    """The test examples of a dataset."""
+
+    tokens: np.ndarray
+    """The scored tokens of each example, (examples,)."""
+    groups: np.ndarray
+    """The number of each example's group, (examples,)."""
+    common: np.ndarray
+    """The difficulty of each example for all arms, in nats per token, (examples,)."""
+    valid_common: float
+    """The mean difficulty of the validation examples."""
+
+
+def groups_of(n: int, random: np.random.Generator) -> np.ndarray:
+    """Return the number of the group of each of n examples, (n,); the sizes of groups are log-normal."""
+    sizes = np.exp(0.7 * random.standard_normal(GROUPS))
+    return np.asarray(random.choice(GROUPS, n, p=sizes / sizes.sum()))
+
+
+def group_names(groups: np.ndarray) -> np.ndarray:
+    """Return the names of groups, as the table `test_losses` has them."""
+    return np.asarray(_NAMES[groups], object)
+
+
 def _add_sweep(
-    rows: Rows,
-    number: int,
-    sweep: MadeSweep,
-    noise: NoiseLevels,
-    dataset: tuple[np.ndarray, np.ndarray, float],
-    random: np.random.Generator,
+    rows: Rows, number: int, sweep: MadeSweep, noise: NoiseLevels, dataset: _Dataset, random: np.random.Generator
 ) -> None:
-    tokens, common, valid_common = dataset
-    weights = tokens / tokens.sum()
+    tokens, common, valid_common = dataset.tokens, dataset.common, dataset.valid_common
+    weights, names = tokens / tokens.sum(), group_names(dataset.groups)
     seeds = max(arm.seeds for arm in sweep.arms)
     shared = noise.shared_seed * random.standard_normal(seeds)
     lowest = sweep.arms[0].minimum
@@ -118,8 +139,8 @@ def _add_sweep(
         lr, seed = cells(arm)
         arm_luck = noise.arm_seed * random.standard_normal(seeds)
         x = np.log(lr) - arm.optimum
-        excess = excess_loss(x, arm.curvature, noise)
-        luck = shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr))
+        excess = excess_loss(x, arm, noise)
+        luck = noise_factor(x, arm) * (shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr)))
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (
@@ -130,8 +151,10 @@ def _add_sweep(
         )
         kept = kept_cells(arm, lr, seed, valid)
         lr, seed, level, valid, luck = (part[kept] for part in (lr, seed, level, valid, luck))
+        of_group = sweep.group_sd * noise.margin * random.standard_normal(GROUPS)
         difficulty = (
             common
+            + of_group[dataset.groups]
             + noise.example_arm * random.standard_normal(len(common))
             + noise.example_run * random.standard_normal((len(lr), len(common)))
         )
@@ -146,6 +169,7 @@ def _add_sweep(
         ]
         rows.losses += list(losses * tokens)
         rows.tokens += [tokens] * len(lr)
+        rows.groups += [names] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
         split_noise = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
@@ -179,32 +203,58 @@ def _curve(
     done = progress(steps, last)
     beyond = arm.curve(steps) if arm.curve else (arm.minimum - lowest) * done
     moved = arm.moved(steps) if arm.moved else 0.0
-    own = luck[:, None] + excess_loss(x[:, None] - moved, arm.curvature, noise)
-    return np.asarray(lowest + noise.gain * (1 - done) + beyond + own * done)
+    own = luck[:, None] + excess_loss(x[:, None] - moved, arm, noise)
+    late = arm.lag * last
+    # A late arm is as far as the shared curve was some steps before; what is left of it at the end is in its minimum.
+    lag = progress(steps, last) - progress(steps**2 / np.maximum(steps + late, 1), last)
+    left = 1 - float(progress(np.array(last**2 / (last + late)), last))
+    return np.asarray(lowest + noise.gain * (1 - done + lag - left * done) + beyond + own * done)
 
 
-def excess_loss(x: np.ndarray, curvature: float, noise: NoiseLevels) -> np.ndarray:
-    """Return the rise of the loss at distances in ln LR from the optimum, in nats per token."""
-    return np.maximum(curvature * (noise.curvature * x**2 + noise.asymmetry * x**3), 0.0)
+def excess_loss(x: np.ndarray, arm: MadeArm, noise: NoiseLevels) -> np.ndarray:
+    """Return the rise of the loss at distances in ln LR from the optimum, in nats per token; at most to the base's."""
+    skew = noise.asymmetry / noise.curvature + arm.skew
+    return np.minimum(arm.curvature * noise.curvature * x**2 * np.exp(skew * x), noise.gain)
+
+
+def noise_factor(x: np.ndarray, arm: MadeArm) -> np.ndarray:
+    """Return the noise of seeds and runs over that at the optimum, at distances in ln LR from it."""
+    return np.minimum(np.exp(arm.lr_noise * x), MOST_NOISE)
 
 
 def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
-    """Return LR and seed of every run that an arm could have."""
-    seed, lr = np.meshgrid(np.arange(arm.seeds), arm.lrs, indexing="ij")
+    """Return LR and seed of every run that an arm could have: its grid, and the LRs that may extend it."""
+    lrs = arm.lrs
+    if _extended(arm):
+        step, further = lrs[1] / lrs[0], np.arange(1, FURTHER + 1)
+        lrs = np.concatenate([lrs[0] / step ** further[::-1], lrs, lrs[-1] * step**further])
+    seed, lr = np.meshgrid(np.arange(arm.seeds), lrs, indexing="ij")
     return lr.ravel(), seed.ravel()
+
+
+def _extended(arm: MadeArm) -> bool:
+    """Return whether the grid of an arm is extended if its best LR is at an end."""
+    return len(arm.lrs) > 1 and arm.repeats != "every"
 
 
 def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Return which of them are trained: the first seed at each LR, further seeds as the arm says."""
     if arm.repeats == "every":
         return np.ones(len(lr), bool)
-    grid_of_first = lr[seed == 0]
-    best_lr = lowest(dict(zip(grid_of_first.tolist(), valid[seed == 0].tolist(), strict=True)))
-    best = grid_of_first.tolist().index(best_lr)
-    kept = (seed == 0) | (lr == best_lr)
+    every_lr, first = lr[seed == 0], valid[seed == 0]
+    start, end = (FURTHER, len(every_lr) - FURTHER) if _extended(arm) else (0, len(every_lr))
+    while True:
+        best = start + int(np.argmin(first[start:end]))
+        if best == start > 0:
+            start -= 1
+        elif best == end - 1 < len(every_lr) - 1:
+            end += 1
+        else:
+            break
+    kept = ((seed == 0) & np.isin(lr, every_lr[start:end])) | (lr == every_lr[best])
     if arm.repeats == "around":
         more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
-        kept |= more & np.isin(lr, grid_of_first[max(0, best - 1) : best + 2])
+        kept |= more & np.isin(lr, every_lr[max(start, best - 1) : min(end, best + 2)])
     return np.asarray(kept)
 
 

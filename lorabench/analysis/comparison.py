@@ -163,7 +163,11 @@ class Comparison:
             loss = self._lowest(arm)
             rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
             return Margin(SHARE_OF_LOSS * loss, rule)
-        return gain_margin(margins.loss, gain, label)
+        of_gain, loss = gain_margin(margins.loss, gain, label), self._lowest(arm)
+        if of_gain.problem or of_gain.value <= margins.final_loss * loss:
+            return of_gain
+        rule = f"{100 * margins.final_loss:.3g}% of the final loss of {label} ({loss:.3f} nats)"
+        return Margin(margins.final_loss * loss, f"{rule}, which is less than {of_gain.rule}")
 
     def _lowest(self, arm: Arm) -> float:
         minimum = self.fit.minima.get(arm_label(arm))

@@ -1,36 +1,61 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
 
-docs/verdicts.md explains the five verdicts. A verdict is borderline if it would be another one with the ends of all
-intervals moved by a tenth of their margins, all to the side of the claim or all away from it. The margin is the `size`
-of the rule, in logarithms for ratios; where that is 0, half of the 95% interval stands for it. The numbers alone move:
-reasons against a verdict stay as they are.
+docs/verdicts.md explains the verdicts. With its verdict a finding carries those of N_AGAIN replicates, which are new
+runs of the same design on other seeds and other test examples. The truth is off the estimate by a draw of the error,
+and a new estimate is off the truth by another draw. So a replicate is the estimate shifted by the sum of two
+independent draws, with an error of the same size. A replicate has the same number in all comparisons, so that what
+their errors share stays shared. The share of replicates with the verdict of the finding is `p_again`. Reasons against a
+verdict stay as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.rules import LEVEL, Problem, Remedy, Rule, Verdict, cheapest
+from lorabench.analysis.rules import AS_IT_IS, DECIDED, LEVEL, Problem, Remedy, Rule, Verdict, cheapest
 from lorabench.utils.formats import fixed_interval
 
 MIN_SEEDS = 3
 """The number of seeds that a verdict on a difference needs."""
 
-MOVED = 0.1
-"""The share of a margin by which the ends of intervals move to tell whether a verdict is borderline."""
+N_AGAIN = 1024
+"""The number of replicates; the standard error of a share of 80% is then 1.3%."""
 
-SEVERITY: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "inconclusive", "contradicted")
+BORDERLINE = 0.8
+"""A decided verdict that comes out again with a smaller probability is borderline."""
+
+SEVERITY: tuple[Verdict, ...] = (
+    "not tested",
+    "setting not met",
+    "confirmed",
+    "right sign, below the margin",
+    "inconclusive",
+    "not seen here",
+    "contradicted",
+)
+"""The verdicts by their rank: of several, the last one decides.
+
+The sign is right in all comparisons only if none of them is open, so an open one comes before it.
+"""
+
+_CONFIRMED, _RIGHT_SIGN, _OPEN, _CONTRADICTED = map(
+    SEVERITY.index, ("confirmed", "right sign, below the margin", "inconclusive", "contradicted")
+)
 
 
-class Outcome(NamedTuple):
-    """What an interval decides; see `Finding`."""
+class Outcomes(NamedTuple):
+    """What intervals decide: as they are, and in each replicate; of one number only, in all replicates the same."""
 
-    verdict: Verdict
-    against: float
+    verdicts: np.ndarray
+    """Places in SEVERITY, (1,) or (1 + N_AGAIN,)."""
+    against: np.ndarray
+    """See `Finding.against`; of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +83,41 @@ class Finding:
     finding without an interval."""
     remedy: Remedy | None = None
     """What would decide an inconclusive claim."""
-    moved: tuple[Outcome, ...] = ()
-    """The outcomes if all ends were moved to the side of the claim, and away from it; empty if they decide nothing."""
+    n_parts: int | None = None
+    """The number of comparisons that have a verdict; None if the finding is one of them itself."""
+    n_hold: int = 0
+    """The number of comparisons that are confirmed."""
+    part_low: float = math.nan
+    """The lowest of their estimates."""
+    part_high: float = math.nan
+    replicates: Outcomes | None = field(default=None, repr=False, compare=False)
+    """The outcomes of new runs, (N_AGAIN,); None if no interval decides anything."""
 
     @property
-    def outcomes(self) -> tuple[Outcome, ...]:
-        """The outcomes with the ends as they are, moved to the side of the claim, and moved away from it."""
-        as_they_are = Outcome(self.verdict, self.against)
-        return as_they_are, *(self.moved or (as_they_are, as_they_are))
+    def outcomes(self) -> Outcomes:
+        """The outcome of the finding, followed by those of the replicates, if there are any."""
+        own = Outcomes(np.array([SEVERITY.index(self.verdict)], np.int8), np.array([self.against]))
+        if self.replicates is None:
+            return own
+        return Outcomes(*(np.concatenate(pair) for pair in zip(own, self.replicates, strict=True)))
+
+    @property
+    def p_again(self) -> float | None:
+        """The probability that a new run decides the same; None without an interval or a decision."""
+        if self.replicates is None or self.verdict not in DECIDED:
+            return None
+        return float(np.mean(self.replicates.verdicts == SEVERITY.index(self.verdict)))
 
     @property
     def borderline(self) -> bool:
-        """Whether the verdict would be another if the ends were moved."""
-        return any(outcome.verdict != self.verdict for outcome in self.outcomes)
+        """Whether a new run decides the same with a probability below BORDERLINE."""
+        return self.p_again is not None and self.p_again < BORDERLINE
 
-    def with_outcomes(self, outcomes: Iterable[Outcome]) -> Finding:
-        """Return the finding with other outcomes, in the order of `outcomes`."""
-        as_they_are, *moved = outcomes
-        return replace(self, **as_they_are._asdict(), moved=tuple(moved))
+    def with_outcomes(self, outcomes: Outcomes) -> Finding:
+        """Return the finding with other outcomes, of the shape of `outcomes`."""
+        verdicts, against = outcomes
+        replicates = Outcomes(verdicts[1:], against[1:]) if len(verdicts) > 1 else None
+        return replace(self, verdict=SEVERITY[verdicts[0]], against=float(against[0]), replicates=replicates)
 
 
 class UnjudgedError(Exception):
@@ -114,21 +156,25 @@ def decide(
         margin_high=rule.margins[1],
         margin_rule=margin_rule,
         detectable=estimate.detectable if known else math.nan,
-        against=rule.against(estimate) if known else 1.0,
+        against=float(rule.against(estimate)[0]) if known else 1.0,
     )
     if problems:
         return judged
 
-    def outcome(slack: float) -> Outcome:
-        against = rule.against(estimate, slack)
-        if rule.confirmed(estimate, slack):
-            return Outcome("confirmed", against)
-        return Outcome("contradicted" if against <= LEVEL else "inconclusive", against)
-
-    slack = MOVED * (rule.size or (high - low) / 2) if high > low else 0.0
-    judged = judged.with_outcomes([outcome(0.0), outcome(slack), outcome(-slack)])
-    # A contradiction may turn inconclusive as one of several (see `worst`).
+    shifts = np.concatenate([AS_IT_IS, _again(estimate)]) if high > low else AS_IT_IS
+    confirmed, against = rule.confirmed(estimate, shifts), rule.against(estimate, shifts)
+    failed = np.where(rule.right_sign(estimate, shifts), _RIGHT_SIGN, _CONTRADICTED)
+    verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
+    judged = judged.with_outcomes(Outcomes(verdicts, against))
+    # A claim that fails in one comparison may be open as one of several (see `worst`).
     return judged if judged.verdict == "confirmed" else replace(judged, remedy=cheapest(rule, estimate))
+
+
+def _again(estimate: Estimate) -> np.ndarray:
+    """Return what a new estimate adds to the estimate, (N_AGAIN,): the sum of two independent draws of its error."""
+    # The draws lie in a random order, so that different ones are independent.
+    errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
+    return errors[:N_AGAIN] + errors[N_AGAIN:]
 
 
 def finding(
@@ -157,31 +203,58 @@ def finding(
 
 
 def worst(findings: Sequence[Finding]) -> Finding:
-    """Return the finding that decides over several: contradicted before inconclusive before confirmed, then by strain.
+    """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain.
 
-    `setting not met` and `not tested` decide only if no finding has another verdict. With k findings that have a
-    verdict, one contradicts at the k-th part of the level only (see `rules`).
+    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only (see `rules`).
     """
-    ways = [_worst(outcomes, findings) for outcomes in zip(*(judged.outcomes for judged in findings), strict=True)]
-    return findings[ways[0][0]].with_outcomes(outcome for _, outcome in ways)
-
-
-def _worst(outcomes: Sequence[Outcome], findings: Sequence[Finding]) -> tuple[int, Outcome]:
-    """Return the number of the outcome that decides over several, and that outcome as corrected for their number."""
-    tested = sum(outcome.verdict in ("confirmed", "inconclusive", "contradicted") for outcome in outcomes)
-    verdicts: list[Verdict] = [
-        "inconclusive" if outcome.verdict == "contradicted" and outcome.against > LEVEL / tested else outcome.verdict
-        for outcome in outcomes
-    ]
-    decisive = max(range(len(outcomes)), key=lambda at: (SEVERITY.index(verdicts[at]), findings[at].strain))
+    # The first of the highest rank decides, so that the most strained one comes first.
+    ordered = sorted(findings, key=lambda judged: -judged.strain)
+    outcomes = [judged.outcomes for judged in ordered]
+    verdicts = np.array(np.broadcast_arrays(*(each.verdicts for each in outcomes)))
+    against = np.array(np.broadcast_arrays(*(each.against for each in outcomes)))
+    tested = np.maximum(1, (verdicts >= _CONFIRMED).sum(axis=0))
+    fails = (verdicts == _CONTRADICTED) | (verdicts == _RIGHT_SIGN)
+    verdicts[fails & (against > LEVEL / tested)] = _OPEN
+    decisive = verdicts.argmax(axis=0)
     # A finding may be one of several in turn, so that the corrections multiply.
-    return decisive, Outcome(verdicts[decisive], min(1.0, outcomes[decisive].against * max(1, tested)))
+    corrected = np.minimum(1.0, np.take_along_axis(against, decisive[None], 0)[0] * tested)
+    judged = ordered[decisive[0]].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
+    return _with_remedy(judged, [ordered[at] for at in np.flatnonzero(verdicts[:, 0] == _OPEN)], int(tested[0]))
+
+
+def _with_remedy(judged: Finding, opened: Sequence[Finding], tested: int) -> Finding:
+    """Return the finding that decides over several with the number of seeds, or of examples, that decides them all."""
+    if judged.remedy is None or judged.remedy.plan is None:
+        return judged
+    plans = [judged.remedy.plan]
+    if plans[0].holds:  # The finding nearest to failing holds, so that a confirmation of all is ahead.
+        plans = [each.remedy.plan for each in opened if each.remedy is not None and each.remedy.plan is not None]
+    together = sum(each.open for each in plans)
+    remedies = [replace(each, tests=each.tests * tested, open=together).remedy() for each in plans]
+    return replace(judged, remedy=max(remedies, key=lambda remedy: remedy.size, default=judged.remedy))
 
 
 def without(judged: Finding, *verdicts: Verdict) -> Finding:
-    """Return a finding in which some verdicts are inconclusive instead."""
-    return judged.with_outcomes(
-        Outcome("inconclusive" if verdict in verdicts else verdict, against) for verdict, against in judged.outcomes
+    """Return a finding in which some verdicts are inconclusive instead.
+
+    What is no evidence for `contradicted` is none for `right sign, below the margin`, since both rest on one test.
+    """
+    opened = {*verdicts, *(["right sign, below the margin"] if "contradicted" in verdicts else [])}
+    before, against = judged.outcomes
+    places = [SEVERITY.index(verdict) for verdict in opened]
+    return judged.with_outcomes(Outcomes(np.where(np.isin(before, places), _OPEN, before).astype(np.int8), against))
+
+
+def with_parts(judged: Finding, parts: Sequence[Finding]) -> Finding:
+    """Return the finding on several comparisons with their number, how many hold, and the range of their estimates."""
+    tested = [part for part in parts if SEVERITY.index(part.verdict) >= _CONFIRMED]
+    estimates = [part.estimate for part in tested if not math.isnan(part.estimate)]
+    return replace(
+        judged,
+        n_parts=len(tested),
+        n_hold=sum(part.verdict == "confirmed" for part in tested),
+        part_low=min(estimates, default=math.nan),
+        part_high=max(estimates, default=math.nan),
     )
 
 
@@ -217,6 +290,7 @@ def in_unit(judged: Finding, unit: Unit, unit_of_difference: Unit | None = None)
     """
     low, high = sorted((unit(judged.ci_low), unit(judged.ci_high)))
     margin_low, margin_high = sorted((unit(judged.margin_low), unit(judged.margin_high)))
+    part_low, part_high = sorted((unit(judged.part_low), unit(judged.part_high)))
     return replace(
         judged,
         estimate=unit(judged.estimate),
@@ -224,6 +298,8 @@ def in_unit(judged: Finding, unit: Unit, unit_of_difference: Unit | None = None)
         ci_high=high,
         margin_low=margin_low,
         margin_high=margin_high,
+        part_low=part_low,
+        part_high=part_high,
         detectable=unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable,
     )
 

@@ -1,27 +1,44 @@
 """Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
 
-docs/verdicts.md explains the two rules, `Within` and `Above`. A rule also judges with a slack, by which all of its
-limits lie further out, or further in if it is negative. That is the verdict if the ends of the interval lay that much
-further inside or outside, and tells whether a verdict is borderline (see `finding`).
+docs/verdicts.md explains the two rules, `Within` and `Above`. A rule also judges estimates that are shifted, each by
+one of several amounts, with the same error: these are new runs of the same design (see `finding`).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
-from lorabench.analysis.estimate import Estimate
+from lorabench.analysis.estimate import N_DRAWS, POWER, Estimate
 
-Verdict = Literal["confirmed", "contradicted", "inconclusive", "setting not met", "not tested"]
+Verdict = Literal[
+    "confirmed",
+    "right sign, below the margin",
+    "contradicted",
+    "not seen here",
+    "inconclusive",
+    "setting not met",
+    "not tested",
+]
+
+DECIDED: tuple[Verdict, ...] = ("confirmed", "right sign, below the margin", "contradicted", "not seen here")
+"""The verdicts that decide something."""
 
 LEVEL = 0.05
 """The largest probability of a wrong decision."""
 
-# Quantiles of the normal distribution: a one-sided test at 5%, a two-sided test at 5%, and a power of 80%.
-_ONE_SIDED, _TWO_SIDED, _POWER = 1.645, 1.960, 0.842
+AS_IT_IS = np.zeros(1)
+"""The shift of an estimate as it is."""
+
+
+def _share_below(estimate: Estimate, limits: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+    """Return the shares of draws below limits (`left`), or at most at them (`right`)."""
+    return np.asarray(np.searchsorted(estimate.ordered, limits, side=side) / N_DRAWS)
 
 
 @dataclass(frozen=True)
@@ -45,21 +62,20 @@ class Within:
         """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
-    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
-        """Return whether the estimate confirms the claim."""
+    def confirmed(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        """Return whether the estimate, shifted by each of some amounts, confirms the claim."""
         low, high = estimate.interval(1 - 2 * LEVEL)
-        return self.low - slack <= low and high <= self.high + slack
+        return np.asarray((self.low <= low + shifts) & (high + shifts <= self.high))
 
-    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
-        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
-        draws = estimate.draws
-        below, above = np.mean(draws <= self.high + slack), np.mean(draws >= self.low - slack)
-        return min(1.0, 2 * float(min(below, above)))
+    def against(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        """Return the smallest levels at which the shifted estimate contradicts the claim (p-values)."""
+        below = _share_below(estimate, self.high - shifts, "right")
+        above = 1 - _share_below(estimate, self.low - shifts, "left")
+        return np.asarray(np.minimum(1.0, 2 * np.minimum(below, above)))
 
-    @property
-    def size(self) -> float:
-        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
-        return (self.high - self.low) / 2 if len(self._ends) == 2 else sum(map(abs, self._ends))
+    def right_sign(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        """Return whether the shifted estimate, if it contradicts, has the claimed sign; an equality claims none."""
+        return np.zeros(len(shifts), bool)
 
     @property
     def _ends(self) -> list[float]:
@@ -75,19 +91,30 @@ class Within:
             return abs(estimate.value - middle) / half
         return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
 
-    def deciding_error(self, estimate: Estimate) -> float:
-        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
-        room = min(self.high - estimate.value, estimate.value - self.low)
-        return room / (_ONE_SIDED + _POWER) if room > 0 else -room / (_TWO_SIDED + _POWER)
+    def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
+        """Return the probabilities of a confirmation and of a contradiction.
+
+        Args:
+            truth: the true number.
+            error: the standard error of its estimate.
+            dof: the degrees of freedom of that error.
+            tests: the number of comparisons that share the level of a contradiction.
+        """
+        to_high, to_low = (self.high - truth) / error, (truth - self.low) / error
+        one_sided, two_sided = (stdtrit(dof, 1 - level) for level in (LEVEL, LEVEL / 2 / tests))
+        confirmed = stdtr(dof, to_high - one_sided) + stdtr(dof, to_low - one_sided) - 1
+        contradicted = stdtr(dof, -to_high - two_sided) + stdtr(dof, -to_low - two_sided)
+        return max(0.0, float(confirmed)), float(contradicted)
 
 
 @dataclass(frozen=True)
 class Above:
     """The claim that a number is above 0 by at least a margin; its methods are those of `Within`.
 
-    It is confirmed if the 95% interval is above 0 and the estimate is at or above the margin. It is contradicted if the
-    one-sided 95% interval lies below the margin, so that there is no effect of the least size that matters, or with a
-    margin of 0 the two-sided one.
+    It is confirmed if the estimate is at or above the margin and the one-sided 95% interval lies above half of it. It
+    is contradicted if the one-sided 95% interval lies below the margin, so that there is no effect of the least size
+    that matters; if then the two-sided one lies above 0, the sign is right. With a margin of 0 both are decided by the
+    two-sided interval.
     """
 
     margin: float
@@ -96,24 +123,29 @@ class Above:
     def margins(self) -> tuple[float, float]:
         return self.margin, math.inf
 
-    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
-        return estimate.interval(1 - LEVEL)[0] > -slack and estimate.value >= self.margin - slack
-
-    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
-        sides = 1 if self.margin > 0 else 2
-        return min(1.0, sides * float(np.mean(estimate.draws >= self.margin - slack)))
-
     @property
-    def size(self) -> float:
-        return self.margin
+    def _sides(self) -> int:
+        return 1 if self.margin > 0 else 2
+
+    def confirmed(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        low, _ = estimate.interval(1 - 2 * LEVEL / self._sides)
+        return np.asarray((low + shifts > self.margin / 2) & (estimate.value + shifts >= self.margin))
+
+    def against(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        above = 1 - _share_below(estimate, self.margin - shifts, "left")
+        return np.asarray(np.minimum(1.0, self._sides * above))
+
+    def right_sign(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+        return np.asarray(estimate.interval(1 - LEVEL)[0] + shifts > 0)
 
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value
 
-    def deciding_error(self, estimate: Estimate) -> float:
-        if estimate.value >= self.margin:
-            return estimate.value / (_TWO_SIDED + _POWER)
-        return (self.margin - estimate.value) / ((_ONE_SIDED if self.margin > 0 else _TWO_SIDED) + _POWER)
+    def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
+        confirms, contradicts = (stdtrit(dof, 1 - LEVEL / self._sides / k) for k in (1, tests))
+        least = max(self.margin, self.margin / 2 + float(confirms) * error)
+        contradicted = stdtr(dof, (self.margin - truth) / error - contradicts)
+        return float(stdtr(dof, (truth - least) / error)), float(contradicted)
 
 
 Rule = Within | Above
@@ -147,6 +179,69 @@ MANY_SEEDS = 200
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a number of seeds would decide, if an estimate is the truth."""
+
+    rule: Rule
+    value: float
+    seed_error: float
+    """The standard error from the seeds that there are."""
+    example_error: float
+    dof: float
+    """The degrees of freedom of the error from seeds."""
+    n_seeds: int
+    n_examples: int
+    tests: int = 1
+    """The number of comparisons that share the level of a contradiction."""
+    open: int = 1
+    """The number of comparisons that need more seeds; a confirmation needs all of them."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim is true, if the estimate is."""
+        low, high = self.rule.margins
+        return low <= self.value <= high
+
+    def decides(self, n_seeds: float, more_examples: float = 1.0) -> bool:
+        """Return whether a number of seeds, and so many times as many examples, decide with a probability of POWER."""
+        seeds, examples = self.seed_error**2 * self.n_seeds / n_seeds, self.example_error**2 / more_examples
+        error = max(math.sqrt(seeds + examples), 1e-12)
+        # More seeds have as many more degrees of freedom; the error from examples has many (Welch, Satterthwaite).
+        dof = self.dof * (n_seeds - 1) / max(self.n_seeds - 1, 1) * (error**2 / max(seeds, 1e-24)) ** 2
+        confirmed, contradicted = self.rule.power(self.value, error, min(dof, 1e9), self.tests)
+        return confirmed >= POWER ** (1 / self.open) or contradicted >= POWER
+
+    def remedy(self) -> Remedy:
+        """Return the least number of seeds, or else of test examples, that decides."""
+        if not self.decides(1e12, 1e24):
+            return Remedy("no number of seeds decides it: the estimate lies at the margin", plan=self)
+        now = f"(now {self.n_seeds})"
+        seeds = self._seeds()
+        if seeds is not None:
+            return Remedy(f"{seeds} seeds {now}", seeds=seeds, plan=self)
+        if not self.decides(MANY_SEEDS, 1e24):
+            return Remedy(f"more than {MANY_SEEDS} seeds {now}: the estimate lies near the margin", plan=self)
+        # The error from test examples alone is too large. Both errors get half of the variance that decides, or the
+        # error from examples what most seeds leave.
+        factors = 1.02 ** np.arange(2500)
+        more = float(factors[bisect_left(factors, True, key=lambda more: self.decides(1e12, more))]) * 2
+        if not self.decides(MANY_SEEDS, more):
+            more = float(factors[bisect_left(factors, True, key=lambda more: self.decides(MANY_SEEDS, more))])
+        examples = math.ceil(self.n_examples * more)
+        text = f"{examples} test examples (now {self.n_examples})"
+        seeds = self._seeds(more)
+        if self.decides(self.n_seeds, more) or seeds is None:
+            return Remedy(text, test_examples=examples, plan=self)
+        return Remedy(f"{text} and {seeds} seeds {now}", seeds=seeds, test_examples=examples, plan=self)
+
+    def _seeds(self, more_examples: float = 1.0) -> int | None:
+        """Return the least number of seeds, above those that there are, that decides; None above MANY_SEEDS."""
+        numbers = range(self.n_seeds + 1, MANY_SEEDS + 1)
+        at = bisect_left(numbers, True, key=lambda n_seeds: self.decides(n_seeds, more_examples))
+        return numbers[at] if at < len(numbers) else None
+
+
+@dataclass(frozen=True)
 class Remedy:
     """The cheapest thing that would decide an inconclusive claim, as far as it can be planned."""
 
@@ -158,6 +253,13 @@ class Remedy:
     test_examples: int | None = None
     lrs: tuple[tuple[str, float], ...] = ()
     """LRs to add, each after the label of its arm."""
+    plan: Plan | None = None
+    """What the number of seeds or examples follows from, so that other comparisons can be added."""
+
+    @property
+    def size(self) -> tuple[bool, int, int]:
+        """How much the remedy asks for; a larger one decides what a smaller one does."""
+        return not (self.seeds or self.test_examples), self.test_examples or 0, self.seeds or 0
 
 
 @dataclass(frozen=True)
@@ -172,21 +274,24 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
     """Return the least number of seeds, or else of test examples, that would decide, if the estimate is the truth."""
     if not estimate.known or estimate.n_seeds < 1:
         return None
-    target = rule.deciding_error(estimate)
-    if target <= 0:
-        return Remedy("no number of seeds decides it: the estimate lies at the margin")
-    # More seeds are enough as long as the error from test examples alone leaves room for a decision; otherwise both
-    # errors get half of the variance.
-    seeds_alone = estimate.example_error < target
-    room = target**2 - estimate.example_error**2 if seeds_alone else target**2 / 2
-    seeds = math.ceil(estimate.n_seeds * estimate.seed_error**2 / room)
-    if seeds > MANY_SEEDS:
-        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
-    if seeds_alone:
-        seeds = max(seeds, estimate.n_seeds + 1)
-        return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
-    examples = math.ceil(estimate.n_examples * estimate.example_error**2 / room)
-    text = f"{examples} test examples (now {estimate.n_examples})"
-    if seeds > estimate.n_seeds:
-        return Remedy(f"{text} and {seeds} seeds (now {estimate.n_seeds})", seeds=seeds, test_examples=examples)
-    return Remedy(text, test_examples=examples)
+    error, dof = student_shape(estimate.seed_part)
+    numbers = estimate.n_seeds, estimate.n_examples
+    return Plan(rule, estimate.value, error, estimate.example_error, dof, *numbers).remedy()
+
+
+_DOFS = np.geomspace(1, 1000, 200)
+_TAILS = stdtrit(_DOFS, 0.975) / stdtrit(_DOFS, 0.8413)
+
+
+def student_shape(draws: np.ndarray) -> tuple[float, float]:
+    """Return the standard error and the degrees of freedom, at most 1000, of the t distribution most like draws.
+
+    It has the width of their central 68% and of their central 95%.
+    """
+    low, central_low, central_high, high = np.quantile(draws, [0.025, 0.1587, 0.8413, 0.975]).tolist()
+    if not central_high > central_low:
+        return 0.0, float(_DOFS[-1])
+    tail = (high - low) / (central_high - central_low)
+    # The wider the tails, the fewer degrees of freedom.
+    dof = float(np.interp(-tail, -_TAILS, _DOFS))
+    return (central_high - central_low) / 2 / float(stdtrit(dof, 0.8413)), dof

@@ -13,8 +13,9 @@ from lorabench.analysis import lr_law
 from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
 from lorabench.analysis.finding import (
+    SEVERITY,
     Finding,
-    Outcome,
+    Outcomes,
     decide,
     finding,
     in_unit,
@@ -290,13 +291,10 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
         if predicted.verdict == "contradicted":
             remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
             predicted = replace(predicted, remedy=remedy)
-        outcomes = zip(fitted.outcomes, without(predicted, "contradicted").outcomes, strict=True)
-        findings.append(
-            predicted.with_outcomes(
-                Outcome("contradicted" if by_all.verdict == "contradicted" else by_others.verdict, by_all.against)
-                for by_all, by_others in outcomes
-            )
-        )
+        by_all, by_others = fitted.outcomes, without(predicted, "contradicted").outcomes
+        contradicted = by_all.verdicts == SEVERITY.index("contradicted")
+        verdicts = np.where(contradicted, by_all.verdicts, by_others.verdicts)
+        findings.append(predicted.with_outcomes(Outcomes(verdicts, by_all.against)))
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
     constants = f"fitted to all: base {law.base:.2g}, M {law.multiplier:.3g}, exponents {exponents}"
     # The interval is symmetric, but no regret is below 0.

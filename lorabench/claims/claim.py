@@ -13,10 +13,10 @@ import pandas as pd
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
-from lorabench.analysis.rules import Margin, Problem, Remedy, Verdict
+from lorabench.analysis.rules import DECIDED, Margin, Problem, Remedy, Verdict
 from lorabench.utils.formats import fixed_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
@@ -29,6 +29,9 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 - `prediction`: not at all, since the paper left the statement untested
 - `own prediction`: not at all, since the statement is this project's and not the paper's
 """
+
+ABOUT_LARGE_MODELS: tuple[Kind, ...] = ("empirical", "opinion", "prediction")
+"""The kinds of claims that the paper makes about its own models, which have 1B parameters or more."""
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """The runs that most claims need."""
@@ -171,7 +174,7 @@ def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
         judged = judge_part(judge, part)
         findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
     unjudged_if(not findings, "no such runs")
-    return together(findings)
+    return with_parts(together(findings), findings)
 
 
 def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested", remedy: Remedy | None = None) -> None:
@@ -191,9 +194,7 @@ def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
     return lora, fullft
 
 
-def doubted(
-    judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = ("confirmed", "contradicted")
-) -> Finding:
+def doubted(judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = DECIDED) -> Finding:
     """Return the finding with further problems, which make some verdicts inconclusive.
 
     If `confirmed` is the only one of these, a finding with another verdict keeps its reason.

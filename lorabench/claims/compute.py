@@ -15,7 +15,7 @@ from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
 from lorabench.analysis.optima import off_optimum, runs_at_optimum
-from lorabench.analysis.rules import Above, Problem, Verdict
+from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
 from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
@@ -249,6 +249,6 @@ def _rank_1_holds_math(evidence: Evidence) -> Finding:
     for include, parameters in sorted(by_unembedding.items()):
         ratio = parameters / MATH_BITS
         text = f"{parameters:,} {'with' if include else 'without'} the unembedding ({ratio:.1f} times)"
-        findings.append(decide(Above(FAR_MORE), exact(ratio), text, (), (), f"a factor of {FAR_MORE:g}"))
+        findings.append(decide(Within(FAR_MORE, math.inf), exact(ratio), text, (), (), f"a factor of {FAR_MORE:g}"))
     counted = ", ".join(judged.reason for judged in findings)
     return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")

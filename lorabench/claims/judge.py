@@ -13,7 +13,7 @@ from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED_BY, Judging, Task
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.finding import Finding
+from lorabench.analysis.finding import Finding, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
 from lorabench.claims import (  # noqa: F401  Their import declares the claims.
@@ -29,8 +29,9 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     reinforcement,
     rl_progress,
 )
+from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_each, judge_part
 from lorabench.claims.claim import CLAIMS as DECLARED
-from lorabench.claims.claim import Claim, Evidence, judge_each, judge_part
+from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
@@ -48,6 +49,10 @@ CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)
 """The ids of the core claims, in the order of CLAIMS."""
+
+
+LARGE_MODEL = 1e9
+"""The least number of parameters of the models that the paper is about."""
 
 
 def judge_claims(
@@ -90,6 +95,7 @@ def judge_claims(
         task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
         for task, task_noise in (("sft", noise), ("rl", reward_noise))
     }
+    rules = rules_sha256(margins, predictions)
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
     rows = []
     for claim in claims:
@@ -104,13 +110,16 @@ def judge_claims(
             rule = judged.margin_rule.replace("the preset's", "the")
             judged = replace(judged, margin_rule=f"default margins: {rule}")
         behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]
+        if judged.n_parts is None:
+            judged = with_parts(judged, [judged])
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
             vars(claim)
             | vars(judged)
             | {
                 "claim_id": claim.id,
-                "borderline": judged.borderline,
+                "verdict": "not seen here" if _only_small(claim, judged, behind) else judged.verdict,
+                "p_again": judged.p_again,
                 "fact": claim.fact or claim.statement,
                 "margin_rule": judged.margin_rule or None,
                 "scope": scope_text(behind),
@@ -123,6 +132,7 @@ def judge_claims(
                 "n_runs": len(judged.run_ids),
                 "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
                 "published": replications.get(claim.id),
+                "rules": rules,
                 "run_ids": list(judged.run_ids),
             }
         )
@@ -159,7 +169,18 @@ def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
         return judged, None
     missing = "; ".join(unmet)
     reason = f"it needs {missing}; measured here: {judged.reason}"
-    return replace(judged, verdict="setting not met", reason=reason, moved=()), missing
+    return with_parts(replace(judged, verdict="setting not met", reason=reason), []), missing
+
+
+def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
+    """Return whether a claim that the paper makes about large models fails, and that only on smaller ones.
+
+    Args:
+        behind: the runs behind the finding; without any, or of a model whose size is not known, the answer is no.
+    """
+    if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
+        return False
+    return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

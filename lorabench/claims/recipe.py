@@ -85,7 +85,7 @@ class RankRecommendation:
     best: Choice
     """The rank with the lowest fitted loss among the ranks that give the answer."""
     smallest: Choice | None
-    """The lowest rank that matches, if any."""
+    """The lowest rank that matches and than which no higher rank is better by the margin, if any matches."""
     margin: Margin
     """The smallest difference of losses that matters."""
 
@@ -196,14 +196,20 @@ def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
     answers: tuple[MatchAnswer, ...] = ("yes", "undecided", "no")
     answer = min((choice.answer for choice in lora), key=answers.index)
     giving = [choice for choice in lora if choice.answer == answer]
+    margin = comparison.margin
+    enough = [
+        choice
+        for number, choice in enumerate(lora)
+        if choice.answer == "yes" and all(choice.loss - higher.loss < margin.value for higher in lora[number + 1 :])
+    ]
     return RankRecommendation(
         _setting(comparison),
         answer=answer,
         fullft=_choice(comparison, fullft),
         lora=tuple(lora),
         best=min(giving, key=lambda choice: math.inf if math.isnan(choice.loss) else choice.loss),
-        smallest=giving[0] if answer == "yes" else None,
-        margin=comparison.margin,
+        smallest=enough[0] if enough else None,
+        margin=margin,
     )
 
 

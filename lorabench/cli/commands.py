@@ -248,7 +248,8 @@ def claims(
         str | None, Option(help="The preset of the runs, which states the margins of the verdicts.")
     ] = None,
     margins: Annotated[
-        Path | None, Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor.")
+        Path | None,
+        Option(help="A YAML file with the margins, for runs without a preset: loss, final_loss, reward, lr_factor."),
     ] = None,
     noise: Annotated[
         Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
@@ -265,7 +266,6 @@ def claims(
     from lorabench.claims.judge import judge_claims
     from lorabench.claims.learning_rate import write_predictions
     from lorabench.config.loading import read_margins
-    from lorabench.config.margins import LrRatioPredictions, Predictions
     from lorabench.store.io import write_frame
     from lorabench.store.layout import Layout
     from lorabench.store.tables import Tables
@@ -275,7 +275,7 @@ def claims(
     predictions, chosen = None, None if margins is None else read_margins(margins)
     if preset is not None:
         stated = Layout.of(preset).preset
-        chosen, predictions = stated.margins, stated.predictions or Predictions(lr_ratio=LrRatioPredictions())
+        chosen, predictions = stated.margins, stated.judged_predictions
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
     if (noise_sd, noise_dof, noise_source) != (None, None, None):
         if noise is not None:
@@ -370,11 +370,58 @@ def evidence(
 
 
 @app.command()
-def publish(preset: PresetOption = "laptop") -> None:
+def freeze(
+    preset: Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")],
+    first_seed: Annotated[int, Option(min=1, help="The first of the held-out seeds.")] = 100,
+    claims: Annotated[
+        Path | None,
+        Option(
+            help="Folder with the explored table claims; by default that of the preset's runs here, or as published."
+        ),
+    ] = None,
+    power: Annotated[
+        Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="The file to write; by default workflow/frozen/<preset>.yaml.")] = None,
+) -> None:
+    """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds."""
+    import pandas as pd
+
+    from lorabench.report.freeze import freeze as fix
+    from lorabench.report.freeze import write_frozen
+    from lorabench.report.publish import NOT_PUBLISHED
+    from lorabench.store.io import read_claims, table_path
+    from lorabench.store.layout import Layout
+
+    explored, seeded = Layout.of(preset), f"{preset}@{first_seed}"
+    if power is not None and not power.is_file():
+        raise UserError(f"--power {power}: there is no such file")
+    if claims is None:
+        claims = explored.tables() if table_path(explored.tables(), "claims") else explored.published
+    judged = read_claims(claims, without=NOT_PUBLISHED)
+    frozen = fix(seeded, judged, None if power is None else pd.read_csv(power))
+    path = out or Path("workflow/frozen") / f"{explored.name}.yaml"
+    write_frozen(frozen, path)
+    print(f"wrote {path}; commit it, then run: lorabench run {seeded}")
+    print(f"and at the end: lorabench publish --held-out {path}")
+
+
+@app.command()
+def publish(
+    preset: PresetOption = "laptop",
+    held_out: Annotated[
+        Path | None,
+        Option(help="Publish the runs on held-out seeds of a file that `freeze` wrote, if they kept to it."),
+    ] = None,
+) -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     from lorabench.report.publish import publish as write_published
+    from lorabench.report.publish import publish_held_out
 
-    write_published(plan_and_layout(preset)[1], Path())
+    if held_out is None:
+        write_published(plan_and_layout(preset)[1], Path())
+    else:
+        print(publish_held_out(held_out, Path()))
 
 
 @app.command("save-runs")

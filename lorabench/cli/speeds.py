@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorabench.config.loading import PRESETS, load_preset
+from lorabench.config.loading import PRESETS, load_preset, split_name
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
@@ -106,7 +106,7 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     plans, gpu = [plan], plan.preset.execution.gpu
     # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU.
     for name in dict.fromkeys(folder.resolve().parent.name for folder in tables):
-        if (PRESETS / f"{name}.yaml").is_file():
+        if (PRESETS / f"{split_name(name)[0]}.yaml").is_file():
             preset = load_preset(name)
             if (preset.execution.gpu is None) == (gpu is None):
                 plans.append(make_plan(on_gpu(preset, gpu) if gpu else preset))

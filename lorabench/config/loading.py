@@ -29,12 +29,19 @@ COMMON = "common"
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 
 
+def split_name(preset: str) -> tuple[str, int | None]:
+    """Return the name or path of a preset, and the first seed that may follow it: 100 in `laptop@100`, else None."""
+    named = re.fullmatch(r"(.+)@(\d+)", preset)
+    return (named[1], int(named[2])) if named else (preset, None)
+
+
 def preset_path(preset: str) -> Path:
     """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file.
 
     Raises:
         PresetError: there is no such preset.
     """
+    preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         raise PresetError(
@@ -50,14 +57,15 @@ def shipped_names(*patterns: str) -> str:
 
 
 def load_preset(preset: str) -> Preset:
-    """Read and validate a preset by shipped name or path.
+    """Read and validate a preset by shipped name or path; `laptop@100` is `laptop` with the first seed 100.
 
     Raises:
         PresetError: there is no such preset, it is not YAML, it extends what it can't, or a field is wrong; one line
             per field.
     """
-    path = preset_path(preset)
-    return parse_preset(_with_parents(path, ()), path)
+    path, (_, first_seed) = preset_path(preset), split_name(preset)
+    seeded = {} if first_seed is None else {"first_seed": first_seed}
+    return parse_preset(_with_parents(path, ()) | seeded, path)
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:

@@ -12,9 +12,16 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
-from lorabench.config.fields import Name, Strict
-from lorabench.config.inputs import DatasetSpec, ModelSpec, ProblemSpec, model_catalogue
-from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions
+from lorabench.config.fields import Name, NotNegative, Strict
+from lorabench.config.inputs import (
+    DatasetSpec,
+    FactsDataset,
+    GeneratedSplits,
+    ModelSpec,
+    ProblemSpec,
+    model_catalogue,
+)
+from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
 
 
 class Preset(Strict):
@@ -35,6 +42,9 @@ class Preset(Strict):
     """The smallest effects that matter, written down before the runs; verdicts on claims are judged by them."""
     predictions: Predictions | None = None
     """What theories predict, written down before the runs and judged like claims; null for no predictions."""
+    first_seed: NotNegative = 0
+    """The first seed of every sweep: 100 gives the seeds 100, 101, and so on. Wherever examples are generated, another
+    first seed than 0 also gives other test examples."""
     experiments: Experiments
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""
@@ -67,6 +77,23 @@ class Preset(Strict):
         if self.evaluation:
             self._check_evaluation(self.evaluation)
         return self
+
+    @model_validator(mode="after")
+    def _other_test_examples(self) -> Self:
+        """Return the preset with other test examples than those of the first seed 0, wherever they are generated."""
+        if not self.first_seed:
+            return self
+
+        def changed(spec: Any) -> Any:
+            if isinstance(spec, FactsDataset):
+                return spec.model_copy(update={"seed": spec.seed + self.first_seed})
+            if isinstance(spec, GeneratedSplits) and spec.test_seed is None:
+                return spec.model_copy(update={"test_seed": self.first_seed})
+            return spec
+
+        datasets = {name: changed(spec) for name, spec in self.datasets.items()}
+        problems = {name: changed(spec) for name, spec in self.problems.items()}
+        return self.model_copy(update={"datasets": datasets, "problems": problems})
 
     def _check_rl(self, block: RlExperiment, where: str) -> None:
         _known(block.problems, self.problems, f"{where}.problems")
@@ -102,6 +129,11 @@ class Preset(Strict):
                     f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
                     f"allowed: {', '.join(allowed) or 'none in this preset'}"
                 )
+
+    @property
+    def judged_predictions(self) -> Predictions:
+        """The predictions that are judged: those that the preset states, and else none."""
+        return self.predictions or Predictions(lr_ratio=LrRatioPredictions())
 
     @property
     def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
+from lorabench.config.inputs import (
+    DatasetSpec,
+    DocstringsDataset,
+    FileDataset,
+    FileProblems,
+    GeneratedSplits,
+    ProblemSpec,
+)
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
@@ -21,7 +28,9 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
-    return digest([PROTOCOL_VERSION, spec.model_dump(), *content], 8)
+    # The ids of data without other test examples are as they were before the field was.
+    without = {"test_seed"} if isinstance(spec, GeneratedSplits) and spec.test_seed is None else set()
+    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
 
 
 @cache

@@ -23,7 +23,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.inputs import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
+from lorabench.config.inputs import (
+    FileProblems,
+    GeneratedSplits,
+    HubProblems,
+    ProblemSpec,
+    ReasoningProblems,
+    SumProblems,
+)
 from lorabench.data.chat import SPLITS, Split, UnusableRowError, disjoint, is_first, take, wanted
 from lorabench.data.files import Tally, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
@@ -98,10 +105,8 @@ def make_problems(
             train, test = _hub_pools(spec, fetched)
         case FileProblems():
             train = test = iter(file_problems(spec)[0])
-        case SumProblems():
-            train = test = sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
         case _:
-            train = test = _reasoning_pool(spec)
+            train = test = _generated(spec)
     is_new: Callable[[Problem], bool] = is_first(lambda problem: problem.key)
     # Held-out splits are drawn first, so that those of the hub do not depend on the number of training problems.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
@@ -109,11 +114,21 @@ def make_problems(
         split: list(take(wanted(pool, is_new), getattr(spec, split), f"{split} problems of kind {spec.kind!r}"))
         for split, pool in pools.items()
     }
+    if isinstance(spec, GeneratedSplits) and spec.test_seed is not None:
+        others = wanted(_generated(spec.model_copy(update={"seed": spec.test_seed})), is_new)
+        taken["test"] = list(take(others, spec.test, f"other test problems of kind {spec.kind!r}"))
     return [
         {"split": split, "source": problem.source, "question": problem.question, "answer": problem.answer}
         for split in SPLITS
         for problem in taken[split]
     ]
+
+
+def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
+    """Return generated problems in an order that the seed decides."""
+    if isinstance(spec, SumProblems):
+        return sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
+    return _reasoning_pool(spec)
 
 
 def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
@@ -15,7 +16,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.inputs import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
+from lorabench.config.inputs import (
+    ChatDataset,
+    DatasetSpec,
+    DocstringsDataset,
+    FactsDataset,
+    FileDataset,
+    GeneratedSplits,
+    HubDataset,
+)
 from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
 from lorabench.data.files import shuffled_chats
 from lorabench.data.hub import choose_chats
@@ -76,15 +85,24 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         for split in SPLITS:
             yield from (_row(split, fact) for fact in facts)
         return
+    what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     if isinstance(spec, FileDataset):
         chats = shuffled_chats(spec)
     else:
-        problems = mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions("odd", spec.seed)
-        made = (Chat.of(problem.source, problem.question, problem.response) for problem in problems)
-        chats = wanted(made, lambda chat: chat.chars() <= spec.max_chars and is_new(chat))
-    what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
+
+        def generated(seed: int) -> Iterator[Chat]:
+            problems = mixture(INSTRUCT_TASKS, seed) if spec.kind == "instruct" else worked_solutions("odd", seed)
+            made = (Chat.of(problem.source, problem.question, problem.response) for problem in problems)
+            return wanted(made, lambda chat: chat.chars() <= spec.max_chars and is_new(chat))
+
+        chats = generated(spec.seed)
     for split in SPLITS:
-        yield from (_row(split, chat) for chat in take(chats, getattr(spec, split), f"{split} examples {what}"))
+        examples = take(chats, getattr(spec, split), f"{split} examples {what}")
+        if split == "test" and isinstance(spec, GeneratedSplits) and spec.test_seed is not None:
+            # The test examples of `seed` are passed over, so that none of the others is among them.
+            deque(examples, maxlen=0)
+            examples = take(generated(spec.test_seed), spec.test, f"other test examples {what}")
+        yield from (_row(split, chat) for chat in examples)
 
 
 def random_facts(spec: FactsDataset) -> Iterator[Chat]:

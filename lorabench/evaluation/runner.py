@@ -113,7 +113,7 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     best = best_lr(sweep, finished_losses(sweep, lambda run: validation_loss(read(run))))
     if best is None:
         return None
-    record = read(Run(sweep.condition, best, 0))
+    record = read(Run(sweep.condition, best, sweep.seeds.first))
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(layout.model(job.model))
     if trained_from != base:

@@ -32,7 +32,9 @@ LINEAR, LAST, END = 2.0, 20.0, 30.0
 
 LOOKS: Mapping[str, tuple[str, str, str]] = {
     "confirmed": ("#17683a", "o", "#17683a"),
+    "right sign, below the margin": ("#7a8a00", "^", "#7a8a00"),
     "contradicted": ("#a3211b", "X", "#a3211b"),
+    "not seen here": ("#a3211b", "X", "white"),
     "inconclusive": ("#b07a00", "o", "white"),
     "setting not met": ("#4a4fb0", "D", "white"),
     "not tested": ("#77818b", "s", "white"),

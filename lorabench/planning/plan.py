@@ -133,7 +133,7 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
         else:
             lrs = tuple(lr * scale for lr in grid)
         given = tuple((lr, every) for lr in lrs) if every > 1 else ()
-        yield Sweep(condition, lrs, Seeds(best, around if lattice else 1, given), (name,), lattice)
+        yield Sweep(condition, lrs, Seeds(best, around if lattice else 1, given, preset.first_seed), (name,), lattice)
 
 
 def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator[dict[str, Any]]:
@@ -214,7 +214,7 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
-                seeds=Seeds(best, around, tuple(sorted(given.items()))),
+                seeds=Seeds(best, around, tuple(sorted(given.items())), sweep.seeds.first),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
                 lattice=lattice,
             )

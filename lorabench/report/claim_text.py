@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from lorabench.analysis.finding import SEVERITY
+from lorabench.analysis.finding import BORDERLINE, SEVERITY
 from lorabench.analysis.rules import Verdict
 from lorabench.utils import formats
 
@@ -96,8 +96,8 @@ def verdict(claim: Claim) -> str:
 
 
 def borderline(claim: Claim) -> bool:
-    """Return whether a verdict is borderline; that of a table without this column is not known to be."""
-    return not formats.missing(claim.get("borderline")) and bool(claim["borderline"])
+    """Return whether a verdict is borderline; one whose probability to come out again is not known is not."""
+    return not formats.missing(claim.get("p_again")) and bool(claim["p_again"] < BORDERLINE)
 
 
 def remark(claim: Claim) -> str:
@@ -127,8 +127,8 @@ def facts(claims: pd.DataFrame) -> pd.DataFrame:
         claims: columns claim_id, kind, fact, verdict.
 
     Returns:
-        `group` (what the headline counts apart), `fact`, `verdict` (the worst of its claims: contradicted,
-        inconclusive, confirmed, setting not met, not tested) and `claim_ids`, a tuple.
+        `group` (what the headline counts apart), `fact`, `verdict` (the worst of its claims by SEVERITY) and
+        `claim_ids`, a tuple.
     """
     group_of = {kind: group for group, kinds in _GROUPS.items() for kind in kinds}
     grouped = claims.assign(group=claims["kind"].map(group_of).fillna("empirical claim"))

@@ -89,6 +89,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         sections=arrange([drawn for figure, drawn in shown if figure.table != "claims"], claims),
         recipe=measured_recipe(all_runs, all_curves, judging),
         environment=summary.environment(runs),
+        rules=sorted(set(judged["rules"].dropna())),
         experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
         sampler=summary.sampler(plan, runs, all_curves),
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],

@@ -18,11 +18,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
+from lorabench.config.loading import preset_path
 from lorabench.errors import UserError
 from lorabench.figures.evidence import draw_forest, draw_matrix
 from lorabench.figures.style import write_figure
 from lorabench.report import claim_text, summary
+from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, summary_of
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.measurements import MEASURES, matrix, measurement_table, summary_table
@@ -30,7 +33,7 @@ from lorabench.sources.studies import judge, read_studies, source_folders
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
-from lorabench.utils.files import atomic_path, digest, write_json
+from lorabench.utils.files import atomic_path, write_json
 
 DEFAULT_PRESET = "laptop"
 """The preset that Snakemake runs where none is named."""
@@ -40,6 +43,9 @@ PUBLISHED = Path("paper_figures/published")
 
 SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
+
+HELD_OUT = "held_out"
+"""The folder, in that of a published preset, of its results on held-out seeds."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
@@ -74,10 +80,53 @@ def publish(layout: Layout, root: Path) -> None:
     for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
         path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), layout.published / "claims.csv")
+    write_json(provenance(layout, runs), layout.published / "provenance.json")
+    _write_pages(root)
+
+
+def publish_held_out(path: Path, root: Path) -> str:
+    """Copy the claims and provenance of runs on held-out seeds to where the repository shows them; write its pages.
+
+    They lie in the folder `held_out` of the published preset, with the table `came_out_again`.
+
+    Args:
+        path: the file that `lorabench freeze` wrote before the runs.
+        root: the repository's root.
+
+    Returns:
+        A sentence that counts the verdicts that came out again.
+
+    Raises:
+        UserError: the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page has no
+            place for its part; then nothing is changed.
+    """
+    frozen = read_frozen(path)
+    layout = Layout.of(frozen.preset)
+    runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
+    commit = check_kept(frozen, path, layout, runs, claims)
+    name = preset_path(frozen.preset).stem
+    _filled(root, dict.fromkeys(_parts(root, name), ""))
+    again, folder = came_out_again(frozen, claims), root / PUBLISHED / name / HELD_OUT
+    write_csv(again, folder / "came_out_again.csv")
+    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}
+    write_json(provenance(layout, runs) | {"frozen": frozen_in}, folder / "provenance.json")
+    _write_pages(root)
+    return summary_of(again)
+
+
+def read_held_out(folder: Path) -> pd.DataFrame | None:
+    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds."""
+    path = folder / HELD_OUT / "came_out_again.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+def provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
+    """Return what the results of a preset were computed from: the preset, the runs, the machines and the code."""
     environment = summary.environment(runs)
-    provenance = {
+    return {
         "preset": layout.name,
-        "preset_sha256": digest(layout.preset.model_dump(mode="json"), 64),
+        "preset_sha256": preset_sha256(layout.preset),
         "protocol_version": PROTOCOL_VERSION,
         "runs": len(runs),
         "runs_by_status": {str(status): int(count) for status, count in runs["status"].value_counts().items()},
@@ -91,8 +140,6 @@ def publish(layout: Layout, root: Path) -> None:
         "versions": environment["versions"],
         "inputs": summary.inputs(runs),
     }
-    write_json(provenance, layout.published / "provenance.json")
-    _write_pages(root)
 
 
 def evidence_tables(
@@ -211,15 +258,15 @@ def results_part(root: Path, preset: str) -> str:
     """Return what a preset says in short: the count of its verdicts, its core claims, and the claims it decides."""
     folder = root / PUBLISHED / preset
     judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
-    provenance = json.loads((folder / "provenance.json").read_text())
-    decided = judged["verdict"].isin(["confirmed", "contradicted"]) & judged["kind"].ne("count")
+    provenance, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
+    decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     shown = judged[judged["verdict"].ne("not tested") & (decided | judged["claim_id"].isin(CORE))]
     picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
     rows = []
     for claim in shown.to_dict("records"):
         verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
         numbers = [claim_text.margin(claim), claim_text.measured(claim)]
-        rows.append([claim["claim_id"], claim["statement"], verdict, *numbers])
+        rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
     lines = [
         f"![Verdicts of the preset {preset}]({picture})",
         "",
@@ -227,10 +274,24 @@ def results_part(root: Path, preset: str) -> str:
         f"{formats.duration(provenance['run_seconds'])} of one core on {' and '.join(provenance['devices'])}, "
         f"from {provenance['first_started'][:10]}. "
         f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
+        *([] if again is None else ["", f"{summary_of(again)}."]),
         "",
-        *table(["", "claim", "verdict", "margin", "measured, 95% interval"], rows),
+        *table(["", "claim", *verdict_columns(again), "margin", "measured, 95% interval"], rows),
     ]
     return "\n".join(lines)
+
+
+def verdict_columns(again: pd.DataFrame | None) -> list[str]:
+    """Return the names of the columns of verdicts; `again` is as from `read_held_out`."""
+    return ["verdict"] if again is None else ["explored", "held out"]
+
+
+def held_out(claim: Mapping[Any, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return the cell with a claim's verdict on held-out seeds, if the preset was run on them."""
+    if again is None:
+        return []
+    verdicts = again.loc[again["claim_id"] == claim["claim_id"], "held_out"]
+    return [str(verdicts.iloc[0]) if len(verdicts) else formats.DASH]
 
 
 def evidence_part(root: Path) -> str:

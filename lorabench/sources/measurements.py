@@ -46,7 +46,8 @@ _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
-    *("borderline", "estimate", "ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
+    *("p_again", "n_hold", "n_parts", "part_low", "part_high"),
+    *("estimate", "ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
 what others of the same scale find."""
@@ -113,8 +114,7 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     """Return the matrix as a tidy table, one row for each core claim and scale, by claim and ascending size.
 
     Where several sources are of one scale, the worst verdict decides the cell, as within a verdict over several
-    comparisons: contradicted, inconclusive, confirmed, setting not met, not tested. Without any runs behind it a
-    verdict is `not tested`.
+    comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`.
 
     Args:
         judged: the claims of all studies, as from `studies.judge`.

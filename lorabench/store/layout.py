@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
-from lorabench.config.loading import load_preset, preset_path
+from lorabench.config.loading import load_preset, preset_path, split_name
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.models.specs import model_id
@@ -45,10 +45,15 @@ class Layout:
     def of(cls, preset: str) -> Layout:
         """Return the layout of a preset, given by a shipped preset's name or the path of a YAML file.
 
+        A first seed that is given with it (see `load_preset`) is a part of the name, so that the runs with other seeds
+        have folders of their own: `results/laptop@100`.
+
         Raises:
             PresetError: there is no such preset, or it is not valid.
         """
-        return cls(preset_path(preset).stem, load_preset(preset))
+        _, first_seed = split_name(preset)
+        name = preset_path(preset).stem
+        return cls(name if first_seed is None else f"{name}@{first_seed}", load_preset(preset))
 
     def tables(self, experiment: str | None = None) -> Path:
         """Return the folder of the tidy tables, of one experiment or of all."""

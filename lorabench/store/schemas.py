@@ -130,10 +130,11 @@ EVALS = _schema(
 CLAIMS = _schema(
     """
     string claim_id kind fact statement figure criterion verdict
-    bool borderline
-    float64 margin_low margin_high
+    float64 p_again margin_low margin_high
     string margin_rule
     float64 estimate ci_low ci_high
+    int64 n_hold n_parts
+    float64 part_low part_high
     string unit
     float64 detectable
     string scope missing would_decide
@@ -142,7 +143,7 @@ CLAIMS = _schema(
     int64 decide_test_examples
     words decide_lrs
     int64 n_runs
-    string reason paper_value published
+    string reason paper_value published rules
     words run_ids
     """
 )
@@ -161,7 +162,10 @@ SCHEMAS = {
 }
 """The columns of each tidy table, by its name."""
 
-WHERE_ABSENT: dict[str, dict[str, str | None]] = {"evals": {"sampler": "own"}, "claims": {"borderline": None}}
+WHERE_ABSENT: dict[str, dict[str, str | None]] = {
+    "evals": {"sampler": "own"},
+    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
+}
 """The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)

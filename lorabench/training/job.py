@@ -118,7 +118,7 @@ def run_sweep(
     # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
     # weights of a restored run were left behind, and only an evaluation needs them.
     evaluated = any(job.sweep == sweep for job in plan.evaluations())
-    for run in (run for run in numbers if (run.lr, run.seed) == (best, 0)):
+    for run in (run for run in numbers if (run.lr, run.seed) == (best, sweep.seeds.first)):
         folder = context.folder(run)
         if not folder.weights.exists() and (evaluated or not folder.restored.exists()):
             processes.wait()

@@ -1,15 +1,27 @@
-"""Findings decide together with corrections, tell what is borderline, and may change their unit."""
+"""Findings decide together with corrections, tell how likely they come out again, and may change their unit."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from scipy.stats import norm
 
 from lorabench.analysis.estimate import exact, student, unknown
-from lorabench.analysis.finding import decide, exponential, finding, in_unit, together, without, worst
+from lorabench.analysis.finding import (
+    N_AGAIN,
+    SEVERITY,
+    Finding,
+    decide,
+    exponential,
+    finding,
+    in_unit,
+    together,
+    with_parts,
+    without,
+    worst,
+)
 from lorabench.analysis.rules import Above, Problem, Within
 
 RULE = Within.margin(0.01)
@@ -32,76 +44,121 @@ def test_corrections_multiply_where_findings_are_nested():
     assert worst([fine, fine]).verdict == "confirmed"
 
 
-def marked(rule, value, error=0.001, name="a"):
-    """Return the verdict on a number with a normal error, and whether it is borderline."""
-    decided = decide(rule, student(value, error, 1e6, name, 6), "text", ["run"])
-    return decided.verdict, decided.borderline
-
-
-@given(inside=st.sampled_from([0.05, 0.2, -0.05, -0.2]), sign=st.sampled_from([-1, 1]))
-def test_an_equality_is_borderline_by_the_end_that_is_nearer_to_the_margin(inside, sign):
-    # With an error of 0.001 the ends of the 90% interval lie 0.001645 away, and those of the 95% interval 0.00196.
-    verdict = "confirmed" if inside > 0 else "inconclusive"
-    assert marked(RULE, sign * (0.01 * (1 - inside) - 0.001645)) == (verdict, abs(inside) < 0.1)
+def again(rule, value, error=0.001, name="a", dof=1e6):
+    """Return the finding on a number with a t distributed error."""
+    return decide(rule, student(value, error, dof, name, 6), "text", ["run"])
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
+    ("rule", "value", "verdict", "low", "high"),
     [
-        # The lower end of the 95% interval lies above 0 by 5% and by 20% of the margin, and the estimate beyond it.
-        (0.0012 + 0.05 * 0.0011, ("confirmed", True)),
-        (0.00196 + 0.2 * 0.0011, ("confirmed", False)),
-        # The upper end of the one-sided interval lies below the margin by 5% and by 20% of it.
-        (0.95 * 0.0011 - 0.001645, ("contradicted", True)),
-        (0.8 * 0.0011 - 0.001645, ("contradicted", False)),
+        # A new estimate of an equality must lie in the band by 1.645 errors, and beyond it by 1.96 to contradict.
+        (RULE, 0.0075, "confirmed", -0.01 + 0.001645, 0.01 - 0.001645),
+        (RULE, -0.0125, "contradicted", -math.inf, -0.01 - 0.00196),
+        # That of a difference must reach the margin, and half of it by 1.645 errors.
+        (Above(0.004), 0.005, "confirmed", 0.004, math.inf),
+        (Above(0.003), 0.0035, "confirmed", 0.0015 + 0.001645, math.inf),
+        (Above(0.004), 0.0001, "contradicted", -math.inf, 0.00196),
+        (Above(0.006), 0.0025, "right sign, below the margin", 0.00196, 0.006 - 0.001645),
+        (Above(0.0), 0.0025, "confirmed", 0.00196, math.inf),
     ],
 )
-def test_a_difference_is_borderline_by_its_margin_and_by_0(value, expected):
-    error = 0.001 if value != 0.0012 + 0.05 * 0.0011 else 0.0012 / 1.96
-    assert marked(Above(0.0011), value, error) == expected
+def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twice_the_variance(
+    rule, value, verdict, low, high
+):
+    judged, new = again(rule, value), norm(value, 0.001 * math.sqrt(2))
+    assert judged.verdict == verdict
+    expected = new.cdf(high) - new.cdf(low)
+    assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
+    assert judged.borderline == (expected < 0.8)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.05, True), (0.2, False)])
-def test_without_a_margin_half_of_the_interval_stands_for_it(share, expected):
-    assert marked(Above(0.0), 0.00196 * (1 + share)) == ("confirmed", expected)
-    assert marked(Above(0.0), -0.00196 * (1 + share)) == ("contradicted", expected)
-    # A band with one end has a margin.
-    assert marked(Within(-float("inf"), 0.005), 0.005 * (1 - share) - 0.001645) == ("confirmed", expected)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [RULE, Above(0.01)])
+def test_new_runs_decide_the_same_as_often_as_is_predicted(rule):
+    # Truths all over the scale, with errors of a fifth to the whole margin, known by 10 degrees of freedom.
+    random = np.random.default_rng(0)
+    predicted, realised = [], []
+    for _ in range(1000):
+        error = random.uniform(0.002, 0.01)
+        truth = random.uniform(-0.02 - 5 * error, 0.02 + 5 * error)
+        first, second = (
+            again(rule, truth + error * random.standard_normal(), error * math.sqrt(random.chisquare(10) / 10), dof=10)
+            for _ in range(2)
+        )
+        if first.p_again is not None:
+            predicted.append(first.p_again)
+            realised.append(first.verdict == second.verdict)
+    print(len(predicted), np.mean(realised), np.mean(predicted))
+    error = math.sqrt(np.mean(np.multiply(predicted, 1 - np.array(predicted))) / len(predicted))
+    assert np.mean(realised) == pytest.approx(np.mean(predicted), abs=0.03 + 2 * error)
 
 
-def test_nothing_but_an_interval_is_borderline():
+def test_only_what_an_interval_decides_comes_out_again_with_a_probability():
     flagged = decide(RULE, student(0.0099, 0.001, 20, "a", 6), "a flag", [], [Problem("at the edge")])
     numbers = [decide(RULE, exact(0.00999), "a count", []), decide(RULE, unknown(0.0), "no error", []), flagged]
-    assert not any(judged.borderline for judged in [*numbers, finding([], "a count", "confirmed")])
+    numbers += [finding([], "a count", "confirmed"), judged(0.01)]
+    assert [number.p_again for number in numbers] == [None] * 5
+    assert not any(number.borderline for number in numbers)
 
 
 def test_one_comparison_makes_the_verdict_on_several_borderline():
-    near, far = judged(0.01 * 0.95 - 0.001725), judged(0.0, name="b")
-    assert (near.verdict, near.borderline, far.borderline) == ("confirmed", True, False)
-    assert together([near, far]).borderline
-    assert together([together([far, far]), together([near, far])]).borderline
-    assert not together([far, far]).borderline
-    # A comparison that is open for certain leaves nothing to turn.
-    open_one = judged(0.01, name="c")
-    assert (open_one.verdict, open_one.borderline) == ("inconclusive", False)
-    assert not together([near, open_one]).borderline
+    near, far = judged(0.0082), judged(0.0, name="b")
+    assert (near.verdict, near.borderline, far.p_again) == ("confirmed", True, 1.0)
+    assert together([near, far]).p_again == near.p_again
+    assert together([together([far, far]), together([near, far])]).p_again == near.p_again
+    # Comparisons of one fit share their errors, and those of two fits do not.
+    other = judged(0.0082, name="c")
+    assert together([near, near]).p_again == near.p_again
+    assert together([near, other]).p_again == pytest.approx(near.p_again * other.p_again, abs=0.05)
+    # A comparison that is open for certain leaves nothing to come out again.
+    flagged = decide(RULE, student(0.0, 0.001, 20, "d", 6), "a flag", [], [Problem("at the edge")])
+    assert together([near, flagged]).p_again is None
 
 
-def test_a_contradiction_is_borderline_by_its_corrected_level():
-    # Alone, the lower end of its 95% interval lies 15% of the margin outside; as one of eight, that of the interval at
-    # the eighth part of the level does by 5%.
-    strong = judged(0.01 * 1.15 + 0.00209)
+def test_a_contradiction_comes_out_again_at_its_corrected_level():
+    strong = judged(0.0138)
     assert (strong.verdict, strong.borderline) == ("contradicted", False)
     fine = [judged(0.0, name=name) for name in "bcdefgh"]
     several = together([strong, *fine])
     assert (several.verdict, several.borderline) == ("contradicted", True)
 
 
-def test_what_speaks_against_a_verdict_speaks_against_it_with_moved_ends_too():
-    near = judged(0.01 * 1.05 - 0.001725)
-    assert (near.verdict, near.borderline) == ("inconclusive", True)
-    assert not without(near, "confirmed").borderline
-    assert without(judged(0.0), "confirmed").verdict == "inconclusive"
+def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradicts():
+    rule = Above(0.01)
+    small, large, open_one, none = (
+        decide(rule, student(value, 0.001, 20, name, 6), name, [name])
+        for value, name in ((0.004, "small"), (0.02, "large"), (0.0095, "open"), (0.0, "none"))
+    )
+    sign = "right sign, below the margin"
+    assert [each.verdict for each in (small, large, open_one, none)] == [
+        sign,
+        "confirmed",
+        "inconclusive",
+        "contradicted",
+    ]
+    assert together([small, large]).verdict == sign
+    assert together([small, open_one, large]).verdict == "inconclusive"
+    assert together([small, none, open_one]).verdict == "contradicted"
+    # It is one of several tests, like a contradiction.
+    weak = decide(rule, student(0.01 - 0.0019, 0.001, 20, "weak", 6), "", [])
+    assert (weak.verdict, together([weak, large]).verdict) == (sign, "inconclusive")
+    assert without(small, "contradicted").verdict == "inconclusive"
+
+
+def test_what_speaks_against_a_verdict_speaks_against_it_in_new_runs_too():
+    opened = without(judged(0.0082), "confirmed")
+    assert (opened.verdict, opened.p_again) == ("inconclusive", None)
+    assert together([judged(0.0), opened]).verdict == "inconclusive"
+    assert SEVERITY.index("confirmed") not in opened.outcomes.verdicts
+
+
+def test_a_finding_on_several_comparisons_says_how_many_hold():
+    parts = [judged(0.0), judged(0.0125), judged(0.01), Finding("not tested", "")]
+    several = with_parts(together(parts), parts)
+    assert (several.n_hold, several.n_parts, several.part_low, several.part_high) == (1, 3, 0.0, 0.0125)
+    in_percent = in_unit(several, lambda value: -100 * value)
+    assert (in_percent.part_low, in_percent.part_high) == (-1.25, 0.0)
 
 
 def test_a_finding_may_change_its_unit():

@@ -137,7 +137,7 @@ def test_g2_is_confirmed_where_lora_is_ahead_at_equal_flops():
 
 
 def test_g2_is_contradicted_where_lora_is_not_ahead_in_the_later_half():
-    assert judged("G2", *world(slow=-AHEAD + 0.005))["verdict"] == "contradicted"  # ahead by less than the margin
+    assert judged("G2", *world(slow=-AHEAD + 0.005))["verdict"] == "right sign, below the margin"
     dearer = world({16: {"train_flops": 1.4 * FULLFT_FLOPS}})  # alike in steps
     assert judged("G2", *dearer)["verdict"] == "contradicted"
     # LoRA is far behind up to step 8, of 128, and ahead later.

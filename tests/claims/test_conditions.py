@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 from lorabench.analysis.arms import in_experiments
@@ -63,12 +65,12 @@ def test_conditions_say_what_there_is_instead():
     assert scope.natural_text.instead(evidence(RUNS.drop(columns="data_kind"))) is None
 
 
-def judged(judge, *needed, **options):
-    """Judge a claim with some conditions on RUNS."""
+def judged(judge, *needed, margins=None, **fields):
+    """Judge a claim with some conditions and other fields on RUNS."""
     about = {"statement": "A statement", "criterion": "A criterion", "needs": "runs", "experiments": ("rank",)}
-    claim = Claim(id="X1", **about, judge=judge, conditions=needed)
+    claim = Claim(id="X1", judge=judge, conditions=needed, **about, **fields)
     losses = pd.DataFrame({"run_id": "a", "example": [0, 1], "loss": [2.0, 4.0], "tokens": [1, 2]})
-    return judge_claims(Tables(RUNS, pd.DataFrame(), test_losses=losses), [claim], **options).iloc[0]
+    return judge_claims(Tables(RUNS, pd.DataFrame(), test_losses=losses), [claim], margins).iloc[0]
 
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
@@ -82,11 +84,34 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
     assert row["estimate"] == 0.1
     assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
     # A condition that is met changes nothing, and what is not tested stays so.
-    near = decide(Within.margin(0.01), student(0.0078, 0.001, 20, "near the margin", 6), "all well", ["a"])
+    near = decide(Within.margin(0.01), student(0.0082, 0.001, 20, "near the margin", 6), "all well", ["a"])
     row = judged(lambda evidence: near, two_widths)
-    assert (row["verdict"], row["borderline"]) == ("confirmed", True)
+    assert (row["verdict"], row["p_again"] < 0.8) == ("confirmed", True)
     row = judged(lambda evidence: Finding("not tested", "no runs of LoRA"), scope.whole_runs)
     assert (row["verdict"], row["missing"]) == ("not tested", None)
+
+
+def test_what_fails_on_models_below_1b_alone_is_not_seen_here():
+    small, large = Finding("contradicted", "", run_ids=("a",)), Finding("contradicted", "", run_ids=("a", "c"))
+    assert judged(lambda evidence: small)["verdict"] == "not seen here"
+    assert judged(lambda evidence: large)["verdict"] == "contradicted"
+    # A derivation is about every model, and without runs the size is not known.
+    assert judged(lambda evidence: small, kind="derivation")["verdict"] == "contradicted"
+    assert judged(lambda evidence: replace(small, run_ids=()))["verdict"] == "contradicted"
+
+
+def test_a_claim_on_several_comparisons_says_how_many_hold():
+    findings = {
+        "x": Finding("confirmed", "", 1.0),
+        "y": Finding("contradicted", "", 3.0),
+        "z": Finding("not tested", ""),
+    }
+    row = judged(findings.get, over=lambda evidence: zip(findings, findings, strict=True))
+    assert (row["n_hold"], row["n_parts"], row["part_low"], row["part_high"]) == (1, 2, 1.0, 3.0)
+    row = judged(lambda evidence: findings["x"])
+    assert (row["n_hold"], row["n_parts"], row["part_low"]) == (1, 1, 1.0)
+    row = judged(lambda evidence: findings["x"], scope.whole_runs)
+    assert (row["n_hold"], row["n_parts"]) == (0, 0)
 
 
 def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():

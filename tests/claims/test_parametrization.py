@@ -252,7 +252,8 @@ def ended(runs, share):
     ("share", "verdict"),
     [
         (lambda run, step: 0.8 + luck(run["seed"], size=0.02), "confirmed"),
-        (lambda run, step: 0.52 + luck(run["seed"], size=0.01), "contradicted"),
+        (lambda run, step: 0.52 + luck(run["seed"], size=0.01), "right sign, below the margin"),
+        (lambda run, step: 0.48 + luck(run["seed"], size=0.01), "contradicted"),
         (lambda run, step: 0.57 + luck(run["seed"], size=0.1), "inconclusive"),
     ],
 )

@@ -68,9 +68,25 @@ def test_margins_are_those_of_the_gain_where_the_base_is_known():
     curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
     judging = Judging(Margins(loss=0.025, reward=0.1, lr_factor=1.6))
     [recommendation] = measured_recipe(runs, curves, judging).recommendations
+    # 10% of the final loss is less than 2.5% of the gain, which is nearly all format.
+    assert recommendation.margin.value == pytest.approx(0.1 * recommendation.fullft.loss)
+    assert "10% of the final loss of FullFT" in recommendation.margin.rule
+    # Rank 1 is 0.3 nats worse.
+    assert recommendation.smallest.rank == 64
+    alone = Judging(Margins(loss=0.025, final_loss=0.9, reward=0.1, lr_factor=1.6))
+    [recommendation] = measured_recipe(runs, curves, alone).recommendations
     assert recommendation.margin.value == pytest.approx(0.025 * (20 - 2.57), rel=0.01)
-    # Rank 1 is 0.3 nats worse, which is less.
-    assert recommendation.smallest.rank == 1
+    assert recommendation.lora[0].answer == "yes"
+
+
+def test_a_rank_is_not_recommended_if_a_higher_one_is_better_by_the_margin():
+    # Rank 1 is as good as full fine-tuning within a margin of 0.1, and rank 64 better than both.
+    runs = runs_table(sft(None, 1) + shifted(sft(64), -0.4))
+    curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
+    judging = Judging(Margins(loss=0.02, final_loss=0.9, reward=0.1, lr_factor=1.6))
+    [recommendation] = measured_recipe(runs, curves, judging).recommendations
+    assert [choice.answer for choice in recommendation.lora] == ["yes", "yes"]
+    assert recommendation.smallest.rank == 64
 
 
 def test_each_batch_size_has_its_answer():

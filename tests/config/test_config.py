@@ -157,12 +157,14 @@ def test_missing_fields_are_named(raw_preset, write_preset):
     with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
         load_preset(write_preset(raw_preset))
     raw_preset["datasets"]["instruct"]["test"] = test
-    # Margins have no default.
+    # Most margins have no default.
     field = "lr_factor"
     left_out = raw_preset | {"margins": {name: value for name, value in MARGINS.items() if name != field}}
     with pytest.raises(PresetError, match=rf"margins\.{field}: missing; for example `{field}: {MARGINS[field]}`$"):
         load_preset(write_preset(left_out))
-    whole = re.escape("margins: missing; for example `margins: {loss: 0.02, reward: 0.1, lr_factor: 1.6}`")
+    whole = re.escape(
+        "margins: missing; for example `margins: {loss: 0.02, final_loss: 0.1, reward: 0.1, lr_factor: 1.6}`"
+    )
     del raw_preset["margins"]
     with pytest.raises(PresetError, match=rf"mine\.yaml: {whole}$"):
         load_preset(write_preset(raw_preset))

@@ -55,6 +55,17 @@ def test_splits_are_whole_distinct_short_with_a_number_and_are_read_as_written(t
         reasoning(train=500, max_digits=1)
 
 
+def test_other_test_problems_are_new_and_the_other_splits_stay():
+    sums = SumProblems(kind="sums", **COUNTS)
+    for spec in (sums, *(ReasoningProblems(kind=kind, **COUNTS) for kind in ("arithmetic", "gsm_symbolic"))):
+        rows, others = (make_problems(spec.model_copy(update={"test_seed": seed})) for seed in (None, 100))
+        assert others[:50] == rows[:50]
+        assert Counter(row["split"] for row in others) == COUNTS
+        assert len({row["question"] for row in rows + others[50:]}) == 70
+    with pytest.raises(UserError, match=r"found \d+ distinct other test problems of kind 'sums'; 3000 are needed"):
+        make_problems(sums.model_copy(update={"test": 3000, "test_seed": 100}))
+
+
 def test_sums_are_right_and_as_long_as_asked_for():
     for row in reasoning(min_digits=3, max_digits=4, min_terms=3, max_terms=5):
         terms = row["question"].removesuffix(" =").rpartition(": ")[2].split()

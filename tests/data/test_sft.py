@@ -42,6 +42,19 @@ def test_splits_are_whole_distinct_and_short_and_follow_from_the_seed():
         made(max_chars=32)
 
 
+def test_other_test_examples_are_new_and_the_other_splits_stay():
+    for kind in ["instruct", "worked"]:
+        rows, others = made(kind=kind), made(kind=kind, test_seed=100)
+        assert others[:50] == rows[:50]
+        assert [row["split"] for row in others[50:]] == ["test"] * 10
+        assert len({prompt(row["messages"]) for row in rows + others[50:]}) == 70
+        assert others == made(kind=kind, test_seed=100) != made(kind=kind, test_seed=101)
+    spec = ChatDataset(kind="worked", train=40, validation=10, test=10)
+    # The ids of runs that are stored hang on the id of data without other test examples.
+    assert dataset_id(spec) == "a719ecea"
+    assert dataset_id(spec) != dataset_id(spec.model_copy(update={"test_seed": 100}))
+
+
 def test_many_row_groups_hold_the_same_rows_and_a_shared_example_is_named_whatever_its_spaces(tmp_path, monkeypatch):
     rows = made()
     monkeypatch.setattr(sft, "_GROUP_ROWS", 7)

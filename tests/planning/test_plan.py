@@ -68,6 +68,24 @@ def test_run_id_of_known_content_never_changes():
     assert Run(condition, 1e-3, 0).run_id == "99d66ac1a038"
 
 
+def test_the_first_seed_moves_all_seeds_and_the_generated_test_examples():
+    explored, held_out = (load_preset(name) for name in ("smoke", "smoke@100"))
+    assert held_out.model_dump(exclude={"first_seed", "datasets", "problems"}) == explored.model_dump(
+        exclude={"first_seed", "datasets", "problems"}
+    )
+    assert {name: spec.test_seed for name, spec in held_out.sources.items()} == dict.fromkeys(explored.sources, 100)
+    rows = {preset.first_seed: make_plan(preset).rows() for preset in (explored, held_out)}
+    assert sorted(row["seed"] + 100 for row in rows[0]) == sorted(row["seed"] for row in rows[100])
+    assert not {row["run_id"] for row in rows[0]} & {row["run_id"] for row in rows[100] if row["run_id"]}
+    # Facts are new ones; what is not generated stays as it is.
+    more, more_held_out = (load_preset(name).datasets for name in ("laptop_more", "laptop_more@100"))
+    facts = [name for name, spec in more.items() if spec.kind == "facts"]
+    assert facts
+    assert all(more_held_out[name].seed == more[name].seed + 100 for name in facts)
+    docstrings = [load_preset(name).datasets["docstrings"] for name in ("overnight", "overnight@100")]
+    assert docstrings[0] == docstrings[1]
+
+
 @given(lr=st.floats(1e-8, 1.0), other=st.floats(1e-8, 1.0), seed=st.integers(0, 9))
 def test_run_ids_differ_exactly_when_runs_do(lr, other, seed):
     condition = make_plan(load_preset("smoke")).sweeps[0].condition

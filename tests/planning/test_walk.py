@@ -137,6 +137,24 @@ def test_seeds_beyond_those_around_are_at_the_best_lr_by_the_mean():
     assert len(losses) == 4 + 6 + 2 + 3
 
 
+def test_with_another_first_seed_a_walk_takes_the_same_steps():
+    for seeds in (Seeds(6, around=3), Seeds(3, around=3)):
+        sweep = replace(SWEEP, seeds=seeds)
+        later = replace(SWEEP, seeds=replace(seeds, first=100))
+        losses, waves = walk(best_elsewhere_by_the_mean, sweep)
+        others, other_waves = walk(lambda lr, seed: best_elsewhere_by_the_mean(lr, seed - 100), later)
+        assert other_waves == waves
+        assert others == {(lr, seed + 100): loss for (lr, seed), loss in losses.items()}
+        assert best_lr(later, others) == best_lr(sweep, losses)
+        assert ending(later, others) == ending(sweep, losses)
+        assert later.expected_seeds() == [seed + 100 for seed in sweep.expected_seeds()]
+        assert not later.run_ids & sweep.run_ids
+        assert later.sweep_id != sweep.sweep_id
+    fixed = Sweep(CONDITION, (1e-4, 3e-4), Seeds(3, given=((3e-4, 2),), first=7), ("early",))
+    losses, _ = walk(parabola(1e-4), fixed)
+    assert sorted(losses) == [(1e-4, 7), (1e-4, 8), (1e-4, 9), (3e-4, 7), (3e-4, 8)]
+
+
 @given(
     seeds=st.integers(1, 4),
     log_optimum=st.floats(-4, -2),

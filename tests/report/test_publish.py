@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import cycle
 from pathlib import Path
@@ -12,9 +13,11 @@ import pandas as pd
 import pytest
 
 from lorabench.claims.judge import CLAIMS, CORE
+from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
 from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS, headline
+from lorabench.report.freeze import freeze, write_frozen
 from lorabench.report.publish import (
     PUBLISHED,
     SOURCES,
@@ -22,6 +25,7 @@ from lorabench.report.publish import (
     pages,
     publish,
     publish_evidence,
+    publish_held_out,
     published_folders,
     results_part,
     table,
@@ -111,7 +115,7 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
     claims = [
         make_claim("B1"),
         make_claim("B3", "inconclusive"),
-        make_claim("B2", borderline=True),
+        make_claim("B2", p_again=0.7),
         make_claim("D1", "setting not met", missing="natural text"),
     ]
     claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
@@ -124,6 +128,37 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
     ):
         assert f"| {verdict} | ±0.01 nats | 0.00200 nats [-0.00400, 0.00800] |" in part
     assert table(["a"], [["a|b <script>\nc & d"]])[-1] == "| a\\|b &lt;script> c &amp; d |"
+
+
+def test_held_out_verdicts_stand_beside_the_explored_ones(
+    finished: Layout, judged: pd.DataFrame, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    publish(finished, Path())
+    preset = finished.preset
+    explored = judged.assign(rules=rules_sha256(preset.margins, preset.judged_predictions))
+    frozen = root / "frozen.yaml"
+    write_frozen(freeze("laptop@100", explored), frozen)
+    held_out, runs = Layout.of("laptop@100"), laptop_like()
+    turned = explored.assign(verdict=explored["verdict"].where(explored["claim_id"] != "B1", "inconclusive"))
+    for name, frame in (("runs", runs), ("claims", turned)):
+        write_frame(frame, name, held_out.tables())
+    with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
+        publish_held_out(frozen, Path())
+    assert not (finished.published / "held_out").exists()
+    monkeypatch.setattr("lorabench.report.publish.check_kept", lambda *_: "0123")
+    sentence = publish_held_out(frozen, Path())
+    folder = finished.published / "held_out"
+    assert {path.name for path in folder.iterdir()} == {"came_out_again.csv", "claims.csv", "provenance.json"}
+    assert json.loads((folder / "provenance.json").read_text())["frozen"]["commit"] == "0123"
+    part = (root / "docs/results.md").read_text()
+    assert f"{sentence}." in part
+    assert "|  | claim | explored | held out | margin |" in part
+    verdict = explored.set_index("claim_id").loc["B1", "verdict"]
+    assert re.search(rf"\| B1 \|[^|]*\| {verdict}[^|]*\| inconclusive \|", part)
+    # Publishing what was explored leaves the held-out results, and is still no preset of its own.
+    publish(finished, Path())
+    assert (folder / "came_out_again.csv").is_file()
+    assert [path.name for path in published_folders(root)] == ["laptop"]
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_written(

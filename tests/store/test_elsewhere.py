@@ -95,8 +95,11 @@ def test_without_the_base_a_share_of_the_loss_is_the_margin():
     ("text", "message"),
     [
         ("loss: 0.02\nreward: 0.1\n", r"m\.yaml: margins\.lr_factor: missing; for example `lr_factor: 1\.6`"),
-        ("loss: 0.02\nreward: 0.1\nlr_factor: 1.6\nlr: 2\n", r"margins: unknown key 'lr'; allowed: loss, lr_factor"),
-        ("- 0.02\n", r"margins are a mapping of loss, reward, lr_factor, not \[0\.02\]"),
+        (
+            "loss: 0.02\nreward: 0.1\nlr_factor: 1.6\nlr: 2\n",
+            r"margins: unknown key 'lr'; allowed: final_loss, loss, lr_factor",
+        ),
+        ("- 0.02\n", r"margins are a mapping of loss, final_loss, reward, lr_factor, not \[0\.02\]"),
         ("loss: [", "not valid YAML"),
     ],
 )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from benchmarks.calibration.made import ArmDesign, Design
-from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.power import design_of, power_of_plan
-from benchmarks.calibration.scenes import ranks
-from benchmarks.calibration.worlds import make_tables
+from benchmarks.calibration.run import Making, Task
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
@@ -25,17 +22,17 @@ def test_the_design_is_that_of_the_sweeps():
     assert design_of(make_plan(load_preset("smollm2")), "B10") is None
 
 
-def test_worlds_have_the_design_and_without_one_they_are_as_before():
+def test_worlds_have_the_design_and_without_one_that_of_the_scene():
     few = ArmDesign(4, 2.0, 2, "around")
     design = Design({("fullft", None, False): ArmDesign(7, 2.0, 4, "every"), ("lora", "all", False): few}, 11, 5)
-    noise, random = NoiseLevels(), np.random.default_rng(0)
-    tables = make_tables(ranks(0, noise, random), noise, random, design)
+    task = Task("ranks", 0.0, 0, 2)
+    tables = Making(design=design).tables(task, 0)
     runs = tables.runs
     fullft = runs[runs["method"] == "fullft"]
     assert (fullft["lr"].nunique(), len(fullft)) == (7, 28)
     assert runs.loc[runs["rank"] == 64, "seed"].nunique() == 2
     assert tables.test_losses["example"].nunique() == 11
-    assert make_tables(ranks(0, noise, random), noise, random).runs["seed"].nunique() == 6
+    assert Making().tables(task, 0).runs["seed"].nunique() == 6
 
 
 @pytest.mark.slow

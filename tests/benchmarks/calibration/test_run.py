@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from collections import Counter
+
 import pytest
 
 from benchmarks.calibration import run
-from benchmarks.calibration.run import calibrate
+from benchmarks.calibration.run import Making, Seen, counted, shares, twins
+from benchmarks.calibration.traits import PLAIN
 from lorabench.errors import UserError
 
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
@@ -14,29 +16,59 @@ CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for al
 
 @pytest.mark.slow
 def test_verdicts_are_rarely_wrong():
-    table = calibrate(20, CLAIMS, seed=1).set_index(["claim_id", "effect"])
+    table = shares(counted(20, CLAIMS, making=Making(traits=PLAIN, seed=1))).set_index(["claim_id", "effect"])
     assert (table["wrong_low"] <= 0.05).all()
-    assert table.loc["B3", "power"].drop(1).min() > 0.8
-    assert table.loc["B2", "truth"].tolist() == ["true", "at the margin", "false"]
-    shares = table[["confirmed", "contradicted", "inconclusive", "setting_not_met", "not_tested"]]
-    assert shares.sum(axis=1).tolist() == pytest.approx([1.0] * 9)
+    assert table.loc["B3", "power"].drop(1.0).min() > 0.8
+    assert table.loc["B2", "truth"].tolist() == ["true", "true", "at the margin", "false"]
+    counted_shares = table[["confirmed", "right_sign", "inconclusive", "contradicted", "setting_not_met", "not_tested"]]
+    assert counted_shares.sum(axis=1).tolist() == pytest.approx([1.0] * 12)
     assert (table["setting_not_met"] + table["not_tested"] == 0).all()
 
 
 def test_one_seed_gives_one_table_and_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 1)
-    whole = calibrate(2, ["E2"], processes=2)
+    monkeypatch.setattr(run, "CHUNK", 2)
+    monkeypatch.setattr(run, "EFFECTS", (0.0, 2.0))
+    whole = counted(4, ["C2"], processes=2)
     kept = tmp_path / "kept"
-    calibrate(1, ["E2"], kept=kept)
+    counted(2, ["C2"], kept=kept)
     with kept.open("a") as file:
-        file.write(f"{kept.read_text().splitlines()[0].split(chr(9))[0]}x\tE2\tconfirmed\t1\n")  # cut off in the middle
+        file.write(kept.read_text().splitlines()[0].replace("0.0", "0.5") + "\n")  # cut off in the middle
     judged, original = [], run.worlds_of
     monkeypatch.setattr(run, "worlds_of", lambda task, *rest: judged.append(task) or original(task, *rest))
-    again = calibrate(2, ["E2"], kept=kept)
-    pd.testing.assert_frame_equal(whole, again)
-    assert [task.first for task in judged] == [1, 1, 1]  # the second world of each effect
+    assert counted(4, ["C2"], kept=kept) == whole
+    assert [(task.first, task.effect) for task in judged] == [(2, 0.0), (2, 2.0)]
+
+
+def test_wrong_and_right_verdicts_are_counted_by_the_truth():
+    """Of ten worlds each: all six words, in a claim of equality and one of a difference."""
+    verdicts = Counter(
+        {"confirmed": 4, "contradicted": 1, "not seen here": 2, "right sign, below the margin": 1, "inconclusive": 2}
+    )
+    counts = {
+        (claim_id, effect): Counter({Seen(claim_id, verdict, -1, True): n for verdict, n in verdicts.items()})
+        for claim_id in ("B2", "E1")
+        for effect in (0.0, 0.5, 1.0, 2.0)
+    }
+    table = shares(counts).set_index(["claim_id", "effect"])
+    assert table.loc["B2", "wrong"].tolist() == pytest.approx([0.3, 0.3, 0.4, 0.4 + 0.1])
+    assert table.loc["B2", "power"].tolist() == pytest.approx([0.4, 0.4, float("nan"), 0.3], nan_ok=True)
+    assert table.loc["E1", "wrong"].tolist() == pytest.approx([0.5, 0.4, 0.4, 0.4])
+    assert table.loc["E1", "power"].tolist() == pytest.approx([0.3, 0.4, 0.4, 0.4])
+
+
+def test_twins_are_counted_by_the_stated_probability():
+    counts = {
+        ("B2", 0.0): Counter({Seen("B2", "confirmed", 18, True): 9, Seen("B2", "confirmed", 18, False): 1}),
+        ("E1", 0.0): Counter({Seen("E1", "inconclusive", -1, True): 5, Seen("E1", "confirmed", 11, False): 2}),
+    }
+    table = twins(counts)
+    whole = table[table["claim_id"] == "all"]
+    assert whole["n_worlds"].tolist() == [2, 10]
+    assert whole["predicted"].tolist() == pytest.approx([0.575, 0.925])
+    assert whole["same"].tolist() == pytest.approx([0.0, 0.9])
+    assert table.loc[table["claim_id"] == "B2", "n_worlds"].tolist() == [10]
 
 
 def test_a_claim_that_is_not_covered_is_refused():
     with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
-        calibrate(1, ["E6"])
+        counted(2, ["E6"])

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels, measure_noise
 from benchmarks.calibration.rl import make_rl_tables, rl
-from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora, loss_margin, ranks
+from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora, ranks
 from benchmarks.calibration.truths import COVERED, SCENES
 from benchmarks.calibration.worlds import grid, make_tables
 from lorabench.analysis.arms import with_arm_columns
@@ -53,7 +53,7 @@ def test_the_fit_finds_made_up_optima_and_minima():
     assert fit.log_ratio("LoRA r64", "FullFT").value == pytest.approx(math.log(6e-3 / 7e-4), abs=1e-4)
     assert fit.curvature["FullFT"] == pytest.approx(NOISE.curvature, rel=1e-3)
     # The margin follows from the base's loss before training, less what half a step of the grid costs.
-    assert comparison.margin.value == pytest.approx(loss_margin(NOISE), rel=0.03)
+    assert comparison.margin.value == pytest.approx(NOISE.margin, rel=0.03)
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_intervals_of_noisy_worlds_hold_the_truth():
     for number in range(60):
         fit = compared(drawn(ranks, 1, number)).fit
         gap, ratio = fit.gap("LoRA r64", "FullFT"), fit.log_ratio("LoRA r16", "LoRA r1")
-        margin = math.copysign(loss_margin(NOISE), gap.value)
+        margin = math.copysign(NOISE.margin, gap.value)
         gaps.append(gap.interval()[0] <= margin <= gap.interval()[1])
         ratios.append(ratio.interval()[0] <= math.log(LEAST_SHIFT) <= ratio.interval()[1])
     # Of 60 intervals at 95%, 51 or more hold the truth with a probability of 99.9%.

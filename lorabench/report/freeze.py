@@ -1,0 +1,296 @@
+"""Frozen rules: what is fixed before runs on held-out seeds, and whether those runs kept to it.
+
+`freeze` writes down the rules, the seeds, the data and the verdicts that are expected of a preset, in a file that is
+committed before the runs. `check_kept` refuses runs that were made before, with changed code, or by other rules than
+the frozen ones. `came_out_again` sets the expected verdicts beside those of the runs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from pydantic import ValidationError
+
+from lorabench.claims.rules_hash import rules_sha256
+from lorabench.config.fields import Strict
+from lorabench.config.inputs import FactsDataset, GeneratedSplits
+from lorabench.config.preset import Preset
+from lorabench.data.identity import dataset_id
+from lorabench.errors import UserError
+from lorabench.planning.plan import make_plan
+from lorabench.runs import PROTOCOL_VERSION, next_runs, validation_loss
+from lorabench.store.layout import Layout
+from lorabench.utils import formats
+from lorabench.utils.files import atomic_path, digest
+
+UNDECIDED = ("inconclusive", "setting not met", "not tested")
+"""The verdicts that decide nothing, so that they can't come out again."""
+
+
+class FrozenData(Strict):
+    """A dataset or problem set of the runs."""
+
+    id: str
+    """Hash of everything that determines its examples."""
+    test: str
+    """Whether its test examples are other ones than the explored."""
+
+
+class Expected(Strict):
+    """What is expected of a claim: its verdict on the explored runs, by the frozen rules."""
+
+    verdict: str
+    p_again: float | None
+    """The probability that a run on other seeds and other test examples decides the same; null if it was not known."""
+    power: float | None
+    """The share of simulated sweeps of this design with the right verdict, at the effect where it is smallest; null if
+    it was not computed."""
+    estimate: float | None
+    ci_low: float | None
+    ci_high: float | None
+
+
+class Frozen(Strict):
+    """What was fixed before the runs."""
+
+    preset: str
+    """The preset with its first seed, such as `long_runs@100`."""
+    date: str
+    protocol_version: int
+    preset_sha256: str
+    rules_sha256: str
+    seeds: list[int]
+    """Every seed that the runs may have."""
+    data: dict[str, FrozenData]
+    expected: dict[str, Expected]
+    """By claim; claims that the explored runs are not about are left out."""
+    notes: list[str]
+
+
+def preset_sha256(preset: Preset) -> str:
+    """Return the SHA-256, in hexadecimal, of all fields of a preset."""
+    return digest(preset.model_dump(mode="json"), 64)
+
+
+def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None) -> Frozen:
+    """Return what is fixed of a preset, whose first seed is above those that were explored.
+
+    Args:
+        preset: the preset with its first seed, as `load_preset` takes it.
+        claims: the table `claims` of the explored runs, judged by the rules of today.
+        power: the table of `python -m benchmarks.calibration --preset`; None if it was not computed.
+
+    Raises:
+        UserError: the first seed is 0, or the claims were judged by other rules.
+    """
+    stated = Layout.of(preset).preset
+    if not stated.first_seed:
+        raise UserError(
+            f"preset {preset!r} has the first seed 0, which was explored; give one such as --first-seed 100"
+        )
+    rules = rules_sha256(stated.margins, stated.judged_predictions)
+    if other := set(claims["rules"]) - {rules}:
+        judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)
+        raise UserError(
+            f"the explored claims were judged by {judged_by} and the rules of today are {rules[:12]}: judge them again "
+            "with `lorabench claims`"
+        )
+    powers: dict[str, float] = {}
+    if power is not None:
+        shares = power.filter(like="power_at_").min(axis="columns")
+        powers = {str(name): float(share) for name, share in shares.groupby(power["claim_id"]).min().items()}
+    expected = {}
+    for claim in claims[claims["verdict"] != "not tested"].to_dict("records"):
+        numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
+        share = _number(powers.get(claim["claim_id"]))
+        expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
+    data = {name: FrozenData(id=dataset_id(spec), test=_test_examples(spec)) for name, spec in stated.sources.items()}
+    notes = [] if power is not None else ["The power was not computed."]
+    if same := [name for name, about in data.items() if about.test == _SAME]:
+        notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
+    return Frozen(
+        preset=preset,
+        date=datetime.now(UTC).date().isoformat(),
+        protocol_version=PROTOCOL_VERSION,
+        preset_sha256=preset_sha256(stated),
+        rules_sha256=rules,
+        seeds=sorted({row["seed"] for row in make_plan(stated).rows()}),
+        data=data,
+        expected=expected,
+        notes=notes,
+    )
+
+
+_OTHERS, _SAME = "other examples than the explored", "the explored examples"
+
+
+def _test_examples(spec: Any) -> str:
+    held_out = isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)
+    return _OTHERS if held_out else _SAME
+
+
+def _number(value: Any) -> float | None:
+    return None if formats.missing(value) else float(f"{float(value):.6g}")
+
+
+def write_frozen(frozen: Frozen, path: Path) -> None:
+    """Write what was fixed as YAML, whole or not at all."""
+    about = (
+        "# What was fixed before the runs on held-out seeds. `lorabench freeze` wrote it; commit it before the runs.\n"
+    )
+    with atomic_path(path) as partial:
+        partial.write_text(about + yaml.safe_dump(frozen.model_dump(), sort_keys=False, width=120), encoding="utf-8")
+
+
+def read_frozen(path: Path) -> Frozen:
+    """Read what was fixed before the runs.
+
+    Raises:
+        UserError: there is no such file, or `lorabench freeze` did not write it.
+    """
+    if not path.is_file():
+        raise UserError(f"frozen rules {str(path)!r}: there is no such file; `lorabench freeze` writes it")
+    try:
+        return Frozen.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = "not valid YAML"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise UserError(f"{path} is not as `lorabench freeze` writes it: {reason}") from error
+
+
+def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """Check that runs kept to what was frozen; return the commit of the frozen file.
+
+    Args:
+        frozen: the content of the file.
+        path: the file, in a git repository that has the commits of the runs.
+        layout: the preset that was run.
+        runs: the table `runs`: columns run_id, seed, git_sha, git_dirty_patch and the final validation losses.
+        claims: the table `claims`: column rules.
+
+    Raises:
+        UserError: the file is not committed; a run was made before its commit, with changed code or with another seed,
+            or is missing; or preset, rules or data are not the frozen ones.
+    """
+    if frozen.protocol_version != PROTOCOL_VERSION:
+        raise UserError(f"{path} is of protocol version {frozen.protocol_version} and the runs of {PROTOCOL_VERSION}")
+    if preset_sha256(layout.preset) != frozen.preset_sha256:
+        raise UserError(f"preset {frozen.preset} was changed after it was frozen in {path}")
+    ids = {name: dataset_id(spec) for name, spec in layout.preset.sources.items()}
+    if changed := [name for name, about in frozen.data.items() if ids.get(name) != about.id]:
+        raise UserError(f"the data {', '.join(changed)} were changed after they were frozen in {path}")
+    if other := set(claims["rules"]) - {frozen.rules_sha256}:
+        judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)
+        raise UserError(f"the claims were judged by {judged_by}, and {frozen.rules_sha256[:12]} is frozen in {path}")
+    if wrong := sorted(set(runs["seed"]) - set(frozen.seeds)):
+        raise UserError(f"runs have the seeds {_some(wrong)}, which are not among those frozen in {path}")
+    _check_complete(layout.preset, runs, frozen.preset)
+    if dirty := runs.loc[runs["git_dirty_patch"].notna(), "run_id"].tolist():
+        raise UserError(f"runs were made with uncommitted changes to the code: {_some(dirty)}")
+    commit = _commit_of(path)
+    for sha in runs["git_sha"].unique():
+        if formats.missing(sha):
+            raise UserError(
+                "runs have no commit of the code, so that it is not known whether they came after the freeze"
+            )
+        if _git(path.parent, "merge-base", "--is-ancestor", commit, str(sha)) is None:
+            raise UserError(
+                f"runs were made at commit {sha[:12]}, which does not contain {path} (commit {commit[:12]})"
+            )
+    return commit
+
+
+def _check_complete(preset: Preset, runs: pd.DataFrame, name: str) -> None:
+    """Raise UserError if a run of the preset is not in the table `runs`, or a run of the table is not of the preset."""
+    rows = {row["run_id"]: row for row in runs.to_dict("records")}
+    others = set(rows)
+    for sweep in make_plan(preset).sweeps:
+        mine = [run for run in set(sweep.possible_runs()) if run.run_id in rows]
+        losses = {(run.lr, run.seed): validation_loss({"outcome": _outcome(rows[run.run_id])}) for run in mine}
+        if missing := next_runs(sweep, losses):
+            raise UserError(f"preset {name} lacks runs of its plan: {_some([run.run_id for run in missing])}")
+        others -= {run.run_id for run in mine}
+    if others:
+        raise UserError(f"runs are not of the preset {name}: {_some(sorted(others))}")
+
+
+def _outcome(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the final validation losses of a row of the table `runs`; None for a missing one, as in a run's record."""
+    names = ("final_valid_nll", "final_valid_reward")
+    return {name: None if formats.missing(row.get(name)) else row[name] for name in names}
+
+
+def _some(values: list[Any]) -> str:
+    """Return the first values as text."""
+    return ", ".join(map(str, values[:3])) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+
+
+def _commit_of(path: Path) -> str:
+    """Return the commit that last changed a file, which must be as it is there."""
+    changes = _git(path.parent, "status", "--porcelain", "--", path.name)
+    commit = (_git(path.parent, "log", "-1", "--format=%H", "--", path.name) or "").strip()
+    if changes is None or changes.strip() or not commit:
+        raise UserError(f"{path} is not committed as it is; it has to be, before the runs")
+    return commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints in a folder; None if it fails."""
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
+    """Set the verdicts of the explored runs beside those of the held-out ones.
+
+    Args:
+        frozen: the verdicts that were expected.
+        claims: the table `claims` of the held-out runs.
+
+    Returns:
+        One row per expected claim: `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
+        null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
+        `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the
+        explored interval (null without one).
+    """
+    judged = {claim["claim_id"]: claim for claim in claims.to_dict("records")}
+    rows = []
+    for claim_id, expected in frozen.expected.items():
+        held_out = judged.get(claim_id, {"verdict": "not tested"})
+        estimate = _number(held_out.get("estimate"))
+        within = None
+        if expected.ci_low is not None and expected.ci_high is not None and estimate is not None:
+            within = _yes(expected.ci_low <= estimate <= expected.ci_high)
+        rows.append(
+            {"claim_id": claim_id, "statement": held_out.get("statement"), "explored": expected.verdict}
+            | {"held_out": held_out["verdict"]}
+            | {"again": None if expected.verdict in UNDECIDED else _yes(held_out["verdict"] == expected.verdict)}
+            | expected.model_dump(include={"p_again", "power", "estimate", "ci_low", "ci_high"})
+            | {"held_out_estimate": estimate}
+            | {"held_out_low": held_out.get("ci_low"), "held_out_high": held_out.get("ci_high"), "within": within}
+        )
+    return pd.DataFrame(rows)
+
+
+def _yes(value: Any) -> str:
+    return "yes" if value else "no"
+
+
+def summary_of(again: pd.DataFrame) -> str:
+    """Return a sentence that counts the verdicts that came out again; `again` is as from `came_out_again`."""
+    decided, within = again["again"].dropna(), again["within"].dropna()
+    return (
+        f"{(decided == 'yes').sum()} of {len(decided)} decided verdicts came out again on held-out seeds, and "
+        f"{(within == 'yes').sum()} of {len(within)} estimates lie in the earlier 95% interval"
+    )

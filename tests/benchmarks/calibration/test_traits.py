@@ -1,0 +1,108 @@
+"""Each trait breaks the assumption that it names, and no other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.rl import rl_ranges
+from benchmarks.calibration.run import Making, Task
+from benchmarks.calibration.scenes import ranks
+from benchmarks.calibration.traits import NAMES, PLAIN, Traits, with_traits
+from benchmarks.calibration.worlds import GROUPS, excess_loss, noise_factor
+
+NOISE = NoiseLevels()
+TASK = Task("ranks", 1.0, 0, 2)
+
+
+def made(*names, n=40):
+    """Return the arms of worlds with some traits, and their sweeps."""
+    traits = Traits.only(names)
+    sweeps = []
+    for number in range(n):
+        random = np.random.default_rng(number)
+        sweeps += with_traits(ranks(0, NOISE, random), traits, random)
+    return [arm for sweep in sweeps for arm in sweep.arms], sweeps
+
+
+def place(arm):
+    """Return where the optimum of an arm lies in its grid: 0 at the lowest LR, and the number of LRs less 1."""
+    return (arm.optimum - math.log(arm.lrs[0])) / math.log(arm.lrs[1] / arm.lrs[0])
+
+
+def test_a_trait_alone_breaks_one_assumption():
+    arms = {name: made(name)[0] for name in ("plain", *NAMES) if name != "plain"}
+    curvatures = [arm.curvature for arm in arms["curvatures"]]
+    assert 1 / 3 <= min(curvatures) < 0.4
+    assert 2.5 < max(curvatures) <= 3
+    assert {arm.curvature for name in NAMES if name != "curvatures" for arm in arms[name]} == {1.0}
+    low, high = (
+        noise_factor(np.array([x]), max(arms["lr_noise"], key=lambda arm: arm.lr_noise)) for x in (-1.15, 1.15)
+    )
+    assert 7 < (high / low).item() <= 10
+    assert all(noise_factor(np.array([1.0]), arm) == 1 for arm in arms["edge"])
+    skewed = max(arms["asymmetry"], key=lambda arm: arm.skew)
+    below, above = excess_loss(np.array([-1.0, 1.0]), skewed, NOISE)
+    assert above > 3 * below > 0
+    lags = [arm.lag for arm in arms["lag"]]
+    assert 0 < max(lags) <= 0.005
+    assert not any(arm.lag for arm in arms["groups"])
+
+
+def test_an_optimum_near_the_edge_is_one_step_inside_at_most():
+    five = [arm for arm in made("edge")[0] if len(arm.lrs) == 5]
+    assert 1 <= min(map(place, five)) < 1.2
+    assert 2.8 < max(map(place, five)) <= 3
+    assert all(1.5 <= place(arm) <= 2.5 for arm in made("lag")[0] if len(arm.lrs) == 5)
+
+
+def test_groups_of_test_examples_share_what_they_add_to_an_arm():
+    spread = {}
+    for size in (0.0, 5.0):
+        losses = Making(traits=replace(PLAIN, groups=size), seed=3).tables(TASK, 0).test_losses
+        per_token = losses.assign(value=losses["loss"] / losses["tokens"])
+        table = per_token.pivot(index=["group", "example"], columns="run_id", values="value")
+        by_arm = table.T.groupby(lambda run_id: run_id.rsplit("-", 1)[0]).mean().T
+        difference = by_arm.iloc[:, 0] - by_arm.iloc[:, 1]
+        groups = difference.groupby(level="group")
+        between = groups.transform("mean").var()
+        spread[size] = between / difference.var() * len(difference) / groups.ngroups
+        assert groups.ngroups <= GROUPS
+        assert groups.size().max() > 3 * groups.size().min()
+    # Without groups, a group's mean is that of independent examples, so that this is about 1.
+    assert spread[5.0] > 3 * spread[0.0]
+
+
+def test_a_late_arm_has_a_higher_curve_at_first_and_its_own_loss_at_the_end():
+    task = Task("gaps", 0.0, 0, 2)
+    curves = {}
+    for size in (0.0, 0.05):
+        making = Making(traits=replace(PLAIN, lag=size), seed=1)
+        tables = making.tables(task, 2)
+        train = tables.curves[tables.curves["split"] == "train"]
+        curves[size] = train.pivot(index="step", columns="run_id", values="value").mean(axis=1)
+    apart = curves[0.05] - curves[0.0]
+    assert apart.loc[2:20].min() > 0.01
+    assert abs(apart.iloc[-1]) < 1e-3
+
+
+def test_a_scene_leaves_out_the_traits_that_its_claim_is_about():
+    random = np.random.default_rng(0)
+    [sweep] = with_traits([rl_ranges(0, NOISE, random)], Traits(), random)
+    assert {arm.curvature for arm in sweep.arms} == {1.0}
+    assert {arm.skew for arm in sweep.arms} == {0.0}
+
+
+def test_twins_share_their_truth_and_not_their_luck():
+    first, twin, other = (Making().tables(TASK, number) for number in (4, 5, 6))
+    lrs = [sorted(tables.runs.loc[tables.runs["method"] == "fullft", "lr"].unique()) for tables in (first, twin, other)]
+    assert set(lrs[0]) & set(lrs[1])
+    assert not set(lrs[0]) & set(lrs[2])
+    assert not np.isclose(first.runs["final_test_nll"].iloc[0], twin.runs["final_test_nll"].iloc[0])
+    assert first.test_losses["tokens"].iloc[:20].tolist() != twin.test_losses["tokens"].iloc[:20].tolist()
+    again = Making().tables(TASK, 4)
+    assert again.runs["final_test_nll"].tolist() == pytest.approx(first.runs["final_test_nll"].tolist())

@@ -1,0 +1,167 @@
+"""Rules are frozen before the runs, and runs that did not keep to them are refused."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from lorabench.claims.rules_hash import rules_sha256
+from lorabench.config.loading import load_preset
+from lorabench.errors import UserError
+from lorabench.planning.plan import make_plan
+from lorabench.report import freeze as freezing
+from lorabench.report.freeze import came_out_again, check_kept, freeze, read_frozen, summary_of, write_frozen
+from lorabench.runs import finished_losses
+from lorabench.store.layout import Layout
+
+from ..handmade import claims_table, make_claim, make_run, runs_table
+
+WHO = ("-c", "user.name=A. Tester", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *WHO, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit(what: str) -> str:
+    git("add", "-A")
+    git("commit", "-q", "--allow-empty", "-m", what)
+    return git("rev-parse", "HEAD")
+
+
+def runs_of(preset: str, sha: str) -> pd.DataFrame:
+    """Make the finished runs of a preset, whose losses depend on the LR alone."""
+    rows = []
+    for sweep in make_plan(load_preset(preset)).sweeps:
+        for lr, seed in finished_losses(sweep, lambda run: abs(run.lr - 3e-3)):
+            [run] = {run for run in sweep.possible_runs() if (run.lr, run.seed) == (lr, seed)}
+            ids = {"run_id": run.run_id, "git_sha": sha}
+            rows.append(make_run(sweep.condition.rank, lr, seed, final_valid_nll=abs(lr - 3e-3), **ids))
+    return runs_table(rows)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch, raw_preset, write_preset) -> SimpleNamespace:
+    """Make a repository in which a preset was frozen, committed and then run."""
+    monkeypatch.chdir(tmp_path)
+    preset = write_preset(raw_preset)
+    git("init", "-q")
+    before = commit("before the freeze")
+    rules = rules_sha256(load_preset(preset).margins, load_preset(preset).judged_predictions)
+    claims = claims_table([make_claim("B1", rules=rules), make_claim("B2", "inconclusive", rules=rules)])
+    path = tmp_path / "workflow/frozen/mine.yaml"
+    write_frozen(freeze(f"{preset}@100", claims), path)
+    frozen_in = commit("freeze")
+    runs = runs_of(f"{preset}@100", commit("an empty commit"))
+    return SimpleNamespace(
+        path=path, preset=preset, claims=claims, runs=runs, before=before, frozen_in=frozen_in, rules=rules
+    )
+
+
+def checked(kept: SimpleNamespace, preset: str | None = None) -> str:
+    layout = Layout.of(preset or f"{kept.preset}@100")
+    return check_kept(read_frozen(kept.path), kept.path, layout, kept.runs, kept.claims)
+
+
+def test_what_is_frozen_says_seeds_data_and_expected_verdicts(kept: SimpleNamespace):
+    frozen = read_frozen(kept.path)
+    assert (frozen.preset, frozen.rules_sha256) == (f"{kept.preset}@100", kept.rules)
+    assert frozen.seeds == sorted(kept.runs["seed"].unique()) == [100, 101]
+    assert frozen.data["instruct"].test == "other examples than the explored"
+    assert {name: claim.verdict for name, claim in frozen.expected.items()} == {"B1": "confirmed", "B2": "inconclusive"}
+    assert frozen.expected["B1"].power is None
+    assert frozen.notes == ["The power was not computed."]
+    power = pd.DataFrame({"claim_id": ["B1", "B1"], "power_at_0": [0.9, 0.8], "power_at_2": [0.7, 1.0]})
+    expected = freeze(f"{kept.preset}@100", kept.claims, power).expected
+    assert (expected["B1"].power, expected["B2"].power) == (0.7, None)
+    with pytest.raises(UserError, match="has the first seed 0, which was explored"):
+        freeze(kept.preset, kept.claims)
+    with pytest.raises(UserError, match="the explored claims were judged by abc and the rules of today are"):
+        freeze(f"{kept.preset}@100", kept.claims.assign(rules="abc"))
+    kept.path.write_text("preset: mine\nmargin: 1\n")
+    with pytest.raises(UserError, match="mine.yaml is not as `lorabench freeze` writes it: date: field required"):
+        read_frozen(kept.path)
+
+
+def test_runs_that_came_after_the_freeze_and_kept_to_it_pass(kept: SimpleNamespace):
+    assert checked(kept) == kept.frozen_in
+    # The runs may be of the commit of the freeze itself, and of several commits after it.
+    kept.runs.loc[0, "git_sha"] = kept.frozen_in
+    assert checked(kept) == kept.frozen_in
+
+
+REFUSED = {
+    r"runs were made at commit \w{12}, which does not contain .*mine.yaml": lambda kept: kept.runs.assign(
+        git_sha=kept.before
+    ),
+    "runs have no commit of the code": lambda kept: kept.runs.assign(git_sha=None),
+    "runs were made with uncommitted changes to the code: ": lambda kept: kept.runs.assign(
+        git_dirty_patch=["abc"] + [None] * (len(kept.runs) - 1)
+    ),
+    "runs have the seeds 0, which are not among those frozen": lambda kept: kept.runs.assign(
+        seed=[0, *kept.runs["seed"][1:]]
+    ),
+    "lacks runs of its plan: ": lambda kept: kept.runs[1:],
+    "runs are not of the preset .*: other": lambda kept: pd.concat(
+        [kept.runs, kept.runs[:1].assign(run_id="other")], ignore_index=True
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_other_runs_are_refused(kept: SimpleNamespace, message: str):
+    kept.runs = REFUSED[message](kept)
+    with pytest.raises(UserError, match=message):
+        checked(kept)
+
+
+def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, raw_preset, write_preset, monkeypatch):
+    with pytest.raises(UserError, match="preset .* was changed after it was frozen"):
+        checked(kept, f"{kept.preset}@200")
+    monkeypatch.setattr(freezing, "dataset_id", lambda spec: "another")
+    with pytest.raises(UserError, match="the data instruct were changed after they were frozen"):
+        checked(kept)
+    monkeypatch.undo()
+    monkeypatch.chdir(kept.path.parents[2])
+    kept.claims = kept.claims.assign(rules=["abc", kept.rules])
+    with pytest.raises(UserError, match="the claims were judged by abc, and"):
+        checked(kept)
+    kept.claims = kept.claims.assign(rules=kept.rules)
+    raw_preset["margins"]["loss"] *= 2
+    write_preset(raw_preset)
+    with pytest.raises(UserError, match="preset .* was changed after it was frozen"):
+        checked(kept)
+
+
+def test_a_freeze_that_is_changed_or_committed_after_the_runs_is_refused(kept: SimpleNamespace):
+    text = kept.path.read_text()
+    kept.path.write_text(text.replace("confirmed", "contradicted"))
+    with pytest.raises(UserError, match="mine.yaml is not committed as it is"):
+        checked(kept)
+    commit("other expectations")
+    with pytest.raises(UserError, match="which does not contain .*mine.yaml"):
+        checked(kept)
+    kept.path = kept.path.with_name("later.yaml")
+    kept.path.write_text(text)
+    with pytest.raises(UserError, match="later.yaml is not committed as it is"):
+        checked(kept)
+
+
+def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: SimpleNamespace):
+    frozen = read_frozen(kept.path)
+    same = came_out_again(frozen, kept.claims)
+    assert same["again"].fillna("").tolist() == ["yes", ""]
+    assert same["within"].tolist() == ["yes", "yes"]
+    assert summary_of(same).startswith("1 of 1 decided verdicts came out again on held-out seeds, and 2 of 2 estimates")
+    other = claims_table([make_claim("B1", "contradicted", estimate=0.02), make_claim("B2", "not tested")])
+    turned = came_out_again(frozen, other)
+    assert turned[["explored", "held_out", "again"]].fillna("").to_numpy().tolist() == [
+        ["confirmed", "contradicted", "no"],
+        ["inconclusive", "not tested", ""],
+    ]
+    assert turned["within"].fillna("").tolist() == ["no", ""]
+    assert summary_of(turned).startswith("0 of 1 decided verdicts came out again")
