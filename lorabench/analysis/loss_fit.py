@@ -5,9 +5,9 @@ The model of the final test loss of a run of arm a, seed s and learning rate LR 
     loss = m_a + c_a (ln LR - x_a)^2 + d (ln LR - x_a)^3 + u_s + v_as + e,
 
 where the third power is that of the distance from the optimum of a fit without it. Three LRs of one arm can't tell an
-asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ from
-their mean by a random effect, whose size is known before the runs, too: few LRs with noise can't tell whether arms have
-one curvature, and a test that mostly keeps one would bias minima and make intervals too short. The fit is generalized
+asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
+from their mean by a random effect, whose size is known before the runs, too: few noisy LRs can't tell whether arms have
+one curvature, and a test that mostly keeps one biases minima and makes intervals too short. The fit is generalized
 least squares. statsmodels' `MixedLM` finds the most likely ratio of the variances of v and e by descent; a test holds
 the two together. It gives no t intervals, which matter with three seeds, and takes a hundred times as long.
 
@@ -75,8 +75,9 @@ class LossFit:
     """The natural logarithm of the optimal LR of each arm."""
     resolved: Mapping[str, bool]
     """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
-    measured: Mapping[str, float]
-    """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share."""
+    measured: Mapping[str, tuple[float, float]]
+    """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share, and its standard
+    error."""
     sigma: float
     """Standard deviation of a run's loss without the effect of its seed that all arms share."""
     dof: int
@@ -173,7 +174,7 @@ def fit_losses(
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
         resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
-        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen])
+        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
     text = "" if noise is None else f"; seed noise from {noise.source}"
     return LossFit(grids, minima, optima, resolved, measured, sigma, dof, curvature, seeds, run_ids, text)
 
@@ -185,10 +186,15 @@ def _without_seeds(rows: FitRows, solution: Solution, places: Places) -> np.ndar
     return np.asarray(rows.runs["test_loss"] - solution.design @ effects / rows.weights)
 
 
-def _lowest_mean(runs: np.ndarray, losses: np.ndarray) -> float:
-    """Return the lowest of the mean losses at the LRs of an arm's runs; a row of n seeds counts n times."""
+def _lowest_mean(runs: np.ndarray, losses: np.ndarray, sigma: float) -> tuple[float, float]:
+    """Return the lowest of the mean losses at the LRs of an arm's runs, and its standard error.
+
+    A row of n seeds counts n times; sigma is the standard deviation of a run's loss.
+    """
     at_lrs = runs["lr"] == np.unique(runs["lr"])[:, None]
-    return min(float(np.average(losses[at], weights=runs["n"][at])) for at in at_lrs)
+    means = [float(np.average(losses[at], weights=runs["n"][at])) for at in at_lrs]
+    best = int(np.argmin(means))
+    return means[best], sigma / math.sqrt(runs["n"][at_lrs[best]].sum())
 
 
 def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, float]] | None:
