@@ -51,7 +51,7 @@ class Replayed:
 
 def replayed(runs: pd.DataFrame) -> Iterator[Replayed]:
     """Yield the sweeps of a table of runs that have at least `LEAST_LRS` LRs and a lowest loss inside of them."""
-    for _, arm in runs[runs.seed == 0].groupby(_ARM, dropna=False):
+    for _, arm in runs[runs.seed == runs.seed.min()].groupby(_ARM, dropna=False):
         arm = arm.sort_values("lr")
         loss = arm.final_valid_nll.fillna(-arm.final_valid_reward)
         done = loss.notna().to_numpy()
@@ -90,7 +90,7 @@ def seed_noise(runs: pd.DataFrame, task: str) -> float:
     runs = runs[(runs.task == task) & (runs.status == "done")]
     squares = freedom = 0.0
     for _, arm in runs.groupby(_ARM, dropna=False):
-        first = arm[arm.seed == 0]
+        first = arm[arm.seed == arm.seed.min()]
         if len(first) < LEAST_LRS:
             continue
         loss = arm.final_valid_nll.fillna(-arm.final_valid_reward)

@@ -6,11 +6,13 @@ has a page of its own leads to that page, and a link to another file becomes pla
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import yaml
@@ -45,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "lorabench/claims/judge.py": "claims.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
+    "docs/rule_changes.yaml": "rule-changes.md",
     f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
     f"{PUBLISHED}/evidence/lr_optima.csv": "all-learning-rates.md",
     **{str((folder / "claims.csv").relative_to(ROOT)): f"all-{folder.name}.md" for folder in published_folders(ROOT)},
@@ -59,6 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts = {
         "claims.md": claims_page(),
         "all-calibration.md": calibration_page(),
+        "rule-changes.md": rule_changes_page(read_rule_changes()),
         "all-evidence.md": evidence_page(),
         "all-learning-rates.md": learning_rates_page(),
         **{f"all-{folder.name}.md": results_page(folder) for folder in published_folders(ROOT)},
@@ -234,6 +238,50 @@ def calibration_page() -> str:
             *table(*_frame(core)),
         ]
     )
+
+
+class RuleChange(NamedTuple):
+    """A record of docs/rule_changes.yaml, whose head describes the fields."""
+
+    rule: str
+    date: datetime.date
+    commit: str
+    why: str
+    seen: str | None
+    turned: list[str] | None
+
+
+def read_rule_changes() -> list[RuleChange]:
+    """Return all changes of rules, in the order in which they were made."""
+    records = yaml.safe_load((ROOT / "docs/rule_changes.yaml").read_text(encoding="utf-8"))
+    return [RuleChange(**record) for record in records]
+
+
+def rule_changes_page(changes: Sequence[RuleChange]) -> str:
+    """Return the page of all changes of rules, the newest first."""
+    rows = [
+        [change.date, change.rule, change.why, change.seen or "no results", _turned(change.turned), change.commit]
+        for change in reversed(changes)
+    ]
+    return "\n".join(
+        [
+            "# Changes of rules",
+            "",
+            "A rule that is made or changed after a look at results can be made to fit them, on purpose or not. This "
+            "table has every change of the rules of judging, and every choice of a design that was made after results "
+            "had been seen: what was known then, and which verdicts turned. Verdicts on [held-out "
+            "seeds](held-out.md) come from rules that were fixed before.",
+            "",
+            f"{sum(change.seen is not None for change in changes)} of {len(changes)} changes were made after results "
+            "that they are about had been seen.",
+            "",
+            *table(["date", "change", "why", "known before", "verdicts that turned", "commit"], rows),
+        ]
+    )
+
+
+def _turned(verdicts: list[str] | None) -> str:
+    return "not written down" if verdicts is None else "; ".join(verdicts) or "none"
 
 
 def _frame(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

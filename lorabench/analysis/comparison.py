@@ -40,6 +40,11 @@ Between two LRs that are a factor of 2.4 apart, a parabola as steep as was measu
 loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
 """
 
+_ONE_GROUP = Problem(
+    "the error from test examples is not known, since all of them are of one group",
+    Remedy("test examples of 2 groups or more, such as packages, documents or templates"),
+)
+
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
 NEEDED_BY: dict[Task, list[str]] = {
@@ -204,6 +209,8 @@ class Comparison:
         problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
         if problems:
             return problems
+        if any(self.fit.minima[label].n_groups == 1 for label in labels):
+            return [_ONE_GROUP]
         paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
         if paired < MIN_SEEDS and self.judging.noise is None:
             remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)

@@ -1,8 +1,9 @@
 """Estimates: numbers with the distribution of their error, from which intervals of any level are taken.
 
 An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
-the examples of the test split, which only more examples make smaller. Each part is kept as draws, so that a function of
-several estimates has an interval too, and estimates from one fit keep their correlation.
+the examples of the test split, which only more examples make smaller, or more groups where examples share a source.
+Each part is kept as draws, so that a function of several estimates has an interval too, and estimates from one fit keep
+their correlation.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
 evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
@@ -41,9 +42,11 @@ class Estimate:
     """Draws of the error from seeds, shape (N_DRAWS,), in the unit of the value."""
     example_part: np.ndarray | None = field(default=None, repr=False)
     """Draws of the error from test examples, shape (N_DRAWS,); None where the tables do not hold the losses by
-    example, so that this error is not known and counts as 0."""
+    example, so that this error is not known and counts as 0. NaN where all examples are of one group."""
     n_seeds: int = 0
     n_examples: int = 0
+    n_groups: int = 0
+    """The number of groups of test examples; `n_examples` where each example is its own group."""
 
     @property
     def draws(self) -> np.ndarray:
@@ -69,7 +72,7 @@ class Estimate:
     @property
     def known(self) -> bool:
         """Whether the number and its error are known."""
-        return math.isfinite(self.value) and bool(np.isfinite(self.seed_part).all())
+        return math.isfinite(self.value) and bool(np.isfinite(self.draws).all())
 
     @property
     def detectable(self) -> float:
@@ -105,8 +108,8 @@ def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estima
     example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
     if len(parts) == len(estimates):
         example_part = np.asarray(function(*parts)) - value
-    n_seeds, n_examples = min(each.n_seeds for each in estimates), min(each.n_examples for each in estimates)
-    return Estimate(value, seed_part, example_part, n_seeds, n_examples)
+    counts = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples", "n_groups"))
+    return Estimate(value, seed_part, example_part, *counts)
 
 
 def unknown(value: float = math.nan) -> Estimate:
@@ -182,15 +185,24 @@ def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndar
 
     The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers).
     """
-    errors = np.sqrt(np.diag(covariance))
-    scales = np.where(errors > 0, errors, 1.0)
-    # Cholesky's factor is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns
-    # them, or exchanges their signs. A negligible share is added, in case one error follows from the others.
-    root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
+    root = cholesky_root(covariance)
     even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
-    return shuffled(_chi_factors(dof)[:, None] * (even @ root.T * errors), name)
+    errors = np.sqrt(np.diag(covariance))
+    return shuffled(_chi_factors(dof)[:, None] * (even @ root.T * (errors > 0)), name)
+
+
+def cholesky_root(covariance: np.ndarray) -> np.ndarray:
+    """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others.
+
+    The root is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns them, or
+    exchanges their signs. A negligible share is added to each variance; the root of a number without error is 3e-5.
+    """
+    errors = np.sqrt(np.diag(covariance))
+    scales = np.where(errors > 0, errors, 1.0)
+    root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
+    return np.asarray(scales[:, None] * root)
 
 
 def uniform(dimensions: int, name: str) -> np.ndarray:
@@ -248,105 +260,118 @@ _SUMMED = 2**12
 
 @dataclass(frozen=True)
 class ExampleLosses:
-    """The losses of runs by test example, from the table `test_losses`."""
+    """The losses of runs by test example, from the table `test_losses`.
+
+    Test examples that share their source, such as a package or a template, err together. The error of a mean loss is
+    therefore found by leaving out one group of examples at a time (the jackknife by clusters), and has a t distribution
+    with one degree of freedom less than there are groups. MacKinnon, Nielsen and Webb, "Cluster-robust inference: A
+    guide to empirical practice" (2023), recommend both for few groups.
+    """
 
     nats: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     """By run_id, the summed loss of each example, (examples,)."""
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     """By run_id, the scored tokens of each example, (examples,)."""
+    groups: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By run_id, the number of each example's group, (examples,); where a run is missing, each example is its own."""
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> ExampleLosses:
-        """Read the table `test_losses`: columns run_id, example, loss, tokens."""
+        """Read the table `test_losses`: columns run_id, example, loss, tokens, and optionally group.
+
+        An example without a group is its own group.
+        """
         if table.empty:
             return cls()
+        groups = pd.factorize(table["group"])[0] if "group" in table else np.full(len(table), -1)
+        table = table.assign(group=np.where(groups < 0, -1 - table["example"].to_numpy(int), groups))
         by_run = table.sort_values("example").astype({"loss": float, "tokens": float}).groupby("run_id")
-        return cls(*({str(run): rows.to_numpy() for run, rows in by_run[name]} for name in ("loss", "tokens")))
+        columns = ("loss", "tokens", "group")
+        return cls(*({str(run): rows.to_numpy() for run, rows in by_run[name]} for name in columns))
 
-    def deviations(self, run_ids: Sequence[str], name: str, combined: np.ndarray) -> tuple[np.ndarray, int] | None:
-        """Resample the test examples (bootstrap) and compute sums of the runs' mean losses on each resampled split.
+    def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:
+        """Return what groups of test examples do to the mean losses of runs on one test split, (runs, groups).
 
-        Args:
-            run_ids: runs on one test split.
-            name: names the test split; the examples of one name are resampled alike.
-            combined: weights of the runs in each sum, (runs, numbers).
-
-        Returns:
-            The difference of each sum from that on the split itself, (N_DRAWS, numbers), and the number of examples.
-            None if a run lacks its losses or the runs have different splits.
+        The product with their transpose is the covariance of the mean losses over other groups. Influences are NaN
+        where there is one group only. None if a run lacks its losses or the runs have different splits.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
-        weights = self.tokens[run_ids[0]]
-        if any(not np.array_equal(self.tokens[run_id], weights) for run_id in run_ids):
+        splits = [(self.tokens[run_id], self._groups_of(run_id)) for run_id in run_ids]
+        tokens, groups = splits[0]
+        if any(not (np.array_equal(split[0], tokens) and np.array_equal(split[1], groups)) for split in splits):
             return None
-        losses = np.array([self.nats[run_id] for run_id in run_ids]).T @ combined
-        n = len(weights)
-        mean = losses.sum(0) / weights.sum()
-        # The mean is subtracted first, so that single precision suffices for the sums over each resampled split.
-        numbers = np.column_stack([losses - np.outer(weights, mean), weights]).astype(np.float32)
-        counts = _resampled(name, n)
-        blocks = (counts[start : start + _SUMMED].astype(np.float32) @ numbers for start in range(0, N_DRAWS, _SUMMED))
-        sums = np.concatenate(list(blocks)).astype(float)
-        return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
+        number = np.unique(groups, return_inverse=True)[1]
+        tokens, nats = np.bincount(number, tokens), [np.bincount(number, self.nats[run_id]) for run_id in run_ids]
+        n, total = len(tokens), tokens.sum()
+        if n < 2:
+            return np.full((len(run_ids), n), math.nan)
+        means = np.sum(nats, axis=1, keepdims=True) / total
+        # A mean loss falls by this much if a group is left out.
+        falls: np.ndarray = (nats - means * tokens) / (total - tokens)
+        return falls * math.sqrt((n - 1) / n)
 
-    def influences(self, run_ids: Sequence[str]) -> np.ndarray:
-        """Return the amounts that test examples add to the runs' mean losses, times their number, (runs, examples)."""
-        weights = self.tokens[run_ids[0]]
-        losses = np.array([self.nats[run_id] for run_id in run_ids])
-        means = losses.sum(1, keepdims=True) / weights.sum()
-        contributions: np.ndarray = (losses - means * weights) / weights.mean()
-        return contributions
+    def _groups_of(self, run_id: str) -> np.ndarray:
+        return self.groups[run_id] if run_id in self.groups else np.arange(len(self.tokens[run_id]))
+
+
+def example_draws(influences: np.ndarray, test_split: str) -> np.ndarray:
+    """Draw the error from test examples of several numbers, (N_DRAWS, numbers), given the influences of groups on them.
+
+    Args:
+        influences: (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN.
+        test_split: names the test split; numbers of one split have their draws in common.
+    """
+    n = influences.shape[1]
+    multipliers, numbers = _multipliers(test_split, n), influences.T.astype(np.float32)
+    blocks = (multipliers[start : start + _SUMMED].astype(np.float32) @ numbers for start in range(0, N_DRAWS, _SUMMED))
+    factors = shuffled(_chi_factors(max(n - 1, 1)), f"groups of {test_split}") / _UNIT
+    return np.asarray(factors[:, None] * np.concatenate(list(blocks)))
+
+
+_UNIT = 30
+"""The standard deviation of multipliers, which are whole numbers so that they take one byte each."""
 
 
 @lru_cache(maxsize=16)
-def _resampled(name: str, n: int) -> np.ndarray:
-    """Return how often each of n examples is drawn, in one byte each, (N_DRAWS, n)."""
-    random, offsets = generator(f"examples of {name}"), n * np.arange(_SUMMED)[:, None]
-    counts = np.empty((N_DRAWS, n), np.uint8)
+def _multipliers(name: str, n: int) -> np.ndarray:
+    """Return normal draws for n groups of test examples, times _UNIT and rounded, (N_DRAWS, n)."""
+    random = generator(f"examples of {name}")
+    multipliers = np.empty((N_DRAWS, n), np.int8)
     for start in range(0, N_DRAWS, _SUMMED):
-        drawn = random.integers(0, n, (_SUMMED, n)) + offsets
-        counts[start : start + _SUMMED] = np.bincount(drawn.ravel(), minlength=_SUMMED * n).reshape(_SUMMED, n)
-    return counts
+        drawn = random.standard_normal((_SUMMED, n), np.float32)
+        multipliers[start : start + _SUMMED] = np.clip(np.rint(_UNIT * drawn), -127, 127)
+    return multipliers
 
 
 def without_run_noise(
-    draws: np.ndarray, influences: np.ndarray, design: np.ndarray, hat: np.ndarray, covariance: np.ndarray
+    influences: np.ndarray, design: np.ndarray, hat: np.ndarray, covariance: np.ndarray
 ) -> np.ndarray:
-    """Remove from the error from test examples the part that the error from seeds has in it already.
+    """Return the influences of groups of test examples on the coefficients of a fit, without what seeds have already.
 
     Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
-    from seeds, contains these differences, and resampled examples contain them, too. Only a difference that an example
-    makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The losses of each
-    example are fitted like the mean losses, and the variance of their residuals is taken from that of the coefficients.
+    from seeds, contains these differences, and the influences of examples contain them, too. Only a difference that an
+    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The
+    influences on the runs are fitted like their mean losses, and the variance of the residuals is taken from that of
+    the coefficients.
 
     Args:
-        draws: draws of the coefficients' error from resampled examples, (draws, coefficients).
-        influences: what each example adds to each run's mean loss, times the number of examples, (runs, examples).
+        influences: what each group does to each run's mean loss, (runs, groups); see `ExampleLosses.influences`.
         design: the design matrix of the fit, (runs, coefficients).
         hat: makes coefficients from losses, (coefficients, runs).
         covariance: the covariance of runs over the variance of their noise, (runs, runs).
 
     Returns:
-        The draws with the smaller covariance, otherwise changed as little as possible.
+        Influences on the coefficients, (coefficients, groups), otherwise changed as little as possible.
     """
-    runs, n = influences.shape
-    # A coefficient that is held near a value known before the runs takes less than a degree of freedom.
-    dof = runs - float(np.trace(hat @ design))
-    if dof < 1 or n < 2:
-        return draws
     effects = hat @ influences
+    # A coefficient that is held near a value known before the runs takes less than a degree of freedom.
+    dof = len(influences) - float(np.trace(hat @ design))
     residual = influences - design @ effects
-    variance = float((residual * np.linalg.solve(covariance, residual)).sum()) / (n - 1) / dof
-    unscaled = hat @ covariance @ hat.T
-    total = effects @ effects.T / (n - 1)
-    values, vectors = np.linalg.eigh(total)
-    if not values.max() > 0:
-        return draws
-    # A direction has at least a negligible variance, so that it can be divided by.
-    scales = np.sqrt(np.maximum(values, 1e-12 * values.max()))
-    root, whitened = vectors * scales, vectors / scales
-    shares, axes = np.linalg.eigh(whitened.T @ unscaled @ whitened * variance)
-    shrink = (axes * np.sqrt(np.clip(1 - shares, 0.0, 1.0))) @ axes.T
-    shrunk: np.ndarray = draws @ (whitened @ shrink @ root.T)
-    return shrunk
+    squares = float((residual * np.linalg.solve(covariance, residual)).sum())
+    if dof < 1 or not squares > 0:
+        return np.asarray(effects)
+    root = cholesky_root(hat @ covariance @ hat.T * squares / dof)
+    # In the units of the noise of runs, the singular values are standard deviations, and that of the noise is 1.
+    vectors, deviations, groups = np.linalg.svd(np.linalg.solve(root, effects), full_matrices=False)
+    return np.asarray(root @ (vectors * np.sqrt(np.clip(deviations**2 - 1, 0, None))) @ groups)

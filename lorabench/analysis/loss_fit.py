@@ -32,6 +32,7 @@ from lorabench.analysis.estimate import (
     Estimate,
     ExampleLosses,
     combined,
+    example_draws,
     multivariate_student,
     unknown,
     without_run_noise,
@@ -49,6 +50,11 @@ LEAST_WEIGHT = 1e-3
 
 Places = dict[str, list[int]]
 """By arm, the places of its intercept, slope, curvature and asymmetry, if any, among the coefficients of a fit."""
+
+
+FEW_GROUPS = 10
+"""The number of groups of test examples below which a reason names it: the error is then uncertain itself, and the
+groups hardly stand for others."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class LossFit:
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
     """The runs of each arm that count."""
     noise_text: str
-    """Where the seed noise was measured, for the end of a reason; empty if by these runs."""
+    """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
+    how many groups the test examples come, if from fewer than FEW_GROUPS."""
 
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
@@ -144,7 +151,7 @@ def fit_losses(
         return LossFit(grids, {}, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
     solution, places_by_arm, centres = fitted
     seed_draws, dof, sigma = _seed_errors(counted, solution, places_by_arm, noise, name)
-    example_draws, n_examples = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
+    by_examples, *n_test = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
     losses = _without_seeds(counted, solution, places_by_arm)
     minima, optima, resolved, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
@@ -157,7 +164,7 @@ def fit_losses(
         value = _vertex(own, ends, around)
         by_seed, *by_example = (
             _vertex(own + error.T[places].T, ends, around)
-            for error in (seed_draws, *([] if example_draws is None else [example_draws]))
+            for error in (seed_draws, *([] if by_examples is None else [by_examples]))
         )
         position, minima[label] = (
             Estimate(
@@ -165,7 +172,7 @@ def fit_losses(
                 by_seed[part] - value[part],
                 by_example[0][part] - value[part] if by_example else None,
                 len(seeds[label]),
-                n_examples,
+                *n_test,
             )
             for part in (0, 1)
         )
@@ -176,6 +183,8 @@ def fit_losses(
         resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
         measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
     text = "" if noise is None else f"; seed noise from {noise.source}"
+    if 1 < n_test[1] < min(n_test[0], FEW_GROUPS):
+        text += f"; the {n_test[0]} test examples come from {n_test[1]} groups"
     return LossFit(grids, minima, optima, resolved, measured, sigma, dof, curvature, seeds, run_ids, text)
 
 
@@ -292,15 +301,16 @@ def _seed_errors(
 
 def _example_errors(
     rows: FitRows, solution: Solution, examples: ExampleLosses, test_split: str
-) -> tuple[np.ndarray | None, int]:
-    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and their number."""
+) -> tuple[np.ndarray | None, int, int]:
+    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and the numbers of examples
+    and of their groups."""
     run_ids = rows.runs["run_id"].tolist()
-    sampled = examples.deviations(run_ids, test_split, solution.hat.T)
-    if sampled is None:
-        return None, 0
-    influences = rows.weights[:, None] * examples.influences(run_ids)
-    hat = solution.hat / rows.weights
-    return without_run_noise(sampled[0], influences, solution.design, hat, solution.covariance), sampled[1]
+    on_runs = examples.influences(run_ids)
+    if on_runs is None:
+        return None, 0, 0
+    weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
+    influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
+    return example_draws(influences, test_split), len(examples.tokens[run_ids[0]]), on_runs.shape[1]
 
 
 def _vertex(

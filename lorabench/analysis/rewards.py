@@ -18,7 +18,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_table, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
+from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, uniform
 from lorabench.runs import GOOD, MAX_KL, TIE
 from lorabench.store.checks import is_rl
 
@@ -267,11 +267,13 @@ def good_range(comparison: Comparison, arm: Arm) -> GoodRange:
     finished = rows[~rows["lost"]]
     means = (finished["lr"].to_numpy(float)[:, None] == lrs) / n_runs
     test_split = str(comparison.runs["dataset"].iloc[0])
-    sampled = comparison.judging.examples.deviations(list(finished["run_id"]), test_split, means)
-    example_part, n_examples = None, 0
-    if sampled is not None:
-        example_part, n_examples = _width(_is_good(accuracies - sampled[0], peak), steps, halves) - value, sampled[1]
-    width = Estimate(value, seed_part, example_part, len(at_optimum), n_examples)
+    examples, run_ids = comparison.judging.examples, list(finished["run_id"])
+    influences, example_part, n_test = examples.influences(run_ids), None, (0, 0)
+    if influences is not None:
+        moved = accuracies - example_draws(means.T @ influences, test_split)
+        example_part = _width(_is_good(moved, peak), steps, halves) - value
+        n_test = len(examples.tokens[run_ids[0]]), influences.shape[1]
+    width = Estimate(value, seed_part, example_part, len(at_optimum), *n_test)
     lowest, highest = lrs[is_good][[0, -1]].tolist()
     open_low, open_high = (good.mean(axis=0) > MAX_OPEN)[[0, -1]].tolist()
     ends = np.flatnonzero(is_good[:-1] != is_good[1:])

@@ -191,6 +191,8 @@ class Plan:
     """The degrees of freedom of the error from seeds."""
     n_seeds: int
     n_examples: int
+    n_groups: int
+    """The number of groups of test examples; `n_examples` where each example is its own group."""
     tests: int = 1
     """The number of comparisons that share the level of a contradiction."""
     open: int = 1
@@ -206,8 +208,9 @@ class Plan:
         """Return whether a number of seeds, and so many times as many examples, decide with a probability of POWER."""
         seeds, examples = self.seed_error**2 * self.n_seeds / n_seeds, self.example_error**2 / more_examples
         error = max(math.sqrt(seeds + examples), 1e-12)
-        # More seeds have as many more degrees of freedom; the error from examples has many (Welch, Satterthwaite).
-        dof = self.dof * (n_seeds - 1) / max(self.n_seeds - 1, 1) * (error**2 / max(seeds, 1e-24)) ** 2
+        # More seeds and more groups have as many more degrees of freedom (Welch, Satterthwaite).
+        dofs = self.dof * (n_seeds - 1) / max(self.n_seeds - 1, 1), max(self.n_groups * more_examples - 1, 1)
+        dof = error**4 / max(seeds**2 / dofs[0] + examples**2 / dofs[1], 1e-48)
         confirmed, contradicted = self.rule.power(self.value, error, min(dof, 1e9), self.tests)
         return confirmed >= POWER ** (1 / self.open) or contradicted >= POWER
 
@@ -229,6 +232,8 @@ class Plan:
             more = float(factors[bisect_left(factors, True, key=lambda more: self.decides(MANY_SEEDS, more))])
         examples = math.ceil(self.n_examples * more)
         text = f"{examples} test examples (now {self.n_examples})"
+        if self.n_groups < self.n_examples:
+            text = f"{math.ceil(self.n_groups * more)} groups of test examples (now {self.n_groups})"
         seeds = self._seeds(more)
         if self.decides(self.n_seeds, more) or seeds is None:
             return Remedy(text, test_examples=examples, plan=self)
@@ -275,7 +280,7 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
     if not estimate.known or estimate.n_seeds < 1:
         return None
     error, dof = student_shape(estimate.seed_part)
-    numbers = estimate.n_seeds, estimate.n_examples
+    numbers = estimate.n_seeds, estimate.n_examples, estimate.n_groups or estimate.n_examples
     return Plan(rule, estimate.value, error, estimate.example_error, dof, *numbers).remedy()
 
 

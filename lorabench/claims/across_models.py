@@ -225,8 +225,8 @@ def _mean_regret(
             drawn = off[:, None] + (errors @ np.array(draws))[chosen]
             sides = generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS)
             parts[part] = sides * np.abs((steepness[:, None] * drawn**2).mean(0) - mean)
-    n_seeds, n_examples = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples"))
-    return Estimate(mean, parts["seed_part"], parts.get("example_part"), n_seeds, n_examples)
+    counts = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples", "n_groups"))
+    return Estimate(mean, parts["seed_part"], parts.get("example_part"), *counts)
 
 
 def _share(regret: Estimate) -> str:

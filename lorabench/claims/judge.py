@@ -130,6 +130,8 @@ def judge_claims(
                 "decide_test_examples": remedy and remedy.test_examples,
                 "decide_lrs": [f"{arm.replace(' ', '_')}={lr:.3g}" for arm, lr in remedy.lrs] if remedy else [],
                 "n_runs": len(judged.run_ids),
+                "n_seeds": _seeds(behind),
+                "lr_chosen_on": _lr_chosen_on(behind),
                 "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
                 "published": replications.get(claim.id),
                 "rules": rules,
@@ -181,6 +183,29 @@ def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
     if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
         return False
     return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
+
+
+def _seeds(behind: pd.DataFrame) -> int | None:
+    """Return the number of seeds of the runs behind a verdict; None without runs. A row may be the mean of several."""
+    if behind.empty:
+        return None
+    several = behind["n_seeds"].max() if "n_seeds" in behind else pd.NA
+    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several))
+
+
+def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
+    """Return the split by whose losses or accuracies the runs behind a verdict have their best LR; None without runs.
+
+    Fits of supervised runs take the test losses, whose minimum they report. In RL the validation accuracies pick the
+    LR, unless they are the reported ones.
+    """
+    if behind.empty:
+        return None
+    names = ("final_valid_reward", "final_reward")
+    if not is_rl(behind).all() or any(name not in behind for name in names):
+        return "test"
+    picked, reported = (behind[name].astype(float) for name in names)
+    return "test" if picked.isna().all() or (picked - reported).abs().max() == 0 else "validation"
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:

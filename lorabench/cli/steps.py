@@ -215,7 +215,7 @@ def collect(
     """Merge files of jobs into the tidy tables `runs` and `curves`."""
     from lorabench.store.collect import collect as collect_jobs
 
-    collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
+    collect_jobs(jobs, out, *(() if preset is None else plan_and_layout(preset)))
 
 
 @steps.command("collect-evals")

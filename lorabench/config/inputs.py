@@ -197,6 +197,9 @@ class HubDataset(HubRepository, Splits):
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
     every example fits every model."""
+    group: str | None = None
+    """Column of what examples share, such as a document: test examples with one value are one group (see
+    docs/your-model.md). Null where each example is its own."""
     path: Folder | None = None
     """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
     mean_tokens: Positive
@@ -211,6 +214,9 @@ class FileDataset(Splits):
     """A .jsonl, .json, .csv or .parquet file in UTF-8."""
     format: FileFormat | None = None
     """The columns that hold an example; null where the file has the columns of one format only."""
+    group: str | None = None
+    """Column of what examples share, such as a document: test examples with one value are one group (see
+    docs/your-model.md). Null where each example is its own."""
     max_chars: MaxChars
     """Longer examples (all turns together) are left out."""
     mean_tokens: Positive
@@ -336,6 +342,9 @@ class FileProblems(Splits):
     its last `####`."""
     grader: Literal["number", "boxed"]
     """`number`: the last number of a response counts; `boxed`: the prompt asks for a box, and the last one counts."""
+    group: str | None = None
+    """Column of what problems share, such as a template: test problems with one value are one group (see
+    docs/your-model.md). Null where each problem is its own."""
     max_chars: MaxChars = 4000
     """Longer questions are left out."""
 

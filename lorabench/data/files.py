@@ -248,11 +248,16 @@ def chosen_format(path: Path) -> FileFormat:
     )
 
 
-def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None) -> Iterator[Chat]:
-    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`."""
+def usable_chats(
+    rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None, group: str | None = None
+) -> Iterator[Chat]:
+    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`.
+
+    The source of an example gets its value in the column `group` added, if there is one.
+    """
 
     def parse(content: dict[str, Any]) -> Chat:
-        chat = Chat(source, file_messages(content, tally.format))
+        chat = Chat(source_of(source, content, group), file_messages(content, tally.format))
         if max_chars is not None and chat.chars() > max_chars:
             raise UnusableRowError(TOO_LONG)
         return chat
@@ -261,13 +266,25 @@ def usable_chats(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: i
     return (chat for _, chat in usable(rows, parse, tally, is_first(lambda chat: prompt_digest(chat.messages))))
 
 
-def file_chats(path: Path, form: FileFormat | None, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
+    """Return the source of a row's example, with the row's value in the column `group`, if there is one."""
+    if group is None:
+        return source
+    try:
+        return f"{source}/{row_text(content.get(group))}"
+    except UnusableRowError:
+        raise UnusableRowError(f"no {group!r}, which names its group") from None
+
+
+def file_chats(
+    path: Path, form: FileFormat | None, max_chars: int | None = None, group: str | None = None
+) -> tuple[Iterator[Chat], Tally]:
     """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
 
     If no format is given, the columns decide (`chosen_format`).
     """
     tally = Tally(form or chosen_format(path))
-    return usable_chats(file_rows(path, tally), path.name, tally, max_chars), tally
+    return usable_chats(file_rows(path, tally), path.name, tally, max_chars, group), tally
 
 
 def shuffled_chats(spec: FileDataset) -> Iterator[Chat]:
@@ -276,18 +293,18 @@ def shuffled_chats(spec: FileDataset) -> Iterator[Chat]:
     Raises:
         UserError: the file can't be read, or has too few usable rows.
     """
-    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars)
+    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)
     # The examples wait in a file until their turn, so that memory holds one of them at a time.
     with tempfile.TemporaryFile() as waiting:
         starts = array("q")
         for chat in chats:
             starts.append(waiting.tell())
-            waiting.write(json.dumps(chat.messages).encode() + b"\n")
+            waiting.write(json.dumps(vars(chat)).encode() + b"\n")
         _check_enough(tally, spec)
         Random(spec.seed).shuffle(starts)
         for start in starts:
             waiting.seek(start)
-            yield Chat(Path(spec.path).name, json.loads(waiting.readline()))
+            yield Chat(**json.loads(waiting.readline()))
 
 
 def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
@@ -306,7 +323,7 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
         if spec.grader == "number" and number(short) is None:
             raise UnusableRowError(NO_NUMBER)
         asks_for_box = spec.grader == "number" or "\\boxed" in question
-        return Problem(path.name, question if asks_for_box else question + BOX, short)
+        return Problem(source_of(path.name, content, spec.group), question if asks_for_box else question + BOX, short)
 
     is_new: Callable[[Problem], bool] = is_first(lambda problem: problem.key)
     problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, is_new)]
@@ -322,7 +339,7 @@ def tally_of(spec: FileDataset | FileProblems) -> Tally:
     """Return the tally of a dataset's file, which is read once through; the errors are those of its examples."""
     if isinstance(spec, FileProblems):
         return file_problems(spec)[1]
-    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars)
+    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)
     deque(chats, maxlen=0)
     return tally
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from lorabench.config.inputs import HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt_digest
-from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, usable
+from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, source_of, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
 
@@ -108,7 +108,8 @@ def choose_chats(
 
     def parse(content: dict[str, Any]) -> Chat:
         messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
-        chat = Chat(str(content.get("source") or spec.id), messages)
+        source = source_of(spec.id, content, spec.group) if spec.group else str(content.get("source") or spec.id)
+        chat = Chat(source, messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             raise UnusableRowError("without a last answer")
         if chat.chars() > spec.max_chars:
@@ -116,7 +117,8 @@ def choose_chats(
         return chat
 
     def usable_chats(tally: Tally) -> Iterator[tuple[int, Chat]]:
-        return usable(part_rows(files, f"dataset {spec.id}", [_FORMS], ["source"]), parse, tally)
+        needed = [_FORMS, *([[spec.group]] if spec.group else [])]
+        return usable(part_rows(files, f"dataset {spec.id}", needed, ["source"]), parse, tally)
 
     files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
     tally = Tally("chats", unit="row")

@@ -10,7 +10,6 @@ from lorabench.config.inputs import (
     DocstringsDataset,
     FileDataset,
     FileProblems,
-    GeneratedSplits,
     ProblemSpec,
 )
 from lorabench.runs import PROTOCOL_VERSION
@@ -22,14 +21,14 @@ DOCSTRINGS = "b890d934b8f2"
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+    # The ids of data without these fields are as they were before the fields were.
+    without = {name for name in ("group", "test_seed") if getattr(spec, name, None) is None}
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
-        rules = spec.model_dump(exclude={"path", "mean_tokens"})
+        rules = spec.model_dump(exclude=without | {"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
-    # The ids of data without other test examples are as they were before the field was.
-    without = {"test_seed"} if isinstance(spec, GeneratedSplits) and spec.test_seed is None else set()
     return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
 
 

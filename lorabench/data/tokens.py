@@ -157,6 +157,7 @@ def write_tokens(
             "plain, or the path of a Jinja file"
         )
     lengths, left_out = {split: array("q") for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+    left_out_of_test: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with space_for(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         # Tokens wait in temporary files, so that memory holds a row group at a time.
@@ -165,6 +166,8 @@ def write_tokens(
             files = {key: stack.enter_context(file.open("wb")) for key, file in waiting.items()}
             for split, ids, scored in _encoded(dataset, tokenizer, limits, processes):
                 if limits.dataset is not None and len(ids) > limits.dataset:
+                    if split == "test":
+                        left_out_of_test.append(len(lengths[split]) + left_out[split])
                     left_out[split] += 1
                 else:
                     lengths[split].append(len(ids))
@@ -184,7 +187,7 @@ def write_tokens(
             tensors[f"{split}.offsets"] = np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)])
         metadata = cache_key(tokenizer, dataset)
         if limits.dataset is not None:
-            metadata["left_out"] = json.dumps(left_out)
+            metadata |= {"left_out": json.dumps(left_out), "left_out_of_test": json.dumps(left_out_of_test)}
         with atomic_path(path) as partial:
             write_tensors(partial, tensors, metadata)
 
@@ -242,3 +245,8 @@ def count_left_out(path: Path) -> dict[Split, int]:
     """Return for each split the number of examples over the dataset's limit, which a cache lacks; empty if no limit."""
     counts: dict[Split, int] = json.loads(read_header(path).get("left_out", "{}"))
     return counts
+
+
+def left_out_of_test(path: Path) -> set[int]:
+    """Return the numbers, in the dataset's test split, of the examples that a cache lacks since they are too long."""
+    return set(json.loads(read_header(path).get("left_out_of_test", "[]")))

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from lorabench.figures import style
 from lorabench.figures.verdicts import LOOKS, SHORT_NAMES
-from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z
-from lorabench.utils.formats import number
+from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, range_text, share_text
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
 _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
@@ -140,10 +139,11 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
                 axes.text(column, row, "\N{EN DASH}", color="0.7", **middle)
                 continue
             colour, mark, face = LOOKS[str(cell["verdict"])]
-            known = not pd.isna(cell["estimate"])
-            axes.plot(column, row - 0.14 if known else row, mark, color=colour, markersize=7, markerfacecolor=face)
-            if known:
-                axes.text(column, row + 0.26, number(cell["estimate"]), color=colour, fontsize=7, **middle)
+            texts = [text for text in (share_text(cell), range_text(cell)) if text and range_text(cell)]
+            axes.plot(column, row - 0.17 * len(texts), mark, color=colour, markersize=7, markerfacecolor=face)
+            for line, text in enumerate(texts):
+                place = row + (0.26 if len(texts) == 1 else 0.07 + 0.28 * line)
+                axes.text(column, place, text, color=colour, fontsize=6.5, **middle)
     handles = [
         style.mark(verdict, mark, color=colour, markerfacecolor=face)
         for verdict, (colour, mark, face) in LOOKS.items()

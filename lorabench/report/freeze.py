@@ -17,6 +17,7 @@ import pandas as pd
 import yaml
 from pydantic import ValidationError
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.fields import Strict
 from lorabench.config.inputs import FactsDataset, GeneratedSplits
@@ -28,9 +29,6 @@ from lorabench.runs import PROTOCOL_VERSION, next_runs, validation_loss
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, digest
-
-UNDECIDED = ("inconclusive", "setting not met", "not tested")
-"""The verdicts that decide nothing, so that they can't come out again."""
 
 
 class FrozenData(Strict):
@@ -69,7 +67,7 @@ class Frozen(Strict):
     """Every seed that the runs may have."""
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
-    """By claim; claims that the explored runs are not about are left out."""
+    """By claim; claims that the explored runs are not about, and counts, are left out."""
     notes: list[str]
 
 
@@ -106,7 +104,8 @@ def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None)
         shares = power.filter(like="power_at_").min(axis="columns")
         powers = {str(name): float(share) for name, share in shares.groupby(power["claim_id"]).min().items()}
     expected = {}
-    for claim in claims[claims["verdict"] != "not tested"].to_dict("records"):
+    # A count does not depend on runs, so it tells nothing when it comes out again.
+    for claim in claims[claims["verdict"].ne("not tested") & claims["kind"].ne("count")].to_dict("records"):
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
@@ -275,7 +274,7 @@ def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {"claim_id": claim_id, "statement": held_out.get("statement"), "explored": expected.verdict}
             | {"held_out": held_out["verdict"]}
-            | {"again": None if expected.verdict in UNDECIDED else _yes(held_out["verdict"] == expected.verdict)}
+            | {"again": _yes(held_out["verdict"] == expected.verdict) if expected.verdict in DECIDED else None}
             | expected.model_dump(include={"p_again", "power", "estimate", "ci_low", "ci_high"})
             | {"held_out_estimate": estimate}
             | {"held_out_low": held_out.get("ci_low"), "held_out_high": held_out.get("ci_high"), "within": within}

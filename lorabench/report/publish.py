@@ -28,7 +28,14 @@ from lorabench.report import claim_text, summary
 from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, summary_of
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_optima import known_optima, optima_table
-from lorabench.sources.measurements import MEASURES, matrix, measurement_table, summary_table
+from lorabench.sources.measurements import (
+    MEASURES,
+    matrix,
+    measurement_table,
+    range_text,
+    share_text,
+    summary_table,
+)
 from lorabench.sources.studies import judge, read_studies, source_folders
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
@@ -65,9 +72,14 @@ def publish(layout: Layout, root: Path) -> None:
     """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
     Raises:
-        UserError: a page has no place for its part, the figure of the verdicts has not been drawn, or the table claims
-            is from another version; then nothing is changed.
+        UserError: the preset has held-out seeds, a page has no place for its part, the figure of the verdicts has not
+            been drawn, or the table claims is from another version; then nothing is changed.
     """
+    if layout.preset.first_seed:
+        raise UserError(
+            f"preset {layout.name} has other seeds than the explored ones; publish it with --held-out and the file "
+            "that `lorabench freeze` wrote"
+        )
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:
@@ -241,11 +253,15 @@ def matrix_part(root: Path) -> str:
     texts = []
     for cell in cells.to_dict("records"):
         page = _RESULTS if pd.isna(cell["source"]) else _OTHER_RUNS
-        numbers = [] if pd.isna(cell["estimate"]) else [formats.number(cell["estimate"])]
-        if pd.notna(cell["ci_low"]) and pd.notna(cell["ci_high"]):
-            numbers.append(formats.interval(cell["ci_low"], cell["ci_high"]))
         linked = f"[{claim_text.verdict(cell)}]({page}#{cell['origin']})"
-        texts.append(formats.DASH if cell["verdict"] == "not tested" else " ".join([linked, *numbers]))
+        again = "" if pd.isna(cell["p_again"]) else f" {cell['p_again']:.0%}"
+        marks = []
+        if number := range_text(cell):
+            seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
+            chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
+            marks = [share_text(cell), number, seeds + chosen]
+        text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
+        texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
     scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
     by_scale = cells.assign(text=texts).pivot(index="claim_id", columns="scale", values="text")[scales]
     statements = cells.drop_duplicates("claim_id")[["claim_id", "statement"]]

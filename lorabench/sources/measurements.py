@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.io import read_claims
 from lorabench.store.tables import MIXED, UNKNOWN
+from lorabench.utils import formats
 
 PROJECT = "lorabench"
 """The source that all presets of this project are: one more preset is not one more laboratory."""
@@ -47,10 +48,10 @@ _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
     *("p_again", "n_hold", "n_parts", "part_low", "part_high"),
-    *("estimate", "ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
+    *("estimate", "ci_low", "ci_high", "scope", "n_runs", "n_seeds", "lr_chosen_on", "reason", "others"),
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
-what others of the same scale find."""
+what others of the same scale find. The numbers of comparisons and the range of their estimates are those of all."""
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -132,11 +133,33 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
         unknown=every["estimate"].isna(),
     )
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
+    cell = every.groupby(["claim_id", "scale"])
+    every[["n_hold", "n_parts"]] = cell[["n_hold", "n_parts"]].transform("sum")
+    every["part_low"], every["part_high"] = cell["part_low"].transform("min"), cell["part_high"].transform("max")
     deciding = ~every.duplicated(["claim_id", "scale"])
     others = every[~deciding & every["verdict"].ne("not tested")]
     verdicts = (others["origin"] + ": " + others["verdict"]).groupby([others["claim_id"], others["scale"]])
     cells = every[deciding].join(verdicts.agg("; ".join).rename("others"), on=["claim_id", "scale"])
     return cells.fillna({"others": ""}).reindex(columns=_MATRIX).reset_index(drop=True)
+
+
+def share_text(cell: Mapping[Any, Any]) -> str:
+    """Return how many of the comparisons of a cell of the matrix hold, as `1 of 2 hold`; empty with only one."""
+    parts = cell["n_parts"]
+    return "" if formats.missing(parts) or parts < 2 else f"{int(cell['n_hold'])} of {int(parts)} hold"
+
+
+def range_text(cell: Mapping[Any, Any]) -> str:
+    """Return the range of the estimates of a cell of the matrix, or its estimate where there is only one.
+
+    Runs that lack the setting of a claim measure something else, so they have no number.
+    """
+    if cell["verdict"] in ("setting not met", "not tested") or formats.missing(cell["estimate"]):
+        return ""
+    ends = [formats.number(cell[name]) for name in ("part_low", "part_high")]
+    if share_text(cell) and ends[0] != ends[1] and formats.DASH not in ends:
+        return " to ".join(ends)
+    return formats.number(cell["estimate"])
 
 
 class _Best(NamedTuple):

@@ -12,13 +12,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lorabench.config.inputs import HubModel, ModelSpec, TinyModel
+from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
+from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.store.io import write_csv, write_frame, write_table
+from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, EVALS, JOB, PARQUET_ONLY, RUNS, SCHEMAS, TEST_LOSSES, WHERE_ABSENT
+from lorabench.store.schemas import CURVES, EVALS, JOB, PARQUET_ONLY, RUN_TEST_LOSSES, RUNS, WHERE_ABSENT
 from lorabench.utils.files import read_parquet
 
 
@@ -32,10 +34,10 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
     return {name: flat.get(name) for name in RUNS.names}
 
 
-def write_entries(run_id: str, entries: Iterable[Mapping[str, Any]], name: str, path: Path) -> None:
-    """Write one run's rows of `curves` or `test_losses`, which lack the run_id, and number them in the order given."""
+def write_entries(run_id: str, entries: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path) -> None:
+    """Write one run's rows of CURVES or RUN_TEST_LOSSES, which lack the run_id, and number them in the order given."""
     rows = [{"run_id": run_id, "example": number, **entry} for number, entry in enumerate(entries)]
-    write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[name]), path)
+    write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
@@ -50,7 +52,7 @@ def write_job(rows: list[dict[str, Any]], path: Path) -> None:
     write_table(pa.Table.from_pylist(rows, schema=JOB), path)
 
 
-def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
+def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
     Args:
@@ -58,15 +60,16 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
         out: the folder of the tables.
         plan: the plan to take the runs' experiments and kinds of data and base from; without it, those are kept that
             the files were written with.
+        layout: the files of the data, from which the groups of test examples are taken; without it, there are none.
 
     Raises:
-        UserError: a file is damaged, or its job is not in the plan.
+        UserError: a file is damaged or missing, or its job is not in the plan.
     """
     table = pa.concat_tables([_read_job(path, plan) for path in jobs])
     tables = {
         "runs": table.select(RUNS.names).sort_by([("model", "ascending"), ("dataset", "ascending")]),
         "curves": _entries(table, "curve", CURVES),
-        "test_losses": _entries(table, "test_losses", TEST_LOSSES),
+        "test_losses": _entries(table, "test_losses", RUN_TEST_LOSSES).append_column("group", _groups(table, layout)),
     }
     for name, part in tables.items():
         write_table(part, out / f"{name}.parquet")
@@ -81,6 +84,29 @@ def _entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
     entries = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
     numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return entries.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
+
+
+def _groups(table: pa.Table, layout: Layout | None) -> pa.ChunkedArray:
+    """Return the groups of the test examples of all runs, one run after the other; null where each is its own group."""
+    counts = pc.fill_null(pc.list_value_length(table["test_losses"]), 0).to_pylist()
+    data = list(zip(table["model"].to_pylist(), table["dataset"].to_pylist(), strict=True))
+    by_data = {} if layout is None else {key: _test_groups(layout, *key) for key in set(data)}
+    parts = []
+    for key, count in zip(data, counts, strict=True):
+        groups = by_data.get(key)
+        if groups is not None and count not in (0, len(groups)):
+            raise UserError(f"{count} test losses of a run on {key[1]}, which has {len(groups)} test examples")
+        parts.append(pa.nulls(count, pa.string()) if groups is None else groups[:count])
+    return pa.chunked_array(parts, pa.string())
+
+
+def _test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
+    spec = layout.preset.sources[dataset]
+    if not has_groups(spec):
+        return None
+    limited = isinstance(spec, HubDataset) and spec.max_tokens is not None
+    tokens = layout.tokens(model, dataset) if limited else None
+    return pa.array(groups_of_tests(layout.dataset(dataset), tokens), pa.string())
 
 
 def _read_job(path: Path, plan: Plan | None) -> pa.Table:

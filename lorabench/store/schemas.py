@@ -85,7 +85,9 @@ _CURVE = _schema(
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
 _TEST_LOSS = pa.schema([("loss", pa.float32()), ("tokens", pa.int32())])
-TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
+RUN_TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
+"""The columns of a run's own file of losses; the groups of examples are those of the data."""
+TEST_LOSSES = pa.schema([*RUN_TEST_LOSSES, ("group", pa.string())])
 
 COMPUTE = _schema(
     """
@@ -142,8 +144,8 @@ CLAIMS = _schema(
     bool decide_around
     int64 decide_test_examples
     words decide_lrs
-    int64 n_runs
-    string reason paper_value published rules
+    int64 n_runs n_seeds
+    string lr_chosen_on reason paper_value published rules
     words run_ids
     """
 )
@@ -164,7 +166,10 @@ SCHEMAS = {
 
 WHERE_ABSENT: dict[str, dict[str, str | None]] = {
     "evals": {"sampler": "own"},
-    "claims": dict.fromkeys(("p_again", "n_hold", "n_parts", "part_low", "part_high", "rules")),
+    "claims": dict.fromkeys(
+        ("p_again", "n_hold", "n_parts", "part_low", "part_high", "n_seeds", "lr_chosen_on", "rules")
+    ),
+    "test_losses": {"group": None},
 }
 """The value of a column in tables that were written before the column was; there is no other in them."""
 

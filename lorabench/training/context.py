@@ -26,6 +26,7 @@ from lorabench.runs import Run, Sweep
 from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
@@ -111,8 +112,8 @@ class SweepContext:
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
-                write_entries(run.run_id, map(vars, outcome.curve), "curves", staged.curves)
-                write_entries(run.run_id, map(vars, outcome.test_losses), "test_losses", staged.test_losses)
+                write_entries(run.run_id, map(vars, outcome.curve), CURVES, staged.curves)
+                write_entries(run.run_id, map(vars, outcome.test_losses), RUN_TEST_LOSSES, staged.test_losses)
                 if keep:
                     model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
                 write_json(record, staged.record)

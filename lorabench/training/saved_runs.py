@@ -20,7 +20,7 @@ from lorabench.runs import PROTOCOL_VERSION
 from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import JOB
+from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES
 from lorabench.utils.files import atomic_path, digest, read_parquet
 
 _VERSION = b"protocol_version"
@@ -83,9 +83,9 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
         run_id = row["run_id"]
         with RunFolder(layout.runs, run_id).finishing() as staging:
             staged = RunFolder(staging.parent, staging.name)
-            write_entries(run_id, row["curve"], "curves", staged.curves)
+            write_entries(run_id, row["curve"], CURVES, staged.curves)
             if row["test_losses"] is not None:
-                write_entries(run_id, row["test_losses"], "test_losses", staged.test_losses)
+                write_entries(run_id, row["test_losses"], RUN_TEST_LOSSES, staged.test_losses)
             staged.restored.touch()
             staged.record.write_text(row["record"] + "\n")
     return len(missing), len(known) - len(missing), len(rows) - len(known)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from lorabench.analysis.estimate import (
     N_DRAWS,
     Estimate,
+    ExampleLosses,
     combined,
     exact,
+    example_draws,
     mean_interval,
     mean_over_seeds,
     multivariate_student,
     ratio_of_means,
     student,
+    t_quantile,
     unknown,
     without_run_noise,
 )
@@ -57,11 +61,11 @@ def test_draws_of_one_fit_cancel_where_they_are_the_same_and_those_of_two_names_
 
 def test_both_parts_of_an_error_go_through_a_function():
     random = np.random.default_rng(0)
-    number = Estimate(0.0, 0.1 * random.standard_normal(N_DRAWS), 0.2 * random.standard_normal(N_DRAWS), 3, 120)
+    number = Estimate(0.0, 0.1 * random.standard_normal(N_DRAWS), 0.2 * random.standard_normal(N_DRAWS), 3, 120, 20)
     ratio = combined(np.exp, number)
     assert ratio.seed_error == pytest.approx(0.1, rel=0.1)
     assert ratio.example_error == pytest.approx(0.2, rel=0.1)
-    assert (ratio.n_seeds, ratio.n_examples) == (3, 120)
+    assert (ratio.n_seeds, ratio.n_examples, ratio.n_groups) == (3, 120, 20)
     # The error from test examples is known only if it is known for all.
     assert combined(np.subtract, number, exact(1.0)).example_part is None
 
@@ -88,6 +92,63 @@ def test_errors_that_follow_from_others_or_are_0_may_be_drawn():
     assert not draws[:, 2].any()
 
 
+def test_a_loss_has_the_error_of_its_groups_of_examples_and_single_examples_miss_it():
+    random = np.random.default_rng(3)
+    shares = {}
+    for n_groups in (6, 12, 24):
+        sizes = np.resize([31, 22, 13, 12, 10, 8], n_groups)
+        group = np.repeat(np.arange(n_groups), sizes)
+        inside = {"by group": 0, "singly": 0}
+        for _ in range(WORLDS):
+            tokens = random.integers(10, 40, len(group)).astype(float)
+            # Examples of one group have a part in common, as the functions of a package have.
+            losses = random.normal(0, 1, n_groups)[group] + random.normal(0, 1, len(group))
+            given = {"a": losses * tokens}, {"a": tokens}
+            for name, numbers in {"by group": ({"a": group},), "singly": ()}.items():
+                influences = ExampleLosses(*given, *numbers).influences(["a"])
+                error, n = np.sqrt((influences**2).sum()), influences.shape[1]
+                low, high = (losses @ tokens / tokens.sum() + error * side * t_quantile(n - 1) for side in (-1, 1))
+                inside[name] += low <= 0 <= high
+        shares[n_groups] = {name: count / WORLDS for name, count in inside.items()}
+    for share in shares.values():
+        assert 0.91 <= share["by group"] <= 0.98
+        assert share["singly"] < 0.7
+
+
+WORLDS = 600
+
+
+@pytest.mark.parametrize("n", [2, 6, 300])
+def test_draws_of_the_error_from_examples_are_those_of_student(n):
+    random = np.random.default_rng(n)
+    influences = random.normal(0, 1, (2, n)) / math.sqrt(n)
+    draws = example_draws(influences, "split")
+    for part, error in zip(draws.T, np.sqrt((influences**2).sum(1)), strict=True):
+        expected = np.array(stats.t.interval(0.95, n - 1, 0, error))
+        assert Estimate(0.0, part).interval() == pytest.approx(expected, rel=0.04)
+    # Numbers of one split have their draws in common, so that equal influences cancel.
+    np.testing.assert_allclose(example_draws(influences[:1], "split")[:, 0], draws[:, 0], atol=1e-4)
+    assert abs(np.corrcoef(draws[:, 0], example_draws(influences[:1], "other")[:, 0])[0, 1]) < 0.05
+
+
+def test_groups_are_read_from_the_table_and_those_of_one_group_have_no_error():
+    losses = np.array([1.0, 2.0, 4.0, 9.0])
+    table = pd.DataFrame({"run_id": "a", "example": range(4), "loss": losses, "tokens": 2})
+
+    def covariance(groups):
+        examples = ExampleLosses.of(table if groups is None else table.assign(group=groups))
+        return float((examples.influences(["a"]) ** 2).sum())
+
+    own = np.var(losses / 2, ddof=1) / 4
+    assert [covariance(groups) for groups in (None, [None] * 4, list("wxyz"))] == pytest.approx([own] * 3)
+    # The means of two groups of two are 0.75 and 3.25.
+    assert covariance(list("ppqq")) == pytest.approx(np.var([0.75, 3.25], ddof=1) / 2)
+    assert covariance(["p", "p", None, None]) == pytest.approx(covariance(list("ppqr")))
+    assert math.isnan(covariance(["p"] * 4))
+    assert np.isnan(example_draws(np.full((1, 1), math.nan), "split")).all()
+    assert ExampleLosses.of(table).influences(["a", "b"]) is None
+
+
 N = 400
 
 
@@ -96,14 +157,16 @@ def test_only_what_all_runs_of_an_arm_share_is_left():
     design = np.kron(np.eye(2), np.ones((6, 1)))  # the means of two arms of six runs
     hat = np.linalg.pinv(design)
     arm_part, run_part = random.normal(0, 0.1, (2, N)), random.normal(0, 0.3, (12, N))
-    influences = design @ arm_part + run_part
-    counts = random.multinomial(N, np.full(N, 1 / N), 4000)
-    draws = (counts - 1) @ influences.T @ hat.T / N
+    influences = (design @ arm_part + run_part) / N
     # The runs' own parts have twice the variance of the arms' when they are averaged over six runs.
-    assert draws.std() == pytest.approx(np.sqrt(0.1**2 + 0.3**2 / 6) / np.sqrt(N), rel=0.1)
-    left = without_run_noise(draws, influences, design, hat, np.eye(12))
-    assert left.std() == pytest.approx(0.1 / np.sqrt(N), rel=0.15)
-    assert np.corrcoef(left[:, 0], draws[:, 0])[0, 1] > 0.95
+    assert np.linalg.norm(hat @ influences) == pytest.approx(np.sqrt(2 * (0.1**2 + 0.3**2 / 6) / N), rel=0.1)
+    left = without_run_noise(influences, design, hat, np.eye(12))
+    assert np.linalg.norm(left) == pytest.approx(np.sqrt(2) * 0.1 / np.sqrt(N), rel=0.15)
+    assert np.corrcoef(left[0], (hat @ influences)[0])[0, 1] > 0.95
+    # With fewer groups than coefficients, or one group, nothing breaks.
+    few = without_run_noise(influences[:, :1] + [[1.0, -1.0, 0.0]], design, hat, np.eye(12))
+    assert few.shape == (2, 3)
+    assert np.isnan(without_run_noise(np.full((12, 1), math.nan), design, hat, np.eye(12))).all()
 
 
 def test_ratio_of_means():

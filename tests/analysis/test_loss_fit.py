@@ -239,8 +239,8 @@ def as_means(runs, **changes):
 
 
 def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
-    # Five seeds at every LR, whose losses differ by noise that is known. The minimum lies at an LR, so that its error is
-    # that of its level, and not that of the shape of the loss.
+    # Five seeds at every LR, whose losses differ by noise that is known. The minimum lies at an LR, where its error is
+    # not that of the shape of the loss.
     offsets = [-0.006, -0.003, 0.0, 0.003, 0.006]
     cells = [(label, OPTIMA[label] * 2.4**step, seed) for label in LRS for step in range(-2, 3) for seed in range(5)]
     runs = pd.DataFrame([row(label, lr, seed, loss_at(label, lr) + offsets[seed]) for label, lr, seed in cells])

@@ -34,6 +34,10 @@ ELSEWHERE = {
     "pip uninstall -y torchaudio torchcodec": "CI does it",
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
     "lorabench doctor": "it takes minutes; tests/doctor/test_checks.py makes its checks",
+    **dict.fromkeys(
+        ("lorabench freeze", "git ", "lorabench run long_runs@100", "lorabench publish --held-out"),
+        "they need finished runs; tests/report/test_freeze.py and test_publish.py do what they do",
+    ),
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }
 """The beginnings of commands that are not run here, and why."""

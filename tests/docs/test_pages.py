@@ -80,6 +80,24 @@ def test_links_to_files_with_a_page_lead_to_it_and_others_become_text(hooks):
     assert [file for file in hooks.PAGES if not (REPOSITORY / file).is_file()] == []
 
 
+def test_changes_of_rules_have_every_field_in_order_and_say_which_verdicts_turned(hooks):
+    changes = hooks.read_rule_changes()
+    assert len(changes) >= 19
+    assert [change.date for change in changes] == sorted(change.date for change in changes)
+    for change in changes:
+        assert all(re.fullmatch("[0-9a-f]{7,}", commit) for commit in change.commit.split(", ")), change
+        for text in (change.rule, change.why, change.seen, *(change.turned or [])):
+            assert text is None or (isinstance(text, str) and text.strip()), change
+        assert change.rule.endswith(".")
+        assert change.why.endswith(".")
+        assert change.turned is None or isinstance(change.turned, list), change
+    page = hooks.rule_changes_page(changes)
+    assert page.count("\n| 2026-") == len(changes)
+    assert page.index(changes[-1].why) < page.index(changes[0].why)
+    [dropped] = [change for change in changes if "4.64e-3 of LoRA on the MLP" in change.rule]
+    assert dropped.seen
+
+
 def test_pages_of_the_site_are_made_from_claims_and_committed_files(hooks):
     page = hooks.claims_page()
     assert sorted(re.findall(r"^### ([A-Z]\d+) ", page, re.M)) == sorted(claim.id for claim in CLAIMS)

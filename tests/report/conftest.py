@@ -148,7 +148,6 @@ _KEPT = {
     },
     "curves": {"run_id"},
     "evals": {"run_id", "method", "about", "source", "template_sha256", "task_config", "placement"},
-    # Of the hash of the rules the page shows the first digits only.
     "claims": {"kind", "verdict", "rules"},
 }
 

@@ -52,7 +52,12 @@ def kept(tmp_path: Path, monkeypatch, raw_preset, write_preset) -> SimpleNamespa
     git("init", "-q")
     before = commit("before the freeze")
     rules = rules_sha256(load_preset(preset).margins, load_preset(preset).judged_predictions)
-    claims = claims_table([make_claim("B1", rules=rules), make_claim("B2", "inconclusive", rules=rules)])
+    claims = claims_table(
+        [
+            *(make_claim("B1", rules=rules), make_claim("B2", "inconclusive", rules=rules)),
+            *(make_claim("E6", kind="count", rules=rules), make_claim("A1", "not tested", rules=rules)),
+        ]
+    )
     path = tmp_path / "workflow/frozen/mine.yaml"
     write_frozen(freeze(f"{preset}@100", claims), path)
     frozen_in = commit("freeze")
@@ -127,7 +132,7 @@ def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, raw_pres
         checked(kept)
     monkeypatch.undo()
     monkeypatch.chdir(kept.path.parents[2])
-    kept.claims = kept.claims.assign(rules=["abc", kept.rules])
+    kept.claims = kept.claims.assign(rules=["abc", *[kept.rules] * 3])
     with pytest.raises(UserError, match="the claims were judged by abc, and"):
         checked(kept)
     kept.claims = kept.claims.assign(rules=kept.rules)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
@@ -109,7 +110,7 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
     part = results_part(Path(), "laptop")
     assert headline(judged) in part
     for claim in judged.to_dict("records"):
-        decided = claim["verdict"] in ("confirmed", "contradicted") and claim["kind"] != "count"
+        decided = claim["verdict"] in DECIDED and claim["kind"] != "count"
         shown = decided or (claim["claim_id"] in CORE and claim["verdict"] != "not tested")
         assert (f"\n| {claim['claim_id']} | {claim['statement']} | {claim['verdict']}" in part) == shown
     claims = [
@@ -142,6 +143,8 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     turned = explored.assign(verdict=explored["verdict"].where(explored["claim_id"] != "B1", "inconclusive"))
     for name, frame in (("runs", runs), ("claims", turned)):
         write_frame(frame, name, held_out.tables())
+    with pytest.raises(UserError, match="preset laptop@100 has other seeds than the explored ones"):
+        publish(held_out, Path())
     with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
         publish_held_out(frozen, Path())
     assert not (finished.published / "held_out").exists()
@@ -200,7 +203,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     written = root / PUBLISHED / "evidence"
     committed = {path.name for path in EVIDENCE.iterdir() if not path.name.startswith("lr_left_out")}
     assert {path.name for path in written.iterdir()} == committed
-    assert "[contradicted](docs/other-runs.md#nhckdvrl) 38.2" in (root / "README.md").read_text()
+    assert "[not seen here](docs/other-runs.md#nhckdvrl) 38.2" in (root / "README.md").read_text()
     page = (root / "docs/other-runs.md").read_text()
     for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
         assert f"\n#### {first['source']}\n" in page

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
@@ -36,7 +37,7 @@ def test_every_shipped_source_is_read_and_judged(studies, claims):
 
 
 def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
-    decided = claims[claims["verdict"].isin(["confirmed", "contradicted"])]
+    decided = claims[claims["verdict"].isin(DECIDED)]
     several = {study.source: study.tables.runs.groupby(["lr"])["seed"].nunique().max() for study in studies
                if "lr" in study.tables.runs}  # fmt: skip
     for row in decided.to_dict("records"):
@@ -46,7 +47,7 @@ def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
 def test_known_verdicts_of_sources(claims):
     rows = claims.set_index(["source", "claim_id"])
     ratio = rows.loc[("nhckdvrl", "B1")]
-    assert ratio["verdict"] == "contradicted"
+    assert ratio["verdict"] == "not seen here"
     assert ratio["estimate"] == pytest.approx(38.2, abs=0.5)
     assert "seed noise from nayyirahsan" in ratio["reason"]
     # Theories of alpha 32 are not asked about another alpha.

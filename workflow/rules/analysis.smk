@@ -24,7 +24,8 @@ rule plan:
 # The tables that one experiment's figures read, so that a figure trains only the runs that it needs.
 rule experiment_tables:
     input:
-        lambda wildcards: job_files(wildcards.experiment),
+        jobs=lambda wildcards: job_files(wildcards.experiment),
+        data=lambda wildcards: grouped_data(wildcards.experiment),
     output:
         LAYOUT.tables() / "{experiment}/runs.parquet",
         LAYOUT.tables() / "{experiment}/runs.csv",
@@ -40,13 +41,14 @@ rule experiment_tables:
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
         jobs=lambda wildcards: job_experiments(wildcards.experiment),
     shell:
-        "lorabench step collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 
 rule tables:
     input:
-        job_files(),
+        jobs=job_files(),
+        data=grouped_data(),
     output:
         LAYOUT.tables() / "runs.parquet",
         LAYOUT.tables() / "runs.csv",
@@ -62,7 +64,7 @@ rule tables:
         out=LAYOUT.tables(),
         jobs=job_experiments(),
     shell:
-        "lorabench step collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 

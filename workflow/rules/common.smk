@@ -2,6 +2,7 @@
 from snakemake.exceptions import WorkflowError
 
 from lorabench.config.inputs import GgufModel
+from lorabench.data.groups import has_groups
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder
@@ -58,6 +59,12 @@ def job_experiments(experiment=None):
     not.
     """
     return [(job.job_id, job.experiments) for job in jobs_of(experiment)]
+
+
+def grouped_data(experiment=None):
+    """The datasets whose test examples come in groups, which the tables name; times are ignored as in job_data."""
+    names = dict.fromkeys(job.sweeps[0].condition.dataset for job in jobs_of(experiment))
+    return [ancient(LAYOUT.dataset(name)) for name in names if has_groups(LAYOUT.preset.sources[name])]
 
 
 def model_files(model):
