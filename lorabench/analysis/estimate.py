@@ -205,6 +205,11 @@ def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     return np.asarray(scales[:, None] * root)
 
 
+def normals(dimensions: int, name: str) -> np.ndarray:
+    """Return even draws of independent standard normal numbers, (N_DRAWS, dimensions), by the name of the numbers."""
+    return shuffled(_even_points(math.ceil(dimensions / _BLOCK), normal=True)[:, :dimensions], name)
+
+
 def uniform(dimensions: int, name: str) -> np.ndarray:
     """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); those of different names are independent."""
     return shuffled(_even_points(math.ceil(dimensions / _BLOCK))[:, :dimensions], name)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -141,6 +142,8 @@ class Solution:
     coefficients: np.ndarray
     hat: np.ndarray
     """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
+    prior_weights: np.ndarray
+    """The weight of what is known before the runs in each coefficient, (coefficients, sums)."""
     design: np.ndarray
     """(runs, coefficients), each row times the square root of its number of seeds."""
     covariance: np.ndarray
@@ -153,6 +156,15 @@ class Solution:
     """Variance of v over that of e."""
     dof: int
     """Degrees of freedom of the variance."""
+
+
+class Bend(NamedTuple):
+    """Where and how much the asymmetry bends the parabola of an arm."""
+
+    centre: float
+    """The position from which the third power is measured."""
+    size: float
+    """The arm's curvature over the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +208,10 @@ class FitRows:
         """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
         return np.asarray(np.sqrt(self.runs["n"].astype(float)))
 
-    def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
+    def design(self, curvatures: Sequence[Sequence[str]], bends: Mapping[str, Bend] | None = None) -> np.ndarray:
         """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
 
-        With optima, as positions by arm, the third power of the distance from them is the last column.
+        With bends, by arm, the third power of the distance from their centres, times their sizes, is the last column.
         """
         columns = []
         for in_arm in self.in_arm.values():
@@ -208,8 +220,9 @@ class FitRows:
         # The effects of seeds sum to 0, so that intercepts are means over seeds.
         last = (self.runs["seed"] == self.seeds[-1]).astype(float)
         columns += [(self.runs["seed"] == seed).astype(float) - last for seed in self.seeds[:-1]]
-        if optima:
-            columns.append((self.runs["x"] - np.array([optima[arm] for arm in self.runs["label"].tolist()])) ** 3)
+        if bends:
+            centres, sizes = np.array([bends[arm] for arm in self.runs["label"].tolist()]).T
+            columns.append(sizes * (self.runs["x"] - centres) ** 3)
         return np.column_stack(columns)
 
     def solve(self, design: np.ndarray, prior: np.ndarray | None = None, ratio: float | None = None) -> Solution | None:
@@ -243,8 +256,8 @@ class FitRows:
         coefficients = hat @ y
         residual = y - design @ coefficients
         variance = float(residual @ inverse @ residual) / (n - p) if n > p else 0.0
-        hat, design = hat[:, :runs] * self.weights, design[:runs]
-        return Solution(coefficients, hat, design, covariance, unscaled, variance, ratio, n - p)
+        weighted, design = hat[:, :runs] * self.weights, design[:runs]
+        return Solution(coefficients, weighted, hat[:, runs:], design, covariance, unscaled, variance, ratio, n - p)
 
     def _mean_ratio(self, design: np.ndarray, y: np.ndarray) -> float:
         """Return the mean ratio of the variances of v and e by their restricted likelihood, from the weighted rows."""

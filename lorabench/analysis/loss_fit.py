@@ -2,7 +2,7 @@
 
 The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/verdicts.md,
 
-    loss = m_a + c_a (ln LR - x_a)^2 + d (ln LR - x_a)^3 + u_s + v_as + e,
+    loss = m_a + c_a ((ln LR - x_a)^2 + d (ln LR - x_a)^3) + u_s + v_as + e,
 
 where the third power is that of the distance from the optimum of a fit without it. Three LRs of one arm can't tell an
 asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
@@ -34,10 +34,11 @@ from lorabench.analysis.estimate import (
     combined,
     example_draws,
     multivariate_student,
+    normals,
     unknown,
     without_run_noise,
 )
-from lorabench.analysis.fit_rows import ArmGrid, FitRows, Solution, arm_grid, counted_rows, run_array
+from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
 SPREAD = 0.7
 """The standard deviation, before the runs, of the curvature of an arm over the mean of all."""
@@ -45,8 +46,11 @@ SPREAD = 0.7
 ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
 
-LEAST_WEIGHT = 1e-3
-"""The least weight of what is known before the runs, over that of a run, so that it counts where there is no noise."""
+LEAST_WEIGHTS = {SPREAD: 1e-3, ASYMMETRY: 0.03}
+"""The least weight of what is known before the runs, over that of a run: it counts where there is hardly any noise."""
+
+LEAST_SIZE = 0.1
+"""The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
 
 Places = dict[str, list[int]]
 """By arm, the places of its intercept, slope, curvature and asymmetry, if any, among the coefficients of a fit."""
@@ -149,7 +153,7 @@ def fit_losses(
     fitted = None if counted is None else _fitted(counted, noise)
     if counted is None or fitted is None:
         return LossFit(grids, {}, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
-    solution, places_by_arm, centres = fitted
+    solution, places_by_arm, bends = fitted
     seed_draws, dof, sigma = _seed_errors(counted, solution, places_by_arm, noise, name)
     by_examples, *n_test = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
     losses = _without_seeds(counted, solution, places_by_arm)
@@ -160,10 +164,10 @@ def fit_losses(
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        own, around = solution.coefficients[places], centres.get(label)
-        value = _vertex(own, ends, around)
+        own, bend = solution.coefficients[places], bends.get(label)
+        value = _vertex(own, ends, bend)
         by_seed, *by_example = (
-            _vertex(own + error.T[places].T, ends, around)
+            _vertex(own + error.T[places].T, ends, bend)
             for error in (seed_draws, *([] if by_examples is None else [by_examples]))
         )
         position, minima[label] = (
@@ -206,12 +210,12 @@ def _lowest_mean(runs: np.ndarray, losses: np.ndarray, sigma: float) -> tuple[fl
     return means[best], sigma / math.sqrt(runs["n"][at_lrs[best]].sum())
 
 
-def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, float]] | None:
+def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, Bend]] | None:
     """Fit with one asymmetry and a curvature for each arm, which differs from the mean of all by a random effect.
 
     Returns:
-        The solution; the places of the arms' numbers; and, where there is an asymmetry, the position from which each
-        arm's third power is measured. None if the runs determine no fit.
+        The solution; the places of the arms' numbers; and, where there is an asymmetry, how it bends each arm. None if
+        the runs determine no fit.
     """
     labels = list(rows.in_arm)
     arms = len(labels)
@@ -226,41 +230,47 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
     # Without noise, or where the losses have no minimum, there is one curvature and no asymmetry.
     if not (curvature > 0 and first.dof >= 1 and first.variance > 0):
         return first, places, {}
-    centres = {label: float(_vertex(first.coefficients[places[label]], rows.ends[label])[0]) for label in labels}
-    free = _with_free_curvatures(rows, centres, first) if noise is None else None
+    bends = {
+        label: Bend(float(_vertex(first.coefficients[places[label]], rows.ends[label])[0]), 1.0) for label in labels
+    }
+    free = _with_free_curvatures(rows, bends, first) if noise is None else None
     noisy = free if free and free.variance > 0 else first
     places = {label: [*places[label][:2], 2 * arms + number] for number, label in enumerate(labels)}
-    design = rows.design([[label] for label in labels], centres)
-    # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
-    differences = np.zeros((arms - 1, design.shape[1]))
-    differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD * curvature) * helmert(arms)
-    prior = np.vstack([differences, _known_asymmetry(noisy, design, curvature)])
-    solution = rows.solve(design, prior, noisy.ratio)
-    if solution is None:
-        return None
+    for _ in range(2):
+        design = rows.design([[label] for label in labels], bends)
+        # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
+        differences = np.zeros((arms - 1, design.shape[1]))
+        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD, curvature) * helmert(arms)
+        solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
+        if solution is None:
+            return None
+        used = bends
+        sizes = {label: float(solution.coefficients[own[2]]) / curvature for label, own in places.items()}
+        # The arms differ in curvature, and have one asymmetry in proportion to it.
+        bends = {label: Bend(bend.centre, max(sizes[label], LEAST_SIZE)) for label, bend in used.items()}
     for own in places.values():
         own.append(design.shape[1] - 1)
-    return replace(solution, variance=noisy.variance, dof=noisy.dof), places, centres
+    return replace(solution, variance=noisy.variance, dof=noisy.dof), places, used
 
 
-def _with_free_curvatures(rows: FitRows, centres: Mapping[str, float], first: Solution) -> Solution | None:
+def _with_free_curvatures(rows: FitRows, bends: Mapping[str, Bend], first: Solution) -> Solution | None:
     """Return a fit in which nothing is known of the curvatures, so that they do not count as noise or hide it."""
     determined = [label for label, chosen in rows.in_arm.items() if len(set(rows.runs["x"][chosen].tolist())) >= 3]
     # An arm with two LRs shares the curvature of another one.
     others = [label for label in rows.in_arm if label not in determined]
-    design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], centres)
-    curvature = float(first.coefficients[2 * len(centres)])
+    design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], bends)
+    curvature = float(first.coefficients[2 * len(bends)])
     return rows.solve(design, _known_asymmetry(first, design, curvature))
 
 
 def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
     """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
-    return _weight(noisy, ASYMMETRY * curvature) * np.eye(design.shape[1])[-1:]
+    return _weight(noisy, ASYMMETRY, curvature) * np.eye(design.shape[1])[-1:]
 
 
-def _weight(noisy: Solution, deviation: float) -> float:
-    """Return the standard deviation of e over that of a number before the runs."""
-    return max(math.sqrt(noisy.variance) / deviation, LEAST_WEIGHT)
+def _weight(noisy: Solution, spread: float, curvature: float) -> float:
+    """Return the standard deviation of e over that of a number before the runs, `spread` times the curvature."""
+    return max(math.sqrt(noisy.variance) / (spread * curvature), LEAST_WEIGHTS[spread])
 
 
 def _noise_of_rows(rows: FitRows) -> Noise | None:
@@ -294,8 +304,13 @@ def _seed_errors(
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
     order = [place for kind in reversed(by_kind) for place in kind]
     draws = np.zeros((n, N_DRAWS)).T
-    covariance = solution.variance * solution.unscaled[np.ix_(order, order)]
+    # What is known before the runs has an error that no seeds measure, so that it is normal.
+    by_runs = (solution.hat / rows.weights)[order]
+    covariance = solution.variance * by_runs @ solution.covariance @ by_runs.T
+    known = math.sqrt(solution.variance) * solution.prior_weights[order]
     draws[:, order] = multivariate_student(covariance, dof, f"seeds of {name}")
+    if known.size:
+        draws[:, order] += normals(known.shape[1], f"shape of {name}") @ known.T
     return draws, dof, sigma
 
 
@@ -314,15 +329,15 @@ def _example_errors(
 
 
 def _vertex(
-    coefficients: np.ndarray, ends: tuple[float, float], around: float | None = None
+    coefficients: np.ndarray, ends: tuple[float, float], bend: Bend | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
     Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
-    (n, 4), of the third power of the distance from the position `around`.
+    (n, 4), which the arm's `bend` applies.
     """
     intercept, slope, curvature = coefficients.T[:3]
-    centre, asymmetry = (0.0, 0.0) if around is None else (around, coefficients.T[3])
+    centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])
 
     def height(position: np.ndarray | float) -> np.ndarray:
         u = position - centre
