@@ -26,7 +26,8 @@ from benchmarks.calibration.worlds import (
     points,
     progress,
 )
-from lorabench.claims.reinforcement import WIDER
+from lorabench.analysis.rewards import FAR, NEAR
+from lorabench.claims.reinforcement import CHEAPER
 from lorabench.store.tables import Tables
 
 
@@ -134,14 +135,16 @@ def rl(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
 
 
 def rl_ranges(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
-    """Return a sweep of RL in which the good LRs of LoRA span k times 0.2 decades more than those of FullFT."""
+    """Return a sweep of RL in which a missed LR costs LoRA k margins less of its accuracy than FullFT."""
     optimum, error = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned
-    # An LR is good up to 95% of the peak accuracy; the widths are in decades.
-    width = 2 * math.sqrt(0.05 * noise.rl_tuned / noise.rl_curvature) / TEN
-    flatter = (width / (width + WIDER * k)) ** 2
+    # The mean loss of accuracy over LRs at a distance of a to b, of a parabola with curvature 1.
+    near, far = (TEN**2 * (b**3 - a**3) / (b - a) / 3 for a, b in ((0, NEAR), (NEAR, FAR)))
+    cost = 1 - (noise.rl_tuned - noise.rl_curvature * far) / (noise.rl_tuned - noise.rl_curvature * near)
+    cheaper = cost - k * CHEAPER
+    flatter = cheaper * noise.rl_tuned / (far - (1 - cheaper) * near) / noise.rl_curvature
     arms = [
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
-        replace(made_arm(lora(64), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
+        replace(made_arm(lora(1), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
     ]
     # The rise of the error rate around the optimum is what the claim is about.
     shape = ("curvatures", "asymmetry")

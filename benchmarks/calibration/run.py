@@ -25,7 +25,7 @@ from benchmarks.calibration.rl import make_rl_tables
 from benchmarks.calibration.traits import Traits, with_traits
 from benchmarks.calibration.truths import AGAINST, COVERED, EFFECTS, SCENES, SMALL, Covered
 from benchmarks.calibration.worlds import make_tables
-from lorabench.claims.judge import CLAIMS, judge_claims
+from lorabench.claims.judge import CLAIMS, findings
 from lorabench.errors import UserError
 from lorabench.store.tables import Tables
 
@@ -128,12 +128,15 @@ def worlds_of(task: Task, claim_ids: Sequence[str], making: Making) -> Counter[S
     # Small tables of text are faster as Python's own strings.
     with pd.option_context("mode.string_storage", "python"):
         for number in range(task.first, task.first + task.n, 2):
-            pair = [judge_claims(making.tables(task, twin), claims) for twin in (number, number + 1)]
+            pair = [
+                [judged for _, judged, _ in findings(making.tables(task, twin), claims)]
+                for twin in (number, number + 1)
+            ]
             for judged, other in (pair, reversed(pair)):
-                stated = judged.get("p_again", pd.Series(math.nan, judged.index)).astype(float).fillna(-1.0)
-                rows = zip(judged["claim_id"], judged["verdict"], stated, other["verdict"], strict=True)
-                for claim_id, verdict, p, again in rows:
-                    counts[Seen(claim_id, verdict, -1 if p < 0 else min(int(p / _STEP), 19), verdict == again)] += 1
+                for claim, own, again in zip(claims, judged, other, strict=True):
+                    p = own.p_again
+                    step = -1 if p is None else min(int(p / _STEP), round(1 / _STEP) - 1)
+                    counts[Seen(claim.id, own.verdict, step, own.verdict == again.verdict)] += 1
     return counts
 
 

@@ -18,7 +18,7 @@ from benchmarks.calibration.made import Curve, MadeArm, MadeRl, MadeSweep, Metri
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.worlds import grid
 from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
-from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SAME_FACTOR, SHORT_RATIO
+from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SHORT_RATIO, same_factor
 from lorabench.claims.parametrization import HALF, MAJORITY
 from lorabench.config.margins import DEFAULT_MARGINS
 
@@ -75,9 +75,9 @@ def made_arm(
 def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep of FullFT and LoRA ranks.
 
-    The highest rank's loss and its LR ratio to FullFT are k margins off; rank 4's optimal LR is off that of higher
-    ranks by a factor of 2 to the k; the optimal LR of rank 1 is k margins below that of higher ranks, and its share of
-    layers in which B has the larger norm is 0.1 k above a half.
+    The highest rank's loss and its LR ratio to FullFT are k margins off, and so are rank 4's optimal LR from that of
+    higher ranks and that of rank 1 below theirs. Rank 1's share of layers in which B has the larger norm is 0.1 k above
+    a half.
     """
     optimum, margin = an_optimum(random), noise.margin
 
@@ -85,7 +85,7 @@ def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[Mad
         return {"b_over_a": lambda steps: HALF + MAJORITY * margins + 0.05 * random.standard_normal(len(steps))}
 
     high = optimum + TEN + sign(random) * k * LR_MARGIN
-    rank_4 = high + sign(random) * k * math.log(SAME_FACTOR)
+    rank_4 = high + sign(random) * k * math.log(same_factor(4, 64))
     arms = [
         made_arm(FULLFT, optimum, noise.loss, random, seeds=6),
         made_arm(lora(64), high, noise.loss + sign(random) * k * margin, random, seeds=6),
@@ -114,12 +114,11 @@ def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> l
 def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return sweeps at batch sizes 8, 32 and 128 on one pass over the same data, with seeds at three LRs each.
 
-    From the smallest to the largest batch size, the gap of each rank grows by k margins, and so does FullFT's loss. At
-    the middle one the ranks are k margins apart. Along the runs, the gap at the largest is 4 margins; at the smallest
-    it ends at 0, from k margins halfway for one rank, and from 3 for the other.
+    From the smallest to the largest batch size, FullFT's loss and the gap of the lower rank grow by k margins, and the
+    gap of the higher rank by k more. Along the runs, the gap at the largest is 4 margins; at the smallest it ends at 0,
+    from k margins halfway for one rank, and from 3 for the other.
     """
     optimum, margin = an_optimum(random), noise.margin
-    apart = sign(random) * k * margin
     sweeps = []
     for number, (batch_size, steps) in enumerate(((8, 960), (32, 240), (128, 60))):
         at = optimum + 0.5 * number
@@ -130,9 +129,7 @@ def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
         arms = [
             made_arm(FULLFT, at, lowest, random, seeds=5, curve=_two_levels(0.0, 0.0, steps)),
             made_arm(lora(16), at + TEN, lowest + gap, random, seeds=5, curve=curves[0]),
-            made_arm(
-                lora(64), at + TEN, lowest + gap + (apart if number == 1 else 0.0), random, seeds=5, curve=curves[1]
-            ),
+            made_arm(lora(64), at + TEN, lowest + 2 * gap, random, seeds=5, curve=curves[1]),
         ]
         columns = {**RUN, "batch_size": batch_size, "steps": steps}
         around = [replace(arm, repeats="around") for arm in arms]

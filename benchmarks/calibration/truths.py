@@ -118,11 +118,11 @@ COVERED = (
     Covered("C3", "early", "equality", "the loss of the low rank above that of the high one, in the first steps"),
     Covered("C9", "variants", "equality", "the loss of one variant below that of the standard parametrization"),
     Covered("C10", "ranks", "difference", "the share of layers of rank 1 in which B has the larger norm"),
-    Covered("D1", "batch sizes", "difference", "the growth of every gap from the smallest batch size to the largest"),
+    Covered("D1", "batch sizes", "difference", "the growth of the gap from the smallest batch size to the largest"),
     Covered(
         "D2", "batch sizes", "difference", "the fall of the gap of one rank along the run at the smallest batch size"
     ),
-    Covered("D3", "batch sizes", "equality", "the gap of one rank against that of another at one batch size"),
+    Covered("D3", "batch sizes", "equality", "the growth with batch size of one rank's loss above another's"),
     Covered(
         "D4", "batch sizes", "difference", "the loss of FullFT at the largest batch size above that at the smallest"
     ),
@@ -133,7 +133,7 @@ COVERED = (
     Covered("E5", "RL placements", "difference", "the error rate of attention above that of the MLP"),
     Covered("E7", "placements", "difference", _ATTENTION),
     Covered("F1", "RL", "equality", "the error rate of rank 1 above that of FullFT"),
-    Covered("F2", "RL ranges", "difference", "the width of the range of good LRs of LoRA beyond that of FullFT"),
+    Covered("F2", "RL ranges", "difference", "the cost of a missed LR of FullFT above that of LoRA"),
     Covered("F3", "RL", "equality", "the training reward of one rank against that of FullFT"),
     Covered("F4", "RL", "equality", "the accuracy of rank 1 on a held-out set below that of FullFT"),
     Covered("F5", "RL", "equality", "the length of the responses of rank 1 over that of FullFT"),

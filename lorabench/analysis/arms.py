@@ -82,8 +82,8 @@ def check_runs(runs: pd.DataFrame) -> None:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
     check_table(runs)
-    repeated = runs[runs.duplicated([*(name for name in ARM if name in runs), "lr", "seed"], keep=False)]
-    for arm, same in each_arm(repeated):
+    repeated = runs.duplicated([*(name for name in ARM if name in runs), "lr", "seed"], keep=False)
+    for arm, same in each_arm(runs[repeated]) if repeated.any() else ():
         raise UserError(
             f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(same['run_id'])} have the same LR and "
             "seed, so they differ in something that is not part of an arm; analyse them separately"

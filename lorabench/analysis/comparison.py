@@ -223,6 +223,10 @@ class Comparison:
             if not self.fit.resolved[label]:
                 seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
                 remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
+                optimum = self.fit.optima[label]
+                if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
+                    text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
+                    remedy = Remedy(text, test_examples=2 * optimum.n_examples)
                 problems.append(Problem(f"{label}: optimum not resolved by its grid", remedy))
         return problems
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
-from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
 from lorabench.analysis.slopes import slopes_by_seed
@@ -98,6 +99,43 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     return arm_table(rows, columns)
 
 
+Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
+"""Function from curves by step to one number for each column, such as a mean or a slope; it is linear in the curves."""
+
+
+def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
+    """Return the first and last step of windows that are equally long on a logarithmic axis.
+
+    Args:
+        steps: the steps, ascending.
+        number: the number of windows; there are fewer if the steps do not suffice for one each.
+        first: the first step that counts. Before the first update all arms are the base model.
+    """
+    steps = np.asarray(steps, int)
+    steps = steps[steps >= first]
+    if not len(steps):
+        return []
+    edges = np.geomspace(steps[0], steps[-1] + 1, number + 1)
+    inside = [steps[(steps >= low) & (steps < high)] for low, high in pairwise(edges)]
+    return [(int(part[0]), int(part[-1])) for part in inside if len(part)]
+
+
+@dataclass(frozen=True)
+class LrError:
+    """What the error of an arm's optimal LR does to numbers of the arm's curve, which is taken at that LR."""
+
+    draws: np.ndarray
+    """Draws of the error of ln LR, (N_DRAWS,)."""
+    by_power: pd.DataFrame
+    """By step, the coefficients of the error of ln LR (the first column) and of its square (the second) in the curve,
+    in the unit of the metric."""
+
+    def of(self, numbers: Numbers) -> np.ndarray:
+        """Return draws of the error of a number of the curve, (N_DRAWS,)."""
+        first, second = numbers(self.by_power).to_numpy(float)
+        return np.asarray(first * self.draws + second * self.draws**2)
+
+
 @dataclass(frozen=True)
 class PairedCurves:
     """The differences of two arms by step and seed, in the unit of the metric."""
@@ -107,6 +145,8 @@ class PairedCurves:
     run_ids: tuple[str, ...] = field(repr=False)
     name: str = ""
     """Names the two arms, for draws."""
+    lr_errors: tuple[LrError, ...] = field(default=(), repr=False)
+    """What the errors of the optimal LRs of both arms do to the differences."""
 
     @property
     def n_seeds(self) -> int:
@@ -119,18 +159,13 @@ class PairedCurves:
         return int(self.by_seed.index.max()) if len(self.by_seed) else 0
 
     def windows(self, number: int, first: int = 2) -> list[tuple[int, int]]:
-        """Return the first and last step of windows that are equally long on a logarithmic axis.
+        """Return windows of the steps; see `log_windows`."""
+        return log_windows(self.by_seed.index, number, first)
 
-        Args:
-            number: the number of windows; there are fewer if the steps do not suffice for one each.
-            first: the first step that counts. Before the first update all arms are the base model.
-        """
-        steps = self.by_seed.index[self.by_seed.index >= first].to_numpy(int)
-        if not len(steps):
-            return []
-        edges = np.geomspace(steps[0], steps[-1] + 1, number + 1)
-        inside = [steps[(steps >= low) & (steps < high)] for low, high in pairwise(edges)]
-        return [(int(part[0]), int(part[-1])) for part in inside if len(part)]
+    def _estimate(self, numbers: Numbers, name: str) -> Estimate:
+        """Estimate a number of the curves, as its mean over seeds with the error of the LRs at which they are taken."""
+        mean = mean_over_seeds(numbers(self.by_seed.astype(float)), f"{self.name} {name}")
+        return replace(mean, seed_part=sum((error.of(numbers) for error in self.lr_errors), mean.seed_part))
 
     def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
         """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
@@ -138,21 +173,21 @@ class PairedCurves:
         The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
         by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
         """
-        curves = self.by_seed.astype(float)
-        return [
-            mean_over_seeds(curves.loc[low:high].mean(skipna=False), f"{self.name} steps {low} to {high}")
-            for low, high in windows
-        ]
+
+        def mean(low: int, high: int) -> Numbers:
+            return lambda curves: curves.loc[low:high].mean(skipna=False)
+
+        return [self._estimate(mean(low, high), f"steps {low} to {high}") for low, high in windows]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
-        return mean_over_seeds(slopes_by_seed(self.by_seed.loc[first:]), f"{self.name} slope from {first}")
+        return self._estimate(lambda curves: slopes_by_seed(curves.loc[first:]), f"slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
 
-        The line may reach it before that step. The mean line of the seeds gives the value. The error is that of a mean
-        over seeds of what each seed's line has above the level there, divided by the slope.
+        The line may reach it before that step. The mean line of the seeds gives the value. The error is that of what
+        the line has above the level there, divided by the slope.
 
         Returns:
             log10(step); it is unknown if the difference does not grow.
@@ -162,11 +197,20 @@ class PairedCurves:
         slope = float(slopes.mean())
         if not slope > 0:
             return unknown()
-        # Each seed's line passes through its means.
-        x = curves.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(curves.notna()).mean()
-        value = float((slopes * x - y).mean() + level) / slope
-        above = y + slopes * (value - x) - level
-        return mean_over_seeds(value - above / slope, f"{self.name} reaches {level} from {first}")
+        value = float((slopes * _mean_log_step(curves) - y).mean() + level) / slope
+
+        def at_value(curves: pd.DataFrame) -> pd.Series[float]:
+            # Each seed's line passes through its means.
+            curves = curves.loc[first:]
+            return curves.mean() + slopes_by_seed(curves) * (value - _mean_log_step(curves))
+
+        reached = self._estimate(at_value, f"reaches {level} from {first}")
+        return combined(lambda height: value - (height - level) / slope, reached)
+
+
+def _mean_log_step(curves: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean of log10(step) over the steps at which each column has a value."""
+    return curves.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(curves.notna()).mean()
 
 
 def paired(

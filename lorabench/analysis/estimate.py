@@ -13,6 +13,7 @@ docs/verdicts.md says how precise they are.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 
-N_DRAWS = 2**16
-"""Number of draws of an error; a power of two, by which Sobol's points fill a cube evenly."""
+N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
+"""Number of draws of an error; a power of two from 2**12 up, by which Sobol's points fill a cube evenly. Calibration
+sets a smaller one, since errors of its intervals average out over many worlds."""
 
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 """Shares of a distribution, equally far apart, (N_DRAWS,)."""
@@ -180,7 +182,7 @@ def normal(name: str) -> np.ndarray:
     return shuffled(ndtri(_SHARES), name)
 
 
-def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndarray:
+def multivariate_student(covariance: np.ndarray, dof: float, name: str) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
     The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers).
@@ -210,13 +212,8 @@ def normals(dimensions: int, name: str) -> np.ndarray:
     return shuffled(_even_points(math.ceil(dimensions / _BLOCK), normal=True)[:, :dimensions], name)
 
 
-def uniform(dimensions: int, name: str) -> np.ndarray:
-    """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); those of different names are independent."""
-    return shuffled(_even_points(math.ceil(dimensions / _BLOCK))[:, :dimensions], name)
-
-
 @lru_cache(maxsize=64)
-def _chi_factors(dof: int) -> np.ndarray:
+def _chi_factors(dof: float) -> np.ndarray:
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
 

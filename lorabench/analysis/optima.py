@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, comparisons, kept_by_arm
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept_by_arm
+from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
@@ -35,6 +35,35 @@ MAX_LOST = 0.1
 """The share of an effect that the distances of two arms from their optimal LRs may add to it."""
 
 
+@dataclass(frozen=True)
+class _Around:
+    """The runs at the three LRs around the fitted optimum of an arm, by seeds that have all three."""
+
+    runs: pd.DataFrame
+    weights: pd.DataFrame
+    """By LR, the weights with which losses give the coefficients of a parabola through them: the value at the optimum
+    (column 0), and the coefficients of the distance from it in ln LR (column 1) and of its square (column 2)."""
+
+    def weighted(self, power: int) -> pd.DataFrame:
+        """Return the runs with the weights of a coefficient in the column weight."""
+        return self.runs.assign(weight=self.runs["lr"].map(self.weights[power]))
+
+
+def _around(comparison: Comparison, arm: Arm) -> _Around | None:
+    label = arm_label(arm)
+    grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
+    if grid is None or fitted is None or len(grid.window) < 3:
+        return None
+    distance = np.log(grid.lrs[grid.window]) - fitted.value
+    around = np.sort(np.argsort(np.abs(distance), kind="stable")[:3])
+    powers = np.linalg.inv(np.vander(distance[around], increasing=True))
+    lrs = grid.lrs[grid.window][around]
+    runs = comparison.rows[label]
+    runs = runs[(runs["status"] == "done") & runs["lr"].isin(lrs.tolist())]
+    complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
+    return None if complete.empty else _Around(complete, pd.DataFrame(powers.T, index=lrs))
+
+
 @kept_by_arm
 def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     """Return the finished runs of an arm that stand for it at its fitted optimum, with a column weight.
@@ -42,20 +71,9 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     If MIN_SEEDS seeds have the three LRs around the optimum, these runs have the weights of a parabola in ln LR through
     them, which sum to 1 for each seed. Otherwise they are those of `Comparison.at_optimum`, with weight 1.
     """
-    label = arm_label(arm)
-    grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
-    if grid is not None and fitted is not None and len(grid.window) >= 3:
-        distance = np.log(grid.lrs[grid.window]) - fitted.value
-        around = np.sort(np.argsort(np.abs(distance), kind="stable")[:3])
-        a, b, c = distance[around].tolist()
-        # The values at three positions, so weighted, give the value of their parabola at 0.
-        shares = [b * c / ((a - b) * (a - c)), a * c / ((b - a) * (b - c)), a * b / ((c - a) * (c - b))]
-        weights = dict(zip(grid.lrs[grid.window][around], shares, strict=True))
-        runs = comparison.rows[label]
-        runs = runs[(runs["status"] == "done") & runs["lr"].isin(list(weights))]
-        complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
-        if complete["seed"].nunique() >= MIN_SEEDS:
-            return complete.assign(weight=complete["lr"].map(weights))
+    around = _around(comparison, arm)
+    if around is not None and around.runs["seed"].nunique() >= MIN_SEEDS:
+        return around.weighted(0)
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 
@@ -65,11 +83,68 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     return curves_by_seed(runs_at_optimum(comparison, arm), comparison.points("train", "nll"))
 
 
+def lr_error(comparison: Comparison, arm: Arm, sign: int = 1) -> LrError | None:
+    """Return what the error of an arm's optimal LR does to its training NLL there, or with a sign of -1 its negative.
+
+    How the curve changes with the LR is a parabola through the three LRs around the optimum, as a mean over the seeds
+    that have all three. None if no seed has.
+    """
+    around = _around(comparison, arm)
+    if around is None:
+        return None
+    points = comparison.points("train", "nll")
+    by_power = {power: sign * curves_by_seed(around.weighted(power), points).mean(axis=1) for power in (1, 2)}
+    optimum = comparison.fit.optima[arm_label(arm)]
+    return LrError(optimum.draws - optimum.value, pd.DataFrame(by_power))
+
+
 def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurves:
-    """Pair the training NLL of two arms, each at its fitted optimum (see `runs_at_optimum`)."""
+    """Pair the training NLL of two arms, each at its fitted optimum (see `runs_at_optimum`), whose error they carry."""
     name = f"{comparison.label} {arm_label(arm)} - {arm_label(other)}"
     runs, others = (runs_at_optimum(comparison, compared) for compared in (arm, other))
-    return paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
+    curves = paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
+    errors = lr_error(comparison, arm), lr_error(comparison, other, -1)
+    return replace(curves, lr_errors=tuple(error for error in errors if error is not None))
+
+
+def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
+    """Return the comparison by the mean training NLL of each run from one step to another.
+
+    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope). A fit has no bias towards
+    the arm with more LRs, as the lowest of several noisy losses has. A run that diverged later counts, and one that had
+    diverged by then bounds the lowest loss; other runs without all of these steps are left out.
+    """
+    points = comparison.points("train", "nll")
+    inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
+    means = inside.mean()[inside.size() == inside.size().max()]
+    runs = comparison.runs
+    loss = runs["run_id"].map(means).astype(float)
+    known = np.isfinite(loss)
+    runs = runs.assign(
+        status=runs["status"].mask(known, "done"),
+        final_valid_nll=loss.where(known),
+        final_test_nll=loss.where(known),
+    )
+    # The losses by test example, and seed noise from elsewhere, are those of final losses.
+    judging = Judging(comparison.judging.margins)
+    return Comparison(comparison.label, runs[known | (runs["status"] == "diverged")], comparison.curves, judging)
+
+
+def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds.
+
+    Further seeds are trained around the LR that is best at the end, and not where another one is best in a window.
+    """
+    problems = []
+    for label in map(arm_label, arms):
+        runs, fitted = comparison.rows[label], comparison.fit.optima.get(label)
+        if fitted is not None:
+            seeds = runs[runs["status"] == "done"].groupby("lr")["seed"].nunique()
+            lr = min(seeds.index, key=lambda lr: abs(math.log(lr) - fitted.value))
+            if seeds[lr] < MIN_SEEDS:
+                remedy = Remedy(f"{MIN_SEEDS} seeds at LR {lr:.2g} of {label}", MIN_SEEDS)
+                problems.append(Problem(f"{label}: {seeds[lr]} seeds at LR {lr:.2g}, the best there", remedy))
+    return problems
 
 
 def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Rewards of reinforcement learning: health of runs, error rates as losses, curves, and ranges of good LRs.
+"""Rewards of reinforcement learning: health of runs, error rates as losses, curves, and what a missed LR costs.
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
 learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +18,16 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_table, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, uniform
-from lorabench.runs import GOOD, MAX_KL, TIE
+from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
+from lorabench.analysis.fit_rows import MAX_STEP
+from lorabench.runs import MAX_KL, TIE
 from lorabench.store.checks import is_rl
 
-MAX_OPEN = 0.025
-"""The share of draws in which a range of good LRs may reach an end of its grid and still counts as closed there."""
+NEAR, FAR = 0.25, 0.5
+"""How far in decades an LR that misses the best one is off, at least and at most: factors of 1.8 and 3.2."""
+
+UNSEEN = 0.25
+"""By how many decades the LRs of an arm may fall short of FAR."""
 
 TestReward = Literal["final_reward", "best_reward"]
 
@@ -216,79 +220,90 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     return []
 
 
-@dataclass(frozen=True)
-class GoodRange:
-    """The LRs at which an arm's test accuracy is at least GOOD times its peak, the accuracy near its fitted optimum."""
+def missing_lrs(comparison: Comparison, arm: Arm) -> list[float]:
+    """Return the LRs that an arm with a fitted optimum lacks for its `cost_of_a_miss`, ascending.
 
-    width: Estimate
-    """The total length of all good parts in decades of LR."""
-    lr_low: float
-    """The lowest good LR of the grid."""
-    lr_high: float
-    open_low: bool
-    """Whether the range may go on below its grid, so that the width is a lower bound."""
-    open_high: bool
-    between: tuple[float, ...]
-    """The LRs in the middle of the steps of the grid in which the range ends."""
-    run_ids: tuple[str, ...] = field(repr=False)
-
-    @property
-    def open(self) -> bool:
-        return self.open_low or self.open_high
-
-
-def good_range(comparison: Comparison, arm: Arm) -> GoodRange:
-    """Measure the range of good LRs of an arm with a finished run; the runs have error rates as losses.
-
-    At an LR of the grid the accuracy is the mean over its seeds; it is 0 where the run diverged. The peak is the
-    accuracy at the LR nearest to the fitted optimum. A step of the grid between a good LR and another counts half. That
-    the range may end anywhere in that step is part of the error, and so are the seeds (the noise of the fit, without
-    effects of seeds that all arms share) and the test problems, which are resampled alike for all arms. One bad LR does
-    not cut off the good LRs beyond it.
+    Its LRs must reach FAR to both sides of the optimum, up to UNSEEN, in steps of at most MAX_STEP.
     """
-    rows, fit = comparison.rows[arm_label(arm)], comparison.fit
-    lost = rows["status"] == "diverged"
-    accuracy_or_0 = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
-    rows = rows[["run_id", "lr"]].assign(accuracy=accuracy_or_0, lost=lost).dropna(subset=["accuracy"])
-    at_optimum, by_lr = comparison.at_optimum(arm), rows.groupby("lr")
-    accuracy, n_runs = by_lr["accuracy"].mean(), by_lr.size().to_numpy(float)
-    lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
-    steps, halves = np.diff(np.log10(lrs)), np.full(len(lrs) - 1, 0.5)
-    peak = int(np.flatnonzero(lrs == float(at_optimum["lr"].iloc[0]))[0])
-    is_good = _is_good(accuracies, peak)
-    value = float(_width(is_good, steps, halves))
-    name = f"good LRs of {comparison.label} {arm_label(arm)}"
-    good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
-    if fit.sigma > 0:
-        # A mean over runs that all diverged has no noise.
-        variances = fit.sigma**2 / n_runs * ~by_lr["lost"].all().to_numpy(bool)
-        good = _is_good(accuracies + multivariate_student(np.diag(variances), max(fit.dof, 1), name), peak)
-        seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
-    finished = rows[~rows["lost"]]
-    means = (finished["lr"].to_numpy(float)[:, None] == lrs) / n_runs
-    test_split = str(comparison.runs["dataset"].iloc[0])
-    examples, run_ids = comparison.judging.examples, list(finished["run_id"])
-    influences, example_part, n_test = examples.influences(run_ids), None, (0, 0)
-    if influences is not None:
-        moved = accuracies - example_draws(means.T @ influences, test_split)
-        example_part = _width(_is_good(moved, peak), steps, halves) - value
-        n_test = len(examples.tokens[run_ids[0]]), influences.shape[1]
-    width = Estimate(value, seed_part, example_part, len(at_optimum), *n_test)
-    lowest, highest = lrs[is_good][[0, -1]].tolist()
-    open_low, open_high = (good.mean(axis=0) > MAX_OPEN)[[0, -1]].tolist()
-    ends = np.flatnonzero(is_good[:-1] != is_good[1:])
-    between = tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist())
-    return GoodRange(width, lowest, highest, open_low, open_high, between, tuple(rows["run_id"]))
+    lrs = _by_lr(comparison, arm)["lr"].unique()
+    optimum = math.exp(comparison.fit.optima[arm_label(arm)].value)
+    lacking = [optimum / 10**FAR] if lrs[0] > optimum / 10 ** (FAR - UNSEEN) else []
+    for low, high in pairwise(lrs.tolist()):
+        if high / low > MAX_STEP and high > optimum / 10**FAR and low < optimum * 10**FAR:
+            lacking.append(math.sqrt(low * high))
+    return lacking + ([optimum * 10**FAR] if lrs[-1] < optimum * 10 ** (FAR - UNSEEN) else [])
 
 
-def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
-    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1] - TIE)
+def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
+    """Estimate the share of its accuracy that an arm loses where its LR misses the best one.
 
+    An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
+    there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
+    step, on the line between the means over seeds at neighbouring LRs; the line of the last two LRs goes on beyond
+    them. A breakdown counts with its accuracy, and a run without one has the accuracy 0. If the accuracy is a parabola
+    in log LR, an error of the optimum moves both means alike, and where the LRs lie hardly matters.
 
-def _width(good: np.ndarray, steps: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the length of the good parts of a grid, (...), from whether each LR is good, (..., LRs).
-
-    Its steps are in decades, and `ends` is the share of each that is good if one of its two LRs is, (..., LRs - 1).
+    The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
+    degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is taken to be as noisy
+    as the noisiest that counts; where no LR has two, the noise of the fit stands in. An effect that a seed has on all
+    LRs of an arm cancels in its cost, but is counted, which is cautious.
     """
-    both, either = good[..., :-1] & good[..., 1:], good[..., :-1] ^ good[..., 1:]
-    return np.asarray(((both + either * ends) * steps).sum(axis=-1))
+    rows, fit = _by_lr(comparison, arm), comparison.fit
+    lrs, cell, n_runs = np.unique(rows["lr"].to_numpy(float), return_inverse=True, return_counts=True)
+    accuracy = rows["accuracy"].to_numpy(float)
+    means = np.bincount(cell, accuracy) / n_runs
+    decades = np.log10(lrs) - fit.optima[arm_label(arm)].value / math.log(10)
+    near, both = _mean_weights(decades, NEAR), _mean_weights(decades, FAR)
+    far = (FAR * both - NEAR * near) / (FAR - NEAR)
+    at_near, at_far = float(near @ means), float(far @ means)
+    effect = at_far * near / at_near**2 - far / at_near
+
+    counts = effect != 0
+    several = counts & (n_runs > 1)
+    variance, dof = np.full(len(lrs), fit.sigma**2), np.full(len(lrs), float(fit.dof))
+    if several.any():
+        own = np.bincount(cell, (accuracy - means[cell]) ** 2) / np.maximum(n_runs - 1, 1)
+        noisiest = int(np.argmax(np.where(several, own, -1.0)))
+        variance, dof = np.where(several, own, own[noisiest]), np.where(several, n_runs - 1, n_runs[noisiest] - 1.0)
+    parts = effect**2 * variance / n_runs
+    name = f"cost of a miss of {comparison.label} {arm_label(arm)}"
+    errors = np.full((N_DRAWS, len(lrs)), math.nan)
+    if parts.sum() > 0:
+        satterthwaite = parts.sum() ** 2 / (parts[counts] ** 2 / dof[counts]).sum()
+        errors = multivariate_student(np.diag(variance / n_runs), float(satterthwaite), name)
+
+    def cost(drawn: np.ndarray) -> np.ndarray:
+        return np.asarray(1 - (drawn @ far) / (drawn @ near))
+
+    value = float(cost(means))
+    known = rows["final_reward"].notna().to_numpy(bool)
+    run_ids, hat = rows["run_id"][known].tolist(), (cell[known] == np.arange(len(lrs))[:, None]) / n_runs[:, None]
+    examples, example_part, n_examples, n_groups = comparison.judging.examples, None, 0, 0
+    on_runs = examples.influences(run_ids)
+    if on_runs is not None:
+        influences = without_run_noise(on_runs, np.sign(hat).T, hat, np.eye(len(run_ids)))
+        example_part = cost(means - example_draws(influences, str(comparison.runs["dataset"].iloc[0]))) - value
+        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
+    return Estimate(value, cost(means + errors) - value, example_part, int(n_runs.max()), n_examples, n_groups)
+
+
+def _by_lr(comparison: Comparison, arm: Arm) -> pd.DataFrame:
+    """Return the runs of an arm that finished or diverged, ascending in LR, with the column accuracy."""
+    rows = comparison.rows[arm_label(arm)].sort_values(["lr", "run_id"])
+    return rows.assign(accuracy=rows["final_reward"].astype(float).fillna(0.0))
+
+
+def _mean_weights(decades: np.ndarray, reach: float) -> np.ndarray:
+    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach.
+
+    Args:
+        decades: the LRs in decades from the middle, ascending, (LRs,), two or more.
+        reach: the distance of both ends, in decades.
+    """
+    ends = np.union1d(decades[np.abs(decades) < reach], [-reach, reach])
+    left = np.clip(np.searchsorted(decades, ends) - 1, 0, len(decades) - 2)
+    share = (ends - decades[left]) / (decades[left + 1] - decades[left])
+    on_line = np.zeros((len(ends), len(decades)))
+    np.add.at(on_line, (np.arange(len(ends)), left), 1 - share)
+    np.add.at(on_line, (np.arange(len(ends)), left + 1), share)
+    return np.asarray(np.trapezoid(on_line, ends, axis=0) / (2 * reach))

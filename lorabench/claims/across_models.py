@@ -27,7 +27,7 @@ from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
 from lorabench.claims.learning_rate import LR_RATIO
-from lorabench.claims.scope import widths
+from lorabench.claims.scope import SHORT_RUN, widths
 
 # Bounds whose meaning the criteria say.
 MIN_MODELS = 4
@@ -74,6 +74,21 @@ def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]
     return named
 
 
+def long_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]:
+    """Return the groups of models with runs of more than `SHORT_RUN` steps; all groups if there are none."""
+    groups = model_groups(evidence)
+    return [(name, models) for name, models in groups if (models[0].fullft["steps"] or 0) > SHORT_RUN] or groups
+
+
+@condition(f"runs of more than {SHORT_RUN} steps on several models", *_PRESETS)
+def _long_runs_of_models(evidence: Evidence) -> str | None:
+    models = evidence.runs.groupby(["dataset", "batch_size", "steps"], dropna=False)["model"].nunique()
+    steps = models[models > 1].index.get_level_values("steps").astype(float).max()
+    if steps > SHORT_RUN:
+        return None
+    return "no two models with runs of a known length" if math.isnan(steps) else f"at most {steps:,.0f} steps"
+
+
 @condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", "paper")
 def _as_many_models(evidence: Evidence) -> str | None:
     swept = max(map(len, lr_law.swept_models(evidence.comparisons)), default=0)
@@ -113,14 +128,16 @@ def _ratios_text(models: Sequence[lr_law.SweptModel]) -> str:
 
 @_claim(
     id="B5",
+    over=long_groups,
+    conditions=(_long_runs_of_models,),
     statement="The ratio of optimal LRs does not depend on the base model",
     criterion=(
-        f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length, at "
-        "the highest rank that all have: every base's ratio of fitted optimal LRs is the geometric mean of all "
-        "within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise). A base and models "
-        "post-trained from it (the same family, hidden size and number of parameters) count once, with their mean. A "
-        "model whose optima are not resolved leaves the claim open and is no part of the mean. The estimate is the "
-        "ratio over the mean of the base that decides"
+        f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length (more "
+        f"than {SHORT_RUN} steps), at the highest rank that all have: every base's ratio of fitted optimal LRs is the "
+        "geometric mean of all within a factor that is the margin, the preset's lr_factor (1.6 unless it says "
+        "otherwise). A base and models post-trained from it (the same family, hidden size and number of parameters) "
+        "count once, with their mean. A model whose optima are not resolved leaves the claim open and is no part of "
+        "the mean. The estimate is the ratio over the mean of the base that decides"
     ),
     paper_value="the same for 14 models; fitted slope 0",
     unit="ratio over the mean ratio",
@@ -168,13 +185,16 @@ def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
 
 @_claim(
     id="B6",
+    over=long_groups,
+    conditions=(_long_runs_of_models,),
     kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
     criterion=(
-        f"Over at least {MIN_SLOPE_MODELS} bases with both optima resolved, the slope of log ratio on log hidden size "
-        f"is below the naive {NAIVE_SLOPE:g} by a margin of {SLOPE_MARGIN:g}. Its error is that of the fitted optima, "
-        "drawn together, or else that from the scatter of the bases around the line, where this is larger. A base and "
-        "models post-trained from it are one point, their mean"
+        f"Over at least {MIN_SLOPE_MODELS} bases with both optima resolved, in runs of more than {SHORT_RUN} steps, "
+        f"the slope of log ratio on log hidden size is below the naive {NAIVE_SLOPE:g} by a margin of "
+        f"{SLOPE_MARGIN:g}. Its error is that of the fitted optima, drawn together, or else that from the scatter of "
+        "the bases around the line, where this is larger. A base and models post-trained from it are one point, their "
+        "mean"
     ),
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",
     unit="slope",

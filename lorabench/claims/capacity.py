@@ -59,6 +59,8 @@ class _Rank:
     curves: PairedCurves
     """Its training NLL minus that of the highest rank."""
     departure: optima.Departure
+    threshold: Estimate | str
+    """Where the line through its gap reaches the margin, in log10(step), or why there is no such step."""
     problems: list[Problem]
     """What speaks against the departure."""
 
@@ -70,8 +72,14 @@ class _Rank:
     def __str__(self) -> str:
         if self.departure.growth is None:
             return f"r{self.rank} stays"
-        verb = f"leaves at step {self.departure.first}" if self.departure.left else "lags without leaving"
-        return f"r{self.rank} {verb} (its gap's slope is {nats(self.departure.growth)} per tenfold steps)"
+        slope = f"its gap's slope is {nats(self.departure.growth)} per tenfold steps"
+        if not self.departure.left:
+            return f"r{self.rank} lags without leaving ({slope})"
+        reached = self.threshold
+        if isinstance(reached, Estimate):
+            step, low, high = (10**end for end in (reached.value, *reached.interval()))
+            slope += f", and its line reaches the margin at step {step:.0f} {fixed_interval(low, high, 0)}"
+        return f"r{self.rank} leaves at step {self.departure.first} ({slope})"
 
 
 def _ranks(comparison: Comparison) -> list[_Rank]:
@@ -84,7 +92,8 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         unjudged_if(not len(curves.by_seed) and not problems, "no training curves with seeds and steps in common")
         departure = optima.paired_departure(curves, margin.value)
         problems = [*problems, *margin_problems(margin)] or optima.off_optimum(comparison, arm, highest, margin.value)
-        ranks.append(_Rank(rank, arm, curves, departure, problems))
+        threshold = optima.log_threshold(curves, departure, margin.value)
+        ranks.append(_Rank(rank, arm, curves, departure, threshold, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")
     return ranks
 
@@ -141,6 +150,16 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
+def _with_lr_errors(share: Estimate, comparison: Comparison, arms: Sequence[Arm], first: int, full: float) -> Estimate:
+    """Add the errors of the LRs of two curves to the ratio of their slopes from a step on; `full` is the second."""
+    errors = share.seed_part
+    for arm, weight in zip(arms, (1 / full, -share.value / full), strict=True):
+        error = optima.lr_error(comparison, arm)
+        if error is not None:
+            errors = errors + weight * error.of(lambda curves: slopes_by_seed(curves.loc[first:]))
+    return replace(share, seed_part=errors)
+
+
 @long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
@@ -163,12 +182,13 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         yield finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
     for rank in gone:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
-        past = rank.departure.past
+        past = rank.departure.past or 0
         curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
         slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
         share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
+        share = _with_lr_errors(share, comparison, (arm, fullft), past, full.value)
         text = (
             f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
             f"{number(share)}, {share.n_seeds} seeds"
@@ -211,7 +231,7 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
             continue
         for rank in ranks:
             name, runs = f"{label} r{rank.rank}", optima.runs_at_optimum(comparison, rank.arm)
-            threshold = optima.log_threshold(rank.curves, rank.departure, comparison.margin.value)
+            threshold = rank.threshold
             if rank.problems:
                 left_out.append(f"{name}: {rank.problems[0].text}")
             elif not rank.departure.left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,31 +81,12 @@ def judge_claims(
     Raises:
         UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
-    runs = tables.runs
-    check_table(runs)
+    check_table(tables.runs)
     check_curves(tables.curves)
-    # Every claim picks points by these columns.
-    by_category = [name for name in ("split", "metric") if name in tables.curves]
-    every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
-    if "run_id" in runs:
-        runs = with_arm_columns(runs)
-    replications, rl = estimates_by_claim(), is_rl(runs)
-    examples = ExampleLosses.of(tables.test_losses)
-    judging = {
-        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
-        for task, task_noise in (("sft", noise), ("rl", reward_noise))
-    }
+    runs, replications = tables.runs, estimates_by_claim()
     rules = rules_sha256(margins, predictions)
-    by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
     rows = []
-    for claim in claims:
-        chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
-        # Experiments with the same runs share their comparisons, whose fits take most of the time.
-        key = (claim.task, tuple(chosen.index))
-        if key not in by_runs:
-            curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
-            by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        judged, missing = _judge(claim, by_runs[key])
+    for claim, judged, missing in findings(tables, claims, margins, noise, reward_noise, predictions):
         if margins is None and re.search(r"of the gain|of the loss \(|lr_factor", judged.margin_rule):
             rule = judged.margin_rule.replace("the preset's", "the")
             judged = replace(judged, margin_rule=f"default margins: {rule}")
@@ -139,6 +120,39 @@ def judge_claims(
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS.names)
+
+
+def findings(
+    tables: Tables,
+    claims: Sequence[Claim] = CLAIMS,
+    margins: Margins | None = None,
+    noise: Noise | None = None,
+    reward_noise: Noise | None = None,
+    predictions: Predictions | None = None,
+) -> Iterator[tuple[Claim, Finding, str | None]]:
+    """Judge claims on tables that are checked already; see `judge_claims`.
+
+    Yields:
+        Each claim with its finding, and the conditions of the claim that the runs do not meet.
+    """
+    # Every claim picks points by these columns.
+    by_category = [name for name in ("split", "metric") if name in tables.curves]
+    every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
+    runs = with_arm_columns(tables.runs) if "run_id" in tables.runs else tables.runs
+    rl, examples = is_rl(runs), ExampleLosses.of(tables.test_losses)
+    judging = {
+        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
+        for task, task_noise in (("sft", noise), ("rl", reward_noise))
+    }
+    by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
+    for claim in claims:
+        chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
+        # Experiments with the same runs share their comparisons, whose fits take most of the time.
+        key = (claim.task, tuple(chosen.index))
+        if key not in by_runs:
+            curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
+            by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
+        yield (claim, *_judge(claim, by_runs[key]))
 
 
 def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:

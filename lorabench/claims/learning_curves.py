@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,20 @@ from lorabench.analysis.curves import (
     PairedCurves,
     early_difference,
     inverse_rank_fit,
+    log_windows,
     scan,
 )
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
-from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, worst
+from lorabench.analysis.optima import (
+    MAX_LOST,
+    curves_at_optimum,
+    in_window,
+    off_optimum,
+    pair_at_optimum,
+    runs_at_optimum,
+    seeds_at_best,
+)
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import (
@@ -69,7 +78,7 @@ AT_OPTIMUM = (
 """How curves of arms are compared, for the criteria."""
 
 # Bounds whose meaning the criteria say.
-MIN_SHARE = 0.01
+LEFT_OUT = 100
 MIN_GROWTH = 0.2
 FIRST_STEPS = 10
 SIGN_SEEDS = 5
@@ -84,25 +93,53 @@ MAX_BEND = 0.1
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
     criterion=(
-        f"After the first {MIN_SHARE:.0%} of steps, the mean training NLL of the highest rank minus FullFT's is 0 "
-        f"within the margin in each of {WINDOWS} windows of steps, which are equally long in log(step). {LONG_ONLY}. "
-        f"{AT_OPTIMUM}"
+        "An arm's curve is the envelope, at every step the lowest training NLL over LRs, as in the paper. It is taken "
+        "in windows of steps: the mean training NLL of each run in a window is fitted as final losses are, over LRs "
+        "and seeds, and the envelope is the fitted minimum, which is no lower for an arm with more LRs. After the "
+        f"first {LEFT_OUT} steps, of which the paper says nothing, or the first tenth of shorter runs, the envelope of "
+        f"the highest rank minus FullFT's is 0 within the margin in each of {WINDOWS} windows, which are equally long "
+        f"in log(step). The reason gives the step from which on this holds to the end. {LONG_ONLY}"
     ),
-    needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
+    needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds at the LRs that are best in each window",
     paper_value="similar; no number",
     over=chosen(learning, full_runs),
     core=True,
 )
 def _same_curve(comparison: Comparison) -> Finding:
-    lora, fullft = highest_and_full(comparison)
-    curves = pair_at_optimum(comparison, lora, fullft)
-    windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
-    unjudged_if(not windows, "no training curves with seeds and steps in common")
-    margin = comparison.margin
-    problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
-    problems = problems or off_optimum(comparison, lora, fullft, margin.value)
-    text = f"training NLL of {arm_label(lora)} - FullFT = {{}}, {curves.n_seeds} seeds"
-    return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
+    lora, fullft = arms = highest_and_full(comparison)
+    points = comparison.points("train", "nll")
+    steps = [set(points.loc[points["run_id"].isin(comparison.run_ids([arm])), "step"]) for arm in arms]
+    common = sorted(steps[0] & steps[1])
+    unjudged_if(not common, "no training curves with steps in common")
+    left_out = min(LEFT_OUT, common[-1] // 10)
+    early = log_windows([step for step in common if step <= left_out], WINDOWS // 2)
+    windows = log_windows(common, WINDOWS, max(2, left_out + 1))
+    unjudged_if(not windows, "too few steps")
+    margin, ids = comparison.margin, comparison.run_ids(arms)
+    rule = Within.margin(margin.value)
+
+    @cache
+    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem]]:
+        """Return the difference of the envelopes in a window of steps, and what speaks against it."""
+        envelopes = in_window(comparison, low, high)
+        problems = envelopes.problems(arms) or seeds_at_best(envelopes, arms)
+        return envelopes.gap(lora, fullft), named_problems(problems, f"steps {low} to {high}:")
+
+    findings, by_window = [], []
+    for low, high in windows:
+        gap, problems = envelope_gap(low, high)
+        text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
+        findings.append(decide(rule, gap, text, ids, [*problems, *margin_problems(margin)], margin.rule))
+        by_window.append(f"{gap.value:+.4f} from {low}")
+    agree: int | str = "none"
+    for window in [] if margin.problem else reversed([*early, *windows]):
+        gap, problems = envelope_gap(*window)
+        if problems or not rule.confirmed(gap):
+            break
+        agree = window[0]
+    decisive = worst(findings)
+    text = f"in the {len(windows)} windows {', '.join(by_window)}; step from which on they agree to the end: {agree}"
+    return replace(decisive, reason=f"{decisive.reason} ({text})")
 
 
 @long_claim(
@@ -214,12 +251,12 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
     statement="At their optimal LRs, high-rank LoRA and full fine-tuning reach the same loss",
     figure="2",
     criterion=(
-        "On every dataset, the highest rank's test NLL minus FullFT's is 0 within the margin, both at the fitted "
-        "minima over LRs"
+        "On every dataset and at every length of run, the highest rank's test NLL minus FullFT's is 0 within the "
+        "margin, both at the fitted minima over LRs"
     ),
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="about the same; no number",
-    experiments=("rank",),
+    experiments=("rank", "capacity"),
     over=chosen(learning),
     fact=SAME_LOSS,
     core=True,

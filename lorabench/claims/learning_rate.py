@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, comparisons, require
+from lorabench.analysis.arms import arm_label, in_experiments, is_standard, with_arm_columns
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Comparison, Judging, comparisons, require
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses, combined
-from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
+from lorabench.analysis.finding import Finding, UnjudgedError, decide, together
 from lorabench.analysis.lr_ratio import (
     LogRatio,
     MeasuredRatio,
@@ -28,10 +29,32 @@ from lorabench.analysis.lr_ratio import (
     predicted,
     prediction_table,
 )
+from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
-from lorabench.analysis.rules import Above, Within
-from lorabench.claims.claim import SWEEP, Evidence, claim, highest_and_full, named_problems, unjudged_if
-from lorabench.claims.scope import FULL_STEPS, every_dataset, whole_runs
+from lorabench.analysis.rules import Above, Remedy, Within
+from lorabench.claims.claim import (
+    SWEEP,
+    Evidence,
+    claim,
+    condition,
+    doubted,
+    highest_and_full,
+    judge_each,
+    named_problems,
+    problem_if,
+    unjudged_if,
+)
+from lorabench.claims.scope import (
+    FULL_STEPS,
+    HIGH_RANK,
+    SHORT_RUN,
+    Named,
+    beyond_short,
+    chosen,
+    learning,
+    longer_runs,
+    sweeps_of_both,
+)
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -42,12 +65,16 @@ LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-
 
 # Bounds whose meaning the criteria say.
 LOW_RANK = 4
-HIGH_RANK = 16
 SHORT_STEPS = (50, 100)
 SHORT_RATIO = 15.0
 
-SAME_FACTOR = 2.0
-"""The factor between two optimal LRs up to which the paper calls them nearly the same."""
+SAME_FACTOR, SAME_DOUBLINGS = 2.0, 7
+"""The factor between two optimal LRs up to which the paper calls them nearly the same, and the number of doublings of
+the rank, from 4 to 512, over which it does."""
+
+MIN_SPAN = 16
+"""The least ratio of two ranks whose optimal LRs are compared: 4 doublings, about half of the paper's. With three seeds
+an equality over 4 doublings is seen in three cases of four or more, over 2 in one of four to a half, over 1 never."""
 
 LEAST_SHIFT = 1.25
 """The least factor by which rank 1's optimal LR is lower: in published sweeps of Qwen3-30B-A3B it is 1.2 to 2.4."""
@@ -59,7 +86,10 @@ _SEEDS = "further seeds at the LRs around the optimum"
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
-_claim = partial(claim, figure="2", unit="ratio", experiments=("rank",), over=every_dataset, core=True)
+_claim = partial(claim, figure="2", unit="ratio", experiments=("rank", "capacity"), core=True)
+
+_SWEEPS = ("rank", "short_run", "capacity", "lr_ratio")
+"""The experiments that sweep FullFT and a high rank on the same data, at one batch size."""
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
@@ -74,11 +104,15 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     id="B1",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     criterion=(
-        "In every comparison the fitted optimal LR of the highest rank, over that of FullFT, is "
-        f"{PAPER_RATIO:g} within a factor that is the margin, {_FACTOR}"
+        f"In every comparison of runs of more than {SHORT_RUN} steps, the fitted optimal LR of the highest rank, over "
+        f"that of FullFT, is {PAPER_RATIO:g} within a factor that is the margin, {_FACTOR}. For shorter runs the paper "
+        "gives a higher ratio, which B9 judges. Random facts are left out"
     ),
-    needs=f"{SWEEP}; {_SEEDS}",
+    needs=f"{SWEEP}, in runs of more than {SHORT_RUN} steps; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
+    experiments=_SWEEPS,
+    over=chosen(learning, sweeps_of_both, beyond_short),
+    conditions=(longer_runs("laptop_more", "long_runs", "lr_ratio", "smollm2", "core", "paper"),),
     fact=LR_RATIO,
 )
 def _lr_ratio_ten(comparison: Comparison) -> Finding:
@@ -86,44 +120,89 @@ def _lr_ratio_ten(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
+def same_factor(low: int, high: int) -> float:
+    """Return the factor up to which the optimal LRs of two ranks are nearly the same: the paper's, by doublings."""
+    return float(SAME_FACTOR ** (math.log2(high / low) / SAME_DOUBLINGS))
+
+
+def _spans(runs: pd.DataFrame) -> pd.Series[float]:
+    """Return for each run the ratio of the highest to the lowest rank from `LOW_RANK` up in its comparison."""
+    lora = runs[(runs["method"] == "lora") & is_standard(runs) & runs["placement"].fillna("all").eq("all")]
+    by_comparison = lora[lora["rank"] >= LOW_RANK].groupby(COMPARED, dropna=False)["rank"]
+    spans: pd.Series[float] = (by_comparison.transform("max") / by_comparison.transform("min")).astype(float)
+    return spans
+
+
+def wide_spans(named: Named) -> Named:
+    """Leave out comparisons whose ranks span less than a factor of `MIN_SPAN`, if others span more."""
+    return [(name, wide) for name, wide in named if _spans(wide.runs).max() >= MIN_SPAN] or named
+
+
+@condition(
+    f"LoRA ranks from {LOW_RANK} up over a factor of {MIN_SPAN}",
+    *("laptop", "long_runs", "overnight", "smollm2", "core", "paper"),
+)
+def wide_span(evidence: Evidence) -> str | None:
+    spans = _spans(evidence.runs[~is_memorisation(evidence.runs)])
+    if spans.empty:
+        return "no such ranks"
+    return f"a factor of {spans.max():g}" if spans.max() < MIN_SPAN else None
+
+
 @_claim(
     id="B3",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
     criterion=(
-        f"In every comparison the fitted optimal LR of the highest rank is that of the lowest rank from {LOW_RANK} "
-        f"up, within a factor of {SAME_FACTOR:g}"
+        f"In every comparison with ranks from {LOW_RANK} up over a factor of {MIN_SPAN} or more, the fitted optimal LR "
+        f"of the highest rank is that of the lowest of them within a factor: the paper's {SAME_FACTOR:g} over "
+        f"{SAME_DOUBLINGS} doublings of the rank to the power of the share of these doublings that there are, such as "
+        f"{same_factor(4, 64):.2f} from rank 4 to 64. Random facts are left out"
     ),
-    needs=f"LoRA on all layers at two or more ranks from {LOW_RANK} up, each with an LR grid; {_SEEDS}",
+    needs=(
+        f"LoRA on all layers at two ranks from {LOW_RANK} up, a factor of {MIN_SPAN} or more apart, each with an LR "
+        f"grid; {_SEEDS}"
+    ),
     paper_value="less than 2 from rank 4 to 512",
+    over=chosen(learning, wide_spans),
+    conditions=(wide_span,),
 )
 def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
     if len(arms) < 2:
         raise UnjudgedError("inconclusive" if arms else "not tested", f"fewer than two LoRA ranks from {LOW_RANK} up")
-    rule = Within(-math.log(SAME_FACTOR), math.log(SAME_FACTOR))
-    margin_rule = f"within a factor of {SAME_FACTOR:g}, the paper's own number"
-    return judge_ratio(comparison, arms[max(arms)], arms[min(arms)], rule, margin_rule)
+    low, high = min(arms), max(arms)
+    factor = same_factor(low, high)
+    margin_rule = (
+        f"within a factor of {factor:.2f}: the paper's {SAME_FACTOR:g} over {SAME_DOUBLINGS} doublings of the rank, "
+        f"for the {math.log2(high / low):.2g} from {low} to {high}"
+    )
+    return judge_ratio(comparison, arms[high], arms[low], Within.margin(math.log(factor)), margin_rule)
 
 
 @_claim(
     id="B4",
     statement="Rank 1 has a lower optimal LR than high ranks",
     criterion=(
-        f"In every comparison the fitted optimal LR of each rank from {HIGH_RANK} up, or else of the highest rank, is "
-        f"above that of rank 1 by a factor of {LEAST_SHIFT:g}"
+        f"In every comparison the fitted optimal LR of the ranks from {HIGH_RANK} up (their geometric mean), or else "
+        f"of the highest rank, is above that of rank 1 by a factor of {LEAST_SHIFT:g}. The paper gives no number; this "
+        "one is about the least that published sweeps of others show. Random facts are left out"
     ),
     needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
     paper_value="lower; no number",
+    over=chosen(learning),
 )
 def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
     others = [arm for rank, arm in comparison.lora.items() if rank >= HIGH_RANK] or [highest]
-    rule, margin_rule = (
-        Above(math.log(LEAST_SHIFT)),
-        f"a factor of {LEAST_SHIFT:g}, about the least of published sweeps",
-    )
-    judged = [judge_ratio(comparison, arm, rank_1, rule, margin_rule) for arm in others]
-    return replace(worst(judged), run_ids=tuple(sorted(comparison.run_ids([rank_1, *others]))))
+    ratios = [comparison.fit.log_ratio(arm_label(arm), arm_label(rank_1)) for arm in others]
+    shift = combined(lambda *logs: np.mean(logs, axis=0), *ratios)
+    by_rank = "; ".join(ratio_text(comparison, arm, rank_1) for arm in others)
+    mean = f"their geometric mean is {in_words(shift)}" if len(others) > 1 else ""
+    text = "; ".join(part for part in (by_rank, mean) if part)
+    problems = comparison.problems([rank_1, *others], resolved=True)
+    margin_rule = f"a factor of {LEAST_SHIFT:g}, about the least of published sweeps"
+    ids = comparison.run_ids([rank_1, *others])
+    return as_ratio(decide(Above(math.log(LEAST_SHIFT)), shift, text, ids, problems, margin_rule))
 
 
 @claim(
@@ -134,37 +213,54 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
         "steps"
     ),
     criterion=(
-        f"Two numbers are judged, with the loss after {SHORT_STEPS[0]} and after {SHORT_STEPS[1]} steps of longer "
-        f"runs. The ratio of optimal LRs there is {SHORT_RATIO:g} within a factor that is the margin, {_FACTOR}; and "
-        f"it is above the ratio at the end of the same runs by a factor of {GROWTH:.2f}, half of the paper's growth "
-        "on a log axis. All losses are on the validation split, as the test split is measured at the end only. A short "
-        "run is the beginning of a long one, so the errors of the two ratios are taken as correlated, as the residuals "
-        "of the runs are"
+        f"In every comparison of runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, the ratio of optimal LRs is "
+        f"{SHORT_RATIO:g} within a factor that is the margin, {_FACTOR}. So it is in runs of {FULL_STEPS:,} steps or "
+        f"more by their loss after {' and after '.join(map(str, SHORT_STEPS))} steps, and there it is above the ratio "
+        f"at the end of the same runs by a factor of {GROWTH:.2f}, half of the paper's growth on a log axis. Without "
+        "such runs nothing is confirmed. The losses of long runs are all on the validation split, as the test split is "
+        "measured at the end only. The beginning and the end of a run are the same run, so the errors of the two "
+        "ratios are taken as correlated, as the residuals of the runs are. Random facts are left out"
     ),
     needs=(
-        f"{SWEEP}; runs of {FULL_STEPS:,} steps or more with validation losses at steps {SHORT_STEPS[0]} and "
-        f"{SHORT_STEPS[1]}; {_SEEDS}"
+        f"{SWEEP}; runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and runs of {FULL_STEPS:,} steps or more with "
+        f"validation losses at steps {SHORT_STEPS[0]} and {SHORT_STEPS[1]}; {_SEEDS}"
     ),
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
-    experiments=("short_run",),
-    over=every_dataset,
-    conditions=(whole_runs,),
+    experiments=_SWEEPS,
     fact=LR_RATIO,
 )
-def _short_runs_want_more(comparison: Comparison) -> Finding:
+def _short_runs_want_more(evidence: Evidence) -> Finding:
+    short, whole = [], []
+    for name, comparison in chosen(learning, sweeps_of_both)(evidence):
+        steps = comparison.arms[0]["steps"]
+        if steps is not None and SHORT_STEPS[0] <= steps <= SHORT_STEPS[1]:
+            short.append((name, partial(_ratio_of_short_runs, comparison)))
+        elif steps is not None and steps >= FULL_STEPS:
+            whole.append((name, partial(_ratio_along_runs, comparison)))
+    text = f"no runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and none of {FULL_STEPS:,} or more"
+    unjudged_if(not short and not whole, text)
+    judged = judge_each([*short, *whole], lambda judge: judge())
+    lacking = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
+    return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
+
+
+def _ratio_of_short_runs(comparison: Comparison) -> Finding:
+    rule = ratio_rule(SHORT_RATIO, comparison.judging.margins.lr_factor)
+    judged = judge_ratio(comparison, *highest_and_full(comparison), *rule)
+    return replace(judged, reason=f"{comparison.arms[0]['steps']} steps, {judged.reason}")
+
+
+def _ratio_along_runs(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
-    steps = fullft["steps"]
-    lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
-    unjudged_if(not lengths, f"runs of {steps or 'unknown'} steps, none longer than {SHORT_STEPS[0]}")
-    runs = comparison.of([lora, fullft])
+    steps, runs = fullft["steps"], comparison.of([lora, fullft])
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
     [full] = comparisons(at_end(runs), comparison.curves, judging)
     rule, margin_rule = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
     growing = f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
-    for step in lengths:
+    for step in SHORT_STEPS:
         short = next(iter(comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)), None)
         if short is None or short.highest is None or short.fullft is None:
             findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
@@ -229,7 +325,7 @@ _LEFT_OUT = " The conditions where its parameters were fitted (width 128, 50 ste
 
 
 def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[MeasuredRatio, LogRatio]]]:
-    """Return the measured ratios of which a theory speaks and to which it was not fitted, with its predictions."""
+    """Return the measured ratios that a theory speaks of and was not fitted to, each with its prediction."""
     predictions = evidence.judging.predictions.lr_ratio
     unjudged_if(getattr(predictions, theory) is None, f"the preset states no prediction of the theory {theory}")
     return [
@@ -248,8 +344,8 @@ for claim_id, theory, source, statement, content in _THEORIES:
         statement=statement,
         figure="own",
         criterion=(
-            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition of which it "
-            "speaks (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
+            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition it speaks "
+            "of (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
             "predicted ratio within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise)"
             ". The estimate is the measured over the predicted ratio."
             f"{'' if theory in ('constant', 'naive') else _LEFT_OUT} The beginnings of longer runs are the same steps "

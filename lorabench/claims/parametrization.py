@@ -100,7 +100,7 @@ def tuned_variants(evidence: Evidence) -> list[tuple[str, Variants]]:
             variants = [arm for arm in arms if arm not in standard]
             if standard and variants:
                 named.append((comparison.label, (comparison, standard[0], variants)))
-    unjudged_if(not named, "no LR-tuned variants of alpha or LR ratio beside the standard parametrization")
+    unjudged_if(not named, "no LR-tuned variants of alpha or LR ratio besides the standard parametrization")
     return named
 
 

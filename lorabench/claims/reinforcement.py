@@ -14,17 +14,31 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.estimate import combined
+from lorabench.analysis.estimate import combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, TestReward, flat_top, good_range
+from lorabench.analysis.rewards import (
+    COLLAPSED,
+    FAR,
+    LEAD,
+    MAX_TRUNCATED,
+    MIN_GAIN,
+    NEAR,
+    TestReward,
+    cost_of_a_miss,
+    flat_top,
+    missing_lrs,
+)
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
 from lorabench.claims.scope import RL_PRESETS, Named, beats_controls, response_length, swept
 from lorabench.runs import GOOD
 
-WIDER = 0.2
-"""The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
+CHEAPER = round(1 - GOOD, 9)
+"""The smallest difference of the costs of a miss that matters, as a share of an arm's accuracy: what a good LR may lose
+(see `lorabench.runs`)."""
+
+CHEAPER_RULE = f"{CHEAPER:.0%} of the accuracy near the best LR, by which an LR counts as good"
 
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
@@ -139,8 +153,8 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
         f"{PAPER_RATIO:g} within the factor for LRs that the preset gives. The optima are those of one fit of the test "
         "error rates of all arms in log LR. Inconclusive where an optimum is not resolved by its grid, or where the "
         "accuracies are no parabola: two neighbouring LRs with exactly one test accuracy for each seed, three that the "
-        "noise does not tell apart, half of the gain lost at both LRs beside the best, or a fitted peak that is above "
-        "the best measured accuracy by more than half of the margin of accuracies. "
+        "noise does not tell apart, half of the gain lost at both neighbours of the best LR, or a fitted peak that is "
+        "above the best measured accuracy by more than half of the margin of accuracies. "
         f"{LEARNED.format('each of the two')}"
     ),
     needs=RL_RUNS.format("LoRA above rank 1"),
@@ -167,7 +181,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         # not known, and a parabola through such points has an optimum with too small an error.
         if len(neighbours) == 2 and bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
             lrs = tuple((label, math.sqrt(lr * accuracy.index[best])) for lr in neighbours.index)
-            text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
+            text = f"{label}: breaks down at both neighbours of the LR {accuracy.index[best]:.2g}"
             remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
             breakdowns.append(Problem(text, remedy))
     return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns]), arms)
@@ -182,7 +196,8 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         "margin, or lower. Both are the minima of one fit in log LR, paired by seed; the margin is the share of the "
         "gain in accuracy from the base to FullFT that the preset gives. Inconclusive where all seeds of either have "
         "exactly one accuracy, as on the plateau of a rule that all of them found, or where a fitted peak is above "
-        f"the best measured accuracy by more than half of the margin. {LEARNED.format('FullFT')}"
+        "the best measured accuracy by more than half of the margin. The reason also gives the difference as measured, "
+        f"paired by seed, at the LRs nearest to the optima. {LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("rank 1"),
     paper_value="the same peak; no number",
@@ -193,7 +208,19 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
 def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.equal_losses(rank_1, fullft, better_too=True)
+    judged = replace(judged, reason=f"{judged.reason}; {_as_measured(comparison, rank_1, fullft)}")
     return if_learned(comparison, at_one_peak(judged, comparison, [rank_1, fullft]), [fullft])
+
+
+def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
+    """Return as text the mean difference of error rates by seed at the LRs nearest to the fitted optima."""
+    runs = [comparison.at_optimum(each) for each in (arm, other)]
+    own, others = (rows.set_index("seed")["test_loss"].astype(float) for rows in runs)
+    gap = mean_over_seeds((own - others).dropna(), f"as measured {comparison.label} {arm_label(arm)}")
+    if not gap.n_seeds:
+        return "no seed has runs of both at the LRs nearest to the optima"
+    lrs = " and ".join(f"{rows['lr'].iloc[0]:.2g}" for rows in runs)
+    return f"measured at the LRs {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
 
 
 @rl_claim(
@@ -201,44 +228,39 @@ def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
     criterion=(
-        f"An LR is good if its test accuracy is at least {GOOD:.0%} of that near the arm's own fitted optimum. On "
-        "every problem set, for every LoRA rank, the width of the range of good LRs minus FullFT's is above 0 by "
-        f"{WIDER:g} decades or more. A step of the grid in which a range ends counts half, and the error has all of "
-        "it, beside the seeds and the test problems, which are resampled for both arms alike. A diverged run has the "
-        "accuracy 0. Inconclusive where a range that is not clearly the wider one may go on beyond its grid. "
-        f"{LEARNED.format('each of the two')}"
+        f"An LR misses the best one if it is off by {NEAR:g} to {FAR:g} decades, a factor of {10**NEAR:.1f} to "
+        f"{10**FAR:.1f}, to either side. The cost of a miss is the share of its accuracy nearer to its fitted optimum "
+        "that an arm loses there; both are means over log LR of the test accuracy, on the line between the means over "
+        "seeds at neighbouring LRs. On every problem set, FullFT's cost is above that of the lowest LoRA rank by "
+        f"{CHEAPER:g} or more, the share up to which an LR counts as good. A breakdown counts with its accuracy, and a "
+        "run without one has the accuracy 0. The error is that of the seeds at each LR and of the test problems, which "
+        f"are resampled for both arms alike. {LEARNED.format('each of the two')}"
     ),
     needs=RL_RUNS.format("LoRA"),
     paper_value="wider; no number",
-    unit="decades of LR",
+    unit="share of accuracy",
     experiments=RL_EXPERIMENTS,
     core=True,
 )
-@each_rank("lora", "fullft")
-def _wider_range_of_lrs(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
-    labels, problems = [arm_label(lora), arm_label(fullft)], comparison.problems([lora, fullft])
+def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
+    lowest = next(iter(comparison.lora.values()), None)
+    arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
+    labels, problems = [arm_label(arm) for arm in arms], comparison.problems(arms)
     if not all(label in comparison.fit.minima for label in labels):
         raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    ranges = [good_range(comparison, arm) for arm in (lora, fullft)]
-    difference = combined(np.subtract, *(good.width for good in ranges))
-    texts = [
-        f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
-        for good in ranges
-    ]
-    text = f"{texts[0]} - FullFT's {texts[1]} = {number(difference)} decades of good LRs"
-    # A range that is clearly the wider one may be wider still.
-    matters = (difference.value < WIDER, difference.value > -WIDER)
-    for label, good, is_narrow in zip(labels, ranges, matters, strict=True):
-        if good.open and is_narrow:
-            problem = f"{label}: its range of good LRs may go on beyond its grid"
-            problems.append(Problem(problem, Remedy("LRs beyond that grid")))
-    run_ids = [run_id for good in ranges for run_id in good.run_ids]
-    judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
-    between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
-    if judged.verdict != "inconclusive" or problems or not between:
-        return judged
-    listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
-    return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
+    for arm, label in zip(arms, labels, strict=True):
+        for lr in missing_lrs(comparison, arm):
+            problems.append(
+                Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
+            )
+    costs = [cost_of_a_miss(comparison, arm) for arm in arms]
+    cheaper = combined(np.subtract, costs[1], costs[0])
+    text = (
+        f"off by a factor of {10**NEAR:.1f} to {10**FAR:.1f} from the best LR, FullFT loses {costs[1].value:.1%} of "
+        f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
+    )
+    judged = decide(Above(CHEAPER), cheaper, text, comparison.run_ids(arms), problems, CHEAPER_RULE)
+    return if_learned(comparison, judged, arms)
 
 
 @claim(

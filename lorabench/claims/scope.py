@@ -22,6 +22,13 @@ Named = list[tuple[str, Comparison]]
 FULL_STEPS = 1000
 """The number of steps of a run from which claims on whole runs are judged: the paper's runs take thousands."""
 
+SHORT_RUN = 100
+"""The number of steps up to which a run is short: the paper's ratio of optimal LRs is 10 for longer ones, and higher
+for short ones."""
+
+HIGH_RANK = 16
+"""The rank from which on ranks count as high: the lower one of the two whose early curves the paper compares."""
+
 
 def chosen(*steps: Callable[[Named], Named]) -> Callable[[Evidence], Named]:
     """Return a function that chooses from all comparisons of the evidence by several steps, one after the other."""
@@ -47,6 +54,16 @@ def learning(named: Named) -> Named:
 def full_runs(named: Named) -> Named:
     """Leave out comparisons of fewer than `FULL_STEPS` steps, if there are longer ones."""
     return [(name, full) for name, full in named if (full.runs["steps"] >= FULL_STEPS).any()] or named
+
+
+def sweeps_of_both(named: Named) -> Named:
+    """Leave out comparisons that lack FullFT or LoRA above rank 1 on all layers, if others have both."""
+    return [(name, both) for name, both in named if both.fullft and both.highest] or named
+
+
+def beyond_short(named: Named) -> Named:
+    """Leave out comparisons of at most `SHORT_RUN` steps, if there are longer ones."""
+    return [(name, longer) for name, longer in named if (longer.runs["steps"] > SHORT_RUN).any()] or named
 
 
 def longest_runs(named: Named) -> Named:
@@ -101,13 +118,28 @@ def lora_runs(evidence: Evidence) -> list[tuple[str, Evidence]]:
     return [(f"{model}/{dataset}", replace(evidence, runs=runs)) for (model, dataset), runs in groups]
 
 
-@condition(f"runs of {FULL_STEPS:,} steps or more", "long_runs", "core", "paper")
-def whole_runs(evidence: Evidence) -> str | None:
-    # The paper's runs take thousands of steps. Runs that memorize random facts do not count.
+def _most_steps(evidence: Evidence) -> float:
+    """Return the number of steps of the longest runs, NaN if it is not known; runs on random facts do not count."""
     kind = evidence.runs.get("data_kind", pd.Series("", index=evidence.runs.index))
     runs = evidence.runs[~is_memorisation(evidence.runs) & (kind != "facts")]
-    steps = runs.get("steps", pd.Series(dtype=float)).astype(float)
-    return f"at most {steps.max():,.0f} steps" if steps.max() < FULL_STEPS else None
+    return float(runs.get("steps", pd.Series(dtype=float)).astype(float).max())
+
+
+@condition(f"runs of {FULL_STEPS:,} steps or more", "long_runs", "core", "paper")
+def whole_runs(evidence: Evidence) -> str | None:
+    # The paper's runs take thousands of steps.
+    steps = _most_steps(evidence)
+    return f"at most {steps:,.0f} steps" if steps < FULL_STEPS else None
+
+
+def longer_runs(*presets: str) -> Condition:
+    """Return the condition that runs are longer than the short ones, for which the paper has a higher LR ratio."""
+
+    def instead(evidence: Evidence) -> str | None:
+        steps = _most_steps(evidence)
+        return f"at most {steps:,.0f} steps" if steps <= SHORT_RUN else None
+
+    return Condition(f"runs of more than {SHORT_RUN} steps", instead, presets)
 
 
 GENERATED = ("instruct", "worked", "facts", "arithmetic", "sums")

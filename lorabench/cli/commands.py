@@ -387,17 +387,25 @@ def freeze(
     """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds."""
     import pandas as pd
 
+    from lorabench.config.loading import split_name
     from lorabench.report.freeze import freeze as fix
     from lorabench.report.freeze import write_frozen
     from lorabench.report.publish import NOT_PUBLISHED
     from lorabench.store.io import read_claims, table_path
     from lorabench.store.layout import Layout
 
-    explored, seeded = Layout.of(preset), f"{preset}@{first_seed}"
+    name, given = split_name(preset)
+    explored, seeded = Layout.of(name), f"{name}@{first_seed if given is None else given}"
     if power is not None and not power.is_file():
         raise UserError(f"--power {power}: there is no such file")
     if claims is None:
-        claims = explored.tables() if table_path(explored.tables(), "claims") else explored.published
+        places = (explored.tables(), explored.published)
+        claims = next((folder for folder in places if table_path(folder, "claims")), None)
+        if claims is None:
+            raise UserError(
+                f"there are no verdicts of the preset {explored.name} in {' or '.join(map(str, places))}: run it "
+                "first, or name the folder of its table claims with --claims"
+            )
     judged = read_claims(claims, without=NOT_PUBLISHED)
     frozen = fix(seeded, judged, None if power is None else pd.read_csv(power))
     path = out or Path("workflow/frozen") / f"{explored.name}.yaml"

@@ -67,7 +67,7 @@ class Frozen(Strict):
     """Every seed that the runs may have."""
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
-    """By claim; claims that the explored runs are not about, and counts, are left out."""
+    """By claim; claims that the explored runs are not about, derivations and counts are left out."""
     notes: list[str]
 
 
@@ -104,8 +104,9 @@ def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None)
         shares = power.filter(like="power_at_").min(axis="columns")
         powers = {str(name): float(share) for name, share in shares.groupby(power["claim_id"]).min().items()}
     expected = {}
-    # A count does not depend on runs, so it tells nothing when it comes out again.
-    for claim in claims[claims["verdict"].ne("not tested") & claims["kind"].ne("count")].to_dict("records"):
+    # Runs cannot refute a derivation or a count, so it tells nothing when they come out again.
+    testable = claims["verdict"].ne("not tested") & ~claims["kind"].isin(["derivation", "count"])
+    for claim in claims[testable].to_dict("records"):
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
@@ -144,7 +145,10 @@ def write_frozen(frozen: Frozen, path: Path) -> None:
         "# What was fixed before the runs on held-out seeds. `lorabench freeze` wrote it; commit it before the runs.\n"
     )
     with atomic_path(path) as partial:
-        partial.write_text(about + yaml.safe_dump(frozen.model_dump(), sort_keys=False, width=120), encoding="utf-8")
+        partial.write_text(
+            about + yaml.safe_dump(frozen.model_dump(), sort_keys=False, default_flow_style=None, width=120),
+            encoding="utf-8",
+        )
 
 
 def read_frozen(path: Path) -> Frozen:
@@ -277,7 +281,8 @@ def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
             | {"again": _yes(held_out["verdict"] == expected.verdict) if expected.verdict in DECIDED else None}
             | expected.model_dump(include={"p_again", "power", "estimate", "ci_low", "ci_high"})
             | {"held_out_estimate": estimate}
-            | {"held_out_low": held_out.get("ci_low"), "held_out_high": held_out.get("ci_high"), "within": within}
+            | {f"held_out_{end}": _number(held_out.get(f"ci_{end}")) for end in ("low", "high")}
+            | {"within": within}
         )
     return pd.DataFrame(rows)
 

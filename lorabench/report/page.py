@@ -23,7 +23,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
-from lorabench.config.loading import PRESETS
+from lorabench.config.loading import PRESETS, split_name
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
 from lorabench.figures.style import arm_styles
@@ -76,7 +76,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     environment.tests["missing"] = formats.missing
     page = environment.get_template("page.html.j2").render(
         name=layout.name,
-        question=not (PRESETS / f"{layout.name}.yaml").is_file(),
+        question=not (PRESETS / f"{split_name(layout.name)[0]}.yaml").is_file(),
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),

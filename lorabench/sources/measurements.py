@@ -29,7 +29,7 @@ import pandas as pd
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
-from lorabench.analysis.pooled_lr import random_effects
+from lorabench.analysis.pooled_lr import p_of_groups, random_effects
 from lorabench.claims.judge import CORE
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
@@ -348,9 +348,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 groups[str(group)] = random_effects(means["value"].tolist(), means["error"].tolist())
             known = [effects for group, effects in groups.items() if group not in (UNKNOWN, MIXED)]
             enough = [effects for effects in known if effects.k >= _MIN_SOURCES]
-            chance = math.nan
-            if len(enough) >= _MIN_SOURCES:
-                chance = random_effects([part.mean for part in enough], [part.error for part in enough]).p_alike
+            chance = p_of_groups(enough) if len(enough) >= _MIN_SOURCES else math.nan
             if not attribute or len(groups) > 1:
                 for group, effects in groups.items():
                     row = {"measure": measure, "attribute": attribute, "group": group, **asdict(effects)}

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.store.schemas import RUNS
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
 
@@ -77,11 +76,11 @@ def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> No
 
 def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     """Return the rules for values: the column, which of its values are right, and what is allowed."""
-    # A column that is lacking is null in what the other rules say of it.
-    runs, whole = runs.reindex(columns=RUNS.names), "method" in runs
-    known = runs.notna()
     sd = "final_test_nll_sd"
     names = ["rank", "lr", "n_seeds", sd, *_LOSSES, *_REWARDS]
+    # A column that is lacking is null in what the other rules say of it.
+    whole, runs = "method" in runs, runs.reindex(columns=["task", "method", "status", "seed", *names])
+    known = runs.notna()
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
     finite = number.abs().lt(np.inf)
     lora, fullft, rl = runs["method"].isin(["lora"]), runs["method"].isin(["fullft"]), is_rl(runs)

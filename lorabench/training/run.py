@@ -139,7 +139,8 @@ class Outcome:
 def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
     """Return the example indices of every step, (steps, batch_size), with a new shuffle for each epoch.
 
-    The order depends on the seed alone, so all conditions with one seed see the same batches in the same order.
+    The order depends on the seed alone, so all conditions with one seed see the same batches in the same order, and at
+    another batch size the same examples in the same order.
     """
     epochs = -(-steps * batch_size // n_examples)
     rng = np.random.default_rng(seed)

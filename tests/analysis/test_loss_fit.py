@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.loss_fit import Noise, fit_losses
 
@@ -227,6 +227,42 @@ def test_the_error_from_test_examples_is_that_of_new_examples():
     assert gap.example_error == pytest.approx(0.1 * math.sqrt((weights**2).sum()), rel=0.15)
     assert gap.n_examples == n
     assert fit_losses(runs).gap("LoRA r64", "FullFT").example_part is None
+
+
+def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_open():
+    random = np.random.default_rng(8)
+    runs, tokens = world(random), np.full(60, 10.0)
+    arm_part, steepness = {"fullft": np.zeros(6), "lora": random.normal(0, 0.5, 6)}, random.normal(0, 0.04, 6)
+    group = np.repeat(np.arange(6), 10)
+    nats = {}
+    for run in runs.itertuples():
+        by_group = arm_part[run.method] + steepness * math.log(run.lr / 2e-3) * (run.method == "lora")
+        nats[run.run_id] = (run.final_test_nll + by_group[group] + random.normal(0, 0.02, 60)) * tokens
+    runs["final_test_nll"] = [nats[run_id].mean() / 10 for run_id in runs["run_id"]]
+    scored = dict.fromkeys(nats, tokens)
+
+    def compared(groups):
+        judging = Judging(examples=ExampleLosses(nats, scored, dict.fromkeys(nats, groups)))
+        (comparison,) = comparisons(runs, pd.DataFrame(), judging)
+        return comparison, comparison.gap(comparison.lora[64], comparison.fullft)
+
+    _, singly = compared(np.arange(60))
+    comparison, gap = compared(group)
+    assert gap.example_error == pytest.approx(1.11 * arm_part["lora"].std(ddof=1) / math.sqrt(6), rel=0.1)
+    assert gap.example_error > 2 * singly.example_error
+    assert (gap.n_examples, gap.n_groups, singly.n_groups) == (60, 6, 60)
+    text = comparison.gap_text(comparison.lora[64], comparison.fullft)
+    assert text.endswith("; the 60 test examples come from 6 groups")
+    # Each group has its own optimal LR, so further seeds would not tell where that of all is.
+    (problem,) = comparison.problems([comparison.lora[64]], resolved=True)
+    assert (problem.remedy.text, problem.remedy.test_examples) == ("12 groups of test examples (now 6)", 120)
+    finding = comparison.equal_losses(comparison.lora[64], comparison.fullft)
+    assert "groups of test examples (now 6)" in finding.remedy.text
+    comparison, gap = compared(np.zeros(60))
+    assert (gap.known, gap.n_groups) == (False, 1)
+    (problem,) = comparison.problems([comparison.lora[64], comparison.fullft])
+    assert "all of them are of one group" in problem.text
+    assert comparison.equal_losses(comparison.lora[64], comparison.fullft).verdict == "inconclusive"
 
 
 def as_means(runs, **changes):

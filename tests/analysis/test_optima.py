@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.optima import (
     Departure,
     fitted_noise,
+    in_window,
     log_threshold,
     off_optimum,
     pair_at_optimum,
@@ -20,6 +22,7 @@ from lorabench.analysis.optima import (
     runs_at_optimum,
     tokens_at,
 )
+from lorabench.analysis.slopes import slopes_by_seed
 
 from ..handmade.sft import CURVATURE, arm, tables
 from ..handmade.training import shared, trained
@@ -81,6 +84,69 @@ def test_otherwise_the_nearest_lr_stands_for_the_optimum_and_its_loss_is_told():
     assert f"add {lost:.4f} nats" in problem.text
     assert problem.remedy is not None
     assert off_optimum(comparison, lora, fullft, 11 * lost) == []
+
+
+def test_numbers_of_curves_carry_the_error_of_their_lrs():
+    comparison = compared(every_lr=True)
+    lora, fullft = comparison.lora[64], comparison.fullft
+    # Up to step 100, the loss of rank 64 falls by 5 nats per unit of ln LR.
+    lr = comparison.rows["LoRA r64"].set_index("run_id")["lr"]
+    x = np.log(comparison.curves["run_id"].map(lr) / OPTIMUM).where(comparison.curves["step"].between(2, 100))
+    value = comparison.curves["value"] - 5 * x.fillna(0.0)
+    steep = replace(comparison, curves=comparison.curves.assign(value=value))
+    curves = pair_at_optimum(steep, lora, fullft)
+    late, early = curves.means([(101, 1024), (2, 100)])
+    plain = replace(curves, lr_errors=())
+    late_without, without = plain.means([(101, 1024), (2, 100)])
+    optimum = steep.fit.optima["LoRA r64"].seed_error
+    assert early.value == pytest.approx(without.value)
+    assert early.seed_error == pytest.approx(math.hypot(without.seed_error, 5 * optimum), rel=0.1)
+    assert early.seed_error > 1.5 * without.seed_error
+    # At the lowest loss an error of the LR changes next to nothing.
+    assert late.seed_error == pytest.approx(late_without.seed_error, rel=0.1)
+    # Steps up to 100 weigh in the slope as they do in that of a curve that falls there.
+    steps = curves.by_seed.loc[2:].index
+    [fall] = slopes_by_seed(pd.DataFrame({0: np.where(steps <= 100, -5.0, 0.0)}, steps))
+    slope, without = curves.slope(2), plain.slope(2)
+    assert slope.seed_error == pytest.approx(math.hypot(without.seed_error, fall * optimum), rel=0.1)
+
+
+def test_the_envelope_is_no_lower_with_more_lrs():
+    random, gaps, lowest = np.random.default_rng(0), [], []
+    runs, _ = tables([arm(rank, optimum=1e-3, lrs=lrs) for rank, lrs in ((None, GRID[1:4]), (64, GRID))])
+    first = runs[runs["seed"] == 0]
+    runs = pd.concat([first.assign(seed=seed, run_id=first["run_id"] + f"-{seed}") for seed in range(8)])
+    for _ in range(5):
+        # Two arms alike but for their number of LRs, each run with noise of its own.
+        loss = 2 + 0.02 * np.log(runs["lr"] / 1e-3) ** 2 + 0.02 * random.standard_normal(len(runs))
+        points = {"step": 2, "split": "train", "metric": "nll", "value": loss}
+        [comparison] = comparisons(runs, pd.DataFrame({"run_id": runs["run_id"]} | points))
+        window = in_window(comparison, 2, 2)
+        gaps.append(window.gap(comparison.lora[64], comparison.fullft).value)
+        by_seed = window.runs.groupby(["method", "seed"])["final_test_nll"].min().groupby("method").mean()
+        lowest.append(by_seed["lora"] - by_seed["fullft"])
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / math.sqrt(5)
+    # The lowest of five noisy losses is lower than that of three.
+    assert np.mean(lowest) < -0.003
+
+
+GRID = (6e-4, 7.7e-4, 1e-3, 1.3e-3, 1.7e-3)
+
+
+def test_runs_in_a_window_of_steps():
+    runs, curves = tables([trained(None, optimum=1e-3), trained(64, optimum=3e-3)])
+    # One run diverges at step 500, and another one is cut off there.
+    late, cut = runs["run_id"].iloc[:2]
+    runs.loc[runs["run_id"] == late, "status"] = "diverged"
+    curves = curves[~curves["run_id"].isin([late, cut]) | (curves["step"] < 500)]
+    [comparison] = comparisons(runs, curves)
+    before, after = (in_window(comparison, *window).runs.set_index("run_id") for window in ((100, 200), (600, 800)))
+    assert (before.loc[late, "status"], after.loc[late, "status"]) == ("done", "diverged")
+    assert cut in before.index
+    assert cut not in after.index
+    points = comparison.points("train", "nll")
+    inside = points[(points["run_id"] == cut) & points["step"].between(100, 200)]
+    assert before.loc[cut, "final_test_nll"] == pytest.approx(inside["value"].mean())
 
 
 STEPS = np.arange(1, 1001)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, random_effects
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, p_of_groups, random_effects
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
 
@@ -109,14 +109,26 @@ def test_mean_variance_and_interval_are_those_of_statsmodels():
     assert ours.share == pytest.approx(theirs.i2)
 
 
-def test_groups_far_apart_are_told_by_their_means_and_one_source_has_no_interval():
-    def chance(*values):
-        groups = [random_effects([value, value + 0.1], [0.1, 0.1]) for value in values]
-        return random_effects([group.mean for group in groups], [group.error for group in groups]).p_alike
+def test_groups_far_apart_are_told_by_welchs_test_and_one_source_has_no_interval():
+    from statsmodels.stats.oneway import anova_oneway
 
-    assert chance(0.0, 3.0) < 1e-6 < 0.3 < chance(0.0, 0.0)
+    # Where the sources have no error of their own, the groups are samples of single values.
+    samples = [[1.2, 0.3, 2.5], [2.9, 3.1], [0.1, 1.9, 0.8, 1.4]]
+    ours = p_of_groups([random_effects(sample, [1e-4] * len(sample)) for sample in samples])
+    assert ours == pytest.approx(anova_oneway(samples, use_var="unequal").pvalue, rel=1e-3)
     single = random_effects([1.0], [0.1])
     assert (single.mean, single.k, math.isnan(single.low)) == (1.0, 1, True)
+
+
+def test_groups_of_two_or_three_sources_that_are_alike_are_seldom_told_apart():
+    # The errors of such means have one or two degrees of freedom; chi-squared gives p < 0.05 in every ninth case.
+    rng, worlds = np.random.default_rng(7), 400
+    told = 0
+    for _ in range(worlds):
+        errors = [rng.uniform(0.1, 0.6, k) for k in (2, 3)]
+        groups = [random_effects(rng.normal(0, np.hypot(error, 0.5)).tolist(), error.tolist()) for error in errors]
+        told += p_of_groups(groups) < 0.05
+    assert told / worlds <= 0.05
 
 
 def test_known_coefficients_are_recovered_from_many_sources():

@@ -1,4 +1,4 @@
-"""Rewards of RL as losses, health of runs, ranges of good LRs, flat tops and curves at the optimum."""
+"""Rewards of RL as losses, health of runs, what a missed LR costs, flat tops and curves at the optimum."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import (
     beyond_controls,
+    cost_of_a_miss,
     flat_top,
-    good_range,
     is_sick,
     leads,
+    missing_lrs,
     reward_curves,
     sampler_mismatch,
     with_error_rates,
@@ -31,13 +32,13 @@ from ..handmade.sft import tables
 LRS = [10**-4, 10**-3.5, 10**-3, 10**-2.5, 10**-2]  # half a decade apart
 
 
-def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None) -> Comparison:
-    """Make FullFT with the given accuracies by LR, with noise in each of its seeds."""
+def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None, lrs=LRS) -> Comparison:
+    """Make FullFT with the given accuracies by LR, with noise in each of its seeds, which may differ by LR."""
     rng, rows = np.random.default_rng(0), []
-    for lr, accuracy in zip(LRS, accuracies, strict=True):
+    for lr, accuracy, sd in zip(lrs, accuracies, np.broadcast_to(noise, len(lrs)), strict=True):
         status = (statuses or {}).get(lr, "done")
         for seed in range(seeds):
-            reward = accuracy + noise * rng.standard_normal() if status == "done" else math.nan
+            reward = accuracy + sd * rng.standard_normal() if status == "done" else math.nan
             rows.append({"run_id": f"{lr:g}-{seed}", "lr": lr, "seed": seed, "status": status, "final_reward": reward})
     about = {"task": "rl", "model": "m", "dataset": "d", "method": "fullft", "placement": None, "batch_size": 8}
     runs = pd.DataFrame(rows).assign(**about, steps=10, final_valid_reward=lambda table: table["final_reward"])
@@ -45,11 +46,6 @@ def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None) -> Comp
     examples = ExampleLosses.of(pd.DataFrame() if losses is None else losses(runs))
     [comparison] = comparisons(with_arm_columns(with_error_rates(runs)), pd.DataFrame(), Judging(examples=examples))
     return comparison
-
-
-def measured(*args, **settings):
-    comparison = compared(*args, **settings)
-    return good_range(comparison, comparison.arms[0])
 
 
 def test_error_rates_are_losses_of_rl_runs_alone():
@@ -72,32 +68,56 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     assert with_error_rates(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
 
 
-def test_steps_of_the_grid_in_which_a_range_ends_count_half():
-    good = measured([0.2, 0.8, 0.8, 0.8, 0.2], noise=1e-4)
-    assert (good.width.value, good.open) == (pytest.approx(1.5), False)
-    assert (good.lr_low, good.lr_high, *good.between) == pytest.approx((LRS[1], LRS[3], 10**-3.75, 10**-2.25))
-    # The range may end anywhere in these two steps: the sum of two uniform numbers lies within 0.22 to 1.78 of 2.
-    assert good.width.interval() == pytest.approx((1 + 0.11, 1 + 0.89), abs=0.03)
-    assert good.width.example_part is None
-    # One bad LR does not cut off those beyond.
-    apart = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
-    assert (apart.width.value, apart.lr_low, apart.lr_high) == pytest.approx((1, LRS[1], LRS[3]))
-    # Without noise there is no interval.
-    single = measured([0.2, 0.7, 0.8, 0.7, 0.2], seeds=1, noise=0.01)
-    assert (single.width.value, single.width.known) == (pytest.approx(0.5), False)
+def cost_of(*args, **settings):
+    comparison = compared(*args, **settings)
+    return cost_of_a_miss(comparison, comparison.arms[0])
 
 
-def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
-    good = measured([0.2, 0.7, 0.8, 0.79, 0.79], noise=1e-3)
-    assert (good.open_low, good.open_high) == (False, True)
-    # The last accuracy is below the threshold of 0.76, but the noise may hide that it is good.
-    assert measured([0.2, 0.7, 0.8, 0.79, 0.75], noise=0.02).open_high
-    # A diverged run has no reward.
-    bounded = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
-    assert (bounded.width.value, bounded.open) == (pytest.approx(1.5), False)
+@pytest.mark.parametrize("step", [1 / 3, 1 / 2])
+@pytest.mark.parametrize("offset", [0.0, 0.25, 0.5])
+def test_the_cost_of_a_miss_on_a_parabola_is_that_of_its_means_wherever_the_lrs_lie(step, offset):
+    distance = math.log(10) * step * (np.arange(-3, 4) + offset)
+    lrs = np.exp(distance) * 1e-3
+    estimate = cost_of(np.maximum(0.8 - 0.05 * distance**2, 0.1), noise=1e-4, lrs=lrs).value
+    # The means of the squared distance in ln LR up to a quarter of a decade, and from there to half a decade.
+    near, far = (math.log(10) ** 2 * (b**3 - a**3) / (b - a) / 3 for a, b in ((0, 0.25), (0.25, 0.5)))
+    assert estimate == pytest.approx(1 - (0.8 - 0.05 * far) / (0.8 - 0.05 * near), rel=0.1)
 
 
-def test_test_problems_are_resampled_for_the_range():
+THIRDS = [10 ** (-3 + k / 3) for k in (-2, -1, 0, 1, 2)]  # a third of a decade apart
+PEAK = [0.6, 0.75, 0.8, 0.75, 0.6]
+NEAR_PEAK = 0.8 * 5 / 8 + 0.75 * 3 / 8  # the mean up to a quarter of a decade from the third LR
+LAST = 1 / 12 / NEAR_PEAK  # the cost of losing the whole accuracy at the last LR
+
+
+def test_a_breakdown_costs_what_it_loses_and_a_run_without_an_accuracy_all():
+    last = {THIRDS[4]: "diverged"}
+    whole, broken, lost = (
+        cost_of([*PEAK[:4], accuracy], noise=1e-5, statuses=statuses, lrs=THIRDS).value
+        for accuracy, statuses in ((0.6, None), (0.3, None), (0.3, last))
+    )
+    assert (broken - whole, lost - whole) == pytest.approx((0.3 * LAST, 0.6 * LAST), rel=0.01)
+    # A run whose policy collapsed has no loss, but an accuracy.
+    comparison = compared([*PEAK[:4], 0.3], noise=1e-5, lrs=THIRDS)
+    runs, sick = comparison.runs, comparison.runs["lr"] == THIRDS[4]
+    runs = runs.assign(status=runs["status"].mask(sick, "diverged"), test_loss=runs["test_loss"].mask(sick))
+    with_sick = Comparison(comparison.label, runs, comparison.curves, comparison.judging)
+    assert cost_of_a_miss(with_sick, with_sick.arms[0]).value == pytest.approx(broken, rel=1e-3)
+
+
+def test_the_error_of_a_cost_is_that_of_the_lr_that_is_noisy():
+    deviation = 0.05 * np.random.default_rng(0).standard_normal(15)[12:].std(ddof=1)
+    low, high = cost_of(PEAK, noise=[1e-6, 1e-6, 1e-6, 1e-6, 0.05], lrs=THIRDS).interval()
+    # t with 2 degrees of freedom
+    assert (high - low) / 2 == pytest.approx(4.303 * LAST * deviation / math.sqrt(3), rel=0.03)
+    # With equal noise everywhere there are more degrees of freedom, and without repeated runs no error is known.
+    equal, single = (cost_of(PEAK, noise=0.01, seeds=seeds, lrs=THIRDS) for seeds in (8, 1))
+    low, high = equal.interval()
+    assert (high - low) / 2 < 2.6 * equal.seed_error, "t with 7 degrees of freedom: 2.2 times the error"
+    assert not single.known
+
+
+def test_test_problems_are_resampled_for_the_cost():
     def losses(own):
         rng = np.random.default_rng(1)
 
@@ -110,10 +130,21 @@ def test_test_problems_are_resampled_for_the_range():
         return table
 
     accuracies = [0.2, 0.79, 0.8, 0.79, 0.2]
-    same, own = (measured(accuracies, noise=1e-3, losses=losses(own)).width for own in (False, True))
-    assert (same.n_examples, same.value) == (100, pytest.approx(1.5))
-    # Where all runs solve the same problems, another draw of problems moves all of them alike.
-    assert float(np.std(same.example_part)) < 0.5 * float(np.std(own.example_part))
+    same, own = (cost_of(accuracies, noise=1e-3, losses=losses(own)) for own in (False, True))
+    assert (same.n_examples, same.value) == (100, pytest.approx(own.value))
+    # Problems that one run solves by chance are part of the noise between seeds already.
+    assert float(np.std(same.example_part)) < 0.02
+    assert float(np.std(own.example_part)) < 0.02
+
+
+def test_the_lrs_that_a_cost_lacks_are_named():
+    def lacking(*accuracies, lrs):
+        comparison = compared(accuracies, lrs=lrs, noise=1e-5)
+        return missing_lrs(comparison, comparison.arms[0])
+
+    assert lacking(*PEAK[1:4], lrs=THIRDS[1:4]) == [], "a third of a decade to both sides is enough"
+    assert lacking(0.79, 0.8, 0.79, lrs=[9e-4, 1e-3, 1.1e-3]) == pytest.approx([10**-3.5, 10**-2.5], rel=0.1)
+    assert lacking(0.1, 0.75, 0.8, 0.75, lrs=[1e-5, 5e-4, 1e-3, 2e-3]) == pytest.approx([(1e-5 * 5e-4) ** 0.5])
 
 
 def test_lrs_with_one_accuracy_are_a_flat_top():

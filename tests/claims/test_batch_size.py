@@ -60,8 +60,8 @@ def test_every_claim_is_confirmed_where_all_hold():
     assert confirmed.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8], **tolerance)
     assert confirmed.loc["D3", "estimate"] == pytest.approx(0.0, **tolerance)
     assert confirmed.loc["D4", "estimate"] == pytest.approx(FULLFT[128] - FULLFT[8], **tolerance)
-    # The fall from halfway to the end at batch 8 is the smallest of what must be above 0.
-    assert confirmed.loc["D2", "estimate"] == pytest.approx(GAP[128] - GAP[128] * HALFWAY[128] / 2, **tolerance)
+    grows = {size: GAP[size] * (1 - HALFWAY[size]) for size in GAP}
+    assert confirmed.loc["D2", "estimate"] == pytest.approx(grows[128] - grows[8], **tolerance)
     assert confirmed.loc[["D1", "D4"], "margin_low"].tolist() == pytest.approx([MARGIN, MARGIN], abs=3e-4)
     assert confirmed.loc["D1", "margin_rule"].endswith("2% of the gain from the base to FullFT (0.892 nats) at batch 8")
     assert confirmed.loc["D1", "n_runs"] == 3 * 3 * (len(LRS) + 2)
@@ -73,7 +73,7 @@ def test_every_claim_is_confirmed_where_all_hold():
         ("D1", {"rank_gap": {(64, 128): -0.11}}),  # one rank is enough
         ("D2", {"halfway": {128: 3.0}}),
         ("D2", {"halfway": {8: 1.0}}),
-        ("D3", {"rank_gap": {(64, 32): 0.05}}),
+        ("D3", {"rank_gap": {(64, 128): 0.05}}),
         ("D4", {"fullft": {128: 1.9}}),
     ],
 )
@@ -122,6 +122,33 @@ def test_rank_1_is_left_out_and_large_batches_are_a_condition():
     assert claims["verdict"].tolist() == ["setting not met"] * 4
     assert claims["missing"].str.contains("here 8 to 32, with 128 steps at 32", regex=False).all()
     assert claims.loc["D1", "estimate"] == pytest.approx(GAP[32] - GAP[8], abs=4 * NOISE)
+
+
+def test_a_rank_that_is_worse_at_every_batch_size_is_no_effect_of_the_batch_size():
+    lacking = {(4, size): 0.1 for size in GAP}
+    row = judged("D3", *world(rank_gap=lacking))
+    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(0.0, abs=4 * NOISE))
+    assert "LoRA r64 - LoRA r4" in row["reason"]
+    # Where two ranks are high, low ones are not judged, which may lack more where more is learned.
+    three = world(ranks=(4, 16, 64), rank_gap={(4, 8): 0.3})
+    claims = judged(IDS, *three)
+    assert set(claims["verdict"]) == {"confirmed"}
+    assert "LoRA r64 - LoRA r16" in claims.loc["D3", "reason"]
+    assert not claims["reason"].str.contains("LoRA r4 ").any()
+
+
+def test_what_a_seed_does_to_the_change_of_the_gap_at_all_batch_sizes_cancels():
+    runs, curves = world()
+    at = curves.merge(runs[["run_id", "method", "seed", "batch_size", "steps"]], on="run_id")
+    ends = ((at["method"] == "lora") & (at["step"] > at["steps"] * 3 / 4)).to_numpy(float)
+
+    def width(*names):
+        """Return the width of D2's interval if the gap at the end varies by the seed and by further columns."""
+        keys = at[list(names)].astype(str).agg(" ".join, axis=1)
+        row = judged("D2", runs, curves.assign(value=curves["value"] + ends * keys.map(lambda key: jitter(key, 0.02))))
+        return row["ci_high"] - row["ci_low"]
+
+    assert width("seed") < 0.2 * width("seed", "batch_size")
 
 
 def test_missing_curves_and_arms():

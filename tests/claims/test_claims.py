@@ -80,7 +80,7 @@ def test_only_runs_of_the_claims_experiment_are_read():
     runs, curves = world()
     runs["experiments"] = [np.array(["rank", "early"], dtype=object)] * len(runs)
     other, other_curves = world({64: {"floor": 3.0}})
-    other = other.assign(run_id=other["run_id"] + "x", experiments="short_run other")
+    other = other.assign(run_id=other["run_id"] + "x", experiments="early other")
     assert set(judged(IDS, pd.concat([runs, other]), curves)["verdict"]) == {"confirmed"}
     assert set(judged(IDS, other, other_curves)["verdict"]) == {"not tested"}
 

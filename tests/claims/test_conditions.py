@@ -59,6 +59,8 @@ def test_conditions_say_what_there_is_instead():
     assert large_batches.instead(evidence()) == "8 to 32, with 12 steps at 32"
     assert large_batches.instead(evidence(RUNS.assign(batch_size=[2, 32, 32]))) == "2 to 32, with 12 steps at 32"
     assert large_batches.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
+    small = RUNS.assign(batch_size=[1, 16, 16], steps=19)
+    assert large_batches.instead(evidence(small)) == "1 to 16, with 19 steps at 16"
     # Text is natural unless all of it is known to be generated.
     assert scope.natural_text.instead(evidence()) == "text that a program generated"
     assert scope.natural_text.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
@@ -141,7 +143,7 @@ def test_presets_meet_the_conditions_that_claims_say_they_meet():
         preset = load_preset(name)
         table = pd.DataFrame(make_plan(preset).rows())
         planned[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])
-    kinds = ("runs of", "batch sizes", "sweeps of", "natural text")
+    kinds = ("runs of", "batch sizes", "sweeps of", "natural text", "LoRA ranks")
     for claim in CLAIMS:
         for condition in claim.conditions:
             if not condition.text.startswith(kinds):

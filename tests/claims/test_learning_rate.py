@@ -46,10 +46,11 @@ def ranks(optima, fullft=1e-4, sigma=1e-4, seeds=SEEDS, **settings):
     [
         ("B1", {1: 5e-4, 4: 1e-3, 64: 1e-3}, "confirmed", 10),
         ("B1", {4: 1e-3, 64: 4e-4}, "contradicted", 4),
-        ("B3", {1: 1e-4, 4: 1e-3, 16: 2e-3, 64: 1.5e-3}, "confirmed", 1.5),
+        ("B3", {1: 1e-4, 4: 1e-3, 16: 2e-3, 64: 1.3e-3}, "confirmed", 1.3),
         ("B3", {4: 1e-3, 16: 1e-3, 64: 4e-4}, "contradicted", 0.4),
-        ("B4", {1: 5e-4, 4: 1e-4, 16: 1e-3, 64: 2e-3}, "confirmed", 2),
-        ("B4", {1: 5e-4, 16: 1e-3, 64: 6e-4}, "right sign, below the margin", 1.2),
+        ("B4", {1: 5e-4, 4: 1e-4, 16: 1e-3, 64: 2.25e-3}, "confirmed", 3),
+        ("B4", {1: 5e-4, 16: 5e-4, 64: 6.05e-4}, "right sign, below the margin", 1.1),
+        ("B4", {1: 5e-4, 16: 5e-4, 64: 3.2e-4}, "contradicted", 0.8),
     ],
 )
 def test_ratios_of_optima(claim, optima, verdict, estimate):
@@ -76,7 +77,48 @@ def test_what_leaves_a_ratio_open():
     verdict_is(judged("B4", runs, curves), "inconclusive")
     verdict_is(judged("B1", runs[runs["method"] == "lora"], curves), "inconclusive")
     verdict_is(judged("B3", runs[runs["method"] == "fullft"], curves), "not tested")
-    verdict_is(judged("B3", runs[runs["rank"].fillna(4) < 64], curves), "inconclusive")
+    verdict_is(judged("B3", runs[runs["rank"].fillna(4) < 64], curves), "setting not met", "fewer than two LoRA ranks")
+
+
+def together(*worlds):
+    """Put the tables of several worlds together."""
+    return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*worlds, strict=True))
+
+
+def test_the_ratio_of_ten_is_about_runs_of_more_than_100_steps():
+    short, long = ranks({64: 4e-4}, steps=50), ranks({64: 1e-3}, steps=500)
+    row = judged("B1", *short)
+    assert (row["verdict"], row["estimate"]) == ("setting not met", pytest.approx(4, rel=0.01))
+    assert row["missing"].startswith("runs of more than 100 steps (here at most 50 steps; the preset laptop_more, ")
+    for tables_of in (long, together(short, long)):
+        row = judged("B1", *tables_of)
+        assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(10, rel=0.01))
+    # Random facts are learned by heart in thousands of steps, and have an optimal LR of their own.
+    facts = ranks({64: 2e-4}, dataset="facts", steps=2000, entropy_bits=100.0)
+    assert judged("B1", *together(long, facts))["verdict"] == "confirmed"
+    assert judged("B1", *together(short, facts))["verdict"] == "setting not met"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ratio", "verdict"),
+    [
+        (4, 512, 1.7, "confirmed"),
+        (4, 64, 1.7, "contradicted"),
+        (16, 256, 1.3, "confirmed"),
+        (16, 64, 1.0, "setting not met"),
+    ],
+)
+def test_the_factor_of_two_is_scaled_to_the_span_of_the_ranks(low, high, ratio, verdict):
+    row = judged("B3", *ranks({1: 1e-4, low: 1e-3, high: ratio * 1e-3}))
+    assert row["verdict"] == verdict
+    assert row["margin_high"] == pytest.approx(2 ** (math.log2(high / low) / 7))
+
+
+def test_ranks_over_a_narrow_span_do_not_decide_beside_those_over_a_wide_one():
+    wide, narrow = ranks({4: 1e-3, 64: 1.2e-3}), ranks({16: 1e-3, 64: 3e-3}, dataset="worked")
+    row = judged("B3", *together(wide, narrow))
+    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(1.2, rel=0.01))
+    assert judged("B3", *narrow)["missing"].startswith("LoRA ranks from 4 up over a factor of 16 (here a factor of 4;")
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -285,6 +327,22 @@ def test_the_errors_of_two_lengths_of_the_same_runs_cancel():
     apart = judged("B9", *lengths({50: 10, 1000: 10}, sigma=0.01))
     assert shared["estimate"] == pytest.approx(1, abs=0.01)
     assert width(shared) < 0.3 * width(apart)
+
+
+def test_short_runs_of_their_own_are_judged_by_fifteen():
+    row = judged("B9", *ranks({64: 1.5e-3}, steps=50))
+    verdict_is(row, "inconclusive", "50 steps, optimal LR LoRA r64 / FullFT = 15.0", "no runs of 1,000 steps or more")
+    assert row["would_decide"] == "runs of 1,000 steps"
+    # What is far off contradicts, whatever longer runs have.
+    short = ranks({64: 4e-4}, steps=50)
+    assert (judged("B9", *short)["verdict"], judged("B9", *short)["estimate"]) == (
+        "contradicted",
+        pytest.approx(4, 0.01),
+    )
+    assert judged("B9", *together(short, lengths()))["verdict"] == "contradicted"
+    assert judged("B9", *together(ranks({64: 1.5e-3}, steps=100), lengths()))["verdict"] == "confirmed"
+    for steps in (25, 400):
+        verdict_is(judged("B9", *ranks({64: 4e-4}, steps=steps)), "not tested", "no runs of 50 to 100 steps")
 
 
 def test_one_short_length_is_enough_and_none_is_not_tested():

@@ -79,8 +79,12 @@ def test_every_claim_on_runs_is_confirmed_where_all_hold():
     estimates = confirmed["estimate"]
     assert estimates["B10"] == pytest.approx(10, rel=0.2)
     assert estimates["F1"] == pytest.approx(0, abs=0.005)
-    # Good LRs are those within a factor of exp(sqrt(0.04 / curvature)), in half-decade steps.
-    assert estimates["F2"] == pytest.approx(4 / math.log(10) - 2 * math.sqrt(0.4) / math.log(10), abs=0.25)
+    # A miss costs the difference of the mean squared distances in ln LR, 0.77 - 0.11, times the curvature.
+    costs = [curvature * 0.663 / (0.8 - 0.11 * curvature) for curvature in (0.1, 0.01)]
+    assert estimates["F2"] == pytest.approx(costs[0] - costs[1], abs=0.008)
+    assert confirmed.loc["F2", "margin_low"] == pytest.approx(0.05)
+    assert "measured at the LRs 0.001 and 0.0001: " in confirmed.loc["F1", "reason"]
+    assert ", 4 paired seeds" in confirmed.loc["F1", "reason"]
     assert estimates[["F3", "F4", "F7"]].tolist() == [pytest.approx(0, abs=0.01), pytest.approx(0, abs=0.01), 0]
     # 300 tokens of 0.7 nats, over at most 1 bit.
     assert estimates["F9"] == pytest.approx(305 * 0.7 / math.log(2), rel=0.02)
@@ -144,11 +148,11 @@ def test_a_better_rank_1_and_problems_that_only_one_arm_solves():
     assert (row["ci_high"] - row["ci_low"]) / 2 == pytest.approx(1.96 * math.sqrt(0.4 / 100), rel=0.1)
 
 
-def test_the_remedy_of_an_open_range_is_lrs_where_it_ends():
-    claim = judged("F2", *world({RANK_1: {"curvature": 0.05}, RANK_8: {"curvature": 0.05}}))
-    verdict_is(claim, "inconclusive")
-    assert claim["would_decide"].startswith("LRs where the ranges end")
-    assert any(text.startswith("FullFT=5") for text in claim["decide_lrs"])
+def test_a_grid_that_ends_too_near_to_the_optimum_leaves_the_cost_of_a_miss_open():
+    near = (1e-5, 3e-5, 1e-4, 1.2e-4, 1.3e-4, 1.4e-4)
+    claim = judged("F2", *world({FULLFT: {"lrs": near}}))
+    verdict_is(claim, "inconclusive", "FullFT: no LR near 0.0003")
+    assert claim["decide_lrs"][0].startswith("FullFT=0.0003")
 
 
 @pytest.mark.parametrize("tied", [(1e-4, 3e-4), (3e-5, 1e-4, 3e-4)])
@@ -164,7 +168,7 @@ def test_a_flat_top_has_no_optimal_lr(tied):
 
 def test_an_optimum_between_two_breakdowns_is_not_known():
     claim = judged("B10", *world({FULLFT: {"curvature": 0.4}}))
-    verdict_is(claim, "inconclusive", "breaks down at both LRs beside 0.0001")
+    verdict_is(claim, "inconclusive", "breaks down at both neighbours of the LR 0.0001")
     assert claim["decide_lrs"] == ["FullFT=5.48e-05", "FullFT=0.000173"]
 
 

@@ -9,9 +9,17 @@ import pytest
 from safetensors import safe_open
 
 from lorabench.config.inputs import ChatDataset, TinyModel
-from lorabench.data import sft
+from lorabench.data import sft, tokens
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
-from lorabench.data.tokens import Limits, cache_key, count_left_out, encode_chat, read_tokens, write_tokens
+from lorabench.data.tokens import (
+    Limits,
+    cache_key,
+    count_left_out,
+    encode_chat,
+    left_out_of_test,
+    read_tokens,
+    write_tokens,
+)
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 
@@ -122,6 +130,20 @@ def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, mo
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
         write_tokens(path, tokenizer, tmp_path / "short", Limits(8), processes=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "data.parquet"]
+
+
+def test_test_examples_that_are_left_out_are_named(tokenizer, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
+    rows, path = dataset
+    lengths = [len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] == "test"]
+    limit = sorted(lengths)[1]
+    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512, limit))
+    left_out = left_out_of_test(tmp_path / "cache")
+    assert left_out == {number for number, length in enumerate(lengths) if length > limit} != set()
+    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
+    assert kept.tolist() == [length for number, length in enumerate(lengths) if number not in left_out]
+    write_tokens(path, tokenizer, tmp_path / "all", Limits(512))
+    assert left_out_of_test(tmp_path / "all") == set()
 
 
 def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from lorabench.claims.rules_hash import rules_sha256
+from lorabench.cli.commands import app
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report import freeze as freezing
 from lorabench.report.freeze import came_out_again, check_kept, freeze, read_frozen, summary_of, write_frozen
 from lorabench.runs import finished_losses
+from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
 
 from ..handmade import claims_table, make_claim, make_run, runs_table
@@ -90,6 +93,19 @@ def test_what_is_frozen_says_seeds_data_and_expected_verdicts(kept: SimpleNamesp
     kept.path.write_text("preset: mine\nmargin: 1\n")
     with pytest.raises(UserError, match="mine.yaml is not as `lorabench freeze` writes it: date: field required"):
         read_frozen(kept.path)
+
+
+def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNamespace):
+    def command(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["freeze", *arguments]).output.replace("\n", " ")
+
+    assert "there are no verdicts of the preset mine in results/mine/tables" in command(kept.preset)
+    write_frame(kept.claims, "claims", Layout.of(kept.preset).tables())
+    assert f"run: lorabench run {kept.preset}@200" in command(kept.preset, "--first-seed", "200")
+    assert read_frozen(kept.path).seeds == [200, 201]
+    command(f"{kept.preset}@300", "--out", "other.yaml")
+    assert read_frozen(Path("other.yaml")).preset == f"{kept.preset}@300"
+    assert "has the first seed 0, which was explored" in command(f"{kept.preset}@0")
 
 
 def test_runs_that_came_after_the_freeze_and_kept_to_it_pass(kept: SimpleNamespace):

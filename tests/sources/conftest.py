@@ -16,7 +16,7 @@ COLUMNS = "run_id,model,dataset,task,method,rank,placement,batch_size,steps,stat
 def row(method: str, lr: float, loss: float, seed: int = 0) -> str:
     """Return a finished run as a row of COLUMNS."""
     rank = 8 if method == "lora" else ""
-    return f"{method}-{lr}-{seed},m,d,sft,{method},{rank},all,8,100,done,{lr},{seed},{loss}"
+    return f"{method}-{lr}-{seed},m,d,sft,{method},{rank},all,8,200,done,{lr},{seed},{loss}"
 
 
 ROWS = [row(method, lr, loss) for method, lrs in (("fullft", (1e-5, 2e-5, 4e-5)), ("lora", (1e-4, 2e-4, 4e-4)))

@@ -23,7 +23,7 @@ def test_the_optimum_of_a_grid(source):
     assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
     assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
     assert fullft.error == pytest.approx(math.log(2) / math.sqrt(12))
-    assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 100, True, 8)
+    assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 200, True, 8)
     assert fullft.losses == (2.1, 2.0, 2.2)
     # For pooling, the LR of LoRA is stated at alpha 32.
     assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))

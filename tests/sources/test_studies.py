@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
-from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
+from lorabench.sources.measurements import matrix, measurement_table, range_text, read_own, share_text, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
 from lorabench.utils.files import REFERENCE
 
@@ -83,6 +84,23 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     assert at.loc[("B1", "0.6B"), "others"] == "nayyirahsan: inconclusive"
     assert at.loc[("F1", "70B"), "verdict"] == "not tested"
     assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
+
+
+def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_without_the_setting(claims):
+    own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
+    b3 = own[own["claim_id"] == "B3"].assign(verdict="confirmed", estimate=1.1, n_hold=1, n_parts=1)
+    several = [
+        b3.assign(origin="more", n_hold=1, n_parts=2, part_low=0.8, part_high=1.3, verdict="contradicted"),
+        b3.assign(part_low=1.1, part_high=1.1),
+        b3.assign(origin="other", verdict="setting not met", n_hold=0, n_parts=0, part_low=np.nan, part_high=np.nan),
+    ]
+    [cell] = matrix(claims.iloc[:0], several).to_dict("records")
+    assert (cell["verdict"], cell["origin"]) == ("contradicted", "more")
+    assert (share_text(cell), range_text(cell)) == ("2 of 3 hold", "0.800 to 1.30")
+    [cell] = matrix(claims.iloc[:0], several[2:]).to_dict("records")
+    assert (cell["estimate"], share_text(cell), range_text(cell)) == (1.1, "", "")
+    [cell] = matrix(claims.iloc[:0], several[1:2]).to_dict("records")
+    assert (share_text(cell), range_text(cell)) == ("", "1.10")
 
 
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):

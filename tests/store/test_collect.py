@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.config.inputs import GgufModel, HubModel, TinyModel
 from lorabench.config.loading import load_preset
+from lorabench.data.sft import build_dataset, read_dataset
+from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store.collect import base_kind, collect, write_job
 from lorabench.store.io import read_table
+from lorabench.store.layout import Layout
 from lorabench.store.schemas import RUNS
 
 from ..handmade import make_run
@@ -27,6 +33,33 @@ def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
     assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", "constant", "alpha/r", True]
     assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", "constant", None]
     assert read_table(tmp_path / "tables", "test_losses")["loss"].tolist() == [2.5, 2.5]
+
+
+def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("overnight")
+    plan = make_plan(layout.preset)
+    paths = []
+    for dataset, n in {"docstrings": 192, "sums": 400}.items():
+        job = next(job for job in plan.jobs if job.sweeps[0].condition.dataset == dataset)
+        condition = job.sweeps[0].condition
+        run = make_run(None, 1e-3, model=condition.model, dataset=dataset)
+        losses = [{"loss": float(number), "tokens": 4} for number in range(n)]
+        paths.append(tmp_path / f"{job.job_id}.parquet")
+        # A run from before test losses were kept has none.
+        both = {"test_losses": losses, "run_id": dataset}, {"test_losses": None, "run_id": f"older {dataset}"}
+        write_job([dict.fromkeys(RUNS.names) | run | {"curve": []} | own for own in both], paths[-1])
+    with pytest.raises(UserError, match="docstrings.*parquet is missing"):
+        collect(paths, tmp_path / "tables", plan, layout)
+    build_dataset(layout.preset.datasets["docstrings"], layout.dataset("docstrings"))
+    collect(paths, tmp_path / "tables", plan, layout)
+    table = read_table(tmp_path / "tables", "test_losses").set_index("run_id")
+    assert table.loc["sums", "group"].isna().all()
+    packages = [row["source"] for row in read_dataset(layout.dataset("docstrings")) if row["split"] == "test"]
+    assert table.loc["docstrings", "group"].tolist() == packages
+    assert table.loc["docstrings", "loss"].tolist() == list(range(192))
+    assert ExampleLosses.of(table.reset_index()).influences(["docstrings"]).shape == (1, 6)
+    assert ExampleLosses.of(table.reset_index()).influences(["sums"]).shape == (1, 400)
 
 
 def test_a_models_name_says_whether_it_is_a_base():

@@ -173,6 +173,8 @@ def test_arms_of_one_seed_see_the_same_batches_and_seeds_differ():
     assert np.array_equal(order, data_order(64, 16, 4, seed=0))
     assert not np.array_equal(order, data_order(64, 16, 4, seed=1))
     assert sorted(order.flatten()) == list(range(64))
+    # A seed gives the same order of examples at every batch size.
+    assert np.array_equal(order.flatten(), data_order(64, 4, 16, seed=0).flatten())
     two_epochs = data_order(64, 32, 4, seed=0)
     assert np.array_equal(two_epochs[:16], order)
     assert sorted(two_epochs[16:].flatten()) == list(range(64))
