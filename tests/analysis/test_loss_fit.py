@@ -199,6 +199,22 @@ def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(at
         assert (problem.remedy.lrs, problem.remedy.seeds) == ((("FullFT", pytest.approx(added)),), None)
 
 
+@pytest.mark.parametrize("steep", [False, True])
+def test_a_minimum_far_below_all_runs_is_flagged(steep):
+    """A loss that is flat and then rises seems to have a minimum below all runs; an optimum between LRs is none."""
+    random, rows = np.random.default_rng(2), []
+    for label, step, seed in product(("FullFT", "LoRA r64"), range(-2, 3), range(3)):
+        x = step * math.log(2.4)
+        rise = CURVATURE * (x - 0.4) ** 2
+        if steep and label == "FullFT":
+            rise = (0.6 if step > 0 else 0.005) * x**2
+        rows.append(row(label, 2.4**step, seed, 2.5 + rise + random.normal(0, 0.001)))
+    (comparison,) = comparisons(pd.DataFrame(rows), pd.DataFrame())
+    problems = comparison.problems(comparison.arms)
+    assert [problem.text.split(":")[0] for problem in problems] == ["FullFT"] * steep
+    assert all("no LR has less than" in problem.text and problem.remedy.lrs for problem in problems)
+
+
 def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     runs = world(seeds=1)
     alone = fit_losses(runs)
