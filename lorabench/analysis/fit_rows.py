@@ -105,7 +105,8 @@ def arm_grid(runs: np.ndarray) -> ArmGrid | None:
         by_seed = np.full((len(seeds), len(lrs)), math.nan)
         by_seed[row, np.searchsorted(lrs, counted["lr"])] = losses
         means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
-        return lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+        best: int = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+        return best
 
     # A table with one evaluation set has one of the two losses.
     both = np.array([counted["validation_loss"], counted["test_loss"]])

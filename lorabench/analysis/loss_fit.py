@@ -236,6 +236,7 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
     free = _with_free_curvatures(rows, bends, first) if noise is None else None
     noisy = free if free and free.variance > 0 else first
     places = {label: [*places[label][:2], 2 * arms + number] for number, label in enumerate(labels)}
+    fitted, used = first, bends
     for _ in range(2):
         design = rows.design([[label] for label in labels], bends)
         # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
@@ -244,13 +245,13 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
         solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
         if solution is None:
             return None
-        used = bends
+        fitted, used = solution, bends
         sizes = {label: float(solution.coefficients[own[2]]) / curvature for label, own in places.items()}
         # The arms differ in curvature, and have one asymmetry in proportion to it.
         bends = {label: Bend(bend.centre, max(sizes[label], LEAST_SIZE)) for label, bend in used.items()}
     for own in places.values():
         own.append(design.shape[1] - 1)
-    return replace(solution, variance=noisy.variance, dof=noisy.dof), places, used
+    return replace(fitted, variance=noisy.variance, dof=noisy.dof), places, used
 
 
 def _with_free_curvatures(rows: FitRows, bends: Mapping[str, Bend], first: Solution) -> Solution | None:
