@@ -62,15 +62,22 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
             their weights (see `runs_at_optimum`).
         points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
     """
-    runs = runs.reindex(columns=["run_id", "seed", "weight"]).astype({"seed": int, "weight": float})
-    rows = runs.fillna({"weight": 1.0}).merge(points, on="run_id")
-    if rows.empty:
+    seeds, seed = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
+    weights = runs["weight"].astype(float).fillna(1.0).to_numpy() if "weight" in runs else np.ones(len(runs))
+    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"])
+    own = points[run >= 0]
+    if own.empty:
         return pd.DataFrame(index=pd.Index([], dtype=int))
-    values = rows["value"].astype(float) * rows["weight"]
-    by_cell = values.groupby([rows["step"].astype(int), rows["seed"]])
+    run = run[run >= 0]
+    steps, step = np.unique(own["step"].to_numpy(int), return_inverse=True)
+    # Merging, grouping and unstacking tables as small as these takes several times as long.
+    values, counts = np.zeros((2, len(steps), len(seeds)))
+    np.add.at(values, (step, seed[run]), own["value"].to_numpy(float) * weights[run])
+    np.add.at(counts, (step, seed[run]), 1)
     # A sum that lacks one of its runs at a step is no value of the arm.
-    whole = by_cell.sum().where(by_cell.size().eq(runs.groupby("seed").size(), level="seed"))
-    return whole.unstack("seed").dropna(how="all").dropna(how="all", axis="columns")
+    whole = np.where(counts == np.bincount(seed), values, math.nan)
+    index, columns = pd.Index(steps, name="step"), pd.Index(seeds, name="seed")
+    return pd.DataFrame(whole, index, columns).dropna(how="all").dropna(how="all", axis="columns")
 
 
 def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:

@@ -111,10 +111,10 @@ class Within:
 class Above:
     """The claim that a number is above 0 by at least a margin; its methods are those of `Within`.
 
-    It is confirmed if the estimate is at or above the margin and the one-sided 95% interval lies above half of it. It
-    is contradicted if the one-sided 95% interval lies below the margin, so that there is no effect of the least size
-    that matters; if then the two-sided one lies above 0, the sign is right. With a margin of 0 both are decided by the
-    two-sided interval.
+    It is confirmed if the estimate is at or above the margin, the two-sided 95% interval lies above 0, and the
+    one-sided one above half of the margin. It is contradicted if the one-sided 95% interval lies below the margin, so
+    that there is no effect of the least size that matters; if then the two-sided one lies above 0, the sign is right.
+    With a margin of 0 both are decided by the two-sided interval.
     """
 
     margin: float
@@ -128,8 +128,10 @@ class Above:
         return 1 if self.margin > 0 else 2
 
     def confirmed(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        low, _ = estimate.interval(1 - 2 * LEVEL / self._sides)
-        return np.asarray((low + shifts > self.margin / 2) & (estimate.value + shifts >= self.margin))
+        # With few degrees of freedom the two-sided interval is the stricter one where the estimate is large.
+        low, lowest = estimate.interval(1 - 2 * LEVEL)[0], estimate.interval(1 - LEVEL)[0]
+        limit = max(self.margin - estimate.value, self.margin / 2 - low if self.margin > 0 else -math.inf)
+        return np.asarray((shifts >= limit) & (lowest + shifts > 0))
 
     def against(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
         above = 1 - _share_below(estimate, self.margin - shifts, "left")
@@ -142,8 +144,11 @@ class Above:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value
 
     def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
-        confirms, contradicts = (stdtrit(dof, 1 - LEVEL / self._sides / k) for k in (1, tests))
-        least = max(self.margin, self.margin / 2 + float(confirms) * error)
+        one_sided, two_sided, contradicts = (
+            float(stdtrit(dof, 1 - level)) for level in (LEVEL, LEVEL / 2, LEVEL / self._sides / tests)
+        )
+        above_half = self.margin / 2 + one_sided * error if self.margin > 0 else 0.0
+        least = max(self.margin, above_half, two_sided * error)
         contradicted = stdtr(dof, (self.margin - truth) / error - contradicts)
         return float(stdtr(dof, (truth - least) / error)), float(contradicted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -11,7 +11,6 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import off_optimum, pair_at_optimum
@@ -32,7 +31,7 @@ from lorabench.claims.scope import HIGH_RANK
 # Bounds whose meaning the criteria say.
 MIN_BATCH_SIZES = 3
 LARGE_FACTOR, LARGE_SIZE = 16, 32
-HALFWAY, END = (0.25, 0.5), (0.75, 1.0)
+PARTS = (0.25, 0.5), (0.75, 1.0)
 
 MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
@@ -208,19 +207,22 @@ def _gap_grows(sizes: BatchSizes) -> Iterator[Finding]:
 def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
     margin, fullft = sizes.margin(sizes.ends), sizes.arms()
     for lora in [sizes.arms(rank) for rank in reversed(sizes.ranks)]:
-        (small, large), changes = sizes.ends, {}
-        run_ids: list[str] = []
+        (small, large), label = sizes.ends, arm_label(lora[sizes.ends[0]])
         texts: list[str] = []
+        run_ids: list[str] = []
+        grown, lr_errors = {}, {}
         for size in sizes.ends:
             curves = pair_at_optimum(sizes.by_size[size], lora[size], fullft[size])
-            halfway, at_end = (_mean_gaps(curves, *part) for part in (HALFWAY, END))
-            unjudged_if(not len(halfway), f"no training losses of paired seeds along the runs at batch {size}")
-            changes[size] = at_end - halfway
-            texts.append(f"{halfway.mean():.4f} halfway and {at_end.mean():.4f} at the end at batch {size}")
+            halfway, at_end = (partial(_mean_between, start * curves.last, end * curves.last) for start, end in PARTS)
+            gaps = [part(curves.by_seed.astype(float)) for part in (halfway, at_end)]
+            grown[size] = gaps[1] - gaps[0]
+            unjudged_if(grown[size].isna().all(), f"no training losses of paired seeds along the runs at batch {size}")
+            lr_errors[size] = sum((error.of(at_end) - error.of(halfway) for error in curves.lr_errors), np.zeros(1))
+            texts.append(f"{gaps[0].mean():.4f} halfway and {gaps[1].mean():.4f} at the end at batch {size}")
             run_ids += curves.run_ids
-        paired = (changes[large] - changes[small]).dropna()
-        label = arm_label(lora[small])
-        more = mean_over_seeds(paired, f"{sizes.by_size[small].label} {label} change at batch {large}")
+        paired = (grown[large] - grown[small]).dropna()
+        more = mean_over_seeds(paired, f"{sizes.by_size[small].label} {label} up to batch {large}")
+        more = replace(more, seed_part=more.seed_part + lr_errors[large] - lr_errors[small])
         problems = sizes.problems(sizes.ends, margin, lora, fullft)
         problems = problems or few_seeds(len(paired), f"seeds with training losses at batch {small} and {large}")
         for size in [] if problems else sizes.ends:
@@ -233,12 +235,10 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
         yield decide(Above(margin.value), more, text, run_ids, problems, margin.rule)
 
 
-def _mean_gaps(curves: PairedCurves, start: float, end: float) -> pd.Series[float]:
-    """Return the mean of paired curves between two shares of their steps, by seed; empty without steps there."""
-    steps = curves.by_seed.index
-    inside = curves.by_seed[(steps > start * curves.last) & (steps <= end * curves.last)].astype(float)
-    means: pd.Series[float] = inside.mean(skipna=False).dropna()
-    return means
+def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean of each column of curves after one step and up to another; NaN without steps there."""
+    inside: pd.DataFrame = curves[(curves.index > start) & (curves.index <= end)]
+    return inside.mean(skipna=False)
 
 
 @_claim(

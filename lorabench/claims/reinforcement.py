@@ -274,6 +274,7 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     text = (
         f"off by a factor of {10**NEAR:.1f} to {10**FAR:.1f} from the best LR, FullFT loses {costs[1].value:.1%} of "
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
+        f"{comparison.fit.noise_text}"
     )
     judged = decide(Above(CHEAPER), cheaper, text, comparison.run_ids(arms), problems, CHEAPER_RULE)
     return if_learned(comparison, judged, arms)

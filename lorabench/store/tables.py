@@ -17,7 +17,7 @@ import pandas as pd
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import list_of_words, read_table, table_path, write_frame
-from lorabench.store.schemas import SCHEMAS
+from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
 
 KEYS = {
     "runs": ["run_id"],
@@ -135,8 +135,10 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
     merged = {}
     for column in columns:
-        # A table that lacks the column does not contradict the others.
+        # A table that lacks the column does not contradict the others; `read_table` fills some with nulls.
         values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
+        if WHERE_ABSENT.get(name, {}).get(column, "") is None and values.notna().any():
+            values = values.dropna()
         row = row_of[values.index]
         first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
         if column == "experiments":

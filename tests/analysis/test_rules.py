@@ -40,6 +40,8 @@ def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outsid
         (0.029, 0.01, "inconclusive"),
         # The 95% interval starts at 0.006 and the one-sided one at 0.0117, below half of the margin.
         (0.0336, 0.0133, "inconclusive"),
+        # The one-sided interval starts at 0.018, above half of the margin, and the 95% interval at -0.0015.
+        (0.12, 0.062, "inconclusive"),
         # Positive and below the margin: the sign is right, and there is no effect of the size that matters.
         (0.012, 0.0055, "right sign, below the margin"),
         (0.008, 0.0055, "contradicted"),

@@ -102,6 +102,18 @@ def test_merging_again_changes_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in once.iterdir()} == files
 
 
+def test_an_older_table_without_groups_takes_them_from_a_newer_one_of_the_same_runs(tmp_path):
+    older = write(tmp_path / "older", runs=RUNS, test_losses=TEST_LOSSES)
+    newer = write(tmp_path / "newer", runs=RUNS, test_losses=TEST_LOSSES.iloc[:3].assign(group=["a", "a", "b"]))
+    assert merged(older).test_losses["group"].isna().all()
+    groups = merged(older, newer).test_losses["group"]
+    assert groups[:3].tolist() == ["a", "a", "b"]
+    assert groups[3:].isna().all()
+    other = write(tmp_path / "other", runs=RUNS, test_losses=TEST_LOSSES.assign(group="b"))
+    with pytest.raises(UserError, match="has group = 'a' in .*newer and 'b' in .*other"):
+        merged(newer, other)
+
+
 def test_a_run_has_the_experiments_of_all_and_the_first_machine(tmp_path):
     here = runs_table([make_run(8, 1e-3, experiments=["rank"], host="here", wall_s=10.0)])
     there = runs_table([make_run(8, 1e-3, experiments=["batch_size", "rank"], host="there", wall_s=20.0)])
