@@ -131,7 +131,7 @@ def if_learned(comparison: Comparison, judged: Finding, arms: Sequence[Arm]) -> 
 
 
 def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) -> Finding:
-    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau or lies above all runs.
+    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau.
 
     It is a plateau if all seeds have one accuracy, as policies have that end at one rule.
     """
@@ -141,23 +141,7 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
         if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
             text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
             problems.append(Problem(text, Remedy("problems on which the seeds differ")))
-    return doubted(judged, problems + _overshoots(comparison, arms))
-
-
-def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
-
-    Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
-    """
-    problems = []
-    for label in map(arm_label, arms):
-        rows, minimum = comparison.rows[label], comparison.fit.minima.get(label)
-        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
-        if minimum is not None and errors.min() - minimum.value > comparison.margin.value / 2:
-            lr = math.exp(comparison.fit.optima[label].value)
-            text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
-            problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
-    return problems
+    return doubted(judged, problems)
 
 
 @rl_claim(
@@ -200,7 +184,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
             text = f"{label}: breaks down at both neighbours of the LR {accuracy.index[best]:.2g}"
             remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
             breakdowns.append(Problem(text, remedy))
-    return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]), arms)
+    return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns]), arms)
 
 
 @rl_claim(
@@ -213,7 +197,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         "gain in accuracy from the base to FullFT that the preset gives. Inconclusive where all seeds of either have "
         "exactly one accuracy, as on the plateau of a rule that all of them found, or where a fitted peak is above "
         "the best measured accuracy by more than half of the margin. The reason also gives the difference as measured, "
-        f"paired by seed, at the LRs nearest to the optima. {LEARNED.format('FullFT')}"
+        f"paired by seed, at each arm's best LR among those with most seeds. {LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("rank 1"),
     paper_value="the same peak; no number",
@@ -229,14 +213,18 @@ def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
 
 
 def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
-    """Return as text the mean difference of error rates by seed at the LRs nearest to the fitted optima."""
-    runs = [comparison.at_optimum(each) for each in (arm, other)]
-    own, others = (rows.set_index("seed")["test_loss"].astype(float) for rows in runs)
-    gap = mean_over_seeds((own - others).dropna(), f"as measured {comparison.label} {arm_label(arm)}")
-    if not gap.n_seeds:
-        return "no seed has runs of both at the LRs nearest to the optima"
-    lrs = " and ".join(f"{rows['lr'].iloc[0]:.2g}" for rows in runs)
-    return f"measured at the LRs {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
+    """Return as text the mean difference of error rates by seed at each arm's best LR among those with most seeds."""
+    best = []
+    for label in map(arm_label, (arm, other)):
+        done = comparison.rows[label][comparison.rows[label]["status"] == "done"]
+        by_seed = done.pivot_table(index="seed", columns="lr", values="test_loss").astype(float)
+        most = by_seed.loc[:, by_seed.count() == by_seed.count().max()]
+        if most.empty:
+            return f"{label} has no finished run"
+        best.append(most[most.mean().idxmin()])
+    gap = mean_over_seeds((best[0] - best[1]).dropna(), f"as measured {comparison.label} {arm_label(arm)}")
+    lrs = " and ".join(f"{each.name:.2g}" for each in best)
+    return f"at the best measured LRs, {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
 
 
 @rl_claim(
