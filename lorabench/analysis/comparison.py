@@ -33,6 +33,13 @@ Arm = dict[str, Any]
 Task = Literal["sft", "rl"]
 """Supervised fine-tuning, or reinforcement learning (RL)."""
 
+OVERSHOOT: dict[Task, float] = {"sft": 1.0, "rl": 0.5}
+"""How many margins a fitted minimum may lie below the lowest mean of the runs at an LR, or two of its standard errors.
+
+Between two LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
+loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
+"""
+
 _ONE_GROUP = Problem(
     "the error from test examples is not known, since all of them are of one group",
     Remedy("test examples of 2 groups or more, such as packages, documents or templates"),
@@ -214,15 +221,12 @@ class Comparison:
             return [Problem("all seeds alike: no seed noise to judge by")]
         for label in labels if resolved else []:
             if not self.fit.resolved[label]:
-                lr = self.fit.grids[label].lr_to_add(math.exp(self.fit.optima[label].value))
                 seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
                 remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
                 optimum = self.fit.optima[label]
                 if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
                     text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
                     remedy = Remedy(text, test_examples=2 * optimum.n_examples)
-                # At the end of its LRs, further seeds would not show how the loss goes on.
-                remedy = remedy if lr is None else _further_lr(label, lr)
                 problems.append(Problem(f"{label}: optimum not resolved by its grid", remedy))
         return problems
 
@@ -239,7 +243,19 @@ class Comparison:
         if grid.coarse is not None and resolved:
             text = f"{label}: no finished LR within a factor of {MAX_STEP} of the best"
             return Problem(text, _further_lr(label, grid.coarse))
-        return None if label in self.fit.minima else Problem(f"{label}: its runs do not determine a minimum")
+        if label not in self.fit.minima:
+            return Problem(f"{label}: its runs do not determine a minimum")
+        lr = math.exp(self.fit.optima[label].value)
+        # At the end of its LRs, further seeds would not show how the loss goes on.
+        if (further := grid.lr_to_add(lr)) is not None:
+            return Problem(f"{label}: fitted optimum at the end of its LRs", _further_lr(label, further))
+        minimum, (measured, error) = self.fit.minima[label].value, self.fit.measured[label]
+        if measured - minimum > max(OVERSHOOT["rl" if self.is_rl else "sft"] * self.margin.value, 2 * error):
+            text = f"fitted minimum {minimum:.4f}, but no LR has less than {measured:.4f}"
+            if self.is_rl:
+                text = f"fitted peak {1 - minimum:.3f}, but no LR has more than {1 - measured:.3f}"
+            return Problem(f"{label}: {text}", _further_lr(label, lr))
+        return None
 
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -58,11 +59,12 @@ class ArmGrid:
     lrs: np.ndarray
     """All LRs with a finished run, ascending."""
     centre: int
-    """Index of the LR with the lowest loss."""
+    """Index of the LR with the lowest mean of validation and test loss."""
     window: np.ndarray
     """Indices of the LRs that count for the fit."""
     edge: float | None
-    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None."""
+    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None. This is so for
+    the lowest test loss, which is fitted, as for the lowest mean of validation and test loss."""
     coarse: float | None
     """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
     diverged: np.ndarray
@@ -87,35 +89,42 @@ class ArmGrid:
 def arm_grid(runs: np.ndarray) -> ArmGrid | None:
     """Return the LRs of an arm from its `run_array`; None if no run finished.
 
-    The lowest loss is sought among the LRs of the first seed, by the mean of validation and test loss, which is less
-    noisy than either, over the seeds that finished at all of these LRs. It only centres the window.
+    The window is centred by the mean of validation and test loss, which is less noisy than either. The test loss is the
+    one that is fitted, so its lowest must not lie at the edge of the grid either. Both are means over the seeds that
+    finished at all LRs of the first seed.
     """
     first = runs["seed"] == runs["seed"].min()
     usable = first & runs["done"]
     if not usable.any():
         return None
     lrs = np.unique(runs["lr"][usable])
+    counted = runs[runs["done"] & np.isin(runs["lr"], lrs)]
+    seeds, row = np.unique(counted["seed"], return_inverse=True)
+
+    def lowest_at(losses: np.ndarray) -> int:
+        by_seed = np.full((len(seeds), len(lrs)), math.nan)
+        by_seed[row, np.searchsorted(lrs, counted["lr"])] = losses
+        means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
+        best: int = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+        return best
+
     # A table with one evaluation set has one of the two losses.
-    both = np.array([runs["validation_loss"], runs["test_loss"]])
+    both = np.array([counted["validation_loss"], counted["test_loss"]])
     known = np.isfinite(both)
-    loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    counted = runs["done"] & np.isin(runs["lr"], lrs)
-    seeds, row = np.unique(runs["seed"][counted], return_inverse=True)
-    by_seed = np.full((len(seeds), len(lrs)), math.nan)
-    by_seed[row, np.searchsorted(lrs, runs["lr"][counted])] = loss[counted]
-    means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
-    centre = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+    centre = lowest_at(np.where(known, both, 0.0).sum(0) / known.sum(0))
+    last = len(lrs) - 1
     diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
-    step = float(lrs[1] / lrs[0]) if len(lrs) > 1 else MAX_STEP
-    above = diverged[diverged > lrs[centre]]
+    step = float(lrs[1] / lrs[0]) if last else MAX_STEP
+    above = diverged[diverged > lrs[last]]
     edge = coarse = None
-    if centre == 0:
+    best = {centre, lowest_at(counted["test_loss"])}
+    if 0 in best:
         edge = lrs[0] / step
-    elif centre == len(lrs) - 1 and not len(above):
-        edge = lrs[-1] * step
-    elif centre == len(lrs) - 1:
+    elif last in best and not len(above):
+        edge = lrs[last] * step
+    elif centre == last:
         coarse = math.sqrt(lrs[centre] * above[0])
     else:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
@@ -135,7 +144,7 @@ class Solution:
     hat: np.ndarray
     """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
     prior_weights: np.ndarray
-    """The weight of the number that is known before the runs in each coefficient, (coefficients, 0 or 1)."""
+    """The weight of what is known before the runs in each coefficient, (coefficients, sums)."""
     design: np.ndarray
     """(runs, coefficients), each row times the square root of its number of seeds."""
     covariance: np.ndarray
@@ -146,8 +155,17 @@ class Solution:
     """Variance of e."""
     ratio: float
     """Variance of v over that of e."""
-    likelihood: float
     dof: int
+    """Degrees of freedom of the variance."""
+
+
+class Bend(NamedTuple):
+    """Where and how much the asymmetry bends the parabola of an arm."""
+
+    centre: float
+    """The position from which the third power is measured."""
+    size: float
+    """The arm's curvature over the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +209,10 @@ class FitRows:
         """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
         return np.asarray(np.sqrt(self.runs["n"].astype(float)))
 
-    def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
+    def design(self, curvatures: Sequence[Sequence[str]], bends: Mapping[str, Bend] | None = None) -> np.ndarray:
         """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
 
-        With optima, as positions by arm, the third power of the distance from them is the last column.
+        With bends, by arm, the third power of the distance from their centres, times their sizes, is the last column.
         """
         columns = []
         for in_arm in self.in_arm.values():
@@ -203,11 +221,12 @@ class FitRows:
         # The effects of seeds sum to 0, so that intercepts are means over seeds.
         last = (self.runs["seed"] == self.seeds[-1]).astype(float)
         columns += [(self.runs["seed"] == seed).astype(float) - last for seed in self.seeds[:-1]]
-        if optima:
-            columns.append((self.runs["x"] - np.array([optima[arm] for arm in self.runs["label"].tolist()])) ** 3)
+        if bends:
+            centres, sizes = np.array([bends[arm] for arm in self.runs["label"].tolist()]).T
+            columns.append(sizes * (self.runs["x"] - centres) ** 3)
         return np.column_stack(columns)
 
-    def solve(self, design: np.ndarray, prior: float = 0.0, ratio: float | None = None) -> Solution | None:
+    def solve(self, design: np.ndarray, prior: np.ndarray | None = None, ratio: float | None = None) -> Solution | None:
         """Solve for a ratio of variances, by default its mean by their restricted likelihood.
 
         Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
@@ -215,52 +234,53 @@ class FitRows:
 
         Args:
             design: as from `design`.
-            prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
-                deviation of e over that of the coefficient.
+            prior: what is known before the runs, (sums, coefficients): sums of coefficients that are about 0, each
+                times the standard deviation of e over its own. They count as further runs, with a loss of 0.
             ratio: the variance of v over that of e.
 
         Returns:
             The solution; None if the runs, with what is known before them, do not determine all coefficients.
         """
-        design = self.weights[:, None] * design
-        p = design.shape[1]
-        if prior > 0:
-            # What is known before the runs counts as one more run, with a loss of 0.
-            design = np.vstack([design, prior * np.eye(p)[-1]])
-        if len(design) < p or np.linalg.matrix_rank(design) < p:
+        runs, p = design.shape
+        design = np.vstack([self.weights[:, None] * design, np.zeros((0, p)) if prior is None else prior])
+        n = len(design)
+        if n < p or np.linalg.matrix_rank(design) < p:
             return None
-        if ratio is not None:
-            return self._solution(design, ratio)
-        solutions = [self._solution(design, share / (1 - share)) for share in _SHARES.tolist()]
-        likelihoods = np.array([solution.likelihood for solution in solutions])
-        if not np.isfinite(likelihoods).all():
-            return solutions[0]
-        likelihood = np.exp(likelihoods - likelihoods.max())
-        share = float(likelihood @ _SHARES / likelihood.sum())
-        return self._solution(design, share / (1 - share))
-
-    def _solution(self, design: np.ndarray, ratio: float) -> Solution:
-        n, p = design.shape
-        runs = len(self.runs)
         y = np.concatenate([self.weights * self.runs["test_loss"], np.zeros(n - runs)])
-        covariance = np.eye(n)
-        covariance[:runs, :runs] += ratio * self.same_arm_and_seed
-        inverse = np.linalg.inv(covariance)
-        information = design.T @ inverse @ design
-        unscaled = np.linalg.inv(information)
+        if ratio is None:
+            ratio = self._mean_ratio(design, y)
+        covariance = np.eye(runs) + ratio * self.same_arm_and_seed
+        inverse = np.eye(n)
+        inverse[:runs, :runs] = np.linalg.inv(covariance)
+        unscaled = np.linalg.inv(design.T @ inverse @ design)
         hat = unscaled @ design.T @ inverse
         coefficients = hat @ y
         residual = y - design @ coefficients
-        squares = float(residual @ inverse @ residual)
-        variance = squares / (n - p) if n > p else 0.0
-        likelihood = -math.inf
-        if squares > 0 and n > p:
-            determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
-            likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
-        weighted, prior_weights = hat[:, :runs] * self.weights, hat[:, runs:]
-        design, covariance = design[:runs], covariance[:runs, :runs]
-        fit = (unscaled, variance, ratio, likelihood, n - p)
-        return Solution(coefficients, weighted, prior_weights, design, covariance, *fit)
+        variance = float(residual @ inverse @ residual) / (n - p) if n > p else 0.0
+        weighted, design = hat[:, :runs] * self.weights, design[:runs]
+        return Solution(coefficients, weighted, hat[:, runs:], design, covariance, unscaled, variance, ratio, n - p)
+
+    def _mean_ratio(self, design: np.ndarray, y: np.ndarray) -> float:
+        """Return the mean ratio of the variances of v and e by their restricted likelihood, from the weighted rows."""
+        n, p = design.shape
+        ratios = _SHARES / (1 - _SHARES)
+        in_cell = np.zeros((n, int(self.cells.max()) + 1))
+        in_cell[np.arange(len(self.cells)), self.cells] = 1.0
+        # The inverse of 1 + ratio x (1 where two runs are of one cell) is 1 - shrink x (1 where they are), by cell.
+        sizes = in_cell.sum(0)
+        shrink = ratios[:, None] / (1 + ratios[:, None] * sizes)
+        cells = in_cell.T @ design
+        information = design.T @ design - cells.T @ (shrink[:, :, None] * cells)
+        moments = design.T @ y - (shrink * (in_cell.T @ y)) @ cells
+        residuals = y - np.linalg.solve(information, moments[:, :, None])[:, :, 0] @ design.T
+        squares = (residuals**2).sum(1) - (shrink * (residuals @ in_cell) ** 2).sum(1)
+        if n <= p or not (squares > 0).all():
+            return 0.0
+        determinants = np.log1p(ratios[:, None] * sizes).sum(1) + np.linalg.slogdet(information)[1]
+        likelihoods = -0.5 * ((n - p) * np.log(squares) + determinants)
+        likelihood = np.exp(likelihoods - likelihoods.max())
+        share = float(likelihood @ _SHARES / likelihood.sum())
+        return share / (1 - share)
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:

@@ -2,10 +2,12 @@
 
 The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/verdicts.md,
 
-    loss = m_a + c (ln LR - x_a)^2 + d (ln LR - x_a)^3 + u_s + v_as + e,
+    loss = m_a + c_a ((ln LR - x_a)^2 + d (ln LR - x_a)^3) + u_s + v_as + e,
 
-where the third power is that of the distance from the optimum of a fit without it, and d is known before the runs to be
-about 0, since three LRs of one arm can't tell an asymmetry from another optimum and curvature. The fit is generalized
+where the third power is that of the distance from the optimum of a fit without it. Three LRs of one arm can't tell an
+asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
+from their mean by a random effect, whose size is known before the runs, too: few noisy LRs can't tell whether arms have
+one curvature, and a test that mostly keeps one biases minima and makes intervals too short. The fit is generalized
 least squares. statsmodels' `MixedLM` finds the most likely ratio of the variances of v and e by descent; a test holds
 the two together. It gives no t intervals, which matter with three seeds, and takes a hundred times as long.
 
@@ -22,7 +24,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy.special import fdtrc
+from scipy.linalg import helmert
 
 from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns, with_losses
 from lorabench.analysis.estimate import (
@@ -32,16 +34,26 @@ from lorabench.analysis.estimate import (
     combined,
     example_draws,
     multivariate_student,
+    normals,
     unknown,
     without_run_noise,
 )
-from lorabench.analysis.fit_rows import ArmGrid, FitRows, Solution, arm_grid, counted_rows, run_array
+from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
-CURVATURE_LEVEL = 0.01
-"""The level at which one curvature for all arms is refuted."""
+SPREAD = 0.7
+"""The standard deviation, before the runs, of the curvature of an arm over the mean of all."""
 
 ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
+
+LEAST_WEIGHTS = {SPREAD: 1e-3, ASYMMETRY: 0.03}
+"""The least weight of what is known before the runs, over that of a run: it counts where there is hardly any noise."""
+
+LEAST_SIZE = 0.1
+"""The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
+
+Places = dict[str, list[int]]
+"""By arm, the places of its intercept, slope, curvature and asymmetry, if any, among the coefficients of a fit."""
 
 
 FEW_GROUPS = 10
@@ -73,6 +85,9 @@ class LossFit:
     """The natural logarithm of the optimal LR of each arm."""
     resolved: Mapping[str, bool]
     """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
+    measured: Mapping[str, tuple[float, float]]
+    """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share, and its standard
+    error."""
     sigma: float
     """Standard deviation of a run's loss without the effect of its seed that all arms share."""
     dof: int
@@ -133,27 +148,31 @@ def fit_losses(
     arms = {arm_label(arm): every_run[places] for arm, places in arm_places(runs)}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
     counted = counted_rows(arms, grids)
-    fitted = None if counted is None else _fitted(counted)
+    if counted is not None:
+        noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
+    fitted = None if counted is None else _fitted(counted, noise)
     if counted is None or fitted is None:
-        return LossFit(grids, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
-    solution, places_by_arm, around = fitted
-    noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
-    seed_draws, dof, sigma = _seed_errors(counted, solution, noise, name)
+        return LossFit(grids, {}, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
+    solution, places_by_arm, bends = fitted
+    seed_draws, dof, sigma = _seed_errors(counted, solution, places_by_arm, noise, name)
     by_examples, *n_test = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
-    minima, optima, resolved, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}
+    losses = _without_seeds(counted, solution, places_by_arm)
+    minima, optima, resolved, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
-        grid, places, (low, high) = grids[label], places_by_arm[label], counted.ends[label]
+        grid, places, ends = grids[label], places_by_arm[label], counted.ends[label]
         curvature[label] = float(solution.coefficients[places[2]])
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        errors = [np.zeros((1, 1)), seed_draws, *([] if by_examples is None else [by_examples])]
-        value, by_seed, *by_example = (
-            _vertex((solution.coefficients + error)[:, places], (low, high), around.get(label)) for error in errors
+        own, bend = solution.coefficients[places], bends.get(label)
+        value = _vertex(own, ends, bend)
+        by_seed, *by_example = (
+            _vertex(own + error.T[places].T, ends, bend)
+            for error in (seed_draws, *([] if by_examples is None else [by_examples]))
         )
         position, minima[label] = (
             Estimate(
-                float(value[part][0]),
+                float(value[part]),
                 by_seed[part] - value[part],
                 by_example[0][part] - value[part] if by_example else None,
                 len(seeds[label]),
@@ -162,51 +181,97 @@ def fit_losses(
             for part in (0, 1)
         )
         optima[label] = replace(position, value=math.log(grid.lrs[grid.centre]) + position.value)
-        outside = (position.draws <= low + 1e-9) | (position.draws >= high - 1e-9)
+        outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
         resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
+        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
     text = "" if noise is None else f"; seed noise from {noise.source}"
     if 1 < n_test[1] < min(n_test[0], FEW_GROUPS):
         text += f"; the {n_test[0]} test examples come from {n_test[1]} groups"
-    return LossFit(grids, minima, optima, resolved, sigma, dof, curvature, seeds, run_ids, text)
+    return LossFit(grids, minima, optima, resolved, measured, sigma, dof, curvature, seeds, run_ids, text)
 
 
-def _fitted(rows: FitRows) -> tuple[Solution, dict[str, list[int]], dict[str, float]] | None:
-    """Fit with one curvature, and with one for each arm if the data refute that.
+def _without_seeds(rows: FitRows, solution: Solution, places: Places) -> np.ndarray:
+    """Return the losses without the effects of their seeds that all arms share, (runs,)."""
+    effects = solution.coefficients.copy()
+    effects[[place for own in places.values() for place in own]] = 0.0
+    return np.asarray(rows.runs["test_loss"] - solution.design @ effects / rows.weights)
+
+
+def _lowest_mean(runs: np.ndarray, losses: np.ndarray, sigma: float) -> tuple[float, float]:
+    """Return the lowest of the mean losses at the LRs of an arm's runs, and its standard error.
+
+    A row of n seeds counts n times; sigma is the standard deviation of a run's loss.
+    """
+    at_lrs = runs["lr"] == np.unique(runs["lr"])[:, None]
+    means = [float(np.average(losses[at], weights=runs["n"][at])) for at in at_lrs]
+    best = int(np.argmin(means))
+    return means[best], sigma / math.sqrt(runs["n"][at_lrs[best]].sum())
+
+
+def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, Bend]] | None:
+    """Fit with one asymmetry and a curvature for each arm, which differs from the mean of all by a random effect.
 
     Returns:
-        The solution; by arm, the places of its intercept, slope, curvature and asymmetry among the coefficients; and,
-        where there is an asymmetry, the position from which each arm's third power is measured. None if the runs
-        determine no fit.
+        The solution; the places of the arms' numbers; and, where there is an asymmetry, how it bends each arm. None if
+        the runs determine no fit.
     """
     labels = list(rows.in_arm)
+    arms = len(labels)
     first = rows.solve(rows.design([labels]), ratio=1.0)
     if first is None:
         return None
-    places = {label: [2 * number, 2 * number + 1, 2 * len(labels)] for number, label in enumerate(labels)}
-    curvature, centres, prior = float(first.coefficients[2 * len(labels)]), {}, 0.0
-    # Without noise, or where the losses have no minimum, no asymmetry is fitted.
-    if curvature > 0 and first.dof >= 1 and first.variance > 0:
-        for label in labels:
-            centres[label] = float(_vertex(first.coefficients[places[label]][None], rows.ends[label])[0][0])
-        # The standard deviation of e over that of the asymmetry before the runs, which has some weight in any case.
-        prior = max(math.sqrt(first.variance) / (ASYMMETRY * curvature), 0.03)
-    solution = rows.solve(rows.design([labels], centres), prior) or first
-    if len(labels) > 1 and all(len(set(rows.runs["x"][chosen].tolist())) >= 3 for chosen in rows.in_arm.values()):
-        alone = rows.solve(rows.design([[label] for label in labels], centres), prior, solution.ratio)
-        together = rows.solve(rows.design([labels], centres), prior, solution.ratio)
-        if alone and together and alone.dof >= 1 and alone.variance > 0:
-            more = together.dof - alone.dof
-            f = (together.variance * together.dof - alone.variance * alone.dof) / more / alone.variance
-            if fdtrc(more, alone.dof, f) < CURVATURE_LEVEL:
-                solution = alone
-                for number, label in enumerate(labels):
-                    places[label][2] += number
-    if centres:
-        for own in places.values():
-            own.append(len(solution.coefficients) - 1)
-    return solution, places, centres
+    if noise is not None:
+        # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
+        first = replace(first, variance=noise.sigma**2 / 2, dof=noise.dof)
+    places = {label: [2 * number, 2 * number + 1, 2 * arms] for number, label in enumerate(labels)}
+    curvature = float(first.coefficients[2 * arms])
+    # Without noise, or where the losses have no minimum, there is one curvature and no asymmetry.
+    if not (curvature > 0 and first.dof >= 1 and first.variance > 0):
+        return first, places, {}
+    bends = {
+        label: Bend(float(_vertex(first.coefficients[places[label]], rows.ends[label])[0]), 1.0) for label in labels
+    }
+    free = _with_free_curvatures(rows, bends, first) if noise is None else None
+    noisy = free if free and free.variance > 0 else first
+    places = {label: [*places[label][:2], 2 * arms + number] for number, label in enumerate(labels)}
+    fitted, used = first, bends
+    for _ in range(2):
+        design = rows.design([[label] for label in labels], bends)
+        # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
+        differences = np.zeros((arms - 1, design.shape[1]))
+        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD, curvature) * helmert(arms)
+        solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
+        if solution is None:
+            return None
+        fitted, used = solution, bends
+        sizes = {label: float(solution.coefficients[own[2]]) / curvature for label, own in places.items()}
+        # The arms differ in curvature, and have one asymmetry in proportion to it.
+        bends = {label: Bend(bend.centre, max(sizes[label], LEAST_SIZE)) for label, bend in used.items()}
+    for own in places.values():
+        own.append(design.shape[1] - 1)
+    return replace(fitted, variance=noisy.variance, dof=noisy.dof), places, used
+
+
+def _with_free_curvatures(rows: FitRows, bends: Mapping[str, Bend], first: Solution) -> Solution | None:
+    """Return a fit in which nothing is known of the curvatures, so that they do not count as noise or hide it."""
+    determined = [label for label, chosen in rows.in_arm.items() if len(set(rows.runs["x"][chosen].tolist())) >= 3]
+    # An arm with two LRs shares the curvature of another one.
+    others = [label for label in rows.in_arm if label not in determined]
+    design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], bends)
+    curvature = float(first.coefficients[2 * len(bends)])
+    return rows.solve(design, _known_asymmetry(first, design, curvature))
+
+
+def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
+    """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
+    return _weight(noisy, ASYMMETRY, curvature) * np.eye(design.shape[1])[-1:]
+
+
+def _weight(noisy: Solution, spread: float, curvature: float) -> float:
+    """Return the standard deviation of e over that of a number before the runs, `spread` times the curvature."""
+    return max(math.sqrt(noisy.variance) / (spread * curvature), LEAST_WEIGHTS[spread])
 
 
 def _noise_of_rows(rows: FitRows) -> Noise | None:
@@ -219,32 +284,34 @@ def _noise_of_rows(rows: FitRows) -> Noise | None:
     return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
 
 
-def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: str) -> tuple[np.ndarray, int, float]:
-    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma."""
-    seeds, arms, n = len(rows.seeds), len(rows.in_arm), len(solution.coefficients)
-    sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
-    covariance = solution.variance * solution.unscaled
-    if seeds < 2 and noise is None:
+def _seed_errors(
+    rows: FitRows, solution: Solution, places: Places, noise: Noise | None, name: str
+) -> tuple[np.ndarray, int, float]:
+    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma.
+
+    Those of the contrasts of seeds, on which no number of an arm depends, are 0.
+    """
+    n = len(solution.coefficients)
+    if len(rows.seeds) < 2 and noise is None:
         return np.full((N_DRAWS, n), math.nan), 0, math.nan
-    if noise is not None:
-        # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
-        sigma, dof = noise.sigma, noise.dof
-        run_covariance = sigma**2 * (np.eye(len(rows.runs)) + rows.same_arm_and_seed) / 2
-        run_covariance /= np.outer(rows.weights, rows.weights)
-        covariance = solution.hat @ run_covariance @ solution.hat.T
-        covariance += solution.variance * solution.prior_weights @ solution.prior_weights.T
-    elif solution.ratio > 0:
+    sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
+    if noise is None and solution.ratio > 0:
         # The error lies between the cells of arm and seed, of which there are fewer than runs.
-        dof = max(1, min(dof, len(set(rows.cells.tolist())) - arms - (seeds - 1)))
+        dof = max(1, min(dof, len(set(rows.cells.tolist())) - len(rows.in_arm) - (len(rows.seeds) - 1)))
     if dof < 1 or not sigma > 0:
         return np.full((N_DRAWS, n), math.nan), dof, sigma
     # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
-    # the curvatures and the asymmetry, an optimum on a slope besides, a minimum on an intercept, too, and none on the
-    # contrasts of seeds.
-    intercepts, slopes, rest = range(0, 2 * arms, 2), range(1, 2 * arms, 2), range(2 * arms, n)
-    order = [n - 1, *rest[:-1], *slopes, *intercepts]
-    draws = np.empty((N_DRAWS, n))
-    draws[:, order] = multivariate_student(covariance[np.ix_(order, order)], dof, f"seeds of {name}")
+    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
+    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
+    order = [place for kind in reversed(by_kind) for place in kind]
+    draws = np.zeros((n, N_DRAWS)).T
+    # What is known before the runs has an error that no seeds measure, so that it is normal.
+    by_runs = (solution.hat / rows.weights)[order]
+    covariance = solution.variance * by_runs @ solution.covariance @ by_runs.T
+    known = math.sqrt(solution.variance) * solution.prior_weights[order]
+    draws[:, order] = multivariate_student(covariance, dof, f"seeds of {name}")
+    if known.size:
+        draws[:, order] += normals(known.shape[1], f"shape of {name}") @ known.T
     return draws, dof, sigma
 
 
@@ -263,15 +330,15 @@ def _example_errors(
 
 
 def _vertex(
-    coefficients: np.ndarray, ends: tuple[float, float], around: float | None = None
+    coefficients: np.ndarray, ends: tuple[float, float], bend: Bend | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
     Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
-    (n, 4), of the third power of the distance from the position `around`.
+    (n, 4), which the arm's `bend` applies.
     """
     intercept, slope, curvature = coefficients.T[:3]
-    centre, asymmetry = (0.0, np.zeros(len(slope))) if around is None else (around, coefficients.T[3])
+    centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])
 
     def height(position: np.ndarray | float) -> np.ndarray:
         u = position - centre

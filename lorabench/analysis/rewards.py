@@ -258,19 +258,21 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     at_near, at_far = float(near @ means), float(far @ means)
     effect = at_far * near / at_near**2 - far / at_near
 
-    counts = effect != 0
-    several = counts & (n_runs > 1)
+    several = (effect != 0) & (n_runs > 1)
     variance, dof = np.full(len(lrs), fit.sigma**2), np.full(len(lrs), float(fit.dof))
+    measured_at = np.zeros(len(lrs), int)
     if several.any():
         own = np.bincount(cell, (accuracy - means[cell]) ** 2) / np.maximum(n_runs - 1, 1)
-        noisiest = int(np.argmax(np.where(several, own, -1.0)))
-        variance, dof = np.where(several, own, own[noisiest]), np.where(several, n_runs - 1, n_runs[noisiest] - 1.0)
-    parts = effect**2 * variance / n_runs
-    name = f"cost of a miss of {comparison.label} {arm_label(arm)}"
+        measured_at = np.where(several, np.arange(len(lrs)), np.argmax(np.where(several, own, -1.0)))
+        variance, dof = own[measured_at], n_runs - 1.0
+    # The parts of the variance of the cost, by the LR at which their noise was measured.
+    parts = np.bincount(measured_at, effect**2 * variance / n_runs, len(lrs))
     errors = np.full((N_DRAWS, len(lrs)), math.nan)
     if parts.sum() > 0:
-        satterthwaite = parts.sum() ** 2 / (parts[counts] ** 2 / dof[counts]).sum()
-        errors = multivariate_student(np.diag(variance / n_runs), float(satterthwaite), name)
+        counts = parts > 0
+        satterthwaite = float(parts.sum() ** 2 / (parts[counts] ** 2 / dof[counts]).sum())
+        name = f"cost of a miss of {comparison.label} {arm_label(arm)}"
+        errors = multivariate_student(np.diag(variance / n_runs), satterthwaite, name)
 
     def cost(drawn: np.ndarray) -> np.ndarray:
         return np.asarray(1 - (drawn @ far) / (drawn @ near))

@@ -131,7 +131,7 @@ def if_learned(comparison: Comparison, judged: Finding, arms: Sequence[Arm]) -> 
 
 
 def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) -> Finding:
-    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau or lies above all runs.
+    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau.
 
     It is a plateau if all seeds have one accuracy, as policies have that end at one rule.
     """
@@ -141,23 +141,7 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
         if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
             text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
             problems.append(Problem(text, Remedy("problems on which the seeds differ")))
-    return doubted(judged, problems + _overshoots(comparison, arms))
-
-
-def _overshoots(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
-
-    Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
-    """
-    problems = []
-    for label in map(arm_label, arms):
-        rows, minimum = comparison.rows[label], comparison.fit.minima.get(label)
-        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
-        if minimum is not None and errors.min() - minimum.value > comparison.margin.value / 2:
-            lr = math.exp(comparison.fit.optima[label].value)
-            text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
-            problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
-    return problems
+    return doubted(judged, problems)
 
 
 @rl_claim(
@@ -200,7 +184,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
             text = f"{label}: breaks down at both neighbours of the LR {accuracy.index[best]:.2g}"
             remedy = Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs)
             breakdowns.append(Problem(text, remedy))
-    return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns, *_overshoots(comparison, arms)]), arms)
+    return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns]), arms)
 
 
 @rl_claim(
@@ -274,6 +258,7 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     text = (
         f"off by a factor of {10**NEAR:.1f} to {10**FAR:.1f} from the best LR, FullFT loses {costs[1].value:.1%} of "
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
+        f"{comparison.fit.noise_text}"
     )
     judged = decide(Above(CHEAPER), cheaper, text, comparison.run_ids(arms), problems, CHEAPER_RULE)
     return if_learned(comparison, judged, arms)
