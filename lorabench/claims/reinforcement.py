@@ -197,7 +197,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         "gain in accuracy from the base to FullFT that the preset gives. Inconclusive where all seeds of either have "
         "exactly one accuracy, as on the plateau of a rule that all of them found, or where a fitted peak is above "
         "the best measured accuracy by more than half of the margin. The reason also gives the difference as measured, "
-        f"paired by seed, at the LRs nearest to the optima. {LEARNED.format('FullFT')}"
+        f"paired by seed, at each arm's best LR among those with most seeds. {LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("rank 1"),
     paper_value="the same peak; no number",
@@ -213,14 +213,18 @@ def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
 
 
 def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
-    """Return as text the mean difference of error rates by seed at the LRs nearest to the fitted optima."""
-    runs = [comparison.at_optimum(each) for each in (arm, other)]
-    own, others = (rows.set_index("seed")["test_loss"].astype(float) for rows in runs)
-    gap = mean_over_seeds((own - others).dropna(), f"as measured {comparison.label} {arm_label(arm)}")
-    if not gap.n_seeds:
-        return "no seed has runs of both at the LRs nearest to the optima"
-    lrs = " and ".join(f"{rows['lr'].iloc[0]:.2g}" for rows in runs)
-    return f"measured at the LRs {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
+    """Return as text the mean difference of error rates by seed at each arm's best LR among those with most seeds."""
+    best = []
+    for label in map(arm_label, (arm, other)):
+        done = comparison.rows[label][comparison.rows[label]["status"] == "done"]
+        by_seed = done.pivot_table(index="seed", columns="lr", values="test_loss").astype(float)
+        most = by_seed.loc[:, by_seed.count() == by_seed.count().max()]
+        if most.empty:
+            return f"{label} has no finished run"
+        best.append(most[most.mean().idxmin()])
+    gap = mean_over_seeds((best[0] - best[1]).dropna(), f"as measured {comparison.label} {arm_label(arm)}")
+    lrs = " and ".join(f"{each.name:.2g}" for each in best)
+    return f"at the best measured LRs, {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
 
 
 @rl_claim(

@@ -83,7 +83,7 @@ def test_every_claim_on_runs_is_confirmed_where_all_hold():
     costs = [curvature * 0.663 / (0.8 - 0.11 * curvature) for curvature in (0.1, 0.01)]
     assert estimates["F2"] == pytest.approx(costs[0] - costs[1], abs=0.008)
     assert confirmed.loc["F2", "margin_low"] == pytest.approx(0.05)
-    assert "measured at the LRs 0.001 and 0.0001: " in confirmed.loc["F1", "reason"]
+    assert "at the best measured LRs, 0.001 and 0.0001: " in confirmed.loc["F1", "reason"]
     assert ", 4 paired seeds" in confirmed.loc["F1", "reason"]
     assert estimates[["F3", "F4", "F7"]].tolist() == [pytest.approx(0, abs=0.01), pytest.approx(0, abs=0.01), 0]
     # 300 tokens of 0.7 nats, over at most 1 bit.
