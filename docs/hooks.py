@@ -226,14 +226,15 @@ def calibration_page() -> str:
         [
             "# Right and wrong verdicts on simulated sweeps",
             "",
-            "[How often verdicts are wrong](verdicts.md#how-often-verdicts-are-wrong) explains the simulation. "
+            "[How often verdicts are wrong](calibration.md) explains the simulation. "
             "`effect` is in margins; `wrong` has a 95% interval.",
             "",
             *table(*_frame(shares)),
             "",
             "## The power of core",
             "",
-            "100 simulated sweeps for each claim and effect, with the learning rates, seeds and examples of `core`.",
+            "100 simulated sweeps for each claim and effect, with the learning rates, seeds and examples of `core`, "
+            "without traits and by the rules of 27 November 2026.",
             "",
             *table(*_frame(core)),
         ]

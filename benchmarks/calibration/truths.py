@@ -47,12 +47,14 @@ class Covered:
     """Whether the claim says that there is no effect, or that there is one."""
     effect: str
     """What has the effect, as text."""
+    any_size: bool = False
+    """Whether a difference of any size confirms the claim, so that there is no margin."""
 
     def truth(self, effect: float) -> Truth:
         """Return whether the claim is true with an effect of so many margins."""
         if self.kind == "equality":
             return "true" if effect < 1 else "at the margin" if effect == 1 else "false"
-        return "false" if effect == 0 else "half true" if effect < 1 else "true"
+        return "false" if effect == 0 else "half true" if effect < 1 and not self.any_size else "true"
 
     def wrong(self, effect: float) -> tuple[tuple[str, ...], ...]:
         """Return the sets of verdicts that are wrong with an effect of so many margins.
@@ -98,7 +100,7 @@ _ATTENTION = "the loss of attention above that of the MLP"
 COVERED = (
     Covered("A1", "gaps", "equality", "the curve of the highest rank against that of FullFT, late in training"),
     Covered("A2", "bends", "equality", "the bend of the curve of FullFT"),
-    Covered("A3", "capacity", "difference", "the step at which rank 4 departs beyond that of rank 1"),
+    Covered("A3", "capacity", "difference", "the step at which rank 4 departs beyond that of rank 1", any_size=True),
     Covered("A4", "capacity", "equality", "the slope of rank 1 past its departure below the middle of the band"),
     Covered("A5", "thresholds", "equality", "the exponent of the departures by rank against 1"),
     Covered("A6", "two datasets", "difference", "the loss of the highest rank above that of FullFT on one dataset"),
