@@ -207,11 +207,6 @@ def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     return np.asarray(scales[:, None] * root)
 
 
-def normals(dimensions: int, name: str) -> np.ndarray:
-    """Return even draws of independent standard normal numbers, (N_DRAWS, dimensions), by the name of the numbers."""
-    return shuffled(_even_points(math.ceil(dimensions / _BLOCK), normal=True)[:, :dimensions], name)
-
-
 @lru_cache(maxsize=64)
 def _chi_factors(dof: float) -> np.ndarray:
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))

@@ -143,8 +143,6 @@ class Solution:
     coefficients: np.ndarray
     hat: np.ndarray
     """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
-    prior_weights: np.ndarray
-    """The weight of what is known before the runs in each coefficient, (coefficients, sums)."""
     design: np.ndarray
     """(runs, coefficients), each row times the square root of its number of seeds."""
     covariance: np.ndarray
@@ -257,8 +255,8 @@ class FitRows:
         coefficients = hat @ y
         residual = y - design @ coefficients
         variance = float(residual @ inverse @ residual) / (n - p) if n > p else 0.0
-        weighted, design = hat[:, :runs] * self.weights, design[:runs]
-        return Solution(coefficients, weighted, hat[:, runs:], design, covariance, unscaled, variance, ratio, n - p)
+        hat, design = hat[:, :runs] * self.weights, design[:runs]
+        return Solution(coefficients, hat, design, covariance, unscaled, variance, ratio, n - p)
 
     def _mean_ratio(self, design: np.ndarray, y: np.ndarray) -> float:
         """Return the mean ratio of the variances of v and e by their restricted likelihood, from the weighted rows."""

@@ -34,7 +34,6 @@ from lorabench.analysis.estimate import (
     combined,
     example_draws,
     multivariate_student,
-    normals,
     unknown,
     without_run_noise,
 )
@@ -305,13 +304,8 @@ def _seed_errors(
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
     order = [place for kind in reversed(by_kind) for place in kind]
     draws = np.zeros((n, N_DRAWS)).T
-    # What is known before the runs has an error that no seeds measure, so that it is normal.
-    by_runs = (solution.hat / rows.weights)[order]
-    covariance = solution.variance * by_runs @ solution.covariance @ by_runs.T
-    known = math.sqrt(solution.variance) * solution.prior_weights[order]
+    covariance = solution.variance * solution.unscaled[np.ix_(order, order)]
     draws[:, order] = multivariate_student(covariance, dof, f"seeds of {name}")
-    if known.size:
-        draws[:, order] += normals(known.shape[1], f"shape of {name}") @ known.T
     return draws, dof, sigma
 
 

@@ -102,8 +102,8 @@ def test_numbers_of_curves_carry_the_error_of_their_lrs():
     assert early.value == pytest.approx(without.value)
     assert early.seed_error == pytest.approx(math.hypot(without.seed_error, 5 * optimum), rel=0.1)
     assert early.seed_error > 1.5 * without.seed_error
-    # At the lowest loss an error of the LR changes next to nothing.
-    assert late.seed_error == pytest.approx(late_without.seed_error, rel=0.1)
+    # At the lowest loss an error of the LR changes hardly anything: the loss is 0.1 x^2 there.
+    assert late.seed_error < late_without.seed_error + 2 * 0.1 * optimum**2
     # Steps up to 100 weigh in the slope as they do in that of a curve that falls there.
     steps = curves.by_seed.loc[2:].index
     [fall] = slopes_by_seed(pd.DataFrame({0: np.where(steps <= 100, -5.0, 0.0)}, steps))
