@@ -101,7 +101,7 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
 
 
-_CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.42, 0.98, 2.75  # inches, of the matrix
+_CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.5, 1.02, 2.75  # inches, of the matrix
 
 
 @style.applied()
@@ -140,9 +140,9 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
                 continue
             colour, mark, face = LOOKS[str(cell["verdict"])]
             texts = [text for text in (share_text(cell), range_text(cell)) if text and range_text(cell)]
-            axes.plot(column, row - 0.17 * len(texts), mark, color=colour, markersize=7, markerfacecolor=face)
+            axes.plot(column, row - 0.15 * len(texts), mark, color=colour, markersize=7, markerfacecolor=face)
             for line, text in enumerate(texts):
-                place = row + (0.26 if len(texts) == 1 else 0.07 + 0.28 * line)
+                place = row + (0.26 if len(texts) == 1 else 0.1 + 0.25 * line)
                 axes.text(column, place, text, color=colour, fontsize=6.5, **middle)
     handles = [
         style.mark(verdict, mark, color=colour, markerfacecolor=face)
