@@ -221,6 +221,7 @@ def learning_rates_page() -> str:
 def calibration_page() -> str:
     """Return the page of the shares of right and wrong verdicts on simulated sweeps, by claim and effect."""
     shares = pd.read_csv(ROOT / PUBLISHED / "calibration.csv")
+    traits = pd.read_csv(ROOT / PUBLISHED / "calibration_traits.csv")
     core = pd.read_csv(ROOT / PUBLISHED / "calibration_core.csv")
     return "\n".join(
         [
@@ -228,6 +229,12 @@ def calibration_page() -> str:
             "",
             "[How often verdicts are wrong](calibration.md) explains the simulation. "
             "`effect` is in margins; `wrong` has a 95% interval.",
+            "",
+            "## Sweeps that break the assumptions of the fit",
+            "",
+            *table(*_frame(traits)),
+            "",
+            "## Sweeps that meet them, by the rules of 27 November 2026",
             "",
             *table(*_frame(shares)),
             "",
