@@ -92,7 +92,8 @@ def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
 
 def test_finished_runs_are_shown_with_their_interval(tmp_path):
     rows = [
-        row | {"family": "llama", "hidden_size": 128, "base_params": 828_288}
+        # Their optimal LRs are far from what other sources say.
+        row | {"family": "llama", "hidden_size": 128, "base_params": 828_288, "lr": 0.4 * row["lr"]}
         for rank in (None, 32)
         for row in make_sweep(rank=rank)
     ]
