@@ -48,6 +48,9 @@ def test_the_committed_errors_follow_from_the_sources():
     known = known_optima(read_studies(source_folders()), published_folders(REPOSITORY))
     committed = pd.read_csv(REPOSITORY / "paper_figures/published/evidence/lr_left_out_summary.csv")
     pd.testing.assert_frame_equal(compared(by_source(left_out(known))), committed, rtol=1e-3)
-    # The rule that recommends is no further off than the law.
+    # The rule that recommends is no further off than the law. Its loss is lower, too, but for full fine-tuning in SFT,
+    # of which the docs say so.
     by_rule = committed.set_index(["task", "method", "rule"])[["off", "loss_above_best"]]
-    assert (by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")).all(axis=None)
+    closer = by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")
+    assert closer["off"].all()
+    assert closer.index[~closer["loss_above_best"]].tolist() == [("sft", "fullft")]
