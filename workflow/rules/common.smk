@@ -63,8 +63,14 @@ def job_experiments(experiment=None):
 
 def grouped_data(experiment=None):
     """The datasets whose test examples come in groups, which the tables name; times are ignored as in job_data."""
-    names = dict.fromkeys(job.sweeps[0].condition.dataset for job in jobs_of(experiment))
-    return [ancient(LAYOUT.dataset(name)) for name in names if has_groups(LAYOUT.preset.sources[name])]
+    names = dict.fromkeys(
+        job.sweeps[0].condition.dataset for job in jobs_of(experiment)
+    )
+    return [
+        ancient(LAYOUT.dataset(name))
+        for name in names
+        if has_groups(LAYOUT.preset.sources[name])
+    ]
 
 
 def model_files(model):
