@@ -64,7 +64,9 @@ def draw(tables: Tables) -> style.Drawn:
     drawn, named = plotted[plotted["x"].notna()], plotted[plotted["x"].isna()]
     slots = len(drawn) + drawn["family"].nunique()
     strip = 0.0 if named.empty else 0.3 + 0.19 * math.ceil(len(named) / _BADGES)
-    above, below = 0.46, 0.5
+    shown = [verdict for verdict in LOOKS if (plotted["verdict"] == verdict).any()]
+    # The legend has three columns, and one mark more than there are verdicts.
+    above, below = 0.16 + 0.15 * math.ceil((len(shown) + 1) / 3), 0.5
     height = above + max(slots, 2) * _ROW + below + strip
     figure = style.new_figure(height)
     figure.set_layout_engine("none")
@@ -78,7 +80,7 @@ def draw(tables: Tables) -> style.Drawn:
     marks: list[Any] = [
         style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face)
         for verdict, (colour, marker, face) in LOOKS.items()
-        if (plotted["verdict"] == verdict).any()
+        if verdict in shown
     ]
     marks.append(style.shade("where the claim holds", "#dcefe2"))
     gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
