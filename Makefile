@@ -15,8 +15,9 @@ setup:  ## Make the virtual environment with everything for development.
 test:  ## Run the fast tests, at most 5 minutes on 2 cores.
 	pytest
 
-plain:  ## Run the fast tests with PyTorch held to the instructions of a processor without AVX-512, AMX and bf16.
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest
+# The other folders do not compute with PyTorch.
+plain:  ## Run the fast tests that train, held to the instructions of a processor without AVX-512, AMX and bf16.
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, data evaluation faults models planning training workflow)
 
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 	pytest -m 'slow and not long and not slurm and not gpu'
