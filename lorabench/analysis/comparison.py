@@ -42,7 +42,7 @@ loss that is flat and then rises steeply seems to fall by more, and so does an a
 
 _ONE_GROUP = Problem(
     "the error from test examples is not known, since all of them are of one group",
-    Remedy("test examples of 2 groups or more, such as packages, documents or templates"),
+    Remedy("test examples of 2 groups or more, such as packages or documents"),
 )
 
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]

@@ -259,7 +259,7 @@ _SUMMED = 2**12
 class ExampleLosses:
     """The losses of runs by test example, from the table `test_losses`.
 
-    Test examples that share their source, such as a package or a template, err together. The error of a mean loss is
+    Test examples that share their source, such as a package or a document, err together. The error of a mean loss is
     therefore found by leaving out one group of examples at a time (the jackknife by clusters), and has a t distribution
     with one degree of freedom less than there are groups. MacKinnon, Nielsen and Webb, "Cluster-robust inference: A
     guide to empirical practice" (2023), recommend both for few groups.

@@ -45,8 +45,9 @@ SPREAD = 0.7
 ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
 
-LEAST_WEIGHTS = {SPREAD: 1e-3, ASYMMETRY: 0.03}
-"""The least weight of what is known before the runs, over that of a run: it counts where there is hardly any noise."""
+LEAST_WEIGHTS = 1e-3, 0.03
+"""The least weights of what is known before the runs of the curvatures and of the asymmetry, over that of a run: it
+counts where there is hardly any noise."""
 
 LEAST_SIZE = 0.1
 """The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
@@ -240,7 +241,7 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
         design = rows.design([[label] for label in labels], bends)
         # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
         differences = np.zeros((arms - 1, design.shape[1]))
-        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD, curvature) * helmert(arms)
+        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD * curvature, LEAST_WEIGHTS[0]) * helmert(arms)
         solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
         if solution is None:
             return None
@@ -265,12 +266,12 @@ def _with_free_curvatures(rows: FitRows, bends: Mapping[str, Bend], first: Solut
 
 def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
     """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
-    return _weight(noisy, ASYMMETRY, curvature) * np.eye(design.shape[1])[-1:]
+    return _weight(noisy, ASYMMETRY * curvature, LEAST_WEIGHTS[1]) * np.eye(design.shape[1])[-1:]
 
 
-def _weight(noisy: Solution, spread: float, curvature: float) -> float:
-    """Return the standard deviation of e over that of a number before the runs, `spread` times the curvature."""
-    return max(math.sqrt(noisy.variance) / (spread * curvature), LEAST_WEIGHTS[spread])
+def _weight(noisy: Solution, deviation: float, least: float) -> float:
+    """Return the standard deviation of e over that of a number before the runs, but at least a least weight."""
+    return max(math.sqrt(noisy.variance) / deviation, least)
 
 
 def _noise_of_rows(rows: FitRows) -> Noise | None:

@@ -1,8 +1,8 @@
 """The hash of the rules: of everything that turns tables into verdicts.
 
-It covers the code of `lorabench.analysis` and `lorabench.claims`, with all criteria, and the margins and predictions of
-a preset. Two verdicts with the same hash were reached by the same rules. Comments, docstrings and the layout of the
-code do not count, and neither does the version of Python.
+It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, with all criteria, the number of
+draws of an error, and the margins and predictions of a preset. Two verdicts with the same hash were reached by the same
+rules. Comments, docstrings and the layout of the code do not count, and neither does the version of Python.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lorabench.analysis.estimate import N_DRAWS
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.utils.files import digest
 
-_PACKAGES = ("analysis", "claims")
+_PARTS = ("analysis/*.py", "claims/*.py", "runs.py")
 
 
 def rules_sha256(margins: Margins | None = None, predictions: Predictions | None = None) -> str:
@@ -24,14 +25,14 @@ def rules_sha256(margins: Margins | None = None, predictions: Predictions | None
     Without margins or predictions, DEFAULT_MARGINS or DEFAULT_PREDICTIONS hold, as in `judge_claims`.
     """
     stated = (margins or DEFAULT_MARGINS).model_dump(), (predictions or DEFAULT_PREDICTIONS).model_dump()
-    return digest([_code(), *stated], 64)
+    return digest([_code(), N_DRAWS, *stated], 64)
 
 
 @cache
 def _code() -> dict[str, str]:
-    """Return the hash of each module of the packages, by its path in the project."""
+    """Return the hash of each module that judges, by its path in the project."""
     root = Path(__file__).parents[1]
-    files = sorted(path for package in _PACKAGES for path in (root / package).glob("*.py"))
+    files = sorted(path for part in _PARTS for path in root.glob(part))
     return {path.relative_to(root).as_posix(): digest(syntax(path.read_text(encoding="utf-8")), 64) for path in files}
 
 
