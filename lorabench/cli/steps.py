@@ -136,7 +136,7 @@ def train(
         if not is_worker():
             contexts.enter_context(own_gpus(planned, processes))
             if processes > 1:
-                launch(processes, sys.argv[1:])
+                launch(processes, ["-m", "lorabench.cli", *sys.argv[1:]])
                 return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:

@@ -151,7 +151,10 @@ def is_worker() -> bool:
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:
-    """Run the command line `lorabench ARGUMENTS` in `count` processes and wait for their end.
+    """Run `python ARGUMENTS` in `count` processes and wait for their end.
+
+    A signal raises Stopped within `lorabench.utils.signals.stop_immediately`, on which the launcher passes SIGTERM on
+    and waits until the processes have saved their state, however many signals follow.
 
     Raises:
         UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.
@@ -169,9 +172,6 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     # Thread pools read this before any setting of ours, and accelerate warns if it is not set.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    # The launcher's own handlers would give up waiting for the processes at a second SIGTERM. Ours raise Stopped once,
-    # on which the launcher passes SIGTERM on and waits.
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -182,9 +182,11 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         local_addr="localhost",
         # The workflow restarts a failed job, which then goes on from its checkpoints.
         max_restarts=0,
+        # The launcher's own handler raises at each signal and so would give up waiting for the processes.
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "lorabench.cli", *arguments)
+        elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         message = failure.error_file_data["message"]

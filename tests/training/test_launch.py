@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lorabench.config.inputs import PathModel
 from lorabench.models.base import load_model
 from lorabench.runs import Job
 
+from ..conftest import REPOSITORY
 from .conftest import TINY, children, command, sweep_of, trained, wait_for
 
 pytestmark = pytest.mark.slow
@@ -73,13 +75,52 @@ def test_an_error_ends_all_processes_and_is_shown_once(ready):
     assert "Traceback" not in done.stderr
 
 
+WORKER = """
+import os, time
+from pathlib import Path
+from lorabench.utils import signals
+
+with signals.stop_after_step():
+    Path("started." + os.environ["RANK"]).touch()
+    while not signals.requested():
+        time.sleep(0.01)
+    time.sleep(1.5)
+    Path("saved." + os.environ["RANK"]).touch()
+"""
+LAUNCHER = """
+from lorabench.cli.common import in_one_sentence
+from lorabench.training.distributed import launch
+
+with in_one_sentence():
+    launch(2, ["worker.py"])
+"""
+
+
+def test_the_launcher_waits_until_its_processes_have_saved_however_many_signals_come(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"started.{rank}", launcher)
+    # Slurm signals every process of a job, and does so again; the launcher passes the signal on as well.
+    for _ in range(4):
+        for pid in (*children(launcher.pid), launcher.pid):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+    launcher.wait(timeout=60)
+    saved = sorted(path.name for path in tmp_path.glob("saved.*"))
+    said = launcher.communicate()[1].decode()
+    assert saved == ["saved.0", "saved.1"]
+    assert said.count("lorabench: stopped by SIGTERM") == 1
+
+
 def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, text=True)
     wait_for(layout.progress(sweep), process)
-    # Slurm signals every process of a job, and may do so again; the launching process passes the signal on as well.
-    for _ in range(2):
+    # As Slurm does, to all processes and several times.
+    for _ in range(4):
         for pid in (*children(process.pid), process.pid):
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
