@@ -41,6 +41,13 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 _CPU = torch.device("cpu")
 
+NONDETERMINISTIC = "LORABENCH_NONDETERMINISTIC"
+"""The environment variable with which training uses the default kernels, since an operation has no deterministic one."""
+
+
+class NoKernelError(UserError):
+    """An operation of a sharded model has no deterministic kernel."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -155,6 +162,8 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
     A signal raises Stopped within `lorabench.utils.signals.stop_immediately`, on which the launcher passes SIGTERM on
     and waits until the processes have saved their state, however many signals follow.
+    If an operation of a sharded model has no deterministic kernel, the processes are started again and do without such
+    kernels.
 
     Raises:
         UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.
@@ -188,11 +197,17 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        message = failure.error_file_data["message"]
-        if isinstance(message, dict):
-            name, _, text = message["message"].partition(": ")
+        # A process that only lost the connection to the one that failed leaves no message.
+        left = [failure.error_file_data["message"] for failure in error.failures.values()]
+        for message in (message["message"] for message in left if isinstance(message, dict)):
+            name, _, text = message.partition(": ")
+            if name == NoKernelError.__name__:
+                logging.warning("the processes start again with %s=1: %s", NONDETERMINISTIC, text)
+                os.environ[NONDETERMINISTIC] = "1"
+                launch(count, arguments)
+                return
             raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
+        _, failure = error.get_first_failure()
         sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
     except SignalException as error:
         raise Stopped(error.sigval) from error

@@ -170,7 +170,7 @@ def batch_gradient(
             nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
         return nll.item()
 
-    nll = deterministically(add, model.zero_grad, device)
+    nll = deterministically(add, model.zero_grad, machine)
     return processes.total(nll), tokens, scored
 
 

@@ -26,14 +26,11 @@ from lorabench.models.bf16_products import Products, choose_faster
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
+from lorabench.training.distributed import NONDETERMINISTIC, SINGLE_PROCESS, NoKernelError, Processes, full_tensor
 from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.gpus import difference_from, processor
 
 T = TypeVar("T")
-
-# The operations without a deterministic kernel that were found in this process.
-_without_kernel: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -180,17 +177,22 @@ def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | No
     return float(full_tensor(norm))
 
 
-def deterministically(compute: Callable[[], T], undo: Callable[[], None], device: torch.device) -> T:
+def deterministically(compute: Callable[[], T], undo: Callable[[], None], machine: Machine) -> T:
     """Return the result of `compute`, on a GPU with deterministic kernels.
 
-    If an operation has none, a warning names it, and this call and all later ones do without.
+    If an operation has none, a warning names it, and this call and all later ones do without. A sharded model needs new
+    processes for that (see `lorabench.training.distributed.launch`): FSDP does not recover from a pass that was broken
+    off, and would give no gradient from then on.
 
     Args:
         compute: computes a gradient.
         undo: discards what `compute` has done so far, before it is called again.
-        device: the device that computes.
+        machine: the device that computes, and the processes that share the model.
+
+    Raises:
+        NoKernelError: an operation of a sharded model has no deterministic kernel.
     """
-    if device.type != "cuda" or _without_kernel:
+    if machine.device.type != "cuda" or NONDETERMINISTIC in os.environ:
         return compute()
     setting: Any = torch.utils.deterministic
     fill, lacks = setting.fill_uninitialized_memory, "does not have a deterministic implementation"
@@ -202,8 +204,14 @@ def deterministically(compute: Callable[[], T], undo: Callable[[], None], device
     except RuntimeError as error:
         if lacks not in str(error):
             raise
-        _without_kernel.append(str(error).split(lacks, maxsplit=1)[0].strip())
-        logging.warning("training on this GPU is not deterministic: %s has no such kernel", _without_kernel[0])
+        operation = str(error).split(lacks, maxsplit=1)[0].strip()
+        if machine.processes.sharded:
+            raise NoKernelError(
+                f"{operation} has no deterministic kernel on this GPU, so a model that is sharded over "
+                f"{machine.processes.count} processes can only be trained with {NONDETERMINISTIC}=1 in the environment"
+            ) from error
+        logging.warning("training on this GPU is not deterministic: %s has no such kernel", operation)
+        os.environ[NONDETERMINISTIC] = "1"
     finally:
         torch.use_deterministic_algorithms(False)
         setting.fill_uninitialized_memory = fill

@@ -220,7 +220,7 @@ def saved_step(checkpoint: Path) -> int:
     """Return the step in the header of a checkpoint, which may be replaced at any time."""
     with checkpoint.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return json.loads(header["__metadata__"]["progress"])["step"]
+    return int(header["__metadata__"]["step"])
 
 
 def job_tries(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:

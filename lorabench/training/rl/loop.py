@@ -288,7 +288,7 @@ def train_rl(
         rewarded = rewarded or metrics["reward"] > 0
 
         learning = time.perf_counter()
-        measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine.device)
+        measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine)
         learned = time.perf_counter()
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
