@@ -32,7 +32,7 @@ def flip(path: Path, place: int = -9) -> None:
 
 def flip_header(path: Path) -> None:
     """Flip one bit of the step in the header."""
-    flip(path, path.read_bytes().index(b"step") + len(b'step\\": '))
+    flip(path, path.read_bytes().index(b'"step":"') + len(b'"step":"'))
 
 
 def empty(path: Path) -> None:
