@@ -1,8 +1,8 @@
 """The loss of SFT, the NLL in nats summed over scored tokens, and the micro-batches in which it is computed.
 
-Logits are computed only at scored tokens, and for a limited number of tokens at a time, so that the logits of a whole
-batch with a large vocabulary are never held at once. The decoder and the unembedding are called as modules, so that
-LoRA on either takes effect.
+Logits are computed only at scored tokens, and for a limited number of tokens at a time, also in sharded models, so that
+the logits of a whole batch with a large vocabulary are never held at once. The decoder and the unembedding are called
+as modules, so that LoRA on either takes effect.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
@@ -111,22 +113,21 @@ def add_gradient(
     Args:
         divisor: usually the scored tokens of the whole batch, of which `batch` is a part.
         autocast: the type of autocast; None for fp32.
-        max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit, as a sharded model
-            needs.
+        max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit.
     """
     device = batch.inputs.device
     tokens, targets = _scored(batch)
     size = len(tokens) if max_logits is None else _tokens_at_once(model, max_logits)
 
     def nll(model: nn.Module) -> Tensor:
-        return _nlls(model, _hidden(model, batch, tokens), targets).sum() / divisor
+        return _nlls(model, _hidden(model, batch, tokens), targets, size).sum() / divisor
 
     def cast() -> torch.autocast:
         return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
-        if len(tokens) <= size:
+        if len(tokens) <= size or isinstance(model, FSDPModule):
             with cast():
                 loss = call_as_forward(model, nll)
             loss.backward()
@@ -138,7 +139,7 @@ def add_gradient(
         for start in range(0, len(tokens), size):
             piece = slice(start, start + size)
             with cast():
-                loss = _nlls(model, leaf[piece], targets[piece]).sum() / divisor
+                loss = _nlls(model, leaf[piece], targets[piece], size).sum() / divisor
             loss.backward()
             total += loss.detach()
         hidden.backward(leaf.grad)
@@ -162,12 +163,11 @@ def batch_gradient(
     parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
     batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
     scored = int(processes.total(sum(batch.scored for batch in batches)))
-    max_logits = None if processes.sharded else MAX_LOGITS[device.type]
 
     def add() -> float:
         nll = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            nll += add_gradient(model, batch.to(device), scored, machine.autocast, max_logits)
+            nll += add_gradient(model, batch.to(device), scored, machine.autocast, MAX_LOGITS[device.type])
         return nll.item()
 
     nll = deterministically(add, model.zero_grad, machine)
@@ -185,9 +185,7 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
     nats, owners = [np.zeros(0)], [share[:0]]
 
     def nlls(model: nn.Module) -> Tensor:
-        hidden, size = _hidden(model, batch, tokens), _tokens_at_once(model, MAX_LOGITS[kind])
-        pieces = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([_nlls(model, *piece) for piece in pieces])
+        return _nlls(model, _hidden(model, batch, tokens), targets, _tokens_at_once(model, MAX_LOGITS[kind]))
 
     parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
@@ -220,9 +218,36 @@ def _hidden(model: nn.Module, batch: Batch, tokens: Tensor) -> Tensor:
     return hidden.flatten(0, 1)[tokens]
 
 
-def _nlls(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the NLL of each target, (tokens,), in fp32."""
-    logits = without_peft(model).get_output_embeddings()(hidden)
+def _nlls(model: nn.Module, hidden: Tensor, targets: Tensor, at_once: int) -> Tensor:
+    """Return the NLL of each target, (tokens,), in fp32.
+
+    The logits of more than `at_once` tokens are computed in pieces, and in the backward pass again, piece by piece. The
+    unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
+    pieces.
+    """
+    head = without_peft(model).get_output_embeddings()
+    if len(targets) <= at_once:
+        return _nll_of_logits(head(hidden), targets)
+    forward = head.forward
+
+    def nlls_in_pieces(hidden: Tensor) -> Tensor:
+        def nlls(hidden: Tensor, targets: Tensor) -> Tensor:
+            return _nll_of_logits(forward(hidden), targets)
+
+        # There is no random state to restore.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([checkpoint(nlls, *piece, **options) for piece in pieces])
+
+    head.forward = nlls_in_pieces
+    try:
+        whole: Tensor = head(hidden)
+    finally:
+        head.forward = forward
+    return whole
+
+
+def _nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 

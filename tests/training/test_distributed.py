@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import ModelSpec, PathModel, TinyModel
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
+from lorabench.training.loss import MAX_LOGITS
 
 from ..conftest import REPOSITORY
 from .conftest import BrokenError, condition_of, splits_of, train, write_tied
@@ -39,6 +41,7 @@ class Case:
     precision: str = "fp32"
     breaks_after: int | None = None
     recompute: bool = False
+    max_logits: int = MAX_LOGITS["cpu"]
 
 
 MOE = "moe-128"
@@ -58,6 +61,9 @@ CASES = {
     "bf16-lora": Case("lora", 4, precision="bf16"),
     "recompute-fullft": Case("fullft", recompute=True),
     "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
+    # The logits of 16 tokens at once; the processes have different numbers of pieces.
+    "pieces-fullft": Case("fullft", max_logits=1 << 14),
+    "pieces-tied-lora": Case("lora", 4, base="tied", max_logits=1 << 14, recompute=True),
     "diverges": Case("fullft", lr=1e3),
 }
 
@@ -73,18 +79,19 @@ def run_case(
 ):
     """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
     condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
-    outcome, model = train(
-        condition,
-        data,
-        checkpoints,
-        case.lr,
-        protocol=Protocol(precision=case.precision, curve_points=3, clip_norm=2.0),
-        checkpoint_seconds=0 if case.breaks_after else 1e9,
-        tick=tick,
-        spec=spec_of(case, folder),
-        processes=processes,
-        recompute=case.recompute,
-    )
+    with mock.patch.dict(MAX_LOGITS, cpu=case.max_logits):
+        outcome, model = train(
+            condition,
+            data,
+            checkpoints,
+            case.lr,
+            protocol=Protocol(precision=case.precision, curve_points=3, clip_norm=2.0),
+            checkpoint_seconds=0 if case.breaks_after else 1e9,
+            tick=tick,
+            spec=spec_of(case, folder),
+            processes=processes,
+            recompute=case.recompute,
+        )
     held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     curve, losses = ([vars(part) for part in parts] for parts in (outcome.curve, outcome.test_losses))
     numbers = {**vars(outcome), "curve": curve, "test_losses": losses, "held": held}

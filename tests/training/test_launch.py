@@ -96,10 +96,15 @@ with in_one_sentence():
 """
 
 
+def launcher_in(folder: Path) -> subprocess.Popen:
+    """Start two processes of `worker.py` in a folder."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=folder, env=environment, stderr=subprocess.PIPE)
+
+
 def test_the_launcher_waits_until_its_processes_have_saved_however_many_signals_come(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    launcher = launcher_in(tmp_path)
     for rank in (0, 1):
         wait_for(tmp_path / f"started.{rank}", launcher)
     # Slurm signals every process of a job, and does so again; the launcher passes the signal on as well.
@@ -112,6 +117,57 @@ def test_the_launcher_waits_until_its_processes_have_saved_however_many_signals_
     said = launcher.communicate()[1].decode()
     assert saved == ["saved.0", "saved.1"]
     assert said.count("lorabench: stopped by SIGTERM") == 1
+
+
+STEP = """
+import json
+from dataclasses import replace
+from pathlib import Path
+import torch
+from lorabench.config.inputs import TinyModel
+from lorabench.models.base import load_model, skeleton
+from lorabench.training.distributed import errors_to_launcher, join, leave
+from lorabench.training.loss import Batch, add_gradient
+from lorabench.training.run import Machine, clip_gradient, deterministically
+
+class Put(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.zeros_like(gradient).put_(torch.arange(gradient.numel()).view_as(gradient), gradient)
+
+processes = join()
+spec = TinyModel(kind="tiny", name="llama-64")
+model = processes.shard(load_model(spec) if processes.first else skeleton(spec))
+model.model.layers[0].register_forward_hook(lambda module, inputs, output: Put.apply(output))
+batch = Batch(*torch.randint(model.config.vocab_size, (2, 2, 8)))
+# The CPU has operations with and without deterministic kernels too.
+machine = replace(Machine(torch.device("cuda"), 16), processes=processes)
+norms = []
+with errors_to_launcher():
+    for _ in range(2):
+        deterministically(lambda: add_gradient(model, batch, 32, None, None), model.zero_grad, machine)
+        norms.append(clip_gradient(model.parameters(), None))
+        model.zero_grad()
+if processes.first:
+    Path("norms.json").write_text(json.dumps(norms))
+leave(processes)
+"""
+
+
+def test_processes_start_again_without_deterministic_kernels_where_an_operation_has_none(tmp_path):
+    """The pass that is broken off would leave a sharded model without any gradient."""
+    (tmp_path / "worker.py").write_text(STEP)
+    launcher = launcher_in(tmp_path)
+    said = launcher.communicate(timeout=240)[1].decode()
+    assert launcher.returncode == 0, said
+    assert said.count("the processes start again with LORABENCH_NONDETERMINISTIC=1: put_ has no deterministic") == 1
+    norms = json.loads((tmp_path / "norms.json").read_text())
+    assert norms[0] > 0
+    assert norms[0] == norms[1]
 
 
 def test_processes_that_get_a_signal_save_together(ready):

@@ -12,13 +12,14 @@ from torch import nn
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
+from lorabench.errors import UserError
 from lorabench.training import loss
-from lorabench.training import run as module
-from lorabench.training.run import clip_gradient, deterministically
+from lorabench.training.distributed import NONDETERMINISTIC, NoKernelError, Processes
+from lorabench.training.run import Machine, clip_gradient, deterministically
 
 from .conftest import condition_of, series, train
 
-GPU = torch.device("cuda")
+GPU = Machine(torch.device("cuda"), 1)
 
 
 @pytest.mark.parametrize("sizes", [[], [(2000, 1500), 6_000_000]])
@@ -48,11 +49,13 @@ def modes() -> tuple[bool, bool, bool]:
 
 # The CPU has operations with and without deterministic kernels too, so what is done for a GPU is tested on it.
 def test_kernels_are_deterministic_on_a_gpu_and_a_step_without_such_is_computed_again_without(caplog, monkeypatch):
-    monkeypatch.setattr(module, "_without_kernel", [])
+    # It is removed again after the test.
+    monkeypatch.setenv(NONDETERMINISTIC, "1")
+    monkeypatch.delenv(NONDETERMINISTIC)
     # Fused attention's backward pass is deterministic only if the mode is strict.
     assert deterministically(modes, lambda: None, GPU) == (True, False, False)
     assert modes() == (False, False, True)
-    assert deterministically(modes, lambda: None, torch.device("cpu")) == (False, False, True)
+    assert deterministically(modes, lambda: None, Machine(torch.device("cpu"), 1)) == (False, False, True)
 
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -77,6 +80,13 @@ def test_kernels_are_deterministic_on_a_gpu_and_a_step_without_such_is_computed_
     assert len(undone) == 1
     assert sums.tolist() == [2, 2], "two steps were computed, and the one that failed was undone"
     assert modes() == (False, False, True)
+    # A sharded model can't be computed again in these processes.
+    sharded = replace(GPU, processes=Processes(0, 2))
+    assert deterministically(compute, undo, sharded).tolist() == [0, 1, 0]
+    monkeypatch.delenv(NONDETERMINISTIC)
+    with pytest.raises(NoKernelError, match=r"put_ has no .* 2 processes can only be trained with LORABENCH_NONDET"):
+        deterministically(compute, undo, sharded)
+    assert len(undone) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,6 +118,12 @@ def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatc
     assert series(outcome, "nll")[-1] is None
     # The poisoned gradient was never applied.
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_run_that_gets_no_gradient_ends_with_one_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "add_gradient", lambda model, *others: torch.tensor(3.0))
+    with pytest.raises(UserError, match=r"the gradient of step 1 is exactly 0 at a loss of 3\.0000 nats"):
+        train(condition_of("lora", 4, steps=2, batch_size=1), data, tmp_path, lr=1e-3)
 
 
 @pytest.mark.parametrize(
