@@ -79,6 +79,7 @@ def train_sft(
         uniform guess by `EXPLODED_ABOVE_UNIFORM`.
 
     Raises:
+        UserError: the gradient of the first step is 0, or a later step has none.
         Stopped: a signal asked the job to end, and the run is saved.
     """
     condition, train = run.condition, data["train"]
@@ -110,6 +111,12 @@ def train_sft(
         if machine.processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
+        # Weights that overflow may leave a later gradient of 0, but a gradient all the same.
+        if norm == 0 and (step == 1 or all(parameter.grad is None for parameter in parameters.values())):
+            raise UserError(
+                f"run {run.run_id} would train nothing: the gradient of step {step} is exactly 0 at a loss of {loss:.4f} "
+                "nats, where it must be above 0"
+            )
         if step * condition.batch_size <= len(train):
             epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
         probed = probe if step in validate_at else None
