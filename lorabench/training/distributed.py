@@ -160,10 +160,9 @@ def is_worker() -> bool:
 def launch(count: int, arguments: Sequence[str]) -> None:
     """Run `python ARGUMENTS` in `count` processes and wait for their end.
 
-    A signal raises Stopped within `lorabench.utils.signals.stop_immediately`, on which the launcher passes SIGTERM on
-    and waits until the processes have saved their state, however many signals follow.
-    If an operation of a sharded model has no deterministic kernel, the processes are started again and do without such
-    kernels.
+    After a signal, which raises Stopped within `lorabench.utils.signals.stop_immediately`, the processes get SIGTERM and
+    have an hour to save their state, however many signals follow. Where an operation of a sharded model has no
+    deterministic kernel, the processes start again and do without.
 
     Raises:
         UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.

@@ -234,10 +234,8 @@ def _nlls(model: nn.Module, hidden: Tensor, targets: Tensor, at_once: int) -> Te
         def nlls(hidden: Tensor, targets: Tensor) -> Tensor:
             return _nll_of_logits(forward(hidden), targets)
 
-        # There is no random state to restore.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
         pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        return torch.cat([checkpoint(nlls, *piece, **options) for piece in pieces])
+        return torch.cat([checkpoint(nlls, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
     head.forward = nlls_in_pieces
     try:

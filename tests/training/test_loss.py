@@ -21,6 +21,7 @@ from lorabench.training.loss import (
     IGNORED,
     MAX_LOGITS,
     Batch,
+    _nlls,
     add_gradient,
     check_plain_head,
     collate,
@@ -104,6 +105,11 @@ def test_logits_of_all_tokens_are_never_held(kind):
     assert peaks[1] > 2 * logits
     # With 16 pieces a few times the logits of one piece (with gradient, in fp32) and the decoder's activations remain.
     assert peaks[2] < logits / 2
+    # In a sharded model the backward pass computes each piece again.
+    hidden = torch.randn(batch.scored, 16, requires_grad=True)
+    with NewStorages() as new:
+        _nlls(model, hidden, batch.targets.flatten(), at_once).sum().backward()
+    assert new.peak < logits / 2
 
 
 def test_nll_is_token_weighted_and_equals_transformers(data, monkeypatch):
