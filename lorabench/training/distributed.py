@@ -198,16 +198,16 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         # A process that only lost the connection to the one that failed leaves no message.
         left = [failure.error_file_data["message"] for failure in error.failures.values()]
-        for message in (message["message"] for message in left if isinstance(message, dict)):
-            name, _, text = message.partition(": ")
-            if name == NoKernelError.__name__:
-                logging.warning("the processes start again with %s=1: %s", NONDETERMINISTIC, text)
-                os.environ[NONDETERMINISTIC] = "1"
-                launch(count, arguments)
-                return
+        message = next((message["message"] for message in left if isinstance(message, dict)), None)
+        if message is None:
+            _, failure = error.get_first_failure()
+            sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
+        name, _, text = message.partition(": ")
+        if name != NoKernelError.__name__:
             raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
-        _, failure = error.get_first_failure()
-        sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
+        logging.warning("the processes start again with %s=1: %s", NONDETERMINISTIC, text)
+        os.environ[NONDETERMINISTIC] = "1"
+        launch(count, arguments)
     except SignalException as error:
         raise Stopped(error.sigval) from error
 
