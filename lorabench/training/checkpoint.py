@@ -1,7 +1,7 @@
 """The checkpoint file of a run in progress: trained parameters, Adam's state, and the curve so far.
 
 A checkpoint is a safetensors file with a checksum, replaced atomically; nothing is pickled. The curve is JSON in one of
-its tensors, since safetensors reads no header above 100 MB, about 350,000 steps of supervised fine-tuning. A run has
+its tensors, since safetensors allows no header above 100 MB, about 350,000 steps of supervised fine-tuning. A run has
 no other state: the data order follows from the seed and the step, and models have no dropout.
 
 If a model is sharded over processes, each process writes its part. The file of the first process is the checkpoint: its
