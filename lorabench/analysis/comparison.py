@@ -85,7 +85,7 @@ def kept(function: Callable[Concatenate[Owner, Arguments], Made]) -> Callable[Co
     """Keep in the first argument what a function makes of it; further arguments are arms, or can be hashed."""
 
     @wraps(function)
-    def once(owner: Owner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+    def once(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         key = (function, *(arm_label(each) if isinstance(each, dict) else each for each in args), *kwargs.items())
         if key not in owner.made:
             owner.made[key] = function(owner, *args, **kwargs)
