@@ -42,7 +42,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 _CPU = torch.device("cpu")
 
 NONDETERMINISTIC = "LORABENCH_NONDETERMINISTIC"
-"""The environment variable with which training uses the default kernels, since an operation has no deterministic one."""
+"""The environment variable with which training does without deterministic kernels, since an operation has none."""
 
 
 class NoKernelError(UserError):
@@ -160,7 +160,7 @@ def is_worker() -> bool:
 def launch(count: int, arguments: Sequence[str]) -> None:
     """Run `python ARGUMENTS` in `count` processes and wait for their end.
 
-    After a signal, which raises Stopped within `lorabench.utils.signals.stop_immediately`, the processes get SIGTERM and
+    After a signal, on which `lorabench.utils.signals.stop_immediately` raises Stopped, the processes get SIGTERM and
     have an hour to save their state, however many signals follow. Where an operation of a sharded model has no
     deterministic kernel, the processes start again and do without.
 

@@ -114,8 +114,8 @@ def train_sft(
         # Weights that overflow may leave a later gradient of 0, but a gradient all the same.
         if norm == 0 and (step == 1 or all(parameter.grad is None for parameter in parameters.values())):
             raise UserError(
-                f"run {run.run_id} would train nothing: the gradient of step {step} is exactly 0 at a loss of {loss:.4f} "
-                "nats, where it must be above 0"
+                f"run {run.run_id} would train nothing: the gradient of step {step} is exactly 0 at a loss of "
+                f"{loss:.4f} nats, where it must be above 0"
             )
         if step * condition.batch_size <= len(train):
             epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
