@@ -3,7 +3,8 @@
     python -m benchmarks.collecting
 
 `lorabench step collect` merges jobs with 5 million points of curves on one core. Then the jobs of a plan of 10,000 runs
-count the finished runs at the start and the end of each run, as `lorabench step train` does, each job anew. The program
+train them side by side and count the finished runs at the start and the end of each, as `lorabench step train` does. The
+program
 prints the CPU seconds (user and system) and the peak memory of both and appends them to `benchmarks/collecting.csv`.
 """
 
@@ -31,6 +32,7 @@ from lorabench.planning.plan import Plan, make_plan
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.progress import FinishedRuns
+from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import JOB
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -74,8 +76,12 @@ def collecting(folder: Path) -> tuple[float, int]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def large_plan(runs: int) -> tuple[Plan, Layout]:
-    """Return a plan of about `runs` runs, 20 in each sweep and each sweep a job; writes its preset into this folder."""
+def large_plan(runs: int, gflops: float) -> tuple[Plan, Layout]:
+    """Return a plan of about `runs` runs, 20 in each sweep, and write its preset into this folder.
+
+    Args:
+        gflops: the speed of the machine; the slower it is, the fewer sweeps are in a job.
+    """
     block = {
         "models": ["tiny"],
         "datasets": ["instruct"],
@@ -90,8 +96,7 @@ def large_plan(runs: int) -> tuple[Plan, Layout]:
         "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
         "experiments": {"rank": [block]},
         "margins": {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6},
-        # On such a slow machine each sweep is a job of its own.
-        "execution": {"gflops": 0.001},
+        "execution": {"gflops": gflops},
     }
     Path("many.yaml").write_text(yaml.safe_dump(raw))
     layout = Layout.of("many.yaml")
@@ -99,27 +104,30 @@ def large_plan(runs: int) -> tuple[Plan, Layout]:
 
 
 def counting(plan: Plan, layout: Layout, counter: Callable[[Plan, Layout], Callable[[], object]]) -> float:
-    """Return the CPU seconds that counting takes while all jobs of a plan are worked through.
+    """Return the CPU seconds that counting takes while the jobs of a plan train their runs side by side.
 
     Args:
         counter: returns a job's function that counts.
     """
     for folder in (layout.runs, layout.jobs):
         folder.mkdir(parents=True)
-    seconds = 0.0
-    for job in plan.jobs:
-        started = time.process_time()
-        count = counter(plan, layout)
-        seconds += time.process_time() - started
-        for run in (run for sweep in job.sweeps for run in sweep.grid()):
-            for finished in (False, True):
-                if finished:
-                    (layout.runs / run.run_id).mkdir()
-                    (layout.runs / run.run_id / "record.json").touch()
-                started = time.process_time()
-                count()
-                seconds += time.process_time() - started
-        layout.job(job).touch()
+    started = time.process_time()
+    counts = {job: counter(plan, layout) for job in plan.jobs}
+    seconds = time.process_time() - started
+    runs = {job: [run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs}
+    for number in range(max(map(len, runs.values()))):
+        for job in (job for job in plan.jobs if number < len(runs[job])):
+            record = RunFolder(layout.runs, runs[job][number].run_id).record
+            started = time.process_time()
+            counts[job]()
+            seconds += time.process_time() - started
+            record.parent.mkdir()
+            record.touch()
+            started = time.process_time()
+            counts[job]()
+            seconds += time.process_time() - started
+            if number + 1 == len(runs[job]):
+                layout.job(job).touch()
     return seconds
 
 
@@ -134,7 +142,7 @@ def main() -> None:
         seconds, peak = collecting(Path(folder))
         rows.append(["collect", f"{POINTS} points of {RUNS} runs in {JOBS} jobs", round(seconds, 1), peak // 10**6])
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        plan, layout = large_plan(10_000)
+        plan, layout = large_plan(10_000, gflops=20.0)
         seconds = counting(plan, layout, lambda plan, layout: FinishedRuns(plan, layout).count)
         n_runs = sum(job.n_runs for job in plan.jobs)
         rows.append(["count", f"{n_runs} runs in {len(plan.jobs)} jobs", round(seconds, 1), None])

@@ -33,7 +33,7 @@ def anew(plan, layout):
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return large_plan(500)
+    return large_plan(500, gflops=0.001)
 
 
 def test_runs_are_counted_as_they_come_and_go(many):
@@ -84,7 +84,8 @@ def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(tmp_path, monke
 
 def work(jobs) -> None:
     """Finish all runs of some jobs of the plan in the working directory."""
-    plan, layout = large_plan(500)
+    layout = Layout.of("many.yaml")
+    plan = make_plan(layout.preset)
     for job in plan.jobs[jobs]:
         finish(layout, *(run.run_id for sweep in job.sweeps for run in sweep.grid()))
         layout.jobs.mkdir(exist_ok=True)
@@ -101,7 +102,6 @@ def test_counting_while_several_jobs_write(many):
     finished, seen = FinishedRuns(plan, layout), []
     while any(process.is_alive() for process in processes):
         seen.append(finished.count())
-        assert layout.root.exists() or seen[-1] == (0, 500, 0)
     assert [process.exitcode for process in processes] == [0, 0]
     assert seen == sorted(seen)
     assert finished.count() == (500, 500, 25)
@@ -110,7 +110,7 @@ def test_counting_while_several_jobs_write(many):
 def test_counting_costs_little_in_a_plan_of_many_runs(tmp_path, monkeypatch):
     """Each of the 1,000 runs is counted at its start and its end. Reading all folders of runs each time took 60 s."""
     monkeypatch.chdir(tmp_path)
-    plan, layout = large_plan(1_000)
+    plan, layout = large_plan(1_000, gflops=20.0)
     calls = 2 * sum(job.n_runs for job in plan.jobs)
     started = time.process_time()
     seconds = counting(plan, layout, lambda plan, layout: FinishedRuns(plan, layout).count)
