@@ -2,8 +2,8 @@
 
     python -m benchmarks.collecting
 
-`lorabench step collect` merges jobs with 5 million points of curves on one core. Then the jobs of a plan of 10,000 runs
-train them side by side and count the finished runs at the start and the end of each, as `lorabench step train` does. The
+`lorabench step collect` merges jobs with 5 million points of curves on one core. Then jobs side by side work through a
+plan of 10,000 runs and count the finished ones at the start and the end of each, as `lorabench step train` does. The
 program prints the CPU seconds (user and system) and the peak memory, and appends them to `benchmarks/collecting.csv`.
 """
 

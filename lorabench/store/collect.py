@@ -96,7 +96,9 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
 
     write_table(runs, out / "runs.parquet")
     write_csv(runs.to_pandas(), out / "runs.csv")
-    write_tables((entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet")
+    write_tables(
+        (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet"
+    )
     write_curves_csv(out)
     write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
 

@@ -75,7 +75,7 @@ def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = T
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write CSV, whole or not at all; the words of a list are joined by spaces."""
     flat = frame.copy()
-    for column in flat.columns[flat.dtypes == object]:
+    for column in flat.columns[flat.dtypes == "object"]:
         if flat[column].map(lambda value: hasattr(value, "__len__") and not isinstance(value, str)).any():
             flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
     with atomic_path(path) as partial:

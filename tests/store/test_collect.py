@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.collecting import write_jobs
-
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.config.inputs import GgufModel, HubModel, TinyModel
 from lorabench.config.loading import load_preset
@@ -87,9 +86,10 @@ def test_a_models_name_says_whether_it_is_a_base():
 
 def make_curves(points: int) -> pa.Table:
     """Return curves with numbers of all sizes, some of them missing or infinite."""
-    values = np.random.default_rng(0).normal(size=points) * 10.0 ** np.arange(-20, 21).repeat(points // 40)[:points]
-    values[:3] = np.nan, np.inf, 1.0
     steps = np.arange(points)
+    values = np.random.default_rng(0).normal(size=points) * 10.0 ** (steps % 41 - 20)
+    for number, value in enumerate((None, np.inf, 1.0)):
+        values[number : number + 1] = value
     columns = {"run_id": steps // 500, "step": steps, "examples": 4 * steps, "tokens": 10**9 * steps, "value": values}
     names = {"split": ["train"] * points, "metric": ["nll"] * points}
     return pa.table(columns | names).select(CURVES.names).cast(CURVES)

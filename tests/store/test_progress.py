@@ -92,6 +92,7 @@ def work(jobs) -> None:
         layout.job(job).touch()
 
 
+@pytest.mark.slow
 def test_counting_while_several_jobs_write(many):
     plan, layout = many
     processes = [
