@@ -214,6 +214,11 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
 
     typed: pd.Series[Any]
     if pa.types.is_string(kind):
+        if isinstance(column.dtype, pd.StringDtype):
+            # Equal texts share one object: a table of curves has few, many times.
+            codes, texts = pd.factorize(column)
+            shared = np.array([*texts, None], dtype=object)
+            return pd.Series(shared[codes], column.index, dtype=object, name=column.name)
         return column.map(str, na_action="ignore").astype(object).where(column.notna(), None)
     if pa.types.is_list(kind):
         what, valid = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
@@ -222,7 +227,8 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
         what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
-        numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
+        scalars = column if pd.api.types.is_numeric_dtype(column) else column.where(column.map(pd.api.types.is_scalar))
+        numbers = pd.to_numeric(scalars, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):
             what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
