@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import json
 import logging
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -23,7 +27,14 @@ from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
+from lorabench.models.vllm_support import (
+    cache_bytes,
+    check_vllm,
+    machine_folder,
+    max_lora_rank,
+    vllm_environment,
+    vllm_version,
+)
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -198,7 +209,9 @@ def vllm_model(
     if record is not None and adapter is not None:
         lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    for name, value in vllm_environment(on_cpu).items():
+    caches = machine_folder(Path(tempfile.gettempdir()))
+    atexit.register(shutil.rmtree, caches, ignore_errors=True)
+    for name, value in vllm_environment(on_cpu, caches).items():
         os.environ.setdefault(name, value)
     # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
     importlib.metadata.version = lambda distribution_name: (
