@@ -35,6 +35,7 @@ from lorabench.models.vllm_support import (
     vllm_environment,
     vllm_version,
 )
+from lorabench.planning.engine import EngineBatch
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -59,8 +60,8 @@ SAMPLES = pa.schema(
 # The number of bootstrap samples for standard errors that have no formula.
 _BOOTSTRAP = 1_000
 _SEED = 0
-# The least number of sequences that vLLM answers at once on a GPU, and the least bytes of keys and values on a CPU.
-_SEQUENCES_ON_GPU, _CACHE_ON_CPU = 256, 1 << 30
+# The least bytes of keys and values of vLLM on a CPU.
+_CACHE_ON_CPU = 1 << 30
 
 _ARM = (
     *("dataset", "method", "rank", "placement", "alpha", "init_a", "lr_ratio"),
@@ -232,7 +233,8 @@ def vllm_model(
         batch_size=sys.maxsize,
         max_model_len=longest,
         # On a GPU sequences do not wait for the longest of a batch, and vLLM takes the memory that is free.
-        max_num_seqs=batch_size if on_cpu else max(batch_size, _SEQUENCES_ON_GPU),
+        max_num_seqs=batch_size if on_cpu else max(batch_size, EngineBatch().responses),
+        max_num_batched_tokens=None if on_cpu else EngineBatch().tokens,
         kv_cache_memory_bytes=max(_CACHE_ON_CPU, cache_bytes(model, dtype, longest)) if on_cpu else None,
         enforce_eager=on_cpu,
         **lora,
