@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models import vllm_support
 from lorabench.planning.engine import engine_batch, engine_memory, handover_bytes
@@ -27,7 +26,7 @@ from lorabench.store.layout import Layout
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
-from lorabench.training.rl import engine, trainer
+from lorabench.training.rl import engine
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings, handover_folder
 
 from .conftest import machine
@@ -181,7 +180,7 @@ def test_a_memory_that_fills_up_is_named(small_memory):
 
 
 def test_the_engine_has_the_options_that_the_plan_counts(prepared):
-    context = prepared(2, gpu="A10", max_cache_tokens=1024)
+    context = prepared(2, gpu="A10", max_cache_tokens=400)
     preset, condition = context.plan.preset, context.sweep.condition
     options = engine_settings(context, 100, False).options
     batch, memory = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
