@@ -5,6 +5,7 @@
 `lorabench step collect` merges jobs with 5 million points of curves on one core. Then jobs side by side work through a
 plan of 10,000 runs and count the finished ones at the start and the end of each, as `lorabench step train` does. The
 program prints the CPU seconds (user and system) and the peak memory, and appends them to `benchmarks/collecting.csv`.
+The count of commit 12d88a71 is the mean of 40 counts times their number.
 """
 
 from __future__ import annotations
