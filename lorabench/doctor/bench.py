@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -107,21 +108,34 @@ def training_subjects(plan: Plan) -> list[Subject]:
 
     Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
     """
+    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
+    return [subject_of(plan, sweep) for sweep in largest(plan.preset, trained)]
+
+
+def largest(preset: Preset, sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Return the sweep of the largest model that fits one GPU, else of the largest, for each kind of condition.
+
+    The kinds are FullFT, LoRA at the highest rank, and LoRA on a mixture of experts, where there are any.
+    """
 
     def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
-        try:
-            fits = gpus_needed(plan.preset, sweep) <= 1
-        except UserError:
-            fits = False
-        return fits, dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
+        size = dimensions(preset.models[sweep.condition.model]).parameters
+        return fits_one_gpu(preset, sweep), size, sweep.condition.rank or 0
 
-    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
     groups: dict[tuple[bool, bool], list[Sweep]] = {}
-    for sweep in trained:
-        experts = dimensions(plan.preset.models[sweep.condition.model]).experts > 0
+    for sweep in sweeps:
+        experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
     kinds = ((False, False), (False, True), (True, True))
-    return [subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
+    return [max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups]
+
+
+def fits_one_gpu(preset: Preset, sweep: Sweep) -> bool:
+    """Return whether a sweep's job fits one GPU, or a CPU."""
+    try:
+        return gpus_needed(preset, sweep) <= 1
+    except UserError:
+        return False
 
 
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
@@ -140,7 +154,12 @@ def subject_of(plan: Plan, sweep: Sweep) -> Subject:
 
 
 def random_model(
-    sizes: Dimensions, condition: Condition, preset: Preset, device: torch.device, plain: bool = False
+    sizes: Dimensions,
+    condition: Condition,
+    preset: Preset,
+    device: torch.device,
+    plain: bool = False,
+    folder: Path | None = None,
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
@@ -149,6 +168,7 @@ def random_model(
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
+        folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
 
@@ -161,6 +181,10 @@ def random_model(
             config_of(sizes, context=1 << 17), dtype=torch.float32, **options
         )
     model.train()
+    if folder is not None:
+        dtype = torch.bfloat16 if preset.protocol.precision == "bf16" else torch.float32
+        weights = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
+        model.save_pretrained(folder, state_dict=weights)
     if not plain:
         attend_in_blocks(model)
     if condition.rank is None:
