@@ -53,9 +53,11 @@ ERROR = {"fp32": 1e-4, "bf16": 0.05}
 """Largest relative error of a loss or a gradient, by precision. In fp32, sums in another order differ by 1e-6 to 1e-5
 over the few layers that are compared; a wrong formula, or TF32 by accident, by 1e-3 and more. A number in bf16 has a
 relative error of up to 0.4%, which a few layers forward and backward raise to 1 or 2%."""
-MEMORY_ERROR = {"cuda": 0.10, "cpu": 0.25}
-"""Largest relative difference of the measured peak of a step from the plan's, by type of device. The plan keeps 8% of a
-GPU for the driver and for gaps, and asks for a quarter more memory than it estimates on a CPU."""
+MEMORY = {"cuda": (0.8, 1.05), "cpu": (0.75, 1.25)}
+"""Least and largest peak of a step over the plan's, by type of device. The plan states an upper bound of the tensors that
+live at once; it is up to 10% above them, and 20% where activations are recomputed (tests/planning/test_memory.py). Kernels
+of a GPU need workspaces as well; the plan keeps 8% for them, the driver and gaps. On a CPU it asks for a quarter more
+memory than it estimates."""
 
 # The CPU computes the reference of parity, so a few layers and tokens have to do; the layers keep their sizes.
 _LAYERS, _EXPERTS, _ROWS, _LENGTH = 2, 8, 2, 64
@@ -171,6 +173,7 @@ def random_model(
         folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     options: dict[str, Any] = {}
     if plain:
@@ -182,6 +185,7 @@ def random_model(
         )
     model.train()
     if folder is not None:
+        logging.disable_progress_bar()
         dtype = torch.bfloat16 if preset.protocol.precision == "bf16" else torch.float32
         weights = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
         model.save_pretrained(folder, state_dict=weights)
@@ -298,8 +302,8 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float
     """Compare the peak memory of a training step in bytes with the plan's estimate."""
     expected, batch = subject.planned_memory(preset), f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {batch} took {peak / expected:.2f} times the memory that the plan states"
-    near = abs(peak - expected) <= MEMORY_ERROR[machine.device.type] * expected
-    return judged(near, sentence, peak / GB, expected / GB, "GB")
+    least, most = MEMORY[machine.device.type]
+    return judged(least * expected <= peak <= most * expected, sentence, peak / GB, expected / GB, "GB")
 
 
 def check_speed(preset: Preset, subject: Subject, seconds: float | None) -> Check:
