@@ -8,7 +8,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.costs import job_cost
-from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
+from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds, handover_space
 from lorabench.planning.flops import run_work
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
@@ -51,6 +51,9 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     assert handover_bytes(paper, rank_4.condition) == 4 * adapter / 2
     # All weights are written and read at 2 GB/s each.
     assert handover_bytes(paper, full.condition) == 2 * LLAMA_8B
+    # The next weights are written beside the last, an adapter is removed.
+    spaces = [handover_space(paper, sweep.condition) for sweep in (full, rank_4)]
+    assert spaces == [2 * 2 * LLAMA_8B, handover_bytes(paper, rank_4.condition)]
     assert handover_seconds(paper, full.condition) == pytest.approx(0.2 + 16.06, abs=0.01)
     # A tied unembedding that is trained is a weight of its own.
     core, plan = with_sampler("core", "vllm")
@@ -60,7 +63,7 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
 
 def test_no_more_responses_run_at_once_than_a_step_draws():
     core, plan = with_sampler("core", "vllm")
-    assert engine.engine_batch(core, sweep_of(plan, "gsm8k", 16).condition).responses == 32 * 16
+    assert engine.engine_batch(core, sweep_of(plan, "gsm8k", 1).condition).responses == 32 * 16
     # lm-eval, and a CPU: vLLM's own numbers.
     assert engine.engine_batch(core) == engine.engine_batch(with_sampler("smoke", "vllm")[0]) == (256, 4096)
 

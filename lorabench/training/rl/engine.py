@@ -139,8 +139,8 @@ def handover_folder(needed: int) -> Path:
     there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
     raise UserError(
         f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are {there} free; "
-        "make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR name a larger folder of this "
-        "machine, or set execution.sampler to own"
+        "make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR name a larger folder of "
+        "this machine, or set execution.sampler to own"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -17,7 +18,6 @@ import torch
 import yaml
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models import vllm_support
 from lorabench.planning.engine import engine_batch, engine_memory, handover_bytes
@@ -27,7 +27,7 @@ from lorabench.store.layout import Layout
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
-from lorabench.training.rl import engine, trainer
+from lorabench.training.rl import engine
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings, handover_folder
 
 from .conftest import machine
@@ -136,7 +136,7 @@ def test_policies_are_handed_over_where_there_is_room(small_memory, monkeypatch)
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch, raw_rl_preset) -> Callable[..., SweepContext]:
-    """Return a function that writes a preset with vLLM, and returns the context of its full fine-tuning or LoRA."""
+    """Return a function that writes a preset with vLLM, and returns the context of the sweep of a rank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vllm_support, "find_spec", lambda name: True)
 
@@ -181,7 +181,7 @@ def test_a_memory_that_fills_up_is_named(small_memory):
 
 
 def test_the_engine_has_the_options_that_the_plan_counts(prepared):
-    context = prepared(2, gpu="A10", max_cache_tokens=1024)
+    context = prepared(2, gpu="A10", max_cache_tokens=400)
     preset, condition = context.plan.preset, context.sweep.condition
     options = engine_settings(context, 100, False).options
     batch, memory = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
@@ -196,11 +196,6 @@ def test_the_engine_has_the_options_that_the_plan_counts(prepared):
     # On a CPU vLLM's own numbers stay, and with them what is drawn.
     options = engine_settings(prepared(), 100, False).options
     assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (256, 4096)
-
-
-def test_one_engine_serves_ranks_that_need_the_same_room(prepared):
-    first, second = (engine_settings(prepared(rank), 100, False) for rank in (2, 8))
-    assert first == second
 
 
 def test_a_busy_gpu_is_explained():
@@ -223,4 +218,4 @@ class Answer:
         return True
 
     def recv_bytes(self) -> bytes:
-        return yaml.safe_dump({"error": self.error}, default_flow_style=True, width=1000).encode()
+        return json.dumps({"error": self.error}).encode()
