@@ -22,7 +22,7 @@ from lorabench.doctor import bench, engine
 from lorabench.doctor.record import Check, Record, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
-from lorabench.models.vllm_support import check_installed, check_vllm, vllm_version
+from lorabench.models.vllm_support import check_installed, check_two_processes, check_vllm, vllm_version
 from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experiment
 from lorabench.planning.engine import handover_space, uses_engine
 from lorabench.planning.plan import Plan
@@ -171,15 +171,12 @@ def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
 
 
 def check_compute_mode() -> Check:
-    """Say whether two processes may use a GPU at once, as the trainer and the engine do."""
+    """Say whether a GPU takes two processes, the trainer and the engine; an error says that it does not."""
     modes = compute_modes()
     if not modes:
         return Check(status="skipped", sentence="nvidia-smi, which would tell, names no GPU")
-    alone = [mode for mode in modes if mode != "Default"]
-    if not alone:
-        return judged(True, "trainer and engine may both use a GPU")
-    sentence = f"a GPU is in compute mode {alone[0]}, which refuses vLLM next to the trainer"
-    return judged(False, f"{sentence}; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own")
+    check_two_processes()
+    return judged(True, f"the trainer and vLLM may both use a GPU (mode {', '.join(modes)})")
 
 
 def check_shared_memory(plan: Plan) -> Check:

@@ -182,17 +182,14 @@ def test_a_step_at_the_planned_speed_and_with_its_memory_passes(name, monkeypatc
 
 
 def test_a_gpu_for_one_process_alone_refuses_the_engine(tmp_path, monkeypatch):
-    """The stand-in for nvidia-smi answers with the mode of each GPU that is asked for."""
+    """The stand-in for nvidia-smi answers for each GPU that is asked for."""
     script = tmp_path / "nvidia-smi"
-    script.write_text(
-        '#!/bin/sh\nfor option; do case $option in\n'
-        '--query-gpu=index) printf "0\\n1\\n";;\n--id=0,1) printf "Default\\nExclusive_Process\\n";;\n'
-        '--id=0) echo Default;;\nesac; done\n'
-    )
+    script.write_text('#!/bin/sh\ncase $2 in --id=0) echo Default;; *) printf "Default\\nExclusive_Process\\n";; esac\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    refused = check_compute_mode()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    refused = made("compute mode", check_compute_mode)
     assert refused.status == "fail"
     assert "compute mode Exclusive_Process" in refused.sentence
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
