@@ -184,7 +184,9 @@ def test_a_step_at_the_planned_speed_and_with_its_memory_passes(name, monkeypatc
 def test_a_gpu_for_one_process_alone_refuses_the_engine(tmp_path, monkeypatch):
     """The stand-in for nvidia-smi answers for each GPU that is asked for."""
     script = tmp_path / "nvidia-smi"
-    script.write_text('#!/bin/sh\ncase $2 in --id=0) echo Default;; *) printf "Default\\nExclusive_Process\\n";; esac\n')
+    script.write_text(
+        '#!/bin/sh\ncase $2 in --id=0) echo Default;; *) printf "Default\\nExclusive_Process\\n";; esac\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
