@@ -23,7 +23,10 @@ class _Engine:
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.model_executor.models import registry
 
+        # vLLM would look at the class of the model in one more process, which imports all of vLLM again.
+        registry._run_in_subprocess = lambda look: look()
         self._llm = LLM(**options)
         self._adapter: Any = None
 
