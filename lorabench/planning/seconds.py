@@ -77,15 +77,15 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
     padded = padding(preset, condition, gpus)
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
-    # Logits are computed of scored tokens only.
-    training, forward = unembedding_flops_per_token(preset, condition)
-    flops -= (padded * work.trained - work.trained_scored) * training
-    flops -= (work.evaluated - work.evaluated_scored) * forward
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
         active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
         flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
+    # Logits are computed of scored tokens only.
+    training, forward = unembedding_flops_per_token(preset, condition)
+    flops -= (padded * work.trained - work.trained_scored) * training
+    flops -= (work.evaluated - work.evaluated_scored) * forward
     computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
     trained, evaluated = max(condition.steps, padded * work.trained / at_once), work.evaluated / at_once
