@@ -40,7 +40,7 @@ def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
     context = SweepContext(plan, sweep, layout, machine_of(plan))
     with RlTrainer() as train:
         train(context, run, lambda step: ends.append(time.perf_counter()))
-    curves = pd.DataFrame(context.folder(run).read_nested()["curve"])
+    curves = pd.read_parquet(context.folder(run).curves)
     rewards = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.
     return ends[:-1], rewards.sort_values("step")["value"].tolist()[:-1]

@@ -206,7 +206,7 @@ class _Job:
     def losses(self, run: Run) -> Losses:
         """Return the final losses of a run; the test loss is NaN if it diverged."""
         folder = RunFolder(self.results / "runs", run.run_id)
-        curves = pd.DataFrame(folder.read_nested()["curve"])
+        curves = pd.read_parquet(folder.curves)
         train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
         test = folder.read_record()["outcome"]["final_test_nll"]
         return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)

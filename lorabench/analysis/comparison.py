@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,10 @@ import pandas as pd
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
+from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, error_rate, nats
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
-from lorabench.analysis.rules import Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 
@@ -67,21 +67,36 @@ class Judging:
     """What theories predict."""
 
 
-def kept_by_arm(function: Callable[[Comparison, Arm], pd.DataFrame]) -> Callable[[Comparison, Arm], pd.DataFrame]:
-    """Keep in a comparison the tables that a function makes of its arms, so that each is made once."""
+class Keeper:
+    """Keeps what functions make of it, such as tables of its arms, so that each is made once (see `kept`)."""
+
+    @cached_property
+    def made(self) -> dict[Hashable, Any]:
+        """What was made, by function and arguments."""
+        return {}
+
+
+Owner = TypeVar("Owner", bound=Keeper)
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+def kept(function: Callable[Concatenate[Owner, Arguments], Made]) -> Callable[Concatenate[Owner, Arguments], Made]:
+    """Keep in the first argument what a function makes of it; further arguments are arms, or can be hashed."""
 
     @wraps(function)
-    def kept(comparison: Comparison, arm: Arm) -> pd.DataFrame:
-        key = (function.__name__, arm_label(arm))
-        if key not in comparison.kept:
-            comparison.kept[key] = function(comparison, arm)
-        return comparison.kept[key]
+    def once(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        key = (function, *(arm_label(each) if isinstance(each, dict) else each for each in args), *kwargs.items())
+        if key not in owner.made:
+            owner.made[key] = function(owner, *args, **kwargs)
+        made: Made = owner.made[key]
+        return made
 
-    return kept
+    return once
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Keeper):
     """Arms that can be compared, with their runs: FullFT and LoRA on one model, dataset, batch size and length."""
 
     label: str
@@ -91,18 +106,17 @@ class Comparison:
     judging: Judging = field(default_factory=Judging, repr=False)
 
     @cached_property
-    def kept(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """Tables that are made once, by the name of a function and the label of an arm or a metric."""
-        return {}
+    def _each_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
+        return each_arm(self.runs)
 
     @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
         """The runs of each arm, by arm label."""
-        return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
+        return {arm_label(arm): rows for arm, rows in self._each_arm}
 
-    @cached_property
+    @property
     def arms(self) -> list[Arm]:
-        return [arm for arm, _ in each_arm(self.runs)]
+        return [arm for arm, _ in self._each_arm]
 
     @cached_property
     def fullft(self) -> Arm | None:
@@ -137,12 +151,10 @@ class Comparison:
         """Return the ids of the runs of several arms."""
         return [run_id for arm in arms for run_id in self.rows[arm_label(arm)]["run_id"]]
 
+    @kept
     def points(self, split: str, metric: str) -> pd.DataFrame:
         """Return the points of one metric of the curves: columns run_id, step and value, which is never null."""
-        key = (f"points of {split}", metric)
-        if key not in self.kept:
-            self.kept[key] = metric_points(self.curves, split, metric)
-        return self.kept[key]
+        return metric_points(self.curves, split, metric)
 
     @cached_property
     def fit(self) -> LossFit:
@@ -178,7 +190,7 @@ class Comparison:
         minimum = self.fit.minima.get(arm_label(arm))
         return math.inf if minimum is None else minimum.value
 
-    @kept_by_arm
+    @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
         """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum.
 
@@ -257,6 +269,30 @@ class Comparison:
             return Problem(f"{label}: {text}", _further_lr(label, lr))
         return None
 
+    def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
+        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,).
+
+        It is that the optimum of an arm lies nearest to the first or last LR of its grid, or that the grid does not
+        resolve it, if `resolved`. See `problems`, which gives the reasons of the runs themselves.
+        """
+        lost = np.zeros(N_AGAIN, bool)
+        for label in map(arm_label, arms):
+            optimum = self.fit.optima.get(label)
+            if optimum is None or not optimum.known:
+                continue
+            grid = self.fit.grids[label]
+            lrs, new = np.log(grid.lrs), again(optimum)
+            best = np.searchsorted((lrs[1:] + lrs[:-1]) / 2, optimum.value + new.shifts)
+            bounded_above = bool((grid.diverged > grid.lrs[-1]).any()) and not resolved
+            lost |= (best == 0) | ((best == len(lrs) - 1) & (not bounded_above))
+            if resolved:
+                # Its window has the LRs around its own best one.
+                near = np.abs(lrs[:, None] - lrs) <= math.log(MAX_STEP) + 1e-3
+                first, last = (np.array([lrs[row][end] for row in near])[best] for end in (0, -1))
+                low, high = new.interval(optimum, 1 - LEVEL)
+                lost |= (low <= first) | (high >= last)
+        return lost
+
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
         return self.fit.gap(arm_label(arm), arm_label(other))
@@ -278,7 +314,8 @@ class Comparison:
         margin = margin or self.margin
         problems = [*self.problems([arm, other]), *([Problem(margin.problem)] if margin.problem else [])]
         text, ids = self.gap_text(arm, other), self.run_ids([arm, other])
-        return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule)
+        reopened = self.reopened([arm, other])
+        return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule, reopened)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""

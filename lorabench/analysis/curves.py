@@ -20,7 +20,7 @@ from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
-from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.analysis.slopes import mean_log_step, slopes_by_seed
 
 
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -204,20 +204,15 @@ class PairedCurves:
         slope = float(slopes.mean())
         if not slope > 0:
             return unknown()
-        value = float((slopes * _mean_log_step(curves) - y).mean() + level) / slope
+        value = float((slopes * mean_log_step(curves) - y).mean() + level) / slope
 
         def at_value(curves: pd.DataFrame) -> pd.Series[float]:
             # Each seed's line passes through its means.
             curves = curves.loc[first:]
-            return curves.mean() + slopes_by_seed(curves) * (value - _mean_log_step(curves))
+            return curves.mean() + slopes_by_seed(curves) * (value - mean_log_step(curves))
 
         reached = self._estimate(at_value, f"reaches {level} from {first}")
         return combined(lambda height: value - (height - level) / slope, reached)
-
-
-def _mean_log_step(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the mean of log10(step) over the steps at which each column has a value."""
-    return curves.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(curves.notna()).mean()
 
 
 def paired(

@@ -2,10 +2,11 @@
 
 docs/verdicts.md explains the verdicts. With its verdict a finding carries those of N_AGAIN replicates, which are new
 runs of the same design on other seeds and other test examples. The truth is off the estimate by a draw of the error,
-and a new estimate is off the truth by another draw. So a replicate is the estimate shifted by the sum of two
-independent draws, with an error of the same size. A replicate has the same number in all comparisons, so that what
-their errors share stays shared. The share of replicates with the verdict of the finding is `p_again`. Reasons against a
-verdict stay as they are.
+and a new estimate is off the truth by another draw, so a replicate is the estimate shifted by the sum of two
+independent draws. The error itself is measured anew, with as many degrees of freedom. A replicate has the same number
+in all comparisons, so that what their errors share stays shared. The share of replicates with the verdict of the
+finding is `p_again`. A replicate whose optimal learning rate moves too far has a reason against a verdict
+(`Comparison.reopened`); other reasons stay as they are.
 """
 
 from __future__ import annotations
@@ -13,12 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import fdtri
 
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.rules import AS_IT_IS, DECIDED, LEVEL, Problem, Remedy, Rule, Verdict, cheapest
+from lorabench.analysis.rules import (
+    AS_IT_IS,
+    DECIDED,
+    LEVEL,
+    NewRuns,
+    Problem,
+    Remedy,
+    Rule,
+    Verdict,
+    cheapest,
+    student_shape,
+)
 from lorabench.utils.formats import fixed_interval
 
 MIN_SEEDS = 3
@@ -135,6 +149,7 @@ def decide(
     run_ids: Iterable[str],
     problems: Sequence[Problem] = (),
     margin_rule: str = "",
+    reopened: np.ndarray | None = None,
 ) -> Finding:
     """Apply a rule to an estimate.
 
@@ -145,6 +160,7 @@ def decide(
         run_ids: ids of the runs behind it, in any order; ids may repeat.
         problems: reasons against a verdict; with any, the finding is inconclusive.
         margin_rule: the rule that gives the margin, as text.
+        reopened: which replicates have a reason against a verdict, (N_AGAIN,); by default none has.
     """
     problems, known = list(problems), estimate.known
     if not known and not problems:
@@ -161,20 +177,34 @@ def decide(
     if problems:
         return judged
 
-    shifts = np.concatenate([AS_IT_IS, _again(estimate)]) if high > low else AS_IT_IS
-    confirmed, against = rule.confirmed(estimate, shifts), rule.against(estimate, shifts)
-    failed = np.where(rule.right_sign(estimate, shifts), _RIGHT_SIGN, _CONTRADICTED)
+    runs = AS_IT_IS
+    if high > low:
+        runs = NewRuns(*(np.concatenate(both) for both in zip(AS_IT_IS, again(estimate), strict=True)))
+    confirmed, against = rule.confirmed(estimate, runs), rule.against(estimate, runs)
+    failed = np.where(rule.right_sign(estimate, runs), _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
+    if reopened is not None:
+        verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
     judged = judged.with_outcomes(Outcomes(verdicts, against))
     # A claim that fails in one comparison may be open as one of several (see `worst`).
     return judged if judged.verdict == "confirmed" else replace(judged, remedy=cheapest(rule, estimate))
 
 
-def _again(estimate: Estimate) -> np.ndarray:
-    """Return what a new estimate adds to the estimate, (N_AGAIN,): the sum of two independent draws of its error."""
+def again(estimate: Estimate) -> NewRuns:
+    """Return the replicates of an estimate."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    return errors[:N_AGAIN] + errors[N_AGAIN:]
+    return NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(student_shape(estimate.draws)[1], 1)))
+
+
+@lru_cache(maxsize=1024)
+def _widths(dof: float) -> np.ndarray:
+    """Return the errors of replicates over that of the estimate, (N_AGAIN,), which has some degrees of freedom.
+
+    Both are estimated, so that the ratio of their squares has an F distribution.
+    """
+    shares = np.random.default_rng(0).permutation((np.arange(N_AGAIN) + 0.5) / N_AGAIN)
+    return np.asarray(np.sqrt(fdtri(dof, dof, shares)))
 
 
 def finding(

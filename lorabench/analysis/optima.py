@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept_by_arm
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
@@ -49,6 +49,7 @@ class _Around:
         return self.runs.assign(weight=self.runs["lr"].map(self.weights[power]))
 
 
+@kept
 def _around(comparison: Comparison, arm: Arm) -> _Around | None:
     label = arm_label(arm)
     grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
@@ -64,7 +65,7 @@ def _around(comparison: Comparison, arm: Arm) -> _Around | None:
     return None if complete.empty else _Around(complete, pd.DataFrame(powers.T, index=lrs))
 
 
-@kept_by_arm
+@kept
 def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     """Return the finished runs of an arm that stand for it at its fitted optimum, with a column weight.
 
@@ -77,14 +78,15 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 
-@kept_by_arm
+@kept
 def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     """Return the training NLL of an arm at its fitted optimum: a row for each step and a column for each seed."""
     return curves_by_seed(runs_at_optimum(comparison, arm), comparison.points("train", "nll"))
 
 
-def lr_error(comparison: Comparison, arm: Arm, sign: int = 1) -> LrError | None:
-    """Return what the error of an arm's optimal LR does to its training NLL there, or with a sign of -1 its negative.
+@kept
+def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
+    """Return what the error of an arm's optimal LR does to its training NLL there.
 
     How the curve changes with the LR is a parabola through the three LRs around the optimum, as a mean over the seeds
     that have all three. None if no seed has.
@@ -93,18 +95,25 @@ def lr_error(comparison: Comparison, arm: Arm, sign: int = 1) -> LrError | None:
     if around is None:
         return None
     points = comparison.points("train", "nll")
-    by_power = {power: sign * curves_by_seed(around.weighted(power), points).mean(axis=1) for power in (1, 2)}
+    by_power = {power: curves_by_seed(around.weighted(power), points).mean(axis=1) for power in (1, 2)}
     optimum = comparison.fit.optima[arm_label(arm)]
     return LrError(optimum.draws - optimum.value, pd.DataFrame(by_power))
 
 
+@kept
 def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurves:
     """Pair the training NLL of two arms, each at its fitted optimum (see `runs_at_optimum`), whose error they carry."""
     name = f"{comparison.label} {arm_label(arm)} - {arm_label(other)}"
     runs, others = (runs_at_optimum(comparison, compared) for compared in (arm, other))
     curves = paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
-    errors = lr_error(comparison, arm), lr_error(comparison, other, -1)
-    return replace(curves, lr_errors=tuple(error for error in errors if error is not None))
+    return replace(curves, lr_errors=lr_errors(comparison, arm, other))
+
+
+def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ...]:
+    """Return what the errors of two arms' optimal LRs do to the training NLL of the first minus that of the other."""
+    own, others = lr_error(comparison, arm), lr_error(comparison, other)
+    negative = None if others is None else replace(others, by_power=-others.by_power)
+    return tuple(error for error in (own, negative) if error is not None)
 
 
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
@@ -291,7 +300,7 @@ def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
         raise UserError(f"{source}: no comparison has repeated seeds, so its seed noise is not known")
     sigma = math.sqrt(sum(fit.sigma**2 * fit.dof for fit in fits) / dof)
     number = f"{len(fits)} comparison" + ("s" if len(fits) > 1 else "")
-    return Noise(sigma, dof, f"{source} (SD {sigma:.4f} nats, {dof} degrees of freedom, {number})")
+    return Noise.borrowed(sigma, dof, f"{source} (SD {sigma:.4f} nats, {dof} degrees of freedom, {number})")
 
 
 def ratio_interval(log_ratio: Estimate) -> tuple[float, float]:
@@ -326,4 +335,5 @@ def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
     text, ids = ratio_text(comparison, arm, other), comparison.run_ids([arm, other])
     problems = comparison.problems([arm, other], resolved=True)
-    return as_ratio(decide(rule, log_ratio, text, ids, problems, margin_rule))
+    reopened = comparison.reopened([arm, other], resolved=True)
+    return as_ratio(decide(rule, log_ratio, text, ids, problems, margin_rule, reopened))

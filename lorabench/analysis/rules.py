@@ -1,7 +1,7 @@
 """Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
 
-docs/verdicts.md explains the two rules, `Within` and `Above`. A rule also judges estimates that are shifted, each by
-one of several amounts, with the same error: these are new runs of the same design (see `finding`).
+docs/verdicts.md explains the two rules, `Within` and `Above`. A rule judges an estimate as it is, or as new runs of the
+same design would give it (see `finding`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -32,13 +32,30 @@ DECIDED: tuple[Verdict, ...] = ("confirmed", "right sign, below the margin", "co
 LEVEL = 0.05
 """The largest probability of a wrong decision."""
 
-AS_IT_IS = np.zeros(1)
-"""The shift of an estimate as it is."""
+
+class NewRuns(NamedTuple):
+    """Other runs, whose estimates follow from one that is known: it is shifted, and its error is larger or smaller."""
+
+    shifts: np.ndarray
+    """What is added to the estimate, (runs,)."""
+    widths: np.ndarray
+    """The error over that of the estimate, (runs,)."""
+
+    def interval(self, estimate: Estimate, level: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lower and the upper ends of their intervals of a level, (runs,) each."""
+        low, high = (
+            estimate.value + self.shifts + self.widths * (end - estimate.value) for end in estimate.interval(level)
+        )
+        return low, high
+
+    def share_below(self, estimate: Estimate, limit: float, side: Literal["left", "right"]) -> np.ndarray:
+        """Return the shares of their draws below a limit (`left`), or at most at it (`right`), (runs,)."""
+        limits = estimate.value + (limit - estimate.value - self.shifts) / self.widths
+        return np.asarray(np.searchsorted(estimate.ordered, limits, side=side) / N_DRAWS)
 
 
-def _share_below(estimate: Estimate, limits: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-    """Return the shares of draws below limits (`left`), or at most at them (`right`)."""
-    return np.asarray(np.searchsorted(estimate.ordered, limits, side=side) / N_DRAWS)
+AS_IT_IS = NewRuns(np.zeros(1), np.ones(1))
+"""The runs that gave the estimate."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +79,20 @@ class Within:
         """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
-    def confirmed(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        """Return whether the estimate, shifted by each of some amounts, confirms the claim."""
-        low, high = estimate.interval(1 - 2 * LEVEL)
-        return np.asarray((self.low <= low + shifts) & (high + shifts <= self.high))
+    def confirmed(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        """Return which runs confirm the claim, (runs,)."""
+        low, high = runs.interval(estimate, 1 - 2 * LEVEL)
+        return np.asarray((self.low <= low) & (high <= self.high))
 
-    def against(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        """Return the smallest levels at which the shifted estimate contradicts the claim (p-values)."""
-        below = _share_below(estimate, self.high - shifts, "right")
-        above = 1 - _share_below(estimate, self.low - shifts, "left")
+    def against(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        """Return the smallest levels at which runs contradict the claim (p-values), (runs,)."""
+        below = runs.share_below(estimate, self.high, "right")
+        above = 1 - runs.share_below(estimate, self.low, "left")
         return np.asarray(np.minimum(1.0, 2 * np.minimum(below, above)))
 
-    def right_sign(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        """Return whether the shifted estimate, if it contradicts, has the claimed sign; an equality claims none."""
-        return np.zeros(len(shifts), bool)
+    def right_sign(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        """Return which runs have the claimed sign if they contradict, (runs,); an equality claims none."""
+        return np.zeros(len(runs.shifts), bool)
 
     @property
     def _ends(self) -> list[float]:
@@ -127,18 +144,18 @@ class Above:
     def _sides(self) -> int:
         return 1 if self.margin > 0 else 2
 
-    def confirmed(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
+    def confirmed(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
         # With few degrees of freedom the two-sided interval is the stricter one where the estimate is large.
-        low, lowest = estimate.interval(1 - 2 * LEVEL)[0], estimate.interval(1 - LEVEL)[0]
-        limit = max(self.margin - estimate.value, self.margin / 2 - low if self.margin > 0 else -math.inf)
-        return np.asarray((shifts >= limit) & (lowest + shifts > 0))
+        low, lowest = runs.interval(estimate, 1 - 2 * LEVEL)[0], runs.interval(estimate, 1 - LEVEL)[0]
+        above_half = low >= self.margin / 2 if self.margin > 0 else True
+        return np.asarray((estimate.value + runs.shifts >= self.margin) & above_half & (lowest > 0))
 
-    def against(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        above = 1 - _share_below(estimate, self.margin - shifts, "left")
+    def against(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        above = 1 - runs.share_below(estimate, self.margin, "left")
         return np.asarray(np.minimum(1.0, self._sides * above))
 
-    def right_sign(self, estimate: Estimate, shifts: np.ndarray = AS_IT_IS) -> np.ndarray:
-        return np.asarray(estimate.interval(1 - LEVEL)[0] + shifts > 0)
+    def right_sign(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        return np.asarray(runs.interval(estimate, 1 - LEVEL)[0] > 0)
 
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value

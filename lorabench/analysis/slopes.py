@@ -62,10 +62,19 @@ def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
 
     Null values are left out; a column with fewer than two steps has NaN.
     """
-    values = curves.astype(float)
-    x = values.notna().mul(np.log10(curves.index.to_numpy(float)), axis=0).where(values.notna())
-    centred = x - x.mean()
-    return (centred * values).sum() / (centred**2).sum()
+    values, steps = curves.to_numpy(float, na_value=math.nan), np.log10(curves.index.to_numpy(float))[:, None]
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # a column without values
+        centred = np.where(known, steps - mean_log_step(curves), 0.0)
+        slopes = (centred * np.where(known, values, 0.0)).sum(0) / (centred**2).sum(0)
+    return pd.Series(slopes, curves.columns)
+
+
+def mean_log_step(curves: pd.DataFrame) -> np.ndarray:
+    """Return the mean of log10 of the index over the steps at which each column has a value, (columns,)."""
+    known = curves.notna().to_numpy()
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.log10(curves.index.to_numpy(float)) @ known / known.sum(0))
 
 
 def censored_slope(

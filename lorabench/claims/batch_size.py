@@ -145,6 +145,11 @@ class BatchSizes:
             problems += named_problems(at_size, f"batch {size}:", f" at batch {size}")
         return problems + margin_problems(margin)
 
+    def reopened(self, sizes: Iterable[int], *arms: ArmBySize) -> np.ndarray:
+        """Return the replicates that have a reason against a verdict at some batch size; see `Comparison.reopened`."""
+        by_size = [self.by_size[size].reopened([arm[size] for arm in arms]) for size in sizes]
+        return np.asarray(np.any(by_size, axis=0))
+
     def run_ids(self, *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms."""
         by_size = self.by_size.items()
@@ -188,7 +193,8 @@ def _gap_grows(sizes: BatchSizes) -> Iterator[Finding]:
             f"grows by {nats(growth)}, {growth.n_seeds} seeds"
         )
         problems = sizes.problems(sizes.ends, margin, lora, fullft)
-        yield decide(Above(margin.value), growth, text, sizes.run_ids(lora, fullft), problems, margin.rule)
+        run_ids, reopened = sizes.run_ids(lora, fullft), sizes.reopened(sizes.ends, lora, fullft)
+        yield decide(Above(margin.value), growth, text, run_ids, problems, margin.rule, reopened)
 
 
 @_claim(
@@ -232,7 +238,8 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
             f"{label} - FullFT = {', '.join(texts)}; from halfway to the end it grows by {nats(more)} more at batch "
             f"{large} than at batch {small}, {len(paired)} seeds"
         )
-        yield decide(Above(margin.value), more, text, run_ids, problems, margin.rule)
+        reopened = sizes.reopened(sizes.ends, lora, fullft)
+        yield decide(Above(margin.value), more, text, run_ids, problems, margin.rule, reopened)
 
 
 def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[float]:
@@ -266,7 +273,8 @@ def _gap_independent_of_rank(sizes: BatchSizes) -> Finding:
         f"{large} it grows by {nats(growth)}, {growth.n_seeds} seeds"
     )
     problems, ids = sizes.problems(sizes.ends, margin, low, high), sizes.run_ids(low, high)
-    return decide(Within.margin(margin.value), growth, text, ids, problems, margin.rule)
+    reopened = sizes.reopened(sizes.ends, low, high)
+    return decide(Within.margin(margin.value), growth, text, ids, problems, margin.rule, reopened)
 
 
 @_claim(

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.comparison import Arm, Comparison, kept, require
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import (
@@ -82,6 +82,7 @@ class _Rank:
         return f"r{self.rank} leaves at step {self.departure.first} ({slope})"
 
 
+@kept
 def _ranks(comparison: Comparison) -> list[_Rank]:
     [highest] = require(("LoRA above rank 1", comparison.highest))
     margin, ranks = comparison.margin, []

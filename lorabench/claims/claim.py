@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import pandas as pd
 
 from lorabench.analysis.arms import is_standard
-from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
+from lorabench.analysis.comparison import Arm, Comparison, Judging, Keeper, Task, comparisons, kept, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
@@ -38,7 +38,7 @@ SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is no
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Keeper):
     """The tidy tables that a claim is judged on; a table that does not exist is empty."""
 
     runs: pd.DataFrame
@@ -59,13 +59,12 @@ class Evidence:
         """The comparisons of runs in the paper's parametrization, one per model, dataset, batch size and length."""
         return comparisons(self.runs[is_standard(self.runs)], self.curves, self.judging)
 
-    @cached_property
-    def rl_comparisons(self) -> list[Comparison]:
-        """The comparisons of RL on test error rates after the last step, of problem sets that give a reward."""
-        return self.compared_by("final_reward")
-
+    @kept
     def compared_by(self, test_reward: TestReward) -> list[Comparison]:
-        """Return the comparisons of RL on test error rates by one of the test rewards of a run."""
+        """Return the comparisons of RL on test error rates by one of the test rewards of a run.
+
+        Models and problem sets that give no reward are left out.
+        """
         runs = rewarded_errors(self.runs[is_standard(self.runs)], test_reward)
         return comparisons(runs, self.curves, self.judging)
 
@@ -102,7 +101,7 @@ class Condition:
 
 def condition(text: str, *presets: str) -> Callable[[Callable[[Evidence], str | None]], Condition]:
     """Return a decorator that makes a condition of the function that says what the evidence has instead."""
-    return lambda instead: Condition(text, instead, presets)
+    return lambda instead: Condition(text, kept(instead), presets)
 
 
 @dataclass(frozen=True)

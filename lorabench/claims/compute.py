@@ -14,7 +14,7 @@ from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
-from lorabench.analysis.optima import off_optimum, runs_at_optimum
+from lorabench.analysis.optima import lr_errors, off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
 from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, unjudged_if
@@ -107,6 +107,7 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     label = f"FullFT - {arm_label(lora)}"
     runs = [runs_at_optimum(comparison, arm) for arm in (lora, fullft)]
     curves = equal_flops_curves(runs[0], runs[1], comparison.curves, f"{comparison.label} {label} at equal FLOPs")
+    curves = replace(curves, lr_errors=lr_errors(comparison, fullft, lora))
     windows = curves.windows(WINDOWS)
     unjudged_if(not windows, "no training and validation curves of paired seeds with training FLOPs in common")
     problems, margin = comparison.problems([lora, fullft]), comparison.margin

@@ -27,6 +27,7 @@ from lorabench.analysis.optima import (
     MAX_LOST,
     curves_at_optimum,
     in_window,
+    lr_error,
     off_optimum,
     pair_at_optimum,
     runs_at_optimum,
@@ -119,21 +120,23 @@ def _same_curve(comparison: Comparison) -> Finding:
     rule = Within.margin(margin.value)
 
     @cache
-    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem]]:
-        """Return the difference of the envelopes in a window of steps, and what speaks against it."""
+    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem], np.ndarray]:
+        """Return the gap of the envelopes in a window of steps, and what speaks against it and its replicates."""
         envelopes = in_window(comparison, low, high)
         problems = envelopes.problems(arms) or seeds_at_best(envelopes, arms)
-        return envelopes.gap(lora, fullft), named_problems(problems, f"steps {low} to {high}:")
+        problems = named_problems(problems, f"steps {low} to {high}:")
+        return envelopes.gap(lora, fullft), problems, envelopes.reopened(arms)
 
     findings, by_window = [], []
     for low, high in windows:
-        gap, problems = envelope_gap(low, high)
+        gap, problems, reopened = envelope_gap(low, high)
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
-        findings.append(decide(rule, gap, text, ids, [*problems, *margin_problems(margin)], margin.rule))
+        problems = [*problems, *margin_problems(margin)]
+        findings.append(decide(rule, gap, text, ids, problems, margin.rule, reopened))
         by_window.append(f"{gap.value:+.4f} from {low}")
     agree: int | str = "none"
     for window in [] if margin.problem else reversed([*early, *windows]):
-        gap, problems = envelope_gap(*window)
+        gap, problems, _ = envelope_gap(*window)
         if problems or not rule.confirmed(gap):
             break
         agree = window[0]
@@ -169,12 +172,18 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
         x = np.log10(means.index.to_numpy(float))
         # The windows reach half of their width beyond the first and the last middle.
         width = float(np.ptp(x)) * len(x) / (len(x) - 1)
-        bends = []
-        for seed in means:
-            curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, means[seed].to_numpy(float), 2)
+
+        def bends(losses: np.ndarray, x: np.ndarray = x, width: float = width) -> np.ndarray:
+            curvature, slope_at_middle, _ = np.polyfit(x - (x.min() + x.max()) / 2, losses, 2)
             # The middle of a parabola lies c width^2 / 4 below its chord.
-            bends.append(curvature * width**2 / 4 / (-slope_at_middle * width))
-        bend = mean_over_seeds(bends, f"{comparison.label} {label} bend")
+            return np.asarray(curvature * width**2 / 4 / (-slope_at_middle * width))
+
+        bend = mean_over_seeds(bends(means.to_numpy(float)), f"{comparison.label} {label} bend")
+        if (error := lr_error(comparison, arm)) is not None:
+            by_power = np.array([error.by_power.loc[low:high].mean() for low, high in windows])
+            mean = means.to_numpy(float).mean(1, keepdims=True)
+            off = mean + by_power[:, :1] * error.draws + by_power[:, 1:] * error.draws**2
+            bend = replace(bend, seed_part=bend.seed_part + bends(off) - bends(mean))
         text = (
             f"{label} falls by {-slope.value:.3g} nats per tenfold steps from step {math.ceil(means.index.min())} on, "
             f"its middle lies {number(bend, 3)} of the fall below the chord, {bend.n_seeds} seeds"

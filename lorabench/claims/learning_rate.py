@@ -199,10 +199,11 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     by_rank = "; ".join(ratio_text(comparison, arm, rank_1) for arm in others)
     mean = f"their geometric mean is {in_words(shift)}" if len(others) > 1 else ""
     text = "; ".join(part for part in (by_rank, mean) if part)
-    problems = comparison.problems([rank_1, *others], resolved=True)
+    arms = [rank_1, *others]
+    problems, reopened = comparison.problems(arms, resolved=True), comparison.reopened(arms, resolved=True)
     margin_rule = f"a factor of {LEAST_SHIFT:g}, about the least of published sweeps"
-    ids = comparison.run_ids([rank_1, *others])
-    return as_ratio(decide(Above(math.log(LEAST_SHIFT)), shift, text, ids, problems, margin_rule))
+    ids = comparison.run_ids(arms)
+    return as_ratio(decide(Above(math.log(LEAST_SHIFT)), shift, text, ids, problems, margin_rule, reopened))
 
 
 @claim(

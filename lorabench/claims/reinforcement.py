@@ -79,7 +79,7 @@ def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
     some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
     """
-    compared = evidence.rl_comparisons if test_reward == "final_reward" else evidence.compared_by(test_reward)
+    compared = evidence.compared_by(test_reward)
     unjudged_if(not compared, "no run ever got a reward")
     return [(comparison.label, comparison) for comparison in compared]
 
@@ -264,7 +264,8 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
         f"{comparison.fit.noise_text}"
     )
-    judged = decide(Above(CHEAPER), cheaper, text, comparison.run_ids(arms), problems, CHEAPER_RULE)
+    ids, reopened = comparison.run_ids(arms), comparison.reopened(arms)
+    judged = decide(Above(CHEAPER), cheaper, text, ids, problems, CHEAPER_RULE, reopened)
     return if_learned(comparison, judged, arms)
 
 

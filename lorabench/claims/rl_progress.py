@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, kept, require
 from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
@@ -59,6 +59,7 @@ def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str)
     return of_arm.assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
 
 
+@kept
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
     """Return means of a train metric at that LR, a row per seed and a column (1 to 10) per tenth of the steps."""
     points = points_at_optimum(comparison, arm, "train", metric)

@@ -146,15 +146,16 @@ def train(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.store.progress import status as read_status
+        from lorabench.store.progress import FinishedRuns
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
         group = join() if is_worker() else SINGLE_PROCESS
+        finished = FinishedRuns(planned, layout)
 
         def say(line: str) -> None:
-            state = read_status(planned, layout)
-            logging.info("[%s/%s runs of %s] %s", state.runs_done, state.runs_planned, layout.name, line)
+            done, expected, _ = finished.count()
+            logging.info("[%s/%s runs of %s] %s", done, expected, layout.name, line)
 
         with signals.stop_after_step():
             run_job(planned, job, layout, say, group)

@@ -166,6 +166,9 @@ ALL_POINTS = 250_000
 MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
 """The largest sizes in bytes of a table that is embedded uncompressed, and of one that is embedded compressed."""
 
+MAX_READ = 20 * MAX_EMBEDDED
+"""The largest size in bytes of a CSV file that is read for the page; a larger one is too large even when compressed."""
+
 _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 
@@ -206,24 +209,26 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
 
 
 def table_downloads(folder: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
+    """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
 
     Returns:
-        For each table: `file` (its name), `bytes` (the size of the CSV file) and `uri` (None where the table is too
-        large even when compressed).
+        For each table: `file` (its name), `bytes` (the size of the file) and `uri` (None where the table is too large
+        even when compressed). It is the parquet file where the table is too large for CSV.
     """
     embedded = []
-    for path in (folder / f"{name}.csv" for name in ("runs", "curves", "claims", "evals", "compute", "counts")):
-        if path.stem in without or not path.is_file():
+    for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
+        paths = [path for kind in ("csv", "parquet") if (path := folder / f"{name}.{kind}").is_file()]
+        if name in without or not paths:
             continue
-        text = path.read_bytes()
-        if len(text) <= MAX_PLAIN:
-            file, uri = path.name, _data_uri(text, "text/csv")
-        elif len(packed := gzip.compress(text, 6, mtime=0)) <= MAX_EMBEDDED:
-            file, uri = f"{path.name}.gz", _data_uri(packed, "application/gzip")
-        else:
-            file, uri = path.name, None
-        embedded.append({"file": file, "bytes": len(text), "uri": uri})
+        path, size, uri = paths[0], paths[0].stat().st_size, None
+        file = path.name
+        if path.suffix == ".csv" and size <= MAX_PLAIN:
+            uri = _data_uri(path.read_bytes(), "text/csv")
+        elif path.suffix == ".csv" and size <= MAX_READ:
+            packed = gzip.compress(path.read_bytes(), 6, mtime=0)
+            if len(packed) <= MAX_EMBEDDED:
+                file, uri = f"{path.name}.gz", _data_uri(packed, "application/gzip")
+        embedded.append({"file": file, "bytes": size, "uri": uri})
     return embedded
 
 

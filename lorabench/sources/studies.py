@@ -278,7 +278,7 @@ def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame],
     if not dof.sum() > 0:
         raise UserError(f"{name}: has no accuracies with a deviation over seeds, so their noise is not known")
     sd = math.sqrt((dof * known[REWARD_SD] ** 2).sum() / dof.sum())
-    return Noise(sd, int(dof.sum()), f"{name} (SD {sd:.3f} of the accuracy, {dof.sum():.0f} degrees of freedom)")
+    return Noise.borrowed(sd, dof.sum(), f"{name} (SD {sd:.3f} of the accuracy, {dof.sum():.0f} degrees of freedom)")
 
 
 def judge(study: Study) -> pd.DataFrame:

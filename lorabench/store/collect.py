@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
-from lorabench.store.io import write_csv, write_frame, write_table
+from lorabench.store.io import write_csv, write_curves_csv, write_frame, write_table, write_tables
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, EVALS, JOB, PARQUET_ONLY, RUN_TEST_LOSSES, RUNS, WHERE_ABSENT
+from lorabench.store.schemas import (
+    CURVES,
+    EVALS,
+    JOB,
+    RUN_TEST_LOSSES,
+    RUNS,
+    TEST_LOSSES,
+    WHERE_ABSENT,
+    CurvePoint,
+    ExampleLoss,
+)
 from lorabench.utils.files import read_parquet
 
 
@@ -34,29 +45,32 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
     return {name: flat.get(name) for name in RUNS.names}
 
 
-def write_entries(run_id: str, entries: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path) -> None:
-    """Write one run's rows of CURVES or RUN_TEST_LOSSES, which lack the run_id, and number them in the order given."""
-    rows = [{"run_id": run_id, "example": number, **entry} for number, entry in enumerate(entries)]
-    write_table(pa.Table.from_pylist(rows, schema=schema), path)
+def write_entries(
+    run_id: str, entries: Sequence[CurvePoint] | Sequence[ExampleLoss], schema: pa.Schema, path: Path
+) -> None:
+    """Write one run's rows of CURVES or RUN_TEST_LOSSES, and number them in the order given."""
+    own = [name for name in schema.names if name not in ("run_id", "example")]
+    columns: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in own}
+    columns |= {"run_id": [run_id] * len(entries), "example": range(len(entries))}
+    write_table(pa.Table.from_pydict(columns, schema=schema), path)
 
 
-def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the rows of a sweep's finished runs for `write_job`, each with its curves nested."""
+def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
+    """Return the finished runs of a sweep as rows of JOB, the table of a job."""
     # The preset may have given the model or dataset another name since the run was trained.
     names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
-    return [{**run_row(folder.read_record(), sweep.experiments), **names, **folder.read_nested()} for folder in folders]
-
-
-def write_job(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the file of a job: the `sweep_rows` of all its sweeps."""
-    write_table(pa.Table.from_pylist(rows, schema=JOB), path)
+    rows = [{**run_row(folder.read_record(), sweep.experiments), **names} for folder in folders]
+    nested = pa.concat_tables([folder.read_nested() for folder in folders])
+    return pa.table([*pa.Table.from_pylist(rows, schema=RUNS).columns, *nested.columns], schema=JOB)
 
 
 def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
+    The curves and test losses of one job at a time are in memory. Curves that are too large for CSV are parquet only.
+
     Args:
-        jobs: the files that `write_job` wrote.
+        jobs: the files of the jobs, each a table JOB.
         out: the folder of the tables.
         plan: the plan to take the runs' experiments and kinds of data and base from; without it, those are kept that
             the files were written with.
@@ -65,37 +79,47 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
     Raises:
         UserError: a file is damaged or missing, or its job is not in the plan.
     """
-    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
-    tables = {
-        "runs": table.select(RUNS.names).sort_by([("model", "ascending"), ("dataset", "ascending")]),
-        "curves": _entries(table, "curve", CURVES),
-        "test_losses": _entries(table, "test_losses", RUN_TEST_LOSSES).append_column("group", _groups(table, layout)),
-    }
-    for name, part in tables.items():
-        write_table(part, out / f"{name}.parquet")
-        if name not in PARQUET_ONLY:
-            write_csv(part.to_pandas(), out / f"{name}.csv")
+    runs = pa.concat_tables([_read_runs(path, plan) for path in jobs])
+    runs = runs.sort_by([("model", "ascending"), ("dataset", "ascending")])
+    curves, losses = (
+        pa.schema([JOB.field(name) for name in ("run_id", "model", "dataset", column)])
+        for column in ("curve", "test_losses")
+    )
+
+    @cache
+    def groups_of(model: str, dataset: str) -> pa.Array | None:
+        return None if layout is None else _test_groups(layout, model, dataset)
+
+    def losses_of(path: Path) -> pa.Table:
+        table = read_parquet(path, losses)
+        return entries(table, "test_losses", RUN_TEST_LOSSES).append_column("group", _groups(table, groups_of))
+
+    write_table(runs, out / "runs.parquet")
+    write_csv(runs.to_pandas(), out / "runs.csv")
+    write_tables(
+        (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet"
+    )
+    write_curves_csv(out)
+    write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
 
 
-def _entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
+def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
     """Return the entries that a column of lists holds as rows, each with the run_id and its number in the list."""
     lists = table[column].combine_chunks()
     rows = pc.list_parent_indices(lists)
-    entries = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
+    found = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
     numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    return entries.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
+    return found.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
 
 
-def _groups(table: pa.Table, layout: Layout | None) -> pa.ChunkedArray:
+def _groups(table: pa.Table, groups_of: Callable[[str, str], pa.Array | None]) -> pa.ChunkedArray:
     """Return the groups of the test examples of all runs, one run after the other; null where each is its own group."""
     counts = pc.fill_null(pc.list_value_length(table["test_losses"]), 0).to_pylist()
-    data = list(zip(table["model"].to_pylist(), table["dataset"].to_pylist(), strict=True))
-    by_data = {} if layout is None else {key: _test_groups(layout, *key) for key in set(data)}
     parts = []
-    for key, count in zip(data, counts, strict=True):
-        groups = by_data.get(key)
+    for model, dataset, count in zip(table["model"].to_pylist(), table["dataset"].to_pylist(), counts, strict=True):
+        groups = groups_of(model, dataset)
         if groups is not None and count not in (0, len(groups)):
-            raise UserError(f"{count} test losses of a run on {key[1]}, which has {len(groups)} test examples")
+            raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
         parts.append(pa.nulls(count, pa.string()) if groups is None else groups[:count])
     return pa.chunked_array(parts, pa.string())
 
@@ -109,13 +133,13 @@ def _test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
     return pa.array(groups_of_tests(layout.dataset(dataset), tokens), pa.string())
 
 
-def _read_job(path: Path, plan: Plan | None) -> pa.Table:
+def _read_runs(path: Path, plan: Plan | None) -> pa.Table:
     """Read the runs of a job, and fill the columns that runs don't record.
 
     In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
     of things that the preset names.
     """
-    table = read_parquet(path, JOB)
+    table = read_parquet(path, RUNS)
     lora, rows = pc.equal(table["method"], "lora"), len(table)
     unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table["protocol"].to_pylist()]
     columns: dict[str, Any] = {
@@ -131,7 +155,7 @@ def _read_job(path: Path, plan: Plan | None) -> pa.Table:
         columns["base_kind"] = pa.array([base_kind(models[name]) for name in table["model"].to_pylist()])
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
-    return table.cast(JOB)
+    return table.cast(RUNS)
 
 
 def base_kind(spec: ModelSpec) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,12 @@ from lorabench.utils.files import atomic_path
 if TYPE_CHECKING:
     import pandas as pd
 
+ROWS_AT_ONCE = 2**20
+"""Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
+
+MAX_CSV_BYTES = 100_000_000
+"""The largest CSV file of curves. Larger ones are not written, since programs that read CSV hold them whole."""
+
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a parquet file, whole or not at all.
@@ -31,8 +38,26 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
+def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Write the rows of several tables into one parquet file, whole or not at all, and hold few of them at a time.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        held = schema.empty_table()
+        for table in tables:
+            held = pa.concat_tables([held, table])
+            if len(held) >= ROWS_AT_ONCE:
+                writer.write_table(held)
+                held = schema.empty_table()
+        writer.write_table(held)
+
+
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
-    """Write the tidy table `name` into the folder `out`, as parquet and, unless it is one of PARQUET_ONLY, as CSV.
+    """Write the tidy table `name` into the folder `out`, as parquet and CSV.
+
+    A table in PARQUET_ONLY, and curves that would be too large (see `write_curves_csv`), are written as parquet only.
 
     It has all documented columns or, without `all_columns`, those of them that the frame has.
     """
@@ -41,18 +66,54 @@ def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = T
         schema = pa.schema([field for field in schema if field.name in frame])
     frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-    if name not in PARQUET_ONLY:
+    if name == "curves":
+        write_curves_csv(out)
+    elif name not in PARQUET_ONLY:
         write_csv(frame, out / f"{name}.csv")
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write CSV, whole or not at all; the words of a list are joined by spaces."""
     flat = frame.copy()
-    for column in flat.columns:
+    for column in flat.columns[flat.dtypes == "object"]:
         if flat[column].map(lambda value: hasattr(value, "__len__") and not isinstance(value, str)).any():
             flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
     with atomic_path(path) as partial:
         flat.to_csv(partial, index=False)
+
+
+class _TooLargeError(Exception):
+    """A CSV file would be larger than MAX_CSV_BYTES."""
+
+
+def write_curves_csv(folder: Path) -> None:
+    """Write the curves of a folder, which it has as parquet, as CSV too, and hold few rows at a time.
+
+    If the file would be larger than MAX_CSV_BYTES, as its rows so far tell, there is none and a sentence says so.
+    """
+    import pandas as pd
+
+    path, integers = folder / "curves.csv", {pa.int64(): pd.Int64Dtype()}
+    try:
+        with (
+            pq.ParquetFile(path.with_suffix(".parquet")) as curves,
+            atomic_path(path) as partial,
+            partial.open("w", encoding="utf-8", newline="") as file,
+        ):
+            file.write(",".join(curves.schema_arrow.names) + "\n")
+            rows, written = curves.metadata.num_rows, 0
+            for batch in curves.iter_batches(use_threads=False):
+                frame = batch.to_pandas(types_mapper=integers.get, ignore_metadata=True)
+                frame.to_csv(file, index=False, header=False, lineterminator="\n")
+                written += len(frame)
+                if file.tell() * rows > MAX_CSV_BYTES * written:
+                    raise _TooLargeError
+    except _TooLargeError:
+        path.unlink(missing_ok=True)
+        logging.warning(
+            "%s is not written, since it would be larger than about %d MB; the curves are in %s",
+            *(path, MAX_CSV_BYTES // 10**6, path.with_suffix(".parquet")),
+        )
 
 
 def table_path(folder: Path, name: str) -> Path | None:
@@ -153,6 +214,11 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
 
     typed: pd.Series[Any]
     if pa.types.is_string(kind):
+        if isinstance(column.dtype, pd.StringDtype):
+            # Equal texts share one object: a table of curves has few, many times.
+            codes, texts = pd.factorize(column)
+            shared = np.array([*texts, None], dtype=object)
+            return pd.Series(shared[codes], column.index, dtype=object, name=column.name)
         return column.map(str, na_action="ignore").astype(object).where(column.notna(), None)
     if pa.types.is_list(kind):
         what, valid = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
@@ -161,7 +227,8 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
         what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
-        numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
+        scalars = column if pd.api.types.is_numeric_dtype(column) else column.where(column.map(pd.api.types.is_scalar))
+        numbers = pd.to_numeric(scalars, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):
             what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)

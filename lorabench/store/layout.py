@@ -32,6 +32,8 @@ class Layout:
         """The file of the speed of the preset's training steps on this machine's CPU."""
         self.runs = self.root / "runs"
         """The folder of the runs' folders."""
+        self.jobs = self.root / "jobs"
+        """The folder of the jobs' files."""
         self.patches = self.root / "patches"
         """The folder of the uncommitted changes to the code that runs were made with."""
         self.pins = self.root / "pins"
@@ -112,7 +114,7 @@ class Layout:
 
     def job(self, job: Job) -> Path:
         """Return the file of a job's runs."""
-        return self.root / "jobs" / f"{job.job_id}.parquet"
+        return self.jobs / f"{job.job_id}.parquet"
 
     def lock(self, sweep: Sweep) -> Path:
         """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,33 +62,88 @@ class Status:
     report: Path | None
 
 
-def status(plan: Plan, layout: Layout) -> Status:
-    """Read the state of a preset's work from the files on disk."""
-    finished = [job for job in plan.jobs if layout.job(job).exists()]
-    trained = {job: job.n_runs for job in finished}
-    for job in finished:
+class FinishedRuns:
+    """Counts the finished runs of a plan; each count after the first looks only at what has come or gone since.
+
+    A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
+    finished, whichever job wrote it and whatever its clock says. Nothing but the files themselves is relied on.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout) -> None:
+        self._layout = layout
+        self._jobs = {layout.job(job).name: job for job in plan.jobs}
+        self._expected = {name: job.n_runs for name, job in self._jobs.items()}
+        self._runs_of_job: dict[str, int] = {}
+        """The number of runs of each finished job, by the name of its file."""
+        self._jobs_of_run: dict[str, list[str]] = {}
+        """The names of the files of the unfinished jobs that a run belongs to, by run_id."""
+        self._done: set[str] = set()
+        """The ids of the finished runs of unfinished jobs."""
+        self._done_of_job: Counter[str] = Counter()
+
+    def count(self) -> tuple[int, int, int]:
+        """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs."""
+        files, folders = _names(self._layout.jobs), _names(self._layout.runs)
+        for name in self._runs_of_job.keys() - files:
+            # The job is made again.
+            del self._runs_of_job[name]
+            self._jobs_of_run, self._done, self._done_of_job = {}, set(), Counter()
+        for name in files & self._jobs.keys() - self._runs_of_job.keys():
+            with suppress(FileNotFoundError):
+                self._runs_of_job[name] = self._finished(name)
+        if not self._jobs_of_run:
+            for name in self._jobs.keys() - self._runs_of_job.keys():
+                for run_id in (run_id for sweep in self._jobs[name].sweeps for run_id in sweep.run_ids):
+                    self._jobs_of_run.setdefault(run_id, []).append(name)
+        for run_id in self._done - folders:
+            self._done.remove(run_id)
+            self._done_of_job.subtract(self._jobs_of_run[run_id])
+        for run_id in folders - self._done:
+            if run_id in self._jobs_of_run and RunFolder(self._layout.runs, run_id).done():
+                self._done.add(run_id)
+                self._done_of_job.update(self._jobs_of_run[run_id])
+        unfinished = self._jobs.keys() - self._runs_of_job.keys()
+        trained = sum(self._runs_of_job.values())
+        done = trained + sum(self._done_of_job[name] for name in unfinished)
+        return done, trained + sum(self._expected[name] for name in unfinished), len(self._runs_of_job)
+
+    def _finished(self, name: str) -> int:
+        """Return the number of runs of a finished job."""
+        job = self._jobs[name]
         # A sweep that finds its LRs has another number of runs than expected.
         if any(sweep.lattice is not None for sweep in job.sweeps):
             # Imported only here, because `lorabench status` shall answer at once.
             import pyarrow.parquet as pq
 
-            trained[job] = int(pq.read_metadata(layout.job(job)).num_rows)
-    done, at_work = sum(trained.values()), []
-    # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
-    run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
-    for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
-        done += sum(RunFolder(layout.runs, run_id).done() for run_id in run_folders & sweep.run_ids)
-        path = layout.progress(sweep)
-        if path.exists():
+            return int(pq.read_metadata(self._layout.job(job)).num_rows)
+        return self._expected[name]
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names in a folder, none if there is no such folder."""
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
+
+
+def status(plan: Plan, layout: Layout) -> Status:
+    """Read the state of a preset's work from the files on disk."""
+    runs_done, runs_planned, jobs_done = FinishedRuns(plan, layout).count()
+    at_work: list[dict[str, Any]] = []
+    for path in (layout.progress(sweep) for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps):
+        # A job removes the file at the end of a sweep, which may be now.
+        with suppress(FileNotFoundError):
+            state, written = json.loads(path.read_text()), path.stat().st_mtime
             # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
             now = time.time()
             with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
                 now = os.fstat(probe.fileno()).st_mtime
-            at_work.append({**json.loads(path.read_text()), "age_s": now - path.stat().st_mtime})
+            at_work.append({**state, "age_s": now - written})
     return Status(
-        runs_done=done,
-        runs_planned=sum(trained.get(job, job.n_runs) for job in plan.jobs),
-        jobs_done=len(finished),
+        runs_done=runs_done,
+        runs_planned=runs_planned,
+        jobs_done=jobs_done,
         jobs_planned=len(plan.jobs),
         at_work=at_work,
         report=layout.report if layout.report.exists() else None,

@@ -22,7 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from lorabench.errors import UserError
+from lorabench.store.schemas import JOB
 from lorabench.utils.exhaustion import space_for
 from lorabench.utils.files import flush_to_disk, read_parquet
 
@@ -53,20 +56,25 @@ class RunFolder:
             record: dict[str, Any] = json.loads(self.record.read_text())
         return record
 
-    def read_nested(self) -> dict[str, list[dict[str, Any]] | None]:
-        """Read the curves and test losses of a finished run: the columns `curve` and `test_losses` of JOB.
+    def read_nested(self) -> pa.Table:
+        """Read the curves and test losses of a finished run: one row with the columns `curve` and `test_losses` of JOB.
 
-        The latter is None for a run that was made before test losses were kept.
+        The latter is null for a run that was made before test losses were kept.
 
         Raises:
             UserError: one of the files is damaged, or the curves are missing.
         """
-        losses = None
+        nested = {}
         with self._damage_explained():
-            curve = read_parquet(self.curves).drop_columns(["run_id"]).to_pylist()
-            if self.test_losses.is_file():
-                losses = read_parquet(self.test_losses).drop_columns(["run_id", "example"]).to_pylist()
-        return {"curve": curve, "test_losses": losses}
+            for name, path in (("curve", self.curves), ("test_losses", self.test_losses)):
+                kind = JOB.field(name).type
+                if name == "test_losses" and not path.is_file():
+                    nested[name] = pa.nulls(1, kind)
+                    continue
+                table = read_parquet(path, pa.schema(list(kind.value_type)))
+                points = table.to_struct_array().combine_chunks()
+                nested[name] = pa.ListArray.from_arrays([0, len(table)], points, type=kind)
+        return pa.table(nested)
 
     @contextmanager
     def _damage_explained(self) -> Iterator[None]:
@@ -82,6 +90,12 @@ class RunFolder:
             shutil.rmtree(self.partial, ignore_errors=True)
         for half_written in self.partial.glob(".*.partial"):
             half_written.unlink()
+
+    def discard(self) -> None:
+        """Remove a finished run at once, so that it is trained again."""
+        self.tidy()
+        os.replace(self.final, self._finishing)
+        self.tidy()
 
     @contextmanager
     def finishing(self) -> Iterator[Path]:

@@ -112,8 +112,8 @@ class SweepContext:
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
-                write_entries(run.run_id, map(vars, outcome.curve), CURVES, staged.curves)
-                write_entries(run.run_id, map(vars, outcome.test_losses), RUN_TEST_LOSSES, staged.test_losses)
+                write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
+                write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
                 if keep:
                     model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
                 write_json(record, staged.record)

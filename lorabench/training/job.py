@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Job, Run, Sweep, best_lr, ending, next_runs, validation_loss
-from lorabench.store.collect import sweep_rows, write_job
+from lorabench.store.collect import sweep_table
+from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
 from lorabench.training.context import SweepContext
@@ -60,22 +62,22 @@ def run_job(
         from lorabench.training.sft import SftTrainer
 
         trainer = nullcontext(SftTrainer())
-    rows: list[dict[str, Any]] = []
+    tables: list[pa.Table] = []
     with trainer as train:
         for sweep in job.sweeps:
             label = sweep.condition.label
             lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
             with lock, memory_for(label, lower):
                 processes.wait()
-                rows += run_sweep(plan, sweep, layout, train, say, processes)
+                tables += run_sweep(plan, sweep, layout, train, say, processes)
     if processes.first:
-        write_job(rows, layout.job(job))
+        write_table(pa.concat_tables(tables), layout.job(job))
 
 
 def run_sweep(
     plan: Plan, sweep: Sweep, layout: Layout, train: Trainer, say: Callable[[str], None], processes: Processes
-) -> list[dict[str, Any]]:
-    """Train all runs of a sweep; return their rows (see `sweep_rows`) in the first process, else nothing."""
+) -> list[pa.Table]:
+    """Train all runs of a sweep; return the table of them (see `sweep_table`) in the first process, else nothing."""
     progress = Progress(layout.progress(sweep), sweep)
     context = SweepContext(plan, sweep, layout, machine_of(plan, processes))
     device, label = context.machine.device, sweep.condition.label
@@ -123,7 +125,7 @@ def run_sweep(
         if not folder.weights.exists() and (evaluated or not folder.restored.exists()):
             processes.wait()
             if processes.first:
-                folder.record.unlink()
+                folder.discard()
             processes.wait()
             finish(numbers[run], run)
     if not processes.first:
@@ -133,7 +135,7 @@ def run_sweep(
             if run.lr != best:
                 shutil.rmtree(context.folder(run).weights, ignore_errors=True)
     progress.path.unlink(missing_ok=True)
-    return sweep_rows([context.folder(run) for run in numbers], sweep)
+    return [sweep_table([context.folder(run) for run in numbers], sweep)]
 
 
 def _check_commits(context: SweepContext, finished: list[Run]) -> None:

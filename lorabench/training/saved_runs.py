@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +16,8 @@ import pyarrow.parquet as pq
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.store.collect import write_entries
+from lorabench.store.collect import entries
+from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES
@@ -46,13 +46,14 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
         run_ids.setdefault(path, set()).update(sweep.run_ids)
     saved = total = 0
     for path, planned in run_ids.items():
-        rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in planned} if path.exists() else {}
+        rows = {run_id: row for run_id, row in _read(path).items() if run_id in planned} if path.exists() else {}
         for folder in (RunFolder(layout.runs, run_id) for run_id in planned):
             if folder.done():
                 record = json.dumps(folder.read_record(), separators=(",", ":"))
-                rows[folder.run_id] = {"run_id": folder.run_id, "record": record, **folder.read_nested()}
+                columns = [[folder.run_id], [record], *folder.read_nested().columns]
+                rows[folder.run_id] = pa.table(columns, schema=_SCHEMA)
         if rows:
-            table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
+            table = pa.concat_tables([rows[run_id] for run_id in sorted(rows)])
             with atomic_path(path) as partial:
                 pq.write_table(table, partial, compression="zstd", compression_level=15)
             saved, total = saved + len(rows), total + path.stat().st_size
@@ -71,27 +72,27 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
         UserError: a file is damaged or was computed with another protocol version, or no saved run is in the plan.
     """
     planned = {run.run_id for sweep in plan.sweeps for run in sweep.possible_runs()}
-    rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path)]
-    known = [row for row in rows if row["run_id"] in planned]
+    rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path).items()]
+    known = [(run_id, row) for run_id, row in rows if run_id in planned]
     if rows and not known:
         raise UserError(
             f"none of the {len(rows)} runs in {layout.saved_runs} is in the plan of preset {layout.name}: its models, "
             "its data (such as the versions of the packages that they come from) or its settings have changed since"
         )
-    missing = [row for row in known if not RunFolder(layout.runs, row["run_id"]).done()]
-    for row in missing:
-        run_id = row["run_id"]
+    missing = [(run_id, row) for run_id, row in known if not RunFolder(layout.runs, run_id).done()]
+    for run_id, row in missing:
         with RunFolder(layout.runs, run_id).finishing() as staging:
             staged = RunFolder(staging.parent, staging.name)
-            write_entries(run_id, row["curve"], CURVES, staged.curves)
-            if row["test_losses"] is not None:
-                write_entries(run_id, row["test_losses"], RUN_TEST_LOSSES, staged.test_losses)
+            write_table(entries(row, "curve", CURVES), staged.curves)
+            if row["test_losses"].null_count == 0:
+                write_table(entries(row, "test_losses", RUN_TEST_LOSSES), staged.test_losses)
             staged.restored.touch()
-            staged.record.write_text(row["record"] + "\n")
+            staged.record.write_text(row["record"][0].as_py() + "\n")
     return len(missing), len(known) - len(missing), len(rows) - len(known)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> dict[str, pa.Table]:
+    """Return the row of each run in a file of saved runs."""
     table = read_parquet(path)
     version = (table.schema.metadata or {}).get(_VERSION, b"").decode()
     if version != str(PROTOCOL_VERSION):
@@ -99,5 +100,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
             f"{path} holds runs of protocol version {version or 'unknown'}, but this code computes version "
             f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
         )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    return {run_id: table.slice(number, 1) for number, run_id in enumerate(table["run_id"].to_pylist())}

@@ -79,9 +79,10 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
     # PyArrow's threads wait forever for one that had no memory to start, so the file is read without them.
     with damage_explained(path), pq.ParquetFile(path) as file:
-        table = file.read(use_threads=False)
         if schema is None:
-            return table
+            return file.read(use_threads=False)
+        there = [name for name in schema.names if name in file.schema_arrow.names]
+        table = file.read(there, use_threads=False)
         merged = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
         return merged.select(schema.names).cast(schema)
 

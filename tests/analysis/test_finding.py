@@ -153,6 +153,13 @@ def test_what_speaks_against_a_verdict_speaks_against_it_in_new_runs_too():
     assert SEVERITY.index("confirmed") not in opened.outcomes.verdicts
 
 
+def test_new_runs_with_a_reason_against_a_verdict_are_open():
+    reopened = np.arange(N_AGAIN) % 4 == 0
+    opened = decide(RULE, student(0.0, 0.001, 1e6, "a", 6), "", [], reopened=reopened)
+    assert (opened.verdict, opened.p_again) == ("confirmed", 0.75)
+    assert together([judged(0.0), opened]).p_again == 0.75
+
+
 def test_a_finding_on_several_comparisons_says_how_many_hold():
     parts = [judged(0.0), judged(0.0125), judged(0.01), Finding("not tested", "")]
     several = with_parts(together(parts), parts)

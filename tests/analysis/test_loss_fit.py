@@ -219,6 +219,32 @@ def test_a_minimum_far_below_all_runs_is_flagged(steep):
     assert all("no LR has less than" in problem.text and problem.remedy.lrs for problem in problems)
 
 
+def with_base(runs):
+    """Return runs with curves that have the loss of the base, 3 nats, from which a margin follows."""
+    point = {"step": 0, "split": "validation", "metric": "nll", "value": 3.0}
+    return runs, runs[["run_id"]].assign(**point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolved", [False, True])
+def test_new_runs_lose_their_optimum_as_often_as_is_predicted(resolved, monkeypatch):
+    # The optimum of LoRA lies anywhere from the first of its five LRs to the last.
+    random, predicted, realised = np.random.default_rng(0), [], []
+    for _ in range(200):
+        monkeypatch.setitem(OPTIMA, "LoRA r64", math.exp(random.uniform(*np.log(LRS["LoRA r64"])[[0, -1]])))
+        both = [comparisons(*with_base(world(random)))[0] for _ in range(2)]
+        lost = [bool(each.problems(each.arms, resolved)) for each in both]
+        if not lost[0]:
+            predicted.append(both[0].reopened(both[0].arms, resolved).mean())
+            realised.append(lost[1])
+    print(resolved, len(predicted), np.mean(predicted), np.mean(realised))
+    assert np.mean(realised) > (0.05 if resolved else 0.005)
+    assert np.mean(predicted) == pytest.approx(np.mean(realised), abs=0.08)
+    # Where it is said to be likely, it is.
+    high = np.array(predicted) > np.median(predicted)
+    assert np.mean(np.array(realised)[high]) > np.mean(np.array(realised)[~high])
+
+
 def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     runs = world(seeds=1)
     alone = fit_losses(runs)

@@ -12,7 +12,17 @@ from scipy.stats import t
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
 from lorabench.analysis.finding import Finding, decide, finding, together, worst
-from lorabench.analysis.rules import LEVEL, Above, Problem, Remedy, Within, cheapest, gain_margin, student_shape
+from lorabench.analysis.rules import (
+    LEVEL,
+    Above,
+    NewRuns,
+    Problem,
+    Remedy,
+    Within,
+    cheapest,
+    gain_margin,
+    student_shape,
+)
 
 from ..handmade.sft import arm, tables
 
@@ -65,8 +75,9 @@ def verdicts_on(rule, truth, error, dof=1e6, worlds=20_000):
     """Return the verdicts on worlds with a truth, whose estimates have a normal error that is known."""
     shifts = truth + error * np.random.default_rng(1).standard_normal(worlds)
     base = estimate(0.0, error, dof)
-    confirmed, fails = rule.confirmed(base, shifts), rule.against(base, shifts) <= LEVEL
-    return confirmed, ~confirmed & fails, ~confirmed & fails & rule.right_sign(base, shifts)
+    runs = NewRuns(shifts, np.ones(worlds))
+    confirmed, fails = rule.confirmed(base, runs), rule.against(base, runs) <= LEVEL
+    return confirmed, ~confirmed & fails, ~confirmed & fails & rule.right_sign(base, runs)
 
 
 @pytest.mark.parametrize("error", [0.003, 0.01, 0.03, 0.1])

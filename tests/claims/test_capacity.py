@@ -64,6 +64,16 @@ def long_world(changes=None, every=None, leaves=LEAVES):
     return world(changes, every, ("long",), leaves)
 
 
+def test_a2_carries_the_error_of_the_learning_rate_of_its_curves():
+    runs, curves = long_world({64: {"offsets": (0.0, 0.01, -0.01)}, None: {"offsets": (0.0, -0.01, 0.01)}})
+    optimum = runs["rank"].isna().map({True: 3e-4, False: 3e-3}).astype(float)
+    x = curves["run_id"].map(np.log(runs["lr"].astype(float) / optimum).set_axis(runs["run_id"]))
+    # Away from the best LR a curve is bent.
+    bent = curves.assign(value=curves["value"] + x * np.log10(curves["step"].clip(lower=1)) ** 2)
+    plain, wide = judged("A2", runs, curves), judged("A2", runs, bent)
+    assert wide["ci_high"] - wide["ci_low"] > 2 * (plain["ci_high"] - plain["ci_low"])
+
+
 def test_confirmed_where_they_hold():
     claims = judged([*CURVES, "A7", "A8", "N1"], *world())
     assert set(claims["verdict"]) == {"confirmed"}

@@ -101,3 +101,13 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     assert huge["uri"] is None
     assert [table["file"] for table in table_downloads(tmp_path, without=("evals",))] == ["runs.csv", "curves.csv"]
     assert huge["bytes"] == 4_000_000
+
+
+def test_a_table_that_is_too_large_is_named_without_being_read(tmp_path, monkeypatch):
+    (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
+    (tmp_path / "curves.parquet").write_bytes(b"a table")
+    monkeypatch.setattr(page, "MAX_READ", 399_999)
+    monkeypatch.setattr(page.gzip, "compress", None)
+    curves, evals = table_downloads(tmp_path)
+    assert curves == {"file": "curves.parquet", "bytes": 7, "uri": None}
+    assert evals == {"file": "evals.csv", "bytes": 400_000, "uri": None}

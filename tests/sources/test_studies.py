@@ -48,12 +48,14 @@ def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
 def test_known_verdicts_of_sources(claims):
     rows = claims.set_index(["source", "claim_id"])
     ratio = rows.loc[("nhckdvrl", "B1")]
-    assert ratio["verdict"] == "not seen here"
+    # The interval lies above 16, but not at the level of one of three comparisons, with borrowed noise.
+    assert (ratio["verdict"], ratio["n_parts"]) == ("inconclusive", 3)
     assert ratio["estimate"] == pytest.approx(39.0, abs=0.5)
+    assert ratio["ci_low"] > 16
     assert "seed noise from nayyirahsan" in ratio["reason"]
     # Theories of alpha 32 are not asked about another alpha.
     assert set(rows.loc["nayyirahsan"].loc[["P2", "P3", "P4"], "verdict"]) == {"not tested"}
-    assert rows.loc[("nhckdvrl", "P4"), "verdict"] == "contradicted"
+    assert rows.loc[("nhckdvrl", "P4"), "estimate"] == pytest.approx(3.9, abs=0.1)
 
 
 def test_measurements_are_those_of_the_grids(studies, claims):

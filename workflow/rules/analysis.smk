@@ -30,7 +30,6 @@ rule experiment_tables:
         LAYOUT.tables() / "{experiment}/runs.parquet",
         LAYOUT.tables() / "{experiment}/runs.csv",
         LAYOUT.tables() / "{experiment}/curves.parquet",
-        LAYOUT.tables() / "{experiment}/curves.csv",
         LAYOUT.tables() / "{experiment}/test_losses.parquet",
     log:
         LAYOUT.root / "logs/tables.{experiment}.log",
@@ -53,7 +52,6 @@ rule tables:
         LAYOUT.tables() / "runs.parquet",
         LAYOUT.tables() / "runs.csv",
         LAYOUT.tables() / "curves.parquet",
-        LAYOUT.tables() / "curves.csv",
         LAYOUT.tables() / "test_losses.parquet",
     log:
         LAYOUT.root / "logs/tables.log",

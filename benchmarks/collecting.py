@@ -1,0 +1,162 @@
+"""What it costs to collect many points of curves, and to count many finished runs.
+
+    python -m benchmarks.collecting
+
+`lorabench step collect` merges jobs with 5 million points of curves on one core. Then jobs side by side work through a
+plan of 10,000 runs and count the finished ones at the start and the end of each, as `lorabench step train` does. The
+program prints the CPU seconds (user and system) and the peak memory, and appends them to `benchmarks/collecting.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import chdir
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import yaml
+
+from lorabench.planning.plan import Plan, make_plan
+from lorabench.store.io import write_table
+from lorabench.store.layout import Layout
+from lorabench.store.progress import FinishedRuns
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import JOB
+
+RESULTS = Path(__file__).with_suffix(".csv")
+POINTS, RUNS, JOBS, TEST_EXAMPLES = 5_000_000, 5_000, 200, 100
+
+
+def write_jobs(folder: Path, points: int, runs: int, jobs: int) -> list[Path]:
+    """Write the files of jobs with runs that have `points` points of curves together, and return their paths."""
+    generator = np.random.default_rng(0)
+    own, per_run = runs // jobs, points // runs
+    steps = np.tile(np.arange(per_run), own)
+    split = pa.array(np.where(steps % 10 == 0, "validation", "train"))
+    paths = []
+    for job in range(jobs):
+        values = generator.uniform(1, 9, len(steps))
+        entries: dict[str, Any] = {"step": steps, "examples": steps * 32, "tokens": steps * 32_768, "split": split}
+        entries |= {"metric": pa.array(["nll"] * len(steps)), "value": values}
+        losses = {"loss": np.zeros(own * TEST_EXAMPLES, np.float32), "tokens": np.ones(own * TEST_EXAMPLES, np.int32)}
+        columns: dict[str, Any] = {name: pa.nulls(own, JOB.field(name).type) for name in JOB.names}
+        columns["run_id"] = pa.array([f"{job:06d}{run:06d}" for run in range(own)])
+        columns |= {name: pa.array([name] * own) for name in ("model", "dataset", "method")}
+        for name, each, nested in (("curve", per_run, entries), ("test_losses", TEST_EXAMPLES, losses)):
+            kind = JOB.field(name).type
+            structs = pa.table(nested, schema=pa.schema(list(kind.value_type))).to_struct_array().combine_chunks()
+            offsets = pa.array(np.arange(own + 1) * each, pa.int32())
+            columns[name] = pa.ListArray.from_arrays(offsets, structs, type=kind)
+        paths.append(folder / f"{job}.parquet")
+        write_table(pa.table(columns, schema=JOB), paths[-1])
+    return paths
+
+
+def collecting(folder: Path) -> tuple[float, int]:
+    """Return the CPU seconds of collecting POINTS points, and its peak memory in bytes."""
+    files = [str(path) for path in write_jobs(folder, POINTS, RUNS, JOBS)]
+    command = [sys.executable, "-m", "lorabench.cli", "step", "collect", *files, "--out", str(folder / "tables")]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = code
+    if code:
+        sys.exit(f"collecting failed with status {code}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def large_plan(runs: int, gflops: float) -> tuple[Plan, Layout]:
+    """Return a plan of about `runs` runs, 20 in each sweep, and write its preset into this folder.
+
+    Args:
+        gflops: the speed of the machine; the slower it is, the fewer sweeps are in a job.
+    """
+    block = {
+        "models": ["tiny"],
+        "datasets": ["instruct"],
+        "ranks": {"all": list(range(1, 26))},
+        "batch_sizes": list(range(1, 1 + runs // (25 * 20))),
+        "lrs": {"fullft": [], "lora": np.geomspace(1e-4, 1e-2, 20).round(6).tolist()},
+        "seeds": 1,
+    }
+    raw = {
+        "description": "many runs",
+        "models": {"tiny": {"kind": "tiny"}},
+        "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
+        "experiments": {"rank": [block]},
+        "margins": {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6},
+        "execution": {"gflops": gflops},
+    }
+    Path("many.yaml").write_text(yaml.safe_dump(raw))
+    layout = Layout.of("many.yaml")
+    return make_plan(layout.preset), layout
+
+
+def counting(plan: Plan, layout: Layout, counter: Callable[[Plan, Layout], Callable[[], object]]) -> float:
+    """Return the CPU seconds that counting takes while the jobs of a plan train their runs side by side.
+
+    Args:
+        counter: returns a job's function that counts.
+    """
+    for folder in (layout.runs, layout.jobs):
+        folder.mkdir(parents=True)
+    started = time.process_time()
+    counts = {job: counter(plan, layout) for job in plan.jobs}
+    seconds = time.process_time() - started
+    runs = {job: [run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs}
+    for number in range(max(map(len, runs.values()))):
+        for job in (job for job in plan.jobs if number < len(runs[job])):
+            record = RunFolder(layout.runs, runs[job][number].run_id).record
+            started = time.process_time()
+            counts[job]()
+            seconds += time.process_time() - started
+            record.parent.mkdir()
+            record.touch()
+            started = time.process_time()
+            counts[job]()
+            seconds += time.process_time() - started
+            if number + 1 == len(runs[job]):
+                layout.job(job).touch()
+    return seconds
+
+
+def main() -> None:
+    """Measure both and append the results."""
+    import torch
+
+    from lorabench.training.run import machine_state
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, peak = collecting(Path(folder))
+        rows.append(["collect", f"{POINTS} points of {RUNS} runs in {JOBS} jobs", round(seconds, 1), peak // 10**6])
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        plan, layout = large_plan(10_000, gflops=20.0)
+        seconds = counting(plan, layout, lambda plan, layout: FinishedRuns(plan, layout).count)
+        n_runs = sum(job.n_runs for job in plan.jobs)
+        rows.append(["count", f"{n_runs} runs in {len(plan.jobs)} jobs", round(seconds, 1), None])
+    facts = [f"{datetime.now(UTC):%Y-%m-%d}", machine_state(torch.device("cpu"))["device"]]
+    facts += [platform.python_version(), pd.__version__, pa.__version__]
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            columns = ["date", "device", "python", "pandas", "pyarrow", "code", "part", "case"]
+            writer.writerow([*columns, "cpu_seconds", "peak_mb"])
+        for part, case, cpu, peak_mb in rows:
+            print(f"{part} {case}: {cpu} CPU-s" + (f", peak {peak_mb} MB" if peak_mb else ""))
+            writer.writerow([*facts, "now", part, case, cpu, peak_mb])
+
+
+if __name__ == "__main__":
+    main()

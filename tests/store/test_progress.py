@@ -1,0 +1,120 @@
+"""The number of finished runs is right whatever comes and goes, and costs little in plans of many runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.collecting import counting, large_plan
+from lorabench.planning.plan import make_plan
+from lorabench.store.layout import Layout
+from lorabench.store.progress import FinishedRuns, status
+from lorabench.store.run_folder import RunFolder
+
+
+def finish(layout, *run_ids):
+    """Write the records of runs as a training job does."""
+    for run_id in run_ids:
+        with RunFolder(layout.runs, run_id).finishing() as staging:
+            (staging / "record.json").touch()
+
+
+def anew(plan, layout):
+    """Return what is counted by somebody who has seen nothing before."""
+    return FinishedRuns(plan, layout).count()
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return large_plan(500, gflops=0.001)
+
+
+def test_runs_are_counted_as_they_come_and_go(many):
+    plan, layout = many
+    first, second = ([run.run_id for run in job.sweeps[0].grid()] for job in plan.jobs[:2])
+    finished = FinishedRuns(plan, layout)
+    assert finished.count() == (0, 500, 0)
+    (layout.runs / f"{first[0]}.partial").mkdir(parents=True)
+    (layout.runs / first[1]).mkdir()
+    (layout.runs / "another").mkdir()
+    # A run in progress, a folder without a record, and a run of another plan are none of its finished runs.
+    assert finished.count() == (0, 500, 0)
+    finish(layout, *first, *second[:3])
+    assert finished.count() == anew(plan, layout) == (23, 500, 0)
+    # The clocks of machines that write differ.
+    for number, run_id in enumerate(second[3:6]):
+        finish(layout, run_id)
+        os.utime(layout.runs, (10**9 * number,) * 2)
+    assert finished.count() == anew(plan, layout) == (26, 500, 0)
+    layout.jobs.mkdir()
+    layout.job(plan.jobs[0]).touch()
+    assert finished.count() == anew(plan, layout) == (26, 500, 1)
+    # Runs of a finished job may be deleted, others are then trained again.
+    shutil.rmtree(layout.runs / first[0])
+    shutil.rmtree(layout.runs / second[0])
+    RunFolder(layout.runs, second[1]).discard()
+    assert finished.count() == anew(plan, layout) == (24, 500, 1)
+    finish(layout, second[1])
+    layout.job(plan.jobs[0]).unlink()
+    assert finished.count() == anew(plan, layout) == (24, 500, 0)
+    shutil.rmtree(layout.root)
+    assert finished.count() == anew(plan, layout) == (0, 500, 0)
+
+
+def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("laptop")
+    plan = make_plan(layout.preset)
+    finished = FinishedRuns(plan, layout)
+    done, expected, _ = finished.count()
+    job = next(job for job in plan.jobs if job.sweeps[0].lattice)
+    layout.jobs.mkdir(parents=True)
+    rows = job.n_runs + 3
+    pq.write_table(pa.table({"run_id": ["a"] * rows}), layout.job(job))
+    assert finished.count() == anew(plan, layout) == (done + rows, expected + 3, 1)
+    assert (status(plan, layout).runs_done, status(plan, layout).jobs_done) == (rows, 1)
+
+
+def work(jobs) -> None:
+    """Finish all runs of some jobs of the plan in the working directory."""
+    layout = Layout.of("many.yaml")
+    plan = make_plan(layout.preset)
+    for job in plan.jobs[jobs]:
+        finish(layout, *(run.run_id for sweep in job.sweeps for run in sweep.grid()))
+        layout.jobs.mkdir(exist_ok=True)
+        layout.job(job).touch()
+
+
+@pytest.mark.slow
+def test_counting_while_several_jobs_write(many):
+    plan, layout = many
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=work, args=(slice(start, None, 2),)) for start in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    finished, seen = FinishedRuns(plan, layout), []
+    while any(process.is_alive() for process in processes):
+        seen.append(finished.count())
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert seen == sorted(seen)
+    assert finished.count() == (500, 500, 25)
+
+
+def test_counting_costs_little_in_a_plan_of_many_runs(tmp_path, monkeypatch):
+    """Each of the 1,000 runs is counted at its start and its end. Reading all folders of runs each time took 60 s."""
+    monkeypatch.chdir(tmp_path)
+    plan, layout = large_plan(1_000, gflops=20.0)
+    calls = 2 * sum(job.n_runs for job in plan.jobs)
+    started = time.process_time()
+    seconds = counting(plan, layout, lambda plan, layout: FinishedRuns(plan, layout).count)
+    assert calls == 2_000
+    assert seconds < 4
+    assert time.process_time() - started < 10
