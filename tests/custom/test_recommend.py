@@ -126,7 +126,7 @@ def test_a_mixture_of_experts_fits_where_activations_are_recomputed(tmp_path):
     assert settings["fullft_gigabytes"].source == "estimated for 8 x H100-80GB"
     # An optimizer's state and weights of 30.5 billion parameters, and what 8 GPUs do not divide.
     assert 16 * 30.53 / 8 < settings["fullft_gigabytes"].value < 16 * 30.53 / 8 + 16
-    assert settings["lora_gigabytes"].source == "estimated for 4 x H100-80GB"
+    assert settings["lora_gigabytes"].source == "estimated for 2 x H100-80GB"
     small = "moe-128"
     with pytest.raises(UserError, match="is a mixture of experts, which the script does not cover"):
         script(find_model(small), recommended(small, tmp_path), None, None)
