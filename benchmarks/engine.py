@@ -23,6 +23,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.vllm_support import vllm_version
+from lorabench.planning.engine import EngineBatch
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
@@ -46,7 +47,7 @@ def main() -> None:
     model = add_lora(load_model(spec), RANK, "all", ALPHA, True, 0)
     use_fast_products(model)
     stop = Stop((), NEW_TOKENS)
-    settings = EngineSettings(llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK), None, THREADS)
+    settings = EngineSettings(llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK, EngineBatch()), None, THREADS)
     with PolicyEngine(SINGLE_PROCESS) as engine:
 
         def by_engine(requests: list[Request]) -> list[Response]:

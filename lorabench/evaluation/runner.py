@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import json
 import logging
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -23,7 +27,15 @@ from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
+from lorabench.models.vllm_support import (
+    cache_bytes,
+    check_vllm,
+    machine_folder,
+    max_lora_rank,
+    vllm_environment,
+    vllm_version,
+)
+from lorabench.planning.engine import EngineBatch
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -48,8 +60,8 @@ SAMPLES = pa.schema(
 # The number of bootstrap samples for standard errors that have no formula.
 _BOOTSTRAP = 1_000
 _SEED = 0
-# The least number of sequences that vLLM answers at once on a GPU, and the least bytes of keys and values on a CPU.
-_SEQUENCES_ON_GPU, _CACHE_ON_CPU = 256, 1 << 30
+# The least bytes of keys and values of vLLM on a CPU.
+_CACHE_ON_CPU = 1 << 30
 
 _ARM = (
     *("dataset", "method", "rank", "placement", "alpha", "init_a", "lr_ratio"),
@@ -198,7 +210,9 @@ def vllm_model(
     if record is not None and adapter is not None:
         lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    for name, value in vllm_environment(on_cpu).items():
+    caches = machine_folder(Path(tempfile.gettempdir()))
+    atexit.register(shutil.rmtree, caches, ignore_errors=True)
+    for name, value in vllm_environment(on_cpu, caches).items():
         os.environ.setdefault(name, value)
     # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
     importlib.metadata.version = lambda distribution_name: (
@@ -219,7 +233,8 @@ def vllm_model(
         batch_size=sys.maxsize,
         max_model_len=longest,
         # On a GPU sequences do not wait for the longest of a batch, and vLLM takes the memory that is free.
-        max_num_seqs=batch_size if on_cpu else max(batch_size, _SEQUENCES_ON_GPU),
+        max_num_seqs=batch_size if on_cpu else max(batch_size, EngineBatch().responses),
+        max_num_batched_tokens=None if on_cpu else EngineBatch().tokens,
         kv_cache_memory_bytes=max(_CACHE_ON_CPU, cache_bytes(model, dtype, longest)) if on_cpu else None,
         enforce_eager=on_cpu,
         **lora,

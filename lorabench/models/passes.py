@@ -60,7 +60,7 @@ def computing_only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the argument of a model's `forward` that takes the cache of keys and values.
 
-    It has changed within the versions of transformers that this project runs with, 5.16 and later.
+    It has changed within the versions of transformers that this project runs with, 5.19 and later.
     """
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"

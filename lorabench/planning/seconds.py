@@ -10,7 +10,7 @@ from random import Random
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
+from lorabench.planning.engine import engine_batch, engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     RunWork,
     evaluated_documents,
@@ -158,8 +158,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
     assert rollouts
     assert execution.gpu
     sizes = dimensions(preset.models[condition.model])
-    # In the engine the cache of a running response grows with it.
-    rows = gpus * execution.max_cache_tokens / (work.context if engine else longest_sequence(preset, condition))
+    rows: float = gpus * engine_batch(preset, condition).responses
+    if not engine:
+        rows = gpus * execution.max_cache_tokens / longest_sequence(preset, condition)
     longest, positions = rollouts.max_new_tokens, 0.0
     for times, responses in (
         (condition.steps, condition.batch_size),

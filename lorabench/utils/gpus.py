@@ -112,11 +112,25 @@ def visible_devices() -> list[str]:
         # CUDA ignores all names after one that is not valid; users write -1 for no GPU.
         end = next((place for place, name in enumerate(names) if not name or name.startswith("-")), len(names))
         return names[:end]
+    return _nvidia_smi("--query-gpu=index")
+
+
+def compute_modes() -> list[str]:
+    """Return the compute mode of each visible GPU as `nvidia-smi` names it; none where it is not installed.
+
+    Only in the mode `Default` may several processes use a GPU at once.
+    """
+    devices = visible_devices()
+    return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(devices)}") if devices else []
+
+
+def _nvidia_smi(*options: str) -> list[str]:
+    """Return the lines that `nvidia-smi` answers to a query; none if it is not installed or fails."""
     if not shutil.which("nvidia-smi"):
         return []
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    command = ["nvidia-smi", *options, "--format=csv,noheader"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    return listed.stdout.split() if listed.returncode == 0 else []
+    return [line.strip() for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
 
 
 @contextmanager

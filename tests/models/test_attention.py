@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorabench.config.inputs import TinyModel
 from lorabench.models import attention
@@ -171,3 +172,25 @@ def test_loaded_models_attend_in_blocks_except_those_with_attention_of_their_own
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama-128", "qwen-128", "moe-128", "mistral"])
+def test_the_angles_of_positions_are_no_matrix_product(name):
+    """On a GPU such a product would be computed in TF32, which experts need, and round positions above 2,048."""
+    [rotary] = [module for path, module in base_of(name).named_modules() if path.endswith("rotary_emb")]
+    with Operations() as seen:
+        rotary(torch.zeros(1, 4, 8), torch.arange(4)[None])
+    assert {"mul", "cos", "sin"} <= seen.names
+    assert not [operation for operation in seen.names if "mm" in operation or "matmul" in operation]

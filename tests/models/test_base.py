@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from lorabench.config.inputs import GgufModel, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models import base
+from lorabench.models import base, vllm_support
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
 from lorabench.models.specs import shipped_folder
 from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank
@@ -116,3 +118,20 @@ def test_the_cache_and_the_least_setting_that_allows_a_rank_by_hand():
     assert [max_lora_rank(rank) for rank in (1, 2, 8, 129, 512)] == [1, 8, 8, 256, 512]
     with pytest.raises(UserError, match="rank = 513: vLLM takes adapters up to rank 512"):
         max_lora_rank(513)
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("Default", False), ("Exclusive_Process", True), ("[N/A]", False)])
+def test_a_gpu_that_takes_one_process_is_named(mode, refused, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{mode}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+    monkeypatch.setattr(vllm_support, "find_spec", lambda name: True)
+    expected = pytest.raises(UserError, match="in compute mode Exclusive_Process, in which it takes one process")
+    with expected if refused else nullcontext():
+        check_vllm(tiny("llama-128"), GPU, trains=True)
+    # An evaluation starts the engine in its own process, and NVIDIA's server serves several.
+    check_vllm(tiny("llama-128"), GPU)
+    (tmp_path / "none").mkdir()
+    check_vllm(tiny("llama-128"), GPU, trains=True)

@@ -8,7 +8,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.costs import job_cost
-from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds
+from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds, handover_space
 from lorabench.planning.flops import run_work
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
@@ -39,7 +39,10 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     paper, plan = with_sampler("paper", "vllm")
     full, rank_4 = (sweep_of(plan, "gsm8k", rank) for rank in (None, 4))
     held = engine_memory(paper, full)
-    assert (held.weights, held.adapters, held.overhead) == (2 * LLAMA_8B, 0, 2.5e9)
+    assert (held.weights, held.adapters) == (2 * LLAMA_8B, 0)
+    # As many responses of 100 + 200 tokens as the cache has room for; 18 bytes of each of their logits.
+    assert engine.engine_batch(paper, full.condition) == (196_608 // 300, 4096)
+    assert held.overhead == 2.5e9 + 4096 * 6 * (4096 + 14_336) + 18 * 655 * 128_256
     # Keys and values of 32 layers, 8 heads of 128 numbers of 2 bytes.
     assert held.cache == 196_608 * 32 * 2 * 8 * 128 * 2
     # An adapter of rank 4 takes the room of rank 8, and is handed over in fp32.
@@ -48,11 +51,21 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     assert handover_bytes(paper, rank_4.condition) == 4 * adapter / 2
     # All weights are written and read at 2 GB/s each.
     assert handover_bytes(paper, full.condition) == 2 * LLAMA_8B
+    # The next weights are written beside the last, an adapter is removed.
+    spaces = [handover_space(paper, sweep.condition) for sweep in (full, rank_4)]
+    assert spaces == [2 * 2 * LLAMA_8B, handover_bytes(paper, rank_4.condition)]
     assert handover_seconds(paper, full.condition) == pytest.approx(0.2 + 16.06, abs=0.01)
     # A tied unembedding that is trained is a weight of its own.
     core, plan = with_sampler("core", "vllm")
     full, lora = (sweep_of(plan, "gsm8k", rank) for rank in (None, 1))
     assert engine_memory(core, full).weights - engine_memory(core, lora).weights == 2 * 128_256 * 2048
+
+
+def test_no_more_responses_run_at_once_than_a_step_draws():
+    core, plan = with_sampler("core", "vllm")
+    assert engine.engine_batch(core, sweep_of(plan, "gsm8k", 1).condition).responses == 32 * 16
+    # lm-eval, and a CPU: vLLM's own numbers.
+    assert engine.engine_batch(core) == engine.engine_batch(with_sampler("smoke", "vllm")[0]) == (256, 4096)
 
 
 def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling():

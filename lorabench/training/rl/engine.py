@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,15 +26,21 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from lorabench.config.fields import SUFFIXES
 from lorabench.config.inputs import HubModel
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
-from lorabench.models.vllm_support import max_lora_rank, vllm_environment
-from lorabench.planning.engine import engine_memory
+from lorabench.models.vllm_support import machine_folder, max_lora_rank, vllm_environment
+from lorabench.planning.engine import EngineBatch, engine_batch, engine_memory
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
+from lorabench.utils.exhaustion import space_for
+from lorabench.utils.formats import amount
+
+MEMORY = Path("/dev/shm")
+"""The file system in memory that Linux machines have."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,10 @@ def llm_options(
     max_length: int,
     cache_bytes: int,
     max_rank: int | None,
+    batch: EngineBatch,
     gpu_share: float | None = None,
     tokenizes: bool = False,
+    adapted: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's `LLM` with which it draws from a policy.
 
@@ -66,15 +72,22 @@ def llm_options(
         max_length: tokens of the longest prompt with its response.
         cache_bytes: bytes of keys and values.
         max_rank: largest rank of the adapter; None without one.
+        batch: the most that goes through the model at once.
         gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
         tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
+        adapted: names of layers, without those around them, that may carry the adapter; None for all.
     """
-    lora = {} if max_rank is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
+    lora: dict[str, Any] = {}
+    if max_rank is not None:
+        # Layers that carry none would take memory all the same.
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": adapted}
     return lora | {
         "model": model,
         "dtype": dtype,
         "max_model_len": max_length,
         "kv_cache_memory_bytes": cache_bytes,
+        "max_num_seqs": batch.responses,
+        "max_num_batched_tokens": batch.tokens,
         # In full fine-tuning the engine reads its weights from another folder, which has no tokenizer.
         **({"tokenizer": model} if tokenizes else {}),
         "skip_tokenizer_init": not tokenizes,
@@ -94,13 +107,16 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     """Return the settings of the engine of a sweep; see `llm_options`."""
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec, device = context.layout.model(condition.model), machine.device
-    memory = engine_memory(preset, condition.model, condition)
+    memory, batch = engine_memory(preset, condition.model, condition), engine_batch(preset, condition)
     dtype = "bfloat16" if preset.protocol.precision == "bf16" else "float32"
     max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
+    head = ("lm_head",) if preset.protocol.include_unembedding else ()
+    adapted = None if condition.placement is None else (*SUFFIXES[condition.placement], *head)
     share = None
     if device.type == "cuda":
         share = min(0.95, sum(memory) / torch.cuda.get_device_properties(device).total_memory)
-    options = llm_options(model_location(spec), dtype, longest, int(memory.cache), max_rank, share, tokenizes)
+    limits = longest, int(memory.cache), max_rank, batch, share
+    options = llm_options(model_location(spec), dtype, *limits, tokenizes, adapted)
     options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
     if isinstance(spec, HubModel):
         options |= {"revision": spec.revision, "tokenizer_revision": spec.revision}
@@ -108,39 +124,58 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 
+def handover_folder(needed: int) -> Path:
+    """Return the folder of this machine for the files of policies of `needed` bytes: in memory, where it has room.
+
+    Raises:
+        UserError: no folder has that much free space.
+    """
+    memory = [MEMORY] if os.access(MEMORY, os.W_OK) else []
+    folders = [*memory, Path(tempfile.gettempdir())]
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
+    for folder in folders:
+        if free[folder] >= needed:
+            return folder
+    there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
+    raise UserError(
+        f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are {there} free; "
+        "make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR name a larger folder of "
+        "this machine, or set execution.sampler to own"
+    )
+
+
 class PolicyEngine:
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
     It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
-    folder that all processes of a job, which share a machine, see: in memory where there is such a file system. This
-    context manager ends the process and removes the folder, after those that killed jobs left behind.
+    folder that all processes of a job, which share a machine, see. What is compiled goes into a folder of each process.
+    This context manager ends the process and removes the folders, after those that killed jobs left behind.
     """
 
     def __init__(self, processes: Processes) -> None:
-        self._processes, self._handed_over = processes, 0
+        self._processes, self._handed_over, self._room = processes, 0, -1
         self._settings: EngineSettings | None = None
-        memory = Path("/dev/shm")
-        parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-        owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
-        self._folder = parent / f"lorabench-policy-{owner}-{token}"
-        if processes.first:
-            for old in parent.glob("lorabench-policy-*"):
-                # Another user's process is alive too.
-                with suppress(PermissionError):
-                    try:
-                        os.kill(int(old.name.split("-")[2]), 0)
-                    except ProcessLookupError:
-                        shutil.rmtree(old, ignore_errors=True)
-            self._folder.mkdir(mode=0o700)
-        processes.wait()
+        self._caches = machine_folder(Path(tempfile.gettempdir()))
+        self._folders = [self._caches]
+
+    def make_room(self, needed: int) -> None:
+        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this.
+
+        Raises:
+            UserError: no folder of this machine has that much free space.
+        """
+        if needed > self._room:
+            made = [machine_folder(handover_folder(needed))] if self._processes.first else []
+            [self._folder] = self._processes.gather_objects(made)[0]
+            self._folders, self._room = [*self._folders, *made], needed
 
     def __enter__(self) -> PolicyEngine:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stop()
-        if self._processes.first:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def draw(
         self,
@@ -198,17 +233,21 @@ class PolicyEngine:
         They have the type in which their products are computed, as in training, so none is rounded that training does
         not round. A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
         """
-        folder, tensors = self._folder / "model", {}
-        named = (*model.named_parameters(), ("lm_head.weight", model.get_output_embeddings().weight))
-        for name, parameter in named:
+        dtype, tensors = getattr(torch, settings.options["dtype"]), {}
+        named = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
+        # The next policy is written beside this one.
+        self.make_room(2 * dtype.itemsize * sum(parameter.numel() for parameter in named.values()))
+        for name, parameter in named.items():
             whole = full_tensor(parameter.detach())
             if self._processes.first:
-                tensors[name] = whole.to("cpu", getattr(torch, settings.options["dtype"]), copy=True).contiguous()
+                tensors[name] = whole.to("cpu", dtype, copy=True).contiguous()
+        folder = self._folder / "model"
         if self._processes.first:
             folder.mkdir(exist_ok=True)
             untied = {"tie_word_embeddings": False, "architectures": model.config.architectures}
             (folder / "config.json").write_text(json.dumps(model.config.to_dict() | untied, default=str))
-            save_file(tensors, folder / "model.safetensors.new", {"format": "pt"})
+            with space_for(folder):
+                save_file(tensors, folder / "model.safetensors.new", {"format": "pt"})
             os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
         self._processes.wait()
         own = {"model": str(folder), "revision": None}
@@ -219,20 +258,23 @@ class PolicyEngine:
 
     def _hand_over_adapter(self, model: Any, settings: EngineSettings) -> None:
         """Hand over the adapter in PEFT's format."""
+        parameters = trained_parameters(model)
+        self.make_room(sum(parameter.nbytes for parameter in parameters.values()))
         self._start(settings)
         self._handed_over += 1
-        folder = self._folder / f"adapter-{self._handed_over}"
         tensors = {
             name.replace(".default.", "."): full_tensor(parameter.detach()).cpu().contiguous()
-            for name, parameter in trained_parameters(model).items()
+            for name, parameter in parameters.items()
         }
+        folder = self._folder / f"adapter-{self._handed_over}"
         if self._processes.first:
             config = model.active_peft_config
             modules = {name.rsplit(".", 3)[-3] for name in tensors}
             folder.mkdir()
             about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha}
             (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": sorted(modules)}))
-            save_file(tensors, folder / "adapter_model.safetensors")
+            with space_for(folder):
+                save_file(tensors, folder / "adapter_model.safetensors")
         self._processes.wait()
         self.ask("adapter", number=self._handed_over, folder=str(folder))
         self._processes.wait()
@@ -245,12 +287,13 @@ class PolicyEngine:
             return False
         self._stop()
         ours, theirs = socket.socketpair()
-        start = json.dumps({"trainer": os.getpid(), "folder": str(self._folder), "options": settings.options})
+        folders = [str(self._folder), str(self._caches)]
+        start = json.dumps({"trainer": os.getpid(), "folders": folders, "options": settings.options})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
             pass_fds=[theirs.fileno()],
-            env=_environment(settings),
+            env=_environment(settings, self._caches),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -302,17 +345,19 @@ class PolicyEngine:
                 f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-3:])
             ) from error
         if "error" in answer:
-            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
+            alone = "; the GPU may be in a compute mode in which it takes one process (nvidia-smi -c 0 changes it)"
+            hint = alone if "busy or unavailable" in answer["error"] else ""
+            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}{hint}")
         return answer["result"]
 
 
-def _environment(settings: EngineSettings) -> dict[str, str]:
+def _environment(settings: EngineSettings, caches: Path) -> dict[str, str]:
     """Return this process's environment, without its place among the job's processes, with vLLM's variables."""
     distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
     # Models of the hub are fetched by a job of their own.
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment |= vllm_environment(settings.device is None)
+    environment |= vllm_environment(settings.device is None, caches)
     if settings.device is None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)
     else:

@@ -1,7 +1,7 @@
 """The process in which vLLM draws responses: `python -m lorabench.training.rl.engine_worker DESCRIPTOR START`.
 
 It answers the messages of `lorabench.training.rl.engine`, which are JSON in both directions, over the socket of that
-descriptor. START is JSON: the trainer's process id, the folder that both share, and the arguments of vLLM's `LLM`.
+descriptor. START is JSON: the trainer's process id, the folders of both, and the arguments of vLLM's `LLM`.
 Signals that ask a job to end are left to the trainer, which still needs responses until its step is finished.
 """
 
@@ -23,7 +23,10 @@ class _Engine:
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.model_executor.models import registry
 
+        # vLLM would look at the class of the model in one more process, which imports all of vLLM again.
+        registry._run_in_subprocess = lambda look: look()
         self._llm = LLM(**options)
         self._adapter: Any = None
 
@@ -72,7 +75,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     connection, start = Connection(int(sys.argv[1])), json.loads(sys.argv[2])
-    threading.Thread(target=end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
+    threading.Thread(target=end_with, args=(start["trainer"], start["folders"]), daemon=True).start()
     engine: _Engine | None = None
     while True:
         try:
@@ -90,11 +93,12 @@ def main() -> None:
             return
 
 
-def end_with(trainer: int, folder: str) -> None:
-    """End this process, whatever it computes, when the trainer has died; remove the folder that both share."""
+def end_with(trainer: int, folders: list[str]) -> None:
+    """End this process, whatever it computes, when the trainer has died; remove the folders of both."""
     while os.getppid() == trainer:
         time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

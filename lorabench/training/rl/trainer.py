@@ -18,6 +18,7 @@ from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
+from lorabench.planning.engine import handover_space
 from lorabench.runs import Rollouts, Run
 from lorabench.training.context import Base, SweepContext, now, with_adapter
 from lorabench.training.distributed import full_tensor
@@ -53,7 +54,8 @@ class RlTrainer:
         """Train a run and write it.
 
         Raises:
-            UserError: vLLM, which the preset asks for, cannot draw from the model's policies.
+            UserError: vLLM, which the preset asks for, cannot draw from the model's policies, or no folder has room
+                for them.
             Stopped: a signal asked the job to end, and the run is saved.
         """
         condition, machine, rollouts = run.condition, context.machine, run.condition.rollouts
@@ -62,6 +64,7 @@ class RlTrainer:
             spec = context.layout.model(condition.model)
             check_vllm(spec, machine.device, condition.rank, condition.placement, trains=True)
             self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes))
+            self._engine.make_room(handover_space(context.plan.preset, condition))
         if rollouts not in self._environments:
             environment = self._environment(context)
             source = context.provenance() | {

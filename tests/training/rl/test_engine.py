@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from lorabench.config.fields import SUFFIXES
 from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.data.problems import make_problems, write_problems
@@ -20,6 +21,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
+from lorabench.planning.engine import EngineBatch
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect
@@ -44,8 +46,9 @@ BASE = TinyModel(kind="tiny", name="llama-128")
 NEW_TOKENS = 16
 
 
-def settings(spec=BASE, max_rank=None, tokenizes=False) -> EngineSettings:
-    options = llm_options(model_location(spec), "float32", 256, 1 << 28, max_rank, tokenizes=tokenizes)
+def settings(spec=BASE, max_rank=None, tokenizes=False, adapted=None) -> EngineSettings:
+    limits = 256, 1 << 28, max_rank, EngineBatch()
+    options = llm_options(model_location(spec), "float32", *limits, tokenizes=tokenizes, adapted=adapted)
     return EngineSettings(options, None, 2)
 
 
@@ -86,8 +89,8 @@ def move(model, scale, seed=0):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def adapted(spec, rank):
-    model = add_lora(load_model(spec), rank, "all", 32.0, True, 0)
+def adapted(spec, rank, placement="all"):
+    model = add_lora(load_model(spec), rank, placement, 32.0, True, 0)
     use_fast_products(model)
     return model
 
@@ -134,6 +137,26 @@ def test_keys_and_values_of_an_old_adapter_would_be_noticed(engine, prompts, sto
     engine._handed_over -= 1
     assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) > 1e-2
     assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) < 1e-3
+
+
+@pytest.mark.parametrize("placement", ["attn", "mlp"])
+def test_layers_that_carry_no_adapter_have_no_room_for_one(placement, engine, prompts, stop):
+    model, asked = adapted(BASE, 8, placement), requested(prompts)
+    chosen = settings(max_rank=8, adapted=(*SUFFIXES[placement], "lm_head"))
+    for step in range(2):
+        assert largest_difference(model, asked, engine.draw(model, chosen, asked, stop)) < 1e-3
+        move(model, 0.02, step)
+
+
+def test_nothing_is_written_into_the_home_directory(tmp_path, monkeypatch, prompts, stop):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    with PolicyEngine(SINGLE_PROCESS) as own:
+        own.draw(adapted(BASE, 1), settings(max_rank=1), requested(prompts), stop)
+        assert any(own._caches.rglob("*"))
+    assert list(tmp_path.rglob("*")) == []
+    assert not own._caches.exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -240,7 +263,7 @@ def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypat
     write_problems(make_problems(layout.preset.problems["sums"]), layout.dataset("sums"))
     plan = make_plan(layout.preset)
     job = Job(tuple(plan.sweeps))
-    asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*"))
+    asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-vllm-*-{os.getpid()}-*"))
     # The engine dies in step 5 of the first run, whose base was evaluated before.
     deadly = [6]
 
@@ -254,7 +277,7 @@ def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypat
     monkeypatch.setattr(PolicyEngine, "ask", counted)
     with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
         run_job(plan, job, layout, lambda line: None)
-    assert set(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}-*")) == before
+    assert set(Path("/dev/shm").glob(f"lorabench-vllm-*-{os.getpid()}-*")) == before
     asked.clear()
     run_job(plan, job, layout, lambda line: None)
     # It went on from the checkpoint: the base was evaluated again, then came the other steps of three runs, and an

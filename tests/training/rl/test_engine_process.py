@@ -1,37 +1,59 @@
-"""The folder and the process of the engine do not outlive the trainer. Needs no vLLM."""
+"""What the engine is started with, and what is left of it. Needs no vLLM."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lorabench.training.distributed import SINGLE_PROCESS
-from lorabench.training.rl.engine import PolicyEngine
+import pytest
+import torch
+import yaml
 
-CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2])"
+from lorabench.config.experiments import Protocol
+from lorabench.errors import UserError
+from lorabench.models import vllm_support
+from lorabench.planning.engine import engine_batch, engine_memory, handover_bytes
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.store.layout import Layout
+from lorabench.training.context import SweepContext
+from lorabench.training.distributed import SINGLE_PROCESS
+from lorabench.training.job import run_job
+from lorabench.training.rl import engine
+from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings, handover_folder
+
+from .conftest import machine
+
+CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2:])"
 PARENT = (
     "import os, subprocess, sys, time; "
-    f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}, str(os.getpid()), sys.argv[1]]); "
+    f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}, str(os.getpid()), *sys.argv[1:]]); "
     "print(child.pid, flush=True); time.sleep(60)"
 )
 
 
 def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True)
+    folders = [tmp_path / "policies", tmp_path / "caches"]
+    for folder in folders:
+        folder.mkdir()
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *map(str, folders)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     child = Path(f"/proc/{int(parent.stdout.readline())}")
     time.sleep(2)
-    assert folder.is_dir()
+    assert all(folder.is_dir() for folder in folders)
     parent.kill()
     parent.wait()
     for _ in range(100):
-        if not folder.exists() and (not child.exists() or "Z" in (child / "stat").read_text().split()[2]):
+        ended = not child.exists() or "Z" in (child / "stat").read_text().split()[2]
+        if ended and not any(folder.exists() for folder in folders):
             return
         time.sleep(0.1)
     os.kill(int(child.name), signal.SIGKILL)
@@ -41,16 +63,159 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
 def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with PolicyEngine(SINGLE_PROCESS) as engine:
-        folder = engine._folder
+    with PolicyEngine(SINGLE_PROCESS) as first:
+        first.make_room(0)
+        folder, node = first._folder, platform.node()
         assert folder.is_dir()
-        left, running = (folder.with_name(f"lorabench-policy-{process}-1") for process in (ended.pid, os.getppid()))
-        for other in (left, running):
+        names = (f"{node}-{ended.pid}", f"{node}-{os.getppid()}", f"{node}-2-{ended.pid}")
+        left, running, elsewhere = (folder.with_name(f"lorabench-vllm-{name}-1") for name in names)
+        for other in (left, running, elsewhere):
             other.mkdir()
-        with PolicyEngine(SINGLE_PROCESS) as another:
-            assert another._folder != folder
+        with PolicyEngine(SINGLE_PROCESS) as second:
+            second.make_room(0)
+            assert second._folder != folder
             assert not left.exists()
             assert running.is_dir()
+            assert elsewhere.is_dir()
         running.rmdir()
+        elsewhere.rmdir()
         assert folder.is_dir()
     assert not folder.exists()
+
+
+CACHES = {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
+
+
+def test_two_engines_compile_into_folders_of_their_own_on_this_machine(monkeypatch):
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_CACHE_PATH", "chosen")
+    with PolicyEngine(SINGLE_PROCESS) as first, PolicyEngine(SINGLE_PROCESS) as second:
+        folders = (first._caches, second._caches)
+        for own in folders:
+            environment = engine._environment(EngineSettings({}, None, 1), own)
+            assert all(Path(environment[name]).parent == own for name in CACHES)
+            assert own.parent == Path(tempfile.gettempdir())
+            assert environment["CUDA_CACHE_PATH"] == "chosen"
+        assert folders[0] != folders[1]
+    assert not any(folder.exists() for folder in folders)
+
+
+@pytest.fixture
+def small_memory(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A file system in memory of 1 MB in place of that of this machine; files go into the test's folder otherwise."""
+    memory, other = tmp_path / "memory", tmp_path / "other"
+    memory.mkdir()
+    other.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(memory)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a file system here")
+    monkeypatch.setattr(engine, "MEMORY", memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    yield memory
+    subprocess.run(["umount", "-l", str(memory)], check=True)
+
+
+def test_policies_are_handed_over_where_there_is_room(small_memory, monkeypatch):
+    other = Path(tempfile.gettempdir())
+    assert handover_folder(1_000_000) == small_memory
+    assert handover_folder(2_000_000) == other
+    with PolicyEngine(SINGLE_PROCESS) as opened:
+        opened.make_room(1_000_000)
+        assert opened._folder.parent == small_memory
+        opened.make_room(2_000_000)
+        assert opened._folder.parent == other
+        opened.make_room(1_000_000)
+        assert opened._folder.parent == other
+    assert list(small_memory.iterdir()) == list(other.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(small_memory))
+    sentence = rf"need 2 MB to be handed over to vLLM, and there are 1\.05 MB in {small_memory} free; make room"
+    with pytest.raises(UserError, match=sentence):
+        handover_folder(2_000_000)
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch, raw_rl_preset) -> Callable[..., SweepContext]:
+    """Return a function that writes a preset with vLLM, and returns the context of the sweep of a rank."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm_support, "find_spec", lambda name: True)
+
+    def write(rank: int | None = None, **execution) -> SweepContext:
+        [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
+        raw = raw_rl_preset | {"execution": {"gflops": 1.0, "sampler": "vllm"} | execution}
+        block["ranks"] = {"all": [2, 8], "attn": [4]}
+        Path("mine.yaml").write_text(yaml.safe_dump(raw))
+        layout = Layout.of("mine.yaml")
+        plan = make_plan(layout.preset)
+        sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)
+        return SweepContext(plan, sweep, layout, machine())
+
+    return write
+
+
+def test_a_policy_without_room_is_refused_before_anything_is_started(small_memory, prepared, monkeypatch):
+    context = prepared()
+    monkeypatch.setattr(tempfile, "tempdir", str(small_memory))
+    assert 2 * handover_bytes(context.plan.preset, context.sweep.condition) > 1_100_000
+    # There are no problems yet, which are read next.
+    with pytest.raises(UserError, match="the policies of this job need .* MB to be handed over to vLLM"):
+        run_job(context.plan, Job((context.sweep,)), context.layout, lambda line: None)
+
+
+def test_a_memory_that_fills_up_is_named(small_memory):
+    class Policy(torch.nn.Linear):
+        config = None
+
+        def get_output_embeddings(self):
+            return self
+
+    options = {"dtype": "float32"}
+    (small_memory / "of another job").write_bytes(bytes(900_000))
+    with PolicyEngine(SINGLE_PROCESS) as opened:
+        opened.make_room(0)
+        opened._room = 1 << 40
+        policy = Policy(500, 500)
+        policy.config = type("Config", (), {"architectures": [], "to_dict": lambda self: {}})()
+        with pytest.raises(UserError, match=f"no space left to write {opened._folder}/model; make room"):
+            opened._hand_over_weights(policy, EngineSettings(options, None, 1))
+
+
+def test_the_engine_has_the_options_that_the_plan_counts(prepared):
+    context = prepared(2, gpu="A10", max_cache_tokens=400)
+    preset, condition = context.plan.preset, context.sweep.condition
+    options = engine_settings(context, 100, False).options
+    batch, memory = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
+    assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == batch
+    assert options["kv_cache_memory_bytes"] == int(memory.cache)
+    assert 1 < batch.responses < condition.batch_size
+    head = {"lm_head"} if Protocol().include_unembedding else set()
+    assert head < set(options["lora_target_modules"])
+    attention = engine_settings(prepared(4), 100, False).options["lora_target_modules"]
+    assert {"q_proj", "o_proj"} < set(attention)
+    assert not {"up_proj", "down_proj"} & set(attention)
+    # On a CPU vLLM's own numbers stay, and with them what is drawn.
+    options = engine_settings(prepared(), 100, False).options
+    assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (256, 4096)
+
+
+def test_a_busy_gpu_is_explained():
+    with PolicyEngine(SINGLE_PROCESS) as opened:
+        opened._connection = Answer("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
+        with pytest.raises(UserError, match=r"^vLLM, .* busy or unavailable; the GPU may be in a compute mode"):
+            opened.ask("sample")
+
+
+class Answer:
+    """The connection to an engine that answers with an error."""
+
+    def __init__(self, error: str) -> None:
+        self.error = error
+
+    def send_bytes(self, message: bytes) -> None:
+        """Take a message."""
+
+    def poll(self, seconds: float) -> bool:
+        return True
+
+    def recv_bytes(self) -> bytes:
+        return json.dumps({"error": self.error}).encode()
