@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -52,9 +53,11 @@ ERROR = {"fp32": 1e-4, "bf16": 0.05}
 """Largest relative error of a loss or a gradient, by precision. In fp32, sums in another order differ by 1e-6 to 1e-5
 over the few layers that are compared; a wrong formula, or TF32 by accident, by 1e-3 and more. A number in bf16 has a
 relative error of up to 0.4%, which a few layers forward and backward raise to 1 or 2%."""
-MEMORY_ERROR = {"cuda": 0.10, "cpu": 0.25}
-"""Largest relative difference of the measured peak of a step from the plan's, by type of device. The plan keeps 8% of a
-GPU for the driver and for gaps, and asks for a quarter more memory than it estimates on a CPU."""
+MEMORY = {"cuda": (0.8, 1.05), "cpu": (0.75, 1.25)}
+"""Least and largest peak of a step over the plan's, by type of device. The plan states an upper bound of the tensors
+that live at once; it is up to 10% above them, and 20% where activations are recomputed (tests/planning/test_memory.py).
+Kernels of a GPU need workspaces as well; the plan keeps 8% for them, the driver and gaps. On a CPU it asks for a
+quarter more memory than it estimates."""
 
 # The CPU computes the reference of parity, so a few layers and tokens have to do; the layers keep their sizes.
 _LAYERS, _EXPERTS, _ROWS, _LENGTH = 2, 8, 2, 64
@@ -107,21 +110,34 @@ def training_subjects(plan: Plan) -> list[Subject]:
 
     Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
     """
+    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
+    return [subject_of(plan, sweep) for sweep in largest(plan.preset, trained)]
+
+
+def largest(preset: Preset, sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Return the sweep of the largest model that fits one GPU, else of the largest, for each kind of condition.
+
+    The kinds are FullFT, LoRA at the highest rank, and LoRA on a mixture of experts, where there are any.
+    """
 
     def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
-        try:
-            fits = gpus_needed(plan.preset, sweep) <= 1
-        except UserError:
-            fits = False
-        return fits, dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
+        size = dimensions(preset.models[sweep.condition.model]).parameters
+        return fits_one_gpu(preset, sweep), size, sweep.condition.rank or 0
 
-    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
     groups: dict[tuple[bool, bool], list[Sweep]] = {}
-    for sweep in trained:
-        experts = dimensions(plan.preset.models[sweep.condition.model]).experts > 0
+    for sweep in sweeps:
+        experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
     kinds = ((False, False), (False, True), (True, True))
-    return [subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
+    return [max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups]
+
+
+def fits_one_gpu(preset: Preset, sweep: Sweep) -> bool:
+    """Return whether a sweep's job fits one GPU, or a CPU."""
+    try:
+        return gpus_needed(preset, sweep) <= 1
+    except UserError:
+        return False
 
 
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
@@ -140,7 +156,12 @@ def subject_of(plan: Plan, sweep: Sweep) -> Subject:
 
 
 def random_model(
-    sizes: Dimensions, condition: Condition, preset: Preset, device: torch.device, plain: bool = False
+    sizes: Dimensions,
+    condition: Condition,
+    preset: Preset,
+    device: torch.device,
+    plain: bool = False,
+    folder: Path | None = None,
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
@@ -149,8 +170,10 @@ def random_model(
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
+        folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     options: dict[str, Any] = {}
     if plain:
@@ -161,6 +184,11 @@ def random_model(
             config_of(sizes, context=1 << 17), dtype=torch.float32, **options
         )
     model.train()
+    if folder is not None:
+        logging.disable_progress_bar()
+        dtype = torch.bfloat16 if preset.protocol.precision == "bf16" else torch.float32
+        weights = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
+        model.save_pretrained(folder, state_dict=weights)
     if not plain:
         attend_in_blocks(model)
     if condition.rank is None:
@@ -274,8 +302,8 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float
     """Compare the peak memory of a training step in bytes with the plan's estimate."""
     expected, batch = subject.planned_memory(preset), f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {batch} took {peak / expected:.2f} times the memory that the plan states"
-    near = abs(peak - expected) <= MEMORY_ERROR[machine.device.type] * expected
-    return judged(near, sentence, peak / GB, expected / GB, "GB")
+    least, most = MEMORY[machine.device.type]
+    return judged(least * expected <= peak <= most * expected, sentence, peak / GB, expected / GB, "GB")
 
 
 def check_speed(preset: Preset, subject: Subject, seconds: float | None) -> Check:

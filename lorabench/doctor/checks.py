@@ -18,18 +18,20 @@ from typing import Any, get_args
 
 import torch
 
-from lorabench.doctor import bench
+from lorabench.doctor import bench, engine
 from lorabench.doctor.record import Check, Record, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
-from lorabench.models.vllm_support import check_installed, check_vllm, vllm_version
+from lorabench.models.vllm_support import check_installed, check_two_processes, check_vllm, vllm_version
 from lorabench.planning.costs import MB, evaluation_cost, job_cost, per_experiment
-from lorabench.planning.engine import uses_engine
+from lorabench.planning.engine import handover_space, uses_engine
 from lorabench.planning.plan import Plan
+from lorabench.runs import Sweep
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state
+from lorabench.training.rl.engine import handover_folder
 from lorabench.training.run import machine_of, machine_state
-from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, difference_from
+from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, compute_modes, difference_from
 
 
 def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
@@ -37,8 +39,9 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     machine, preset, gpu = machine_of(plan), plan.preset, plan.preset.execution.gpu
     on_gpu, state = machine.device.type == "cuda", machine_state(machine.device)
-    # What a step of each subject took: the peak bytes and the seconds.
+    # What a step of each subject took: the peak bytes and the seconds; and what the engine did for each policy.
     steps: dict[bench.Subject, tuple[float, float]] = {}
+    drawings: dict[Sweep, engine.Drawing] = {}
     done: list[Check] = []
 
     def make(name: str, check: Callable[..., Check], *arguments: Any) -> None:
@@ -48,6 +51,10 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     def memory_of_step(subject: bench.Subject) -> Check:
         steps[subject] = bench.measure_step(preset, machine, subject)
         return bench.check_memory(preset, machine, subject, steps[subject][0])
+
+    def policy_of(sweep: Sweep) -> Check:
+        drawings[sweep] = engine.measure_drawing(plan, layout, machine, sweep)
+        return engine.check_policy(preset, drawings[sweep])
 
     here = on_gpu or gpu is None
     if not on_gpu and here:
@@ -59,6 +66,10 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     make("memory of the host", check_host_memory, plan)
     make("disk", check_disk, plan)
     make("vLLM", check_engine, plan, layout, machine.device)
+    installed = done[-1].status == "pass"
+    if done[-1].status != "skipped":
+        make("compute mode", check_compute_mode)
+        make("shared memory", check_shared_memory, plan)
     for subject in subjects:
         for precision in get_args(bench.Precision):
             make(f"parity in {precision}: {subject.title}", bench.check_parity, preset, machine, subject, precision)
@@ -68,6 +79,10 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         if gpu is not None:
             seconds = steps[subject][1] if subject in steps else None
             make(f"speed of a step: {subject.title}", bench.check_speed, preset, subject, seconds)
+    for sweep in engine.policies(plan) if here and installed else []:
+        title = bench.subject_of(plan, sweep).title
+        make(f"policy in vLLM: {title}", policy_of, sweep)
+        make(f"speed of vLLM: {title}", engine.check_drawing, preset, sweep.condition, drawings.get(sweep))
     if not here:
         sentence = "the preset is for a GPU, and there is none"
         make("computing", partial(Check, status="skipped", sentence=sentence))
@@ -153,6 +168,25 @@ def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
             check_vllm(layout.model(model), device, rank, placement, trains=True)
             checked += 1
     return judged(True, f"vLLM {vllm_version()} takes {checked} of the {len(policies)} policies of RL")
+
+
+def check_compute_mode() -> Check:
+    """Say whether a GPU takes two processes, the trainer and the engine; an error says that it does not."""
+    modes = compute_modes()
+    if not modes:
+        return Check(status="skipped", sentence="nvidia-smi, which would tell, names no GPU")
+    check_two_processes()
+    return judged(True, f"the trainer and vLLM may both use a GPU (mode {', '.join(modes)})")
+
+
+def check_shared_memory(plan: Plan) -> Check:
+    """Compare the free space where a job hands its policy to the engine with the largest policy of the plan."""
+    engines = [sweep.condition for sweep in plan.sweeps if uses_engine(plan.preset, sweep.condition)]
+    needed = max(handover_space(plan.preset, condition) for condition in engines)
+    # It raises an error if no folder has that much.
+    folder = handover_folder(needed)
+    sentence = f"the free space of {folder}, through which a job hands its policy to vLLM, and what the largest takes"
+    return judged(True, sentence, shutil.disk_usage(folder).free / GB, needed / GB, "GB")
 
 
 def check_cpu_speed(plan: Plan, layout: Layout) -> Check:

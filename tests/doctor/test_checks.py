@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +18,18 @@ from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
-from lorabench.doctor.checks import check_device, made
+from lorabench.doctor.checks import check_compute_mode, check_device, check_shared_memory, made
 from lorabench.doctor.record import Record, judged
 from lorabench.errors import UserError
 from lorabench.models import lora
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import flops_per_second
 from lorabench.training.run import Machine
 from lorabench.utils.gpus import GPUS
+
+from ..conftest import REPOSITORY
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = Machine(torch.device("cpu"), 4096, 1e9)
@@ -127,6 +135,60 @@ def test_memory_fails_where_the_plan_is_wrong(smoke):
     assert 0 < seconds < 10
     checks = [bench.check_memory(smoke.preset, CPU, subject, peak / wrong) for wrong in (1.0, 0.5, 2.0)]
     assert [check.status for check in checks] == ["pass", "fail", "fail"]
+
+
+GPU_PRESETS = [
+    path.stem
+    for path in sorted((REPOSITORY / "workflow/presets").glob("*.yaml"))
+    if load_preset(path.stem).execution.gpu
+]
+
+
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_a_step_at_the_planned_speed_and_with_the_memory_of_the_estimate_passes(name):
+    preset, gpu = load_preset(name), Machine(torch.device("cuda"), 4096)
+    for subject in training_subjects(make_plan(preset)):
+        # The estimate is up to 20% above what a step takes.
+        for above in (1.0, 1.1, 1.2):
+            assert bench.check_memory(preset, gpu, subject, subject.planned_memory(preset) / above).status == "pass"
+        assert bench.check_memory(preset, gpu, subject, 1.1 * subject.planned_memory(preset)).status == "fail"
+        speed = bench.check_speed(preset, subject, subject.flops(preset) / flops_per_second(preset.execution))
+        assert speed.status == "measured"
+        assert speed.value == pytest.approx(speed.planned)
+
+
+def test_a_gpu_for_one_process_alone_refuses_the_engine(tmp_path, monkeypatch):
+    """The stand-in for nvidia-smi answers for each GPU that is asked for."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        '#!/bin/sh\ncase $2 in --id=0) echo Default;; *) printf "Default\\nExclusive_Process\\n";; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    refused = made("compute mode", check_compute_mode)
+    assert refused.status == "fail"
+    assert "compute mode Exclusive_Process" in refused.sentence
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert check_compute_mode().status == "pass"
+    script.write_text("#!/bin/sh\nexit 9\n")
+    assert check_compute_mode().status == "skipped"
+
+
+def test_the_largest_policy_must_fit_into_shared_memory(monkeypatch):
+    plan = make_plan(load_preset("core"))
+    free = {"/dev/shm": 64e6, tempfile.gettempdir(): 1e9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[str(folder)]))
+    # Containers often give 64 MB.
+    small = made("shared memory", partial(check_shared_memory, plan))
+    assert small.status == "fail"
+    assert "64 MB in /dev/shm" in small.sentence
+    free["/dev/shm"] = 50e9
+    large = check_shared_memory(plan)
+    assert (large.status, large.value) == ("pass", 50)
+    # Two policies of Qwen3-1.7B in bf16, with an unembedding of their own.
+    assert large.planned == pytest.approx(2 * 2 * (1.72 + 0.31), rel=0.01)
 
 
 @pytest.mark.slow
