@@ -76,8 +76,8 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
     else:
         caption = [
             f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
-            f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of the "
-            f"longest chain of jobs{_chain_in_words(longest)}",
+            f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
+            f"the longest chain of jobs{_chain_in_words(longest)}",
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]

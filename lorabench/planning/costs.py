@@ -130,9 +130,10 @@ def chains(plan: Plan) -> list[Chain]:
     found = []
     for job in plan.jobs:
         condition = job.sweeps[0].condition
-        tokenized = condition.rollouts is None and tokens_cost(plan.preset, condition.model, condition.dataset)
-        hours = (tokenized.job_hours if tokenized else 0.0), job_cost(plan, job).job_hours
-        found.append(Chain(job, *hours, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
+        tokenizing, training = 0.0, job_cost(plan, job).job_hours
+        if condition.rollouts is None:
+            tokenizing = tokens_cost(plan.preset, condition.model, condition.dataset).job_hours
+        found.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
     return sorted(found, key=lambda chain: -chain.hours)
 
 

@@ -160,8 +160,8 @@ def step_memory(
         # Layers are gathered one by one, the next while one is computed; embedding and unembedding stay gathered.
         gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
         # The gradient of a whole layer, and a copy of it from which each process gets its part. The gradient of a tied
-        # embedding waits for the end of the pass; that of another unembedding takes the place of the embedding, which is
-        # not gathered then.
+        # embedding waits for the end of the pass; that of another unembedding takes the place of the embedding, which
+        # is not gathered then.
         backward += 0 if rank else 4 * (2 * sizes.layer_parameters + sizes.tied * sizes.vocabulary * sizes.hidden)
     cast = 0 if recomputes else cast_parameters(preset, sizes, placement, gpus)
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its

@@ -156,7 +156,7 @@ def test_the_plan_is_printed_with_money_and_json():
     runner = CliRunner()
     shown = runner.invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
     assert shown.exit_code == 0, shown.output
-    assert all(word in shown.output for word in ("GPU-hours", "hours", "money", "total", "H200", "longest chain of jobs"))
+    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200", "longest chain of jobs"))
     laptop = runner.invoke(app, ["plan"])
     assert "minutes" in laptop.output
     assert "GPU-hours" not in laptop.output
