@@ -88,7 +88,7 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
             return engine.draw(model, settings, requests, Stop((), tokens)), time.perf_counter() - began
 
         def learn(groups: list[ResponseGroup]) -> StepMeasures:
-            measures = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine.device)
+            measures = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine)
             clip_gradient(parameters.values(), preset.protocol.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
