@@ -18,7 +18,7 @@ from typing import Any
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.store.run_folder import RunFolder
+from lorabench.store.run_folder import RECORD
 from lorabench.utils.exhaustion import NoSpaceError
 from lorabench.utils.files import write_json
 
@@ -99,7 +99,7 @@ class FinishedRuns:
             self._done.remove(run_id)
             self._done_of_job.subtract(self._jobs_of_run[run_id])
         for run_id in folders - self._done:
-            if run_id in self._jobs_of_run and RunFolder(self._layout.runs, run_id).done():
+            if run_id in self._jobs_of_run and os.path.isfile(f"{self._layout.runs}/{run_id}/{RECORD}"):
                 self._done.add(run_id)
                 self._done_of_job.update(self._jobs_of_run[run_id])
         unfinished = self._jobs.keys() - self._runs_of_job.keys()

@@ -29,6 +29,9 @@ from lorabench.store.schemas import JOB
 from lorabench.utils.exhaustion import space_for
 from lorabench.utils.files import flush_to_disk, read_parquet
 
+RECORD = "record.json"
+"""The name of a run's record in its folder; a run that has one is finished."""
+
 
 class RunFolder:
     """The paths of one run's files in the folder `runs` of a preset's results."""
@@ -38,7 +41,7 @@ class RunFolder:
         self.final, self.partial = runs / run_id, runs / f"{run_id}.partial"
         self._finishing = runs / f"{run_id}.finishing"
         self.checkpoint = self.partial / "checkpoint.safetensors"
-        self.record, self.curves = self.final / "record.json", self.final / "curves.parquet"
+        self.record, self.curves = self.final / RECORD, self.final / "curves.parquet"
         self.test_losses = self.final / "test_losses.parquet"
         self.weights, self.restored = self.final / "weights", self.final / "restored"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
@@ -75,7 +76,7 @@ def test_an_error_is_a_failed_check_in_one_sentence():
 
 
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
-    core, paper = (make_plan(load_preset(name)) for name in ("core", "paper"))
+    core, paper = (make_plan(on_gpu(load_preset(name), "H100-80GB")) for name in ("core", "paper"))
     titles = [subject.title for subject in training_subjects(core)]
     assert titles[0].startswith("FullFT, llama-3-2-")
     assert [title.split(",")[0] for title in titles[1:]] == ["LoRA r64 all"]
@@ -85,7 +86,7 @@ def test_the_largest_models_that_fit_one_gpu_are_chosen():
     whole = dimensions(paper.preset.models["qwen3-30b-a3b-base"])
     assert replace(subjects[-1].sizes, layers=whole.layers) == whole
     assert 1 <= subjects[-1].sizes.layers < whole.layers
-    limit = USABLE * GPUS["H200"].memory
+    limit = USABLE * GPUS["H100-80GB"].memory
     assert all(subject.planned_memory(paper.preset) <= limit for subject in subjects)
 
 
