@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lorabench.planning.costs import Cost, minutes, per_experiment
+from lorabench.planning.costs import Chain, Cost, chains, minutes, per_experiment
+from lorabench.planning.memory import title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.utils import formats
@@ -17,7 +18,8 @@ from lorabench.utils.gpus import GB, GPUS
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, the hours of the longest chain
+    of jobs, memory, disk and money.
 
     Args:
         cores: CPU cores that the jobs share.
@@ -25,12 +27,13 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         notes: sentences to print below the table: where the machine's speed was measured.
     """
     execution, rows = plan.preset.execution, per_experiment(plan)
+    longest = chains(plan) if execution.gpu else []
     at_once = max(1, cores // execution.threads)
     columns = ["experiment", "jobs", "runs", "tokens", "PFLOPs"]
     if execution.gpu is None:
         columns.append("minutes")
     else:
-        columns += ["GPU-hours", "GPUs", "GB/GPU", "disk GB", *([] if price is None else ["money"])]
+        columns += ["GPU-hours", "hours", "GPUs", "GB/GPU", "disk GB", *([] if price is None else ["money"])]
     table = []
     for name, row in rows.items():
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
@@ -40,19 +43,29 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             cells.append(_and_most(row, *durations))
         else:
             hours = (formats.number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))
-            cells += [_and_most(row, *hours), f"1-{row.gpus}" if row.gpus > 1 else "1"]
+            cells += [_and_most(row, *hours), formats.number(_least_hours(name, row, longest), 2)]
+            cells += [f"1-{row.gpus}" if row.gpus > 1 else "1"]
             cells += [f"{row.memory / GB:.0f}", formats.number(row.disk / GB, 2)]
             cells += [] if price is None else [formats.count(row.gpu_hours * price)]
         table.append(cells)
-    caption = _caption(plan, rows["total"], at_once, measured=bool(notes))
+    caption = _caption(plan, rows["total"], at_once, longest, measured=bool(notes))
     print_table(columns, table, columns[1:], plan.preset.description, (*caption, *notes), total=True)
+
+
+def _least_hours(name: str, row: Cost, longest: Sequence[Chain]) -> float:
+    """Return the hours of the longest chain of an experiment, of all (`total`) or of those with an evaluation."""
+    for chain in longest:
+        if name == "total" or name in chain.job.experiments or (name == "evaluation" and chain.evaluating):
+            return chain.hours
+    # The experiment `compute`, or a preset without runs.
+    return row.job_hours
 
 
 def _and_most(row: Cost, expected: str, most: str) -> str:
     return f"{expected} (most {most})" if row.most_runs > row.runs else expected
 
 
-def _caption(plan: Plan, total: Cost, at_once: int, measured: bool) -> list[str]:
+def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], measured: bool) -> list[str]:
     """Return the sentences on how the costs were estimated."""
     execution = plan.preset.execution
     rate, gpu = flops_per_second(execution), execution.gpu
@@ -63,8 +76,8 @@ def _caption(plan: Plan, total: Cost, at_once: int, measured: bool) -> list[str]
     else:
         caption = [
             f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
-            f"the longest job takes {formats.number(total.longest_hours)} hours; "
-            f"{formats.number(total.gpu_hours / 24)} days on one GPU",
+            f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
+            f"the longest chain of jobs{_chain_in_words(longest)}",
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]
@@ -81,9 +94,22 @@ def _caption(plan: Plan, total: Cost, at_once: int, measured: bool) -> list[str]
     return caption
 
 
+def _chain_in_words(longest: Sequence[Chain]) -> str:
+    """Return what the longest chain consists of, as the end of a sentence."""
+    if not longest:
+        return ""
+    job, *hours = longest[0]
+    conditions = [sweep.condition for sweep in job.sweeps]
+    what = title(conditions[0]) + (f" and {len(conditions) - 1} more" if len(conditions) > 1 else "")
+    verbs = ("tokenize", f"train {job.n_runs} runs", "evaluate")
+    parts = [f"{formats.number(part, 2)} to {verb}" for part, verb in zip(hours, verbs, strict=True) if part]
+    return f", {what}: {', '.join(parts)}"
+
+
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
     """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
-    rows = {name: asdict(row) for name, row in per_experiment(plan).items()}
+    costs, longest = per_experiment(plan), chains(plan)
+    rows = {name: asdict(row) | {"longest_hours": _least_hours(name, row, longest)} for name, row in costs.items()}
     for row in rows.values():
         # What a single job requests of a cluster says nothing of an experiment.
         for request in ("cpus", "mem_mb", "minutes", "saving_seconds"):

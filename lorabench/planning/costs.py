@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
@@ -26,7 +26,7 @@ from lorabench.planning.flops import (
 from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds, start_seconds
-from lorabench.runs import EvalJob, Job
+from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
 MB = 1e6
@@ -64,8 +64,6 @@ class Cost:
     most_job_hours: float = 0.0
     gpu_hours: float = 0.0
     most_gpu_hours: float = 0.0
-    longest_hours: float = 0.0
-    """Wall-clock hours of the longest job."""
     gpus: int
     """GPUs of the largest job; 0 on a CPU."""
     memory: float
@@ -84,7 +82,7 @@ class Cost:
 
 
 # Of these the largest of several jobs counts; all other fields are added.
-_LARGEST = {"longest_hours", "gpus", "memory", "working_disk", "cpus", "mem_mb", "minutes", "saving_seconds"}
+_LARGEST = {"gpus", "memory", "working_disk", "cpus", "mem_mb", "minutes", "saving_seconds"}
 
 
 def combined(costs: Iterable[Cost]) -> Cost:
@@ -105,6 +103,38 @@ def per_experiment(plan: Plan) -> dict[str, Cost]:
         rows["evaluation"] = evaluations
     rows["total"] = [*trained.values(), *rows.get("compute", []), *evaluations]
     return {name: combined(jobs) for name, jobs in rows.items()}
+
+
+class Chain(NamedTuple):
+    """A training job, what it waits for, and what waits for it: hours that no number of machines makes fewer."""
+
+    job: Job
+    tokenizing: float
+    """Hours in which its dataset is tokenized; 0 in RL."""
+    training: float
+    """Hours of the expected number of runs."""
+    evaluating: float
+    """Hours of the longest evaluation with lm-eval of one of its runs; 0 without any."""
+
+    @property
+    def hours(self) -> float:
+        """The wall-clock hours of the three, one after the other."""
+        return self.tokenizing + self.training + self.evaluating
+
+
+def chains(plan: Plan) -> list[Chain]:
+    """Return the chain of each training job, the longest first."""
+    evaluating: dict[Sweep | None, float] = {}
+    for evaluation in plan.evaluations():
+        evaluating[evaluation.sweep] = evaluation_cost(plan, evaluation).job_hours
+    found = []
+    for job in plan.jobs:
+        condition = job.sweeps[0].condition
+        tokenizing, training = 0.0, job_cost(plan, job).job_hours
+        if condition.rollouts is None:
+            tokenizing = tokens_cost(plan.preset, condition.model, condition.dataset).job_hours
+        found.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
+    return sorted(found, key=lambda chain: -chain.hours)
 
 
 def minutes(cost: Cost, at_once: int, most: bool = False) -> float:
@@ -216,6 +246,7 @@ def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
         memory=memory,
         # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
         disk=MB * math.ceil(2 * 5 * tokens / MB),
+        job_hours=seconds / 3600,
         cpus=processes,
         mem_mb=math.ceil(memory / MB),
         minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
@@ -260,7 +291,6 @@ def _cost(
         most_job_hours=most_seconds / 3600,
         gpu_hours=gpus * (seconds / 3600),
         most_gpu_hours=gpus * (most_seconds / 3600),
-        longest_hours=seconds / 3600,
         gpus=gpus,
         memory=MB * (math.ceil(peak / MB) if gpus else mem_mb),
         disk=MB * math.ceil(disk / MB),

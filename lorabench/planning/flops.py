@@ -19,6 +19,8 @@ _CHARS_OF_A_FACT = 40
 _CHARS_OF_A_PROBLEM = {"arithmetic": 90, "sums": 8, "deepmath": 400}
 _CHARS_OF_OTHER_PROBLEMS = 300
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
+# Tokens of an example on the hub that are not scored. One of Tulu3 has 309 that are (docs/paper.md), of about 600.
+_UNSCORED_ON_HUB = 290
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class RunWork:
 
     trained: float
     evaluated: float
+    trained_scored: float
+    """Of the trained tokens those whose logits are computed, and so below of the evaluated."""
+    evaluated_scored: float
     drawn: float
     context: float
     """The mean number of tokens that a token attends to."""
     trained_flops: float
+    """As all FLOPs but those recomputed, it has the unembedding of every token, scored or not, as the paper counts."""
     evaluated_flops: float
     drawn_flops: float
     recomputed_flops: float
-    """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
+    """FLOPs of the layers' forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
@@ -81,6 +87,16 @@ def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
 
+def unembedding_flops_per_token(preset: Preset, condition: Condition) -> tuple[float, float]:
+    """Return the FLOPs of the unembedding for a token: forward and backward in training, and forward."""
+    sizes, rank = dimensions(preset.models[condition.model]), condition.rank
+    matrix = sizes.hidden * sizes.vocabulary
+    if rank is None:
+        return 6.0 * matrix, 2.0 * matrix
+    lora = rank * (sizes.hidden + sizes.vocabulary) if preset.protocol.include_unembedding else 0
+    return 4.0 * matrix + 6.0 * lora, 2.0 * (matrix + lora)
+
+
 def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
     """Return the FLOPs of attention's forward pass for a token that attends to `context` tokens; backward takes twice
     as many."""
@@ -97,8 +113,11 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         validations = len(spaced | {step for step in protocol.validate_at if step <= steps})
         # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
         context = tokens_per_example(model, dataset)
-        trained, drawn = steps * condition.batch_size * context, 0.0
-        evaluated = (validations * dataset.validation + dataset.test) * context
+        examples, evaluations = steps * condition.batch_size, validations * dataset.validation + dataset.test
+        trained, evaluated, drawn = examples * context, evaluations * context, 0.0
+        # The prompts of other datasets are short.
+        scored = max(context / 2, context - (_UNSCORED_ON_HUB if dataset.kind == "hub" else 0))
+        trained_scored, evaluated_scored = examples * scored, evaluations * scored
     else:
         prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
         episodes, graded = steps * condition.batch_size, rollouts.evaluations * graded_problems(preset, condition)
@@ -106,20 +125,25 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         prompts = episodes / rollouts.group_size * prompt
         trained, evaluated = episodes * response + prompts, prompts + graded * prompt
         drawn, context = (episodes + graded) * response, prompt + response
+        trained_scored, evaluated_scored = episodes * response, 0.0
     sizes = dimensions(model)
     lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
     attention = attention_flops_per_token(sizes, context)
     forward = 2.0 * (sizes.active_linear + lora) + attention
     training = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
+    # Activation checkpointing recomputes the layers, and not the unembedding.
+    layers = forward - unembedding_flops_per_token(preset, condition)[1]
     return RunWork(
         trained,
         evaluated,
+        trained_scored,
+        evaluated_scored,
         drawn,
         context,
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,
-        recomputed_flops=trained * forward if preset.execution.activation_checkpointing is True else 0.0,
+        recomputed_flops=trained * layers if preset.execution.activation_checkpointing is True else 0.0,
     )
 
 

@@ -21,7 +21,7 @@ from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.planning.engine import engine_memory, uses_engine
 from lorabench.planning.flops import longest_sequence, lora_parameters
-from lorabench.runs import Sweep
+from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
 # The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
@@ -159,8 +159,10 @@ def step_memory(
     if gpus > 1:
         # Layers are gathered one by one, the next while one is computed; embedding and unembedding stay gathered.
         gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
-        # The gradient of a whole layer, and a copy of it from which each process gets its part.
-        backward += 0 if rank else 2 * 4 * sizes.layer_parameters
+        # The gradient of a whole layer, and a copy of it from which each process gets its part. The gradient of a tied
+        # embedding waits for the end of the pass; that of another unembedding takes the place of the embedding, which
+        # is not gathered then.
+        backward += 0 if rank else 4 * (2 * sizes.layer_parameters + sizes.tied * sizes.vocabulary * sizes.hidden)
     cast = 0 if recomputes else cast_parameters(preset, sizes, placement, gpus)
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
@@ -190,6 +192,12 @@ def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
     return process + sweep_memory(preset, sweep, max(1, gpus)).total
 
 
+def title(condition: Condition) -> str:
+    """Return the method, model and data of a condition in words."""
+    method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
+    return f"{method} of {condition.model} on {condition.dataset}"
+
+
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     """Return the smallest number of GPUs, a power of two, that holds a sweep's job; 0 on a CPU.
 
@@ -206,9 +214,8 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
     also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
     more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
-    method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
     message = (
-        f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of "
+        f"{title(condition)} needs {needed / GB:.0f} GB on each of "
         f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
         f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
         f"{more}or choose another gpu"

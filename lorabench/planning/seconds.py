@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from math import ceil, log
+from random import Random
+
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_batch, engine_seconds, engine_start_seconds, handover_seconds, uses_engine
-from lorabench.planning.flops import RunWork, evaluated_documents, graded_problems, longest_sequence, run_work
+from lorabench.planning.flops import (
+    RunWork,
+    evaluated_documents,
+    graded_problems,
+    longest_sequence,
+    run_work,
+    unembedding_flops_per_token,
+)
 from lorabench.planning.memory import cast_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
@@ -34,6 +46,11 @@ _REFILLED = 1.2
 # longest answer.
 _LONGEST_ANSWER = 256
 
+# Standard deviation of the logarithm of an example's length, on the hub and in files: an assumption.
+_SPREAD = 1.0
+PASS_TOKENS = 2048
+"""Fixed cost of a pass on a GPU, in tokens: that of `PASS_TOKENS` in training/loss.py, which imports torch."""
+
 
 def flops_per_second(execution: Execution, gpus: int = 1) -> float:
     """Return the useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
@@ -54,17 +71,24 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     preset = decided(preset, sweep)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
     work = run_work(preset, condition)
-    flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
     if execution.gpu is None or not gpus:
+        # Padding and tokens that are not scored are in the speed, which is measured on finished runs.
+        flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
+    padded = padding(preset, condition, gpus)
+    flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
         active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
         flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
+    # Logits are computed of scored tokens only.
+    training, forward = unembedding_flops_per_token(preset, condition)
+    flops -= (padded * work.trained - work.trained_scored) * training
+    flops -= (work.evaluated - work.evaluated_scored) * forward
     computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
-    trained, evaluated = max(condition.steps, work.trained / at_once), work.evaluated / at_once
+    trained, evaluated = max(condition.steps, padded * work.trained / at_once), work.evaluated / at_once
     if condition.placement not in (None, "attn"):
         # In each pass LoRA is added to the weights of all experts.
         recomputed = trained if execution.activation_checkpointing is True else 0.0
@@ -78,6 +102,45 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
             computing += work.drawn_flops / flops_per_second(execution, gpus)
         waiting += _drawing_seconds(preset, condition, work, gpus)
     return computing, waiting
+
+
+def padding(preset: Preset, condition: Condition, gpus: int) -> float:
+    """Return the tokens that pass through the model in training, with padding, over those without, of a GPU job.
+
+    A batch is split by length into micro-batches (`lorabench.training.loss.micro_batches`), whose rows are as long as
+    the longest. Lengths are drawn for examples of the hub and of files; those of other datasets differ little. Padding
+    of RL and of evaluations, which sort all examples by length, is not counted.
+    """
+    if condition.rollouts is not None:
+        return 1.0
+    dataset = preset.datasets[condition.dataset]
+    if dataset.kind not in ("hub", "file"):
+        return 1.0
+    longest, size = longest_sequence(preset, condition), max(1, condition.batch_size // gpus)
+    return _padding(dataset.mean_tokens, longest, size, preset.execution.max_batch_tokens)
+
+
+@cache
+def _padding(mean: int, longest: int, size: int, max_tokens: int) -> float:
+    """Return what `padding` does, for batches of `size` examples of a mean and a greatest length."""
+    # The mean of a log-normal distribution is above its median.
+    draw, log_median = Random(0), log(mean) - _SPREAD**2 / 2
+    padded = without = 0
+    for _ in range(max(4, 256 // size)):
+        batch = [min(longest, ceil(draw.lognormvariate(log_median, _SPREAD))) for _ in range(size)]
+        padded, without = padded + padded_tokens(batch, max_tokens), without + sum(batch)
+    return padded / without
+
+
+def padded_tokens(lengths: Sequence[int], max_tokens: int) -> int:
+    """Return the tokens of the micro-batches into which `lorabench.training.loss.micro_batches` splits a batch."""
+    # The least cost of the examples so far, from the shortest to the longest, and its tokens.
+    least = [(0, 0)]
+    for end, longest in enumerate(sorted(lengths), 1):
+        first = min(end - 1, max(0, end - max_tokens // longest))
+        parts = ((*least[start], (end - start) * longest) for start in range(first, end))
+        least.append(min((cost + more + PASS_TOKENS, tokens + more) for cost, tokens, more in parts))
+    return least[-1][1]
 
 
 def _decoding(execution: Execution) -> float:

@@ -16,6 +16,7 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning.costs import (
+    chains,
     combined,
     compute_cost,
     evaluation_cost,
@@ -99,7 +100,7 @@ def test_shared_runs_are_paid_once():
     whole = rows.pop("total")
     assert whole.runs < sum(row.runs for row in rows.values())
     assert whole.gpu_hours < sum(row.gpu_hours for row in rows.values())
-    for largest in ("memory", "gpus", "longest_hours"):
+    for largest in ("memory", "gpus"):
         assert getattr(whole, largest) == max(getattr(row, largest) for row in rows.values())
 
 
@@ -110,6 +111,25 @@ def test_gpu_hours_are_hours_times_gpus_and_money_is_their_price():
         assert row["job_hours"] <= row["gpu_hours"] <= row["gpus"] * row["job_hours"]
         assert row["money"] == pytest.approx(2.5 * row["gpu_hours"])
     assert rows["total"]["memory"] < GPUS[plan.preset.execution.gpu].memory
+
+
+def test_no_number_of_gpus_takes_less_than_the_longest_chain_of_jobs():
+    plan = make_plan(load_preset("core"))
+    longest, *others = chains(plan)
+    evaluations = {job.sweep: evaluation_cost(plan, job).job_hours for job in plan.evaluations()}
+    for chain in (longest, *others):
+        condition = chain.job.sweeps[0].condition
+        assert chain.training == job_cost(plan, chain.job).job_hours
+        assert chain.evaluating == max(evaluations.get(sweep, 0) for sweep in chain.job.sweeps)
+        assert (chain.tokenizing > 0) == (condition.task == "sft")
+        assert chain.hours <= longest.hours
+    assert {job for job, *_ in chains(plan)} == set(plan.jobs)
+    rows = json.loads(plan_json(plan, 2))["experiments"]
+    assert rows["total"]["longest_hours"] == longest.hours == max(row["longest_hours"] for row in rows.values())
+    assert rows["compute"]["longest_hours"] == rows["compute"]["job_hours"]
+    evaluated = max(chain.hours for chain in (longest, *others) if chain.evaluating)
+    assert rows["evaluation"]["longest_hours"] == evaluated
+    assert longest.hours < rows["total"]["gpu_hours"]
 
 
 def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
@@ -136,7 +156,7 @@ def test_the_plan_is_printed_with_money_and_json():
     runner = CliRunner()
     shown = runner.invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
     assert shown.exit_code == 0, shown.output
-    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200"))
+    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200", "longest chain of jobs"))
     laptop = runner.invoke(app, ["plan"])
     assert "minutes" in laptop.output
     assert "GPU-hours" not in laptop.output

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, run_work
+from lorabench.planning.flops import (
+    attention_flops_per_token,
+    linear_flops_per_token,
+    run_work,
+    unembedding_flops_per_token,
+)
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import make_plan
-from lorabench.planning.seconds import flops_per_second, run_seconds
+from lorabench.planning.seconds import PASS_TOKENS, flops_per_second, padded_tokens, padding, run_seconds
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,73 @@ def test_evaluations_counted_are_those_made():
         assert work.evaluated == examples * work.context
 
 
+def test_padding_is_that_of_the_micro_batches_of_training():
+    from lorabench.training.loss import PASS_TOKENS as FIXED
+    from lorabench.training.loss import micro_batches
+
+    assert FIXED["cuda"] == PASS_TOKENS
+    draw = np.random.default_rng(0)
+    for size, limit in ((1, 100), (16, 8192), (32, 8192), (128, 20000), (40, 10)):
+        lengths = np.ceil(draw.lognormal(5.5, 1, size)).astype(int)
+        parts = micro_batches(lengths, limit, PASS_TOKENS)
+        assert padded_tokens(lengths.tolist(), limit) == sum(len(part) * lengths[part].max() for part in parts)
+
+
+def test_small_batches_of_lengths_that_differ_are_padded():
+    core = load_preset("core")
+    sweeps = make_plan(core).sweeps
+    tulu, facts, traces = (
+        next(sweep.condition for sweep in sweeps if sweep.condition.dataset == name)
+        for name in ("tulu3", "facts", "openthoughts3")
+    )
+    small, whole, shared = (
+        padding(core, replace(tulu, batch_size=size), gpus) for size, gpus in ((16, 1), (128, 1), (128, 8))
+    )
+    assert 1.2 < small == shared < 1.5
+    assert 1.05 < whole < 1.2
+    assert 1 <= padding(core, traces, 1) < 1.05
+    assert padding(core, facts, 1) == padding(core, next(s.condition for s in sweeps if s.condition.rollouts), 1) == 1
+    # Padding takes time, and is counted neither as tokens nor as useful FLOPs.
+    keeping, sweep = core.with_execution(activation_checkpointing=False), next(s for s in sweeps if s.condition == tulu)
+    work, (computing, _) = run_work(keeping, tulu), run_seconds(keeping, sweep, 1)
+    useful = work.trained_flops + work.evaluated_flops
+    assert 1.05 < computing * flops_per_second(core.execution) / useful < padding(core, tulu, 1)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_logits_are_computed_of_scored_tokens_only(rank, monkeypatch):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lorabench.models.base import load_model
+    from lorabench.models.lora import add_lora
+    from lorabench.training import loss
+
+    preset = load_preset("laptop")
+    condition = replace(make_plan(preset).sweeps[0].condition, model="tiny", rank=rank, placement=rank and "all")
+    model = load_model(preset.models["tiny"])
+    if rank:
+        model = add_lora(model, rank, "all", 32.0, True, 0)
+    inputs, targets = torch.randint(1024, (2, 2, 64))
+    # The last MLP is not computed for them either, which the plan does not count.
+    monkeypatch.setattr(loss, "computing_only", lambda *_: nullcontext())
+    counts = []
+    for unscored in (0, 16):
+        targets[:, :unscored] = loss.IGNORED
+        with FlopCounterMode(display=False) as counter:
+            loss.add_gradient(model, loss.Batch(inputs, targets), 1, None, None)
+        counts.append(counter.get_total_flops())
+    assert counts[0] - counts[1] == 2 * 16 * unembedding_flops_per_token(preset, condition)[0]
+    # Prompts of the hub are not scored, nor are those of RL.
+    core = load_preset("core")
+    works = {s.condition.dataset: run_work(core, s.condition) for s in make_plan(core).sweeps}
+    assert works["tulu3"].trained_scored == 0.5 * works["tulu3"].trained
+    assert works["openthoughts3"].trained_scored > 0.96 * works["openthoughts3"].trained
+    assert works["facts"].trained_scored == works["facts"].trained
+    assert 0.8 < works["math"].trained_scored / works["math"].trained < 1
+    assert works["math"].evaluated_scored == 0
+
+
 def test_launching_layers_bounds_the_time_of_a_small_model():
     preset = load_preset("smollm2")
     layers = dimensions(preset.models["smollm2-135m"]).layers
@@ -91,10 +165,13 @@ def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
     for sweep in make_plan(paper).sweeps:
         condition = sweep.condition
         if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
-            work = run_work(decided(paper, sweep), condition)
-            flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
-            computed = flops / flops_per_second(paper.execution, 4)
-            ratios[condition.placement] = run_seconds(paper, sweep, 4)[0] / (computed * (1 + share))
+            work, padded = run_work(decided(paper, sweep), condition), padding(paper, condition, 4)
+            flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
+            training, forward = unembedding_flops_per_token(paper, condition)
+            unscored = (padded * work.trained - work.trained_scored) * training
+            unscored += (work.evaluated - work.evaluated_scored) * forward
+            computed = (flops * (1 + share) - unscored) / flops_per_second(paper.execution, 4)
+            ratios[condition.placement] = run_seconds(paper, sweep, 4)[0] / computed
     assert ratios["attn"] == pytest.approx(1)
     # In each pass over 16,384 tokens, 28 billion parameters are read and written a few times.
     assert 1.1 < ratios["mlp"] < 2

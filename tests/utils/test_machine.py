@@ -113,10 +113,10 @@ def test_gpus_are_known_by_what_they_call_themselves(gpu, device, same):
 
 
 def test_another_gpu_or_a_part_of_one_is_told():
-    # A whole H100 reports 85.0 of its 80 x 1.0737 GB; a half of it (MIG) has the same name.
+    # An H100 reports 79.11 to 79.25 GiB; a half of it (MIG) has the same name.
     assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3", 85.0 * GB) is None
     assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", 42 * GB) == (
-        "this is an NVIDIA H100 80GB HBM3 MIG 3g.40gb of 42 GB, but execution.gpu is H100-80GB of 80 GB: "
+        "this is an NVIDIA H100 80GB HBM3 MIG 3g.40gb of 42 GB, but execution.gpu is H100-80GB of 85 GB: "
         "the plan's times do not hold, and its memory may not fit"
     )
     assert "NVIDIA L40S of 48 GB" in difference_from("A100-40GB", "NVIDIA L40S", 48 * GB)
