@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
@@ -22,14 +23,18 @@ from lorabench.doctor.checks import check_compute_mode, check_device, check_shar
 from lorabench.doctor.record import Record, judged
 from lorabench.errors import UserError
 from lorabench.models import lora
+from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second
-from lorabench.training.run import Machine
+from lorabench.runs import Run
+from lorabench.training import loss
+from lorabench.training.run import Machine, make_optimizer
+from lorabench.training.step_cost import NewStorages
 from lorabench.utils.gpus import GPUS
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, slow_but
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = Machine(torch.device("cpu"), 4096, 1e9)
@@ -155,6 +160,37 @@ def test_a_step_at_the_planned_speed_and_with_the_memory_of_the_estimate_passes(
         speed = bench.check_speed(preset, subject, subject.flops(preset) / flops_per_second(preset.execution))
         assert speed.status == "measured"
         assert speed.value == pytest.approx(speed.planned)
+
+
+@pytest.mark.parametrize("name", slow_but("core", ["core", "smollm2"]))
+def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
+    """The memory is that of tensors which have sizes but no content, in a few layers of the preset's models."""
+
+    def all_scored(batch):
+        targets = batch.targets.flatten()
+        return torch.arange(len(targets)), targets
+
+    # On a GPU PyTorch's kernel computes attention. Which tokens are scored can't be read from tensors without content.
+    monkeypatch.setattr(bench, "attend_in_blocks", lambda model: None)
+    monkeypatch.setattr(loss, "_scored", all_scored)
+    # PEFT moves its layers to the device where they are, which such tensors do not allow.
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *others, **options: module)
+    preset, gpu = load_preset(name), Machine(torch.device("cuda"), 4096)
+    # PyTorch gives no sizes for grouped products in fp32, so experts are left out.
+    for whole in [subject for subject in training_subjects(make_plan(preset)) if not subject.sizes.experts]:
+        subject = replace(whole, sizes=replace(whole.sizes, layers=4))
+        with FakeTensorMode(allow_non_fake_inputs=True), NewStorages() as new:
+            model = bench.random_model(subject.sizes, subject.condition, preset, torch.device("cpu"))
+            if subject.recomputes:
+                recompute_activations(model)
+            optimizer = make_optimizer(trained_parameters(model), Run(subject.condition, 0.0, 0), preset.protocol)
+            tokens = torch.zeros((subject.rows, subject.length), dtype=torch.long)
+            for _ in range(2):
+                loss.add_gradient(model, loss.Batch(tokens, tokens), 1, torch.bfloat16, loss.MAX_LOGITS["cuda"])
+                optimizer.step()
+                optimizer.zero_grad()
+        memory = bench.check_memory(preset, gpu, subject, new.peak)
+        assert memory.status == "pass", f"{subject.title}: {memory.sentence}"
 
 
 def test_a_gpu_for_one_process_alone_refuses_the_engine(tmp_path, monkeypatch):
