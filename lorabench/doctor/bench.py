@@ -160,6 +160,7 @@ def random_model(
     preset: Preset,
     device: torch.device,
     plain: bool = False,
+    recomputes: bool = False,
     folder: Path | None = None,
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
@@ -169,6 +170,7 @@ def random_model(
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
+        recomputes: recompute activations, and keep no second copy of the base in bf16, as in training.
         folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
@@ -190,6 +192,8 @@ def random_model(
         model.save_pretrained(folder, state_dict=weights)
     if not plain:
         attend_in_blocks(model)
+    if recomputes:
+        recompute_activations(model)
     if condition.rank is None:
         return model
     assert condition.placement
@@ -202,7 +206,7 @@ def random_model(
             if ".lora_B." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     if not plain:
-        use_fast_products(adapted)
+        use_fast_products(adapted, keep_cast=not recomputes)
     return adapted
 
 
@@ -271,9 +275,7 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
     steps: list[Callable[[], None]] = []
 
     def first_steps() -> None:
-        model = random_model(subject.sizes, subject.condition, preset, machine.device)
-        if subject.recomputes:
-            recompute_activations(model)
+        model = random_model(subject.sizes, subject.condition, preset, machine.device, recomputes=subject.recomputes)
         parameters = trained_parameters(model)
         optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
 

@@ -73,7 +73,9 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
     prompt = tuple(rng.integers(vocabulary, size=_PROMPT).tolist())
     requests = [Request(prompt, (0, number)) for number in range(_RESPONSES)]
     with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS) as engine:
-        model = random_model(subject.sizes, condition, preset, machine.device, folder=Path(folder))
+        model = random_model(
+            subject.sizes, condition, preset, machine.device, recomputes=subject.recomputes, folder=Path(folder)
+        )
         spec = PathModel(
             kind="path", path=folder, parameters=subject.sizes.parameters, hidden_size=subject.sizes.hidden
         )

@@ -23,7 +23,7 @@ from lorabench.doctor.checks import check_compute_mode, check_device, check_shar
 from lorabench.doctor.record import Record, judged
 from lorabench.errors import UserError
 from lorabench.models import lora
-from lorabench.models.passes import recompute_activations, trained_parameters
+from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
@@ -162,7 +162,7 @@ def test_a_step_at_the_planned_speed_and_with_the_memory_of_the_estimate_passes(
         assert speed.value == pytest.approx(speed.planned)
 
 
-@pytest.mark.parametrize("name", slow_but("core", ["core", "smollm2"]))
+@pytest.mark.parametrize("name", slow_but("core", GPU_PRESETS))
 def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     """The memory is that of tensors which have sizes but no content, in a few layers of the preset's models."""
 
@@ -180,9 +180,8 @@ def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     for whole in [subject for subject in training_subjects(make_plan(preset)) if not subject.sizes.experts]:
         subject = replace(whole, sizes=replace(whole.sizes, layers=4))
         with FakeTensorMode(allow_non_fake_inputs=True), NewStorages() as new:
-            model = bench.random_model(subject.sizes, subject.condition, preset, torch.device("cpu"))
-            if subject.recomputes:
-                recompute_activations(model)
+            device, again = torch.device("cpu"), subject.recomputes
+            model = bench.random_model(subject.sizes, subject.condition, preset, device, recomputes=again)
             optimizer = make_optimizer(trained_parameters(model), Run(subject.condition, 0.0, 0), preset.protocol)
             tokens = torch.zeros((subject.rows, subject.length), dtype=torch.long)
             for _ in range(2):
