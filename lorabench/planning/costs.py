@@ -127,14 +127,14 @@ def chains(plan: Plan) -> list[Chain]:
     evaluating: dict[Sweep | None, float] = {}
     for evaluation in plan.evaluations():
         evaluating[evaluation.sweep] = evaluation_cost(plan, evaluation).job_hours
-    found = []
+    of_jobs = []
     for job in plan.jobs:
         condition = job.sweeps[0].condition
         tokenizing, training = 0.0, job_cost(plan, job).job_hours
         if condition.rollouts is None:
             tokenizing = tokens_cost(plan.preset, condition.model, condition.dataset).job_hours
-        found.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
-    return sorted(found, key=lambda chain: -chain.hours)
+        of_jobs.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
+    return sorted(of_jobs, key=lambda chain: -chain.hours)
 
 
 def minutes(cost: Cost, at_once: int, most: bool = False) -> float:

@@ -107,9 +107,9 @@ def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
     """Return the entries that a column of lists holds as rows, each with the run_id and its number in the list."""
     lists = table[column].combine_chunks()
     rows = pc.list_parent_indices(lists)
-    found = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
+    flat = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
     numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    return found.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
+    return flat.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
 
 
 def _groups(table: pa.Table, groups_of: Callable[[str, str], pa.Array | None]) -> pa.ChunkedArray:
