@@ -13,7 +13,8 @@ is the grid. In a sweep of fixed LRs, the second one is the other seeds at the b
    Equal lowest losses must be enclosed together, and in RL all LRs whose reward is good: accuracies on few problems
    are noisy and their peaks flat, so that a reward that is a little lower on both sides encloses nothing.
 2. The next seeds, `Seeds.around` with the first, are trained at the three LRs around the lowest loss. If its mean over
-   the seeds is lowest at another LR than the middle one, the seeds go on to that LR's neighbours.
+   the seeds is lowest at another LR than the middle one, the seeds go on to that LR's neighbours. With `Racing` seeds
+   are added one at a time from some number on, and an LR that is surely worse than the best one gets no more.
 3. All other seeds are trained at the LR with the lowest mean.
 
 A sweep stops when it has tried the lattice's largest number of LRs. Everything follows from the losses alone, so that a
@@ -23,7 +24,7 @@ resumed sweep walks the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -113,6 +114,8 @@ class Run:
 
 EXPECTED_FURTHER_LRS = 1
 """LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
+EXPECTED_RACERS = 2
+"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/presets.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
@@ -184,6 +187,20 @@ class Lattice:
 
 
 @dataclass(frozen=True)
+class Racing:
+    """When one of the three LRs around the best gets no more seeds.
+
+    The losses of an LR minus those of the best one, paired by seed, are tested by a one-sided t-test, whose variance is
+    pooled over the LRs. The choice depends on nothing but the validation losses of one sweep, so it knows no verdict.
+    """
+
+    level: float
+    """The level of the test, by which an LR that is no worse would be given up in this share of sweeps."""
+    least: int
+    """The number of seeds that all three LRs have, at least 2."""
+
+
+@dataclass(frozen=True)
 class Seeds:
     """The seeds of a sweep: consecutive numbers from the first seed on, which every LR has and every count includes."""
 
@@ -195,6 +212,8 @@ class Seeds:
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
     first: int = 0
     """The first seed."""
+    racing: Racing | None = None
+    """None for a sweep whose three LRs around the best all have the same seeds."""
 
     def leading(self, number: int) -> range:
         """Return the first seeds, as many as `number`."""
@@ -217,6 +236,8 @@ class Sweep:
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
         walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds.around]
+        if self.lattice is not None and self.seeds.racing is not None:
+            walk.append(asdict(self.seeds.racing))
         return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds.best, *walk], 8)}"
 
     @property
@@ -245,7 +266,10 @@ class Sweep:
         if self.lattice is None:
             return list(seeds[1:])
         walk = [self.seeds.first] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
-        around = [seed for seed in seeds[1 : self.seeds.around] for _ in range(AROUND)]
+        racing = self.seeds.racing
+        all_have = self.seeds.around if racing is None else racing.least
+        around = [seed for seed in seeds[1:all_have] for _ in range(AROUND)]
+        around += [seed for seed in seeds[all_have : self.seeds.around] for _ in range(EXPECTED_RACERS)]
         return [*walk, *around, *seeds[self.seeds.around :]]
 
     def possible_runs(self) -> Iterator[Run]:
@@ -361,20 +385,27 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
     if lattice is None:
         best = best_lr(sweep, losses)
         return [] if best is None else missing([best], sweep.seeds.best)
-    first = _means(sweep, losses)
+    first, seeds = _means(sweep, losses), sweep.seeds
     room = max(0, lattice.further - (len(first) - len(sweep.lrs)))
-    started = any(seed != sweep.seeds.first for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
+    started = any(seed != seeds.first for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
     if not started and (unexplored := _unexplored(lattice, first, sweep.condition.task == "rl")[:room]):
         return missing(unexplored, 1)
     if not any(map(math.isfinite, first.values())):
         return []
-    # Other experiments may have trained all seeds at some LRs, so that the means already know better.
-    means = _means(sweep, losses, sweep.seeds.around) or first
-    for scores in [means] if started else [first, means]:
-        around = _around(lattice, first, _middle_of_lowest(scores), room)
-        if wave := missing(around, sweep.seeds.around):
-            return wave
-    return missing([_middle_of_lowest(means)], sweep.seeds.best)
+    # Without racing all seeds come at once.
+    least = seeds.around if seeds.racing is None else min(seeds.racing.least, seeds.around)
+    for number in range(least, seeds.around + 1):
+        # Other experiments may have trained all seeds at some LRs, so that the means already know better.
+        means = _means(sweep, losses, number)
+        before = first if number == least else _means(sweep, losses, number - 1)
+        for scores in [means] if means and started else [before, means or before]:
+            centre = _middle_of_lowest(scores)
+            around = _around(lattice, first, centre, room)
+            # Where the best LR has moved, the new LRs catch up before they are compared.
+            racers = [lr for lr in around if not _given_up(sweep, losses, lr, around, centre)]
+            if wave := missing(around, least) or missing(racers, number):
+                return wave
+    return missing([_middle_of_lowest(_means(sweep, losses, seeds.around) or first)], seeds.best)
 
 
 def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple[float, int], float]:
@@ -390,8 +421,9 @@ def ending(sweep: Sweep, losses: Losses) -> str:
     first, best = _means(sweep, losses), best_lr(sweep, losses)
     if best is None:
         return f"all {len(first)} LRs diverged"
-    scores = first | _means(sweep, losses, sweep.seeds.around)
-    higher = [lr for lr, score in scores.items() if score > scores[best]]
+    # Not all LRs have all seeds, so each is compared with the best one by those that both have.
+    seeds = {lr: [seed for at, seed in losses if at == lr and (best, seed) in losses] for lr in first}
+    higher = [lr for lr in first if sum(losses[lr, seed] - losses[best, seed] for seed in seeds[lr]) > 0]
     is_open = ["lower"] * (not any(lr < best for lr in higher)) + ["higher"] * (not any(lr > best for lr in higher))
     at = f"{len(first)} LRs, the lowest loss at lr {formats.lr(best, 3)}"
     return f"stopped at {at}, with no higher loss at a {' or '.join(is_open)} LR" if is_open else f"bracketed by {at}"
@@ -402,6 +434,32 @@ def _means(sweep: Sweep, losses: Losses, number: int = 1) -> dict[float, float]:
     seeds = sweep.seeds.leading(number)
     lrs = sorted({lr for lr, _ in losses if all((lr, seed) in losses for seed in seeds)})
     return {lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs}
+
+
+def _given_up(sweep: Sweep, losses: Losses, lr: float, around: Sequence[float], best: float) -> bool:
+    """Return whether one of the LRs around the best is surely worse than it, by the seeds that this LR has."""
+    racing = sweep.seeds.racing
+    seeds = [seed for seed in sweep.seeds.leading(sweep.seeds.around) if {(lr, seed), (best, seed)} <= losses.keys()]
+    if racing is None or lr == best or len(seeds) < racing.least:
+        return False
+
+    def behind(other: float) -> list[float]:
+        return [losses[other, seed] - losses[best, seed] for seed in seeds if (other, seed) in losses]
+
+    return _surely_worse(behind(lr), [behind(other) for other in around if other != best], racing.level)
+
+
+def _surely_worse(behind: Sequence[float], all_behind: Iterable[Sequence[float]], level: float) -> bool:
+    """Return whether the mean of a sample is above 0 by a t-test, whose variance is that within several samples."""
+    from scipy.special import stdtrit
+
+    if not all(map(math.isfinite, behind)):
+        return True
+    samples = [sample for sample in all_behind if sample and all(map(math.isfinite, sample))]
+    squares = sum((value - fmean(sample)) ** 2 for sample in samples for value in sample)
+    freedom = sum(len(sample) - 1 for sample in samples)
+    error = math.sqrt(squares / freedom / len(behind))
+    return fmean(behind) > max(TIE, error * float(stdtrit(freedom, 1 - level)))
 
 
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from lorabench.runs import Racing
+
 Curve = Callable[[np.ndarray], np.ndarray]
 """Function from steps to what it adds to the loss of an arm at these steps."""
 
@@ -37,6 +39,8 @@ class MadeArm:
     seeds_around: int | None = None
     """With `around`, the number of seeds at these three LRs; the others are trained at the lowest only. None for all.
     """
+    racing: Racing | None = None
+    """With `around`, when an LR gets no more seeds; None if all three have the same."""
     curvature: float = 1.0
     """Its curvature over that of the noise levels."""
     skew: float = 0.0
@@ -113,6 +117,8 @@ class ArmDesign:
     """At which LRs further seeds are trained, as in `MadeArm`."""
     seeds_around: int | None = None
     """As in `MadeArm`."""
+    racing: Racing | None = None
+    """As in `MadeArm`."""
 
 
 @dataclass(frozen=True)
@@ -155,4 +161,11 @@ def _swept(arm: MadeArm, design: ArmDesign, random: np.random.Generator) -> Made
         return replace(arm, seeds=design.seeds)
     place = np.arange(design.n_lrs) - (design.n_lrs - 1) // 2 + random.uniform(-0.5, 0.5)
     lrs = np.exp(arm.optimum + math.log(design.lr_step) * place)
-    return replace(arm, lrs=lrs, seeds=design.seeds, repeats=design.repeats, seeds_around=design.seeds_around)
+    return replace(
+        arm,
+        lrs=lrs,
+        seeds=design.seeds,
+        repeats=design.repeats,
+        seeds_around=design.seeds_around,
+        racing=design.racing,
+    )

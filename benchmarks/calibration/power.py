@@ -77,7 +77,9 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
 def _of_sweep(sweep: Sweep) -> ArmDesign:
     best, every = sweep.seeds.best, max((number for _, number in sweep.seeds.given), default=1)
     if sweep.lattice is not None:
-        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, best, "around", sweep.seeds.around)
+        return ArmDesign(
+            max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, best, "around", sweep.seeds.around, sweep.seeds.racing
+        )
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
     repeats: Literal["best", "every"] = "every" if every > best else "best"
     return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(best, every), repeats)

@@ -54,7 +54,7 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
         of_group = sweep.group_sd * noise.rl_margin / 0.4
         hardness = {name: common[name] + of_group * random.standard_normal(GROUPS)[groups[name]] for name in sets}
         validation = _failed(error, hardness["validation"], noise, random)
-        kept = kept_cells(arm, lr, seed, validation.mean(1))
+        kept = kept_cells(arm, lr, seed, validation.mean(1) - 1, is_rl=True)
         lr, seed, error, luck = lr[kept], seed[kept], error[kept], luck[kept]
         failed = {name: _failed(error, hardness[name], noise, random) for name in sets if name != "validation"}
         failed["validation"] = validation[kept]

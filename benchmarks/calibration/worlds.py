@@ -7,7 +7,8 @@ The loss of a run of an arm at a learning rate and with a seed is
 with x = ln LR - ln optimal LR. On top of it each test example has a difficulty for all arms, one for the arm, and one
 for the run, and each group of examples has one for the arm; the loss of the test split is the mean over them. As in
 the shipped presets, the first seed is trained at every LR of the grid, which is extended while its best LR is at an
-end, and further seeds are trained at the LR with the lowest validation loss. `traits` says what else a world has.
+end, and further seeds are trained at the LR with the lowest validation loss, or around it by the walk and the race of
+`lorabench.runs`. `traits` says what else a world has.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pandas as pd
 
 from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, finished_losses
 from lorabench.store.tables import Tables
 
 GRID_STEP = 2.4
@@ -225,37 +227,54 @@ def noise_factor(x: np.ndarray, arm: MadeArm) -> np.ndarray:
 def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
     """Return LR and seed of every run that an arm could have: its grid, and the LRs that may extend it."""
     lrs = arm.lrs
-    if _extended(arm):
+    if arm.repeats == "around":
+        lattice, below = _lattice(arm), len(lrs) // 2 + FURTHER
+        lrs = np.array([lattice.lr(position) for position in range(-below, len(lrs) + 2 * FURTHER - below)])
+    elif _extended(arm):
         step, further = lrs[1] / lrs[0], np.arange(1, FURTHER + 1)
         lrs = np.concatenate([lrs[0] / step ** further[::-1], lrs, lrs[-1] * step**further])
     seed, lr = np.meshgrid(np.arange(arm.seeds), lrs, indexing="ij")
     return lr.ravel(), seed.ravel()
 
 
+def _lattice(arm: MadeArm) -> Lattice:
+    """Return the lattice of an arm whose runs are chosen as those of a sweep with `lrs: auto`, with position 0 at the
+    middle of its grid."""
+    return Lattice(per_decade=3, further=FURTHER, scale=float(arm.lrs[len(arm.lrs) // 2]))
+
+
 def _extended(arm: MadeArm) -> bool:
     """Return whether the grid of an arm is extended if its best LR is at an end."""
-    return len(arm.lrs) > 1 and arm.repeats != "every"
+    return len(arm.lrs) > 1 and arm.repeats == "best"
 
 
-def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Return which of them are trained: the first seed at each LR, further seeds as the arm says."""
+def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray, is_rl: bool = False) -> np.ndarray:
+    """Return which of them are trained, by their validation losses (in RL minus the accuracies).
+
+    They are the first seed at each LR and further seeds as the arm says, around the best LR by the walk of real sweeps.
+    """
     if arm.repeats == "every":
         return np.ones(len(lr), bool)
-    every_lr, first = lr[seed == 0], valid[seed == 0]
+    if arm.repeats == "around":
+        loss_of = dict(zip(zip(lr.tolist(), seed.tolist(), strict=True), valid.tolist(), strict=True))
+        condition = Condition("rl" if is_rl else "sft", "", "", "lora", None, None, None, 1, 1, "")
+        first = tuple(np.unique(lr)[FURTHER:-FURTHER].tolist())
+        seeds = Seeds(arm.seeds, arm.seeds_around or arm.seeds, racing=arm.racing)
+        walked = finished_losses(
+            Sweep(condition, first, seeds, (), _lattice(arm)), lambda run: loss_of[run.lr, run.seed]
+        )
+        return np.array([cell in walked for cell in loss_of])
+    every_lr, first_losses = lr[seed == 0], valid[seed == 0]
     start, end = (FURTHER, len(every_lr) - FURTHER) if _extended(arm) else (0, len(every_lr))
     while True:
-        best = start + int(np.argmin(first[start:end]))
+        best = start + int(np.argmin(first_losses[start:end]))
         if best == start > 0:
             start -= 1
         elif best == end - 1 < len(every_lr) - 1:
             end += 1
         else:
             break
-    kept = ((seed == 0) & np.isin(lr, every_lr[start:end])) | (lr == every_lr[best])
-    if arm.repeats == "around":
-        more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
-        kept |= more & np.isin(lr, every_lr[max(start, best - 1) : min(end, best + 2)])
-    return np.asarray(kept)
+    return np.asarray(((seed == 0) & np.isin(lr, every_lr[start:end])) | (lr == every_lr[best]))
 
 
 def progress(steps: np.ndarray, last: int) -> np.ndarray:

@@ -91,6 +91,15 @@ class LearningRates(Strict):
         return self
 
 
+class Racing(Strict):
+    """When a sweep with `lrs: auto` gives up one of the three LRs around the best (see `lorabench.runs.Racing`)."""
+
+    level: Annotated[float, Field(gt=0, lt=0.5)]
+    """The level of a one-sided t-test, paired by seed, that an LR is worse than the best one."""
+    least: Annotated[int, Field(ge=2)] = 2
+    """Seeds that all three LRs have whatever their losses; the others are added one at a time."""
+
+
 class SeedNumbers(Strict):
     """The numbers of seeds at some LRs of each condition; each counts the first seed, which every LR has."""
 

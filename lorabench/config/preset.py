@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
-from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
+from lorabench.config.experiments import Experiments, Protocol, Racing, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, NotNegative, Strict
 from lorabench.config.inputs import (
     DatasetSpec,
@@ -45,6 +45,8 @@ class Preset(Strict):
     first_seed: NotNegative = 0
     """The first seed of every sweep: 100 gives the seeds 100, 101, and so on. Wherever examples are generated, another
     first seed than 0 also gives other test examples."""
+    racing: Racing | None = None
+    """When an LR next to the best gets no more seeds; null to give all three the same."""
     experiments: Experiments
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""

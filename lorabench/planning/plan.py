@@ -22,7 +22,7 @@ from lorabench.models.specs import dimensions, model_id
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.memory import gpus_needed
 from lorabench.planning.seconds import start_seconds, sweep_seconds
-from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Rollouts, Seeds, Sweep
+from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 
 START_SHARE = 0.05
@@ -133,7 +133,9 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
         else:
             lrs = tuple(lr * scale for lr in grid)
         given = tuple((lr, every) for lr in lrs) if every > 1 else ()
-        yield Sweep(condition, lrs, Seeds(best, around if lattice else 1, given, preset.first_seed), (name,), lattice)
+        racing = Racing(preset.racing.level, preset.racing.least) if preset.racing and lattice else None
+        seeds = Seeds(best, around if lattice else 1, given, preset.first_seed, racing)
+        yield Sweep(condition, lrs, seeds, (name,), lattice)
 
 
 def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator[dict[str, Any]]:
@@ -211,10 +213,11 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
             for lr, number in sweep.seeds.given:
                 given[lr] = max(number, given.get(lr, 1))
             best, around = max(part.best for part in seeds), max(part.around for part in seeds)
+            racing = sweep.seeds.racing or other.seeds.racing
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
-                seeds=Seeds(best, around, tuple(sorted(given.items())), sweep.seeds.first),
+                seeds=Seeds(best, around, tuple(sorted(given.items())), sweep.seeds.first, racing),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
                 lattice=lattice,
             )

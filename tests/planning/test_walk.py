@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.planning.plan import merge_sweeps, starting_lr
-from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, finished_losses, next_runs
+from lorabench.runs import Condition, Lattice, Racing, Seeds, Sweep, best_lr, ending, finished_losses, next_runs
 
 LATTICE = Lattice(per_decade=3, further=6)
 CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
@@ -155,16 +155,61 @@ def test_with_another_first_seed_a_walk_takes_the_same_steps():
     assert sorted(losses) == [(1e-4, 7), (1e-4, 8), (1e-4, 9), (3e-4, 7), (3e-4, 8)]
 
 
+RACED = replace(SWEEP, seeds=Seeds(5, around=5, racing=Racing(level=0.05, least=2)))
+
+
+def test_an_lr_that_is_surely_worse_gets_no_more_seeds():
+    # The lower LR is behind 1e-3 by 0.2 and 0.4, the higher one by 0.1 and 0.3. The pooled variance is 0.02 with two
+    # degrees of freedom, so t is 3 and 2, where the quantile is 2.92. By the variance of all five differences, with
+    # three degrees of freedom, the lower LR would come in again after the next seed.
+    behind = {4.64e-4: [0.2, 0.4], 2.15e-3: [0.1, 0.3, 0.6, 0.3, 0.3]}
+
+    def loss(lr, seed):
+        return seed + (0.0 if lr == 1e-3 else behind[lr][seed])
+
+    losses, waves = walk(loss, RACED)
+    assert waves[:3] == [FIRST, FIRST, [1e-3, 2.15e-3]]
+    assert [1e-3] in waves[3:]
+    assert (best_lr(RACED, losses), ending(RACED, losses)) == (1e-3, BRACKETED.format(3, "1e-3"))
+    # A stricter test gives up neither, and of two seeds all three LRs have both.
+    stricter = replace(RACED, seeds=Seeds(3, 3, racing=Racing(0.01, 2)))
+    assert next_runs(stricter, {(lr, seed): loss(lr, seed) for lr in FIRST for seed in (0, 1)})[0].lr == 4.64e-4
+    assert walk(loss, replace(RACED, seeds=Seeds(2, 2, racing=Racing(0.05, 2))))[1] == [FIRST, FIRST]
+
+
+def test_a_race_goes_on_where_the_best_lr_has_moved():
+    # By two seeds 4.64e-4 is better than 1e-3, so the LR below it catches up.
+    def loss(lr, seed):
+        return abs(math.log(lr / (1e-3 if seed == 0 else 3e-4))) + 0.01 * (seed % 2) * lr / 1e-3
+
+    losses, waves = walk(loss, RACED)
+    assert waves[:3] == [FIRST, FIRST, [2.15e-4]]
+    assert best_lr(RACED, losses) == 4.64e-4
+    assert {seed for lr, seed in losses if lr == 4.64e-4} == set(range(5))
+    assert {(2.15e-4, 0), (2.15e-4, 1)} <= losses.keys()
+
+
+def test_equally_good_lrs_race_to_the_end_and_a_diverged_one_is_out():
+    def equal(lr, seed):
+        return 0.1 * ((seed + [1e-3, 4.64e-4, 2.15e-3].index(lr)) % 3) if lr in FIRST else 1.0
+
+    losses, _ = walk(equal, RACED)
+    assert sorted(losses) == [(lr, seed) for lr in FIRST for seed in range(5)]
+    losses, _ = walk(lambda lr, seed: math.inf if lr > 2e-3 and seed == 1 else equal(lr, seed), RACED)
+    assert max(seed for lr, seed in losses if lr == 2.15e-3) == 1
+
+
 @given(
     seeds=st.integers(1, 4),
     log_optimum=st.floats(-4, -2),
     noise=st.sampled_from([0, 0.3, 3]),
     log_diverges=st.floats(-3, 0),
+    racing=st.sampled_from([None, Racing(0.05, 2)]),
     draw=st.integers(0, 10**6),
 )
-def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, noise, log_diverges, draw):
+def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, noise, log_diverges, racing, draw):
     optimum, diverges = 10**log_optimum, 10**log_diverges
-    sweep = replace(SWEEP, seeds=Seeds(seeds, around=seeds))
+    sweep = replace(SWEEP, seeds=Seeds(seeds, around=seeds, racing=racing))
 
     def loss(lr, seed):
         rng = random.Random(f"{draw}, {lr}, {seed}")
@@ -174,6 +219,8 @@ def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, n
     best = best_lr(sweep, losses)
     complete = [lr for lr, seed in losses if seed == 0 and all((lr, other) in losses for other in range(seeds))]
     assert best in complete
+    if racing is not None and seeds > racing.least:
+        return
     assert len(complete) >= 3
     enclosed = min(complete) < best < max(complete)
     assert enclosed or len({lr for lr, _ in losses}) == 9 or best < diverges < best * 2.2
