@@ -185,28 +185,42 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
-class HubDataset(HubRepository, Splits):
+class TextDataset(Splits):
+    """Splits of texts that the project does not make itself."""
+
+    curve_examples: Positive | None = None
+    """Validation examples on which all points of a learning curve are measured; null for all. The loss by which the LR
+    is picked is that of all validation examples. Measuring the curve on few saves time where examples are long."""
+    max_chars: MaxChars
+    """Longer examples (all turns together) are left out; all models are trained on the same examples."""
+    group: str | None = None
+    """Column of what examples share, such as a document: test examples with one value are one group (see
+    docs/your-model.md). Null where each example is its own."""
+    mean_tokens: Positive
+    """Tokens of an average example, for the cost estimate."""
+
+    @model_validator(mode="after")
+    def _curve_within_validation(self) -> Self:
+        if self.curve_examples is not None and self.curve_examples > self.validation:
+            raise ValueError(f"curve_examples = {self.curve_examples}: at most validation, which is {self.validation}")
+        return self
+
+
+class HubDataset(HubRepository, TextDataset):
     """Chats of a dataset on the Hugging Face hub, in its column `messages` or `conversations`."""
 
     config: str | None = None
     """Name of the dataset's configuration, where it has several."""
     split: str = "train"
     """The hub dataset's split from which all examples are taken."""
-    max_chars: MaxChars
-    """Longer examples (all turns together) are left out; all models are trained on the same examples."""
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
     every example fits every model."""
-    group: str | None = None
-    """Column of what examples share, such as a document: test examples with one value are one group (see
-    docs/your-model.md). Null where each example is its own."""
     path: Folder | None = None
     """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
-    mean_tokens: Positive
-    """Tokens of an average example, for the cost estimate."""
 
 
-class FileDataset(Splits):
+class FileDataset(TextDataset):
     """Chats, pairs of prompt and completion, or plain texts of your own in a file (see lorabench/data/files.py)."""
 
     kind: Literal["file"]
@@ -214,18 +228,16 @@ class FileDataset(Splits):
     """A .jsonl, .json, .csv or .parquet file in UTF-8."""
     format: FileFormat | None = None
     """The columns that hold an example; null where the file has the columns of one format only."""
-    group: str | None = None
-    """Column of what examples share, such as a document: test examples with one value are one group (see
-    docs/your-model.md). Null where each example is its own."""
-    max_chars: MaxChars
-    """Longer examples (all turns together) are left out."""
-    mean_tokens: Positive
-    """Tokens of an average example, for the cost estimate."""
 
 
 DatasetSpec = Annotated[
     ChatDataset | DocstringsDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")
 ]
+
+
+def curve_examples(spec: DatasetSpec | ProblemSpec) -> int | None:
+    """Return the number of validation examples on which learning curves are measured; None for all."""
+    return spec.curve_examples if isinstance(spec, TextDataset) else None
 
 
 class KnownProblems(Splits):

@@ -22,7 +22,7 @@ DOCSTRINGS = "b890d934b8f2"
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
     # The ids of data without these fields are as they were before the fields were.
-    without = {name for name in ("group", "test_seed") if getattr(spec, name, None) is None}
+    without = {name for name in ("group", "test_seed") if getattr(spec, name, None) is None} | {"curve_examples"}
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
         rules = spec.model_dump(exclude=without | {"path", "mean_tokens"})

@@ -67,6 +67,11 @@ class TokenizedSplit:
         """Return the number of tokens of each example, (examples,)."""
         return np.diff(self.offsets)
 
+    def chosen(self, examples: np.ndarray) -> TokenizedSplit:
+        """Return a split of some examples, given by index, in that order."""
+        ids, scored = (np.concatenate(parts) for parts in zip(*map(self.example, examples), strict=True))
+        return TokenizedSplit(ids, scored, np.concatenate([[0], np.cumsum(self.lengths()[examples])]))
+
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Return a chat's token ids and which of them are scored: assistant turns with their end token, or all of a text.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorabench.config.execution import EvalTask
 from lorabench.config.fields import Placement
-from lorabench.config.inputs import DatasetSpec, ModelSpec
+from lorabench.config.inputs import DatasetSpec, ModelSpec, curve_examples
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.runs import Condition, Sweep
@@ -113,7 +113,10 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         validations = len(spaced | {step for step in protocol.validate_at if step <= steps})
         # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
         context = tokens_per_example(model, dataset)
-        examples, evaluations = steps * condition.batch_size, validations * dataset.validation + dataset.test
+        # All points but the last are measured on the examples of the curve.
+        curve = curve_examples(dataset) or dataset.validation
+        examples = steps * condition.batch_size
+        evaluations = (validations - 1) * curve + dataset.validation + dataset.test
         trained, evaluated, drawn = examples * context, evaluations * context, 0.0
         # The prompts of other datasets are short.
         scored = max(context / 2, context - (_UNSCORED_ON_HUB if dataset.kind == "hub" else 0))

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
+from lorabench.config.inputs import curve_examples
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
@@ -141,13 +142,16 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
 def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator[dict[str, Any]]:
     """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
     # What a block trains on: the fields that depend on the data, with the data's id.
-    trained_on: list[tuple[dict[str, Any], str | list[str]]] = []
+    trained_on: list[tuple[dict[str, Any], str | Sequence[str | int]]] = []
     if isinstance(block, SftExperiment):
         for dataset, batch_size in product(block.datasets, block.batch_sizes):
             spec = preset.datasets[dataset]
             steps = int(spec.train * block.epochs) // batch_size
             size = {"batch_size": batch_size, "steps": min(steps, block.steps or steps)}
-            trained_on.append(({"task": "sft", "dataset": dataset, **size}, dataset_id(spec)))
+            # The examples of a learning curve are named only where they are not all, as before there was a choice.
+            curve = curve_examples(spec)
+            data: str | list[str | int] = dataset_id(spec) if curve is None else [dataset_id(spec), curve]
+            trained_on.append(({"task": "sft", "dataset": dataset, **size}, data))
     else:
         same = block.model_dump(include={field.name for field in fields(Rollouts)} - {"held_out", "stop"})
         lists: dict[str, Any] = {"held_out": tuple(block.held_out), "stop": tuple(block.stop)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench.config.inputs import FactsDataset
+from lorabench.config.inputs import FactsDataset, curve_examples
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
 from lorabench.models.lora import add_lora, use_fast_products
@@ -88,6 +88,7 @@ class SweepContext:
                 **({"group_size": rollouts.group_size, "max_new_tokens": rollouts.max_new_tokens} if rollouts else {}),
                 "lr": run.lr,
                 "seed": run.seed,
+                "curve_examples": curve_examples(dataset),
                 "protocol": preset.protocol.model_dump(),
             },
             "outcome": {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorabench.config.experiments import Protocol
+from lorabench.config.inputs import curve_examples
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
@@ -55,6 +56,42 @@ def curve_steps(steps: int, protocol: Protocol) -> set[int]:
     return spaced | {step for step in protocol.validate_at if step <= steps}
 
 
+class ValidationCurve:
+    """Measures the validation losses of runs: at every point on the same examples, and at the end on all of the split.
+
+    The examples of a curve have a loss that differs from that of all, by nearly as much at one step as at another. So
+    each point is their loss plus what the base model's loss on all examples has above its loss on these. The curve then
+    starts at the base's loss on all, and its fall is that on its own examples.
+
+    Args:
+        split: the validation split.
+        number: examples of the curve, or fewer if the split has fewer; None for all.
+        base: the base model's NLL of each example of the split in nats, (examples,).
+    """
+
+    def __init__(self, split: TokenizedSplit, number: int | None, base: np.ndarray) -> None:
+        number = min(number or len(split), len(split))
+        # They are spread evenly, since a dataset may be ordered by subject.
+        self._chosen = np.arange(number) * len(split) // number
+        self._split, self._scored = split, scored_by_example(split)
+        self._curve = split if number == len(split) else split.chosen(self._chosen)
+        self.base_nll = float(base.sum()) / int(self._scored.sum())
+        """The base model's loss on all examples in nats per scored token, which is the curve's point at step 0."""
+        self._above = self.base_nll - self._mean(base)
+
+    def _mean(self, nats: np.ndarray) -> float:
+        return float(nats[self._chosen].sum()) / int(self._scored[self._chosen].sum())
+
+    def point(self, model: torch.nn.Module, machine: Machine) -> float:
+        """Return a point of the curve in nats per scored token."""
+        return mean_nll(model, self._curve, machine) + self._above
+
+    def last(self, model: torch.nn.Module, machine: Machine) -> tuple[float, float]:
+        """Return the curve's last point and the loss on all examples, in nats per scored token."""
+        nats = example_nlls(model, self._split, machine)
+        return self._mean(nats) + self._above, float(nats.sum()) / int(self._scored.sum())
+
+
 def train_sft(
     run: Run,
     model: torch.nn.Module,
@@ -62,7 +99,7 @@ def train_sft(
     protocol: Protocol,
     machine: Machine,
     checkpoint: Checkpoint,
-    base_valid_nll: float,
+    validation: ValidationCurve,
     tick: Callable[[int], None] = lambda step: None,
 ) -> SftOutcome:
     """Train and evaluate one run.
@@ -71,7 +108,7 @@ def train_sft(
 
     Args:
         model: the base model, or the base model with a new adapter; it is trained in place.
-        base_valid_nll: validation NLL of the base model, the curve's point at step 0.
+        validation: measures the points of the curve from step 0 on, and the final loss.
         tick: called after each step with the number of finished steps.
 
     Returns:
@@ -92,8 +129,8 @@ def train_sft(
     config: Any = model.config
     exploded = math.log(config.vocab_size) + EXPLODED_ABOVE_UNIFORM
 
-    outcome = SftOutcome(status="done", curve=[CurvePoint(0, 0, 0, "validation", "nll", base_valid_nll)])
-    first_step, epoch_nats, epoch_scored = 0, 0.0, 0
+    outcome = SftOutcome(status="done", curve=[CurvePoint(0, 0, 0, "validation", "nll", validation.base_nll)])
+    first_step, epoch_nats, epoch_scored, valid = 0, 0.0, 0, math.nan
     saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
         outcome.resume(saved)
@@ -126,8 +163,11 @@ def train_sft(
         if probed:
             record(step, "train", probed.after_step())
         optimizer.zero_grad()
-        if step in validate_at:
-            record(step, "validation", {"nll": mean_nll(model, data["validation"], machine)})
+        if step == condition.steps:
+            point, valid = validation.last(model, machine)
+            record(step, "validation", {"nll": point})
+        elif step in validate_at:
+            record(step, "validation", {"nll": validation.point(model, machine)})
         outcome.wall_s += time.perf_counter() - started
         tick(step)
         if step < condition.steps and checkpoint.due():
@@ -140,8 +180,8 @@ def train_sft(
         started = time.perf_counter()
         nats = example_nlls(model, data["test"], machine)
         outcome.wall_s += time.perf_counter() - started
-        valid, test = outcome.curve[-1].value, float(nats.sum()) / outcome.test_scored_tokens
-        if valid is None or not math.isfinite(test):
+        test = float(nats.sum()) / outcome.test_scored_tokens
+        if not (math.isfinite(valid) and math.isfinite(test)):
             outcome.status, outcome.diverged_at = "diverged", condition.steps
         else:
             outcome.final_valid_nll, outcome.final_test_nll = valid, test
@@ -237,7 +277,7 @@ class SftTrainer:
         self._base = Base()
         self._data: dict[Split, TokenizedSplit] = {}
         self._environment: dict[str, Any] = {}
-        self._base_nll: float | None = None
+        self._validation: ValidationCurve | None = None
 
     def __call__(self, context: SweepContext, run: Run, tick: Callable[[int], None]) -> None:
         """Train a run and write it.
@@ -252,18 +292,20 @@ class SftTrainer:
             key = cache_key(tokenizer, context.layout.dataset(run.condition.dataset))
             self._data = read_tokens(context.layout.tokens(model, run.condition.dataset), key)
             self._environment = context.provenance() | {f"{name}_sha256": value for name, value in key.items()}
-        if self._base_nll is None:
+        if self._validation is None:
             base: Any = self._base.sharded(context)
-            self._base_nll = mean_nll(base, self._data["validation"], machine)
+            split, spec = self._data["validation"], context.plan.preset.datasets[run.condition.dataset]
+            validation = ValidationCurve(split, curve_examples(spec), example_nlls(base, split, machine))
             uniform = math.log(base.config.vocab_size)
             del base
-            if not self._base_nll < uniform + 1:
+            if not validation.base_nll < uniform + 1:
                 raise UserError(
-                    f"base model {model} has a validation loss of {self._base_nll:.2f} nats, worse than guessing "
+                    f"base model {model} has a validation loss of {validation.base_nll:.2f} nats, worse than guessing "
                     f"({uniform:.2f}): wrong weights or tokenizer"
                 )
+            self._validation = validation
         environment = self._environment | {"started": now()}
         with self._base.trainable(context, run) as trained:
             checkpoint = context.checkpoint(run)
-            outcome = train_sft(run, trained, self._data, protocol, machine, checkpoint, self._base_nll, tick)
+            outcome = train_sft(run, trained, self._data, protocol, machine, checkpoint, self._validation, tick)
             context.write(run, trained, outcome, environment)

@@ -121,6 +121,18 @@ def test_what_changes_a_result_changes_the_id_and_nothing_else_does(raw_preset, 
         assert len(before & after) == (2 if path == ("protocol",) else 0)
 
 
+def test_the_examples_of_a_curve_are_part_of_the_ids_of_its_runs_only():
+    preset = load_preset("core")
+    all_examples = preset.datasets["openthoughts3"].model_copy(update={"curve_examples": None})
+    other = preset.model_copy(update={"datasets": preset.datasets | {"openthoughts3": all_examples}})
+    ids = [
+        {sweep.condition.dataset: {run.run_id for run in sweep.grid()} for sweep in make_plan(each).sweeps}
+        for each in (preset, other)
+    ]
+    assert {name for name in ids[0] if not ids[0][name] & ids[1][name]} == {"openthoughts3"}
+    assert {name for name in ids[0] if ids[0][name] == ids[1][name]} == set(ids[0]) - {"openthoughts3"}
+
+
 def test_a_model_is_known_by_its_files_not_by_its_name_or_place(raw_preset, tmp_path):
     def ids(folder, name="tiny"):
         raw_preset["models"] = {name: {"kind": "path", "path": str(folder), "parameters": 1, "hidden_size": 1}}

@@ -66,6 +66,12 @@ def test_evaluations_counted_are_those_made():
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
         work = run_work(preset, replace(condition, steps=steps))
         assert work.evaluated == examples * work.context
+    # Where the curve is measured on fewer examples, its last point is of all.
+    preset = load_preset("core")
+    condition = make_plan(preset).jobs_of("batch_size")[0].sweeps[0].condition
+    points = len(curve_steps(condition.steps, preset.protocol))
+    work = run_work(preset, condition)
+    assert work.evaluated == ((points - 1) * 128 + 256 + 1024) * work.context
 
 
 def test_padding_is_that_of_the_micro_batches_of_training():

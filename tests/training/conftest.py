@@ -31,9 +31,9 @@ from lorabench.store.layout import Layout
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.job import run_job
-from lorabench.training.loss import mean_nll
+from lorabench.training.loss import example_nlls
 from lorabench.training.run import Machine
-from lorabench.training.sft import train_sft
+from lorabench.training.sft import ValidationCurve, train_sft
 
 TINY = TinyModel(kind="tiny")
 
@@ -113,6 +113,7 @@ def train(
     processes: Processes = SINGLE_PROCESS,
     recompute: bool = False,
     model: Any = None,
+    curve_examples: int | None = None,
 ):
     """Train on a newly loaded model, or on another base; return the outcome and the trained model."""
     protocol = protocol or Protocol()
@@ -128,10 +129,11 @@ def train(
             use_fast_products(model)
     model = processes.shard(model)
     # B of a new adapter is zero.
-    base_nll = mean_nll(model, data["validation"], replace(machine, autocast=None))
+    base = example_nlls(model, data["validation"], replace(machine, autocast=None))
+    validation = ValidationCurve(data["validation"], curve_examples, base)
     run = Run(condition, lr, seed)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, checkpoint_seconds, processes)
-    return train_sft(run, model, data, protocol, machine, checkpoint, base_nll, tick), model
+    return train_sft(run, model, data, protocol, machine, checkpoint, validation, tick), model
 
 
 def series(outcome, metric: str, split: str = "train") -> list[float]:

@@ -28,12 +28,13 @@ from lorabench.training.loss import (
     example_nlls,
     mean_nll,
     micro_batches,
+    scored_by_example,
 )
 from lorabench.training.run import Machine, data_order
-from lorabench.training.sft import curve_steps
+from lorabench.training.sft import ValidationCurve, curve_steps
 from lorabench.training.step_cost import NewStorages
 
-from .conftest import TINY
+from .conftest import TINY, condition_of, series, train
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -205,3 +206,26 @@ def test_curve_steps_by_hand_and_protocol_defaults_that_are_the_papers():
     protocol = Protocol()
     assert (protocol.alpha, protocol.include_unembedding) == (32.0, True)
     assert (protocol.betas, protocol.eps, protocol.weight_decay, protocol.clip_norm) == ([0.9, 0.95], 1e-8, 0.0, None)
+
+
+def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends_with_that_of_all(data, tmp_path):
+    condition, protocol = condition_of("lora", 4, steps=3, batch_size=4), Protocol(curve_points=4)
+    split, machine = data["validation"], Machine(CPU, 16_384)
+    trained_on = [
+        train(condition, data, tmp_path / str(number), 1e-2, protocol=protocol, curve_examples=number)
+        for number in (None, 3, 999)
+    ]
+    outcomes, models = zip(*trained_on, strict=True)
+    curves = [series(outcome, "nll", "validation") for outcome in outcomes]
+    assert curves[2] == curves[0] != curves[1]
+    assert len({curve[0] for curve in curves}) == len({outcome.final_valid_nll for outcome in outcomes}) == 1
+    assert outcomes[0].final_valid_nll == curves[0][-1]
+    assert len({outcome.final_test_nll for outcome in outcomes}) == 1
+    # Of the 8 examples in this order, three that are spread evenly.
+    few = [0, 2, 5]
+    base, trained = (example_nlls(model, split, machine)[few] for model in (load_model(TINY), models[1]))
+    fall = (base.sum() - trained.sum()) / scored_by_example(split)[few].sum()
+    assert curves[1][0] - curves[1][-1] == pytest.approx(fall, abs=1e-6)
+    # Points before the last are measured on these examples only.
+    measure = ValidationCurve(split, 3, example_nlls(load_model(TINY), split, machine))
+    assert measure.point(models[1], machine) == pytest.approx(curves[1][-1], abs=1e-6)
