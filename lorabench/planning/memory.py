@@ -2,8 +2,8 @@
 
 A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
 moments of the trained parameters; the bf16 copies that autocast makes of the other weights, but for those of experts,
-which compute in fp32; activations of one micro-batch; logits of its scored tokens, in SFT on one GPU only of a piece of
-them; in RL the cache of keys and values, or the engine vLLM. Over several GPUs (FSDP) weights, gradients and moments
+which compute in fp32; activations of one micro-batch; logits of its scored tokens, on one GPU only of a piece of them;
+in RL the cache of keys and values, or the engine vLLM. Over several GPUs (FSDP) weights, gradients and moments
 are split. Activations and logits are not, nor are the copies, which autograd keeps for the backward pass when the
 gathered weights are given back. The numbers of bytes follow the code of transformers and PEFT, and were checked by the
 lifetime of every tensor's storage, also in two processes that share a model (`lorabench.training.step_cost`,
@@ -35,7 +35,7 @@ _WITHOUT_END = 1 << 40
 # Gradients in a layer's backward pass as a share of what the layer keeps: measured in fp32 and bf16 on the tiny bases.
 _IN_BACKWARD = 0.3
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 26}
-"""The most logits of SFT that a model which is not sharded computes at once: `MAX_LOGITS` of training/loss.py, which
+"""The most logits that a model which is not sharded computes at once: `MAX_LOGITS` of training/loss.py, which
 imports torch."""
 
 
@@ -148,12 +148,13 @@ def step_memory(
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time.
     kept = sizes.layers * (4 * sizes.hidden if recomputes else layer)
-    # Logits and their gradient in fp32; in RL also the gradient of the entropy.
-    logits = tokens * sizes.vocabulary * (16 if is_rl else 12)
+    # Logits and their gradient in fp32; in RL also what the entropy takes.
+    logit = 16 if is_rl else 12
+    logits = tokens * sizes.vocabulary * logit
     at_once = LOGITS_AT_ONCE["cpu" if on_cpu else "gpu"]
-    if not is_rl and gpus == 1 and tokens * sizes.vocabulary > at_once:
+    if gpus == 1 and tokens * sizes.vocabulary > at_once:
         # Pieces of the logits one after the other, and the gradient of the unembedding's input.
-        logits = 12 * max(at_once, sizes.vocabulary) + 4 * tokens * sizes.hidden
+        logits = logit * max(at_once, sizes.vocabulary) + 4 * tokens * sizes.hidden
     # When the logits are freed, a layer's backward pass needs its activations, kept or recomputed, and their gradients.
     backward, gathered = tokens * layer * (_IN_BACKWARD + (1 if recomputes else 0)), 0
     if gpus > 1:

@@ -1,13 +1,13 @@
-"""The loss of SFT, the NLL in nats summed over scored tokens, and the micro-batches in which it is computed.
+"""Losses in pieces, and the loss of SFT, the NLL in nats summed over scored tokens, with its micro-batches.
 
-Logits are computed only at scored tokens, and for a limited number of tokens at a time, also in sharded models, so that
-the logits of a whole batch with a large vocabulary are never held at once. The decoder and the unembedding are called
-as modules, so that LoRA on either takes effect.
+Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time, also in
+sharded models, so that the logits of a whole batch with a large vocabulary are never held at once. The decoder and the
+unembedding are called as modules, so that LoRA on either takes effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +105,105 @@ Smaller pieces make the products of the unembedding slow, since its weights are 
 measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed."""
 
 
+OfLogits = Callable[[Tensor, slice], Tensor]
+"""A function that computes numbers of some tokens, (tokens, ...), from their logits, (tokens, vocabulary), in fp32; the
+slice says which of all tokens they are."""
+
+
+def backward_in_pieces(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    tokens: Tensor,
+    compute: OfLogits,
+    loss: Callable[[Tensor, slice], Tensor],
+    autocast: torch.dtype | None,
+    at_once: int,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a loss that is a sum over tokens.
+
+    Args:
+        inputs: arguments of the decoder.
+        tokens: indices into (rows x length) of the positions whose logits are computed, (tokens,).
+        compute: what is computed from the logits of some tokens.
+        loss: the part of the loss, a scalar, that follows from these numbers.
+        autocast: the type of autocast; None for fp32.
+        at_once: the most tokens whose logits are computed at once.
+
+    Returns:
+        The loss, and the numbers of all tokens, without gradients.
+    """
+
+    def cast() -> torch.autocast:
+        return torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
+
+    if len(tokens) <= at_once or isinstance(model, FSDPModule):
+        with cast():
+            numbers = call_as_forward(model, of_tokens, inputs, tokens, compute, at_once)
+        total = loss(numbers, slice(None))
+        total.backward()
+        return total.detach(), numbers.detach()
+    with cast():
+        hidden = _hidden(model, inputs, tokens)
+    # The backward pass goes through the unembedding piece by piece, then once through the decoder.
+    leaf, head = hidden.detach().requires_grad_(), without_peft(model).get_output_embeddings()
+    total, parts = torch.zeros((), device=tokens.device), []
+    for start in range(0, len(tokens), at_once):
+        piece = slice(start, start + at_once)
+        with cast():
+            numbers = compute(head(leaf[piece]), piece)
+        part = loss(numbers, piece)
+        part.backward()
+        total += part.detach()
+        parts.append(numbers.detach())
+    hidden.backward(leaf.grad)
+    return total, torch.cat(parts)
+
+
+def of_tokens(
+    model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor, compute: OfLogits, at_once: int
+) -> Tensor:
+    """Compute numbers of tokens from their logits; the arguments are those of `backward_in_pieces`."""
+    return _of_hidden(model, _hidden(model, inputs, tokens), compute, at_once)
+
+
+def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
+    hidden: Tensor = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[tokens]
+
+
+def _of_hidden(model: nn.Module, hidden: Tensor, compute: OfLogits, at_once: int) -> Tensor:
+    """Compute numbers of tokens from the inputs of the unembedding.
+
+    The logits of more than `at_once` tokens are computed in pieces, and in the backward pass again, piece by piece. The
+    unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
+    pieces.
+    """
+    head = without_peft(model).get_output_embeddings()
+    if len(hidden) <= at_once:
+        return compute(head(hidden), slice(None))
+    forward = head.forward
+
+    def numbers(part: Tensor, start: int) -> Tensor:
+        return compute(forward(part), slice(start, start + at_once))
+
+    def in_pieces(hidden: Tensor) -> Tensor:
+        parts = zip(hidden.split(at_once), range(0, len(hidden), at_once), strict=True)
+        return torch.cat([checkpoint(numbers, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+    head.forward = in_pieces
+    try:
+        whole: Tensor = head(hidden)
+    finally:
+        head.forward = forward
+    return whole
+
+
+def tokens_at_once(model: nn.Module, max_logits: int) -> int:
+    """Return the number of tokens that have at most `max_logits` logits, at least 1."""
+    return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+
+
 def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
@@ -115,35 +214,16 @@ def add_gradient(
         autocast: the type of autocast; None for fp32.
         max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit.
     """
-    device = batch.inputs.device
     tokens, targets = _scored(batch)
-    size = len(tokens) if max_logits is None else _tokens_at_once(model, max_logits)
+    at_once = len(tokens) if max_logits is None else tokens_at_once(model, max_logits)
 
-    def nll(model: nn.Module) -> Tensor:
-        return _nlls(model, _hidden(model, batch, tokens), targets, size).sum() / divisor
-
-    def cast() -> torch.autocast:
-        return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    def loss(nlls: Tensor, _: slice) -> Tensor:
+        return nlls.sum() / divisor
 
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
-        if len(tokens) <= size or isinstance(model, FSDPModule):
-            with cast():
-                loss = call_as_forward(model, nll)
-            loss.backward()
-            return loss.detach()
-        with cast():
-            hidden = _hidden(model, batch, tokens)
-        # The backward pass goes through the unembedding piece by piece, then once through the decoder.
-        leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=device)
-        for start in range(0, len(tokens), size):
-            piece = slice(start, start + size)
-            with cast():
-                loss = _nlls(model, leaf[piece], targets[piece], size).sum() / divisor
-            loss.backward()
-            total += loss.detach()
-        hidden.backward(leaf.grad)
-    return total
+        nll, _ = backward_in_pieces(model, {"input_ids": batch.inputs}, tokens, _nlls(targets), loss, autocast, at_once)
+    return nll
 
 
 def batch_gradient(
@@ -185,7 +265,8 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
     nats, owners = [np.zeros(0)], [share[:0]]
 
     def nlls(model: nn.Module) -> Tensor:
-        return _nlls(model, _hidden(model, batch, tokens), targets, _tokens_at_once(model, MAX_LOGITS[kind]))
+        at_once = tokens_at_once(model, MAX_LOGITS[kind])
+        return of_tokens(model, {"input_ids": batch.inputs}, tokens, _nlls(targets), at_once)
 
     parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
@@ -212,46 +293,13 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     return tokens, targets[tokens]
 
 
-def _hidden(model: nn.Module, batch: Batch, tokens: Tensor) -> Tensor:
-    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
-    hidden: Tensor = without_peft(model).get_decoder()(input_ids=batch.inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[tokens]
+def _nlls(targets: Tensor) -> OfLogits:
+    """Return the function that computes the NLL of each target."""
 
+    def nlls(logits: Tensor, piece: slice) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), targets[piece], reduction="none")
 
-def _nlls(model: nn.Module, hidden: Tensor, targets: Tensor, at_once: int) -> Tensor:
-    """Return the NLL of each target, (tokens,), in fp32.
-
-    The logits of more than `at_once` tokens are computed in pieces, and in the backward pass again, piece by piece. The
-    unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
-    pieces.
-    """
-    head = without_peft(model).get_output_embeddings()
-    if len(targets) <= at_once:
-        return _nll_of_logits(head(hidden), targets)
-    forward = head.forward
-
-    def nlls_in_pieces(hidden: Tensor) -> Tensor:
-        def nlls(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _nll_of_logits(forward(hidden), targets)
-
-        pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        return torch.cat([checkpoint(nlls, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
-
-    head.forward = nlls_in_pieces
-    try:
-        whole: Tensor = head(hidden)
-    finally:
-        head.forward = forward
-    return whole
-
-
-def _nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _tokens_at_once(model: nn.Module, max_logits: int) -> int:
-    """Return the number of tokens that have at most `max_logits` logits, at least 1."""
-    return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    return nlls
 
 
 def check_plain_head(model: nn.Module) -> None:

@@ -81,6 +81,44 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     assert estimate.total + 12 * (16 * 128 * 1024 - pieces) > 1.1 * peak
 
 
+@pytest.mark.parametrize(("name", "rank", "again"), [("llama-128", None, False), ("qwen-64", 8, True)])
+def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name, rank, again, monkeypatch):
+    import numpy as np
+    import torch
+
+    from lorabench.models.base import load_model
+    from lorabench.models.lora import add_lora, use_fast_products
+    from lorabench.models.passes import recompute_activations, trained_parameters
+    from lorabench.training import step_cost
+    from lorabench.training.rl.objective import ResponseGroup, backward
+    from lorabench.training.rl.sampler import Response
+    from lorabench.training.run import Machine
+
+    pieces, spec, preset = 1 << 18, TinyModel(kind="tiny", name=name), laptop("bf16", again)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
+    monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
+    model = load_model(spec)
+    if rank:
+        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
+        use_fast_products(model)
+    if again:
+        recompute_activations(model)
+    # Each of 8 groups fills a row of 252 tokens.
+    responses = [Response(np.full(126, token), np.zeros(126, np.float32), False) for token in (1, 2)]
+    groups = [ResponseGroup.of((1, 2), responses, np.array([0.0, 1.0])) for _ in range(8)]
+    machine = Machine(torch.device("cpu"), 4096, autocast=torch.bfloat16)
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=0.0, fused=True)
+
+    def step():
+        backward(model, groups, machine)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peak = step_cost.peak_memory(model, optimizer, step)
+    estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 8 * 252, 0, is_rl=True).total
+    assert 1.0 <= estimate / peak < 1.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "again", "precision", "batch", "length"),
@@ -115,9 +153,11 @@ def test_the_limit_of_logits_is_that_of_the_loss():
     assert few == 12 * sizes.vocabulary * 512
     # The gradient of the unembedding's input in addition to a piece, or later the gradients in a layer.
     assert many < 3 * few < 12 * sizes.vocabulary * 8192
-    # RL and sharded models compute all at once.
-    for settings in ({"is_rl": True}, {"gpus": 2}):
-        assert step_memory(core, sizes, 8, "all", 8192, 512, **settings).logits >= 12 * sizes.vocabulary * 8192
+    # RL also measures the entropy.
+    assert step_memory(core, sizes, 8, "all", 512, 512, is_rl=True).logits == 16 * sizes.vocabulary * 512
+    assert step_memory(core, sizes, 8, "all", 8192, 512, is_rl=True).logits < 1.5 * many
+    # Sharded models compute all at once.
+    assert step_memory(core, sizes, 8, "all", 8192, 512, gpus=2).logits >= 12 * sizes.vocabulary * 8192
 
 
 def test_a_mixture_of_experts_of_30b_is_fully_fine_tuned_on_16_gpus():

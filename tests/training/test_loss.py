@@ -22,6 +22,7 @@ from lorabench.training.loss import (
     MAX_LOGITS,
     Batch,
     _nlls,
+    _of_hidden,
     add_gradient,
     check_plain_head,
     collate,
@@ -109,7 +110,7 @@ def test_logits_of_all_tokens_are_never_held(kind):
     # In a sharded model the backward pass computes each piece again.
     hidden = torch.randn(batch.scored, 16, requires_grad=True)
     with NewStorages() as new:
-        _nlls(model, hidden, batch.targets.flatten(), at_once).sum().backward()
+        _of_hidden(model, hidden, _nlls(batch.targets.flatten()), at_once).sum().backward()
     assert new.peak < logits / 2
 
 

@@ -8,6 +8,7 @@ A row is one sequence with a prompt and some of its responses, each of which att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
+from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, tokens_at_once
 from lorabench.training.rl.sampler import Response, packed, window
 from lorabench.training.run import Machine
 
@@ -107,28 +109,16 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
     sums, ratio_max = torch.zeros(6, dtype=torch.float64), 0.0
     for some, learn in ((teaching, True), (idle, False)):
         for part in processes.even(row_parts(some, machine.max_batch_tokens, processes), []):
-            layout = _Layout.of(part or [_NOTHING])
-            read = torch.from_numpy(np.unique(layout.sources)).to(device)
-            # The context includes the backward pass, since recomputed layers read the tokens again.
-            with computing_only(model, read), torch.set_grad_enabled(learn):
-                with machine.cast():
-                    learner, entropy, mask = call_as_forward(model, response_logprobs, layout)
-                if not part:
-                    if learn:
-                        (0.0 * learner.sum()).backward()
-                    continue
-                sampler, advantages, drawn = (torch.from_numpy(numbers).to(device) for numbers in layout[6:])
-                times = torch.where(mask, drawn[:, None], 0.0)
-                difference = torch.where(mask, learner - sampler, 0.0)
-                ratio = difference.exp()
-                loss = (-times * torch.where(mask, ratio * advantages[:, None], 0.0)).sum() / episodes
-                if learn:
-                    loss.backward()
-            with torch.no_grad():
-                measures = (entropy, -difference, ratio, ratio > 2)
-                part_sums = [times.sum(), loss, *((times * measure).sum() for measure in measures)]
-                sums += torch.stack(part_sums).double().cpu()
-                ratio_max = max(ratio_max, ratio[mask].max().item())
+            layout = _Layout.of(part or [_NOTHING]).to(device)
+            loss, learner, entropy = _compute(model, layout, episodes, machine, learn)
+            if not part:
+                continue
+            difference = learner - layout.sampler
+            ratio = difference.exp()
+            measures = (torch.ones_like(ratio), entropy, -difference, ratio, ratio > 2)
+            count, *others = (layout.total(layout.times * measure) for measure in measures)
+            sums += torch.stack([count, loss, *others]).double().cpu()
+            ratio_max = max(ratio_max, ratio.max().item())
     tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
     entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
     return StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(ratio_max), above_2)
@@ -171,23 +161,24 @@ def _length(row: ResponseGroup) -> int:
 class _Layout(NamedTuple):
     """Rows as token sequences: a prompt, then its responses, each with the positions that it would have alone."""
 
-    ids: np.ndarray
+    ids: Tensor
     """Token ids, (rows, length)."""
-    positions: np.ndarray
+    positions: Tensor
     """Positions of the tokens, (rows, length)."""
-    segments: np.ndarray
+    segments: Tensor
     """0 in the prompt, from 1 the number of the response, -1 in padding, (rows, length)."""
-    sources: np.ndarray
-    """Indices into (rows x length) of the positions that predict the tokens of responses, response by response."""
-    targets: np.ndarray
-    """The tokens that `sources` predict, with the same length."""
-    is_token: np.ndarray
+    is_token: Tensor
     """Whether a response has a token there, (responses, longest response)."""
-    sampler: np.ndarray
-    """The sampler's log-probabilities in nats, (responses, longest response), 0 where there is no token."""
-    advantages: np.ndarray
-    times: np.ndarray
-    """How often each response was drawn, (responses,), as the advantages."""
+    sources: Tensor
+    """Indices into (rows x length) of the positions that predict the tokens of responses, response by response."""
+    targets: Tensor
+    """The tokens that `sources` predict, (tokens,)."""
+    sampler: Tensor
+    """The sampler's log-probabilities of the targets in nats, (tokens,)."""
+    advantages: Tensor
+    """The advantages of the responses of the targets, (tokens,)."""
+    times: Tensor
+    """How often the responses of the targets were drawn, (tokens,)."""
 
     @classmethod
     def of(cls, rows: Sequence[ResponseGroup]) -> _Layout:
@@ -197,8 +188,6 @@ class _Layout(NamedTuple):
         responses = [response for row in rows for response in row.responses]
         tokens = [response.tokens for response in responses]
         is_token = np.arange(max(map(len, tokens))) < np.array([[len(ids)] for ids in tokens])
-        sampler = np.zeros(is_token.shape, np.float32)
-        sampler[is_token] = np.concatenate([response.logprobs for response in responses])
         sources = []
         for index, row in enumerate(rows):
             prompt = len(row.prompt)
@@ -211,32 +200,58 @@ class _Layout(NamedTuple):
                 # The prompt's last token predicts the first of every response.
                 sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
                 start = own.stop
-        advantages, times = (
-            np.concatenate(numbers).astype(np.float32)
+        by_token = [
+            np.repeat(np.concatenate(numbers), is_token.sum(1)).astype(np.float32)
             for numbers in ([row.advantages for row in rows], [row.times for row in rows])
-        )
+        ]
+        sampler = np.concatenate([response.logprobs for response in responses]).astype(np.float32)
         targets = np.concatenate(tokens)
-        return cls(ids, positions, segments, np.concatenate(sources), targets, is_token, sampler, advantages, times)
+        arrays = (ids, positions, segments, is_token, np.concatenate(sources), targets, sampler, *by_token)
+        return cls(*map(torch.from_numpy, arrays))
+
+    def to(self, device: torch.device) -> _Layout:
+        """Return the layout on a device."""
+        return _Layout(*(tensor.to(device) for tensor in self))
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Return the sum of numbers of the targets; they are added by response, whatever the parts of the loss are."""
+        return torch.zeros(self.is_token.shape, device=numbers.device).masked_scatter(self.is_token, numbers).sum()
 
 
-def response_logprobs(model: torch.nn.Module, layout: _Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the log-probability and the entropy, in nats, of every response token.
+def _compute(
+    model: torch.nn.Module, layout: _Layout, episodes: int, machine: Machine, learn: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the part of the loss that some rows have, and the log-probability and the entropy of each target, in nats.
 
-    Returns:
-        Log-probabilities with gradient, entropies without, and whether there is a token: each (responses, longest
-        response), 0 where there is no token.
+    With `learn` the gradient is added to the model's weights.
     """
-    base = without_peft(model)
-    device = next(base.parameters()).device
-    ids, positions, segments, sources, targets, is_token = (torch.from_numpy(part).to(device) for part in layout[:6])
-    visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-    hidden = base.get_decoder()(
-        input_ids=ids, position_ids=positions, attention_mask=visible.tril()[:, None], use_cache=False
-    ).last_hidden_state
-    logits = base.get_output_embeddings()(hidden.flatten(0, 1)[sources])
-    distribution = torch.log_softmax(logits.float(), -1)
-    chosen = distribution.gather(-1, targets[:, None]).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(distribution.exp() * distribution).sum(-1)
-    empty = torch.zeros(is_token.shape, device=device)
-    return empty.masked_scatter(is_token, chosen), empty.masked_scatter(is_token, entropy), is_token
+    segments, sources, targets = layout.segments, layout.sources, layout.targets
+    visible = ((segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)).tril()[:, None]
+    # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
+    mask = torch.zeros(visible.shape, dtype=machine.autocast, device=visible.device).masked_fill_(~visible, -math.inf)
+    del visible
+    inputs = {"input_ids": layout.ids, "position_ids": layout.positions, "attention_mask": mask}
+    at_once = tokens_at_once(model, MAX_LOGITS[sources.device.type])
+
+    def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:
+        distribution = torch.log_softmax(logits.float(), -1)
+        chosen = distribution.gather(-1, targets[piece, None]).squeeze(-1)
+        with torch.no_grad():
+            entropy = -(distribution.exp() * distribution).sum(-1)
+        return torch.stack([chosen, entropy], -1)
+
+    def loss(numbers: Tensor, piece: slice) -> Tensor:
+        ratio = (numbers[:, 0] - layout.sampler[piece]).exp()
+        return (-layout.times[piece] * (ratio * layout.advantages[piece])).sum() / episodes
+
+    # The context includes the backward pass, since recomputed layers read the tokens again.
+    with computing_only(model, sources.unique()):
+        if learn:
+            total, numbers = backward_in_pieces(
+                model, inputs, sources, logprobs_and_entropies, loss, machine.autocast, at_once
+            )
+        else:
+            with torch.no_grad(), machine.cast():
+                numbers = call_as_forward(model, of_tokens, inputs, sources, logprobs_and_entropies, at_once)
+            total = loss(numbers, slice(None))
+    return total, numbers[:, 0], numbers[:, 1]

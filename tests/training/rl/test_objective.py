@@ -1,6 +1,14 @@
-"""The objective: its advantages, and its gradient by hand, without shared prompts, and by TRL."""
+"""The objective: its advantages, and its gradient by hand, without shared prompts, by TRL, and in two processes.
+
+This module is also the program that runs in each process: `torchrun ... -m tests.training.rl.test_objective OUT`.
+"""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,12 +16,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.models.base import load_model
 from lorabench.models.passes import trained_parameters
 from lorabench.training import reference
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, join, leave
+from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
 from lorabench.training.rl.sampler import Request, Response
+from lorabench.training.step_cost import NewStorages
 
-from .conftest import CPU, drawn, machine
+from ...conftest import REPOSITORY
+from ..test_loss import tiny
+from .conftest import CPU, TINY, drawn, machine
 
 
 def response(tokens, logprobs=None):
@@ -58,8 +72,11 @@ def plain_gradients(model, groups):
     return gradients(model), loss.item()
 
 
-@pytest.mark.parametrize("max_tokens", [60, 10_000])
-def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max_tokens):
+@pytest.mark.parametrize(("max_tokens", "at_once"), [(60, 10_000), (10_000, 10_000), (10_000, 7)])
+def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
+    base, groups, max_tokens, at_once, monkeypatch
+):
+    monkeypatch.setitem(MAX_LOGITS, "cpu", at_once * base.config.vocab_size)
     expected, loss = plain_gradients(base, groups)
     measured = backward(base, groups, machine(max_batch_tokens=max_tokens))
     assert measured.loss == pytest.approx(loss, abs=1e-5)
@@ -127,6 +144,30 @@ def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups)
     assert with_idle.loss == pytest.approx(share * without.loss, abs=1e-6)
     for name, expected in gradients(base).items():
         torch.testing.assert_close(gradient[name], share * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_logits_of_all_tokens_are_never_held(monkeypatch):
+    vocabulary, at_once, draw = 8192, 32, np.random.default_rng(0)
+    model, rewards = tiny("lora", False, vocabulary), np.repeat([1.0, 0.0], 8)
+    groups = [
+        ResponseGroup.of((1, 2), [response(draw.integers(vocabulary, size=16)) for _ in rewards], given)
+        for given in (rewards, np.zeros(16))
+    ]
+    peaks, steps, expected = [], [], []
+    # The first pass allocates the gradients.
+    for max_logits in (MAX_LOGITS["cpu"], MAX_LOGITS["cpu"], at_once * vocabulary):
+        monkeypatch.setitem(MAX_LOGITS, "cpu", max_logits)
+        with NewStorages() as new:
+            steps.append(backward(model, groups, machine()))
+        peaks.append(new.peak)
+        expected.append(gradients(model))
+    logits = 4 * 16 * len(rewards) * vocabulary
+    assert peaks[1] > 3 * logits
+    # With 8 pieces four times the logits of one remain, and the decoder's activations.
+    assert peaks[2] < logits
+    assert vars(steps[2]) == pytest.approx(vars(steps[1]), rel=1e-5)
+    for name, gradient in expected[1].items():
+        assert (expected[2][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
@@ -207,3 +248,46 @@ def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
     assert backward(base, groups, machine()).loss == pytest.approx(loss.item(), abs=1e-5)
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def in_few_pieces(processes: Processes = SINGLE_PROCESS) -> dict[str, torch.Tensor]:
+    """Return the measures and gradients of a batch of which one process has a part more than the other."""
+    draw, base = np.random.default_rng(0), load_model(TINY)
+    groups = [
+        ResponseGroup.of(
+            tuple(draw.integers(999, size=5)),
+            [response(draw.integers(999, size=length), draw.normal(-3, 1, length)) for length in (30, 40, 50, 60)],
+            rewards,
+        )
+        for rewards in (*np.eye(4)[:3], np.ones(4), np.zeros(4))
+    ]
+    model = processes.shard(base)
+    with mock.patch.dict(MAX_LOGITS, cpu=16 * 1024):
+        measured = backward(model, groups, machine(max_batch_tokens=200, processes=processes))
+    found = {name: full_tensor(parameter.grad) for name, parameter in trained_parameters(model).items()}
+    return found | {name: torch.tensor(float(value)) for name, value in vars(measured).items()}
+
+
+@pytest.mark.slow
+def test_two_processes_compute_the_gradient_of_one_in_other_pieces(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "tests.training.rl.test_objective", str(tmp_path / "gradients.pt")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    together, alone = torch.load(tmp_path / "gradients.pt"), in_few_pieces()
+    assert together.keys() == alone.keys()
+    for name, expected in alone.items():
+        assert (together[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    processes = join()
+    found = in_few_pieces(processes)
+    if processes.first:
+        torch.save(found, out)
+    leave(processes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
