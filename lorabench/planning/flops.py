@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from lorabench.config.execution import EvalTask
 from lorabench.config.fields import Placement
@@ -22,6 +23,10 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Tokens of an example on the hub that are not scored. One of Tulu3 has 309 that are (docs/paper.md), of about 600.
 _UNSCORED_ON_HUB = 290
 
+SHARED_ROW = 2048
+"""The most tokens of a row that several responses of RL share. A longer row has one response, so that its attention is
+plainly causal: it needs no mask, and faster kernels skip what is masked."""
+
 
 @dataclass(frozen=True)
 class RunWork:
@@ -34,7 +39,9 @@ class RunWork:
     evaluated_scored: float
     drawn: float
     context: float
-    """The mean number of tokens that a token attends to."""
+    """The mean number of tokens that a token attends to, but for those of `learned_context`."""
+    learned_context: float
+    """The mean number of tokens over which attention is computed for a token in training."""
     trained_flops: float
     """As all FLOPs but those recomputed, it has the unembedding of every token, scored or not, as the paper counts."""
     evaluated_flops: float
@@ -68,6 +75,29 @@ def longest_sequence(preset: Preset, condition: Condition) -> int:
         return dataset.max_tokens
     chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
     return round(chars / _CHARS_PER_TOKEN[preset.models[condition.model].kind])
+
+
+def row_limit(longest: int, max_tokens: int) -> int:
+    """Return the most tokens of a row that several responses of RL share.
+
+    They share the prompt, but attention is computed over the whole row.
+
+    Args:
+        longest: tokens of the longest of the responses with its prompt.
+        max_tokens: limit of the tokens of a micro-batch.
+    """
+    return min(max_tokens, SHARED_ROW, max(192, 4 * longest))
+
+
+def _learned_rows(preset: Preset, condition: Condition, prompt: float, response: float) -> tuple[int, float]:
+    """Return the number of rows in which RL learns from a group of responses, and the tokens of attention in them."""
+    assert condition.rollouts
+    size, max_tokens = condition.rollouts.group_size, preset.execution.max_batch_tokens
+    room = row_limit(longest_sequence(preset, condition), max_tokens) - prompt
+    if response > room:
+        return size, prompt + response
+    rows = ceil(size * response / room)
+    return rows, prompt + size * response / rows
 
 
 def lora_parameters(
@@ -121,21 +151,24 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         # The prompts of other datasets are short.
         scored = max(context / 2, context - (_UNSCORED_ON_HUB if dataset.kind == "hub" else 0))
         trained_scored, evaluated_scored = examples * scored, evaluations * scored
+        learned_context = context
     else:
         prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
         episodes, graded = steps * condition.batch_size, rollouts.evaluations * graded_problems(preset, condition)
-        # A prompt passes through the model once for its group, both in sampling and in learning.
+        # A prompt passes through the model once for its group in sampling, and in learning once for each row.
         prompts = episodes / rollouts.group_size * prompt
-        trained, evaluated = episodes * response + prompts, prompts + graded * prompt
+        rows, learned_context = _learned_rows(preset, condition, prompt, response)
+        trained, evaluated = episodes * response + rows * prompts, prompts + graded * prompt
         drawn, context = (episodes + graded) * response, prompt + response
         trained_scored, evaluated_scored = episodes * response, 0.0
     sizes = dimensions(model)
     lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
-    attention = attention_flops_per_token(sizes, context)
-    forward = 2.0 * (sizes.active_linear + lora) + attention
+    linear = 2.0 * (sizes.active_linear + lora)
+    forward = linear + attention_flops_per_token(sizes, context)
+    attention = attention_flops_per_token(sizes, learned_context)
     training = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
     # Activation checkpointing recomputes the layers, and not the unembedding.
-    layers = forward - unembedding_flops_per_token(preset, condition)[1]
+    layers = linear + attention - unembedding_flops_per_token(preset, condition)[1]
     return RunWork(
         trained,
         evaluated,
@@ -143,6 +176,7 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         evaluated_scored,
         drawn,
         context,
+        learned_context,
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,

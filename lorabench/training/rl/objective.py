@@ -3,7 +3,8 @@
 The advantage of a response is its reward minus the mean reward of its group, without division by the standard
 deviation. There is no KL term, no clipping and no entropy bonus. The loss is the mean over responses.
 
-A row is one sequence with a prompt and some of its responses, each of which attends to the prompt and to itself.
+A row is one sequence with a prompt and some of its responses, each of which attends to the prompt and to itself. A long
+response has a row of its own, with plain causal attention.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
+from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, tokens_at_once
 from lorabench.training.rl.sampler import Response, packed, window
@@ -132,17 +134,16 @@ def row_parts(
     Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
     rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
-    share = processes.share(np.array([_length(row) for row in rows]))
-    return packed([rows[index] for index in share], _length, max_tokens)
+    lengths = np.array([_length(row) for row in rows])
+    share = processes.share(lengths)
+    # Rows with a mask and rows without are not computed together.
+    for some in (share[lengths[share] <= SHARED_ROW], share[lengths[share] > SHARED_ROW]):
+        yield from packed([rows[index] for index in some], _length, max_tokens)
 
 
 def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
-    """Fill rows with responses up to a limit: they share the prompt, but attention is computed over the whole row.
-
-    The limit in tokens is 192, or four times the longest prompt with response, up to 2048.
-    """
-    longest = len(group.prompt) + max(len(response.tokens) for response in group.responses)
-    limit = min(max_tokens, max(192, longest, min(2048, 4 * longest)))
+    """Fill rows with responses up to the limit of shared rows; a response that is longer has a row of its own."""
+    limit = row_limit(len(group.prompt) + max(len(response.tokens) for response in group.responses), max_tokens)
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
     for index, response in enumerate(group.responses[1:], 1):
         if length + len(response.tokens) > limit:
@@ -226,11 +227,13 @@ def _compute(
     With `learn` the gradient is added to the model's weights.
     """
     segments, sources, targets = layout.segments, layout.sources, layout.targets
-    visible = ((segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)).tril()[:, None]
-    # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
-    mask = torch.zeros(visible.shape, dtype=machine.autocast, device=visible.device).masked_fill_(~visible, -math.inf)
-    del visible
-    inputs = {"input_ids": layout.ids, "position_ids": layout.positions, "attention_mask": mask}
+    inputs = {"input_ids": layout.ids}
+    if layout.ids.shape[1] <= SHARED_ROW:
+        visible = ((segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)).tril()[:, None]
+        # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
+        mask = torch.zeros(visible.shape, dtype=machine.autocast, device=visible.device)
+        mask.masked_fill_(~visible, -math.inf)
+        inputs |= {"position_ids": layout.positions, "attention_mask": mask}
     at_once = tokens_at_once(model, MAX_LOGITS[sources.device.type])
 
     def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from lorabench.models.base import load_model
 from lorabench.models.passes import trained_parameters
+from lorabench.planning.flops import row_limit
 from lorabench.training import reference
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, join, leave
 from lorabench.training.loss import MAX_LOGITS
+from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.step_cost import NewStorages
@@ -72,13 +74,22 @@ def plain_gradients(model, groups):
     return gradients(model), loss.item()
 
 
-@pytest.mark.parametrize(("max_tokens", "at_once"), [(60, 10_000), (10_000, 10_000), (10_000, 7)])
+def sharing_rows(tokens):
+    """Return a context in which rows of more than some tokens have one response."""
+    return mock.patch.multiple(objective, SHARED_ROW=tokens, row_limit=lambda *given: min(tokens, row_limit(*given)))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "at_once", "shared"),
+    [(60, 10_000, 2048), (10_000, 10_000, 2048), (10_000, 7, 2048), (10_000, 10_000, 26)],
+)
 def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
-    base, groups, max_tokens, at_once, monkeypatch
+    base, groups, max_tokens, at_once, shared, monkeypatch
 ):
     monkeypatch.setitem(MAX_LOGITS, "cpu", at_once * base.config.vocab_size)
     expected, loss = plain_gradients(base, groups)
-    measured = backward(base, groups, machine(max_batch_tokens=max_tokens))
+    with sharing_rows(shared):
+        measured = backward(base, groups, machine(max_batch_tokens=max_tokens))
     assert measured.loss == pytest.approx(loss, abs=1e-5)
     assert measured.tokens == sum(len(r.tokens) for group in groups for r in group.responses)
     for name, gradient in gradients(base).items():
@@ -90,19 +101,24 @@ def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
         st.tuples(st.integers(1, 60), st.lists(st.integers(1, 90), min_size=2, max_size=9)), min_size=1, max_size=6
     ),
     st.sampled_from([50, 200, 1000]),
+    st.sampled_from([30, 100, 2048]),
 )
-def test_parts_hold_every_response_once_and_fit(shapes, limit):
+def test_parts_hold_every_response_once_and_fit(shapes, limit, shared):
     groups = [
         ResponseGroup.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
         for number, (prompt, lengths) in enumerate(shapes)
     ]
-    parts = list(row_parts(groups, limit))
+    with sharing_rows(shared):
+        parts = list(row_parts(groups, limit))
     held = sorted((row.prompt[0], reward) for part in parts for row in part for reward in row.rewards)
     assert held == sorted((group.prompt[0], reward) for group in groups for reward in group.rewards)
     assert sum(row.advantages.sum() for part in parts for row in part) == pytest.approx(0, abs=1e-9)
     for part in parts:
-        longest = max(len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses) for row in part)
-        assert len(part) * longest <= limit or len(part) == len(part[0].responses) == 1
+        lengths = [len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses) for row in part]
+        assert len(part) * max(lengths) <= limit or len(part) == len(part[0].responses) == 1
+        # Rows without a mask have one response, and are in other parts than rows with a mask.
+        assert max(lengths) <= shared or min(lengths) > shared
+        assert max(lengths) <= shared or {len(row.responses) for row in part} == {1}
 
 
 def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn(base):
