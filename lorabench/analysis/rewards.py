@@ -91,7 +91,7 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     known = runs[[*method, "rank", "placement", "lr"]].assign(
         **dict(zip(numbers, _numbers(runs, numbers), strict=True))
     )
-    known["accuracy"] = known["final_reward"].where(runs["status"].eq("done") & ~is_sick(runs))
+    known["accuracy"] = known["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs))
     by_lr = known.groupby([*method, "rank", "placement", "lr"], dropna=False, sort=False)["accuracy"].mean()
     table = by_lr.groupby(method, sort=False).max().reset_index()
     table = table.join(known.groupby(method[:2])[list(CONTROLS)].max(), on=method[:2])
@@ -129,8 +129,9 @@ def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
-    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. A sick run
-    (see `is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
+    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. So does one
+    that got none any more: its policy would have stayed as it was. A sick run (see `is_sick`) counts as diverged,
+    whatever its accuracy, so that it is never an optimum.
 
     Args:
         runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,
@@ -145,7 +146,7 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     rl = runs[is_rl(runs)]
     sick = is_sick(rl)
     return rl.assign(
-        status=rl["status"].replace("unrewarded", "done").mask(sick, "diverged"),
+        status=rl["status"].replace(["unrewarded", "collapsed"], "done").mask(sick, "diverged"),
         validation_loss=(1 - rl["final_valid_reward"].astype(float)).mask(sick),
         test_loss=(1 - rl[test_reward].astype(float)).mask(sick),
     )

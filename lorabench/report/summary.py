@@ -175,7 +175,8 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     planned = combined(job_cost(plan, job) for job in plan.jobs)
     tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
     expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
-    by_status = {status: int((runs["status"] == status).sum()) for status in ("done", "diverged", "unrewarded")}
+    statuses = ("done", "diverged", "unrewarded", "collapsed")
+    by_status = {status: int((runs["status"] == status).sum()) for status in statuses}
     return {
         "planned": expected | {"seconds": planned.job_hours * 3600},
         "spent": {"runs": len(runs), "tokens": tokens, "flops": flops, "seconds": seconds},

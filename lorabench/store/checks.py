@@ -84,12 +84,16 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
     finite = number.abs().lt(np.inf)
     lora, fullft, rl = runs["method"].isin(["lora"]), runs["method"].isin(["fullft"]), is_rl(runs)
-    done, unrewarded = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded"])
+    done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
     ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | (not whole)
     rules = [
         ("task", ~known["task"] | runs["task"].isin(["sft", "rl"]), "sft, rl"),
         ("method", lora | fullft, "fullft, lora"),
-        ("status", done | unrewarded | runs["status"].isin(["diverged"]), "done, diverged, and unrewarded in RL"),
+        (
+            "status",
+            done | stopped | runs["status"].isin(["diverged"]),
+            "done, diverged, and in RL unrewarded and collapsed",
+        ),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
         ("seed", known["seed"], "whole numbers"),
@@ -99,7 +103,7 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     rules += [(name, rl | ~done | finite[name], "a finite number where status is done") for name in _LOSSES]
     for name in _REWARDS:
         final = name.startswith("final")
-        needed = (rl & done) | unrewarded if final else pd.Series(False, index=runs.index)
+        needed = (rl & done) | stopped if final else pd.Series(False, index=runs.index)
         allowed = "a share of 0 to 1" + (" where RL finished" if final else "")
         rules.append((name, number[name].between(0, 1) | (~known[name] & ~needed), allowed))
     return rules

@@ -156,5 +156,6 @@ def _result(outcome: dict[str, Any]) -> str:
         return f"diverged at step {outcome['diverged_at']}"
     if "final_reward" in outcome:
         reward = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
-        return f"{reward}; stopped, no response was ever right" if outcome["status"] == "unrewarded" else reward
+        when = {"unrewarded": "ever right", "collapsed": "right any more"}.get(outcome["status"])
+        return f"{reward}; stopped, no response was {when}" if when else reward
     return f"test {outcome['final_test_nll']:.4f} nats"

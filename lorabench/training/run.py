@@ -105,8 +105,9 @@ def machine_state(device: torch.device) -> dict[str, Any]:
 class Outcome:
     """The part of a run's outcome that SFT and RL share."""
 
-    status: Literal["done", "diverged", "unrewarded"]
-    """`unrewarded`: no response of an RL run was ever right, so it was stopped early."""
+    status: Literal["done", "diverged", "unrewarded", "collapsed"]
+    """`unrewarded`: no response of an RL run was ever right, so it was stopped early; `collapsed`: none was right any
+    more."""
     diverged_at: int | None = None
     """The step whose loss or gradient was not finite."""
     train_tokens: int = 0

@@ -179,13 +179,16 @@ def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
     [
         ("final_reward", None, "missing; allowed: a share of 0 to 1 where RL finished"),
         ("best_reward", math.inf, "inf; allowed: a share of 0 to 1"),
-        ("status", "stopped", "'stopped'; allowed: done, diverged, and unrewarded in RL"),
+        ("status", "stopped", "'stopped'; allowed: done, diverged, and in RL unrewarded and collapsed"),
     ],
 )
 def test_rl_runs_need_rewards_and_no_losses(column, value, shown):
     runs, _ = tables([arm(optimum=1e-4, final_valid_nll=None, final_test_nll=None)])
     check_table(runs)
-    check_table(runs.assign(status="unrewarded"))
+    for status in ("unrewarded", "collapsed"):
+        check_table(runs.assign(status=status))
+        with pytest.raises(UserError, match="where RL finished"):
+            check_table(runs.assign(status=status, final_reward=None))
     runs.loc[1, column] = value
     with pytest.raises(UserError, match=f"run_id {runs.loc[1, 'run_id']}: {column} = {shown}"):
         check_table(runs)

@@ -280,6 +280,20 @@ def test_a_run_without_rewards_stays_its_base():
         assert first in claim["run_ids"]
 
 
+def test_a_collapsed_run_counts_with_the_accuracy_of_its_policy():
+    # The highest LR of every arm ends at an accuracy of 0, below the base but not sick, and one repeat of rank 1 too.
+    runs, curves = world(every={"curvature": 0.1}, base_reward=0.02)
+    lost = runs["lr"].eq(LRS[-1]) | (runs["rank"].eq(1).fillna(False) & runs["seed"].eq(2))
+    rewards = ["final_valid_reward", "final_reward", "best_reward"]
+    runs.loc[lost, rewards] = 0.0
+    done, collapsed = (
+        judged(COMPARED, runs.assign(status=runs["status"].mask(lost, status)), curves)
+        for status in ("done", "collapsed")
+    )
+    pd.testing.assert_frame_equal(done, collapsed)
+    assert lost.sum() == 4
+
+
 def test_gradients_of_0_need_others_beside_them():
     for gradients, verdict in ((lambda done: 0.0, "inconclusive"), (lambda done: 0.3 * (done > 0.5), "confirmed")):
         verdict_is(judged("F7", *world(every={"train": {"grad_norm": gradients}})), verdict)

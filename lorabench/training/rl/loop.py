@@ -43,6 +43,10 @@ PATIENCE, MIN_PATIENCE = 0.2, 3
 """A run is stopped when it had no reward in this share of its steps, and in this number of steps at least, since its
 policy has not changed then."""
 
+COLLAPSED_STEPS = 20
+"""A run that has had rewards is ended after so many steps in a row without any. In these its policy has not changed:
+where no response is right, all advantages and so the gradient are exactly zero, and no update is made."""
+
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
 
@@ -210,8 +214,9 @@ def train_rl(
         tick: called after each step with the number of finished steps.
 
     Returns:
-        The outcome. It is `diverged` if a loss or a gradient norm is not finite, and `unrewarded` if no response got a
-        reward in the first fifth of the steps (see `PATIENCE`).
+        The outcome. It is `diverged` if a loss or a gradient norm is not finite, `unrewarded` if no response got a
+        reward in the first fifth of the steps (see `PATIENCE`), and `collapsed` if none did in many steps after others
+        had (see `COLLAPSED_STEPS`).
 
     Raises:
         Stopped: a signal asked the job to end, and the run is saved.
@@ -228,7 +233,7 @@ def train_rl(
     if environment.controls is not None:
         outcome.constant_reward, outcome.rule_reward = environment.controls.constant, environment.controls.rule
         outcome.rule = environment.controls.rule_text
-    first_step, response_tokens, rewarded = 0, 0, False
+    first_step, response_tokens, rewarded_at = 0, 0, 0
     evaluations: list[tuple[float, float]] = []
     right: list[bool] = []
 
@@ -237,19 +242,22 @@ def train_rl(
 
     def save(step: int, evaluated: bool) -> None:
         progress = outcome.progress() | {"step": step, "evaluated": evaluated}
-        progress |= {"response_tokens": response_tokens, "rewarded": rewarded}
-        progress |= {"evaluations": evaluations, "right": right}
+        progress |= {"response_tokens": response_tokens, "evaluations": evaluations, "right": right}
         checkpoint.save(parameters, optimizer, progress)
+
+    def evaluated(step: int) -> Scores:
+        """Evaluate the policy as after a step, and return its scores."""
+        nonlocal right
+        started = time.perf_counter()
+        scores, right = evaluate(environment, rollouts, run.seed, step, draw)
+        outcome.wall_s += time.perf_counter() - started
+        evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
+        return scores
 
     def finish(step: int) -> None:
         """Evaluate after a step where that is due, and save where that is due."""
-        nonlocal right
         if step in evaluate_at:
-            started = time.perf_counter()
-            scores, right = evaluate(environment, rollouts, run.seed, step, draw)
-            outcome.wall_s += time.perf_counter() - started
-            evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
-            for split, values in scores.items():
+            for split, values in evaluated(step).items():
                 record(step, split, values)
         tick(step)
         if step < condition.steps and checkpoint.due():
@@ -258,7 +266,8 @@ def train_rl(
     saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
         outcome.resume(saved)
-        first_step, response_tokens, rewarded = saved["step"], saved["response_tokens"], saved["rewarded"]
+        first_step, response_tokens = saved["step"], saved["response_tokens"]
+        rewarded_at = max((point.step for point in _train_points(outcome.curve, "reward") if point.value), default=0)
         evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
         if not saved["evaluated"]:
             finish(first_step)
@@ -267,6 +276,16 @@ def train_rl(
             record(0, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
+        if rewarded_at and step - rewarded_at > COLLAPSED_STEPS:
+            outcome.status = "collapsed"
+            save(step - 1, evaluated=True)
+            # The steps that are left out would not change the policy either, as long as none of them had a reward.
+            scores, expected = evaluated(condition.steps), _without_reward(outcome.curve)
+            for later in range(step, condition.steps + 1):
+                record(later, "train", expected)
+                for split, values in scores.items() if later in evaluate_at else ():
+                    record(later, split, values)
+            break
         started, size = time.perf_counter(), rollouts.group_size
         problems = np.repeat(order[step - 1], size).tolist()
         requests = [
@@ -285,7 +304,7 @@ def train_rl(
         metrics |= _response_metrics(responses, texts)
         step_tokens = sum(len(response.tokens) for response in responses)
         response_tokens += step_tokens
-        rewarded = rewarded or metrics["reward"] > 0
+        rewarded_at = step if metrics["reward"] > 0 else rewarded_at
 
         learning = time.perf_counter()
         measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine)
@@ -306,7 +325,7 @@ def train_rl(
         if not finite:
             outcome.status, outcome.diverged_at = "diverged", step
             break
-        if not rewarded and step >= max(MIN_PATIENCE, PATIENCE * condition.steps):
+        if not rewarded_at and step >= max(MIN_PATIENCE, PATIENCE * condition.steps):
             outcome.status = "unrewarded"
             evaluations = [(base["validation"]["accuracy"], base["test"]["accuracy"])]
             break
@@ -321,14 +340,30 @@ def train_rl(
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
         outcome.best_reward = max(evaluations, key=lambda pair: pair[0])[1]
-    if outcome.status == "done":
+    if outcome.status in ("done", "collapsed"):
         outcome.test_losses = [ExampleLoss(1.0 - answered, 1) for answered in right]
     return outcome
 
 
+def _train_points(curve: list[CurvePoint], metric: str) -> list[CurvePoint]:
+    return [point for point in curve if point.split == "train" and point.metric == metric]
+
+
+def _without_reward(curve: list[CurvePoint]) -> dict[str, float]:
+    """Return what is expected of train metrics in the steps that a collapsed run leaves out.
+
+    It is a reward of 0, and the mean of what the last steps, which had the same policy, have drawn.
+    """
+    expected = {"reward": 0.0}
+    for metric in ("response_length", "truncated", "reflection", "entropy"):
+        values = [point.value for point in _train_points(curve, metric)[-COLLAPSED_STEPS:]]
+        expected[metric] = float(np.mean([math.nan if value is None else value for value in values]))
+    return expected
+
+
 def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
     """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
-    values = [point.value for point in curve if point.split == "train" and point.metric == metric]
+    values = [point.value for point in _train_points(curve, metric)]
     last = [value for value in values[-math.ceil(len(values) / 10) :] if value is not None]
     return float(np.mean(last)) if last else None
 

@@ -13,6 +13,7 @@ import torch
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.runs import Run
+from lorabench.training.rl import loop
 from lorabench.training.rl.loop import ProblemTexts, evaluation_steps
 from lorabench.training.rl.sampler import Request, Response
 
@@ -128,6 +129,68 @@ def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
     assert metric(outcome, "reward") == [0.0] * 6
     assert (outcome.base_reward, outcome.final_valid_reward, outcome.final_reward, outcome.best_reward) == (0,) * 4
     assert weights_hash(model) == weights_hash(base)
+
+
+@pytest.mark.parametrize("right_steps", [2, 3])
+def test_a_collapsed_run_is_ended_with_the_results_that_it_would_have(
+    right_steps, environment, tmp_path, base, monkeypatch
+):
+    """Its policy is frozen in steps without a reward, so that all later evaluations are the one at its end."""
+
+    def collapsing(first=1):
+        """Return an environment in which no training response (of batches of 32) is right after some steps."""
+        batches, grade = iter(range(first, 100)), environment.grade
+        return replace(
+            environment,
+            grade=lambda responses, answers: (
+                grade(responses, answers) * (len(responses) != 32 or next(batches) <= right_steps)
+            ),
+        )
+
+    run, started = Run(condition_of(None, steps=12), 1e-3, 0), []
+    monkeypatch.setattr(loop, "COLLAPSED_STEPS", 100)
+    whole, whole_model = train(run, collapsing(), tmp_path / "whole")
+    monkeypatch.setattr(loop, "COLLAPSED_STEPS", 4)
+    ended, model = train(run, collapsing(), tmp_path / "ended", started.append)
+    assert (whole.status, ended.status) == ("done", "collapsed")
+    assert started == list(range(1, right_steps + 5))
+    assert weights_hash(model) == weights_hash(whole_model) != weights_hash(base)
+    for name in ("base_reward", "final_valid_reward", "final_reward", "best_reward", "test_losses"):
+        assert getattr(ended, name) == getattr(whole, name), name
+    assert ended.train_tokens < whole.train_tokens
+    # The curve is the same but for what the remaining steps draw, where the mean of the last steps stands in.
+    same = {(point.step, point.split, point.metric): point.value for point in untimed(ended)}
+    for point in untimed(whole):
+        place = point.step, point.split, point.metric
+        if point.step <= right_steps + 4 or point.split != "train" or point.metric == "reward":
+            assert same[place] == point.value, place
+        elif point.metric in ("response_length", "entropy"):
+            last = [same[step, "train", point.metric] for step in range(right_steps + 1, right_steps + 5)]
+            assert same[place] == pytest.approx(np.mean(last))
+        else:
+            assert place not in same or point.metric in ("truncated", "reflection"), place
+    assert same.keys() <= {(point.step, point.split, point.metric) for point in whole.curve}
+
+    # A run that is killed within these steps, or in its last evaluation, ends in the same way.
+    def dying(step):
+        if step == right_steps + 2:
+            raise BrokenError
+
+    def dying_at_the_end(draw):
+        def drawing(requests, interruptible):
+            if interruptible and started[-1] == right_steps + 4:
+                raise BrokenError
+            return draw(requests, interruptible)
+
+        return drawing
+
+    for settings in ({"tick": dying}, {"tick": started.append, "sampler": dying_at_the_end}):
+        folder = tmp_path / str(len(settings))
+        with pytest.raises(BrokenError):
+            train(run, collapsing(), folder, checkpoint_seconds=0, **settings)
+        resumed, _ = train(run, collapsing(right_steps + 1), folder)
+        assert untimed(resumed) == untimed(ended)
+        assert resumed.test_losses == ended.test_losses
 
 
 def test_a_run_that_blows_up_is_diverged(environment, tmp_path):
