@@ -76,10 +76,10 @@ class Execution(Strict):
     time. 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """The trained weights that are kept: of the runs at each condition's best LR, or of all runs."""
-    activation_checkpointing: bool | Literal["auto"] = False
+    activation_checkpointing: bool | NotNegative | Literal["auto"] = False
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
-    more work and far less memory. With `auto` the plan decides for each sweep: only where a job then needs fewer
-    GPUs, so never on a CPU."""
+    more work and far less memory; a number does so in that many layers, from the first. With `auto` the plan decides
+    for each sweep: the fewest layers with which its job needs the fewest GPUs, so none on a CPU."""
     gpu: str | None = None
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1
@@ -87,6 +87,13 @@ class Execution(Strict):
     gflops: PositiveFloat | None = None
     """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
     lorabench/utils/gpus.py assumes."""
+
+    def recomputed_layers(self, layers: int) -> int:
+        """Return how many of a model's `layers` compute their activations again; 0 where `auto` is not decided yet."""
+        again = self.activation_checkpointing
+        if isinstance(again, bool):
+            return layers if again else 0
+        return 0 if again == "auto" else min(again, layers)
 
     @model_validator(mode="after")
     def _check_hardware(self) -> Self:

@@ -25,7 +25,7 @@ class Protocol(Strict):
     clip_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; null for no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of both arms; master weights are always fp32."""
+    """Autocast of both arms; the weights that are trained are always fp32."""
     curve_points: Annotated[int, Field(ge=2)] = 12
     """Validation points per run, log-spaced in steps."""
     validate_at: list[Positive] = []

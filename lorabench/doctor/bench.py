@@ -23,7 +23,7 @@ from lorabench.doctor.record import Check, judged
 from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import config_of
-from lorabench.models.lora import add_lora, use_fast_products
+from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.flops import (
@@ -77,8 +77,8 @@ class Subject:
     """Sequences that go through the model at once."""
     length: int
     """Tokens of each sequence."""
-    recomputes: bool
-    """Whether its training steps recompute activations."""
+    recomputed: int
+    """The number of layers whose activations its training steps recompute."""
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class Subject:
 
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
-        preset, condition = preset.with_execution(activation_checkpointing=self.recomputes), self.condition
+        preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
         tokens = self.rows * self.length
         return step_memory(preset, self.sizes, condition.rank, condition.placement, tokens, self.length).total
 
@@ -99,7 +99,7 @@ class Subject:
         lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
         # On average, a token attends to half of its sequence.
         attention = attention_flops_per_token(sizes, self.length / 2)
-        again = 2.0 * (sizes.active_linear + lora) + attention if self.recomputes else 0.0
+        again = (2.0 * (sizes.active_linear + lora) + attention) * min(self.recomputed, sizes.layers) / sizes.layers
         linear = linear_flops_per_token(sizes, None if condition.rank is None else lora)
         return self.rows * self.length * (linear + 3 * attention + again)
 
@@ -142,13 +142,13 @@ def fits_one_gpu(preset: Preset, sweep: Sweep) -> bool:
 def subject_of(plan: Plan, sweep: Sweep) -> Subject:
     """Return the subject of a sweep's condition, with a small batch on a CPU or fewer layers if a GPU needs it."""
     preset, condition = plan.preset, sweep.condition
-    recomputes = decided(preset, sweep).execution.activation_checkpointing is True
     sizes, length = dimensions(preset.models[condition.model]), longest_sequence(preset, condition)
+    recomputed = decided(preset, sweep).execution.recomputed_layers(sizes.layers)
     if preset.execution.gpu is None:
         length = min(length, _CPU_TOKENS)
-        return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputes)
+        return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputed)
     tokens = max(length, min(preset.execution.max_batch_tokens, condition.batch_size * length))
-    subject = Subject(condition, sizes, max(1, tokens // length), length, recomputes)
+    subject = Subject(condition, sizes, max(1, tokens // length), length, recomputed)
     while subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[preset.execution.gpu].memory:
         subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
     return subject
@@ -160,7 +160,7 @@ def random_model(
     preset: Preset,
     device: torch.device,
     plain: bool = False,
-    recomputes: bool = False,
+    recomputed: int = 0,
     folder: Path | None = None,
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
@@ -170,7 +170,8 @@ def random_model(
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
-        recomputes: recompute activations, and keep no second copy of the base in bf16, as in training.
+        recomputed: the number of layers whose activations are recomputed; if any, no second copy of the base in bf16
+            is kept, as in training.
         folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
@@ -185,6 +186,10 @@ def random_model(
             config_of(sizes, context=1 << 17), dtype=torch.float32, **options
         )
     model.train()
+    if sizes.in_bf16:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
     if folder is not None:
         logging.disable_progress_bar()
         dtype = torch.bfloat16 if preset.protocol.precision == "bf16" else torch.float32
@@ -192,10 +197,12 @@ def random_model(
         model.save_pretrained(folder, state_dict=weights)
     if not plain:
         attend_in_blocks(model)
-    if recomputes:
-        recompute_activations(model)
+    if recomputed:
+        recompute_activations(model, max(0, sizes.layers - recomputed))
     if condition.rank is None:
         return model
+    if preset.protocol.precision == "bf16" and not plain:
+        hold_in_bf16(model)
     assert condition.placement
     assert condition.alpha
     head = preset.protocol.include_unembedding
@@ -206,7 +213,7 @@ def random_model(
             if ".lora_B." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     if not plain:
-        use_fast_products(adapted, keep_cast=not recomputes)
+        use_fast_products(adapted, keep_cast=not recomputed)
     return adapted
 
 
@@ -228,6 +235,8 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         # is no error and changes the gradient by more than rounding does.
         fewer = min(sizes.active_experts, sizes.experts // 2)
         sizes = replace(sizes, active_experts=sizes.experts if precision == "bf16" else fewer)
+    protocol = preset.protocol.model_copy(update={"precision": precision})
+    preset = preset.model_copy(update={"protocol": protocol})
     reference = random_model(sizes, condition, preset, torch.device("cpu"), plain=True)
     model = random_model(sizes, condition, preset, machine.device)
     model.load_state_dict(reference.state_dict())
@@ -275,7 +284,7 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
     steps: list[Callable[[], None]] = []
 
     def first_steps() -> None:
-        model = random_model(subject.sizes, subject.condition, preset, machine.device, recomputes=subject.recomputes)
+        model = random_model(subject.sizes, subject.condition, preset, machine.device, recomputed=subject.recomputed)
         parameters = trained_parameters(model)
         optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
 

@@ -74,7 +74,7 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
     requests = [Request(prompt, (0, number)) for number in range(_RESPONSES)]
     with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS) as engine:
         model = random_model(
-            subject.sizes, condition, preset, machine.device, recomputes=subject.recomputes, folder=Path(folder)
+            subject.sizes, condition, preset, machine.device, recomputed=subject.recomputed, folder=Path(folder)
         )
         spec = PathModel(
             kind="path", path=folder, parameters=subject.sizes.parameters, hidden_size=subject.sizes.hidden

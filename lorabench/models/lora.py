@@ -14,6 +14,8 @@ with A and B are added to the base's result in place, and the backward pass is e
 of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
 fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts and sharded models keep
 PEFT's own forward pass.
+
+Weights that were published in bf16 need no more than that under autocast: `hold_in_bf16` stores them so.
 """
 
 from __future__ import annotations
@@ -173,6 +175,31 @@ def tie_beneath(model: PeftModel) -> None:
             del base.all_tied_weights_keys[name]
             base.all_tied_weights_keys[f"{layer}.base_layer.{weight}"] = source
     model.tie_weights = partial(base.tie_weights, recompute_mapping=False)
+
+
+def hold_in_bf16(model: PreTrainedModel) -> None:
+    """Store the weights of a base's linear layers in bf16 where that changes none, before it gets LoRA.
+
+    Under autocast to bf16 all results are the same, bit for bit, since it would cast these weights to bf16 itself.
+    Other weights stay in fp32: those that bf16 would round, that of an unembedding which is also the embedding, whose
+    results are added to in fp32, and those of norms and experts, which compute in fp32. `model.float()` undoes it.
+    """
+    embedding: Any = model.get_input_embeddings()
+    for layer in model.modules():
+        if (
+            isinstance(layer, nn.Linear)
+            and layer.weight.dtype == torch.float32
+            and layer.weight is not embedding.weight
+        ):
+            rounded = layer.weight.detach().bfloat16()
+            if _equal(rounded, layer.weight):
+                layer.weight.data = rounded
+                # PEFT creates A and B in this type rather than in that of the weight, which would round A.
+                layer.compute_dtype = torch.float32  # type: ignore[assignment]
+
+
+def _equal(rounded: Tensor, weight: Tensor) -> bool:
+    return bool((rounded.float() == weight).all())
 
 
 def use_fast_products(model: nn.Module, keep_cast: bool = True) -> None:

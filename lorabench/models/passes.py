@@ -66,12 +66,19 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def recompute_activations(model: Any) -> None:
-    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result."""
+def recompute_activations(model: Any, keeping: int = 0) -> None:
+    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result.
+
+    The last `keeping` layers keep their activations, in models whose decoder has `layers`. They have given them back
+    when those of the first are computed again.
+    """
     # There is no random state to restore: models have no dropout.
     options = {"use_reentrant": False, "preserve_rng_state": False}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
+    layers = getattr(model.get_decoder(), "layers", ())
+    for layer in layers[len(layers) - keeping :]:
+        layer.gradient_checkpointing = False
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

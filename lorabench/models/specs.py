@@ -123,6 +123,8 @@ class Dimensions:
     query_key_norms: bool = False
     experts: int = 0
     active_experts: int = 0
+    in_bf16: bool = False
+    """Whether the model's files hold its weights in bf16."""
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -171,6 +173,11 @@ class Dimensions:
         adapted = self._adapted(placement, include_unembedding)
         return sum(m.parameters for m in adapted if m.part != "experts")
 
+    def held_in_bf16(self) -> int:
+        """Return the number of frozen parameters that `lorabench.models.lora.hold_in_bf16` stores in bf16."""
+        parts = {"attn", "mlp"} | (set() if self.tied else {"unembedding"})
+        return sum(matrix.parameters for matrix in self.matrices if matrix.part in parts) if self.in_bf16 else 0
+
     def _adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
         parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
         parts |= {"unembedding"} if include_unembedding else set()
@@ -197,6 +204,7 @@ def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
         query_key_norms=config["model_type"].startswith("qwen3"),
         experts=experts,
         active_experts=config["num_experts_per_tok"] if experts else 0,
+        in_bf16=(config.get("dtype") or config.get("torch_dtype")) == "bfloat16",
     )
 
 
@@ -226,7 +234,8 @@ def dimensions(model: ModelSpec) -> Dimensions:
         with suppress(KeyError):
             known = dimensions_of_config(json.loads(path.read_text()))
             if abs(known.parameters / model.parameters - 1) <= 0.02:
-                return known
+                # A dequantized file has weights that bf16 would round.
+                return replace(known, in_bf16=known.in_bf16 and not isinstance(model, GgufModel))
     return guessed_dimensions(model.parameters, model.hidden_size)
 
 

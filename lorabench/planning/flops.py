@@ -47,7 +47,7 @@ class RunWork:
     evaluated_flops: float
     drawn_flops: float
     recomputed_flops: float
-    """FLOPs of the layers' forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
+    """FLOPs of the layers' forward passes that activation checkpointing repeats; 0 where `auto` is not decided yet."""
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
@@ -167,8 +167,8 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
     forward = linear + attention_flops_per_token(sizes, context)
     attention = attention_flops_per_token(sizes, learned_context)
     training = linear_flops_per_token(sizes, None if condition.rank is None else lora) + 3 * attention
-    # Activation checkpointing recomputes the layers, and not the unembedding.
-    layers = linear + attention - unembedding_flops_per_token(preset, condition)[1]
+    # Activation checkpointing recomputes layers, and not the unembedding.
+    layer = (linear + attention - unembedding_flops_per_token(preset, condition)[1]) / sizes.layers
     return RunWork(
         trained,
         evaluated,
@@ -180,7 +180,7 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,
-        recomputed_flops=trained * layers if preset.execution.activation_checkpointing is True else 0.0,
+        recomputed_flops=trained * layer * preset.execution.recomputed_layers(sizes.layers),
     )
 
 

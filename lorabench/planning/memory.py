@@ -1,18 +1,19 @@
 """The memory of a job, estimated from the sizes of its model; it decides the number of GPUs. Does not import torch.
 
-A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
-moments of the trained parameters; the bf16 copies that autocast makes of the other weights, but for those of experts,
-which compute in fp32; activations of one micro-batch; logits of its scored tokens, on one GPU only of a piece of them;
-in RL the cache of keys and values, or the engine vLLM. Over several GPUs (FSDP) weights, gradients and moments
-are split. Activations and logits are not, nor are the copies, which autograd keeps for the backward pass when the
-gathered weights are given back. The numbers of bytes follow the code of transformers and PEFT, and were checked by the
-lifetime of every tensor's storage, also in two processes that share a model (`lorabench.training.step_cost`,
-tests/planning/test_memory.py).
+A process holds its weights in fp32, of which frozen ones that were published in bf16 are in bf16 alone, and others that
+carry LoRA have a bf16 copy; gradients and Adam's two moments of the trained parameters; the bf16 copies that autocast
+makes of the other weights, but for those of experts, which compute in fp32; activations of one micro-batch; a piece of
+the logits of its scored tokens; in RL the cache of keys and values, or the engine vLLM. Over several GPUs (FSDP)
+weights, gradients and moments are split. Activations and logits are not, nor are the copies, which autograd keeps for
+the backward pass when the gathered weights are given back. The numbers of bytes follow the code of transformers and
+PEFT, and were checked by the lifetime of every tensor's storage, also in two processes that share a model
+(`lorabench.training.step_cost`, tests/planning/test_memory.py).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from lorabench.config.fields import Placement
@@ -35,8 +36,7 @@ _WITHOUT_END = 1 << 40
 # Gradients in a layer's backward pass as a share of what the layer keeps: measured in fp32 and bf16 on the tiny bases.
 _IN_BACKWARD = 0.3
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 26}
-"""The most logits that a model which is not sharded computes at once: `MAX_LOGITS` of training/loss.py, which
-imports torch."""
+"""The most logits that are computed at once: `MAX_LOGITS` of training/loss.py, which imports torch."""
 
 
 class TooLargeError(UserError):
@@ -53,7 +53,7 @@ class Memory:
     """The bytes that a job needs on each GPU, or on a CPU in its process."""
 
     weights: float
-    """Weights in fp32, and the bf16 copies that are kept from step to step."""
+    """Weights in fp32 or, where that is exact, in bf16, and the bf16 copies that are kept from step to step."""
     gradients: float
     moments: float
     copies: float
@@ -74,15 +74,18 @@ class Memory:
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
-def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
-    """Return the number of frozen parameters, those that carry LoRA, of which a bf16 copy is kept for speed.
+def bf16_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> tuple[int, int]:
+    """Return the number of frozen parameters that are held in bf16 alone, and of those that have a bf16 copy for speed.
 
-    It is 0 for sharded models. With `activation_checkpointing`, by which memory matters more than speed, the copies are
-    kept in passes without gradients only.
+    Both are 0 for sharded models. The others that carry LoRA have copies. Where activations are recomputed, memory
+    matters more than speed, and copies are kept in passes without gradients only.
     """
     if placement is None or preset.protocol.precision != "bf16" or gpus > 1:
-        return 0
-    return sizes.carrying(placement, preset.protocol.include_unembedding)
+        return 0, 0
+    head = preset.protocol.include_unembedding
+    if not sizes.in_bf16:
+        return 0, sizes.carrying(placement, head)
+    return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
@@ -99,8 +102,8 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     if uses_engine(preset, condition):
         return replace(step, engine=sum(engine_memory(preset, condition.model, condition)))
     # Where training does not keep the bf16 copies of weights that carry LoRA, passes without gradients do.
-    again = execution.activation_checkpointing is True
-    cast = 2 * cast_parameters(preset, sizes, condition.placement, gpus) if again else 0
+    again = execution.recomputed_layers(sizes.layers) > 0
+    cast = 2 * bf16_parameters(preset, sizes, condition.placement, gpus)[1] if again else 0
     if not is_rl:
         return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
@@ -140,23 +143,25 @@ def step_memory(
     Returns:
         The bytes on each GPU, without those of sampling.
     """
-    bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing is True
+    bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
     trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
     layer = _layer_bytes(sizes, rank, bf16)
     if on_cpu:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
-    # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time.
-    kept = sizes.layers * (4 * sizes.hidden if recomputes else layer)
+    # The first layers may keep only their inputs; their other activations exist for one layer at a time.
+    keeping = sizes.layers - recomputed
+    kept = recomputed * 4 * sizes.hidden + keeping * layer
     # Logits and their gradient in fp32; in RL also what the entropy takes.
     logit = 16 if is_rl else 12
     logits = tokens * sizes.vocabulary * logit
     at_once = LOGITS_AT_ONCE["cpu" if on_cpu else "gpu"]
-    if gpus == 1 and tokens * sizes.vocabulary > at_once:
+    if tokens * sizes.vocabulary > at_once:
         # Pieces of the logits one after the other, and the gradient of the unembedding's input.
         logits = logit * max(at_once, sizes.vocabulary) + 4 * tokens * sizes.hidden
     # When the logits are freed, a layer's backward pass needs its activations, kept or recomputed, and their gradients.
-    backward, gathered = tokens * layer * (_IN_BACKWARD + (1 if recomputes else 0)), 0
+    # The first layers are recomputed when the last have freed what they kept.
+    backward, gathered = tokens * layer * (_IN_BACKWARD + (0 if keeping else 1)), 0
     if gpus > 1:
         # Layers are gathered one by one, the next while one is computed; embedding and unembedding stay gathered.
         gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
@@ -164,19 +169,20 @@ def step_memory(
         # embedding waits for the end of the pass; that of another unembedding takes the place of the embedding, which
         # is not gathered then.
         backward += 0 if rank else 4 * (2 * sizes.layer_parameters + sizes.tied * sizes.vocabulary * sizes.hidden)
-    cast = 0 if recomputes else cast_parameters(preset, sizes, placement, gpus)
+    held, copied = bf16_parameters(preset, sizes, placement, gpus)
+    cast = 0 if recomputed else copied
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
-    # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
-    # fully fine-tuned.
-    share = 1 / sizes.layers if recomputes and (rank is not None or gpus > 1) else 1.0
+    # backward pass. Of recomputed layers there is one layer's copy at a time, unless an unsharded model is fully
+    # fine-tuned.
+    share = max(1, keeping) / sizes.layers if rank is not None or gpus > 1 else 1.0
     experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
     linear = sum(matrix.parameters for matrix in sizes.matrices)
-    copies = 2.0 * (linear - experts - cast) if bf16 else 0.0
+    copies = 2.0 * (linear - experts - held - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
         copies += 4 * experts
     return Memory(
-        weights=4 * (sizes.parameters + trained if rank else trained) / gpus + 2 * cast + gathered,
+        weights=4 * (sizes.parameters + trained if rank else trained) / gpus - 2 * held + 2 * cast + gathered,
         gradients=4 * trained / gpus,
         moments=8 * trained / gpus,
         copies=copies * share,
@@ -226,24 +232,34 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
 
 def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
-    execution, gpus = preset.execution, 1
-    assert execution.gpu
-    while sweep_memory(preset, sweep, gpus).total > USABLE * GPUS[execution.gpu].memory:
+    gpus = 1
+    while not _fits(preset, sweep, gpus):
         gpus *= 2
-        if gpus > execution.max_gpus:
+        if gpus > preset.execution.max_gpus:
             return None
     return gpus
 
 
+def _fits(preset: Preset, sweep: Sweep, gpus: int) -> bool:
+    assert preset.execution.gpu
+    return sweep_memory(preset, sweep, gpus).total <= USABLE * GPUS[preset.execution.gpu].memory
+
+
 def decided(preset: Preset, sweep: Sweep) -> Preset:
-    """Return the preset with `activation_checkpointing: auto` decided for a sweep: only where it saves GPUs."""
+    """Return the preset with `activation_checkpointing: auto` decided for a sweep.
+
+    It is the least number of layers with which the sweep's job fits the least number of GPUs.
+    """
     execution = preset.execution
     if execution.activation_checkpointing != "auto":
         return preset
-    keeping, recomputing = (preset.with_execution(activation_checkpointing=again) for again in (False, True))
-    if execution.gpu is None or _least_gpus(keeping, sweep) == _least_gpus(recomputing, sweep) is not None:
-        return keeping
-    return recomputing
+    layers = dimensions(preset.models[sweep.condition.model]).layers
+    choices = [preset.with_execution(activation_checkpointing=number) for number in range(layers + 1)]
+    if execution.gpu is None:
+        return choices[0]
+    if (gpus := _least_gpus(choices[-1], sweep)) is None:
+        return choices[-1]
+    return choices[bisect_left(choices[:-1], True, key=lambda choice: _fits(choice, sweep, gpus))]
 
 
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:

@@ -19,7 +19,7 @@ from lorabench.planning.flops import (
     run_work,
     unembedding_flops_per_token,
 )
-from lorabench.planning.memory import cast_parameters, decided
+from lorabench.planning.memory import bf16_parameters, decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -78,9 +78,12 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     padded = padding(preset, condition, gpus)
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
     experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
+    active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
+    if condition.placement not in (None, "attn"):
+        # The gradients of the experts' A and B are products with the gradient of the whole weights.
+        flops += padded * work.trained * 2.0 * active
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
-        active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
         flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
     # Logits are computed of scored tokens only.
     training, forward = unembedding_flops_per_token(preset, condition)
@@ -91,7 +94,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     trained, evaluated = max(condition.steps, padded * work.trained / at_once), work.evaluated / at_once
     if condition.placement not in (None, "attn"):
         # In each pass LoRA is added to the weights of all experts.
-        recomputed = trained if execution.activation_checkpointing is True else 0.0
+        recomputed = trained * execution.recomputed_layers(sizes.layers) / sizes.layers
         traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
         computing += traffic * sum(matrix.parameters for matrix in experts) / GPUS[execution.gpu].bandwidth
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
@@ -173,9 +176,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
     if engine:
         handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
         return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
-    # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
-    # and the copy from which processes of a sharded model sample, are read in bf16.
-    cast = cast_parameters(preset, sizes, condition.placement, gpus)
+    # Autocast copies frozen weights for every position and trained weights once; those that are held or kept in bf16,
+    # and the copy from which processes of a sharded model sample, are read.
+    cast = sum(bf16_parameters(preset, sizes, condition.placement, gpus))
     weights = 2 * cast + (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     # Keys and values are read, repeated for all heads, and read again.
     cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import torch
 from lorabench.config.inputs import FactsDataset, curve_examples
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
-from lorabench.models.lora import add_lora, use_fast_products
+from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
+from lorabench.models.specs import dimensions
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
@@ -57,9 +59,13 @@ class SweepContext:
         path, machine = self.folder(run).checkpoint, self.machine
         return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
-    def recomputes(self) -> bool:
-        """Return whether the backward pass computes each layer again."""
-        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
+    @cached_property
+    def recomputed_layers(self) -> tuple[int, int]:
+        """The number of layers that the backward pass computes again, and of those that keep their activations."""
+        preset = decided(self.plan.preset, self.sweep)
+        layers = dimensions(preset.models[self.sweep.condition.model]).layers
+        again = preset.execution.recomputed_layers(layers)
+        return again, layers - again
 
     def provenance(self) -> dict[str, Any]:
         """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
@@ -133,17 +139,23 @@ class Base:
 
     def untrained(self, context: SweepContext) -> PreTrainedModel:
         """Return the base model; if it will be sharded, only the first process has weights, on its CPU."""
+        processes = context.machine.processes
         if self._model is None:
-            spec, processes = context.layout.model(context.sweep.condition.model), context.machine.processes
+            spec = context.layout.model(context.sweep.condition.model)
             # An unused sharded model is kept alive by reference cycles, and is as large as the model loaded now.
             gc.collect()
-            if processes.sharded:
-                self._model = load_model(spec) if processes.first else skeleton(spec)
-            else:
-                self._model = load_model(spec).to(context.machine.device)
+            self._model = load_model(spec) if processes.first else skeleton(spec)
             check_plain_head(self._model)
-            if context.recomputes():
-                recompute_activations(self._model)
+            recomputed, keeping = context.recomputed_layers
+            if recomputed:
+                recompute_activations(self._model, keeping)
+        if not processes.sharded:
+            if context.sweep.condition.method == "lora" and context.machine.autocast == torch.bfloat16:
+                hold_in_bf16(self._model)
+            else:
+                # A sweep of LoRA may have used it before.
+                self._model.float()
+            self._model.to(context.machine.device)
         return self._model
 
     def sharded(self, context: SweepContext) -> PreTrainedModel:
@@ -162,8 +174,8 @@ class Base:
             yield processes.shard(model if run.condition.method == "fullft" else with_adapter(model, context, run))
             return
         adapted = with_adapter(model, context, run)
-        # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        use_fast_products(adapted, keep_cast=not context.recomputes())
+        # Where activations are recomputed, memory is short, so no second copy of the base in bf16 is kept.
+        use_fast_products(adapted, keep_cast=not context.recomputed_layers[0])
         try:
             yield adapted
         finally:

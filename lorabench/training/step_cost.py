@@ -35,7 +35,7 @@ from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters
-from lorabench.models.lora import add_lora, targets, use_fast_products
+from lorabench.models.lora import add_lora, hold_in_bf16, targets, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.store.schemas import COMPUTE
 from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient, check_plain_head
@@ -109,6 +109,8 @@ def measure_compute(
         if rank is not None:
             # The copy shares the parameters' memory but has `requires_grad` flags of its own.
             shared = copy.deepcopy(base, {id(p): torch.nn.Parameter(p.detach()) for p in base.parameters()})
+            if bf16:
+                hold_in_bf16(shared)
             model = add_lora(shared, rank, "all", protocol.alpha, protocol.include_unembedding, seed=0)
         linear_flops, total_flops = count_flops(model, batch, bf16)
         if rank is not None:

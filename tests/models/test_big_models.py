@@ -83,6 +83,12 @@ def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counte
         if rank is not None:
             model = add_lora(model, rank, placement, 32.0, True, seed=0)
         model = model.float()
+        if rank is not None:
+            # As `hold_in_bf16` does with weights that have content.
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+                    tied = layer.weight is model.get_input_embeddings().weight
+                    layer.weight.data = layer.weight.data if tied else layer.weight.data.bfloat16()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)

@@ -45,7 +45,7 @@ class Alive(TorchDispatchMode):
         return out
 
 
-def main(name: str, rank: int, again: bool, bf16: bool, batch: int, length: int) -> None:
+def main(name: str, rank: int, recomputed: int, bf16: bool, batch: int, length: int, pieces: int) -> None:
     processes = join()
     model = load_model(TinyModel(kind="tiny", name=name.split("+")[0]))
     if "+tied" in name:
@@ -54,8 +54,8 @@ def main(name: str, rank: int, again: bool, bf16: bool, batch: int, length: int)
         assert model.lm_head.weight is model.model.embed_tokens.weight
     if rank:
         model = add_lora(model, rank, "all", 32, True, seed=0)
-    if again:
-        recompute_activations(model)
+    if recomputed:
+        recompute_activations(model, model.config.num_hidden_layers - recomputed)
     sharded = processes.shard(model)
     inputs, targets = torch.randint(sharded.config.vocab_size, (2, batch, length))
     optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], lr=0.0, foreach=False)
@@ -64,7 +64,7 @@ def main(name: str, rank: int, again: bool, bf16: bool, batch: int, length: int)
         for _ in range(2):
             # A batch has several parts, and the gradients of one wait for the next.
             cast = torch.bfloat16 if bf16 else None
-            add_gradient(sharded, Batch(inputs, targets), 2 * targets.numel(), cast, None)
+            add_gradient(sharded, Batch(inputs, targets), 2 * targets.numel(), cast, pieces)
         optimizer.step()
         optimizer.zero_grad()
 

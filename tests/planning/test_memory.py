@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -14,6 +15,7 @@ from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
+from lorabench.planning.flops import run_work
 from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory, sweep_memory
 from lorabench.planning.plan import make_plan
 
@@ -22,7 +24,7 @@ from ..handmade import with_model
 
 
 def laptop(precision, again=False):
-    """Return the preset `laptop` with a precision, with or without activation checkpointing."""
+    """Return the preset `laptop` with a precision and, of layers whose activations are recomputed, all or a number."""
     preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
     return preset.with_execution(activation_checkpointing=again)
 
@@ -49,6 +51,8 @@ def test_memory_is_what_a_step_takes(name, precision, batch, length):
         ("llama-128", None, "bf16", False),
         ("llama-128", 8, "fp32", False),
         ("qwen-64", 8, "bf16", True),
+        ("qwen-64", 8, "bf16", 1),
+        ("llama-128", None, "fp32", 2),
         ("moe-128", None, "fp32", True),
         ("moe-128", None, "bf16", False),
     ],
@@ -57,7 +61,7 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     import torch
 
     from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora, use_fast_products
+    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
     from lorabench.models.passes import recompute_activations
     from lorabench.training import step_cost
     from lorabench.training.loss import Batch
@@ -67,10 +71,13 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
     monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
     model = load_model(spec)
     if rank:
+        if precision == "bf16":
+            hold_in_bf16(model)
         model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
         use_fast_products(model)
     if again:
-        recompute_activations(model)
+        layers = dimensions(spec).layers
+        recompute_activations(model, layers - preset.execution.recomputed_layers(layers))
     tokens = torch.randint(1024, (2, 16, 128))
     step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
     peak = step_cost.peak_memory(model, optimizer, step)
@@ -87,7 +94,7 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name,
     import torch
 
     from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora, use_fast_products
+    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
     from lorabench.models.passes import recompute_activations, trained_parameters
     from lorabench.training import step_cost
     from lorabench.training.rl.objective import ResponseGroup, backward
@@ -99,6 +106,7 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name,
     monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
     model = load_model(spec)
     if rank:
+        hold_in_bf16(model)
         model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
         use_fast_products(model)
     if again:
@@ -121,25 +129,30 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "rank", "again", "precision", "batch", "length"),
+    ("name", "rank", "again", "precision", "batch", "length", "pieces"),
     [
-        ("llama-128", None, False, "bf16", 8, 128),
-        # With few tokens, what is gathered and the gradient of the embedding weigh most.
-        ("llama-128+tied", None, False, "fp32", 1, 16),
-        ("moe-128", None, False, "bf16", 8, 128),
-        ("moe-128", None, True, "bf16", 2, 64),
-        ("moe-128", 8, True, "bf16", 2, 64),
+        ("llama-128", None, False, "bf16", 8, 128, 1 << 24),
+        ("llama-128", None, 2, "bf16", 16, 128, 1 << 18),
+        # With few tokens, what is gathered and the gradients of embedding and unembedding weigh most.
+        ("llama-128", None, False, "bf16", 2, 64, 1 << 14),
+        ("llama-128+tied", None, False, "fp32", 1, 16, 1 << 24),
+        ("moe-128", None, False, "bf16", 8, 128, 1 << 24),
+        ("moe-128", None, True, "bf16", 2, 64, 1 << 24),
+        ("moe-128", 8, True, "bf16", 2, 64, 1 << 24),
     ],
 )
-def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precision, batch, length):
-    settings = [name, rank or 0, int(again), int(precision == "bf16"), batch, length]
+def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precision, batch, length, pieces, monkeypatch):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
+    sizes = replace(dimensions(TinyModel(kind="tiny", name=name.split("+")[0])), tied="+tied" in name)
+    preset = laptop(precision, again)
+    recomputed = preset.execution.recomputed_layers(sizes.layers)
+    settings = [name, rank or 0, recomputed, int(precision == "bf16"), batch, length, pieces]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     command += ["tests.planning.sharded_step", *map(str, settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("peak ")[1].split()[0])
-    sizes = replace(dimensions(TinyModel(kind="tiny", name=name.split("+")[0])), tied="+tied" in name)
-    estimate = step_memory(laptop(precision, again), sizes, rank, rank and "all", batch * length, length, gpus=2).total
+    estimate = step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2).total
     assert 1.0 <= estimate / peak < 1.2
 
 
@@ -156,8 +169,7 @@ def test_the_limit_of_logits_is_that_of_the_loss():
     # RL also measures the entropy.
     assert step_memory(core, sizes, 8, "all", 512, 512, is_rl=True).logits == 16 * sizes.vocabulary * 512
     assert step_memory(core, sizes, 8, "all", 8192, 512, is_rl=True).logits < 1.5 * many
-    # Sharded models compute all at once.
-    assert step_memory(core, sizes, 8, "all", 8192, 512, gpus=2).logits >= 12 * sizes.vocabulary * 8192
+    assert step_memory(core, sizes, 8, "all", 8192, 512, gpus=2).logits == many
 
 
 def test_a_mixture_of_experts_of_30b_is_fully_fine_tuned_on_16_gpus():
@@ -182,8 +194,8 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
     plan = make_plan(with_model(paper, models=["llama-3-1-8b-base"], ranks={"all": [1, 64, 256]}))
     gpus = {sweep.condition.rank: gpus_needed(plan.preset, sweep) for sweep in plan.sweeps}
     assert gpus[1] == gpus[64] == gpus[256] == 1
-    # Traces of 20,480 tokens take more than four.
-    assert gpus[None] == 8
+    # So many also hold traces of 20,480 tokens, since layers are recomputed and logits computed in pieces.
+    assert gpus[None] == 4
     full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
     whole, quarter = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
     assert (quarter.gradients, quarter.moments) == (whole.gradients / 4, whole.moments / 4)
@@ -194,7 +206,21 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
     checkpoints, plain = (
         load_preset("paper").with_execution(activation_checkpointing=again) for again in (True, False)
     )
-    sizes = dimensions(plain.models["llama-3-1-8b-base"])
+    published = dimensions(plain.models["llama-3-1-8b-base"])
+    # Frozen weights that were published in bf16 need no other form, whichever of them carry LoRA.
+    for placement, preset in product(("all", "attn"), (plain, checkpoints)):
+        trained = published.lora(placement, 16, True)[0]
+        step = step_memory(preset, published, 16, placement, 8192, 1024)
+        others = published.vocabulary * published.hidden + (2 * published.layers + 1) * published.hidden
+        assert step.weights == 4 * (others + trained) + 2 * (published.parameters - others)
+        assert step.copies == 0
+    # A tied unembedding is also the embedding, which is needed in fp32, and has a copy.
+    tied = dimensions(plain.models["llama-3-2-1b-base"])
+    step, matrix = step_memory(plain, tied, 16, "all", 8192, 1024), tied.vocabulary * tied.hidden
+    others = matrix + (2 * tied.layers + 1) * tied.hidden
+    assert step.weights == 4 * (others + tied.lora("all", 16, True)[0]) + 2 * matrix + 2 * (tied.parameters - others)
+    # Of weights in fp32 there are copies.
+    sizes = replace(published, in_bf16=False)
     linear = sum(matrix.parameters for matrix in sizes.matrices)
     attention = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in ("attn", "unembedding"))
     assert sizes.carrying("all", True) == linear
@@ -208,19 +234,35 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
         assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear
 
 
-def test_activations_are_recomputed_only_where_a_job_then_needs_fewer_gpus():
+def test_as_few_layers_are_recomputed_as_fit_the_fewest_gpus():
     core = load_preset("core")
     assert core.execution.activation_checkpointing == "auto"
-    always, never = (core.with_execution(activation_checkpointing=again) for again in (True, False))
-    chosen = set()
+    always, shares = core.with_execution(activation_checkpointing=True), []
     for sweep in make_plan(core).sweeps:
-        again = decided(core, sweep).execution.activation_checkpointing
-        chosen.add(again)
+        layers = dimensions(core.models[sweep.condition.model]).layers
+        again = decided(core, sweep).execution.recomputed_layers(layers)
+        shares.append(again / layers)
         assert gpus_needed(core, sweep) == gpus_needed(always, sweep)
         if again:
             with suppress(UserError):
-                assert gpus_needed(never, sweep) > gpus_needed(core, sweep)
-        assert sweep_memory(core, sweep) == sweep_memory(always if again else never, sweep)
-    assert chosen == {True, False}
+                fewer = core.with_execution(activation_checkpointing=again - 1)
+                assert gpus_needed(fewer, sweep) > gpus_needed(core, sweep)
+    assert min(shares) == 0
+    assert any(0 < share < 1 for share in shares)
     cpu = load_preset("smoke").with_execution(activation_checkpointing="auto")
-    assert decided(cpu, make_plan(cpu).sweeps[0]).execution.activation_checkpointing is False
+    assert decided(cpu, make_plan(cpu).sweeps[0]).execution.activation_checkpointing == 0
+
+
+def test_the_number_of_recomputed_layers_scales_memory_and_flops_between_none_and_all():
+    core = load_preset("core")
+    sweep = next(s for s in make_plan(core).sweeps if s.condition.rank is None)
+    layers = dimensions(core.models[sweep.condition.model]).layers
+    none, half, every = (core.with_execution(activation_checkpointing=again) for again in (False, layers // 2, True))
+    assert [preset.execution.recomputed_layers(layers) for preset in (none, half, every)] == [0, layers // 2, layers]
+    flops = [run_work(preset, sweep.condition).recomputed_flops for preset in (none, half, every)]
+    assert flops[0] == 0
+    assert flops[1] == pytest.approx(flops[2] / 2)
+    activations = [sweep_memory(preset, sweep).activations for preset in (none, half, every)]
+    assert activations[1] == pytest.approx((activations[0] + activations[2]) / 2)
+    # A model of fewer layers than a preset names is recomputed as a whole.
+    assert core.with_execution(activation_checkpointing=1000).execution.recomputed_layers(layers) == layers

@@ -216,8 +216,37 @@ def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
             training, forward = unembedding_flops_per_token(paper, condition)
             unscored = (padded * work.trained - work.trained_scored) * training
             unscored += (work.evaluated - work.evaluated_scored) * forward
+            if condition.placement != "attn":
+                # The gradient of the experts' whole weights.
+                flops += padded * work.trained * 2 * share * sizes.active_linear
             computed = (flops * (1 + share) - unscored) / flops_per_second(paper.execution, 4)
             ratios[condition.placement] = run_seconds(paper, sweep, 4)[0] / computed
     assert ratios["attn"] == pytest.approx(1)
     # In each pass over 16,384 tokens, 28 billion parameters are read and written a few times.
     assert 1.1 < ratios["mlp"] < 2
+
+
+def test_lora_on_experts_computes_the_gradient_of_their_whole_weights():
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lorabench.models.base import load_model
+    from lorabench.models.lora import add_lora
+    from lorabench.training.loss import Batch, add_gradient
+
+    products = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products[-1] += func is torch.ops.aten._grouped_mm.default
+            return func(*args, **(kwargs or {}))
+
+    for placement in (None, "attn", "all"):
+        model = load_model(TinyModel(kind="tiny", name="moe-128"))
+        if placement:
+            model = add_lora(model, 8, placement, 32.0, True, 0)
+        products.append(0)
+        with Counter():
+            add_gradient(model, Batch(*torch.randint(1024, (2, 1, 8))), 1, None, None)
+    # Three layers have two products each: forward, for the gradient of the input, and for that of the weights.
+    assert products == [18, 12, 18]

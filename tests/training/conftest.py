@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,17 +110,20 @@ def train(
     tick=lambda step: None,
     spec: ModelSpec = TINY,
     processes: Processes = SINGLE_PROCESS,
-    recompute: bool = False,
+    keeping: int | None = None,
     model: Any = None,
     curve_examples: int | None = None,
 ):
-    """Train on a newly loaded model, or on another base; return the outcome and the trained model."""
+    """Train on a newly loaded model, or on another base; return the outcome and the trained model.
+
+    Where `keeping` is a number, only so many layers, the last, keep their activations.
+    """
     protocol = protocol or Protocol()
     autocast = torch.bfloat16 if protocol.precision == "bf16" else None
     machine = Machine(torch.device("cpu"), max_batch_tokens, processes=processes, autocast=autocast)
     model = model or (load_model(spec) if processes.first else skeleton(spec))
-    if recompute:
-        recompute_activations(model)
+    if keeping is not None:
+        recompute_activations(model, keeping)
     if condition.method == "lora":
         head, init_a = protocol.include_unembedding, condition.init_a or 1.0
         model = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed, init_a)
@@ -129,7 +131,7 @@ def train(
             use_fast_products(model)
     model = processes.shard(model)
     # B of a new adapter is zero.
-    base = example_nlls(model, data["validation"], replace(machine, autocast=None))
+    base = example_nlls(model, data["validation"], machine)
     validation = ValidationCurve(data["validation"], curve_examples, base)
     run = Run(condition, lr, seed)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, checkpoint_seconds, processes)

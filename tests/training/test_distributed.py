@@ -40,7 +40,7 @@ class Case:
     lr: float = 3e-3
     precision: str = "fp32"
     breaks_after: int | None = None
-    recompute: bool = False
+    keeping: int | None = None
     max_logits: int = MAX_LOGITS["cpu"]
 
 
@@ -59,11 +59,11 @@ CASES = {
     "tied-lora": Case("lora", 4, base="tied"),
     "bf16-fullft": Case("fullft", precision="bf16"),
     "bf16-lora": Case("lora", 4, precision="bf16"),
-    "recompute-fullft": Case("fullft", recompute=True),
-    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
+    "recompute-fullft": Case("fullft", keeping=1),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, keeping=0),
     # The logits of 16 tokens at once; the processes have different numbers of pieces.
     "pieces-fullft": Case("fullft", max_logits=1 << 14),
-    "pieces-tied-lora": Case("lora", 4, base="tied", max_logits=1 << 14, recompute=True),
+    "pieces-tied-lora": Case("lora", 4, base="tied", max_logits=1 << 14, keeping=0),
     "diverges": Case("fullft", lr=1e3),
 }
 
@@ -90,7 +90,7 @@ def run_case(
             tick=tick,
             spec=spec_of(case, folder),
             processes=processes,
-            recompute=case.recompute,
+            keeping=case.keeping,
         )
     held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     curve, losses = ([vars(part) for part in parts] for parts in (outcome.curve, outcome.test_losses))

@@ -13,6 +13,7 @@ from torch import nn
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
+from lorabench.models.passes import without_peft
 from lorabench.training import loss
 from lorabench.training.distributed import NONDETERMINISTIC, NoKernelError, Processes
 from lorabench.training.run import Machine, clip_gradient, deterministically
@@ -127,14 +128,21 @@ def test_a_run_that_gets_no_gradient_ends_with_one_sentence(data, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("method", "rank", "base", "precision"), [("fullft", None, "llama-128", "fp32"), ("lora", 4, "moe-128", "bf16")]
+    ("method", "rank", "base", "precision", "keeping"),
+    [
+        ("fullft", None, "llama-128", "fp32", 0),
+        ("fullft", None, "llama-128", "bf16", 1),
+        ("lora", 4, "qwen-64", "fp32", 2),
+        ("lora", 4, "moe-128", "bf16", 0),
+    ],
 )
-def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, data, tmp_path):
+def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, keeping, data, tmp_path):
     condition = condition_of(method, rank, steps=4, batch_size=4)
     changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
     kept, model = train(condition, data, tmp_path / "a", lr=3e-3, **changes)
-    again, recomputing = train(condition, data, tmp_path / "b", lr=3e-3, recompute=True, **changes)
-    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
-    assert any(getattr(layer, "gradient_checkpointing", False) for layer in recomputing.modules())
+    again, recomputing = train(condition, data, tmp_path / "b", lr=3e-3, keeping=keeping, **changes)
+    plain, layers = (without_peft(trained).get_decoder().layers for trained in (model, recomputing))
+    assert not any(layer.gradient_checkpointing for layer in plain)
+    assert [layer.gradient_checkpointing for layer in layers] == [n < len(layers) - keeping for n in range(len(layers))]
     assert again.curve == kept.curve
     assert again.final_test_nll == kept.final_test_nll
