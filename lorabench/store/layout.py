@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from lorabench.config.inputs import HubDataset, HubModel, HubProblems, ModelSpec
@@ -10,7 +9,7 @@ from lorabench.config.loading import load_preset, preset_path, split_name
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.models.specs import model_id
-from lorabench.runs import Condition, EvalJob, Job, Sweep
+from lorabench.runs import Condition, EvalJob, Job, Run
 from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched
 
@@ -116,13 +115,13 @@ class Layout:
         """Return the file of a job's runs."""
         return self.jobs / f"{job.job_id}.parquet"
 
-    def lock(self, sweep: Sweep) -> Path:
-        """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""
-        return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"
+    def lock(self, run: Run) -> Path:
+        """Return the lock file of a run."""
+        return self.root / "locks" / f"{run.run_id}.lock"
 
-    def progress(self, sweep: Sweep) -> Path:
-        """Return the progress file of a sweep, which exists while the sweep is trained."""
-        return self.root / "progress" / f"{sweep.sweep_id}.json"
+    def progress(self, run: Run) -> Path:
+        """Return the progress file of a run, which exists while the run is trained."""
+        return self.root / "progress" / f"{run.run_id}.json"
 
     def evals(self, job: EvalJob) -> Path:
         """Return the file of one evaluation's scores."""

@@ -1,4 +1,4 @@
-"""The progress of a preset's work: a progress file for each sweep in training, and a summary of all files on disk.
+"""The progress of a preset's work: a progress file for each run in training, and a summary of all files on disk.
 
 The time of a progress file shows when its job last gave a sign of life.
 """
@@ -27,25 +27,25 @@ INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 
 
 class Progress:
-    """The progress file of one sweep, which the job removes when all runs of the sweep are finished."""
+    """Writes the progress file of each run of a sweep that this process trains."""
 
-    def __init__(self, path: Path, sweep: Sweep) -> None:
-        self.path, self.sweep, self.last_written = path, sweep, -INTERVAL
+    def __init__(self, layout: Layout, sweep: Sweep) -> None:
+        self._layout, self._sweep, self._last_written = layout, sweep, -INTERVAL
 
     def tick(self, number: int, run: Run, step: int) -> None:
         """Record that the run of this number in the sweep, from 1, has done `step` steps.
 
-        The file is written at most every `INTERVAL` seconds.
+        A file is written at most every `INTERVAL` seconds.
         """
         now = time.monotonic()
-        if now - self.last_written < INTERVAL:
+        if now - self._last_written < INTERVAL:
             return
-        self.last_written, condition = now, run.condition
-        state = {"label": condition.label, "run": number, "runs": max(number, self.sweep.n_runs)}
+        self._last_written, condition = now, run.condition
+        state = {"label": condition.label, "run": number, "runs": max(number, self._sweep.n_runs)}
         state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
         # A full disk must end the job where it loses something, not here.
         with suppress(NoSpaceError):
-            write_json(state, self.path)
+            write_json(state | {"sweep": self._sweep.sweep_id}, self._layout.progress(run))
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Status:
     jobs_done: int
     jobs_planned: int
     at_work: list[dict[str, Any]]
-    """The contents of the progress files, each with `age_s`: the seconds since the job last wrote it. A job that was
-    killed leaves its file."""
+    """The contents of the runs' progress files, each with `age_s`: the seconds since the job last wrote it. A job that
+    was killed leaves its file."""
     report: Path | None
 
 
@@ -131,15 +131,18 @@ def status(plan: Plan, layout: Layout) -> Status:
     """Read the state of a preset's work from the files on disk."""
     runs_done, runs_planned, jobs_done = FinishedRuns(plan, layout).count()
     at_work: list[dict[str, Any]] = []
-    for path in (layout.progress(sweep) for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps):
-        # A job removes the file at the end of a sweep, which may be now.
+    unfinished = {sweep.sweep_id for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps}
+    for path in sorted((layout.root / "progress").glob("*.json")):
+        # A job removes the file at the end of a run, which may be now.
         with suppress(FileNotFoundError):
             state, written = json.loads(path.read_text()), path.stat().st_mtime
             # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
             now = time.time()
             with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
                 now = os.fstat(probe.fileno()).st_mtime
-            at_work.append({**state, "age_s": now - written})
+            if state.get("sweep") in unfinished:
+                at_work.append({**state, "age_s": now - written})
+    at_work.sort(key=lambda run: (run["label"], run["run"]))
     return Status(
         runs_done=runs_done,
         runs_planned=runs_planned,

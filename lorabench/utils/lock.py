@@ -1,9 +1,10 @@
-"""A lock file, so that one process at a time works on the runs of a condition.
+"""A lock file, so that one process at a time trains a run.
 
 The lock is filelock's, on Unix `flock`, which the kernel releases when the process dies, and over NFS the server when
 the lease of a dead node ends. Where the file system has no `flock`, filelock takes the file's existence for the lock.
-A lock covers a condition and not a sweep, because a job of an earlier plan may still be training runs that a new plan
-wants too: a second process waits, says once for whom, and then finds the runs finished.
+A lock covers a run and not a sweep, because several jobs may train runs of one sweep, and a job of an earlier plan may
+still be training runs that a new plan wants too: a second process waits, says once for whom, and then finds the run
+finished.
 """
 
 from __future__ import annotations

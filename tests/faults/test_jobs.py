@@ -60,7 +60,8 @@ def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
 
     killed = place.start("step", "train", job.job_id)
     killed.until(at_work_on_the_second)
-    assert [place.path(place.layout.lock(sweep)).exists() for sweep in job.sweeps] == [False, True]
+    [locked_run] = [path.stem for path in place.path(place.layout.root).glob("locks/*")]
+    assert locked_run in second.run_ids
     killed.signal(signal.SIGKILL)
     killed.wait()
     ended = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
@@ -92,7 +93,8 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
     # The signal leads to the only checkpoint.
     place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
     job = place.start("step", "train", place.job(task).job_id)
-    job.until(place.path(place.layout.progress(place.sweep(task))).exists)
+    run = place.sweep(task).grid()[0]
+    job.until(place.path(place.layout.progress(run)).exists)
     sent = time.monotonic()
     job.signal(number)
     assert job.wait() == 128 + number
@@ -100,7 +102,7 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
     lines = [line for line in job.text.splitlines() if not line[:2].isdigit()]
     assert lines == [f"lorabench: stopped by {number.name}; what was done is kept, the same command goes on from there"]
     assert place.checkpoint(task, 0).exists()
-    assert not place.path(place.layout.lock(place.sweep(task))).exists()
+    assert not place.path(place.layout.lock(run)).exists()
 
     output = place.train(task)
     assert output.count("goes on after step") == 1
@@ -262,7 +264,7 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
 def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     sweep = place.sweep("sft")
     first = place.start("step", "train", sweep.sweep_id)
-    first.until(place.path(place.layout.lock(sweep)).exists)
+    first.until(place.path(place.layout.lock(sweep.grid()[0])).exists)
     second = place.start("step", "train", sweep.sweep_id)
     assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
     assert f"waits for process {first.pid} on " in second.text
@@ -271,15 +273,6 @@ def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     [record] = place.run_path("sft", 0).glob("record.json")
     assert record.stat().st_mtime < first.output.stat().st_mtime
     assert not list(place.path(place.layout.root).glob("locks/*"))
-
-
-def test_a_sweep_of_another_plan_has_the_lock_of_the_same_runs(planned):
-    before = planned.sweep("sft")
-    lock = planned.layout.lock(before)
-    planned.change(lambda raw: raw["experiments"]["rank"][0].update(seeds=3))
-    assert planned.sweep("sft").sweep_id != before.sweep_id
-    assert planned.layout.lock(planned.sweep("sft")) == lock
-    assert planned.layout.lock(planned.sweep("rl")) != lock
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")

@@ -38,7 +38,7 @@ def test_two_processes_leave_the_numbers_and_the_ordinary_weights_of_one(method,
     for column in LOSSES:
         assert list(runs[column]) == pytest.approx(list(alone[column]), rel=1e-5)
     assert "\n".join(lines).count("run 1/") == 2, "only the first process says when a run starts and ends"
-    assert not layout.progress(sweep_of(plan, method)).exists()
+    assert not list((layout.root / "progress").iterdir())
     record = json.loads((layout.runs / runs.run_id[0] / "record.json").read_text())
     assert record["environment"]["processes"] == 2
     base = load_model(TINY)
@@ -174,7 +174,8 @@ def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, text=True)
-    wait_for(layout.progress(sweep), process)
+    run = sweep.grid()[0]
+    wait_for(layout.progress(run), process)
     # As Slurm does, to all processes and several times.
     for _ in range(4):
         for pid in (*children(process.pid), process.pid):
@@ -186,6 +187,6 @@ def test_processes_that_get_a_signal_save_together(ready):
     assert errors == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
     assert "Traceback" not in said
     assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
-    assert not layout.lock(sweep).exists()
+    assert not layout.lock(run).exists()
     _, lines = trained(plan, layout, "lora", processes=2)
     assert "\n".join(lines).count("goes on after step") == 1

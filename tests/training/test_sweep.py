@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from unittest.mock import create_autospec
 
 import pandas as pd
@@ -12,8 +13,8 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from lorabench.errors import UserError
-from lorabench.runs import Job
-from lorabench.store.progress import status
+from lorabench.runs import Job, Run
+from lorabench.store.progress import Progress, status
 from lorabench.training import context, sft
 from lorabench.training.context import Base
 from lorabench.training.job import run_job
@@ -100,8 +101,12 @@ def test_status_counts_what_lies_on_disk(ready):
     trained(plan, layout, "lora")
     after = status(plan, layout)
     assert (after.runs_done, after.jobs_done) == (2, 1)
-    progress = layout.progress(sweep_of(plan, "fullft"))
-    progress.parent.mkdir(exist_ok=True)
-    state = {"time": 0.0, "label": "x", "run": 1, "runs": 2, "lr": 1e-3, "seed": 0, "step": 1, "steps": 2}
-    progress.write_text(json.dumps(state))
-    assert [job["label"] for job in status(plan, layout).at_work] == ["x"]
+    sweep = sweep_of(plan, "fullft")
+    progress = Progress(layout, sweep)
+    for number, seed in enumerate((0, 1), 1):
+        progress._last_written = -math.inf
+        progress.tick(number, Run(sweep.condition, 1e-3, seed), 1)
+    # A run that another plan left is not shown.
+    other = layout.progress(sweep.grid()[0]).with_name("other.json")
+    other.write_text(json.dumps({"sweep": "other", "label": "x"}))
+    assert [(run["run"], run["seed"], run["step"]) for run in status(plan, layout).at_work] == [(1, 0, 1), (2, 1, 1)]

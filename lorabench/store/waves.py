@@ -1,0 +1,83 @@
+"""The runs of a sweep on disk: its waves, as far as they are trained, and the table of a sweep that is finished."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+
+from lorabench.errors import UserError
+from lorabench.planning.plan import Plan
+from lorabench.runs import Run, Sweep, best_lr, ending, finished_losses, next_runs, validation_loss
+from lorabench.store.collect import sweep_table
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
+
+
+def waves(sweep: Sweep, layout: Layout) -> Iterator[list[Run]]:
+    """Yield the waves of a sweep's runs, each when the runs of the earlier ones are finished.
+
+    Raises:
+        UserError: a run of the wave before is not finished, or a finished run was made with another commit of a Hugging
+            Face repository than is fetched now.
+    """
+    losses: dict[tuple[float, int], float] = {}
+    while wave := next_runs(sweep, losses):
+        _check_commits(sweep, layout, wave)
+        yield wave
+        losses |= {(run.lr, run.seed): _loss(run, layout) for run in wave}
+
+
+def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:
+    """Return the best run of a sweep, with the first seed, if it is finished and must be trained again for its weights.
+
+    An earlier plan with other LRs may have had another best LR and deleted them. The weights of a restored run were
+    left behind, and only an evaluation needs them.
+    """
+    best = best_lr(sweep, _losses(sweep, layout))
+    if best is None:
+        return None
+    run = Run(sweep.condition, best, sweep.seeds.first)
+    folder, evaluated = RunFolder(layout.runs, run.run_id), any(job.sweep == sweep for job in plan.evaluations())
+    return run if not folder.weights.exists() and (evaluated or not folder.restored.exists()) else None
+
+
+def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None]) -> pa.Table:
+    """Delete the weights of a finished sweep that the preset does not keep; return its runs as rows of JOB."""
+    losses = _losses(sweep, layout)
+    folders = {(lr, seed): RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses}
+    if sweep.lattice is not None:
+        say(f"{sweep.condition.label} {ending(sweep, losses)}")
+    if plan.preset.execution.keep_weights == "best":
+        best = best_lr(sweep, losses)
+        for folder in (folder for (lr, _), folder in folders.items() if lr != best):
+            shutil.rmtree(folder.weights, ignore_errors=True)
+    return sweep_table(list(folders.values()), sweep)
+
+
+def _losses(sweep: Sweep, layout: Layout) -> dict[tuple[float, int], float]:
+    """Return the validation losses of a finished sweep, in the order of its waves."""
+    return finished_losses(sweep, lambda run: _loss(run, layout))
+
+
+def _loss(run: Run, layout: Layout) -> float:
+    folder = RunFolder(layout.runs, run.run_id)
+    if not folder.done():
+        raise UserError(f"run {run.run_id} is not finished, and which runs come after it depends on its loss")
+    return validation_loss(folder.read_record())
+
+
+def _check_commits(sweep: Sweep, layout: Layout, wave: list[Run]) -> None:
+    """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
+    fetched = layout.commits(sweep.condition)
+    for folder in (RunFolder(layout.runs, run.run_id) for run in wave):
+        if not folder.done():
+            continue
+        used = folder.read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in fetched if fetched[name] != used.get(name)):
+            raise UserError(
+                f"run {folder.run_id} was made with {name} at commit {used.get(name)}, but {fetched[name]} is fetched "
+                f"now: write the former into the file of {name} in {layout.pins} and fetch again, or delete "
+                f"{folder.final} to train the run again"
+            )
