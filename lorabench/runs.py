@@ -243,7 +243,7 @@ class Sweep:
     @property
     def n_runs(self) -> int:
         """The expected number of runs; for a fixed grid it is less if the best LR has several seeds anyway."""
-        return len(self.grid()) + len(self.expected_seeds())
+        return sum(self.expected_waves())
 
     @property
     def most_runs(self) -> int:
@@ -260,17 +260,23 @@ class Sweep:
         further = [(lr, seed) for lr, number in self.seeds.given for seed in self.seeds.leading(number)[1:]]
         return [Run(self.condition, lr, seed) for lr, seed in [*first, *further]]
 
-    def expected_seeds(self) -> list[int]:
-        """Return the seed of each run that is expected after the grid, whose LRs are not known before training."""
+    def expected_seeds(self) -> list[list[int]]:
+        """Return the seed of each run that is expected after the grid, by waves; LRs are not known before training."""
         seeds = self.seeds.leading(self.seeds.best)
         if self.lattice is None:
-            return list(seeds[1:])
-        walk = [self.seeds.first] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
-        racing = self.seeds.racing
-        all_have = self.seeds.around if racing is None else racing.least
-        around = [seed for seed in seeds[1:all_have] for _ in range(AROUND)]
-        around += [seed for seed in seeds[all_have : self.seeds.around] for _ in range(EXPECTED_RACERS)]
-        return [*walk, *around, *seeds[self.seeds.around :]]
+            waves = [list(seeds[1:])]
+        else:
+            waves = [[self.seeds.first] for _ in range(min(EXPECTED_FURTHER_LRS, self.lattice.further))]
+            around, racing = self.seeds.around, self.seeds.racing
+            all_have = around if racing is None else min(racing.least, around)
+            waves.append([seed for seed in seeds[1:all_have] for _ in range(AROUND)])
+            waves += [[seed] * EXPECTED_RACERS for seed in seeds[all_have:around]]
+            waves.append(list(seeds[around:]))
+        return [wave for wave in waves if wave]
+
+    def expected_waves(self) -> list[int]:
+        """Return the expected number of runs of each wave; the runs of a wave can be trained at the same time."""
+        return [len(self.grid()), *map(len, self.expected_seeds())]
 
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""

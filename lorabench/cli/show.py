@@ -18,8 +18,8 @@ from lorabench.utils.gpus import GB, GPUS
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, the hours of the longest chain
-    of jobs, memory, disk and money.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, the hours of the critical path,
+    memory, disk and money.
 
     Args:
         cores: CPU cores that the jobs share.
@@ -33,7 +33,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     if execution.gpu is None:
         columns.append("minutes")
     else:
-        columns += ["GPU-hours", "hours", "GPUs", "GB/GPU", "disk GB", *([] if price is None else ["money"])]
+        columns += ["GPU-hours", "path hours", "GPUs", "GB/GPU", "disk GB", *([] if price is None else ["money"])]
     table = []
     for name, row in rows.items():
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
@@ -77,7 +77,8 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
         caption = [
             f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
             f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
-            f"the longest chain of jobs{_chain_in_words(longest)}",
+            f"the critical path{_chain_in_words(plan, longest)}",
+            _jobs_in_words(plan, total),
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]
@@ -94,22 +95,37 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
     return caption
 
 
-def _chain_in_words(longest: Sequence[Chain]) -> str:
-    """Return what the longest chain consists of, as the end of a sentence."""
+def _chain_in_words(plan: Plan, longest: Sequence[Chain]) -> str:
+    """Return how long the critical path is and what it consists of, as the end of a sentence."""
     if not longest:
         return ""
     job, *hours = longest[0]
     conditions = [sweep.condition for sweep in job.sweeps]
     what = title(conditions[0]) + (f" and {len(conditions) - 1} more" if len(conditions) > 1 else "")
-    verbs = ("tokenize", f"train {job.n_runs} runs", "evaluate")
+    waves = f" in {len(job.sweeps[0].expected_waves())} waves" if plan.is_split(job) else ""
+    verbs = ("tokenize", f"train {job.n_runs} runs{waves}", "evaluate")
     parts = [f"{formats.number(part, 2)} to {verb}" for part, verb in zip(hours, verbs, strict=True) if part]
-    return f", {what}: {', '.join(parts)}"
+    days = formats.number(longest[0].hours / 24, 2)
+    return f" ({days} days), {what}: {', '.join(parts)}"
+
+
+def _jobs_in_words(plan: Plan, total: Cost) -> str:
+    """Return how long the longest job is, and how many jobs are divided into their runs."""
+    divided = [job.n_runs for job in plan.jobs if plan.is_split(job)]
+    hours, limit = (formats.number(hours, 3) for hours in (total.longest_job_hours, plan.preset.execution.job_hours))
+    text = f"the longest job takes {hours} hours"
+    if not divided:
+        return text
+    return (
+        f"{text}; {len(divided)} jobs would take longer than {limit} hours (execution.job_hours), so each of their "
+        f"{sum(divided):,} runs is a job of its own"
+    )
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
     """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
     costs, longest = per_experiment(plan), chains(plan)
-    rows = {name: asdict(row) | {"longest_hours": _least_hours(name, row, longest)} for name, row in costs.items()}
+    rows = {name: asdict(row) | {"path_hours": _least_hours(name, row, longest)} for name, row in costs.items()}
     for row in rows.values():
         # What a single job requests of a cluster says nothing of an experiment.
         for request in ("cpus", "mem_mb", "minutes", "saving_seconds"):

@@ -126,6 +126,7 @@ def train(
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, Option(help="Also write the progress lines to this file.")] = None,
     processes: Annotated[int, Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
+    run: Annotated[str | None, Option(help="Train only the run with this id, of a job of a single sweep.")] = None,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.distributed import errors_to_launcher, is_worker, launch
@@ -158,8 +159,36 @@ def train(
             logging.info("[%s/%s runs of %s] %s", done, expected, layout.name, line)
 
         with signals.stop_after_step():
-            run_job(planned, job, layout, say, group)
+            run_job(planned, job, layout, say, group, run)
         leave(group)
+
+
+@steps.command()
+def wave(
+    sweep_id: str,
+    number: Annotated[int, Argument(min=2, help="The number of the wave; the runs of the first one are known.")],
+    preset: PresetOption = "laptop",
+) -> None:
+    """List the runs of a wave of a sweep whose runs are jobs of their own; none after the last wave."""
+    from lorabench.store.waves import next_wave
+    from lorabench.utils.files import write_json
+
+    planned, layout = plan_and_layout(preset)
+    [sweep] = planned.job(sweep_id).sweeps
+    write_json([run.run_id for run in next_wave(planned, sweep, layout, number)], layout.wave(sweep_id, number))
+
+
+@steps.command("collect-runs")
+def collect_runs(sweep_id: str, preset: PresetOption = "laptop") -> None:
+    """Write the job's file of a sweep whose runs were jobs of their own; delete weights that are not kept."""
+    from lorabench.store.io import write_table
+    from lorabench.store.waves import check_trained, end_sweep
+
+    planned, layout = plan_and_layout(preset)
+    job = planned.job(sweep_id)
+    [sweep] = job.sweeps
+    check_trained(sweep, layout)
+    write_table(end_sweep(planned, sweep, layout, lambda line: print(line, file=sys.stderr)), layout.job(job))
 
 
 @steps.command()

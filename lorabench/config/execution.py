@@ -80,6 +80,9 @@ class Execution(Strict):
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
     more work and far less memory; a number does so in that many layers, from the first. With `auto` the plan decides
     for each sweep: the fewest layers with which its job needs the fewest GPUs, so none on a CPU."""
+    job_hours: PositiveFloat = 24.0
+    """Most hours that a job is expected to take: where the runs of a sweep would take longer one after the other, each
+    of them is a job of its own."""
     gpu: str | None = None
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1

@@ -25,7 +25,14 @@ from lorabench.planning.flops import (
 )
 from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
-from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds, start_seconds
+from lorabench.planning.seconds import (
+    evaluation_seconds,
+    flops_per_second,
+    job_seconds,
+    run_seconds,
+    start_seconds,
+    sweep_seconds,
+)
 from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -61,6 +68,7 @@ class Cost:
     flops: float = 0.0
     job_hours: float = 0.0
     """Wall-clock hours of all jobs, one after the other."""
+    longest_job_hours: float = 0.0
     most_job_hours: float = 0.0
     gpu_hours: float = 0.0
     most_gpu_hours: float = 0.0
@@ -82,7 +90,7 @@ class Cost:
 
 
 # Of these the largest of several jobs counts; all other fields are added.
-_LARGEST = {"gpus", "memory", "working_disk", "cpus", "mem_mb", "minutes", "saving_seconds"}
+_LARGEST = {"longest_job_hours", "gpus", "memory", "working_disk", "cpus", "mem_mb", "minutes", "saving_seconds"}
 
 
 def combined(costs: Iterable[Cost]) -> Cost:
@@ -106,13 +114,13 @@ def per_experiment(plan: Plan) -> dict[str, Cost]:
 
 
 class Chain(NamedTuple):
-    """A training job, what it waits for, and what waits for it: hours that no number of machines makes fewer."""
+    """A job of sweeps, what it waits for, and what waits for it: hours that no number of machines makes fewer."""
 
     job: Job
     tokenizing: float
     """Hours in which its dataset is tokenized; 0 in RL."""
     training: float
-    """Hours of the expected number of runs."""
+    """Hours of the expected number of runs, or of waves where each run is a job of its own."""
     evaluating: float
     """Hours of the longest evaluation with lm-eval of one of its runs; 0 without any."""
 
@@ -123,14 +131,15 @@ class Chain(NamedTuple):
 
 
 def chains(plan: Plan) -> list[Chain]:
-    """Return the chain of each training job, the longest first."""
+    """Return the chain of each job of sweeps, the longest first, which is the plan's critical path."""
     evaluating: dict[Sweep | None, float] = {}
     for evaluation in plan.evaluations():
         evaluating[evaluation.sweep] = evaluation_cost(plan, evaluation).job_hours
     of_jobs = []
     for job in plan.jobs:
         condition = job.sweeps[0].condition
-        tokenizing, training = 0.0, job_cost(plan, job).job_hours
+        tokenizing, cost = 0.0, job_cost(plan, job)
+        training = cost.longest_job_hours * (len(job.sweeps[0].expected_waves()) if plan.is_split(job) else 1)
         if condition.rollouts is None:
             tokenizing = tokens_cost(plan.preset, condition.model, condition.dataset).job_hours
         of_jobs.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
@@ -143,10 +152,14 @@ def minutes(cost: Cost, at_once: int, most: bool = False) -> float:
 
 
 def job_cost(plan: Plan, job: Job) -> Cost:
-    """Return the cost of a training job: the memory of its largest sweep, and the time that all take."""
+    """Return the cost of the sweeps of a training job: the memory of the largest, and the time that all take.
+
+    Where each run is a job of its own, a request is that of one run.
+    """
     preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
     peak = disk = working = saving = shared = state = 0.0
+    is_split = plan.is_split(job)
     for sweep in job.sweeps:
         condition = sweep.condition
         sizes = dimensions(preset.models[condition.model])
@@ -155,26 +168,33 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         peak = max(peak, peak_bytes(preset, sweep, gpus))
         kept = sweep.most_runs if keeps_all else sweep.seeds.best
         disk += _WEIGHT * kept * trained
-        # Besides the weights of all runs there are two checkpoints while one replaces the other.
-        working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE) * trained)
+        # Besides the weights of all runs there are two checkpoints of a run while one replaces the other.
+        at_once = max(sweep.expected_waves()) if is_split else 1
+        working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE * at_once) * trained)
         # The job is asked to stop when it has time for a step and for its checkpoint.
         step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
         saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)
         if uses_engine(preset, condition):
             # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
             shared = max(shared, 2 * handover_bytes(preset, condition) + gpus * _GPU_PROCESS)
+    most_runs = sum(sweep.most_runs for sweep in job.sweeps)
+    seconds, most_seconds, times = job_seconds(preset, job, gpus), job_seconds(preset, job, gpus, most=True), (1, 1)
+    if is_split:
+        seconds = most_seconds = start_seconds(preset, condition) + sweep_seconds(preset, sweep, gpus, 1)
+        times = job.n_runs, most_runs
     return _cost(
         preset,
         job.sweeps[0].condition.model,
         gpus,
         peak,
-        job_seconds(preset, job, gpus),
-        job_seconds(preset, job, gpus, most=True),
+        seconds,
+        most_seconds,
         disk,
         shared,
         state,
+        times,
         runs=job.n_runs,
-        most_runs=sum(sweep.most_runs for sweep in job.sweeps),
+        most_runs=most_runs,
         tokens=sum(sweep.n_runs * run_work(preset, sweep.condition).trained for sweep in job.sweeps),
         flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
         working_disk=MB * math.ceil(working / MB),
@@ -247,6 +267,7 @@ def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
         # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
         disk=MB * math.ceil(2 * 5 * tokens / MB),
         job_hours=seconds / 3600,
+        longest_job_hours=seconds / 3600,
         cpus=processes,
         mem_mb=math.ceil(memory / MB),
         minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
@@ -258,7 +279,7 @@ def restarts(jobs: Iterable[Cost], limit: int) -> int:
     return max((job.minutes for job in jobs), default=0) // limit
 
 
-def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float, **work: float) -> Cost:
+def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float, **work: Any) -> Cost:
     """Return the cost of a job of one process, on a GPU if the preset has one."""
     gpu = preset.execution.gpu
     if gpu is None:
@@ -281,16 +302,20 @@ def _cost(
     disk: float,
     shared: float = 0.0,
     state: float = 0.0,
+    times: tuple[int, int] = (1, 1),
     **work: Any,
 ) -> Cost:
+    """Return the cost of a job, or of several alike: `times` are their expected and their largest possible number."""
     # Weights are read through the host's memory, and a GPU's checkpoint of `state` bytes is written from there.
     copied = max(6 * dimensions(preset.models[model]).parameters, state)
     mem_mb = math.ceil(_MEMORY_MARGIN * (shared + (copied + gpus * _GPU_PROCESS if gpus else peak)) / MB)
+    hours, most_hours = times[0] * seconds / 3600, times[1] * most_seconds / 3600
     return Cost(
-        job_hours=seconds / 3600,
-        most_job_hours=most_seconds / 3600,
-        gpu_hours=gpus * (seconds / 3600),
-        most_gpu_hours=gpus * (most_seconds / 3600),
+        job_hours=hours,
+        most_job_hours=most_hours,
+        longest_job_hours=seconds / 3600,
+        gpu_hours=gpus * hours,
+        most_gpu_hours=gpus * most_hours,
         gpus=gpus,
         memory=MB * (math.ceil(peak / MB) if gpus else mem_mb),
         disk=MB * math.ceil(disk / MB),

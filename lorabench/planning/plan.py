@@ -22,7 +22,7 @@ from lorabench.errors import UserError
 from lorabench.models.specs import dimensions, model_id
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.memory import gpus_needed
-from lorabench.planning.seconds import start_seconds, sweep_seconds
+from lorabench.planning.seconds import is_split, start_seconds, sweep_seconds
 from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 
@@ -82,6 +82,11 @@ class Plan:
         """
         return tuple(Job(sweeps) for sweeps in group_sweeps(self.preset, self.sweeps))
 
+    def is_split(self, job: Job) -> bool:
+        """Return whether each run of a job's only sweep is a job of its own (see `execution.job_hours`)."""
+        sweep, *others = job.sweeps
+        return not others and is_split(self.preset, sweep, gpus_needed(self.preset, sweep))
+
     def jobs_of(self, experiment: str) -> list[Job]:
         """Return the jobs that train the sweeps of an experiment, and no others."""
         return [job for job in self.jobs if experiment in job.experiments]
@@ -107,7 +112,7 @@ class Plan:
         for sweep in self.sweeps:
             condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
             runs = [{"run_id": run.run_id, "lr": run.lr, "seed": run.seed} for run in sweep.grid()]
-            runs += [{"run_id": None, "lr": None, "seed": seed} for seed in sweep.expected_seeds()]
+            runs += [{"run_id": None, "lr": None, "seed": seed} for wave in sweep.expected_seeds() for seed in wave]
             shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)} | condition
             rows += [{"run_id": run["run_id"], **shared, **run} for run in runs]
         return rows
@@ -234,7 +239,8 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
 
     The sweeps of a job have the same model, dataset, kind of training, number of GPUs and experiments, so that a figure
     trains no more than it needs. A job grows until its start is a small share of it, but never beyond the longest
-    sweep: with any number of cores the last core then finishes no later than that sweep would make it.
+    sweep: with any number of cores the last core then finishes no later than that sweep would make it. A sweep whose
+    runs are jobs of their own stays alone.
 
     Returns:
         The sweeps of each job; every sweep is in exactly one.
@@ -246,7 +252,7 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
     seconds: dict[Sweep, float] = {}
     for sweep in sweeps:
         condition, gpus = sweep.condition, gpus_needed(preset, sweep)
-        seconds[sweep] = sweep_seconds(preset, sweep, gpus)
+        seconds[sweep] = sweep_seconds(preset, sweep, gpus, sweep.n_runs)
         groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
 
     def duration(job: list[Sweep]) -> float:
@@ -259,8 +265,11 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
         # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
         enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
         group.sort(key=lambda sweep: -seconds[sweep])
-        jobs += [[sweep] for sweep in group if seconds[sweep] >= enough]
-        short = [sweep for sweep in group if seconds[sweep] < enough]
+        alone = [
+            sweep for sweep in group if seconds[sweep] >= enough or is_split(preset, sweep, gpus_needed(preset, sweep))
+        ]
+        jobs += [[sweep] for sweep in alone]
+        short = [sweep for sweep in group if sweep not in alone]
         # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
         for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
             dealt: list[list[Sweep]] = [[] for _ in range(count)]

@@ -201,16 +201,22 @@ def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> floa
     With `most` they are those of its largest possible number of runs, else of the expected number.
     """
     start = start_seconds(preset, job.sweeps[0].condition)
-    return start + sum(sweep_seconds(preset, sweep, gpus, most) for sweep in job.sweeps)
+    return start + sum(
+        sweep_seconds(preset, sweep, gpus, sweep.most_runs if most else sweep.n_runs) for sweep in job.sweeps
+    )
 
 
-def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of a sweep, as `job_seconds` does, without the start of its job."""
-    runs = sweep.most_runs if most else sweep.n_runs
+def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
+    """Estimate the wall-clock seconds of some runs of a sweep, one after the other, without the start of their job."""
     seconds = runs * sum(run_seconds(preset, sweep, gpus))
     # On GPUs full fine-tuning loads the base again for each run.
     loads = (runs if sweep.condition.method == "fullft" else 1) if gpus else 0
     return seconds + loads * 4 * dimensions(preset.models[sweep.condition.model]).parameters / _READING
+
+
+def is_split(preset: Preset, sweep: Sweep, gpus: int) -> bool:
+    """Return whether each run of a sweep is a job of its own, since all runs together would take too long for one."""
+    return job_seconds(preset, Job((sweep,)), gpus) > 3600 * preset.execution.job_hours and sweep.n_runs > 1
 
 
 def evaluation_seconds(preset: Preset, job: EvalJob) -> float:

@@ -115,6 +115,14 @@ class Layout:
         """Return the file of a job's runs."""
         return self.jobs / f"{job.job_id}.parquet"
 
+    def wave(self, sweep_id: str, number: int) -> Path:
+        """Return the file of the ids of the runs of a wave, from 2, of a sweep whose runs are jobs of their own."""
+        return self.root / "waves" / sweep_id / f"{number}.json"
+
+    def trained(self, sweep_id: str, number: int, run_id: str) -> Path:
+        """Return the file that marks a run of a wave as trained, in a sweep whose runs are jobs of their own."""
+        return self.root / "waves" / sweep_id / f"{number}.{run_id}"
+
     def lock(self, run: Run) -> Path:
         """Return the lock file of a run."""
         return self.root / "locks" / f"{run.run_id}.lock"

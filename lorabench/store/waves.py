@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -27,6 +29,45 @@ def waves(sweep: Sweep, layout: Layout) -> Iterator[list[Run]]:
         _check_commits(sweep, layout, wave)
         yield wave
         losses |= {(run.lr, run.seed): _loss(run, layout) for run in wave}
+
+
+def next_wave(plan: Plan, sweep: Sweep, layout: Layout, number: int) -> list[Run]:
+    """Return the runs of the wave of a number, from 2, of a sweep whose runs are jobs of their own.
+
+    It is empty after the last wave; but first it is the best run, which is deleted, if it must be trained again for its
+    weights.
+
+    Raises:
+        UserError: a run of an earlier wave is not finished.
+    """
+    check_trained(sweep, layout)
+    known = list(islice(waves(sweep, layout), number))
+    if len(known) == number:
+        return known[-1]
+    run = run_without_weights(plan, sweep, layout)
+    if run is None:
+        return []
+    RunFolder(layout.runs, run.run_id).discard()
+    return [run]
+
+
+def check_trained(sweep: Sweep, layout: Layout) -> None:
+    """Raise UserError if a run that is marked as trained was deleted since.
+
+    The mark is removed, and with it the list of each wave, since Snakemake makes the marks that such a list needs.
+    """
+    folder = layout.wave(sweep.sweep_id, 2).parent
+    deleted = [mark for mark in folder.glob("[0-9]*.*") if mark.suffix != ".json" and not _is_finished(mark, layout)]
+    if not deleted:
+        return
+    for path in (*deleted, *folder.glob("*.json")):
+        path.unlink(missing_ok=True)
+    names = ", ".join(mark.suffix.removeprefix(".") for mark in deleted)
+    raise UserError(f"runs were trained and then deleted, and the same command trains them again: {names}")
+
+
+def _is_finished(mark: Path, layout: Layout) -> bool:
+    return RunFolder(layout.runs, mark.suffix.removeprefix(".")).done()
 
 
 def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:

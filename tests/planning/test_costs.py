@@ -26,6 +26,7 @@ from lorabench.planning.costs import (
     restarts,
     tokens_cost,
 )
+from lorabench.planning.flops import lora_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds
 from lorabench.runs import Job
@@ -61,7 +62,8 @@ def test_every_job_asks_for_something_sensible(name):
         assert job.disk >= 1e6
     for job in plan.jobs:
         requested = jobs[job.job_id]
-        assert requested.minutes * 60 > job_seconds(plan.preset, job, requested.gpus)
+        parts = job.n_runs if plan.is_split(job) else 1
+        assert requested.minutes * 60 > job_seconds(plan.preset, job, requested.gpus) / parts
     whole, largest = per_experiment(plan)["total"], max(job.gpus for job in jobs.values())
     assert whole.gpus == largest
     assert (largest > 1) == (name == "paper")
@@ -113,22 +115,51 @@ def test_gpu_hours_are_hours_times_gpus_and_money_is_their_price():
     assert rows["total"]["memory"] < GPUS[plan.preset.execution.gpu].memory
 
 
-def test_no_number_of_gpus_takes_less_than_the_longest_chain_of_jobs():
+@pytest.mark.parametrize("name", ["core", "paper"])
+def test_with_gpus_enough_a_preset_takes_three_days_and_no_job_more_than_one(name):
+    plan = make_plan(load_preset(name))
+    assert chains(plan)[0].hours <= 72
+    assert per_experiment(plan)["total"].longest_job_hours <= plan.preset.execution.job_hours == 24
+
+
+def test_runs_as_jobs_start_and_load_the_model_once_each():
+    whole = load_preset("paper").with_execution(job_hours=1e6)
+    plan, whole_plan = make_plan(load_preset("paper")), make_plan(whole)
+    job = next(job for job in plan.jobs if job.sweeps[0].condition.rank == 256)
+    [sweep] = job.sweeps
+    cost, alone, waves = job_cost(plan, job), job_cost(whole_plan, job), sweep.expected_waves()
+    assert (plan.is_split(job), whole_plan.is_split(job)) == (True, False)
+    starting = 60 + 4 * dimensions(whole.models[sweep.condition.model]).parameters / 1e9
+    assert (cost.job_hours - alone.job_hours) * 3600 == pytest.approx((sweep.n_runs - 1) * starting)
+    assert cost.job_hours == cost.gpu_hours == pytest.approx(sweep.n_runs * cost.longest_job_hours)
+    # A run's job is given the time of one run, and a whole job that of as many as are possible.
+    assert cost.minutes * 60 == pytest.approx(2 * 3600 * cost.longest_job_hours + 600, abs=60)
+    assert alone.minutes > sweep.n_runs * cost.minutes
+    # Of each run at work there are two checkpoints for a moment, beside the weights of all runs.
+    trained = lora_parameters(whole, dimensions(whole.models[sweep.condition.model]), sweep.condition.rank, "all")[0]
+    assert cost.working_disk - alone.working_disk == pytest.approx((max(waves) - 1) * 2 * 12 * trained, abs=2e6)
+    [chain] = [chain for chain in chains(plan) if chain.job == job]
+    assert chain.training == pytest.approx(len(waves) * cost.longest_job_hours)
+
+
+def test_no_number_of_gpus_takes_less_than_the_critical_path():
     plan = make_plan(load_preset("core"))
     longest, *others = chains(plan)
     evaluations = {job.sweep: evaluation_cost(plan, job).job_hours for job in plan.evaluations()}
     for chain in (longest, *others):
         condition = chain.job.sweeps[0].condition
-        assert chain.training == job_cost(plan, chain.job).job_hours
+        cost = job_cost(plan, chain.job)
+        waves = len(chain.job.sweeps[0].expected_waves())
+        assert chain.training == (waves * cost.longest_job_hours if plan.is_split(chain.job) else cost.job_hours)
         assert chain.evaluating == max(evaluations.get(sweep, 0) for sweep in chain.job.sweeps)
         assert (chain.tokenizing > 0) == (condition.task == "sft")
         assert chain.hours <= longest.hours
     assert {job for job, *_ in chains(plan)} == set(plan.jobs)
     rows = json.loads(plan_json(plan, 2))["experiments"]
-    assert rows["total"]["longest_hours"] == longest.hours == max(row["longest_hours"] for row in rows.values())
-    assert rows["compute"]["longest_hours"] == rows["compute"]["job_hours"]
+    assert rows["total"]["path_hours"] == longest.hours == max(row["path_hours"] for row in rows.values())
+    assert rows["compute"]["path_hours"] == rows["compute"]["job_hours"]
     evaluated = max(chain.hours for chain in (longest, *others) if chain.evaluating)
-    assert rows["evaluation"]["longest_hours"] == evaluated
+    assert rows["evaluation"]["path_hours"] == evaluated
     assert longest.hours < rows["total"]["gpu_hours"]
 
 
@@ -156,7 +187,10 @@ def test_the_plan_is_printed_with_money_and_json():
     runner = CliRunner()
     shown = runner.invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
     assert shown.exit_code == 0, shown.output
-    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200", "longest chain of jobs"))
+    assert all(
+        word in shown.output
+        for word in ("GPU-hours", "money", "total", "H200", "critical path", "the longest job takes")
+    )
     laptop = runner.invoke(app, ["plan"])
     assert "minutes" in laptop.output
     assert "GPU-hours" not in laptop.output

@@ -147,7 +147,7 @@ def test_with_another_first_seed_a_walk_takes_the_same_steps():
         assert others == {(lr, seed + 100): loss for (lr, seed), loss in losses.items()}
         assert best_lr(later, others) == best_lr(sweep, losses)
         assert ending(later, others) == ending(sweep, losses)
-        assert later.expected_seeds() == [seed + 100 for seed in sweep.expected_seeds()]
+        assert later.expected_seeds() == [[seed + 100 for seed in wave] for wave in sweep.expected_seeds()]
         assert not later.run_ids & sweep.run_ids
         assert later.sweep_id != sweep.sweep_id
     fixed = Sweep(CONDITION, (1e-4, 3e-4), Seeds(3, given=((3e-4, 2),), first=7), ("early",))
@@ -235,3 +235,20 @@ def test_all_sweeps_share_the_lattice_and_start_at_the_papers_law():
     laws = [predict_lr(PUBLISHED, "llama", 128, method) for method in ("fullft", "lora")]
     assert starting_lr(128, "sft") == pytest.approx(math.sqrt(math.prod(laws)))
     assert starting_lr(128, "rl") == pytest.approx(starting_lr(128, "sft") / 4)
+
+
+def test_a_walk_to_one_further_lr_has_the_expected_waves():
+    # Of the neighbours of the best LR, 4.64e-3 is far worse than 2.15e-3, and 1e-3 as good but for noise.
+    losses = {4.64e-4: [2.0] * 4, 1e-3: [0.2, 0.0, 0.2, 0.0], 2.15e-3: [0.1, 0.05, 0.1, 0.05], 4.64e-3: [2.0] * 4}
+    fixed = Sweep(CONDITION, (4.64e-4, 2.15e-3), Seeds(3, given=((4.64e-4, 2),)), ("rank",))
+    for sweep, expected in (
+        (replace(SWEEP, seeds=Seeds(4, around=3)), [3, 1, 6, 1]),
+        (replace(SWEEP, seeds=Seeds(4, around=4, racing=Racing(0.05, 2))), [3, 1, 3, 2, 2]),
+        (fixed, [3, 2]),
+    ):
+        numbers, done = [], {}
+        while wave := next_runs(sweep, done):
+            numbers.append(len(wave))
+            done |= {(run.lr, run.seed): losses.get(run.lr, [1.0] * 4)[run.seed] for run in wave}
+        assert sweep.expected_waves() == numbers == expected
+        assert sweep.n_runs == sum(numbers)

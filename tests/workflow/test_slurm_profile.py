@@ -56,7 +56,9 @@ def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
 def test_every_job_requests_the_resources_of_the_plan(checkout):
     output = dry_run(checkout)
     plan = make_plan(Layout.of("paper").preset)
-    jobs, evaluations = requested(output, "train"), requested(output, "evaluate")
+    # The runs of a sweep that is too long for one job are jobs of their own, which request the same.
+    jobs, evaluations = requested(output, "train") | requested(output, "train_run"), requested(output, "evaluate")
+    assert requested(output, "train_run").keys() == {job.job_id for job in plan.jobs if plan.is_split(job)}
     needed = {job.job_id: job_cost(plan, job) for job in plan.jobs}
     needed |= {job.eval_id: evaluation_cost(plan, job) for job in plan.evaluations()}
     assert jobs.keys() | evaluations.keys() == needed.keys()
@@ -105,7 +107,8 @@ def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
     for setting, limit in (("", 1440), ("  slurm_partition: main,short", 720), ("  max_runtime: 600", 600)):
         if setting:
             adapt_profile(checkout, "\ndefault-resources:\n", f"\ndefault-resources:\n{setting}\n")
-        trained = requested(dry_run(checkout), "train")
+        output = dry_run(checkout)
+        trained = requested(output, "train") | requested(output, "train_run")
         minutes = {name: int(resources["runtime"]) for name, resources in trained.items()}
         assert minutes == {job.job_id: min(limit, job_cost(plan, job).minutes) for job in plan.jobs}
         assert max(minutes.values()) == limit

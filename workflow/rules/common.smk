@@ -1,4 +1,8 @@
 # The preset, its plan, and the paths of both. Every cluster job parses this file again, so it must stay fast.
+import json
+import re
+from pathlib import Path
+
 from snakemake.exceptions import WorkflowError
 
 from lorabench.config.inputs import GgufModel
@@ -21,6 +25,8 @@ except UserError as error:
     raise WorkflowError(str(error))
 
 JOBS = {job.job_id: job for job in PLAN.jobs}
+# The sweeps whose runs are jobs of their own, by the ids of their jobs.
+SPLIT = {job.job_id: job.sweeps[0] for job in PLAN.jobs if PLAN.is_split(job)}
 # The longest jobs start first, so that no core waits at the end.
 PRIORITIES = {job_id: -number for number, job_id in enumerate(JOBS, -len(JOBS))}
 # Jobs that make their input come before all of them; otherwise the longest jobs might have to wait for it.
@@ -38,8 +44,16 @@ wildcard_constraints:
     tasks="[0-9a-f]{8}",
     documents="[0-9]+",
     evaluation="[a-z0-9_-]+",
+    job="[^/]+",
+    wave="[0-9]+",
+    run="[0-9a-f]+",
     experiment="|".join(LAYOUT.preset.experiments.trained()),
     figure="|".join(FIGURE_NAMES),
+
+
+def one_of(names):
+    """The pattern of some names, which matches nothing if there are none."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
 def jobs_of(experiment=None):
@@ -107,6 +121,36 @@ def job_data(wildcards):
     reads += model_files(model)
     reads += [file for name in sets for file in fetched_data(name)]
     return [ancient(path) for path in reads]
+
+
+def wave_runs(job_id, number):
+    """The ids of the runs of a wave, from 1, of a sweep whose runs are jobs of their own."""
+    if number == 1:
+        return [run.run_id for run in SPLIT[job_id].grid()]
+    return json.loads(
+        Path(checkpoints.wave.get(job=job_id, wave=number).output[0]).read_text()
+    )
+
+
+def earlier_runs(wildcards):
+    """The input of the list of a wave: the runs of the wave before, which were listed after those before them.
+
+    Times are ignored for the reason given in job_data.
+    """
+    job_id, before = wildcards.job, int(wildcards.wave) - 1
+    marks = [
+        LAYOUT.trained(job_id, before, run_id) for run_id in wave_runs(job_id, before)
+    ]
+    lists = [LAYOUT.wave(job_id, before)] if before > 1 else []
+    return [ancient(path) for path in marks + lists]
+
+
+def last_wave(wildcards):
+    """The list of the wave after the last one, which is empty; it is made when all runs of a sweep are trained."""
+    number = 2
+    while wave_runs(wildcards.job, number):
+        number += 1
+    return ancient(LAYOUT.wave(wildcards.job, number))
 
 
 def figure_files(names):

@@ -12,6 +12,8 @@ from lorabench.planning.costs import (
 from lorabench.utils.gpus import visible_devices
 from lorabench.utils.slurm import partition_minutes
 
+# What each training job needs, by its id.
+COSTS = {job.job_id: job_cost(PLAN, job) for job in PLAN.jobs}
 # Settings of GPUs and time in a site's profile, besides the resources that the executor knows.
 SITE = {
     name: resource.raw
@@ -43,7 +45,7 @@ if LONGEST is not None and not (str(LONGEST).isdigit() and int(LONGEST) > 0):
 LONGEST = LONGEST and int(LONGEST)
 if ON_CLUSTER and CONTROLS and LONGEST is None:
     LONGEST = partition_minutes(SITE.get("slurm_partition", "").strip("'\""))
-    longest_job = max(job_cost(PLAN, job).minutes for job in PLAN.jobs)
+    longest_job = max(cost.minutes for cost in COSTS.values())
     if LONGEST is None and longest_job > 24 * 60:
         unknown = (
             f"a job may take {longest_job / 60:,.0f} hours, and sinfo does not say how long the partition lets a job "

@@ -1,0 +1,105 @@
+"""The waves of a sweep whose runs are jobs of their own, as the rule `wave` lists them one after the other."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorabench.errors import UserError
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Run, best_lr, finished_losses
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.waves import next_wave
+
+
+@pytest.fixture
+def sweep_layout(raw_preset, tmp_path, monkeypatch):
+    """A sweep that finds its LRs, with its plan and layout in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    raw_preset["experiments"]["rank"][0] |= {"lrs": {"lora": {"start": 1e-3}, "fullft": []}, "ranks": {"all": [4]}}
+    Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
+    layout = Layout.of("mine.yaml")
+    plan = make_plan(layout.preset)
+    [sweep] = plan.sweeps
+    return plan, sweep, layout
+
+
+def loss(run: Run) -> float:
+    """The loss of a run; the best LR, 1e-2, is not one of the first three."""
+    return math.log(run.lr / 9e-3) ** 2 + 1e-3 * run.seed
+
+
+def finish(run: Run, layout: Layout) -> None:
+    """Write what the waves read of a finished run."""
+    with RunFolder(layout.runs, run.run_id).finishing() as staging:
+        (staging / "weights").mkdir()
+        (staging / "record.json").write_text(json.dumps({"outcome": {"final_valid_nll": loss(run)}, "environment": {}}))
+
+
+def train_all(plan, sweep, layout) -> list[list[str]]:
+    """Train the runs of each wave in the reverse order; return the ids of the runs of each."""
+    listed, wave = [], sweep.grid()
+    while wave:
+        listed.append([run.run_id for run in wave])
+        for run in reversed(wave):
+            mark = layout.trained(sweep.sweep_id, len(listed), run.run_id)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            finish(run, layout)
+        wave = next_wave(plan, sweep, layout, len(listed) + 1)
+    return listed
+
+
+def test_the_waves_have_the_runs_of_one_job_in_its_order(sweep_layout):
+    plan, sweep, layout = sweep_layout
+    listed = train_all(plan, sweep, layout)
+    losses = finished_losses(sweep, loss)
+    assert [run_id for wave in listed for run_id in wave] == [
+        Run(sweep.condition, lr, seed).run_id for lr, seed in losses
+    ]
+    assert len(listed) > 3
+    # A list that is made again is the same.
+    for number, run_ids in enumerate(listed[1:], 2):
+        assert [run.run_id for run in next_wave(plan, sweep, layout, number)] == run_ids
+
+
+def test_a_wave_follows_finished_runs_only(sweep_layout):
+    plan, sweep, layout = sweep_layout
+    first, *others = sweep.grid()
+    for run in others:
+        finish(run, layout)
+    with pytest.raises(UserError, match=f"run {first.run_id} is not finished"):
+        next_wave(plan, sweep, layout, 2)
+
+
+def test_the_best_run_is_trained_again_if_its_weights_are_gone(sweep_layout):
+    plan, sweep, layout = sweep_layout
+    listed = train_all(plan, sweep, layout)
+    best = Run(sweep.condition, best_lr(sweep, finished_losses(sweep, loss)), 0)
+    folder = RunFolder(layout.runs, best.run_id)
+    shutil.rmtree(folder.weights)
+    assert next_wave(plan, sweep, layout, len(listed) + 1) == [best]
+    assert not folder.done()
+    finish(best, layout)
+    assert next_wave(plan, sweep, layout, len(listed) + 2) == []
+
+
+def test_marks_of_deleted_runs_and_all_lists_are_removed(sweep_layout):
+    plan, sweep, layout = sweep_layout
+    listed = train_all(plan, sweep, layout)
+    folder = layout.wave(sweep.sweep_id, 2).parent
+    layout.wave(sweep.sweep_id, 2).touch()
+    deleted = listed[0][1]
+    shutil.rmtree(layout.runs / deleted)
+    with pytest.raises(UserError, match=f"trained and then deleted, .* trains them again: {deleted}"):
+        next_wave(plan, sweep, layout, 3)
+    marks = {path.name for path in folder.iterdir()}
+    assert marks == {f"{number}.{run_id}" for number, wave in enumerate(listed, 1) for run_id in wave} - {
+        f"1.{deleted}"
+    }

@@ -1,0 +1,141 @@
+"""Sweeps whose runs are jobs of their own, by real Snakemake: the same tables as by whole jobs, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lorabench.planning.plan import make_plan
+from lorabench.runs import best_lr, finished_losses, validation_loss
+from lorabench.store.layout import Layout
+
+from .checkout import fresh_clone, snakemake
+
+pytestmark = pytest.mark.slow
+
+TABLES = ("runs", "curves", "test_losses")
+# What a run's numbers do not depend on: the machine, the time and the process that trained it.
+MEASURED = {"wall_s", "peak_mem_bytes", "started", "host", "git_sha", "git_dirty_patch"}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A clone with a preset of a fixed grid and a walk, whose jobs are whole (`whole`) or divided (`split`)."""
+    checkout = fresh_clone(tmp_path_factory.mktemp("checkout"))
+    preset = {
+        "description": "a preset for tests",
+        "models": {"tiny": {"kind": "tiny"}},
+        "datasets": {"instruct": {"kind": "instruct", "train": 32, "validation": 8, "test": 8, "max_chars": 240}},
+        "experiments": {
+            "rank": [
+                {
+                    "models": ["tiny"],
+                    "datasets": ["instruct"],
+                    "ranks": {"all": [4]},
+                    "batch_sizes": [4],
+                    "lrs": {"fullft": [1e-3, 3e-3], "lora": {"start": 1e-3, "most": 4}},
+                    "seeds": {"best": 3, "around": 2},
+                }
+            ]
+        },
+        "margins": yaml.safe_load((checkout / "workflow/presets/suites/margins.yaml").read_text())["margins"],
+        "execution": {"gflops": 20.0, "checkpoint_minutes": 0.0},
+    }
+    for name, hours in (("whole", 24.0), ("split", 1e-6)):
+        preset["execution"]["job_hours"] = hours
+        (checkout / f"{name}.yaml").write_text(yaml.safe_dump(preset))
+    return checkout
+
+
+def make_tables(checkout, name: str, *options: str) -> str:
+    targets = [f"results/{name}/tables/{table}.parquet" for table in TABLES]
+    return snakemake(checkout, *targets, *options, "--config", f"preset={name}.yaml")
+
+
+def contents(checkout, name: str) -> list[list[dict]]:
+    """Return the rows of the tables, in their order, without what was measured of machines."""
+    tables = []
+    for table in TABLES:
+        rows = pq.read_table(checkout / f"results/{name}/tables/{table}.parquet").to_pylist()
+        rows = [row for row in rows if not str(row.get("metric", "")).endswith("per_s")]
+        tables.append([{key: value for key, value in row.items() if key not in MEASURED} for row in rows])
+    return tables
+
+
+def kill_in_the_middle(checkout, layout: Layout) -> None:
+    """Start the workflow, and kill it with its jobs when some runs are finished and one is at work."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", f"{layout.tables()}/runs.parquet"]
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [*command, "--config", "preset=split.yaml"],
+        cwd=checkout,
+        env={**os.environ, "PATH": path},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    runs, deadline = checkout / layout.runs, time.monotonic() + 240
+    while len(list(runs.glob("*/record.json"))) < 2 or not list(runs.glob("*.partial/checkpoint.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(checkout):
+    make_tables(checkout, "whole")
+    layout = Layout.of(str(checkout / "split.yaml"))
+    plan = make_plan(layout.preset)
+    assert [plan.is_split(job) for job in plan.jobs] == [True, True]
+    kill_in_the_middle(checkout, layout)
+    finished = {path: path.stat().st_mtime_ns for path in (checkout / layout.runs).glob("*/record.json")}
+    assert len(finished) >= 2
+    snakemake(checkout, "--unlock", "--config", "preset=split.yaml")
+    output = make_tables(checkout, "split", "--rerun-incomplete")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert contents(checkout, "split") == contents(checkout, "whole")
+    logs = "".join(path.read_text() for path in (checkout / layout.root / "logs").glob("*.log"))
+    assert "goes on after step" in logs
+    # Each run was a job, in the wave of which it is a part, and none was trained twice.
+    for sweep in plan.sweeps:
+
+        def loss(run):
+            return validation_loss(json.loads((checkout / layout.runs / run.run_id / "record.json").read_text()))
+
+        losses = finished_losses(sweep, loss)
+        marks = [
+            path for path in (checkout / layout.wave(sweep.sweep_id, 2)).parent.iterdir() if path.suffix != ".json"
+        ]
+        assert len(marks) == len(losses)
+        kept = {run.parent.name for run in (checkout / layout.runs).glob("*/weights")}
+        best = {run.run_id for run in sweep.possible_runs() if run.lr == best_lr(sweep, losses)}
+        assert kept & sweep.run_ids == best & kept
+        assert len(kept & best) == sweep.seeds.best
+    assert len(re.findall(r"rule train_run:", output)) > 0
+    for folder in ("locks", "progress"):
+        assert not list((checkout / layout.root / folder).iterdir())
+    assert "Nothing to be done" in make_tables(checkout, "split")
+
+
+def test_a_deleted_run_is_trained_again_by_the_second_call(checkout):
+    layout = Layout.of(str(checkout / "split.yaml"))
+    plan, before = make_plan(layout.preset), contents(checkout, "split")
+    sweep = next(sweep for sweep in plan.sweeps if sweep.lattice)
+    shutil.rmtree(checkout / layout.runs / sweep.grid()[1].run_id)
+    (checkout / layout.job(plan.job_of(sweep))).unlink()
+    targets = [f"results/split/tables/{table}.parquet" for table in TABLES]
+    output = snakemake(checkout, *targets, "--config", "preset=split.yaml", fails=True)
+    assert "trained and then deleted, and the same command trains them again" in output
+    output = make_tables(checkout, "split")
+    assert len(re.findall(r"rule train_run:", output)) == 1
+    assert contents(checkout, "split") == before
