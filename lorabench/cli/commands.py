@@ -379,6 +379,9 @@ def freeze(
             help="Folder with the explored table claims; by default that of the preset's runs here, or as published."
         ),
     ] = None,
+    unexplored: Annotated[
+        bool, Option("--unexplored", help="The preset was never run; no verdicts are expected.")
+    ] = False,
     power: Annotated[
         Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
     ] = None,
@@ -398,15 +401,16 @@ def freeze(
     explored, seeded = Layout.of(name), f"{name}@{first_seed if given is None else given}"
     if power is not None and not power.is_file():
         raise UserError(f"--power {power}: there is no such file")
-    if claims is None:
-        places = (explored.tables(), explored.published)
-        claims = next((folder for folder in places if table_path(folder, "claims")), None)
-        if claims is None:
-            raise UserError(
-                f"there are no verdicts of the preset {explored.name} in {' or '.join(map(str, places))}: run it "
-                "first, or name the folder of its table claims with --claims"
-            )
-    judged = read_claims(claims, without=NOT_PUBLISHED)
+    places = (explored.tables(), explored.published)
+    claims = claims or next((folder for folder in places if table_path(folder, "claims")), None)
+    if unexplored and claims is not None:
+        raise UserError(f"--unexplored: the preset {explored.name} has verdicts in {claims}")
+    if not unexplored and claims is None:
+        raise UserError(
+            f"there are no verdicts of the preset {explored.name} in {' or '.join(map(str, places))}: run it first, "
+            "name the folder of its table claims with --claims, or say --unexplored if it was never run"
+        )
+    judged = None if claims is None else read_claims(claims, without=NOT_PUBLISHED)
     frozen = fix(seeded, judged, None if power is None else pd.read_csv(power))
     path = out or Path("workflow/frozen") / f"{explored.name}.yaml"
     write_frozen(frozen, path)

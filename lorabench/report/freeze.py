@@ -67,7 +67,8 @@ class Frozen(Strict):
     """Every seed that the runs may have."""
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
-    """By claim; claims that the explored runs are not about, derivations and counts are left out."""
+    """By claim; claims that the explored runs are not about, derivations and counts are left out. Empty where nothing
+    was explored."""
     notes: list[str]
 
 
@@ -76,12 +77,12 @@ def preset_sha256(preset: Preset) -> str:
     return digest(preset.model_dump(mode="json"), 64)
 
 
-def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None) -> Frozen:
+def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
     """Return what is fixed of a preset, whose first seed is above those that were explored.
 
     Args:
         preset: the preset with its first seed, as `load_preset` takes it.
-        claims: the table `claims` of the explored runs, judged by the rules of today.
+        claims: the table `claims` of the explored runs, judged by the rules of today; None if the preset never ran.
         power: the table of `python -m benchmarks.calibration --preset`; None if it was not computed.
 
     Raises:
@@ -93,7 +94,8 @@ def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None)
             f"preset {preset!r} has the first seed 0, which was explored; give one such as --first-seed 100"
         )
     rules = rules_sha256(stated.margins, stated.judged_predictions)
-    if other := set(claims["rules"]) - {rules}:
+    explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
+    if other := set(explored["rules"]) - {rules}:
         judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)
         raise UserError(
             f"the explored claims were judged by {judged_by} and the rules of today are {rules[:12]}: judge them again "
@@ -105,13 +107,18 @@ def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None)
         powers = {str(name): float(share) for name, share in shares.groupby(power["claim_id"]).min().items()}
     expected = {}
     # Runs cannot refute a derivation or a count, so it tells nothing when they come out again.
-    testable = claims["verdict"].ne("not tested") & ~claims["kind"].isin(["derivation", "count"])
-    for claim in claims[testable].to_dict("records"):
+    testable = explored["verdict"].ne("not tested") & ~explored["kind"].isin(["derivation", "count"])
+    for claim in explored[testable].to_dict("records"):
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
-    data = {name: FrozenData(id=dataset_id(spec), test=_test_examples(spec)) for name, spec in stated.sources.items()}
+    data = {
+        name: FrozenData(id=dataset_id(spec), test=_UNEXPLORED if claims is None else _test_examples(spec))
+        for name, spec in stated.sources.items()
+    }
     notes = [] if power is not None else ["The power was not computed."]
+    if claims is None:
+        notes.append("The preset had never been run, so that no verdicts are expected.")
     if same := [name for name, about in data.items() if about.test == _SAME]:
         notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
     return Frozen(
@@ -128,6 +135,7 @@ def freeze(preset: str, claims: pd.DataFrame, power: pd.DataFrame | None = None)
 
 
 _OTHERS, _SAME = "other examples than the explored", "the explored examples"
+_UNEXPLORED = "no examples were explored"
 
 
 def _test_examples(spec: Any) -> str:
@@ -265,11 +273,13 @@ def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
         One row per expected claim: `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
         null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
         `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the
-        explored interval (null without one).
+        explored interval (null without one). Where nothing was explored, the rows are those of the held-out claims.
     """
     judged = {claim["claim_id"]: claim for claim in claims.to_dict("records")}
+    unexplored = Expected(verdict="not tested", p_again=None, power=None, estimate=None, ci_low=None, ci_high=None)
+    tested = (claim_id for claim_id, claim in judged.items() if claim["verdict"] != "not tested")
     rows = []
-    for claim_id, expected in frozen.expected.items():
+    for claim_id, expected in (frozen.expected or dict.fromkeys(tested, unexplored)).items():
         held_out = judged.get(claim_id, {"verdict": "not tested"})
         estimate = _number(held_out.get("estimate"))
         within = None
@@ -293,6 +303,9 @@ def _yes(value: Any) -> str:
 
 def summary_of(again: pd.DataFrame) -> str:
     """Return a sentence that counts the verdicts that came out again; `again` is as from `came_out_again`."""
+    if again["explored"].eq("not tested").all():
+        number = again["held_out"].isin(DECIDED).sum()
+        return f"{number} of {len(again)} verdicts are decided, by rules fixed before any run"
     decided, within = again["again"].dropna(), again["within"].dropna()
     return (
         f"{(decided == 'yes').sum()} of {len(decided)} decided verdicts came out again on held-out seeds, and "

@@ -116,9 +116,8 @@ def publish_held_out(path: Path, root: Path) -> str:
     layout = Layout.of(frozen.preset)
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     commit = check_kept(frozen, path, layout, runs, claims)
-    name = preset_path(frozen.preset).stem
-    _filled(root, dict.fromkeys(_parts(root, name), ""))
-    again, folder = came_out_again(frozen, claims), root / PUBLISHED / name / HELD_OUT
+    _filled(root, dict.fromkeys(_parts(root), ""))
+    again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem / HELD_OUT
     write_csv(again, folder / "came_out_again.csv")
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
     frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}

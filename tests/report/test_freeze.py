@@ -100,7 +100,10 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
         return CliRunner().invoke(app, ["freeze", *arguments]).output.replace("\n", " ")
 
     assert "there are no verdicts of the preset mine in results/mine/tables" in command(kept.preset)
+    assert f"run: lorabench run {kept.preset}@100" in command(kept.preset, "--unexplored")
+    assert read_frozen(kept.path).data["instruct"].test == "no examples were explored"
     write_frame(kept.claims, "claims", Layout.of(kept.preset).tables())
+    assert "mine has verdicts in results/mine/tables" in command(kept.preset, "--unexplored")
     assert f"run: lorabench run {kept.preset}@200" in command(kept.preset, "--first-seed", "200")
     assert read_frozen(kept.path).seeds == [200, 201]
     command(f"{kept.preset}@300", "--out", "other.yaml")
@@ -186,3 +189,13 @@ def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: S
     ]
     assert turned["within"].fillna("").tolist() == ["no", ""]
     assert summary_of(turned).startswith("0 of 1 decided verdicts came out again")
+
+
+def test_of_a_preset_that_was_never_run_nothing_is_expected_and_all_verdicts_are_told(kept: SimpleNamespace):
+    frozen = freeze(f"{kept.preset}@100", None)
+    assert (frozen.expected, frozen.seeds) == ({}, [100, 101])
+    again = came_out_again(frozen, kept.claims)
+    told = again[["claim_id", "explored", "held_out"]].to_numpy().tolist()
+    assert told[:2] == [["B1", "not tested", "confirmed"], ["B2", "not tested", "inconclusive"]]
+    assert again["again"].isna().all()
+    assert summary_of(again) == "2 of 3 verdicts are decided, by rules fixed before any run"
