@@ -133,7 +133,9 @@ def test_every_parameter_count_is_that_of_a_known_architecture(preset):
             assert (dimensions(spec).parameters, dimensions(spec).hidden) == (spec.parameters, spec.hidden_size), name
 
 
-@pytest.mark.parametrize(("name", "gpu"), [("smollm2", "A100"), ("core", "H100"), ("paper", "H200")])
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("smollm2", "A100"), ("first_gpu", "H100"), ("core", "H100"), ("paper", "H200")]
+)
 def test_the_readme_tells_what_they_cost(name, gpu):
     row = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| `{name}`"))
     hours = re.search(rf"about ([\d,]+) hours of an {gpu}", row)
