@@ -19,9 +19,9 @@ from lorabench.config.loading import PRESETS, load_preset, split_name
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
-from lorabench.planning.memory import gpus_needed, peak_bytes, sweep_memory
+from lorabench.planning.memory import peak_bytes, sweep_memory
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.planning.seconds import flops_per_second, run_seconds
+from lorabench.planning.seconds import flops_per_second, gpus_used, run_seconds
 from lorabench.runs import Sweep
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import GPUS, is_called, processor
@@ -135,7 +135,7 @@ def _fitted(runs: Sequence[tuple[Preset, Sweep, dict[str, Any]]], device: str) -
     work, memory = [], []
     for preset, sweep, row in runs:
         try:
-            gpus = gpus_needed(preset, sweep)
+            gpus = gpus_used(preset, sweep)
         except UserError:
             # By the estimate it does not fit, and yet it ran.
             gpus = preset.execution.max_gpus

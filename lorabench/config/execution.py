@@ -83,6 +83,9 @@ class Execution(Strict):
     job_hours: PositiveFloat = 24.0
     """Most hours that a job is expected to take: where the runs of a sweep would take longer one after the other, each
     of them is a job of its own."""
+    path_hours: PositiveFloat | None = None
+    """Most hours that a run of each wave of such a sweep is expected to take, one after the other: jobs get more GPUs
+    than it takes to hold them, up to `max_gpus`, until it is so; null for no limit."""
     gpu: str | None = None
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1

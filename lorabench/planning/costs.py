@@ -23,15 +23,15 @@ from lorabench.planning.flops import (
     sweep_flops,
     tokens_per_example,
 )
-from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.planning.memory import USABLE, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import (
     evaluation_seconds,
     flops_per_second,
     job_seconds,
+    run_job_seconds,
     run_seconds,
     start_seconds,
-    sweep_seconds,
 )
 from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GB, GPUS
@@ -157,7 +157,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
     Where each run is a job of its own, a request is that of one run.
     """
     preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
-    gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
+    gpus = max(plan.gpus[sweep] for sweep in job.sweeps)
     peak = disk = working = saving = shared = state = 0.0
     is_split = plan.is_split(job)
     for sweep in job.sweeps:
@@ -180,7 +180,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
     most_runs = sum(sweep.most_runs for sweep in job.sweeps)
     seconds, most_seconds, times = job_seconds(preset, job, gpus), job_seconds(preset, job, gpus, most=True), (1, 1)
     if is_split:
-        seconds = most_seconds = start_seconds(preset, condition) + sweep_seconds(preset, sweep, gpus, 1)
+        seconds = most_seconds = run_job_seconds(preset, sweep, gpus)
         times = job.n_runs, most_runs
     return _cost(
         preset,

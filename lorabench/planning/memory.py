@@ -90,7 +90,7 @@ def bf16_parameters(preset: Preset, sizes: Dimensions, placement: Placement | No
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     """Estimate the peak memory of a sweep's job on each of its GPUs."""
-    preset = decided(preset, sweep)
+    preset = decided(preset, sweep, gpus)
     condition, execution, bf16 = sweep.condition, preset.execution, preset.protocol.precision == "bf16"
     sizes = dimensions(preset.models[condition.model])
     longest, is_rl = longest_sequence(preset, condition), condition.rollouts is not None
@@ -233,22 +233,23 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
 def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
     gpus = 1
-    while not _fits(preset, sweep, gpus):
+    while not fits(preset, sweep, gpus):
         gpus *= 2
         if gpus > preset.execution.max_gpus:
             return None
     return gpus
 
 
-def _fits(preset: Preset, sweep: Sweep, gpus: int) -> bool:
+def fits(preset: Preset, sweep: Sweep, gpus: int) -> bool:
+    """Return whether some GPUs hold a sweep's job."""
     assert preset.execution.gpu
     return sweep_memory(preset, sweep, gpus).total <= USABLE * GPUS[preset.execution.gpu].memory
 
 
-def decided(preset: Preset, sweep: Sweep) -> Preset:
+def decided(preset: Preset, sweep: Sweep, gpus: int | None = None) -> Preset:
     """Return the preset with `activation_checkpointing: auto` decided for a sweep.
 
-    It is the least number of layers with which the sweep's job fits the least number of GPUs.
+    It is the least number of layers with which the sweep's job fits some GPUs, by default the least number of them.
     """
     execution = preset.execution
     if execution.activation_checkpointing != "auto":
@@ -257,9 +258,9 @@ def decided(preset: Preset, sweep: Sweep) -> Preset:
     choices = [preset.with_execution(activation_checkpointing=number) for number in range(layers + 1)]
     if execution.gpu is None:
         return choices[0]
-    if (gpus := _least_gpus(choices[-1], sweep)) is None:
+    if gpus is None and (gpus := _least_gpus(choices[-1], sweep)) is None:
         return choices[-1]
-    return choices[bisect_left(choices[:-1], True, key=lambda choice: _fits(choice, sweep, gpus))]
+    return choices[bisect_left(choices[:-1], True, key=lambda choice: fits(choice, sweep, gpus))]
 
 
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:

@@ -21,8 +21,7 @@ from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions, model_id
 from lorabench.planning.flops import sweep_flops
-from lorabench.planning.memory import gpus_needed
-from lorabench.planning.seconds import is_split, start_seconds, sweep_seconds
+from lorabench.planning.seconds import gpus_used, is_split, start_seconds, sweep_seconds
 from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 
@@ -85,7 +84,12 @@ class Plan:
     def is_split(self, job: Job) -> bool:
         """Return whether each run of a job's only sweep is a job of its own (see `execution.job_hours`)."""
         sweep, *others = job.sweeps
-        return not others and is_split(self.preset, sweep, gpus_needed(self.preset, sweep))
+        return not others and is_split(self.preset, sweep, self.gpus[sweep])
+
+    @cached_property
+    def gpus(self) -> dict[Sweep, int]:
+        """The number of GPUs of each sweep's jobs; 0 on a CPU."""
+        return {sweep: gpus_used(self.preset, sweep) for sweep in self.sweeps}
 
     def jobs_of(self, experiment: str) -> list[Job]:
         """Return the jobs that train the sweeps of an experiment, and no others."""
@@ -250,9 +254,12 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
     """
     groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
     seconds: dict[Sweep, float] = {}
+    split: set[Sweep] = set()
     for sweep in sweeps:
-        condition, gpus = sweep.condition, gpus_needed(preset, sweep)
+        condition, gpus = sweep.condition, gpus_used(preset, sweep)
         seconds[sweep] = sweep_seconds(preset, sweep, gpus, sweep.n_runs)
+        if is_split(preset, sweep, gpus):
+            split.add(sweep)
         groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
 
     def duration(job: list[Sweep]) -> float:
@@ -265,9 +272,7 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
         # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
         enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
         group.sort(key=lambda sweep: -seconds[sweep])
-        alone = [
-            sweep for sweep in group if seconds[sweep] >= enough or is_split(preset, sweep, gpus_needed(preset, sweep))
-        ]
+        alone = [sweep for sweep in group if seconds[sweep] >= enough or sweep in split]
         jobs += [[sweep] for sweep in alone]
         short = [sweep for sweep in group if sweep not in alone]
         # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from math import ceil, log
+from math import ceil, inf, log
 from random import Random
 
 from lorabench.config.execution import Execution
@@ -19,7 +19,7 @@ from lorabench.planning.flops import (
     run_work,
     unembedding_flops_per_token,
 )
-from lorabench.planning.memory import bf16_parameters, decided
+from lorabench.planning.memory import bf16_parameters, decided, fits, gpus_needed
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -68,7 +68,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
-    preset = decided(preset, sweep)
+    preset = decided(preset, sweep, gpus)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
     work = run_work(preset, condition)
     if execution.gpu is None or not gpus:
@@ -212,6 +212,32 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
     # On GPUs full fine-tuning loads the base again for each run.
     loads = (runs if sweep.condition.method == "fullft" else 1) if gpus else 0
     return seconds + loads * 4 * dimensions(preset.models[sweep.condition.model]).parameters / _READING
+
+
+def gpus_used(preset: Preset, sweep: Sweep) -> int:
+    """Return the number of GPUs of a sweep's jobs, a power of two; 0 on a CPU.
+
+    It is the smallest that holds a job. Where each run is a job of its own, it is doubled, as far as `max_gpus` allows,
+    until a run takes no longer than `job_hours`, and a run of each wave, one after the other, no longer than
+    `path_hours`.
+
+    Raises:
+        TooLargeError: a job fits on no number of GPUs that the preset allows.
+    """
+    gpus, execution = gpus_needed(preset, sweep), preset.execution
+    while 0 < 2 * gpus <= execution.max_gpus and is_split(preset, sweep, gpus):
+        hours, waves = run_job_seconds(preset, sweep, gpus) / 3600, len(sweep.expected_waves())
+        in_time = hours <= execution.job_hours and waves * hours <= (execution.path_hours or inf)
+        # The weights of a sharded model are in fp32, so that more GPUs may not hold what one does.
+        if in_time or not fits(preset, sweep, 2 * gpus):
+            break
+        gpus *= 2
+    return gpus
+
+
+def run_job_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Estimate the wall-clock seconds of a job that trains one run of a sweep."""
+    return start_seconds(preset, sweep.condition) + sweep_seconds(preset, sweep, gpus, 1)
 
 
 def is_split(preset: Preset, sweep: Sweep, gpus: int) -> bool:

@@ -62,7 +62,7 @@ class SweepContext:
     @cached_property
     def recomputed_layers(self) -> tuple[int, int]:
         """The number of layers that the backward pass computes again, and of those that keep their activations."""
-        preset = decided(self.plan.preset, self.sweep)
+        preset = decided(self.plan.preset, self.sweep, self.machine.processes.count)
         layers = dimensions(preset.models[self.sweep.condition.model]).layers
         again = preset.execution.recomputed_layers(layers)
         return again, layers - again

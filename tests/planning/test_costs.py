@@ -27,8 +27,9 @@ from lorabench.planning.costs import (
     tokens_cost,
 )
 from lorabench.planning.flops import lora_parameters
+from lorabench.planning.memory import decided
 from lorabench.planning.plan import make_plan
-from lorabench.planning.seconds import flops_per_second, job_seconds
+from lorabench.planning.seconds import flops_per_second, is_split, job_seconds, run_job_seconds
 from lorabench.runs import Job
 from lorabench.utils.gpus import GPUS
 
@@ -140,6 +141,26 @@ def test_runs_as_jobs_start_and_load_the_model_once_each():
     assert cost.working_disk - alone.working_disk == pytest.approx((max(waves) - 1) * 2 * 12 * trained, abs=2e6)
     [chain] = [chain for chain in chains(plan) if chain.job == job]
     assert chain.training == pytest.approx(len(waves) * cost.longest_job_hours)
+
+
+def test_jobs_have_twice_the_gpus_until_their_waves_take_no_longer_than_they_may():
+    preset = load_preset("paper").with_execution(path_hours=None)
+    plan, shorter = make_plan(preset), make_plan(preset.with_execution(path_hours=25.0))
+
+    def path(sweep, gpus):
+        return len(sweep.expected_waves()) * run_job_seconds(preset, sweep, gpus) / 3600
+
+    assert {shorter.gpus[sweep] // plan.gpus[sweep] for sweep in plan.sweeps} >= {1, 2, 4}
+    for sweep in plan.sweeps:
+        gpus = shorter.gpus[sweep]
+        assert not is_split(preset, sweep, gpus) or path(sweep, gpus) <= 25 or gpus == preset.execution.max_gpus
+        assert gpus == plan.gpus[sweep] or path(sweep, gpus // 2) > 25
+    # Full fine-tuning recomputes fewer layers among more GPUs.
+    layers = [
+        [decided(preset, sweep, planned.gpus[sweep]).execution.activation_checkpointing for planned in (plan, shorter)]
+        for sweep in plan.sweeps
+    ]
+    assert any(before > after for before, after in layers)
 
 
 def test_no_number_of_gpus_takes_less_than_the_critical_path():

@@ -197,7 +197,7 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
     # So many also hold traces of 20,480 tokens, since layers are recomputed and logits computed in pieces.
     assert gpus[None] == 4
     full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
-    whole, quarter = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
+    whole, quarter = (sweep_memory(decided(plan.preset, full), full, gpus) for gpus in (1, 4))
     assert (quarter.gradients, quarter.moments) == (whole.gradients / 4, whole.moments / 4)
     assert quarter.activations == whole.activations
 

@@ -211,7 +211,7 @@ def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
     for sweep in make_plan(paper).sweeps:
         condition = sweep.condition
         if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
-            work, padded = run_work(decided(paper, sweep), condition), padding(paper, condition, 4)
+            work, padded = run_work(decided(paper, sweep, 4), condition), padding(paper, condition, 4)
             flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
             training, forward = unembedding_flops_per_token(paper, condition)
             unscored = (padded * work.trained - work.trained_scored) * training
