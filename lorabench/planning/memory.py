@@ -21,7 +21,7 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.planning.engine import engine_memory, uses_engine
-from lorabench.planning.flops import longest_sequence, lora_parameters
+from lorabench.planning.flops import longest_sequence, lora_parameters, row_limit
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -96,8 +96,7 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     longest, is_rl = longest_sequence(preset, condition), condition.rollouts is not None
     # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, condition.batch_size * longest))
-    # In RL attention has a mask and is not computed in blocks.
-    row = 0 if is_rl else longest
+    row = row_limit(longest, execution.max_batch_tokens) if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
     if uses_engine(preset, condition):
         return replace(step, engine=sum(engine_memory(preset, condition.model, condition)))
@@ -136,7 +135,7 @@ def step_memory(
     Args:
         rank: LoRA's rank; None is full fine-tuning.
         tokens: tokens of a micro-batch.
-        row: tokens of a row over which attention is computed without a mask.
+        row: tokens of a row, of RL the most in a row with several responses.
         gpus: number of GPUs among which the model is split.
         is_rl: whether the loss is that of RL, which also measures the entropy.
 
@@ -147,7 +146,7 @@ def step_memory(
     on_cpu = preset.execution.gpu is None
     trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
     layer = _layer_bytes(sizes, rank, bf16)
-    if on_cpu:
+    if on_cpu and not is_rl:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # The first layers may keep only their inputs; their other activations exist for one layer at a time.
     keeping = sizes.layers - recomputed
@@ -186,8 +185,8 @@ def step_memory(
         gradients=4 * trained / gpus,
         moments=8 * trained / gpus,
         copies=copies * share,
-        # Besides the layers: the embeddings, the last norm, and the unembedding's input.
-        activations=tokens * (kept + 10 * sizes.hidden),
+        # Besides the layers: the embeddings, the last norm, the unembedding's input, and in RL the mask of attention.
+        activations=tokens * (kept + 10 * sizes.hidden + (row * (2 if bf16 else 4) if is_rl else 0)),
         logits=max(logits, backward),
         sampling=0,
     )

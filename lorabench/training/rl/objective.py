@@ -233,6 +233,7 @@ def _compute(
         # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
         mask = torch.zeros(visible.shape, dtype=machine.autocast, device=visible.device)
         mask.masked_fill_(~visible, -math.inf)
+        del visible
         inputs |= {"position_ids": layout.positions, "attention_mask": mask}
     at_once = tokens_at_once(model, MAX_LOGITS[sources.device.type])
 
