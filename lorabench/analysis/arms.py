@@ -61,6 +61,12 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
     return " ".join(words)
 
 
+def arm_labels(rows: pd.DataFrame) -> list[str]:
+    """Return the short name of the arm of each row, as `arm_label` does, but fast."""
+    names = [name for name in ARM if name in rows]
+    return [arm_label(dict(zip(names, row, strict=True))) for row in zip(*(rows[name] for name in names), strict=True)]
+
+
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
     numbers = runs.reindex(columns=list(STANDARD)).astype(float)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
-from lorabench.analysis.curves import metric_points
+from lorabench.analysis.curves import metric_points, split_curves
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, error_rate, nats
 from lorabench.analysis.fit_rows import MAX_STEP
@@ -104,6 +104,11 @@ class Comparison(Keeper):
     """The runs of all arms; runs of RL have error rates as losses (see `rewards.with_error_rates`)."""
     curves: pd.DataFrame
     judging: Judging = field(default_factory=Judging, repr=False)
+
+    def forget(self) -> None:
+        """Drop all that was made of the runs, which takes much memory; what is asked for again is made again."""
+        for name in set(vars(self)) - {own.name for own in fields(self)}:
+            del vars(self)[name]
 
     @cached_property
     def _each_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
@@ -333,7 +338,7 @@ def _further_lr(label: str, lr: float) -> Remedy:
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
     """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
 
-    The table `curves` may hold those of other runs, too.
+    The table `curves` may hold those of other runs, too; each comparison gets those of its own.
 
     Raises:
         UserError: see `check_runs`.
@@ -345,10 +350,11 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | Non
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
     varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()
+    own_curves = split_curves(curves, [rows for _, rows in groups])
     parts = []
-    for (model, dataset, batch_size, steps), rows in groups:
+    for ((model, dataset, batch_size, steps), rows), points in zip(groups, own_curves, strict=True):
         setting = f" batch {batch_size}" if varied["batch_size"] else f" {steps} steps" if varied["steps"] else ""
-        parts.append(Comparison(f"{model}/{dataset}{setting}", rows, curves, judging or Judging()))
+        parts.append(Comparison(f"{model}/{dataset}{setting}", rows, points, judging or Judging()))
     return parts
 
 

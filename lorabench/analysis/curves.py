@@ -28,6 +28,20 @@ def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
 
 
+def split_curves(curves: pd.DataFrame, parts: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return the curves of the runs of each part of a table `runs`, each in the order of the table `curves`.
+
+    A single part gets the whole table, and so does each part if the table has no column run_id.
+    """
+    if len(parts) == 1 or "run_id" not in curves:
+        return [curves] * len(parts)
+    part_of = {run_id: part for part, runs in enumerate(parts) for run_id in runs["run_id"]}
+    part = curves["run_id"].map(part_of).fillna(len(parts)).to_numpy(int)
+    order = np.argsort(part, kind="stable")
+    ordered, ends = curves.iloc[order], np.searchsorted(part[order], range(len(parts) + 1))
+    return [ordered.iloc[start:end] for start, end in pairwise(ends.tolist())]
+
+
 def metric_points(
     curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
 ) -> pd.DataFrame:

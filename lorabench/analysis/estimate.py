@@ -71,7 +71,7 @@ class Estimate:
         low, high, last = self.ordered[[math.floor(place), math.ceil(place), -1]].tolist()
         return math.nan if math.isnan(last) else float(low + (high - low) * (place - math.floor(place)))
 
-    @property
+    @cached_property
     def known(self) -> bool:
         """Whether the number and its error are known."""
         return math.isfinite(self.value) and bool(np.isfinite(self.draws).all())
@@ -135,7 +135,7 @@ def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0)
     return Estimate(value, seed_part, None, n_seeds)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _t_quantiles(dof: float) -> np.ndarray:
     return np.asarray(stdtrit(dof, _SHARES))
 
@@ -182,16 +182,21 @@ def normal(name: str) -> np.ndarray:
     return shuffled(ndtri(_SHARES), name)
 
 
-def multivariate_student(covariance: np.ndarray, dof: float, name: str) -> np.ndarray:
+def multivariate_student(
+    covariance: np.ndarray, dof: float, name: str, chosen: Sequence[int] | None = None
+) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
-    The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers).
+    The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers). Without
+    the places of some `chosen` numbers, the draws are those of all.
     """
     root = cholesky_root(covariance)
     even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
     errors = np.sqrt(np.diag(covariance))
+    if chosen is not None:
+        root, errors = root[list(chosen)], errors[list(chosen)]
     return shuffled(_chi_factors(dof)[:, None] * (even @ root.T * (errors > 0)), name)
 
 
@@ -207,7 +212,7 @@ def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     return np.asarray(scales[:, None] * root)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _chi_factors(dof: float) -> np.ndarray:
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
@@ -284,9 +289,13 @@ class ExampleLosses:
         groups = np.where(groups < 0, -1 - table["example"].to_numpy(int), groups)
         place, run_ids = pd.factorize(table["run_id"])
         # A groupby of as many short groups is slow.
-        order, ends = np.lexsort((table["example"].to_numpy(), place)), np.cumsum(np.bincount(place))[:-1]
-        columns = (table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups)
-        parts = (np.split(values[order], ends) for values in columns)
+        example, ends = table["example"].to_numpy(float), np.cumsum(np.bincount(place))[:-1]
+        columns = [table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups]
+        steps = np.diff(place)
+        if not ((steps > 0) | ((steps == 0) & (np.diff(example) > 0))).all():
+            order = np.lexsort((example, place))
+            columns = [values[order] for values in columns]
+        parts = (np.split(values, ends) for values in columns)
         return cls(*(dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts))
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:

@@ -194,10 +194,10 @@ def again(estimate: Estimate) -> NewRuns:
     """Return the replicates of an estimate."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    return NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(student_shape(estimate.draws)[1], 1)))
+    return NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(student_shape(estimate.ordered)[1], 1)))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=2**14)
 def _widths(dof: float) -> np.ndarray:
     """Return the errors of replicates over that of the estimate, (N_AGAIN,), which has some degrees of freedom.
 

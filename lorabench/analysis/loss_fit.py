@@ -18,9 +18,10 @@ rows, the seed noise is that of their deviations, pooled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -85,18 +86,64 @@ class Noise:
         return cls(sigma, int(min(dof, BORROWED_DOF)), source)
 
 
+Value = TypeVar("Value")
+
+
+class ByArm(Mapping[str, Value]):
+    """What a fit says of each arm, by arm label; it is made when it is asked for."""
+
+    def __init__(self, labels: Collection[str], make: Callable[[str], Value]) -> None:
+        self._labels, self._make = labels, make
+
+    def __getitem__(self, label: str) -> Value:
+        if label not in self._labels:
+            raise KeyError(label)
+        return self._make(label)
+
+    def __contains__(self, label: object) -> bool:
+        return label in self._labels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """What draws of the errors of a fit's coefficients are made from; those of all at once take much memory."""
+
+    covariance: np.ndarray | None
+    """That of the error from seeds of the coefficients `order`; None where the error is not known."""
+    order: tuple[int, ...]
+    """The places of these coefficients."""
+    seeds_name: str
+    influences: np.ndarray | None
+    """What groups of test examples do to each coefficient, (coefficients, groups); None where this is not known."""
+    test_split: str
+    n_examples: int
+    n_groups: int
+
+    def by_seed(self, places: list[int], dof: int) -> np.ndarray:
+        """Return draws of some coefficients' error from seeds, (N_DRAWS, places)."""
+        if self.covariance is None:
+            return np.full((N_DRAWS, len(places)), math.nan)
+        return multivariate_student(self.covariance, dof, self.seeds_name, [self.order.index(at) for at in places])
+
+    def by_example(self, places: list[int]) -> np.ndarray | None:
+        """Return draws of some coefficients' error from test examples, (N_DRAWS, places), if it is known."""
+        return None if self.influences is None else example_draws(self.influences[places], self.test_split)
+
+
 @dataclass(frozen=True)
 class LossFit:
     """The fit of one comparison."""
 
     grids: Mapping[str, ArmGrid]
     """The LRs of each arm, by arm label."""
-    minima: Mapping[str, Estimate] = field(repr=False)
-    """The lowest loss of each arm, in the unit of the loss."""
-    optima: Mapping[str, Estimate] = field(repr=False)
-    """The natural logarithm of the optimal LR of each arm."""
-    resolved: Mapping[str, bool]
-    """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
+    lowest: Mapping[str, tuple[float, float]]
+    """The natural logarithm of the optimal LR of each arm, and its lowest loss, both without their errors."""
     measured: Mapping[str, tuple[float, float]]
     """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share, and its standard
     error."""
@@ -113,6 +160,32 @@ class LossFit:
     noise_text: str
     """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
     how many groups the test examples come, if from fewer than FEW_GROUPS."""
+    estimated: Callable[[str], tuple[Estimate, Estimate, bool]] = field(repr=False)
+    """Makes of an arm what `optima`, `minima` and `resolved` hold."""
+
+    @cached_property
+    def _made(self) -> dict[str, tuple[Estimate, Estimate, bool]]:
+        return {}
+
+    def _estimates(self, label: str) -> tuple[Estimate, Estimate, bool]:
+        if label not in self._made:
+            self._made[label] = self.estimated(label)
+        return self._made[label]
+
+    @property
+    def minima(self) -> Mapping[str, Estimate]:
+        """The lowest loss of each arm, in the unit of the loss."""
+        return ByArm(self.lowest, lambda label: self._estimates(label)[1])
+
+    @property
+    def optima(self) -> Mapping[str, Estimate]:
+        """The natural logarithm of the optimal LR of each arm."""
+        return ByArm(self.lowest, lambda label: self._estimates(label)[0])
+
+    @property
+    def resolved(self) -> Mapping[str, bool]:
+        """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
+        return ByArm(self.lowest, lambda label: self._estimates(label)[2])
 
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
@@ -164,44 +237,53 @@ def fit_losses(
         noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
     fitted = None if counted is None else _fitted(counted, noise)
     if counted is None or fitted is None:
-        return LossFit(grids, {}, {}, {}, {}, math.nan, 0, {}, {}, {}, "")
+
+        def no_arm(label: str) -> tuple[Estimate, Estimate, bool]:
+            raise KeyError(label)
+
+        return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", no_arm)
     solution, places_by_arm, bends = fitted
-    seed_draws, dof, sigma = _seed_errors(counted, solution, places_by_arm, noise, name)
-    by_examples, *n_test = _example_errors(counted, solution, examples or ExampleLosses(), test_split)
+    sigma, dof, known = _seed_noise(counted, solution, noise)
+    errors = _errors(counted, solution, places_by_arm, known, examples or ExampleLosses(), name, test_split)
     losses = _without_seeds(counted, solution, places_by_arm)
-    minima, optima, resolved, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
+    lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
-        grid, places, ends = grids[label], places_by_arm[label], counted.ends[label]
+        places = places_by_arm[label]
         curvature[label] = float(solution.coefficients[places[2]])
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        own, bend = solution.coefficients[places], bends.get(label)
+        position, value = map(float, _vertex(solution.coefficients[places], counted.ends[label], bends.get(label)))
+        lowest[label] = math.log(grids[label].lrs[grids[label].centre]) + position, value
+        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
+
+    def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
+        grid, places, ends, bend = grids[label], places_by_arm[label], counted.ends[label], bends.get(label)
+        own = solution.coefficients[places]
         value = _vertex(own, ends, bend)
-        by_seed, *by_example = (
-            _vertex(own + error.T[places].T, ends, bend)
-            for error in (seed_draws, *([] if by_examples is None else [by_examples]))
-        )
-        position, minima[label] = (
+        by_seed, drawn = _vertex(own + errors.by_seed(places, dof), ends, bend), errors.by_example(places)
+        by_example = None if drawn is None else _vertex(own + drawn, ends, bend)
+        position, minimum = (
             Estimate(
                 float(value[part]),
                 by_seed[part] - value[part],
-                by_example[0][part] - value[part] if by_example else None,
+                None if by_example is None else by_example[part] - value[part],
                 len(seeds[label]),
-                *n_test,
+                errors.n_examples,
+                errors.n_groups,
             )
             for part in (0, 1)
         )
-        optima[label] = replace(position, value=math.log(grid.lrs[grid.centre]) + position.value)
+        optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
-        resolved[label] = bounded and position.known and float(outside.mean()) <= 0.025
-        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
+        return optimum, minimum, bounded and position.known and float(outside.mean()) <= 0.025
+
     text = "" if noise is None else f"; seed noise from {noise.source}"
-    if 1 < n_test[1] < min(n_test[0], FEW_GROUPS):
-        text += f"; the {n_test[0]} test examples come from {n_test[1]} groups"
-    return LossFit(grids, minima, optima, resolved, measured, sigma, dof, curvature, seeds, run_ids, text)
+    if 1 < errors.n_groups < min(errors.n_examples, FEW_GROUPS):
+        text += f"; the {errors.n_examples} test examples come from {errors.n_groups} groups"
+    return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, estimated)
 
 
 def _without_seeds(rows: FitRows, solution: Solution, places: Places) -> np.ndarray:
@@ -296,44 +378,42 @@ def _noise_of_rows(rows: FitRows) -> Noise | None:
     return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
 
 
-def _seed_errors(
-    rows: FitRows, solution: Solution, places: Places, noise: Noise | None, name: str
-) -> tuple[np.ndarray, int, float]:
-    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma.
-
-    Those of the contrasts of seeds, on which no number of an arm depends, are 0.
-    """
-    n = len(solution.coefficients)
+def _seed_noise(rows: FitRows, solution: Solution, noise: Noise | None) -> tuple[float, int, bool]:
+    """Return the standard deviation of a run, its degrees of freedom, and whether the error from seeds is known."""
     if len(rows.seeds) < 2 and noise is None:
-        return np.full((N_DRAWS, n), math.nan), 0, math.nan
+        return math.nan, 0, False
     sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
     if noise is None and solution.ratio > 0:
         # The error lies between the cells of arm and seed, of which there are fewer than runs.
         dof = max(1, min(dof, len(set(rows.cells.tolist())) - len(rows.in_arm) - (len(rows.seeds) - 1)))
-    if dof < 1 or not sigma > 0:
-        return np.full((N_DRAWS, n), math.nan), dof, sigma
+    return sigma, dof, dof >= 1 and sigma > 0
+
+
+def _errors(
+    rows: FitRows,
+    solution: Solution,
+    places: Places,
+    known: bool,
+    examples: ExampleLosses,
+    name: str,
+    test_split: str,
+) -> _Errors:
+    """Return what draws of the coefficients' errors are made from; `known` says whether that from seeds is.
+
+    No number of an arm depends on the contrasts of seeds, so their errors are left out.
+    """
     # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
     # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
-    order = [place for kind in reversed(by_kind) for place in kind]
-    draws = np.zeros((n, N_DRAWS)).T
-    covariance = solution.variance * solution.unscaled[np.ix_(order, order)]
-    draws[:, order] = multivariate_student(covariance, dof, f"seeds of {name}")
-    return draws, dof, sigma
-
-
-def _example_errors(
-    rows: FitRows, solution: Solution, examples: ExampleLosses, test_split: str
-) -> tuple[np.ndarray | None, int, int]:
-    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and the numbers of examples
-    and of their groups."""
+    order = tuple(place for kind in reversed(by_kind) for place in kind)
+    covariance = solution.variance * solution.unscaled[np.ix_(order, order)] if known else None
     run_ids = rows.runs["run_id"].tolist()
-    on_runs = examples.influences(run_ids)
-    if on_runs is None:
-        return None, 0, 0
-    weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
-    influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
-    return example_draws(influences, test_split), len(examples.tokens[run_ids[0]]), on_runs.shape[1]
+    on_runs, influences, n_examples, n_groups = examples.influences(run_ids), None, 0, 0
+    if on_runs is not None:
+        weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
+        influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
+        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
+    return _Errors(covariance, order, f"seeds of {name}", influences, test_split, n_examples, n_groups)
 
 
 def _vertex(

@@ -207,8 +207,9 @@ def _residuals(comparison: Comparison) -> pd.Series[float]:
     fit, parts = comparison.fit, []
     for label, run_ids in fit.run_ids.items():
         arm_rows = comparison.rows[label].set_index("run_id").loc[list(run_ids)]
-        distance = np.log(arm_rows["lr"].astype(float)) - fit.optima[label].value
-        fitted = fit.minima[label].value + fit.curvature[label] * distance**2
+        optimum, minimum = fit.lowest[label]
+        distance = np.log(arm_rows["lr"].astype(float)) - optimum
+        fitted = minimum + fit.curvature[label] * distance**2
         parts.append(arm_rows[["seed"]].assign(residual=arm_rows["final_test_nll"].astype(float) - fitted))
     rows = pd.concat(parts)
     residuals: pd.Series[float] = rows["residual"] - rows.groupby("seed")["residual"].transform("mean")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.arms import ARM, arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
@@ -126,7 +126,9 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     points = comparison.points("train", "nll")
     inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
     means = inside.mean()[inside.size() == inside.size().max()]
-    runs = comparison.runs
+    # The columns that a fit reads: selecting runs with all columns takes as long as the fit.
+    names = ["run_id", *ARM, "lr", "seed", "status", "task", "n_seeds", "final_test_nll_sd"]
+    runs = comparison.runs[[name for name in names if name in comparison.runs]]
     loss = runs["run_id"].map(means).astype(float)
     known = np.isfinite(loss)
     runs = runs.assign(

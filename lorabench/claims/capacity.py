@@ -29,7 +29,16 @@ from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import Named, chosen, full_runs, learning, longest_run, longest_runs, natural_text
+from lorabench.claims.scope import (
+    Named,
+    chosen,
+    full_runs,
+    learning,
+    longest_run,
+    longest_runs,
+    natural_text,
+    one_at_a_time,
+)
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -224,7 +233,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
-    for label, comparison in chosen(learning, longest_runs)(evidence):
+    for label, comparison in one_at_a_time(chosen(learning, longest_runs)(evidence)):
         try:
             ranks = _ranks(comparison)
         except UnjudgedError as unjudged:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, groupby
+from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
 
 from lorabench.analysis.arms import in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED_BY, Judging, Task
+from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, Task
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.finding import Finding, with_parts
+from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
 from lorabench.analysis.loss_fit import Noise
+from lorabench.analysis.lr_law import SweptMethods
 from lorabench.analysis.published import estimates_by_claim
 from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     across_models,
@@ -29,13 +33,14 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     reinforcement,
     rl_progress,
 )
-from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_each, judge_part
+from lorabench.claims.batch_size import BatchSizes
+from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
 from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
-from lorabench.store.tables import Tables, remarks_on
+from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on
 from lorabench.utils.formats import count, parameters
 
 
@@ -139,12 +144,15 @@ def findings(
     by_category = [name for name in ("split", "metric") if name in tables.curves]
     every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
     runs = with_arm_columns(tables.runs) if "run_id" in tables.runs else tables.runs
+    # No claim is about the machine, and selecting runs takes as much longer as they have more columns.
+    runs = runs.drop(columns=MAY_DIFFER["runs"], errors="ignore")
     rl, examples = is_rl(runs), ExampleLosses.of(tables.test_losses)
     judging = {
         task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
         for task, task_noise in (("sft", noise), ("rl", reward_noise))
     }
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
+    asked: list[tuple[Claim, Evidence]] = []
     for claim in claims:
         chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
         # Experiments with the same runs share their comparisons, whose fits take most of the time.
@@ -152,27 +160,134 @@ def findings(
         if key not in by_runs:
             curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
             by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        yield (claim, *_judge(claim, by_runs[key]))
+        asked.append((claim, by_runs[key]))
+    judged = _judged(asked)
+    for claim, evidence in asked:
+        yield (claim, *_with_conditions(claim, evidence, judged[claim.id]))
 
 
-def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
-    """Judge one claim; a claim without experiments is judged on other tables than `runs`.
+_Part = tuple[Claim, int, str, Any, list[Comparison]]
+"""A part of the evidence that a claim is judged on: the claim, the number of the part among those of the claim, its
+name, the part itself, and the comparisons that it is about."""
+
+
+def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
+    """Return the findings by claim id, without the conditions of the claims.
+
+    All claims are judged on one comparison before the next one, which is then forgotten: the fits of thousands of
+    comparisons do not fit in memory together.
+    """
+    judged: dict[str, Finding] = {}
+    findings: dict[str, list[Finding]] = {}
+    groups: list[list[_Part]] = []
+    parts: list[_Part] = []
+    for claim, evidence in asked:
+        if (untestable := _untestable(claim, evidence)) is not None:
+            judged[claim.id] = untestable
+        elif claim.over is None:
+            groups.append([(claim, 0, "", evidence, [])])
+        else:
+            try:
+                named = list(claim.over(evidence))
+            except UnjudgedError as unjudged:
+                judged[claim.id] = unjudged.finding
+                continue
+            findings[claim.id] = [Finding("not tested", "")] * len(named)
+            parts += [(claim, place, name, part, _compared_in(part)) for place, (name, part) in enumerate(named)]
+    number: dict[int, int] = {}
+    for *_, compared in parts:
+        for comparison in compared:
+            number.setdefault(id(comparison), len(number))
+    keys = [sorted(number[id(comparison)] for comparison in part[-1]) for part in parts]
+    order = sorted(range(len(parts)), key=lambda place: (len(keys[place]) != 1, keys[place]))
+    groups += [[parts[place] for place in same] for _, same in groupby(order, key=lambda place: keys[place])]
+    del parts
+    for claim_id, place, judged_part in chain.from_iterable(_each_judged(groups)):
+        if claim_id in findings:
+            findings[claim_id][place] = judged_part
+        else:
+            judged[claim_id] = judged_part
+    return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
+
+
+MANY = 500
+"""The number of groups of parts from which they are judged by several processes, which takes a while to start."""
+
+PROCESSES = 8
+"""The most processes that judge."""
+
+_GROUPS: list[list[_Part]] = []
+"""What the processes that judge have from the one that started them."""
+
+
+def _each_judged(groups: list[list[_Part]]) -> Iterator[list[tuple[str, int, Finding]]]:
+    """Yield what `_judge_group` returns of each group and empty the list, by several processes if there are many."""
+    # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if len(groups) < MANY or cores == 1:
+        groups.reverse()
+        while groups:
+            yield _judge_group(groups.pop())
+        return
+    _GROUPS[:] = groups
+    groups.clear()
+    with get_context("fork").Pool(min(cores, PROCESSES)) as pool:
+        yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
+    _GROUPS.clear()
+
+
+def _judge_numbered(number: int) -> list[tuple[str, int, Finding]]:
+    group, _GROUPS[number] = _GROUPS[number], []
+    return _judge_group(group)
+
+
+def _judge_group(group: list[_Part]) -> list[tuple[str, int, Finding]]:
+    """Judge parts that are about the same comparisons, and forget what was made of these.
 
     Returns:
-        The finding, and the conditions of the claim that the runs do not meet.
+        The id of each claim, the number of the part, and the finding.
     """
-    if claim.experiments:
-        columns = evidence.every_run.columns
-        if columns.empty:
-            return Finding("not tested", "the runs table is empty"), None
-        if evidence.runs.empty:
-            without = f"no runs of the experiment {' or '.join(claim.experiments)}"
-            return Finding("not tested", f"{without}; it needs {claim.needs}"), None
-        needed = dict.fromkeys((*NEEDED_BY[claim.task], *claim.columns))
-        if absent := [name for name in needed if name not in columns]:
-            return Finding("not tested", f"the runs table has no column {', '.join(absent)}"), None
-    over, judge = claim.over, claim.judge
-    judged = judge_part(judge if over is None else lambda whole: judge_each(over(whole), judge), evidence)
+    judged = [
+        (
+            claim.id,
+            place,
+            judge_part(claim.judge, part) if claim.over is None else judge_named(name, claim.judge, part),
+        )
+        for claim, place, name, part, _ in group
+    ]
+    for comparison in group[0][-1]:
+        comparison.forget()
+    return judged
+
+
+def _compared_in(part: Any) -> list[Comparison]:
+    """Return the comparisons that a part of the evidence is about."""
+    if isinstance(part, Comparison):
+        return [part]
+    if isinstance(part, SweptMethods):
+        return [part.comparison]
+    if isinstance(part, BatchSizes):
+        return list(part.by_size.values())
+    return [comparison for each in part for comparison in _compared_in(each)] if isinstance(part, list | tuple) else []
+
+
+def _untestable(claim: Claim, evidence: Evidence) -> Finding | None:
+    """Return why a claim can't be tested on the runs; a claim without experiments is judged on other tables."""
+    columns = evidence.every_run.columns
+    if not claim.experiments:
+        return None
+    if columns.empty:
+        return Finding("not tested", "the runs table is empty")
+    if evidence.runs.empty:
+        without = f"no runs of the experiment {' or '.join(claim.experiments)}"
+        return Finding("not tested", f"{without}; it needs {claim.needs}")
+    needed = dict.fromkeys((*NEEDED_BY[claim.task], *claim.columns))
+    absent = [name for name in needed if name not in columns]
+    return Finding("not tested", f"the runs table has no column {', '.join(absent)}") if absent else None
+
+
+def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple[Finding, str | None]:
+    """Return the finding on a claim, and the conditions of the claim that the runs do not meet."""
     if judged.verdict == "not tested":
         return judged, None
     unmet = []

@@ -53,6 +53,7 @@ from lorabench.claims.scope import (
     chosen,
     learning,
     longer_runs,
+    one_at_a_time,
     sweeps_of_both,
 )
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
@@ -232,18 +233,22 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     fact=LR_RATIO,
 )
 def _short_runs_want_more(evidence: Evidence) -> Finding:
-    short, whole = [], []
-    for name, comparison in chosen(learning, sweeps_of_both)(evidence):
-        steps = comparison.arms[0]["steps"]
-        if steps is not None and SHORT_STEPS[0] <= steps <= SHORT_STEPS[1]:
-            short.append((name, partial(_ratio_of_short_runs, comparison)))
-        elif steps is not None and steps >= FULL_STEPS:
-            whole.append((name, partial(_ratio_along_runs, comparison)))
+    swept = [(comparison.runs["steps"].iloc[0], (name, comparison)) for name, comparison in _swept(evidence)]
+    known = [(int(steps), named) for steps, named in swept if not pd.isna(steps)]
+    short = [named for steps, named in known if SHORT_STEPS[0] <= steps <= SHORT_STEPS[1]]
+    whole = [named for steps, named in known if steps >= FULL_STEPS]
     text = f"no runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and none of {FULL_STEPS:,} or more"
     unjudged_if(not short and not whole, text)
-    judged = judge_each([*short, *whole], lambda judge: judge())
+    judged = judge_each(one_at_a_time([*short, *whole]), _ratio_of_length)
     lacking = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
     return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
+
+
+_swept = chosen(learning, sweeps_of_both)
+
+
+def _ratio_of_length(comparison: Comparison) -> Finding:
+    return (_ratio_along_runs if comparison.arms[0]["steps"] >= FULL_STEPS else _ratio_of_short_runs)(comparison)
 
 
 def _ratio_of_short_runs(comparison: Comparison) -> Finding:

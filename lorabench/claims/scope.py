@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pandas as pd
@@ -40,6 +40,13 @@ def chosen(*steps: Callable[[Named], Named]) -> Callable[[Evidence], Named]:
         return named
 
     return choose
+
+
+def one_at_a_time(named: Named) -> Iterator[tuple[str, Comparison]]:
+    """Yield comparisons after their names, and forget what was made of one before the next, which takes much memory."""
+    for name, comparison in named:
+        yield name, comparison
+        comparison.forget()
 
 
 every_dataset = chosen()

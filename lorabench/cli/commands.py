@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.cli.steps import steps
-from lorabench.errors import NothingToDrawError, UserError
+from lorabench.errors import UserError
 from lorabench.utils import formats
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
@@ -297,16 +297,13 @@ def figure(
     out: Annotated[Path, Option(help="Folder for SVG, PNG and CSV.")],
 ) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
-    from lorabench.figures.catalog import drawable_figures, save_figure
+    from lorabench.figures.catalog import save_all_figures, save_figure
 
     if name != "all":
         save_figure(name, tables, out)
         return
-    for figure_name in drawable_figures(tables):
-        try:
-            save_figure(figure_name, tables, out)
-        except NothingToDrawError as nothing:
-            print(f"figure {figure_name} is not drawn: {nothing}")
+    for sentence in save_all_figures(tables, out):
+        print(sentence)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import yaml
 
-from lorabench.analysis.arms import in_experiments
+from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED_BY
 from lorabench.analysis.curves import curves_of
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -69,6 +69,34 @@ class PaperFigure:
         return runs[is_rl(runs) == (self.task == "rl")]
 
 
+SETTINGS = 16
+"""The most combinations of model, dataset, batch size and length of training that a figure draws. No shipped preset has
+as many in one figure."""
+
+RANKS = 24
+"""The most combinations of rank and placement that a figure draws."""
+
+
+def drawn_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the runs that a figure draws, and a sentence on what it leaves out, which is empty if that is nothing."""
+    runs = with_arm_columns(runs)
+    left_out = []
+    settings = runs.groupby(["dataset", "model", "batch_size", "steps"], dropna=False).ngroup()
+    if (count := settings.nunique()) > SETTINGS:
+        runs = runs[settings < SETTINGS]
+        left_out.append(
+            f"The first {SETTINGS} of {count:,} combinations of dataset, model, batch size and length are drawn"
+        )
+    lora = runs[runs["rank"].notna()]
+    ranks = lora.groupby(["rank", "placement"], dropna=False).ngroup()
+    if (count := ranks.nunique()) > RANKS:
+        # From the lowest to the highest rank, at equal distances.
+        chosen = [round(place * (count - 1) / (RANKS - 1)) for place in range(RANKS)]
+        runs = runs.drop(lora.index[~ranks.isin(chosen)])
+        left_out.append(f"{RANKS} of {count:,} combinations of rank and placement are drawn")
+    return runs, f"{'; '.join(left_out)}." if left_out else ""
+
+
 _TEXTS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
 _SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
 for _name, _text in _TEXTS["shared"].items():
@@ -93,14 +121,9 @@ def figures_of_preset(preset: Preset) -> list[PaperFigure]:
     return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]
 
 
-def drawable_figures(folders: Sequence[Path]) -> list[str]:
-    """Return the names of the figures that the tables in the given folders have rows for.
-
-    Raises:
-        UserError: see `Tables.read`.
-    """
-    tables = Tables.read(*folders)
-    shown = {"compute": tables.compute, "evals": tables.evals, "claims": _claims(folders)}
+def drawable_figures(tables: Tables) -> list[str]:
+    """Return the names of the figures that the tables have rows for."""
+    shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
     return [
         figure.name
         for figure in FIGURES.values()
@@ -111,40 +134,80 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
+    From merged tables it draws the runs of its own experiments only; of many, some (see `drawn_runs`). Where the tables
+    are refused, nothing is written.
 
     Raises:
         NothingToDrawError: the tables hold nothing for this figure.
         UserError: there is no such figure; the folders hold no tables, or tables that contradict one another; or see
             `check_table`, `check_curves` and `check_comparable`.
     """
-    from lorabench.figures.style import write_figure
-
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, tables = FIGURES[name], Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
+    figure = FIGURES[name]
+    tables = Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
     if figure.table != "claims":
         tables = Tables.read(*folders)
-    elif tables.claims.empty:
+    _check(figure.table, tables)
+    _save(figure, tables, out)
+
+
+def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
+    """Draw the figures that the tables in the given folders have rows for, as `save_figure` does.
+
+    Yields:
+        A sentence on each figure that can't be drawn.
+
+    Raises:
+        UserError: see `save_figure`.
+    """
+    tables = replace(Tables.read(*folders), claims=_claims(folders))
+    names = drawable_figures(tables)
+    for table in dict.fromkeys(FIGURES[name].table for name in names):
+        _check(table, tables)
+    for name in names:
+        try:
+            _save(FIGURES[name], tables, out)
+        except NothingToDrawError as nothing:
+            yield f"figure {name} is not drawn: {nothing}"
+
+
+def _check(table: str, tables: Tables) -> None:
+    """Check what figures of a table are drawn from.
+
+    Raises:
+        UserError: there is no such table, or see `check_table`, `check_curves` and `check_comparable`.
+    """
+    if table == "claims" and tables.claims.empty:
         source = "the table claims of one folder, which `lorabench claims` writes"
-        raise UserError(f"the figure {name} is drawn from {source}")
-    if figure.table == "evals":
+        raise UserError(f"the figure verdicts is drawn from {source}")
+    if table == "evals":
         check_comparable(tables.evals, "scores")
-    if figure.table == "runs":
+    if table == "runs":
         if tables.runs.columns.empty:
             raise UserError("there is no table runs")
-        if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
-            raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
         check_table(tables.runs)
         check_curves(tables.curves)
+
+
+def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
+    from lorabench.figures.style import note_above, write_figure
+
+    left_out = ""
+    if figure.table == "runs":
+        if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
+            raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
         runs = figure.own_runs(tables.runs)
         if runs.empty:
             raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
+        runs, left_out = drawn_runs(runs)
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
+    if left_out:
+        note_above(drawn, left_out)
     for kind in ("svg", "png"):
-        write_figure(drawn, out / f"{name}.{kind}")
-    write_csv(plotted, out / f"{name}.csv")
+        write_figure(drawn, out / f"{figure.name}.{kind}")
+    write_csv(plotted, out / f"{figure.name}.csv")
 
 
 def _claims(folders: Sequence[Path]) -> pd.DataFrame:

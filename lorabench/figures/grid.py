@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
+from lorabench.analysis.arms import ARM, arm_label, arm_labels, arm_table, rows_of, with_arm_columns, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, ExampleLosses
@@ -41,7 +41,7 @@ def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str], *tables: pd.Data
     kept = [rows.reindex(columns=columns) for rows in tables if len(rows)]
     for element, rows in parts.items():
         if "method" in rows and "arm" not in rows:
-            rows = rows.assign(arm=[arm_label(row) for _, row in rows.iterrows()])
+            rows = rows.assign(arm=arm_labels(rows))
         if len(rows):
             kept.append(rows.assign(element=element).reindex(columns=columns))
     return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)

@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
@@ -25,7 +26,7 @@ from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
 from lorabench.config.loading import PRESETS, split_name
 from lorabench.doctor.record import record_for
-from lorabench.figures.catalog import PaperFigure, figures_of_preset
+from lorabench.figures.catalog import PaperFigure, drawn_runs, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
@@ -58,12 +59,13 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
+    listed = runs.head(ROWS)
     judged = read_claims(tables)
-    claims = summary.claims(judged, runs)
-    shown = [(figure, _figure(figure, layout, source)) for figure in figures]
+    claims = summary.claims(judged, runs, set(listed["run_id"]))
+    shown = [(figure, _figure(figure, layout, source, all_runs)) for figure in figures]
     all_curves = read_table(tables, "curves")
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
-    curves = curves_to_draw(runs, all_curves)
+    curves = curves_to_draw(listed, all_curves)
     trained = plan.preset.experiments.trained()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -95,14 +97,18 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),
-        runs=runs.to_dict("records"),
+        runs=listed.to_dict("records"),
+        listed=set(listed["run_id"]),
+        diverged=runs[runs["status"] == "diverged"].head(ROWS).to_dict("records"),
         inputs=summary.inputs(runs),
+        rows=ROWS,
+        settings=summary.SETTINGS,
         datasets=summary.dataset_origins(layout),
         doctor=record_for(plan.preset.execution),
         # As JSON for the page's script, escaped so that no text in it can end its HTML element.
         curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
         points=curves["points"],
-        downloads=table_downloads(tables, without=() if evaluated else ("evals",)),
+        downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
         tables=tables,
         figures_folder=layout.figures,
         command=_command(source, out),
@@ -121,13 +127,15 @@ def _inline(name: str) -> dict[str, str]:
     return {"text": Markup(text), "hash": f"sha256-{digest}"}
 
 
-def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
+def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame) -> dict[str, Any]:
     """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
     files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+    left_out = drawn_runs(figure.own_runs(runs))[1] if figure.table == "runs" else ""
+    caption = f"{figure.caption} {left_out}".strip()
     command = _command(source, path.with_suffix(".svg"))
-    return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
+    return {"name": figure.name, "title": figure.title, "caption": caption, "command": command, **files}
 
 
 def _command(source: str, target: Path) -> str:
@@ -157,6 +165,9 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
     return [section for section in arranged if section["figures"] or section["claims"]]
 
 
+ROWS = 2000
+"""The most rows of a table on the page; a longer table is cut, and says so and where the others are."""
+
 POINTS = 60
 """The largest number of points of one curve; they are log-spaced in steps."""
 
@@ -166,6 +177,9 @@ ALL_POINTS = 250_000
 MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
 """The largest sizes in bytes of a table that is embedded uncompressed, and of one that is embedded compressed."""
 
+MAX_TABLES = 4_000_000
+"""The largest size in bytes of all embedded tables together."""
+
 MAX_READ = 20 * MAX_EMBEDDED
 """The largest size in bytes of a CSV file that is read for the page; a larger one is too large even when compressed."""
 
@@ -173,7 +187,7 @@ _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Return the thinned learning curves of all runs as plain data, for the page's script.
+    """Return the thinned learning curves of runs as plain data, for the page's script.
 
     Returns:
         `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
@@ -208,28 +222,35 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
     return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
 
 
-def table_downloads(folder: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
+def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
 
+    Args:
+        folder: the tables.
+        page: the folder of the page.
+        without: names of tables to leave out.
+
     Returns:
-        For each table: `file` (its name), `bytes` (the size of the file) and `uri` (None where the table is too large
-        even when compressed). It is the parquet file where the table is too large for CSV.
+        For each table: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
+        `uri` (a data: URI, or the path of the file from the page). A table that is too large to embed even when
+        compressed is linked, as the parquet file where it is too large for CSV.
     """
-    embedded = []
+    downloads, left = [], MAX_TABLES
     for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
         paths = [path for kind in ("csv", "parquet") if (path := folder / f"{name}.{kind}").is_file()]
         if name in without or not paths:
             continue
-        path, size, uri = paths[0], paths[0].stat().st_size, None
-        file = path.name
+        path, size = paths[0], paths[0].stat().st_size
+        file, mime, content = path.name, "text/csv", b""
         if path.suffix == ".csv" and size <= MAX_PLAIN:
-            uri = _data_uri(path.read_bytes(), "text/csv")
+            content = path.read_bytes()
         elif path.suffix == ".csv" and size <= MAX_READ:
-            packed = gzip.compress(path.read_bytes(), 6, mtime=0)
-            if len(packed) <= MAX_EMBEDDED:
-                file, uri = f"{path.name}.gz", _data_uri(packed, "application/gzip")
-        embedded.append({"file": file, "bytes": size, "uri": uri})
-    return embedded
+            file, mime, content = f"{path.name}.gz", "application/gzip", gzip.compress(path.read_bytes(), 6, mtime=0)
+        embedded = 0 < len(content) <= min(left, MAX_EMBEDDED)
+        left -= len(content) if embedded else 0
+        uri = _data_uri(content, mime) if embedded else Path(os.path.relpath(path, page)).as_posix()
+        downloads.append({"file": file if embedded else path.name, "bytes": size, "embedded": embedded, "uri": uri})
+    return downloads
 
 
 def _data_uri(content: bytes, mime: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, each_arm, first_seed
+from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
@@ -37,23 +38,32 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """
     order = [*_PLACE, "method", "rank", "placement", "lr", "seed"]
     ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
-    labels = [arm_label(row) for _, row in ordered.iterrows()]
-    return ordered.assign(label=labels, software=ordered["versions"].rank(method="dense"))
+    return ordered.assign(label=arm_labels(ordered), software=ordered["versions"].rank(method="dense"))
 
 
-def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
-    """Return each claim as a row, those of one fact next to each other, with the runs behind it as `runs`.
+SETTINGS = 50
+"""The most combinations of model, dataset, batch size and length whose fits the page shows of an experiment."""
 
-    `same_fact` holds the ids of the other claims that state the same fact, and `first` says whether the claim is the
-    first of them.
+CLAIM_RUNS, REASON = 200, 6000
+"""The most runs, and the most characters of the reason, that the page shows of a claim."""
+
+
+def claims(table: pd.DataFrame, runs: pd.DataFrame, listed: Collection[str]) -> Records:
+    """Return each claim as a row, those of one fact next to each other, with runs behind it as `runs`.
+
+    Of many runs, the first CLAIM_RUNS in the order of `runs` are taken; `listed` holds the ids of those that the page
+    lists, to which it can link. A long reason is cut, and `cut` says so. `same_fact` holds the ids of the other claims
+    that state the same fact, and `first` says whether the claim is the first of them.
     """
-    known = runs.set_index("run_id", drop=False)[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
-    rows = known.to_dict("index")
+    known = runs[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
     stating = {claim_id: ids for ids in facts(table)["claim_ids"] for claim_id in ids}
     shown = in_order(table).to_dict("records")
     for claim in shown:
         claim_id, ids = claim["claim_id"], stating[claim["claim_id"]]
-        claim["runs"] = [rows[run_id] for run_id in list_of_words(claim["run_ids"]) if run_id in rows]
+        behind = known[known["run_id"].isin(list_of_words(claim["run_ids"]))].head(CLAIM_RUNS)
+        claim["runs"] = [run | {"listed": run["run_id"] in listed} for run in behind.to_dict("records")]
+        reason = "" if pd.isna(claim["reason"]) else claim["reason"]
+        claim |= {"reason": reason[:REASON], "cut": len(reason) > REASON}
         claim |= {"same_fact": [other for other in ids if other != claim_id], "first": ids[0] == claim_id}
     return shown
 
@@ -63,9 +73,12 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
 
     All are numbers of the fits by which claims are judged. The result is the fitted lowest test NLL in nats per scored
     token, or in RL the highest test accuracy from 0 to 1: `best`, from `best_low` to `best_high` (95% interval).
-    Returns None if the experiment has no LR-tuned arm.
+    Of many combinations of model, dataset, batch size and length, the first SETTINGS are taken, and `settings` is the
+    number of all. Returns None if the experiment has no LR-tuned arm.
     """
     runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
+    setting = runs.groupby(_PLACE, dropna=False).ngroup()
+    settings, runs = setting.nunique(), runs[setting < SETTINGS]
     rewarded = bool(is_rl(runs).any())
     runs = with_error_rates(runs) if rewarded else runs
     tuned = [arm_runs for _, arm_runs in each_arm(runs) if arm_runs["lr"].nunique() >= MIN_LRS]
@@ -93,7 +106,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
                 numbers = {"ratio": math.exp(ratio.value), "low": low, "high": high, "resolved": resolved}
                 ratios.append({place: arm[place] for place in _PLACE} | {"label": label} | numbers)
     result, noise = "accuracy" if rewarded else "NLL", fitted_noise(compared).to_dict("records")
-    return {"name": name, "result": result, "noise": noise, "arms": arms, "ratios": ratios}
+    return {"name": name, "result": result, "settings": settings, "noise": noise, "arms": arms, "ratios": ratios}
 
 
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis import comparison
+from lorabench.analysis.loss_fit import fit_losses
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.scope import full_runs
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -46,6 +49,25 @@ def test_every_claim_is_confirmed_where_all_hold():
     assert confirmed["estimate"].between(confirmed["ci_low"] - 1e-9, confirmed["ci_high"] + 1e-9).all()
     assert (confirmed["n_runs"] == confirmed["run_ids"].map(len)).all()
     assert confirmed.loc["A7", "n_runs"] == 2 * (len(LRS) + 2)
+
+
+def test_fits_of_many_comparisons_are_not_held_together(monkeypatch):
+    held: list[weakref.ref] = []
+    most = 0
+
+    def fit(*args, **kwargs):
+        nonlocal most
+        fitted = fit_losses(*args, **kwargs)
+        held.append(weakref.ref(fitted))
+        most = max(most, sum(each() is not None for each in held))
+        return fitted
+
+    monkeypatch.setattr(comparison, "fit_losses", fit)
+    datasets = [f"data{place}" for place in range(8)]
+    tables_of = tables(arm(rank, **settings, dataset=name) for name in datasets for rank, settings in WORLD.items())
+    claims = judged([*IDS, "A5", "B9"], *tables_of)
+    assert claims.loc["B2", "n_parts"] == len(datasets)
+    assert most <= 2
 
 
 def test_one_seed_or_an_optimum_at_the_edge_decides_nothing():

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES, drawable_figures, save_figure
+from lorabench.figures.catalog import FIGURES, RANKS, SETTINGS, drawable_figures, drawn_runs, save_figure
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.tables import Tables
 
@@ -72,7 +72,7 @@ def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path)
     rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
     runs = runs_table(rows)[[*kept, "final_valid_nll", "final_test_nll"]]
     runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert drawable_figures([tmp_path]) == RUN_FIGURES
+    assert drawable_figures(Tables.read(tmp_path)) == RUN_FIGURES
     for name in RUN_FIGURES:
         save_figure(name, [tmp_path], tmp_path / "drawn")
     assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in RUN_FIGURES}
@@ -107,6 +107,30 @@ def test_a_figure_that_is_unknown_or_has_no_runs_is_refused(tables: Path, tmp_pa
         save_figure("fig9", [tmp_path], tmp_path)
     with pytest.raises(UserError, match="no runs of the experiment rl_gsm8k or rl_math"):
         save_figure("fig6_rl_lr", [tables], tmp_path)
+
+
+def test_of_many_settings_and_ranks_some_are_drawn_and_the_figure_says_so(tmp_path: Path):
+    settings = [make_run(rank, 1e-3, dataset=f"data{place:02d}") for place in range(SETTINGS) for rank in (None, 1)]
+    runs, left_out = drawn_runs(runs_table(settings))
+    assert (len(runs), left_out) == (len(settings), "")
+    ranks = [make_run(rank, 1e-3, dataset="data00") for rank in range(2, 200)]
+    more = [make_run(rank, lr, dataset="data99") for lr in LRS for rank in (None, 1)]
+    table = runs_table([*more, *settings, *ranks])
+    runs, left_out = drawn_runs(table)
+    assert left_out == (
+        "The first 16 of 17 combinations of dataset, model, batch size and length are drawn; "
+        "24 of 199 combinations of rank and placement are drawn."
+    )
+    assert "data99" not in set(runs["dataset"])
+    assert runs["dataset"].nunique() == SETTINGS
+    drawn_ranks = sorted(runs["rank"].dropna().unique())
+    assert (len(drawn_ranks), drawn_ranks[0], drawn_ranks[-1]) == (RANKS, 1, 199)
+    assert (runs["method"] == "fullft").sum() == SETTINGS
+    table.to_parquet(tmp_path / "runs.parquet")
+    save_figure("fig2_lr_by_rank", [tmp_path], tmp_path)
+    assert set(pd.read_csv(tmp_path / "fig2_lr_by_rank.csv")["dataset"]) == set(runs["dataset"])
+    # Each word of a picture is in a comment above its outlines.
+    assert f"<!-- {left_out} -->" in (tmp_path / "fig2_lr_by_rank.svg").read_text()
 
 
 def test_panels_never_mix_models_datasets_or_batch_sizes():

@@ -176,7 +176,7 @@ def test_a_table_that_says_nothing_is_refused():
 
 def test_a_folder_or_preset_has_the_figure_where_it_has_scores(tmp_path: Path, raw_preset, write_preset):
     write_frame(evals_table(ROWS), "evals", tmp_path)
-    assert drawable_figures([tmp_path]) == ["learned_forgotten"]
+    assert drawable_figures(Tables.read(tmp_path)) == ["learned_forgotten"]
     save_figure("learned_forgotten", [tmp_path], tmp_path / "out")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".svg", ".png", ".csv"}
     evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}

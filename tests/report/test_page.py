@@ -17,8 +17,11 @@ import pytest
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
+from lorabench.figures import catalog
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
+from lorabench.report import page as page_module
+from lorabench.report import summary
 from lorabench.report.claim_text import headline
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
@@ -66,6 +69,32 @@ def test_first_screen_has_the_picture_the_answer_and_the_verdicts(report, rows):
     assert "a preset for tests" in header.text
     assert re.search(r"21 \(\d+ expected\): 18 done, 3 diverged", header.text)
     assert "Sampler of responses" not in header.text
+
+
+def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, monkeypatch):
+    whole = report(rows)
+    monkeypatch.setattr(page_module, "ROWS", 5)
+    monkeypatch.setattr(summary, "SETTINGS", 1)
+    monkeypatch.setattr(summary, "CLAIM_RUNS", 3)
+    monkeypatch.setattr(summary, "REASON", 20)
+    monkeypatch.setattr(catalog, "SETTINGS", 1)
+    others = [row | {"dataset": "worked", "run_id": f"worked-{row['run_id']}"} for row in rows]
+    page = report(rows + others)
+    table = page.section("runs")
+    assert len(re.findall(r'<tr id="run-', table.source)) == 5
+    assert "The table and the curves are those of the first 5 of 42 runs" in table.text
+    assert len(json.loads(re.search(r'id="curves">(.*?)</script>', table.source)[1])["curves"]) == 5
+    listed = set(re.findall(r'<tr id="(run-[^"]+)', page.source))
+    assert {href[1:] for href in page.all("a", "href") if href.startswith("#run-")} <= listed
+    assert "The first 5 of 6 diverged runs" in page.section("diverged").text
+    assert "the first 1 of 2 combinations of model, dataset, batch size and length" in page.section("optima").text
+    [figure] = re.findall(r'<figure id="fig2_lr_by_rank">(.*?)</figure>', page.source, re.S)
+    assert "The first 1 of 2 combinations" in Page(figure).text
+    [card] = re.findall(r'<article class="claim" id="claim-B2"(.*?)</article>', page.source, re.S)
+    n_runs = int(judged_claims().set_index("claim_id").loc["B2", "n_runs"])
+    assert f"The table claims has the other {n_runs - 3} in its column run_ids." in Page(card).text
+    assert "… (the table claims has all of it)" in Page(card).text
+    assert "All 21 runs" in whole.section("runs").text
 
 
 JUDGED = [

@@ -93,13 +93,14 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(noise))
-    small, huge, large = table_downloads(tmp_path)
+    small, huge, large = table_downloads(tmp_path, tmp_path / "report")
     assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
     assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
     packed = base64.b64decode(large["uri"].partition(",")[2])
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
-    assert huge["uri"] is None
-    assert [table["file"] for table in table_downloads(tmp_path, without=("evals",))] == ["runs.csv", "curves.csv"]
+    assert (huge["embedded"], huge["uri"]) == (False, "../curves.csv")
+    some = table_downloads(tmp_path, tmp_path, without=("evals",))
+    assert [table["file"] for table in some] == ["runs.csv", "curves.csv"]
     assert huge["bytes"] == 4_000_000
 
 
@@ -108,6 +109,13 @@ def test_a_table_that_is_too_large_is_named_without_being_read(tmp_path, monkeyp
     (tmp_path / "curves.parquet").write_bytes(b"a table")
     monkeypatch.setattr(page, "MAX_READ", 399_999)
     monkeypatch.setattr(page.gzip, "compress", None)
-    curves, evals = table_downloads(tmp_path)
-    assert curves == {"file": "curves.parquet", "bytes": 7, "uri": None}
-    assert evals == {"file": "evals.csv", "bytes": 400_000, "uri": None}
+    curves, evals = table_downloads(tmp_path, tmp_path)
+    assert curves == {"file": "curves.parquet", "bytes": 7, "embedded": False, "uri": "curves.parquet"}
+    assert evals == {"file": "evals.csv", "bytes": 400_000, "embedded": False, "uri": "evals.csv"}
+
+
+def test_tables_are_embedded_only_up_to_a_size_of_all_together(tmp_path, monkeypatch):
+    for name in ("runs", "claims", "counts"):
+        (tmp_path / f"{name}.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setattr(page, "MAX_TABLES", 17)
+    assert [table["embedded"] for table in table_downloads(tmp_path, tmp_path)] == [True, True, False]
