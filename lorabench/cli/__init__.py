@@ -3,6 +3,18 @@
 Each can be run by hand. A command imports what it needs when it runs, so that the help and a plan appear at once.
 """
 
-from lorabench.cli.commands import app
+from __future__ import annotations
 
-__all__ = ["app"]
+import sys
+
+from lorabench.cli.forks import run_in_fork
+
+
+def app() -> None:
+    """Run the command that this process was given, in a fork of the workflow's server if there is one."""
+    status = run_in_fork()
+    if status is not None:
+        sys.exit(status)
+    from lorabench.cli.commands import app as commands
+
+    commands()

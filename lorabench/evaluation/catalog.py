@@ -133,11 +133,12 @@ def fetch_tasks(layout: Layout, path: Path) -> None:
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
-    index = task_index(evaluation.tasks)
+    # The files that the project's own tasks read may not have been made yet.
+    others = [task for task in evaluation.tasks if task.name not in EVAL_SOURCES]
+    index = task_index(others) if others else None
     versions: dict[str, Any] = {}
     for task in evaluation.tasks:
-        # The files that the project's own tasks read may not have been made yet.
-        leaves = {} if task.name in EVAL_SOURCES else load_task(index, task, layout).leaves
+        leaves = load_task(index, task, layout).leaves if index and task in others else {}
         versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }

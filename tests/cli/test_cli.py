@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import app
-from lorabench.cli.commands import snakemake_command
+from lorabench.cli.commands import app, snakemake_command
 from lorabench.store.schemas import RUNS
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 from lorabench.utils.gpus import processor
@@ -73,7 +72,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "p
 # Runs a command, then prints the packages that it has imported.
 CALL = """
 import json, sys
-from lorabench.cli import app
+from lorabench.cli.commands import app
 app(sys.argv[1:], standalone_mode=False)
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.cli.speeds import read_speed, speed_of_runs
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench

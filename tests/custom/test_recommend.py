@@ -10,7 +10,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend, script

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.config.fields import PresetError
 from lorabench.config.loading import load_preset

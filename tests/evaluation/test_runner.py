@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat

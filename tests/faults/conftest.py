@@ -212,7 +212,7 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
         limit_memory(memory)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    from lorabench.cli import app
+    from lorabench.cli.commands import app
 
     app(arguments)
 

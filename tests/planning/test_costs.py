@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.cli.show import plan_json
 from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset

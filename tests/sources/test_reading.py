@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.errors import UserError
 from lorabench.sources.studies import import_source
 from lorabench.store.io import read_table

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
 from lorabench.store.checks import check_curves, check_table

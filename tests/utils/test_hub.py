@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
-from lorabench.cli import app
+from lorabench.cli.commands import app
 from lorabench.config.inputs import HubProblems
 from lorabench.custom.model import find_model
 from lorabench.data.problems import make_problems, repositories

@@ -18,7 +18,7 @@ rule plan:
         # The file depends only on the plan.
         jobs=job_experiments(),
     shell:
-        "lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 # The tables that one experiment's figures read, so that a figure trains only the runs that it needs.
@@ -40,7 +40,7 @@ rule experiment_tables:
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
         jobs=lambda wildcards: job_experiments(wildcards.experiment),
     shell:
-        "lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
+        "HF_HUB_OFFLINE=1 lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -62,7 +62,7 @@ rule tables:
         out=LAYOUT.tables(),
         jobs=job_experiments(),
     shell:
-        "lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
+        "HF_HUB_OFFLINE=1 lorabench step collect {input.jobs:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -78,7 +78,7 @@ rule counts:
     params:
         out=LAYOUT.tables(),
     shell:
-        "lorabench step counts --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench step counts --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule claims:
@@ -109,5 +109,5 @@ rule claims:
         margins=LAYOUT.preset.margins.model_dump(),
         predictions=LAYOUT.preset.predictions and LAYOUT.preset.predictions.model_dump(),
     shell:
-        "lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
+        "HF_HUB_OFFLINE=1 lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
         "2> >(tee {log:q} >&2)"

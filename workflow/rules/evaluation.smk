@@ -31,7 +31,7 @@ rule pretraining:
     params:
         preset=PRESET,
     shell:
-        "lorabench step pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench step pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # There is one job per base model, and one per condition at its best LR. The job that trained a run kept its weights.
@@ -70,4 +70,4 @@ rule evals_table:
     params:
         out=LAYOUT.tables(),
     shell:
-        "lorabench step collect-evals {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench step collect-evals {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"

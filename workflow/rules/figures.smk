@@ -27,5 +27,5 @@ rule figure:
         out=LAYOUT.figures,
         caption=lambda wildcards: FIGURES[wildcards.figure].caption,
     shell:
-        "lorabench figure {wildcards.figure} {params.tables:q} --out {params.out:q} "
+        "HF_HUB_OFFLINE=1 lorabench figure {wildcards.figure} {params.tables:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"

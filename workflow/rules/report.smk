@@ -22,7 +22,7 @@ rule report_without_evaluation:
     params:
         preset=PRESET,
     shell:
-        "lorabench step report --no-evaluation --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 lorabench step report --no-evaluation --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -42,6 +42,6 @@ rule report_page:
         # The page is made again when the preset's texts change, which are not in its tables.
         about=[LAYOUT.preset.description, LAYOUT.preset.limits],
     shell:
-        "lorabench step report --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 lorabench step report --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
         " && echo The report is in {output:q}"

@@ -1,0 +1,306 @@
+"""A fork server: a process that has imported what the steps of a workflow need, and forks a process for each step.
+
+Most steps of a small preset take less time than the import of PyTorch, transformers and lm-eval. The workflow starts a
+server on a machine without GPUs. The command `lorabench` of a rule hands over its arguments, folder, environment and
+open files to it, passes signals on to the forked process, and exits with the status of that. Where there is no server,
+or where the environment differs from that of the server, the command runs by itself, and does the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "LORABENCH_FORKS"
+"""The environment variable with the path of the server's socket."""
+
+# Snakemake gives each rule its number of threads in these variables, which libraries read when they are imported.
+_THREADS = (
+    *("OMP_NUM_THREADS", "GOTO_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
+    "VECLIB_MAXIMUM_THREADS",
+)
+# Variables in which the environments of a command and the server may differ: a shell sets some or drops them, no
+# library keeps the folder of temporary files, the order of sets must not matter where hashes of text are random, and an
+# evaluation sets those of progress bars itself.
+_MAY_DIFFER = {
+    *(ADDRESS, "_", "SHLVL", "PWD", "OLDPWD", "PS1", "PS2"),
+    *("TMPDIR", "TEMPDIR", "TEMP", "TMP", "PYTHONHASHSEED", "TQDM_DISABLE", "TQDM_MININTERVAL"),
+}
+
+_status: object = None
+"""The exit status of a forked process that has come to its end."""
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+
+PRELOADED = {
+    "plan": ("lorabench.store.io",),
+    "dataset": ("lorabench.data.files", "lorabench.data.problems", "lorabench.data.sft", "reasoning_gym"),
+    "pretraining": ("lorabench.evaluation.pretraining", "reasoning_gym"),
+    "tokens": ("lorabench.data.tokens", "transformers.models.auto.tokenization_auto"),
+    "train": (
+        *("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer"),
+        "transformers.models.llama.modeling_llama",
+    ),
+    "compute": ("lorabench.training.step_cost", "transformers.models.llama.modeling_llama"),
+    "evaluate": (
+        *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect"),
+        "transformers.models.llama.modeling_llama",
+    ),
+    "counts": ("lorabench.models.counts",),
+    "collect": ("lorabench.store.collect",),
+    "collect-evals": ("lorabench.store.collect",),
+    "claims": ("lorabench.claims.judge",),
+    "figure": ("lorabench.figures.style", "matplotlib.backends.backend_svg"),
+    "report": ("lorabench.report.page",),
+}
+"""What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
+
+_ALWAYS = ("lorabench.cli.commands", "lorabench.planning.plan", "lorabench.store.layout")
+
+
+def _identity(environment: dict[str, str]) -> list[Any]:
+    """Return what a command must have in common with the server: the code and the environment."""
+    return [sys.prefix, __file__, {name: environment[name] for name in environment if name not in _MAY_DIFFER}]
+
+
+def run_in_fork() -> int | None:
+    """Run this process's command in a fork of the server that the environment names, and return its exit status.
+
+    None is returned, and nothing is done, where there is no server or it does not suit the command.
+    """
+    if ADDRESS not in os.environ:
+        return None
+    environment = dict(os.environ)
+    request = {"argv": sys.argv, "cwd": os.getcwd(), "environment": environment, "identity": _identity(environment)}
+    message = json.dumps(request).encode() + b"\n"
+    # Signals wait until the process is known that they are passed on to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as replies:
+        try:
+            connection.connect(environment[ADDRESS])
+            if rest := message[socket.send_fds(connection, [message], [0, 1, 2]) :]:
+                connection.sendall(rest)
+            process = int(replies.readline() or 0)
+        except OSError:
+            process = 0
+        if not process:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+            return None
+        # A shell starts background jobs with SIGINT ignored, which must stay so.
+        signals = _wake_on(*(number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        while connection not in select.select([connection, signals], [], [])[0]:
+            for number in signals.recv(1 << 12):
+                os.kill(process, number)
+        if status := replies.readline():
+            return int(status)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+    print("lorabench: the fork server has ended, and this step with it", file=sys.stderr)
+    return 1
+
+
+def _wake_on(*numbers: int) -> socket.socket:
+    """Return a socket from which the numbers of arriving signals can be read; they have no other effect."""
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    return reader
+
+
+def start() -> None:
+    """Start a server that ends with this process, and name it in this process's environment.
+
+    It suits the commands of rules with one thread. It is started on Linux only, since other systems' libraries do not
+    work in forked processes.
+    """
+    if sys.platform != "linux":
+        return
+    folder = tempfile.mkdtemp(prefix="lorabench-")
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(f"{folder}/socket")
+        except OSError:  # The path may be too long.
+            os.rmdir(folder)
+            return
+        listener.listen()
+        environment = {"TQDM_DISABLE": "1", "TQDM_MININTERVAL": "60"} | os.environ | dict.fromkeys(_THREADS, "1")
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+        code = f"from lorabench.cli.forks import serve; serve({listener.fileno()})"
+        server = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, env=environment, pass_fds=[listener.fileno()]
+        )
+        os.environ[ADDRESS] = listener.getsockname()
+    # This closes the server's standard input and waits for it.
+    atexit.register(server.communicate)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A command to run."""
+
+    argv: list[str]
+    cwd: str
+    environment: dict[str, str]
+    files: list[int]
+    """Its standard input, output and errors."""
+
+
+def serve(listener: int) -> None:
+    """Fork a process for each command that arrives, until the standard input and the last command have ended.
+
+    In the forked processes this function runs the command.
+
+    Args:
+        listener: the file number of the socket.
+    """
+    # The first function to be registered is the last to be called.
+    atexit.register(_end_at_once)
+    request = _next_request(socket.socket(fileno=listener))
+    for number, file in enumerate(request.files):
+        os.dup2(file, number)
+        os.close(file)
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, TextIOWrapper)
+        stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())
+    os.chdir(request.cwd)
+    # Variables that modules have set when they were imported stay. Processes that the command starts are no forks.
+    os.environ.update(request.environment | {"PYTHONHASHSEED": "0"})
+    del os.environ[ADDRESS]
+    tempfile.tempdir = None
+    sys.argv = request.argv
+    from lorabench.cli.commands import app
+
+    try:
+        app()
+    except SystemExit as end:
+        global _status
+        _status = end.code
+        raise
+
+
+def _end_at_once() -> None:
+    """End a forked process without clearing away all modules, which would take a second."""
+    if isinstance(_status, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
+
+
+def _next_request(listener: socket.socket) -> _Request:
+    """Wait for commands and fork a process for each; returns in these processes only."""
+    identity = _identity(dict(os.environ))
+    # Collecting garbage would write into the objects of all modules, and so copy their memory in each process.
+    gc.disable()
+    for module in _ALWAYS:
+        importlib.import_module(module)
+    # A signal to the whole process group must not end this process before those that it has forked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    children = _wake_on(signal.SIGCHLD)
+    selector, running = selectors.DefaultSelector(), dict[int, socket.socket]()
+    for source in (sys.stdin, listener, children):
+        selector.register(source, selectors.EVENT_READ)
+    folder, serving = Path(listener.getsockname()).parent, True
+    while serving or running:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                connection = listener.accept()[0]
+                request = _receive(connection, identity)
+                if request is None:
+                    connection.close()
+                    continue
+                _preload(request.argv)
+                gc.freeze()
+                try:
+                    process = os.fork()
+                except OSError:  # There is no memory for a copy, and the command runs by itself.
+                    process = -1
+                if process == 0:
+                    gc.enable()
+                    os.close(signal.set_wakeup_fd(-1))
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+                    selector.close()
+                    for other in (listener, children, connection, *running.values()):
+                        other.close()
+                    return request
+                for file in request.files:
+                    os.close(file)
+                if process < 0:
+                    connection.close()
+                    continue
+                running[process] = connection
+                selector.register(connection, selectors.EVENT_READ, process)
+                _reply(connection, process)
+            elif key.fileobj is children:
+                children.recv(1 << 12)
+            elif key.fileobj is sys.stdin:
+                # The process that started this server has ended.
+                serving = False
+                for source in (sys.stdin, listener):
+                    selector.unregister(source)
+                listener.close()
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                # The process that gave the command was killed.
+                selector.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGTERM)
+        for process, connection in list(running.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                del running[process]
+                with contextlib.suppress(KeyError):
+                    selector.unregister(connection)
+                # Shells report a signal that ended a process in this way.
+                _reply(connection, code if code >= 0 else 128 - code)
+                connection.close()
+    os._exit(0)
+
+
+def _receive(connection: socket.socket, identity: list[Any]) -> _Request | None:
+    """Return the command that a process hands over; None if it does not suit this server."""
+    message, files, *_ = socket.recv_fds(connection, 1 << 16, 3)
+    while not message.endswith(b"\n") and (part := connection.recv(1 << 16)):
+        message += part
+    if message.endswith(b"\n"):
+        given = json.loads(message)
+        if given.pop("identity") == identity:
+            return _Request(**given, files=files)
+    for file in files:
+        os.close(file)
+    return None
+
+
+def _reply(connection: socket.socket, number: int) -> None:
+    """Send a number, unless the process at the other end was killed."""
+    with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % number)
+
+
+def _preload(argv: list[str]) -> None:
+    """Import what a command needs, if it is known."""
+    name = next((word for word in argv[1:] if word != "step"), "")
+    for module in PRELOADED.get(name, ()):
+        # Where a module can't be imported, the command says so itself.
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)

@@ -1,0 +1,178 @@
+"""The fork server: a forked command does what it would do by itself, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from lorabench.cli import forks
+
+# The forked processes run Python code in place of the command line.
+SERVER = """
+import sys
+from lorabench.cli import commands, forks
+commands.app = lambda: exec(sys.argv[1], {})
+forks.serve(int(sys.argv[1]))
+"""
+ALONE = "No such command 'mistake'"
+CLIENT = [sys.executable, "-c", "from lorabench.cli import app; app()"]
+
+
+class Server:
+    """A fork server, and the commands that are given to it."""
+
+    def __init__(self, folder):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "socket"))
+            listener.listen()
+            number = listener.fileno()
+            command = [sys.executable, "-c", SERVER, str(number)]
+            self.environment = {name: os.environ[name] for name in os.environ if name != "PYTEST_CURRENT_TEST"}
+            options = {"stdin": subprocess.PIPE, "env": self.environment, "pass_fds": [number]}
+            self.process = subprocess.Popen(command, **options)
+        self.address = str(folder / "socket")
+
+    def start(self, code, **options):
+        environment = self.environment | {forks.ADDRESS: self.address} | options.pop("env", {})
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*CLIENT, code], env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe, **options
+        )
+
+    def run(self, code, given="", **options):
+        """Return the status, output and errors of a command."""
+        with self.start(code, **options) as client:
+            return (*client.communicate(given, timeout=20), client.returncode)
+
+
+@contextmanager
+def served(folder):
+    server = Server(folder)
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A server for one test."""
+    with served(tmp_path) as server:
+        yield server
+
+
+WAIT = """
+import signal, sys
+ends = {signal.SIGTERM, signal.SIGINT}
+signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+print("at work", flush=True)
+number = signal.sigwait(ends)
+print("stopped by", number)
+sys.exit(128 + number)
+"""
+
+
+def test_a_forked_command_has_all_that_it_was_given(server, tmp_path):
+    (tmp_path / "here").mkdir()
+    code = """
+import os, sys, tempfile
+print(os.getppid(), os.getcwd(), tempfile.gettempdir(), sys.stdin.read(), os.environ.get("LORABENCH_FORKS"))
+print("an error", file=sys.stderr)
+sys.exit(3)
+"""
+    folder = str(tmp_path / "here")
+    for given in ("one", "two"):
+        output, errors, status = server.run(code, given, cwd=folder, env={"TMPDIR": folder})
+        assert output == f"{server.process.pid} {folder} {folder} {given} None\n"
+        assert (errors, status) == ("an error\n", 3)
+
+
+def test_long_arguments_arrive(server):
+    assert server.run(f"print(len('{'x' * 100_000}'))") == ("100000\n", "", 0)
+
+
+def test_a_signal_that_kills_a_forked_command_is_reported_as_by_a_shell(server):
+    assert server.run("import os; os.kill(os.getpid(), 9)") == ("", "", 137)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_a_forked_command(server, number):
+    with server.start(WAIT) as client:
+        client.stdout.readline()
+        client.send_signal(number)
+        output = client.communicate(timeout=20)[0]
+    assert (output, client.returncode) == (f"stopped by {number}\n", 128 + number)
+    # A signal to the whole group of processes does not end the server.
+    server.process.send_signal(number)
+    assert server.run("print('on')")[0] == "on\n"
+
+
+def test_a_forked_command_ends_with_the_process_that_gave_it(server):
+    with server.start(WAIT) as client:
+        client.stdout.readline()
+        client.kill()
+        # The forked command has the other end of the pipe.
+        assert client.stdout.read() == "stopped by 15\n"
+
+
+def test_a_server_ends_after_its_starter_and_its_last_command(other):
+    with other.start("import sys; print('on', flush=True); print(sys.stdin.read())") as client:
+        assert client.stdout.readline() == "on\n"
+        other.process.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.process.wait(0.2)
+        assert client.communicate("done", timeout=20)[0] == "done\n"
+    assert (client.returncode, other.process.wait(20)) == (0, 0)
+    assert not os.path.exists(other.address)
+
+
+def test_a_killed_server_takes_its_commands_along(other):
+    with other.start(WAIT) as client:
+        client.stdout.readline()
+        other.process.kill()
+        output, errors = client.communicate(timeout=20)
+    assert (output, client.returncode) == ("stopped by 15\n", 1)
+    assert "the fork server has ended" in errors
+    # The next command runs by itself.
+    assert ALONE in other.run("mistake")[1]
+
+
+def test_a_command_in_another_environment_runs_by_itself(server):
+    assert ALONE in server.run("mistake", env={"HF_HUB_OFFLINE": "0"})[1]
+    assert server.run("print('on')", env={"SHLVL": "7"})[0] == "on\n"
+
+
+SNAKEFILE = """
+from lorabench.cli import forks
+
+onstart:
+    forks.start()
+
+rule schema:
+    output: "{name}.json"
+    shell: "HF_HUB_OFFLINE=1 python -c 'from lorabench.cli.forks import *; print(run_in_fork())' --help >{output}"
+"""
+
+
+@pytest.mark.slow
+def test_a_rule_of_snakemake_suits_the_server(tmp_path):
+    (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "a.json", "b.json"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path, "PS1": "$ "}, check=True, capture_output=True)
+    for name in "ab":
+        text = (tmp_path / f"{name}.json").read_text()
+        # The help of the forked command, then its status.
+        assert "Usage" in text
+        assert text.endswith("\n0\n")
