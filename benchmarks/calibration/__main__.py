@@ -40,6 +40,7 @@ def calibrate(
     preset: Annotated[
         str | None, typer.Option(help="Count only the power of this preset's sweeps, with their own LRs and seeds.")
     ] = None,
+    racing: Annotated[bool, typer.Option(help="With --preset: let seeds race as the preset says.")] = True,
     noise: Annotated[
         Path | None, typer.Option(help="With --preset: tidy tables to measure the noise from, by default laptop's.")
     ] = None,
@@ -69,13 +70,17 @@ def calibrate(
         if preset is not None:
             from benchmarks.calibration import power
             from benchmarks.calibration.noise import measure_noise
+            from lorabench.planning.plan import make_plan
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables
 
             if noise is not None:
                 making = replace(making, noise=measure_noise(Tables.read(noise), dataset or ()))
             ids = [*(claims or ()), *(more or ())]
-            table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, making)
+            plan = plan_and_layout(preset)[0]
+            if not racing:
+                plan = make_plan(plan.preset.model_copy(update={"racing": None}))
+            table = power.power_of_plan(plan, worlds, ids, processes, making)
             if out is None:
                 print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
             else:

@@ -1,5 +1,7 @@
 """The power of a preset's verdicts before it is run: made-up sweeps with the preset's own LRs, seeds and examples.
 
+The seeds of a sweep that finds its LRs are chosen, and race, as in the preset.
+
 A scene keeps what its claim is about: arms, lengths of runs and effects. Where the preset has no arm that plays a part
 in a scene, the arm has as few seeds and learning rates (LRs) as any.
 """
@@ -12,13 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Literal
 
 import pandas as pd
 
 from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
 from benchmarks.calibration.run import CHUNK, Making, Seen, Task, shares, worlds_of
-from benchmarks.calibration.truths import COVERED, Covered
+from benchmarks.calibration.truths import COVERED, EFFECTS, Covered
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
@@ -27,8 +30,13 @@ from lorabench.runs import Sweep
 AT = (0.0, 2.0)
 """The sizes of effects, in margins, at which power is counted: where an equality is true, and where a difference is."""
 
-COLUMNS = ["claim_id", "kind", "what", "lrs", "seeds", "test_examples", "n_worlds", "power_at_0", "power_at_2"]
-"""The columns of the table; power is the share of worlds with the right verdict."""
+COLUMNS = ["claim_id", "kind", "what", "lrs", "seeds", "test_examples", "n_worlds", "runs", "power_at_0", "power_at_2"]
+COLUMNS += ["wrong"]
+"""The columns of the table: the mean number of runs of a world, the share of worlds with the right verdict, and the
+largest share with a wrong one at any size of the effect."""
+
+RUNS_COUNTED = 20
+"""The number of worlds of each size of the effect whose runs are counted."""
 
 # LRs that a sweep which finds its grid is taken to have: its three first and two further ones.
 _AUTO_LRS = 5
@@ -124,7 +132,7 @@ def power_of_plan(
             replace(making, design=design),
         )
         for covered, design in chosen
-        for effect in AT
+        for effect in EFFECTS
         for first in range(0, worlds, CHUNK)
     ]
     counts: dict[tuple[str, float], Counter[Seen]] = {}
@@ -133,15 +141,23 @@ def power_of_plan(
         for (task, *_), task_counts in zip(tasks, results, strict=True):
             for seen, number in task_counts.items():
                 counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
-    power = shares(counts).set_index(["claim_id", "effect"])["power"]
-    rows = [
-        _row(covered, design, [float(power[covered.claim_id, effect]) for effect in AT], worlds)
-        for covered, design in chosen
-    ]
+    counted = shares(counts).set_index(["claim_id", "effect"])
+    rows = []
+    for covered, design in chosen:
+        sizes = [
+            len(replace(making, design=design).tables(Task(covered.scene, effect, 0, 2), number).runs)
+            for effect in EFFECTS
+            for number in range(min(worlds, RUNS_COUNTED))
+        ]
+        power = [float(counted.loc[(covered.claim_id, effect), "power"]) for effect in AT]
+        wrong = float(counted.loc[covered.claim_id, "wrong"].max())
+        rows.append(_row(covered, design, fmean(sizes), power, wrong, worlds))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(covered: Covered, design: Design, power: Sequence[float], worlds: int) -> dict[str, object]:
+def _row(
+    covered: Covered, design: Design, runs: float, power: Sequence[float], wrong: float, worlds: int
+) -> dict[str, object]:
     arms = list(design.arms.values())
     return {
         "claim_id": covered.claim_id,
@@ -151,8 +167,10 @@ def _row(covered: Covered, design: Design, power: Sequence[float], worlds: int) 
         "seeds": _span([arm.seeds for arm in arms]),
         "test_examples": design.test_examples,
         "n_worlds": worlds,
+        "runs": runs,
         "power_at_0": power[0],
         "power_at_2": power[1],
+        "wrong": wrong,
     }
 
 

@@ -42,7 +42,7 @@ LARGE_STEPS = 19
 
 @condition(
     f"batch sizes over a factor of {LARGE_FACTOR:g}, the largest {LARGE_SIZE} or more with {LARGE_STEPS} steps or more",
-    *("smollm2", "core", "paper"),
+    *("laptop_more", "smollm2", "first_gpu", "core", "paper"),
 )
 def large_batches(evidence: Evidence) -> str | None:
     known = evidence.runs.dropna(subset=["batch_size", "steps"]) if "steps" in evidence.runs else pd.DataFrame()

@@ -113,7 +113,7 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     paper_value="10 (fit over 14 models: 9.8)",
     experiments=_SWEEPS,
     over=chosen(learning, sweeps_of_both, beyond_short),
-    conditions=(longer_runs("laptop_more", "long_runs", "lr_ratio", "smollm2", "core", "paper"),),
+    conditions=(longer_runs("laptop_more", "long_runs", "lr_ratio", "smollm2", "first_gpu", "core", "paper"),),
     fact=LR_RATIO,
 )
 def _lr_ratio_ten(comparison: Comparison) -> Finding:
@@ -141,7 +141,7 @@ def wide_spans(named: Named) -> Named:
 
 @condition(
     f"LoRA ranks from {LOW_RANK} up over a factor of {MIN_SPAN}",
-    *("laptop", "long_runs", "overnight", "smollm2", "core", "paper"),
+    *("laptop", "long_runs", "overnight", "smollm2", "first_gpu", "core", "paper"),
 )
 def wide_span(evidence: Evidence) -> str | None:
     spans = _spans(evidence.runs[~is_memorisation(evidence.runs)])

@@ -91,13 +91,21 @@ class LearningRates(Strict):
         return self
 
 
+class LeastSeeds(Strict):
+    """Seeds that all three LRs around the best have whatever their losses; the others are added one at a time."""
+
+    sft: Annotated[int, Field(ge=2)] = 3
+    """In SFT. Claims on whole learning curves need 3."""
+    rl: Annotated[int, Field(ge=2)] = 3
+    """In RL, whose claims need 3."""
+
+
 class Racing(Strict):
     """When a sweep with `lrs: auto` gives up one of the three LRs around the best (see `lorabench.runs.Racing`)."""
 
     level: Annotated[float, Field(gt=0, lt=0.5)]
     """The level of a one-sided t-test, paired by seed, that an LR is worse than the best one."""
-    least: Annotated[int, Field(ge=2)] = 2
-    """Seeds that all three LRs have whatever their losses; the others are added one at a time."""
+    least: LeastSeeds = LeastSeeds()
 
 
 class SeedNumbers(Strict):

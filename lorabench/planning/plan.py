@@ -143,7 +143,9 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
         else:
             lrs = tuple(lr * scale for lr in grid)
         given = tuple((lr, every) for lr in lrs) if every > 1 else ()
-        racing = Racing(preset.racing.level, preset.racing.least) if preset.racing and lattice else None
+        racing = None
+        if preset.racing is not None and lattice is not None:
+            racing = Racing(preset.racing.level, getattr(preset.racing.least, condition.task))
         seeds = Seeds(best, around if lattice else 1, given, preset.first_seed, racing)
         yield Sweep(condition, lrs, seeds, (name,), lattice)
 

@@ -20,6 +20,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
+PRESETS = ("laptop", "laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper")
 RUNS = pd.DataFrame(
     {
         "run_id": ["a", "b", "c"],
@@ -80,7 +81,7 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
     two_widths = scope.widths(128, 2, ("paper",))
     row = judged(lambda evidence: measured, scope.whole_runs, two_widths)
     assert row["verdict"] == "setting not met"
-    instead = "here at most 50 steps; the preset long_runs, core or paper meets it"
+    instead = "here at most 50 steps; the preset long_runs, first_gpu, core or paper meets it"
     assert row["missing"] == f"runs of 1,000 steps or more ({instead})"
     assert "the gap is 0.1 nats" in row["reason"]
     assert row["estimate"] == 0.1
@@ -139,7 +140,7 @@ def test_the_judge_hands_margins_and_test_losses_to_the_claims():
 
 def test_presets_meet_the_conditions_that_claims_say_they_meet():
     planned = {}
-    for name in ("laptop", "laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "core", "paper"):
+    for name in PRESETS:
         preset = load_preset(name)
         table = pd.DataFrame(make_plan(preset).rows())
         planned[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])

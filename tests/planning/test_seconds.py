@@ -62,7 +62,7 @@ def test_evaluations_counted_are_those_made():
     from lorabench.training.sft import curve_steps
 
     preset = load_preset("laptop")
-    condition = make_plan(preset).sweeps[0].condition
+    condition = make_plan(preset).jobs_of("rank")[0].sweeps[0].condition
     dataset = preset.datasets[condition.dataset]
     for steps in (1, 2, 17, 250, 9999):
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test

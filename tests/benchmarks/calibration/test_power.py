@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.calibration.made import ArmDesign, Design
+from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.power import design_of, power_of_plan
 from benchmarks.calibration.run import Making, Task
+from benchmarks.calibration.traits import Traits
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
+from lorabench.runs import Racing
 
 CORE = make_plan(load_preset("core"))
 
 
 def test_the_design_is_that_of_the_sweeps():
     design = design_of(CORE, "B2")
-    assert design.arms["lora", "all", False] == ArmDesign(5, pytest.approx(2.154, abs=0.01), 3, "around", 3)
+    assert design.arms["lora", "all", False] == ArmDesign(
+        5, pytest.approx(2.154, abs=0.01), 3, "around", 3, Racing(0.05, 3)
+    )
     assert (design.test_examples, design.validation_examples) == (1024, 256)
     assert design.arms["fullft", None, False].seeds == 5
     assert design_of(make_plan(load_preset("smollm2")), "B10") is None
@@ -32,6 +39,12 @@ def test_worlds_have_the_design_and_without_one_that_of_the_scene():
     assert (fullft["lr"].nunique(), len(fullft)) == (7, 28)
     assert runs.loc[runs["rank"] == 64, "seed"].nunique() == 2
     assert tables.test_losses["example"].nunique() == 11
+    # By little noise, each neighbour of the best LR is given up after two seeds.
+    racing = replace(few, seeds=5, racing=Racing(0.05, 2))
+    quiet = replace(NoiseLevels(), shared_seed=0.0, arm_seed=0.0, run=1e-4, example_run=0.0)
+    raced = Making(quiet, Traits.only(()), design=replace(design, arms={("lora", "all", False): racing}))
+    seeds = raced.tables(task, 0).runs.groupby(["rank", "lr"], dropna=False)["seed"].nunique()
+    assert sorted(seeds.loc[64])[-3:] == [2, 2, 5]
     assert Making().tables(task, 0).runs["seed"].nunique() == 6
 
 
@@ -40,6 +53,8 @@ def test_the_power_of_a_claim():
     table = power_of_plan(CORE, 4, ["E1"])
     assert table.loc[0, "n_worlds"] == 4
     assert table.loc[0, "power_at_2"] >= 0.5
+    without = make_plan(CORE.preset.model_copy(update={"racing": None}))
+    assert table.loc[0, "runs"] <= power_of_plan(without, 4, ["E1"]).loc[0, "runs"]
 
 
 def test_a_claim_without_runs_is_named():
