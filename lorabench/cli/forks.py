@@ -57,6 +57,8 @@ PRELOADED = {
         *("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer"),
         "transformers.models.llama.modeling_llama",
     ),
+    "wave": ("lorabench.store.waves",),
+    "collect-runs": ("lorabench.store.waves",),
     "compute": ("lorabench.training.step_cost", "transformers.models.llama.modeling_llama"),
     "evaluate": (
         *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect"),

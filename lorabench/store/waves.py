@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -57,17 +56,15 @@ def check_trained(sweep: Sweep, layout: Layout) -> None:
     The mark is removed, and with it the list of each wave, since Snakemake makes the marks that such a list needs.
     """
     folder = layout.wave(sweep.sweep_id, 2).parent
-    deleted = [mark for mark in folder.glob("[0-9]*.*") if mark.suffix != ".json" and not _is_finished(mark, layout)]
+    # Reading the folder shows what other nodes wrote; a look at a single name might be answered from before.
+    finished = {".json", *(f".{path.name}" for path in layout.runs.glob("*"))}
+    deleted = [path for path in folder.glob("[0-9]*.*") if path.suffix not in finished]
     if not deleted:
         return
     for path in (*deleted, *folder.glob("*.json")):
         path.unlink(missing_ok=True)
     names = ", ".join(mark.suffix.removeprefix(".") for mark in deleted)
     raise UserError(f"runs were trained and then deleted, and the same command trains them again: {names}")
-
-
-def _is_finished(mark: Path, layout: Layout) -> bool:
-    return RunFolder(layout.runs, mark.suffix.removeprefix(".")).done()
 
 
 def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:

@@ -92,7 +92,8 @@ checkpoint wave:
     params:
         preset=PRESET,
     shell:
-        "lorabench step wave {wildcards.job} {wildcards.wave} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench step wave {wildcards.job} {wildcards.wave} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 rule collect_runs:
@@ -109,4 +110,5 @@ rule collect_runs:
     params:
         preset=PRESET,
     shell:
-        "lorabench step collect-runs {wildcards.job} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench step collect-runs {wildcards.job} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
