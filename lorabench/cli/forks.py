@@ -61,15 +61,18 @@ PRELOADED = {
     "collect-runs": ("lorabench.store.waves",),
     "compute": ("lorabench.training.step_cost", "transformers.models.llama.modeling_llama"),
     "evaluate": (
-        *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect"),
+        *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect", "peft"),
         "transformers.models.llama.modeling_llama",
     ),
     "counts": ("lorabench.models.counts",),
     "collect": ("lorabench.store.collect",),
     "collect-evals": ("lorabench.store.collect",),
-    "claims": ("lorabench.claims.judge",),
-    "figure": ("lorabench.figures.style", "matplotlib.backends.backend_svg"),
-    "report": ("lorabench.report.page",),
+    "claims": ("lorabench.claims.judge", "lorabench.claims.learning_rate", "pyarrow.dataset", "scipy.stats"),
+    "figure": (
+        *("lorabench.figures.catalog", "lorabench.figures.by_lr", "lorabench.figures.curves", "lorabench.figures.rl"),
+        *("matplotlib.backends.backend_svg", "matplotlib.style", "pyarrow.dataset", "scipy.stats"),
+    ),
+    "report": ("lorabench.report.page", "pyarrow.dataset", "scipy.stats"),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
 
