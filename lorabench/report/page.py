@@ -66,6 +66,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     all_curves = read_table(tables, "curves")
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
     curves = curves_to_draw(listed, all_curves)
+    advised, settings = summary.first_settings(all_runs, summary.RECIPE_SETTINGS)
     trained = plan.preset.experiments.trained()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -89,7 +90,8 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         claims=claims,
         verdicts=next(drawn for figure, drawn in shown if figure.table == "claims"),
         sections=arrange([drawn for figure, drawn in shown if figure.table != "claims"], claims),
-        recipe=measured_recipe(all_runs, all_curves, judging),
+        recipe=measured_recipe(advised, all_curves, judging),
+        recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},
         environment=summary.environment(runs),
         rules=sorted(set(judged["rules"].dropna())),
         experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),

@@ -41,11 +41,18 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     return ordered.assign(label=arm_labels(ordered), software=ordered["versions"].rank(method="dense"))
 
 
-SETTINGS = 50
-"""The most combinations of model, dataset, batch size and length whose fits the page shows of an experiment."""
+SETTINGS, RECIPE_SETTINGS = 50, 200
+"""The most combinations of model, dataset, batch size and length whose fits the page shows of an experiment, and in the
+recipe."""
 
 CLAIM_RUNS, REASON = 200, 6000
 """The most runs, and the most characters of the reason, that the page shows of a claim."""
+
+
+def first_settings(runs: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int]:
+    """Return the runs of at most so many combinations of model, dataset, batch size and length, and their number."""
+    setting = runs.groupby(_PLACE, dropna=False).ngroup()
+    return runs[setting < most], setting.nunique()
 
 
 def claims(table: pd.DataFrame, runs: pd.DataFrame, listed: Collection[str]) -> Records:
@@ -77,8 +84,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
     number of all. Returns None if the experiment has no LR-tuned arm.
     """
     runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
-    setting = runs.groupby(_PLACE, dropna=False).ngroup()
-    settings, runs = setting.nunique(), runs[setting < SETTINGS]
+    runs, settings = first_settings(runs, SETTINGS)
     rewarded = bool(is_rl(runs).any())
     runs = with_error_rates(runs) if rewarded else runs
     tuned = [arm_runs for _, arm_runs in each_arm(runs) if arm_runs["lr"].nunique() >= MIN_LRS]

@@ -74,7 +74,8 @@ def test_first_screen_has_the_picture_the_answer_and_the_verdicts(report, rows):
 def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, monkeypatch):
     whole = report(rows)
     monkeypatch.setattr(page_module, "ROWS", 5)
-    monkeypatch.setattr(summary, "SETTINGS", 1)
+    for name in ("SETTINGS", "RECIPE_SETTINGS"):
+        monkeypatch.setattr(summary, name, 1)
     monkeypatch.setattr(summary, "CLAIM_RUNS", 3)
     monkeypatch.setattr(summary, "REASON", 20)
     monkeypatch.setattr(catalog, "SETTINGS", 1)
@@ -95,6 +96,8 @@ def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, 
     assert f"The table claims has the other {n_runs - 3} in its column run_ids." in Page(card).text
     assert "… (the table claims has all of it)" in Page(card).text
     assert "All 21 runs" in whole.section("runs").text
+    assert "the first 1 of 2 combinations of model, data" in page.section("recipe").text
+    assert page.section("recipe").source.count("<td>worked</td>") == 0
 
 
 JUDGED = [
