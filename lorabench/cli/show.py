@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from lorabench.planning.costs import Chain, Cost, chains, minutes, per_experiment
-from lorabench.planning.memory import title
+from lorabench.planning.memory import gpus_needed, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.utils import formats
@@ -78,10 +78,10 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
             f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
             f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
             f"the critical path{_chain_in_words(plan, longest)}",
-            _jobs_in_words(plan, total),
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]
+    caption += _jobs_in_words(plan, total)
     if any(sweep.condition.rollouts for sweep in plan.sweeps):
         sampler, source = {
             ("own", False): ("this project's own sampler", "from the GFLOP/s above"),
@@ -109,17 +109,24 @@ def _chain_in_words(plan: Plan, longest: Sequence[Chain]) -> str:
     return f" ({days} days), {what}: {', '.join(parts)}"
 
 
-def _jobs_in_words(plan: Plan, total: Cost) -> str:
-    """Return how long the longest job is, and how many jobs are divided into their runs."""
+def _jobs_in_words(plan: Plan, total: Cost) -> list[str]:
+    """Return the sentences on the longest job, on jobs that are divided into their runs, and on more GPUs for these."""
+    execution, sentences = plan.preset.execution, []
+    hours, limit = (formats.number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
     divided = [job.n_runs for job in plan.jobs if plan.is_split(job)]
-    hours, limit = (formats.number(hours, 3) for hours in (total.longest_job_hours, plan.preset.execution.job_hours))
-    text = f"the longest job takes {hours} hours"
-    if not divided:
-        return text
-    return (
-        f"{text}; {len(divided)} jobs would take longer than {limit} hours (execution.job_hours), so each of their "
-        f"{sum(divided):,} runs is a job of its own"
-    )
+    if divided:
+        sentences.append(
+            f"the longest job takes {hours} hours; {len(divided)} jobs would take longer than {limit} hours "
+            f"(execution.job_hours), so each of their {sum(divided):,} runs is a job of its own"
+        )
+    elif execution.gpu is not None:
+        sentences.append(f"the longest job takes {hours} hours")
+    if more := sum(gpus > gpus_needed(plan.preset, sweep) for sweep, gpus in plan.gpus.items()):
+        sentences.append(
+            f"the jobs of {more} sweeps use more GPUs than it takes to hold them, to keep to execution.job_hours and "
+            "execution.path_hours"
+        )
+    return sentences
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
