@@ -3,9 +3,9 @@
     python -m benchmarks.judging [RUNS ...]
 
 For about 1,000, 10,000 and 100,000 runs, or other numbers, tables are made as training would leave them. Then
-`lorabench claims`, `lorabench figure all` and `lorabench step report` run one after the other, each on one core. The
-program prints the CPU seconds (user and system), the seconds that passed, the peak memory of each and the size of the
-page, and appends them to `benchmarks/judging.csv`.
+`lorabench claims`, `lorabench figure all` and `lorabench step report` run one after the other; of these, only `claims`
+uses several cores, and only for many runs. The program prints the CPU seconds (user and system), the seconds that
+passed, the peak memory of each and the size of the page, and appends them to `benchmarks/judging.csv`.
 
 The tables have the sizes that a study of so many runs would have: 100,000 runs are 64 models on 10 datasets. Each model
 and dataset has FullFT and five ranks at batch 32, two placements, and FullFT and two ranks at batches 8 and 128, on one
@@ -21,6 +21,7 @@ import csv
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -240,17 +241,35 @@ def write_tables_of(runs: int, folder: Path) -> int:
     return len(table)
 
 
+def tree_bytes(pid: int) -> int:
+    """Return the memory of a process and of those that it started, where pages that several share count once."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # It has ended.
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+    return own + sum(tree_bytes(int(child)) for child in children)
+
+
 def measured(*command: str) -> tuple[float, float, int]:
-    """Run a command of lorabench on one core; return its CPU seconds, the seconds it took and its peak memory in MB."""
+    """Run a command of lorabench, whose processes have one thread each.
+
+    Returns:
+        Its CPU seconds, the seconds it took and the peak memory in MB of all its processes, sampled twice a second.
+    """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    started = time.monotonic()
+    started, peak = time.monotonic(), 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, "-m", "lorabench.cli", *command], env={**os.environ, **threads})
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = code
-    if code:
-        sys.exit(f"lorabench {' '.join(command)} failed with status {code}")
-    seconds = time.monotonic() - started
-    return round(usage.ru_utime + usage.ru_stime, 1), round(seconds, 1), usage.ru_maxrss * 1024 // 10**6
+    while process.poll() is None:
+        peak = max(peak, tree_bytes(process.pid))
+        time.sleep(0.5)
+    if process.returncode:
+        sys.exit(f"lorabench {' '.join(command)} failed with status {process.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(cpu, 1), round(time.monotonic() - started, 1), peak // 10**6
 
 
 def judging(runs: int) -> Iterator[list[Any]]:

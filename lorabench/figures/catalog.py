@@ -45,6 +45,8 @@ class PaperFigure:
     task: Task = "sft"
     table: str = "runs"
     """The table that it shows."""
+    settings: int = 8
+    """The most combinations of model, dataset, batch size and length that it draws; no shipped preset has more."""
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
         """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table.
@@ -69,23 +71,22 @@ class PaperFigure:
         return runs[is_rl(runs) == (self.task == "rl")]
 
 
-SETTINGS = 16
-"""The most combinations of model, dataset, batch size and length of training that a figure draws. No shipped preset has
-as many in one figure."""
-
 RANKS = 24
 """The most combinations of rank and placement that a figure draws."""
 
 
-def drawn_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the runs that a figure draws, and a sentence on what it leaves out, which is empty if that is nothing."""
+def drawn_runs(runs: pd.DataFrame, settings: int) -> tuple[pd.DataFrame, str]:
+    """Return the runs that a figure draws, and a sentence on what it leaves out, which is empty if that is nothing.
+
+    `settings` is the largest number of combinations of model, dataset, batch size and length.
+    """
     runs = with_arm_columns(runs)
     left_out = []
-    settings = runs.groupby(["dataset", "model", "batch_size", "steps"], dropna=False).ngroup()
-    if (count := settings.nunique()) > SETTINGS:
-        runs = runs[settings < SETTINGS]
+    setting = runs.groupby(["dataset", "model", "batch_size", "steps"], dropna=False).ngroup()
+    if (count := setting.nunique()) > settings:
+        runs = runs[setting < settings]
         left_out.append(
-            f"The first {SETTINGS} of {count:,} combinations of dataset, model, batch size and length are drawn"
+            f"The first {settings} of {count:,} combinations of dataset, model, batch size and length are drawn"
         )
     lora = runs[runs["rank"].notna()]
     ranks = lora.groupby(["rank", "placement"], dropna=False).ngroup()
@@ -200,7 +201,7 @@ def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
         runs = figure.own_runs(tables.runs)
         if runs.empty:
             raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
-        runs, left_out = drawn_runs(runs)
+        runs, left_out = drawn_runs(runs, figure.settings)
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
     if left_out:

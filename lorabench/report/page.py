@@ -134,7 +134,7 @@ def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
     files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
-    left_out = drawn_runs(figure.own_runs(runs))[1] if figure.table == "runs" else ""
+    left_out = drawn_runs(figure.own_runs(runs), figure.settings)[1] if figure.table == "runs" else ""
     caption = f"{figure.caption} {left_out}".strip()
     command = _command(source, path.with_suffix(".svg"))
     return {"name": figure.name, "title": figure.title, "caption": caption, "command": command, **files}
@@ -177,10 +177,7 @@ ALL_POINTS = 250_000
 """The largest number of points of all curves together; where there are many curves, each has fewer points."""
 
 MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
-"""The largest sizes in bytes of a table that is embedded uncompressed, and of one that is embedded compressed."""
-
-MAX_TABLES = 4_000_000
-"""The largest size in bytes of all embedded tables together."""
+"""The largest sizes in bytes of a table that is embedded uncompressed, and of all embedded tables together."""
 
 MAX_READ = 20 * MAX_EMBEDDED
 """The largest size in bytes of a CSV file that is read for the page; a larger one is too large even when compressed."""
@@ -237,7 +234,7 @@ def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> 
         `uri` (a data: URI, or the path of the file from the page). A table that is too large to embed even when
         compressed is linked, as the parquet file where it is too large for CSV.
     """
-    downloads, left = [], MAX_TABLES
+    downloads, left = [], MAX_EMBEDDED
     for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
         paths = [path for kind in ("csv", "parquet") if (path := folder / f"{name}.{kind}").is_file()]
         if name in without or not paths:
@@ -248,7 +245,7 @@ def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> 
             content = path.read_bytes()
         elif path.suffix == ".csv" and size <= MAX_READ:
             file, mime, content = f"{path.name}.gz", "application/gzip", gzip.compress(path.read_bytes(), 6, mtime=0)
-        embedded = 0 < len(content) <= min(left, MAX_EMBEDDED)
+        embedded = 0 < len(content) <= left
         left -= len(content) if embedded else 0
         uri = _data_uri(content, mime) if embedded else Path(os.path.relpath(path, page)).as_posix()
         downloads.append({"file": file if embedded else path.name, "bytes": size, "embedded": embedded, "uri": uri})

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import pytest
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
-from lorabench.figures import catalog
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report import page as page_module
@@ -78,7 +78,8 @@ def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, 
         monkeypatch.setattr(summary, name, 1)
     monkeypatch.setattr(summary, "CLAIM_RUNS", 3)
     monkeypatch.setattr(summary, "REASON", 20)
-    monkeypatch.setattr(catalog, "SETTINGS", 1)
+    first = replace(FIGURES["fig2_lr_by_rank"], settings=1)
+    monkeypatch.setitem(FIGURES, first.name, first)
     others = [row | {"dataset": "worked", "run_id": f"worked-{row['run_id']}"} for row in rows]
     page = report(rows + others)
     table = page.section("runs")
