@@ -28,6 +28,8 @@ class Protocol(Strict):
     """Autocast of both arms; the weights that are trained are always fp32."""
     curve_points: Annotated[int, Field(ge=2)] = 12
     """Validation points per run, log-spaced in steps."""
+    probe_points: Annotated[int, Field(ge=2)] | None = None
+    """Steps, log-spaced, after which the movement of LoRA's weights is recorded; null for the validation points."""
     validate_at: list[Positive] = []
     """Further steps after which to validate. The LR is constant, so the loss there is that of a run of that length."""
 

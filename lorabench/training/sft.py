@@ -52,8 +52,12 @@ def curve_steps(steps: int, protocol: Protocol) -> set[int]:
 
     They are log-spaced from 1 to the last step, with the steps of the protocol's `validate_at` added.
     """
-    spaced = {round(step) for step in np.geomspace(1, steps, protocol.curve_points)}
-    return spaced | {step for step in protocol.validate_at if step <= steps}
+    return _spaced(steps, protocol.curve_points) | {step for step in protocol.validate_at if step <= steps}
+
+
+def _spaced(steps: int, points: int) -> set[int]:
+    """Return log-spaced steps from 1 to the last one, as many as points or fewer."""
+    return {round(step) for step in np.geomspace(1, steps, points)}
 
 
 class ValidationCurve:
@@ -126,6 +130,7 @@ def train_sft(
     probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
+    probe_at = validate_at | (_spaced(condition.steps, protocol.probe_points) if protocol.probe_points else set())
     config: Any = model.config
     exploded = math.log(config.vocab_size) + EXPLODED_ABOVE_UNIFORM
 
@@ -156,7 +161,7 @@ def train_sft(
             )
         if step * condition.batch_size <= len(train):
             epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
-        probed = probe if step in validate_at else None
+        probed = probe if step in probe_at else None
         if probed:
             probed.before_step()
         optimizer.step()

@@ -230,3 +230,13 @@ def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends
     # Points before the last are measured on these examples only.
     measure = ValidationCurve(split, 3, example_nlls(load_model(TINY), split, machine))
     assert measure.point(models[1], machine) == pytest.approx(curves[1][-1], abs=1e-6)
+
+
+def test_the_movement_of_weights_may_be_recorded_at_more_steps_than_the_validation_loss(data, tmp_path):
+    condition = condition_of("lora", 4, steps=4, batch_size=4)
+    few, more = (Protocol(curve_points=2, probe_points=points) for points in (None, 3))
+    outcomes = [train(condition, data, tmp_path / str(p.probe_points), 1e-2, protocol=p)[0] for p in (few, more)]
+    steps = [[point.step for point in outcome.curve if point.metric == "a_moved"] for outcome in outcomes]
+    assert steps == [[1, 4], [1, 2, 4]]
+    assert series(outcomes[0], "nll", "validation") == series(outcomes[1], "nll", "validation")
+    assert len(series(outcomes[0], "nll", "validation")) == 3
