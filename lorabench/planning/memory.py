@@ -145,7 +145,7 @@ def step_memory(
     bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
     trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
-    layer = _layer_bytes(sizes, rank, bf16)
+    layer = _layer_bytes(sizes, rank, bf16, gpus)
     if on_cpu and not is_rl:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # The first layers may keep only their inputs; their other activations exist for one layer at a time.
@@ -262,7 +262,7 @@ def decided(preset: Preset, sweep: Sweep, gpus: int | None = None) -> Preset:
     return choices[bisect_left(choices[:-1], True, key=lambda choice: fits(choice, sweep, gpus))]
 
 
-def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
+def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int) -> float:
     """Return the bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     full = rank is None
@@ -279,12 +279,14 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
         kept += (8 if bf16 else 16) * sizes.intermediate
     if rank is None:
         return kept
-    # A's outputs are kept unless A and B are merged into the weights; with experts all linear layers have them.
+    # A's outputs are kept unless A and B are merged into the weights, which sharded models and bf16 do not do; with
+    # experts all linear layers have them.
     carrying = _LORA_LAYERS * sizes.layers
     if not sizes.experts:
         carrying = sum(
             matrix.count
             for matrix in sizes.matrices
-            if matrix.part != "unembedding" and (bf16 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
+            if matrix.part != "unembedding"
+            and (bf16 or gpus > 1 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
         )
     return kept + rank * carrying // sizes.layers * (2 if bf16 else 4)
