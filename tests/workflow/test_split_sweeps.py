@@ -83,13 +83,15 @@ def kill_in_the_middle(checkout, layout: Layout) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    runs, deadline = checkout / layout.runs, time.monotonic() + 240
-    while len(list(runs.glob("*/record.json"))) < 2 or not list(runs.glob("*.partial/checkpoint.safetensors")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    runs, deadline = checkout / layout.runs, time.monotonic() + 600
+    try:
+        while len(list(runs.glob("*/record.json"))) < 2 or not list(runs.glob("*.partial/checkpoint.safetensors")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(checkout):
@@ -132,7 +134,8 @@ def test_a_deleted_run_is_trained_again_by_the_second_call(checkout):
     plan, before = make_plan(layout.preset), contents(checkout, "split")
     sweep = next(sweep for sweep in plan.sweeps if sweep.lattice)
     shutil.rmtree(checkout / layout.runs / sweep.grid()[1].run_id)
-    (checkout / layout.job(plan.job_of(sweep))).unlink()
+    for path in (layout.job(plan.job_of(sweep)), *(layout.tables() / f"{table}.parquet" for table in TABLES)):
+        (checkout / path).unlink()
     targets = [f"results/split/tables/{table}.parquet" for table in TABLES]
     output = snakemake(checkout, *targets, "--config", "preset=split.yaml", fails=True)
     assert "trained and then deleted, and the same command trains them again" in output
