@@ -91,6 +91,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
     if not tuned:
         return None
     compared = comparisons(pd.concat(tuned), pd.DataFrame(), judging)
+    noise = fitted_noise(compared).to_dict("records")
     arms, ratios = [], []
     for comparison in compared:
         for arm in comparison.arms:
@@ -111,7 +112,8 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
                 resolved = all(comparison.fit.resolved.get(fitted, False) for fitted in (label, "FullFT"))
                 numbers = {"ratio": math.exp(ratio.value), "low": low, "high": high, "resolved": resolved}
                 ratios.append({place: arm[place] for place in _PLACE} | {"label": label} | numbers)
-    result, noise = "accuracy" if rewarded else "NLL", fitted_noise(compared).to_dict("records")
+        comparison.forget()
+    result = "accuracy" if rewarded else "NLL"
     return {"name": name, "result": result, "settings": settings, "noise": noise, "arms": arms, "ratios": ratios}
 
 
