@@ -30,17 +30,19 @@ class Progress:
     """Writes the progress file of each run of a sweep that this process trains."""
 
     def __init__(self, layout: Layout, sweep: Sweep) -> None:
-        self._layout, self._sweep, self._last_written = layout, sweep, -INTERVAL
+        self._layout, self._sweep = layout, sweep
+        self._last: tuple[Run | None, float] = None, 0.0
+        """The run whose file was written last, and the time."""
 
     def tick(self, number: int, run: Run, step: int) -> None:
         """Record that the run of this number in the sweep, from 1, has done `step` steps.
 
-        A file is written at most every `INTERVAL` seconds.
+        A run's file is written at its first step, and then at most every `INTERVAL` seconds.
         """
         now = time.monotonic()
-        if now - self._last_written < INTERVAL:
+        if run == self._last[0] and now - self._last[1] < INTERVAL:
             return
-        self._last_written, condition = now, run.condition
+        self._last, condition = (run, now), run.condition
         state = {"label": condition.label, "run": number, "runs": max(number, self._sweep.n_runs)}
         state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
         # A full disk must end the job where it loses something, not here.

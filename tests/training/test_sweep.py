@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from unittest.mock import create_autospec
 
 import pandas as pd
@@ -104,7 +103,6 @@ def test_status_counts_what_lies_on_disk(ready):
     sweep = sweep_of(plan, "fullft")
     progress = Progress(layout, sweep)
     for number, seed in enumerate((0, 1), 1):
-        progress._last_written = -math.inf
         progress.tick(number, Run(sweep.condition, 1e-3, seed), 1)
     # A run that another plan left is not shown.
     other = layout.progress(sweep.grid()[0]).with_name("other.json")
