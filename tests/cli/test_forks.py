@@ -41,6 +41,8 @@ class Server:
     def start(self, code, **options):
         environment = self.environment | {forks.ADDRESS: self.address} | options.pop("env", {})
         pipe = subprocess.PIPE
+        # Tests that run in the background of a shell have SIGINT ignored, which a command would take over.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(
             [*CLIENT, code], env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe, **options
         )
