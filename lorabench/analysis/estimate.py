@@ -195,9 +195,12 @@ def multivariate_student(
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
     errors = np.sqrt(np.diag(covariance))
+    root[errors == 0] = 0.0
     if chosen is not None:
-        root, errors = root[list(chosen)], errors[list(chosen)]
-    return shuffled(_chi_factors(dof)[:, None] * (even @ root.T * (errors > 0)), name)
+        root = root[list(chosen)]
+    draws = even @ root.T
+    draws *= _chi_factors(dof)[:, None]
+    return shuffled(draws, name)
 
 
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
@@ -239,7 +242,8 @@ def shuffled(draws: np.ndarray, name: str) -> np.ndarray:
     random = generator(name)
     # To turn one of a few random orders by a random number of places is faster than to make another one.
     order, start = _order(int(random.integers(_ORDERS))), int(random.integers(N_DRAWS))
-    return np.concatenate([draws[order[start:]], draws[order[:start]]])
+    # `take` is several times as fast as indexing.
+    return np.concatenate([np.take(draws, order[start:], axis=0), np.take(draws, order[:start], axis=0)])
 
 
 _ORDERS = 64
@@ -248,7 +252,7 @@ _ORDERS = 64
 
 @lru_cache(maxsize=_ORDERS)
 def _order(number: int) -> np.ndarray:
-    return generator(f"order {number}").permutation(N_DRAWS).astype(np.uint32)
+    return generator(f"order {number}").permutation(N_DRAWS)
 
 
 def generator(name: str) -> np.random.Generator:

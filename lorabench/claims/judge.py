@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
@@ -210,7 +212,7 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
 
 
-MANY = 500
+MANY = 100
 """The number of groups of parts from which they are judged by several processes, which takes a while to start."""
 
 PROCESSES = 8
@@ -222,18 +224,30 @@ _GROUPS: list[list[_Part]] = []
 
 def _each_judged(groups: list[list[_Part]]) -> Iterator[list[tuple[str, int, Finding]]]:
     """Yield what `_judge_group` returns of each group and empty the list, by several processes if there are many."""
-    # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if len(groups) < MANY or cores == 1:
+    if len(groups) < MANY:
         groups.reverse()
         while groups:
             yield _judge_group(groups.pop())
         return
     _GROUPS[:] = groups
     groups.clear()
-    with get_context("fork").Pool(min(cores, PROCESSES)) as pool:
-        yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
+    # What is in memory already stays there, so that it is in vain to look for garbage in it again and again.
+    gc.freeze()
+    # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if cores == 1:
+        yield from map(_judge_numbered, range(len(_GROUPS)))
+    else:
+        with get_context("fork").Pool(min(cores, PROCESSES), _end_silently) as pool:
+            yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
+    gc.unfreeze()
     _GROUPS.clear()
+
+
+def _end_silently() -> None:
+    """Let signals end this process without a message; the process that started it has one."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _judge_numbered(number: int) -> list[tuple[str, int, Finding]]:
