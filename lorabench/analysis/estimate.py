@@ -82,12 +82,12 @@ class Estimate:
         low, high = self.interval()
         return (high - low) / 2 + self._quantile(POWER) - self._quantile(0.5)
 
-    @property
+    @cached_property
     def seed_error(self) -> float:
         """The standard error from seeds, as half of the draws' central 68%."""
         return _standard_error(self.seed_part)
 
-    @property
+    @cached_property
     def example_error(self) -> float:
         """The standard error from test examples; 0 where it is not known."""
         return 0.0 if self.example_part is None else _standard_error(self.example_part)

@@ -85,6 +85,8 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
+        if comparison.runs["first_epoch_nats"].isna().all():
+            continue
         grids = comparison.fit.grids
         # FullFT is the first arm, and the highest rank the last.
         finished = [arm for arm in comparison.arms if arm_label(arm) in grids]

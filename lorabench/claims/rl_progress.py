@@ -295,8 +295,9 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
     """
     sft = evidence.every_run[~is_rl(evidence.every_run)]
     lengths = description_lengths(sft[~is_memorisation(sft)])
-    bits = sft[_FIRST_EPOCH[0]].astype(float) / sft[_FIRST_EPOCH[1]].astype(float) / math.log(2)
-    epochs = lengths.assign(bits=lengths["run_ids"].map(lambda run_ids: bits[sft["run_id"].isin(run_ids)].tolist()))
+    by_run = sft.set_index("run_id")[list(_FIRST_EPOCH)].astype(float)
+    bits = by_run[_FIRST_EPOCH[0]] / by_run[_FIRST_EPOCH[1]] / math.log(2)
+    epochs = lengths.assign(bits=lengths["run_ids"].map(lambda run_ids: bits.loc[run_ids].tolist()))
     sets = rl.problem_sets(evidence)
     return [(name, (each, epochs[epochs["model"] == each.arms[0]["model"]])) for name, each in sets]
 
