@@ -148,17 +148,19 @@ class ChatDataset(GeneratedSplits):
     """Longer examples (question and response together) are left out."""
 
 
-class DocstringsDataset(Splits):
-    """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/sft.py).
+class ShippedDataset(Splits):
+    """English text of Python packages that is shipped (see workflow/scripts/natural_text.py).
 
-    The splits come from different packages.
+    The splits come from packages of different authors; validation and test have at most 10 examples of a package.
     """
 
-    kind: Literal["docstrings"]
+    kind: Literal["docstrings", "documentation"]
+    """`docstrings`: functions, described by the first paragraph of their docstrings; `documentation`: paragraphs of
+    documentation after what stands before them."""
     max_chars: Annotated[int, Field(ge=32, le=800)] = 800
-    """Longer examples (code and description together) are left out."""
+    """Longer examples (prompt and text together) are left out."""
     min_words: Annotated[int, Field(ge=14)] = 14
-    """Shorter descriptions are left out."""
+    """Shorter texts are left out."""
 
 
 class FactsDataset(Strict):
@@ -231,7 +233,7 @@ class FileDataset(TextDataset):
 
 
 DatasetSpec = Annotated[
-    ChatDataset | DocstringsDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")
+    ChatDataset | ShippedDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, HubDataset, ProblemSpec
+from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, HubDataset, ProblemSpec, ShippedDataset
 from lorabench.errors import UserError
 from lorabench.utils.files import damage_explained
 
@@ -19,7 +19,7 @@ def has_groups(spec: DatasetSpec | ProblemSpec) -> bool:
     """Return whether examples come in groups, which are then named by the column `source` of the dataset's file."""
     if isinstance(spec, FileDataset | FileProblems | HubDataset):
         return spec.group is not None
-    return isinstance(spec, DocstringsDataset)
+    return isinstance(spec, ShippedDataset)
 
 
 def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:

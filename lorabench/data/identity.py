@@ -7,16 +7,19 @@ from pathlib import Path
 
 from lorabench.config.inputs import (
     DatasetSpec,
-    DocstringsDataset,
     FileDataset,
     FileProblems,
     ProblemSpec,
+    ShippedDataset,
 )
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
-DOCSTRINGS = "b890d934b8f2"
-"""The hash of the packages' sources that the shipped docstrings (`lorabench.data.sft`) were collected from."""
+SHIPPED = {
+    "docstrings": "@@docstrings@@",
+    "documentation": "@@documentation@@",
+}
+"""The SHA-256 of the file that is shipped for each kind of `ShippedDataset`; the file names those of its sources."""
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
@@ -28,7 +31,7 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         rules = spec.model_dump(exclude=without | {"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
-    content = [DOCSTRINGS] if isinstance(spec, DocstringsDataset) else []
+    content = [SHIPPED[spec.kind]] if isinstance(spec, ShippedDataset) else []
     return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
@@ -12,22 +11,22 @@ from string import ascii_lowercase
 from types import MappingProxyType
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.inputs import (
     ChatDataset,
     DatasetSpec,
-    DocstringsDataset,
     FactsDataset,
     FileDataset,
     GeneratedSplits,
     HubDataset,
+    ShippedDataset,
 )
 from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
 from lorabench.data.files import shuffled_chats
 from lorabench.data.hub import choose_chats
+from lorabench.data.identity import SHIPPED
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, worked_solutions
 from lorabench.errors import UserError
 from lorabench.utils.files import atomic_path, damage_explained, file_sha256
@@ -42,13 +41,8 @@ _GROUP_ROWS, _GROUP_CHARS = 4096, 16_000_000
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
 
-DOCSTRINGS_FILE = Path(__file__).with_name("docstrings.parquet")
-"""Python functions with the descriptions that people wrote for them, the text of datasets of kind `docstrings`.
-
-The user's turn shows a function without its docstring; the assistant's turn is the docstring's first paragraph. The
-splits come from different packages, whose versions and licences the file's note names, as does NOTICE.
-"""
-_DOCSTRINGS_SHA256 = "22dd0b3433784667b6e17e5a206fe870d877e7fc787091a16f6557513e841603"
+# The most validation or test examples of a package of shipped text: a few packages must not decide a loss.
+_MOST_OF_A_PACKAGE = 10
 
 # Random facts: their source, and the number of letters of a name.
 _FACTS, _NAME_LENGTH = "facts", 6
@@ -57,7 +51,7 @@ _FACTS, _NAME_LENGTH = "facts", 6
 def build_dataset(
     spec: DatasetSpec, path: Path, fetched: Mapping[str, FetchedRepository] = MappingProxyType({})
 ) -> None:
-    """Make a dataset and write it as parquet, from the hub or docstrings with a note of what was left out (`about`).
+    """Make a dataset and write it as parquet, from the hub or shipped with a note of what was left out (`about`).
 
     Args:
         spec: the dataset.
@@ -67,8 +61,8 @@ def build_dataset(
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
     """
-    if isinstance(spec, HubDataset | DocstringsDataset):
-        chosen, note = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_docstrings(spec)
+    if isinstance(spec, HubDataset | ShippedDataset):
+        chosen, note = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_shipped(spec)
         write_dataset((_row(split, chat) for split, chat in chosen), path, note)
     else:
         write_dataset(make_dataset(spec), path)
@@ -114,57 +108,61 @@ def random_facts(spec: FactsDataset) -> Iterator[Chat]:
         yield Chat.of(_FACTS, f"number of {name}?", number)
 
 
-def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
+def shipped_file(kind: str) -> Path:
+    """Return the file of a kind of shipped text, in the columns `split`, `package`, `prompt`, `text` and `words`."""
+    return Path(__file__).with_name(f"{kind}.parquet")
+
+
+def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the examples of each split at random by the spec's seed, from the packages of that split.
 
-    Of functions whose descriptions are the same none is taken, of functions with the same code the first. Descriptions
-    are compared without the names in backticks, code without the function's name: both by letters alone.
+    Training examples are drawn from all of them. Validation and test take one example of each package, in a random
+    order, then a second of each, and so on up to 10.
 
     Returns:
-        The examples with their splits, and a note: the packages and their licences, the number of functions in the
-        files that were parsed, the number of usable ones, and what was left out by reason.
+        The examples with their splits, and a note: the packages with their versions, owners, licences and the hashes of
+        their archives, the number of examples that were read, that of usable ones, and what was left out by reason.
 
     Raises:
-        UserError: the file was changed, or a split's packages have too few usable functions.
+        UserError: the file was changed, or a split's packages have too few usable examples.
     """
-    if file_sha256(DOCSTRINGS_FILE) != _DOCSTRINGS_SHA256:
-        raise UserError(f"{DOCSTRINGS_FILE} was changed after it was installed; install the package again")
-    table = pq.read_table(DOCSTRINGS_FILE)
-    note = json.loads(table.schema.metadata[b"lorabench"])
-    functions = table.to_pandas()
-    functions["prompt"] = "What does this Python function do?\n\n" + functions["code"]
-
-    def letters(text: str) -> str:
-        return "".join(re.findall(r"[a-z]+", text.lower()))
-
-    functions["text"] = [letters(re.sub(r"`[^`]*`", "", text)) for text in functions["description"]]
-    functions["body"] = [letters(re.sub(r"def \w+", "def", code, count=1)) for code in functions["code"]]
-    before = note.pop("left_out")
-    left_out = {reason: before.pop(reason) for reason in ("of too few words", "too long")} | before
-    functions["chars"] = functions["prompt"].str.len() + functions["description"].str.len()
-    reasons: dict[str, Callable[[pd.DataFrame], pd.Series[bool]]] = {
-        "of too few words": lambda rows: rows["words"] < spec.min_words,
-        "too long": lambda rows: rows["chars"] > spec.max_chars,
-        "shares its description with another function": lambda rows: rows["text"].duplicated(keep=False),
-        "repeats the code of another function": lambda rows: rows["body"].duplicated(),
-    }
-    for reason, is_unusable in reasons.items():
-        unusable = is_unusable(functions)
-        left_out[reason] = left_out.get(reason, 0) + int(unusable.sum())
-        functions = functions[~unusable]
+    path = shipped_file(spec.kind)
+    if file_sha256(path) != SHIPPED[spec.kind]:
+        raise UserError(f"{path} was changed after it was installed; install the package again")
+    table = pq.read_table(path)
+    note = json.loads(table.schema.metadata[_ABOUT])
+    read = table.to_pylist()
+    of_enough_words = [row for row in read if row["words"] >= spec.min_words]
+    usable = [row for row in of_enough_words if len(row["prompt"]) + len(row["text"]) <= spec.max_chars]
+    left_out = note["left_out"]
+    left_out["of too few words"] += len(read) - len(of_enough_words)
+    left_out["too long"] += len(of_enough_words) - len(usable)
     chosen: list[tuple[Split, Chat]] = []
     for split in SPLITS:
-        pool = functions.loc[functions["split"] == split, ["package", "prompt", "description"]].to_numpy().tolist()
+        pool = [Chat.of(row["package"], row["prompt"], row["text"]) for row in usable if row["split"] == split]
+        rng = Random(spec.seed)
+        rng.shuffle(pool)
+        limit = ""
+        if split != "train":
+            pool, limit = _spread(pool, rng), f", at most {_MOST_OF_A_PACKAGE} of a package,"
         needed = getattr(spec, split)
         if len(pool) < needed:
             raise UserError(
-                f"found {len(pool)} {split} examples of at most {spec.max_chars} characters and at least "
-                f"{spec.min_words} words in the docstrings; {needed} are needed"
+                f"found {len(pool)} {split} examples{limit} of at most {spec.max_chars} characters and at least "
+                f"{spec.min_words} words in the {spec.kind}; {needed} are needed"
             )
-        Random(spec.seed).shuffle(pool)
-        chosen += [(split, Chat.of(*example)) for example in pool[:needed]]
-    usable = len(functions)
-    return iter(chosen), note | {"rows": usable + sum(left_out.values()), "usable": usable, "left_out": left_out}
+        chosen += [(split, chat) for chat in pool[:needed]]
+    return iter(chosen), note | {"rows": len(usable) + sum(left_out.values()), "usable": len(usable)}
+
+
+def _spread(pool: list[Chat], rng: Random) -> list[Chat]:
+    """Return the first example of each source, the sources in a random order, then the second of each, up to 10."""
+    by_source: dict[str, list[Chat]] = defaultdict(list)
+    for chat in pool:
+        by_source[chat.source].append(chat)
+    sources = list(by_source.values())
+    rng.shuffle(sources)
+    return [chats[turn] for turn in range(_MOST_OF_A_PACKAGE) for chats in sources if turn < len(chats)]
 
 
 def _row(split: Split, chat: Chat) -> Row:
@@ -205,7 +203,7 @@ def about(path: Path) -> dict[str, Any] | None:
     """Return the note in a dataset file; None if it has none, as datasets that are generated or from a file.
 
     The note has the dataset's `id`, its number of `rows` and of `usable` rows, and under `left_out` the number of rows
-    for each reason; on the hub also its `commit`, from docstrings the `licences` of the packages.
+    for each reason; on the hub also its `commit`, in shipped text the `packages`.
     """
     note = (pq.read_schema(path).metadata or {}).get(_ABOUT)
     return None if note is None else json.loads(note)

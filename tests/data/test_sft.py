@@ -1,21 +1,33 @@
-"""SFT datasets that need no download are deterministic, distinct and disjoint: generated, of docstrings, of facts."""
+"""SFT datasets that need no download are deterministic, distinct and disjoint: generated, shipped, of facts."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import Counter
+from pathlib import Path
+from random import Random
 
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from lorabench.config.inputs import ChatDataset, DocstringsDataset, FactsDataset
-from lorabench.config.loading import load_preset
+from lorabench.config.inputs import ChatDataset, FactsDataset, ShippedDataset
 from lorabench.data import sft
-from lorabench.data.chat import prompt
+from lorabench.data.chat import Chat, prompt
 from lorabench.data.identity import dataset_id
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
-from lorabench.data.sft import about, build_dataset, choose_docstrings, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import (
+    _spread,
+    about,
+    build_dataset,
+    choose_shipped,
+    make_dataset,
+    read_dataset,
+    shipped_file,
+    write_dataset,
+)
 from lorabench.errors import UserError
 
 
@@ -86,40 +98,75 @@ def test_facts_are_the_same_in_every_split_and_uniform(tmp_path):
     assert spec.entropy_bits == pytest.approx(300 * 6 * math.log2(10))
 
 
-def docstrings(**changes) -> DocstringsDataset:
-    return DocstringsDataset(**{"kind": "docstrings", "train": 40, "validation": 8, "test": 8} | changes)
+KINDS = ["docstrings", "documentation"]
 
 
-def test_the_docstrings_of_overnight_keep_their_identity_and_their_examples(tmp_path):
-    overnight = load_preset("overnight").datasets["docstrings"]
-    assert dataset_id(overnight) == "1c3665b2"
-    build_dataset(overnight, tmp_path / "made.parquet")
+def shipped(kind="docstrings", **changes) -> ShippedDataset:
+    return ShippedDataset(**{"kind": kind, "train": 40, "validation": 8, "test": 8} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shipped_files_keep_owners_texts_and_prompts_in_one_split(kind):
+    table = pq.read_table(shipped_file(kind))
+    rows, packages = table.to_pandas(), json.loads(table.schema.metadata[b"lorabench"])["packages"]
+    counted = rows.groupby("split")["package"].nunique()
+    assert counted["test"] >= 28
+    assert counted["validation"] >= 28
+    assert counted["train"] >= 20
+    assert set(rows["package"]) == set(packages)
+    assert rows["split"].tolist() == [packages[name]["split"] for name in rows["package"]]
+    owners = [{read["owner"] for read in packages.values() if read["split"] == split} for split in counted.index]
+    assert sum(map(len, owners)) == len(set.union(*owners))
+    assert all(re.fullmatch("[0-9a-f]{64}", read["sha256"]) for read in packages.values())
+    for name, read in packages.items():
+        assert f"  {name} {read['version']}: {read['licence']}\n" in (Path(__file__).parents[2] / "NOTICE").read_text()
+    assert not rows["text"].duplicated().any()
+    assert not rows["prompt"].duplicated().any()
+    # Random training examples are of many packages, even without a limit for each.
+    assert rows.loc[rows["split"] == "train", "package"].value_counts(normalize=True).max() < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_package_decides_the_losses_of_shipped_text(kind):
+    chosen, note = choose_shipped(shipped(kind, train=1500, validation=64, test=192, max_chars=500))
+    chats = list(chosen)
+    assert [split for split, _ in chats] == ["train"] * 1500 + ["validation"] * 64 + ["test"] * 192
+    assert all(chat.chars() <= 500 for _, chat in chats)
+    assert max(Counter(chat.source for split, chat in chats if split == "train").values()) < 300
+    for split, examples in (("validation", 64), ("test", 192)):
+        packages = Counter(chat.source for name, chat in chats if name == split)
+        even = examples / len({row["split"] + name for name, row in note["packages"].items() if row["split"] == split})
+        assert set(packages.values()) <= {math.floor(even), math.ceil(even)}
+    assert note["rows"] == note["usable"] + sum(note["left_out"].values())
+    others = list(choose_shipped(shipped(kind, train=1500, validation=64, test=192, max_chars=500, seed=1))[0])
+    assert {chat.messages[1]["content"] for _, chat in others} != {chat.messages[1]["content"] for _, chat in chats}
+
+
+def test_a_package_gives_at_most_ten_examples_the_smaller_ones_all_theirs():
+    pool = [Chat.of(name, f"q{n}", "a") for name, size in {"a": 30, "b": 12, "c": 3}.items() for n in range(size)]
+    spread = _spread(pool, Random(0))
+    assert sorted(Counter(chat.source for chat in spread).items()) == [("a", 10), ("b", 10), ("c", 3)]
+    assert [sorted(chat.source for chat in spread[turn : turn + 3]) for turn in (0, 3, 6)] == [["a", "b", "c"]] * 3
+    assert [chat.messages[0]["content"] for chat in spread if chat.source == "a"] == [f"q{n}" for n in range(10)]
+
+
+def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path, monkeypatch):
+    assert [dataset_id(shipped(kind)) for kind in KINDS] == ["@@id1@@", "@@id2@@"]
+    assert dataset_id(shipped(seed=1)) != dataset_id(shipped())
+    build_dataset(shipped(), tmp_path / "made.parquet")
     note = about(tmp_path / "made.parquet")
-    assert (note["rows"], note["usable"], note["left_out"]["too long"]) == (31334, 2745, 3315)
-    assert note["id"].startswith("docstrings of accelerate 1.15.0, more-itertools 11.2.1, ")
-    assert note["licences"]["rich"] == "MIT License"
-    first = next(read_dataset(tmp_path / "made.parquet"))
-    asked, answered = (turn["content"] for turn in first["messages"])
+    assert note["id"].startswith("docstrings of ")
+    assert note["packages"]["rich"]["licence"] == "MIT"
+    asked, answered = (turn["content"] for turn in next(read_dataset(tmp_path / "made.parquet"))["messages"])
     assert asked.startswith("What does this Python function do?\n\ndef ")
     assert answered.endswith(".")
-
-
-def test_docstrings_are_short_distinct_and_of_other_packages_in_each_split(tmp_path, monkeypatch):
-    chosen, note = choose_docstrings(docstrings(train=2000, max_chars=600))
-    chats = list(chosen)
-    assert len({chat.messages[1]["content"] for _, chat in chats}) == len(chats) == 2016
-    assert all(chat.chars() <= 600 for _, chat in chats)
-    sources = [{chat.source for name, chat in chats if name == split} for split in ("train", "validation", "test")]
-    assert not sources[0] & sources[1] | sources[0] & sources[2] | sources[1] & sources[2]
-    few = list(choose_docstrings(docstrings())[0])
-    assert few != list(choose_docstrings(docstrings(seed=1))[0])
-    assert dataset_id(docstrings(seed=1)) != dataset_id(docstrings())
-    fewer = choose_docstrings(docstrings(train=1, max_chars=600, min_words=30))[1]
+    fewer = choose_shipped(shipped(train=1, min_words=30))[1]
     assert fewer["usable"] < note["usable"]
     assert fewer["rows"] == note["rows"]
-    with pytest.raises(UserError, match="test examples of at most 800 characters and at least 14 words in the docstr"):
-        choose_docstrings(docstrings(test=9000))
-    monkeypatch.setattr(sft, "DOCSTRINGS_FILE", tmp_path / "file")
+    few = "test examples, at most 10 of a package, of at most 800 characters and at least 14 words in the documentation"
+    with pytest.raises(UserError, match=rf"found \d+ {few}; 9000 are needed"):
+        choose_shipped(shipped("documentation", test=9000))
+    monkeypatch.setattr(sft, "shipped_file", lambda kind: tmp_path / "file")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="file was changed after it was installed; install the package again"):
-        choose_docstrings(docstrings())
+        choose_shipped(shipped())
