@@ -113,7 +113,9 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     paper_value="10 (fit over 14 models: 9.8)",
     experiments=_SWEEPS,
     over=chosen(learning, sweeps_of_both, beyond_short),
-    conditions=(longer_runs("laptop_more", "long_runs", "lr_ratio", "smollm2", "first_gpu", "core", "paper"),),
+    conditions=(
+        longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
+    ),
     fact=LR_RATIO,
 )
 def _lr_ratio_ten(comparison: Comparison) -> Finding:

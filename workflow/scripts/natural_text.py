@@ -259,9 +259,9 @@ def texts(path: Path) -> dict[str, str]:
     """Return the Python sources and text files of an archive by their paths in it, in the order of the paths."""
     with tarfile.open(path) as opened:
         members = {
-            member.name.partition("/")[2]: opened.extractfile(member).read().decode(errors="replace")
+            member.name.partition("/")[2]: file.read().decode(errors="replace")
             for member in opened.getmembers()
-            if member.isfile() and member.name.endswith((".py", ".rst", ".md", ".txt"))
+            if member.name.endswith((".py", ".rst", ".md", ".txt")) and (file := opened.extractfile(member))
         }
     return dict(sorted(members.items()))
 
