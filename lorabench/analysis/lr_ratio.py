@@ -1,9 +1,10 @@
 """The ratio R of LoRA's to full fine-tuning's optimal learning rate: theories, and the conditions that test them.
 
-A condition is a model (its width), a dataset, a number of steps, a batch size, and LoRA's rank and alpha. Its ratio is
+A condition is a model (its width), a dataset, a number of steps, a batch size, and LoRA's rank, alpha, initial scale of
+A, and whether A is trained. Its ratio is
 measured by runs of that length (`own`, test losses at the end), and by the first steps of longer runs (`prefix`,
 validation losses at that step). With a constant LR and the same order of the data both train the same steps, so they
-differ only in the split that is measured. docs/results.md derives the theories.
+differ only in the split that is measured. docs/lr-ratio.md derives the theories.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from lorabench.analysis.arms import ALPHA, STANDARD
+from lorabench.analysis.arms import ALPHA, arm_label
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses, combined, normal
@@ -39,6 +41,11 @@ class Setting:
     steps: float
     batch_size: float
     alpha: float
+    init_a: float = 1.0
+    """The scale of A's initial entries, in units of 1/sqrt(d_in)."""
+    frozen: bool = False
+    """Whether A stays at its initial values; the ratio is then that of B's optimal LR."""
+    rank: float = 16
 
 
 LogRatio = Callable[[np.ndarray], np.ndarray]
@@ -48,31 +55,48 @@ LogRatio = Callable[[np.ndarray], np.ndarray]
 def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, LogRatio]:
     """Return what each theory predicts for a setting, by its name; theories that are silent on it are left out.
 
-    With width d, T steps and constants of each theory, `movement` and `scale` say R (1 + factor R) = c d / alpha, where
-    the factor is by how much A's movement matters:
+    With width d, T steps, A's initial scale s and constants of each theory:
 
-    - `movement`: LR_F / u*, where LR_F is FullFT's optimal LR and u* = u0 (128/d) sqrt(50/T) the LR at which A's
-      movement matters as much as its initial values. It falls with the width, and the net movement grows as that of a
-      random walk.
-    - `scale`: kappa. FullFT's best LR is the one whose outputs move by a certain amount over a run, so that it is
-      proportional to u*, and the ratio depends on d / alpha alone.
+    - `movement`: R (1 + R LR_F / (s u*)) = R_still, where LR_F is FullFT's optimal LR and u* = u0 (128/d) sqrt(50/T)
+      the LR at which A's movement matters as much as its initial values at s = 1. It falls with the width, and the net
+      movement grows as that of a random walk. While A is frozen, R = R_still = c d / (s alpha) / (1 + k/r) at rank r:
+      the sizes of A's r products with an input differ by layer and input, most at rank 1, and the largest limit the LR.
+    - `still`: R = c d / (s alpha), as if A never moved.
+    - `mu_a`: c sqrt(d / alpha), the maximal-update theory of LoRA (Chen, Villar and Hayou, arXiv 2602.06204), by which
+      LoRA's optimal LR goes as 1/sqrt(alpha d) and that of FullFT as 1/d. It speaks of A that is trained, and its
+      initial scale does not matter.
+    - `scale`: R (1 + kappa R) = c d / alpha. FullFT's best LR is the one whose outputs move by a certain amount over a
+      run, so that it is proportional to u*, and the ratio depends on d / alpha alone.
     - `fixed_lora`: R_128 (d/128)^(fullft_exponent - lora_exponent). Published sweeps find LoRA's optimum at about the
       same LR from 0.6B to 32B parameters, while FullFT's falls. They do not vary alpha, length and batch size, so the
       theory speaks of the condition of its parameter only.
     - `constant`: the paper's number. The paper has alpha 32 throughout, so it is silent on other values.
     - `naive`: c d / alpha with c = 1/2, the paper's derivation, in which LoRA of full rank is made equal to FullFT.
+
+    All but the first two are silent on a frozen A, and all but the first three on another scale of it.
     """
     movement, scale, fixed_lora = predictions.movement, predictions.scale, predictions.fixed_lora
-    constant, naive = predictions.constant, predictions.naive
+    still, mu_a, constant, naive = predictions.still, predictions.mu_a, predictions.constant, predictions.naive
+    width_over_alpha = setting.width / setting.alpha
     stated: dict[str, LogRatio] = {}
     if movement:
-        at_unit = movement.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
-        while_still = movement.c * setting.width / setting.alpha
-        stated["movement"] = lambda log_fullft: np.asarray(
-            np.log(_larger_root(np.exp(log_fullft) / at_unit, while_still))
+        at_unit = setting.init_a * movement.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
+        while_still = movement.c * width_over_alpha / setting.init_a / (1 + movement.k / setting.rank)
+        stated["movement"] = (
+            _fixed(while_still)
+            if setting.frozen
+            else lambda log_fullft: np.asarray(np.log(_larger_root(np.exp(log_fullft) / at_unit, while_still)))
         )
+    if still:
+        stated["still"] = _fixed(still.c * width_over_alpha / setting.init_a)
+    if setting.frozen:
+        return stated
+    if mu_a:
+        stated["mu_a"] = _fixed(mu_a.c * math.sqrt(width_over_alpha))
+    if setting.init_a != 1:
+        return stated
     if scale:
-        ratio = _larger_root(np.asarray(scale.kappa), scale.c * setting.width / setting.alpha)
+        ratio = _larger_root(np.asarray(scale.kappa), scale.c * width_over_alpha)
         stated["scale"] = _fixed(float(ratio))
     if fixed_lora and (setting.steps, setting.batch_size, setting.alpha) == (STEPS, BATCH_SIZE, ALPHA):
         exponent = fixed_lora.fullft_exponent - fixed_lora.lora_exponent
@@ -80,7 +104,7 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
     if constant and setting.alpha == ALPHA:
         stated["constant"] = _fixed(constant.ratio)
     if naive:
-        stated["naive"] = _fixed(naive.c * setting.width / setting.alpha)
+        stated["naive"] = _fixed(naive.c * width_over_alpha)
     return stated
 
 
@@ -93,17 +117,17 @@ def _fixed(ratio: float) -> LogRatio:
     return lambda log_fullft: np.full(np.shape(log_fullft), math.log(ratio))
 
 
-def fitted(name: str, setting: Setting) -> bool:
-    """Return whether parameters of a theory were fitted in a setting, which then tests nothing."""
-    here = (setting.width, setting.steps, setting.batch_size) == (WIDTH, STEPS, BATCH_SIZE)
-    return here and name in ("movement", "scale", "fixed_lora")
-
+OFF_BY = 1.6
+"""The factor by which a measured ratio may be off a predicted one."""
 
 LENGTHS = (25, 50, 100, 200, 400, 800, 1600)
 """The steps at which prefixes of longer runs are judged, where the runs were validated there."""
 
+FROZEN = 100.0
+"""The LR of B over that of A from which A counts as frozen."""
+
 COLUMNS = [
-    *("model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"),
+    *("model", "dataset", "width", "steps", "batch_size", "alpha", "init_a", "frozen", "rank", "runs"),
     *("fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high", "resolved"),
     *("theory", "predicted", "off_by", "off_by_low", "off_by_high", "verdict"),
 ]
@@ -120,7 +144,25 @@ class MeasuredRatio(SweptMethods):
     @property
     def label(self) -> str:
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
-        return f"{place} {setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
+        words = [f"{place} {setting.steps:g} steps", f"batch {setting.batch_size:g}", f"alpha {setting.alpha:g}"]
+        if setting.init_a != 1:
+            words.append(f"init x{setting.init_a:g}")
+        if setting.frozen:
+            words.append("A frozen")
+        return ", ".join([*words, f"r{self.lora['rank']}"])
+
+    def log_optimum(self, method: str) -> Estimate:
+        """Return the natural logarithm of the optimal LR of a method, of LoRA with a frozen A that of B."""
+        optimum = super().log_optimum(method)
+        shift = math.log(self.lora["lr_ratio"]) if method == "lora" and self.setting.frozen else 0.0
+        return replace(optimum, value=optimum.value + shift)
+
+    @cached_property
+    def log_ratio(self) -> Estimate:
+        """The natural logarithm of LoRA's optimal LR, with a frozen A that of B, over that of FullFT."""
+        ratio = self.comparison.fit.log_ratio(arm_label(self.lora), arm_label(self.fullft))
+        shift = math.log(self.lora["lr_ratio"]) if self.setting.frozen else 0.0
+        return replace(ratio, value=ratio.value + shift)
 
     def prediction(self, theory: LogRatio) -> float:
         """Return the predicted ratio; NaN if it depends on an LR that is not known."""
@@ -219,13 +261,13 @@ def _residuals(comparison: Comparison) -> pd.Series[float]:
 def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) -> list[MeasuredRatio]:
     """Return the conditions that some runs measure: own runs first, then prefixes.
 
-    The runs are supervised, with the columns of `comparisons` and hidden_size. LoRA with another parametrization than
-    alpha's, or on some layers only, is left out.
+    The runs are supervised, with the columns of `comparisons` and hidden_size. Alpha and A's initial scale may be any,
+    and A may be trained like B or be frozen (see FROZEN); LoRA+ and LoRA on some layers only are left out.
     """
     lora = runs["method"] == "lora"
-    usual = pd.Series({**STANDARD, "placement": "all"}, dtype=object).drop("alpha")
-    shown = runs[list(usual.index)].astype(object)
-    chosen = runs[~lora | (shown.isna() | shown.eq(usual)).all(axis=1)]
+    all_layers = runs["placement"].isna() | runs["placement"].eq("all")
+    of_b = runs["lr_ratio"].fillna(1.0).astype(float)
+    chosen = runs[~lora | (all_layers & ((of_b == 1) | (of_b >= FROZEN)))]
     chosen = chosen[chosen[["hidden_size", "steps", "batch_size"]].notna().all(axis=1)]
     if "alpha_convention" in chosen:
         # A source with another alpha at all ranks has no column alpha, and no theory is asked about it.
@@ -254,24 +296,26 @@ def _ratios(comparison: Comparison, kind: Literal["own", "prefix"]) -> list[Meas
     if fullft is None or fullft["steps"] is None:
         return []
     size = float(comparison.runs["hidden_size"].astype(float).median()), fullft["steps"], fullft["batch_size"]
-    return [
-        MeasuredRatio(comparison, fullft, arm, kind, Setting(*size, ALPHA if arm["alpha"] is None else arm["alpha"]))
-        for arm in comparison.arms
-        if arm["method"] == "lora"
-    ]
+    found = []
+    for arm in comparison.arms:
+        if arm["method"] == "lora":
+            frozen = (arm["lr_ratio"] or 1.0) >= FROZEN
+            setting = Setting(*size, arm["alpha"] or ALPHA, arm["init_a"] or 1.0, frozen, arm["rank"])
+            found.append(MeasuredRatio(comparison, fullft, arm, kind, setting))
+    return found
 
 
 def prediction_table(ratios: Sequence[MeasuredRatio], predictions: LrRatioPredictions) -> pd.DataFrame:
     """Return one row per condition and theory that speaks of it (columns COLUMNS).
 
-    `off_by` is the measured over the predicted ratio. The verdict is that of the single condition, or `fitted` where
-    the theory's parameters were fitted.
+    `off_by` is the measured over the predicted ratio, and the verdict that of the single condition.
     """
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
         low, high = ratio_interval(ratio.log_ratio)
         about = {name: ratio.lora[name] for name in ("model", "dataset", "steps", "batch_size", "rank")}
-        about |= {"width": int(ratio.setting.width), "alpha": ratio.setting.alpha, "runs": ratio.kind}
+        about |= {name: getattr(ratio.setting, name) for name in ("alpha", "init_a", "frozen")}
+        about |= {"width": int(ratio.setting.width), "runs": ratio.kind}
         about |= {f"{method}_lr": math.exp(ratio.log_optimum(method).value) for method in METHODS}
         about |= {"ratio": math.exp(ratio.log_ratio.value), "ratio_low": low, "ratio_high": high}
         about["resolved"] = not ratio.problems
@@ -279,6 +323,24 @@ def prediction_table(ratios: Sequence[MeasuredRatio], predictions: LrRatioPredic
             judged = ratio.judge(theory)
             prediction = {"theory": name, "predicted": ratio.prediction(theory), "off_by": judged.estimate}
             prediction |= {"off_by_low": judged.ci_low, "off_by_high": judged.ci_high}
-            verdict = "fitted" if fitted(name, ratio.setting) else judged.verdict
-            rows.append(about | prediction | {"verdict": verdict})
+            rows.append(about | prediction | {"verdict": judged.verdict})
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def rms_factors(table: pd.DataFrame) -> pd.DataFrame:
+    """Return by theory how far the measured ratios of a `prediction_table` are from the predicted ones.
+
+    Returns:
+        Columns theory, conditions (their number; a condition whose ratio is not measured is left out), rms_factor (the
+        root mean square of ln(measured / predicted) as a factor), bias (their mean as a factor), worst (the factor of
+        the worst condition), beyond (the number of conditions whose 95% interval leaves out all factors up to 1.6).
+    """
+    known = table[table["off_by"].notna()]
+    rows = []
+    for theory, of_theory in known.groupby("theory", sort=False):
+        log_off = np.log(of_theory["off_by"].to_numpy(float))
+        beyond = (of_theory["off_by_low"] > OFF_BY) | (of_theory["off_by_high"] < 1 / OFF_BY)
+        row = {"theory": theory, "conditions": len(log_off), "rms_factor": math.exp(math.sqrt((log_off**2).mean()))}
+        row |= {"bias": math.exp(log_off.mean()), "worst": math.exp(np.abs(log_off).max()), "beyond": int(beyond.sum())}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["theory", "conditions", "rms_factor", "bias", "worst", "beyond"])

@@ -43,6 +43,22 @@ class MovementTheory(Strict):
     """While A stands still, the ratio is this number times the width over alpha."""
     u0: PositiveFloat
     """LoRA's LR at which A's movement matters as much as its initial values, at width 128 and 50 steps."""
+    k: NotNegativeFloat
+    """The ratio at rank r is 1 + k/r times as low as at high ranks, while A stands still."""
+
+
+class StillTheory(Strict):
+    """The parameter of the theory that A's movement does not matter."""
+
+    c: PositiveFloat
+    """The ratio is this number times the width over alpha; sqrt(3) is derived."""
+
+
+class MuATheory(Strict):
+    """The parameter of the maximal-update theory of LoRA (arXiv 2602.06204), by which the ratio goes as a root."""
+
+    c: PositiveFloat
+    """The ratio is this number times the square root of the width over alpha."""
 
 
 class ScaleTheory(Strict):
@@ -85,6 +101,8 @@ class LrRatioPredictions(Strict):
     """Predictions of the ratio of LoRA's to full fine-tuning's optimal LR, by theory; null for no prediction."""
 
     movement: MovementTheory | None = None
+    still: StillTheory | None = None
+    mu_a: MuATheory | None = None
     scale: ScaleTheory | None = None
     fixed_lora: FixedLoraTheory | None = None
     constant: ConstantTheory | None = None

@@ -1,14 +1,14 @@
-"""The LR ratio, LoRA over FullFT: by length of a run, and by width, alpha and batch size with what theories predict."""
+"""The LR ratio, LoRA over FullFT: by length of a run, and against what theories predict."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import ALPHA, arm_label, is_standard
 from lorabench.analysis.comparison import Judging, comparisons
@@ -17,13 +17,14 @@ from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (
     BATCH_SIZE,
     COLUMNS,
-    STEPS,
+    OFF_BY,
     Setting,
     at_end,
     at_step,
     measured_ratios,
     predicted,
     prediction_table,
+    rms_factors,
 )
 from lorabench.analysis.published import paper_numbers, published_ratios
 from lorabench.claims.learning_rate import SHORT_STEPS
@@ -106,141 +107,124 @@ def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     style.ratio_axes(axes, "training step")
 
 
-_COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
+_COLUMNS = ["element", *COLUMNS, "conditions", "rms_factor", "bias", "worst", "beyond", "task", "source", "note"]
 
-# The colour of each theory, and its name in the legend.
+# The theories by the names in the picture.
 _THEORIES = {
-    "movement": ("#0072B2", "A moves, given FullFT's LR"),
-    "scale": ("#D55E00", "width / alpha alone"),
-    "fixed_lora": ("#009E73", "LoRA's LR has no width"),
-    "constant": ("0.55", "always 10 (paper)"),
-    "naive": ("#CC79A7", "width / (2 alpha)"),
+    "movement": "A moves, given FullFT's LR",
+    "still": "A stands still",
+    "mu_a": "root of width / alpha",
+    "scale": "width / alpha alone",
+    "fixed_lora": "LoRA's LR has no width",
+    "constant": "always 10 (paper)",
+    "naive": "width / (2 alpha) (paper)",
 }
+_SHOWN = "movement"
 
-# The marks of the widths, ascending, and the columns of the lower panels with the labels of their axes.
+# Colours of LoRA with a trained A, with a frozen one, and at rank 1, and the marks of the widths, ascending.
+_COLOURS = {"A is trained": "black", "A is frozen": "#D55E00", "rank 1": "#0072B2"}
 _MARKERS = ("o", "s", "^", "D", "P", "X")
-_PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
-_CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
-# The paper as a source of ratios, and the length of its authors' published sweeps (100,000 examples in batches of 128).
-_PAPER, _PAPER_STEPS = "LoRA Without Regret", 780
 
 
 def draw(tables: Tables) -> style.Drawn:
-    """Draw the LR ratio by condition; return the figure, and what it plots as one tidy table.
+    """Draw measured against predicted LR ratios, and by how much each theory is off; return what is plotted, too.
 
     The column `element` says what a row is: `condition` (a measured ratio with what a theory predicts of it, see
-    `prediction_table`), `line` (a theory at a width), `paper_law` (the theory `movement` at the optimal LRs that the
-    law of the authors' code gives for Llama, after 780 steps) or `published` (a ratio that `source` published, from
-    ratio_low to ratio_high, for models from width_low to width_high).
+    `prediction_table`), `theory` (see `rms_factors`; of runs of their own length), or `published` (a ratio of `source`
+    that was published with the LR, the length and the width that the theory `movement` asks for, and what it says).
     """
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     conditions = prediction_table(measured_ratios(tables.runs, tables.curves, judging), DEFAULT_PREDICTIONS.lr_ratio)
     if not conditions["ratio"].notna().any():
         sentence = "no condition with an LR sweep of both LoRA and full fine-tuning"
         return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
-    published = published_ratios()
-    middle = {end: np.sqrt(published[f"{end}_low"] * published[f"{end}_high"]) for end in ("width", "ratio")}
-    published = published.drop(columns="steps").assign(element="published", **middle)
-    widths = np.geomspace(0.8 * float(conditions["width"].min()), 10_000, 25)
-    # The theory `movement` needs a measured LR: it is drawn over the widths of models with published optima only.
-    lines = [_predicted(name, width, STEPS) for width in widths for name in _THEORIES if name != "movement"]
-    for width in np.geomspace(2048, 8192, 9):
-        lr = predict_lr(PUBLISHED, "llama", int(width), "fullft")
-        about = {"element": "paper_law", "steps": _PAPER_STEPS, "fullft_lr": lr}
-        lines.append(_predicted("movement", width, _PAPER_STEPS, lr) | about)
-    parts = [conditions.assign(element="condition"), pd.DataFrame(lines), published]
-    plotted = pd.concat(parts, ignore_index=True).reindex(columns=_COLUMNS)
-    figure = style.new_figure(2 * style.PANEL_HEIGHT)
-    places = figure.add_gridspec(2, len(_PANELS))
+    factors = rms_factors(conditions[conditions["runs"] == "own"])
+    parts = {"condition": conditions, "theory": factors, "published": _published()}
+    plotted = pd.concat([part.assign(element=name) for name, part in parts.items()], ignore_index=True)
+    plotted = plotted.reindex(columns=_COLUMNS)
+    figure = style.new_figure(1.4 * style.PANEL_HEIGHT)
+    places = figure.add_gridspec(1, 2, width_ratios=[1.5, 1])
     marks = dict(zip(sorted(conditions["width"].unique()), _MARKERS, strict=False))
-    _draw_widths(figure.add_subplot(places[0, :]), plotted, marks)
-    for place, column in enumerate(_PANELS):
-        axes = figure.add_subplot(places[1, place])
-        _draw_panel(axes, conditions, column, marks)
-        if place:
-            axes.set_ylabel("")
-    resolved = conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool)
-    # Theories and published ratios always occur.
+    shown = conditions[conditions["theory"].eq(_SHOWN) & conditions["ratio"].notna()]
+    _draw_measured(figure.add_subplot(places[0]), shown, only(plotted, "published"), marks)
+    _draw_factors(figure.add_subplot(places[1]), factors)
+    kinds = set(map(_kind, shown.to_dict("records")))
     entries = [
-        *((True, style.line(label, color=colour)) for colour, label in _THEORIES.values()),
-        (True, style.line("A moves, the paper's LRs", color=_THEORIES["movement"][0], linestyle="--")),
-        *((True, style.mark(f"measured, width {int(width)}", mark, color="black")) for width, mark in marks.items()),
-        ((conditions["runs"] == "prefix").any(), style.mark("prefix of longer runs", "o", color="0.45")),
-        (not resolved.all(), style.mark("not resolved", "o", mfc="white", mew=1.2)),
-        (True, style.mark("published, SFT", "d", color="0.5")),
-        (True, style.mark("published, RL", "v", color="0.5")),
-        (True, style.mark("published, another alpha", "d", mfc="white", mec="0.5")),
-        (True, style.mark("the paper", "*", color="black", ms=10)),
+        *((kind in kinds, style.mark(kind, "o", color=colour)) for kind, colour in _COLOURS.items()),
+        *((True, style.mark(f"width {int(width)}", mark)) for width, mark in marks.items()),
+        (not shown["resolved"].astype(bool).all(), style.mark("not resolved", "o", mfc="white", mew=1.2)),
+        ((shown["runs"] == "prefix").any(), style.mark("beginning of longer runs", "o", alpha=0.4, ms=4)),
+        (True, style.mark("published, SFT", "d", color="#CC79A7")),
+        (True, style.mark("published, RL", "v", color="#CC79A7")),
     ]
     style.legends(figure, {}, entries)
     return figure, plotted
 
 
-def _predicted(theory: str, width: float, steps: int, fullft_lr: float = math.nan) -> dict[str, Any]:
-    """Return the ratio that a theory predicts of a width, with the paper's alpha and the batch size of our runs."""
-    predict = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(width, steps, BATCH_SIZE, ALPHA))[theory]
-    ratio = float(np.exp(predict(np.asarray(math.log(fullft_lr)))))
-    return {"element": "line", "theory": theory, "width": width, "alpha": ALPHA, "predicted": ratio}
+def _kind(row: Mapping[Any, Any]) -> str:
+    return "A is frozen" if row["frozen"] else "rank 1" if row["rank"] == 1 else "A is trained"
 
 
-def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> None:
-    for name, (colour, _) in _THEORIES.items():
-        for element, line in (("line", "-"), ("paper_law", "--")):
-            rows = plotted[(plotted["element"] == element) & (plotted["theory"] == name)]
-            width, ratio = rows["width"].astype(float), rows["predicted"].astype(float)
-            axes.plot(width, ratio, line, color=colour, lw=1.3, zorder=2)
-    at_base = "runs == 'own' and alpha == @ALPHA and steps == @STEPS and batch_size == @BATCH_SIZE"
-    here = only(plotted, "condition").query(at_base)
-    given = here[here["theory"] == "movement"].sort_values("width")
-    colour = _THEORIES["movement"][0]
-    axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
-    _measured(axes, here, "width", marks)
-    for row in only(plotted, "published").dropna(subset=["width"]).to_dict("records"):
-        is_paper = row["source"] == _PAPER
-        colour = "black" if is_paper else "0.5"
-        axes.plot([row["width_low"], row["width_high"]], [row["ratio"]] * 2, color=colour, lw=1.2, zorder=3)
-        axes.plot([row["width"]] * 2, [row["ratio_low"], row["ratio_high"]], color=colour, lw=1.2, zorder=3)
-        marker = "*" if is_paper else "v" if row["task"] == "rl" else "d"
-        face = colour if row["alpha"] == ALPHA else "white"
-        axes.plot(row["width"], row["ratio"], marker, mfc=face, mec=colour, ms=11 if is_paper else 5, zorder=4)
-    style.ratio_axes(axes, "width of the model (hidden size)")
-    axes.set_title("by width", pad=18)
-    style.note(axes, f"alpha {ALPHA:g}; measured here after {STEPS} steps of {BATCH_SIZE} examples; grey: published")
+def _published() -> pd.DataFrame:
+    """Return published ratios whose source states all that the theory asks for, with what it predicts."""
+    rows = published_ratios()
+    widths = [2048, 8192]
+    lrs = [predict_lr(PUBLISHED, "llama", width, "fullft") for width in widths]
+    of_paper = pd.DataFrame({"width_low": widths, "width_high": widths, "fullft_lr_low": lrs, "fullft_lr_high": lrs})
+    of_paper = of_paper.assign(steps=_PAPER_STEPS, task="sft", alpha=ALPHA, source=_PAPER, ratio_low=9.8, ratio_high=10)
+    of_paper["note"] = "LRs of the authors' law for Llama"
+    rows = pd.concat([rows[rows["source"] != _PAPER], of_paper], ignore_index=True)
+    for name in ("width", "fullft_lr", "ratio"):
+        rows[name] = np.sqrt(rows[f"{name}_low"].astype(float) * rows[f"{name}_high"].astype(float))
+    rows = rows.dropna(subset=["width", "steps", "alpha", "fullft_lr", "ratio"])
+    numbers = rows[["width", "steps", "alpha", "fullft_lr"]].astype(float).itertuples(index=False)
+    return rows.assign(theory=_SHOWN, predicted=[_ratio(*row) for row in numbers])
 
 
-def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
-    """Draw the conditions that differ in a column only, and what the theories predict of them."""
-    axes.set_title(f"by {_PANELS[column]}", pad=18)
-    base = {"steps": STEPS, "alpha": ALPHA, "batch_size": BATCH_SIZE}
-    is_base = np.logical_and.reduce([conditions[name] == value for name, value in base.items() if name != column])
-    others = [name for name in _CONDITION if name not in (column, "runs")]
-    for chosen in (conditions[is_base], conditions):
-        # Each group has several values of the column, and one value of everything else.
-        shown = [rows for _, rows in chosen.groupby(others, dropna=False) if rows[column].nunique() > 1]
-        if shown:
-            break
-    else:
-        style.say(axes, "one value only")
-        return
-    for rows in shown:
-        # A prefix stands in where there are no runs of that length.
-        varied = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
-        for name, (colour, _) in _THEORIES.items():
-            line = varied[varied["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
-            axes.plot(line[column].astype(float), line["predicted"], color=colour, lw=1.1, zorder=2)
-        _measured(axes, varied, column, marks)
-    widths = sorted({int(rows["width"].iloc[0]) for rows in shown})
-    style.note(axes, f"width {' and '.join(map(str, widths))}")
-    style.ratio_axes(axes, _PANELS[column])
-    axes.xaxis.set_major_locator(FixedLocator(sorted({float(value) for rows in shown for value in rows[column]})))
-    axes.xaxis.set_minor_locator(NullLocator())
+def _ratio(width: float, steps: float, alpha: float, fullft_lr: float) -> float:
+    predict = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(width, steps, BATCH_SIZE, alpha))[_SHOWN]
+    return float(np.exp(predict(np.asarray(math.log(fullft_lr)))))
 
 
-def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
-    """Draw measured ratios with their intervals; prefixes are blue-grey and a little to the right."""
-    for row in rows.drop_duplicates(_CONDITION).dropna(subset=["ratio"]).to_dict("records"):
-        is_prefix = row["runs"] == "prefix"
-        colour, at = ("0.45", 1.07 * float(row[column])) if is_prefix else ("black", float(row[column]))
-        axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
+def _draw_measured(axes: Axes, shown: pd.DataFrame, published: pd.DataFrame, marks: dict[Any, str]) -> None:
+    """Draw measured ratios with their intervals over predicted ones; beginnings of longer runs are pale."""
+    every = pd.concat([shown[["predicted", "ratio"]], published[["predicted", "ratio"]]])
+    ends = np.array([0.7 * float(every.min().min()), 1.5 * float(every.max().max())])
+    axes.fill_between(ends, ends / OFF_BY, ends * OFF_BY, color="0.92", zorder=0)
+    axes.plot(ends, ends, color="0.6", lw=0.9, zorder=1)
+    for row in shown.to_dict("records"):
+        colour, place = _COLOURS[_kind(row)], (row["predicted"], row["ratio"])
+        pale = row["runs"] == "prefix"
+        look: dict[str, Any] = {"alpha": 0.35 if pale else 1.0, "zorder": 3 if pale else 4}
+        if not pale:
+            axes.vlines(place[0], row["ratio_low"], row["ratio_high"], color=colour, lw=1.0, zorder=4)
         face = colour if row["resolved"] else "white"
-        axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)
+        axes.plot(*place, marks.get(row["width"], "o"), ms=3.5 if pale else 5, mfc=face, mec=colour, **look)
+    for row in published.to_dict("records"):
+        axes.plot(row["predicted"], row["ratio"], "v" if row["task"] == "rl" else "d", color="#CC79A7", ms=5, zorder=3)
+    style.ratio_axes(axes, "predicted ratio")
+    style.log_ticks(axes.xaxis, subs=(1.0, 2.0, 5.0))
+    axes.set(xlim=ends, ylabel="measured ratio of optimal LRs, LoRA / FullFT")
+    axes.set_title(f"measured against predicted: {_THEORIES[_SHOWN]}", pad=18)
+    style.note(axes, f"band: a factor of {OFF_BY:g}; bars: 95% intervals")
+
+
+def _draw_factors(axes: Axes, factors: pd.DataFrame) -> None:
+    """Draw by how much each theory is off, the best one at the top."""
+    ordered = factors.sort_values("rms_factor", ascending=False)
+    places = np.arange(len(ordered))
+    axes.hlines(places, 1, ordered["rms_factor"], color="0.8", lw=4, zorder=1)
+    axes.plot(ordered["rms_factor"], places, "o", color="black", zorder=2)
+    for place, row in zip(places, ordered.to_dict("records"), strict=True):
+        text = f"{row['rms_factor']:.2f} in {row['conditions']}"
+        axes.annotate(text, (row["rms_factor"], place), (6, -3), textcoords="offset points", fontsize=7.5)
+    style.log_axes(axes, "measured / predicted, root mean square factor")
+    style.log_ticks(axes.xaxis, subs=(1.0, 2.0, 5.0))
+    axes.set(xlim=(1, 1.8 * float(ordered["rms_factor"].max())), yticks=places, ylim=(-0.6, len(ordered) - 0.4))
+    axes.set_yticklabels([_THEORIES[name] for name in ordered["theory"]])
+    axes.set_title("how far off each theory is", pad=18)
+    style.note(axes, "and in how many conditions")
+
+
+# The paper as a source of ratios, and the length of its authors' published sweeps (100,000 examples in batches of 128).
+_PAPER, _PAPER_STEPS = "LoRA Without Regret", 780

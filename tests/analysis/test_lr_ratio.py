@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.lr_ratio import Setting, fitted, predicted
+from lorabench.analysis.lr_ratio import Setting, predicted, rms_factors
 from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
 
 FULLFT_LR = 3e-4
@@ -20,33 +22,57 @@ def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
     return {name: float(np.exp(theory(np.asarray(math.log(lr))))) for name, theory in theories.items()}
 
 
-@given(width=st.floats(64, 8192), steps=st.floats(25, 1600), alpha=st.sampled_from([8.0, 32.0]))
-def test_predictions_solve_their_equations(width, steps, alpha):
-    setting = Setting(width, steps, 8, alpha)
+@given(
+    width=st.floats(64, 8192),
+    steps=st.floats(25, 1600),
+    alpha=st.sampled_from([8.0, 32.0]),
+    init_a=st.sampled_from([0.25, 1.0, 4.0]),
+    rank=st.sampled_from([1, 16]),
+)
+def test_predictions_solve_their_equations(width, steps, alpha, init_a, rank):
+    setting = Setting(width, steps, 8, alpha, init_a, rank=rank)
     stated, theories = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
-    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps)
+    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps) * init_a
     movement = stated["movement"]
-    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(theories.movement.c * width / alpha)
-    scale = stated["scale"]
-    assert scale * (1 + theories.scale.kappa * scale) == pytest.approx(theories.scale.c * width / alpha)
-    assert stated["naive"] == pytest.approx(width / (2 * alpha))
+    frozen = ratios(replace(setting, frozen=True))["movement"]
+    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(frozen)
+    still = theories.movement.c * width / alpha / init_a
+    assert frozen == pytest.approx(still / (1 + theories.movement.k / rank))
+    assert stated["still"] / still == pytest.approx(theories.still.c / theories.movement.c)
+    assert stated["mu_a"] == pytest.approx(theories.mu_a.c * math.sqrt(width / alpha))
+    if init_a == 1:
+        scale = stated["scale"]
+        assert scale * (1 + theories.scale.kappa * scale) == pytest.approx(theories.scale.c * width / alpha)
+        assert stated["naive"] == pytest.approx(width / (2 * alpha))
 
 
-def test_while_a_stands_still_the_ratio_is_proportional_to_width_over_alpha():
-    assert ratios(Setting(64, 25, 8, 32.0), lr=1e-12)["movement"] == pytest.approx(2.83 * 64 / 32)
+def test_while_a_stands_still_it_does_not_matter_whether_it_is_trained():
+    moving, frozen = (Setting(64, 25, 8, 32.0, frozen=frozen) for frozen in (False, True))
+    assert ratios(moving, lr=1e-12)["movement"] == pytest.approx(ratios(frozen)["movement"])
 
 
 def test_theories_are_silent_where_they_say_nothing():
-    at_reference = set(ratios(Setting(256, 50, 8, 32.0)))
-    assert at_reference == {"movement", "scale", "fixed_lora", "constant", "naive"}
+    everything = {"movement", "still", "mu_a", "scale", "fixed_lora", "constant", "naive"}
+    assert set(ratios(Setting(256, 50, 8, 32.0))) == everything
     assert "fixed_lora" not in ratios(Setting(256, 100, 8, 32.0))
-    assert set(ratios(Setting(256, 50, 8, 8.0))) == {"movement", "scale", "naive"}
-    alone = LrRatioPredictions(movement=MovementTheory(c=1.0, u0=1e-3))
+    assert set(ratios(Setting(256, 50, 8, 8.0))) == everything - {"fixed_lora", "constant"}
+    assert set(ratios(Setting(256, 50, 8, 32.0, init_a=4.0))) == {"movement", "still", "mu_a"}
+    assert set(ratios(Setting(256, 50, 8, 32.0, frozen=True))) == {"movement", "still"}
+    alone = LrRatioPredictions(movement=MovementTheory(c=1.0, u0=1e-3, k=0.0))
     assert set(ratios(Setting(64, 25, 8, 32.0), alone)) == {"movement"}
-    # Where parameters were fitted, nothing is tested.
-    reference = Setting(128, 50, 8, 8.0)
-    assert [fitted(name, reference) for name in ("movement", "scale", "constant")] == [True, True, False]
-    assert not fitted("movement", Setting(64, 50, 8, 8.0))
+
+
+def test_the_factors_by_which_theories_are_off():
+    off = {"off_by": [2.0, 0.5, 1.0, None], "off_by_low": [1.7, 0.4, 0.9, None], "off_by_high": [2.2, 0.7, 1.1, None]}
+    [row] = rms_factors(pd.DataFrame(off | {"theory": "movement"})).to_dict("records")
+    assert row == {
+        "theory": "movement",
+        "conditions": 3,
+        "rms_factor": pytest.approx(math.exp(math.sqrt(2 / 3) * math.log(2))),
+        "bias": pytest.approx(1.0),
+        "worst": pytest.approx(2.0),
+        "beyond": 1,
+    }
 
 
 @pytest.mark.parametrize("rank", [4, 64])

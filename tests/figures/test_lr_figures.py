@@ -190,10 +190,13 @@ def test_lr_ratio_plots_conditions_theories_and_published_ratios():
     conditions = only(plotted, "condition")
     assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
     np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
-    assert set(only(plotted, "line")["theory"]) == {"scale", "fixed_lora", "constant", "naive"}
-    assert set(only(plotted, "published")["source"]) > {"LoRA Without Regret", "Orbit E4"}
+    factors = only(plotted, "theory").set_index("theory")["rms_factor"]
+    assert factors["scale"] == pytest.approx(1.0, abs=0.01)
+    assert (factors.drop("scale") > 1.1).all()
+    published = only(plotted, "published").set_index("source")["predicted"]
+    assert "Orbit E4" in published
     # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
-    assert only(plotted, "paper_law")["predicted"].between(10, 20).all()
+    assert published["LoRA Without Regret"].between(10, 30).all()
     figure, plotted = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
     assert "no condition" in texts(figure)
     assert plotted.empty

@@ -131,13 +131,11 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name,
 @pytest.mark.parametrize(
     ("name", "rank", "again", "precision", "batch", "length", "pieces"),
     [
-        ("llama-128", None, False, "bf16", 8, 128, 1 << 24),
         ("llama-128", None, 2, "bf16", 16, 128, 1 << 18),
         ("llama-128", 64, False, "fp32", 16, 128, 1 << 18),
         # With few tokens, what is gathered and the gradients of embedding and unembedding weigh most.
         ("llama-128", None, False, "bf16", 2, 64, 1 << 14),
         ("llama-128+tied", None, False, "fp32", 1, 16, 1 << 24),
-        ("moe-128", None, False, "bf16", 8, 128, 1 << 24),
         ("moe-128", None, True, "bf16", 2, 64, 1 << 24),
         ("moe-128", 8, True, "bf16", 2, 64, 1 << 24),
     ],

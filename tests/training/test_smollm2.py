@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_a_few_real_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw = yaml.safe_load((PRESETS / "smollm2.yaml").read_text())
-    raw["datasets"] = {"instruct": {"kind": "instruct", "train": 16, "validation": 4, "test": 4, "max_chars": 200}}
+    raw["datasets"] = {"instruct": {"kind": "instruct", "train": 8, "validation": 2, "test": 2, "max_chars": 200}}
     lrs = {"fullft": [1e-4], "lora": [1e-3]}
     block = {"datasets": ["instruct"], "ranks": {"all": [8]}, "batch_sizes": [4], "lrs": lrs, "seeds": 1}
     raw["experiments"] = {"rank": [{"models": ["smollm2-135m"]} | block]}
@@ -42,7 +42,7 @@ def test_a_few_real_steps(tmp_path, monkeypatch):
     assert max_length(spec) == 8192
     chat = [{"role": "user", "content": "What is the capital of France? One word."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    answer = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
 
     build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
