@@ -44,6 +44,10 @@ _BATCH_ROWS = 256
 # The most validation or test examples of a package of shipped text: a few packages must not decide a loss.
 _MOST_OF_A_PACKAGE = 10
 
+# Problem i of reasoning-gym with one seed is problem i - 1 with the next seed. So other test examples are made with
+# seeds that are further apart than any dataset is long.
+_APART = 1_000_000
+
 # Random facts: their source, and the number of letters of a name.
 _FACTS, _NAME_LENGTH = "facts", 6
 
@@ -84,8 +88,9 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         chats = shuffled_chats(spec)
     else:
 
-        def generated(seed: int) -> Iterator[Chat]:
-            problems = mixture(INSTRUCT_TASKS, seed) if spec.kind == "instruct" else worked_solutions("odd", seed)
+        def generated(seed: int, apart: int = 1) -> Iterator[Chat]:
+            is_instruct = spec.kind == "instruct"
+            problems = mixture(INSTRUCT_TASKS, apart * seed) if is_instruct else worked_solutions("odd", seed)
             made = (Chat.of(problem.source, problem.question, problem.response) for problem in problems)
             return wanted(made, lambda chat: chat.chars() <= spec.max_chars and is_new(chat))
 
@@ -95,7 +100,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         if split == "test" and isinstance(spec, GeneratedSplits) and spec.test_seed is not None:
             # The test examples of `seed` are passed over, so that none of the others is among them.
             deque(examples, maxlen=0)
-            examples = take(generated(spec.test_seed), spec.test, f"other test examples {what}")
+            examples = take(generated(spec.test_seed, _APART), spec.test, f"other test examples {what}")
         yield from (_row(split, chat) for chat in examples)
 
 

@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from lorabench.config.inputs import ChatDataset, FactsDataset, ShippedDataset
+from lorabench.config.loading import load_preset
 from lorabench.data import sft
 from lorabench.data.chat import Chat, prompt
 from lorabench.data.identity import dataset_id
@@ -65,6 +66,14 @@ def test_other_test_examples_are_new_and_the_other_splits_stay():
     # The ids of runs that are stored hang on the id of data without other test examples.
     assert dataset_id(spec) == "a719ecea"
     assert dataset_id(spec) != dataset_id(spec.model_copy(update={"test_seed": 100}))
+
+
+def test_held_out_tests_are_found_beyond_training_splits_of_any_length():
+    # With seed 1, the problems of reasoning-gym with seed 100 are the later ones of these splits.
+    spec = load_preset("laptop@100").datasets["batches"]
+    assert spec.seed == 1
+    rows = list(make_dataset(spec))
+    assert [row["split"] for row in rows].count("test") == spec.test
 
 
 def test_many_row_groups_hold_the_same_rows_and_a_shared_example_is_named_whatever_its_spaces(tmp_path, monkeypatch):
