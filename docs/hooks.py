@@ -31,10 +31,10 @@ from lorabench.report.publish import (
     held_out,
     matrix_part,
     published_folders,
-    read_held_out,
     table,
     verdict_columns,
 )
+from lorabench.sources.measurements import read_held_out
 from lorabench.store.io import read_claims
 from lorabench.utils import formats
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lorabench.figures import style
 from lorabench.figures.verdicts import LOOKS, SHORT_NAMES
-from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, range_text, share_text
+from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, holds_again, range_text, share_text
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
 _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
@@ -141,6 +141,8 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
             colour, mark, face = LOOKS[str(cell["verdict"])]
             texts = [text for text in (share_text(cell), range_text(cell)) if text and range_text(cell)]
             axes.plot(column, row - 0.15 * len(texts), mark, color=colour, markersize=7, markerfacecolor=face)
+            if holds_again(cell):
+                axes.plot(column, row - 0.15 * len(texts), mark, color=colour, markersize=11, markerfacecolor="none")
             for line, text in enumerate(texts):
                 place = row + (0.26 if len(texts) == 1 else 0.1 + 0.25 * line)
                 axes.text(column, place, text, color=colour, fontsize=6.5, **middle)
@@ -149,5 +151,8 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         for verdict, (colour, mark, face) in LOOKS.items()
         if verdict != "not tested"
     ]
+    handles.append(
+        style.mark("with a ring: came out again on held-out seeds", "o", markersize=9, markerfacecolor="none")
+    )
     figure.legend(handles=handles, loc="lower left", ncols=4, handletextpad=0.2, columnspacing=1.0, borderaxespad=0.3)
     return figure

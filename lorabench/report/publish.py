@@ -29,10 +29,13 @@ from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, r
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.measurements import (
+    HELD_OUT,
     MEASURES,
+    holds_again,
     matrix,
     measurement_table,
     range_text,
+    read_held_out,
     share_text,
     summary_table,
 )
@@ -51,8 +54,6 @@ PUBLISHED = Path("paper_figures/published")
 SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
-HELD_OUT = "held_out"
-"""The folder, in that of a published preset, of its results on held-out seeds."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
@@ -124,12 +125,6 @@ def publish_held_out(path: Path, root: Path) -> str:
     write_json(provenance(layout, runs) | {"frozen": frozen_in}, folder / "provenance.json")
     _write_pages(root)
     return summary_of(again)
-
-
-def read_held_out(folder: Path) -> pd.DataFrame | None:
-    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds."""
-    path = folder / HELD_OUT / "came_out_again.csv"
-    return pd.read_csv(path) if path.is_file() else None
 
 
 def provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
@@ -259,6 +254,8 @@ def matrix_part(root: Path) -> str:
             seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
             marks = [share_text(cell), number, seeds + chosen]
+        if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
+            marks.append("came out again" if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
         text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
         texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
     scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
@@ -266,7 +263,19 @@ def matrix_part(root: Path) -> str:
     statements = cells.drop_duplicates("claim_id")[["claim_id", "statement"]]
     rows = statements.join(by_scale, on="claim_id").fillna(formats.DASH).to_numpy()
     picture = f"![Core claims by the size of the model]({PUBLISHED}/evidence/matrix.svg)"
-    return "\n".join([picture, "", *table(["", "claim", *scales], rows)])
+    return "\n".join([picture, "", reproduced(root), "", *table(["", "claim", *scales], rows)])
+
+
+def reproduced(root: Path) -> str:
+    """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
+    numbers = {
+        folder.name: (int((again["again"] == "yes").sum()), int(again["again"].notna().sum()))
+        for folder in published_folders(root)
+        if (again := read_held_out(folder)) is not None
+    }
+    yes, every = (sum(column) for column in zip(*numbers.values(), strict=True)) if numbers else (0, 0)
+    each = ", ".join(f"[{name}]({_RESULTS}#{name}) {again} of {of}" for name, (again, of) in numbers.items())
+    return f"**On held-out seeds {yes} of {every} decided verdicts came out again**{f': {each}' if each else ''}."
 
 
 def results_part(root: Path, preset: str) -> str:

@@ -30,6 +30,7 @@ from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import p_of_groups, random_effects
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
@@ -47,11 +48,12 @@ _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
-    *("p_again", "n_hold", "n_parts", "part_low", "part_high"),
+    *("held_out", "p_again", "n_hold", "n_parts", "part_low", "part_high"),
     *("estimate", "ci_low", "ci_high", "scope", "n_runs", "n_seeds", "lr_chosen_on", "reason", "others"),
 )
-"""The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
-what others of the same scale find. The numbers of comparisons and the range of their estimates are those of all."""
+"""The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, `held_out` its
+verdict on held-out seeds if it was run on them, and `others` says what others of the same scale find. The numbers of
+comparisons and the range of their estimates are those of all."""
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -85,15 +87,33 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     """Read the table `claims` of a preset, finished or published.
 
     Returns:
-        The claims without run_ids, and the columns origin (the preset's name), scale (as `8B`) and parameters, which
-        are those at the start of the claim's scope; null for a claim that was judged on no models.
+        The claims without run_ids, and the columns origin (the preset's name), held_out (the verdict on held-out
+        seeds, null without them), scale (as `8B`) and parameters, which are those at the start of the claim's scope;
+        null for a claim that was judged on no models.
 
     Raises:
         UserError: there is no such table, or it is from another version.
     """
     claims = read_claims(folder, without=("run_ids",))
     scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
-    return claims.join(scales).assign(origin=name)
+    again = read_held_out(folder)
+    held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
+    return claims.join(scales).assign(origin=name, held_out=held_out)
+
+
+HELD_OUT = "held_out"
+"""The folder, in that of a published preset, of its results on held-out seeds."""
+
+
+def read_held_out(folder: Path) -> pd.DataFrame | None:
+    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds."""
+    path = folder / HELD_OUT / "came_out_again.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+def holds_again(cell: Mapping[Any, Any]) -> bool:
+    """Return whether a decided verdict of a cell of the matrix came out again on held-out seeds."""
+    return cell["verdict"] in DECIDED and cell["held_out"] == cell["verdict"]
 
 
 def _scale(scope: object) -> tuple[str | None, float]:
