@@ -27,7 +27,7 @@ from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.lr_law import METHODS, SweptMethods
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
-from lorabench.config.margins import LrRatioPredictions
+from lorabench.config.margins import LrRatioPredictions, MovementTheory
 
 WIDTH, STEPS, BATCH_SIZE = 128, 50, 8
 """The condition at which, with the paper's alpha, parameters of theories are given."""
@@ -106,6 +106,31 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
     if naive:
         stated["naive"] = _fixed(naive.c * width_over_alpha)
     return stated
+
+
+def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheory, fullft_growth: float = 1.0) -> float:
+    """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`.
+
+    By it, LR (1 + LR / (s u*)) alpha s (1 + k/r) is c d times the optimal LR of FullFT, which does not depend on alpha
+    and the rank.
+
+    Args:
+        lr: the optimal LR of LoRA at `here`.
+        here: the setting that it is from, of one width with `there`.
+        there: the setting to convert it to.
+        theory: the constants; c does not matter.
+        fullft_growth: the optimal LR of FullFT there over that here, for another length or batch size.
+    """
+
+    def at_unit(setting: Setting) -> float:
+        return setting.init_a * theory.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
+
+    def scale(setting: Setting) -> float:
+        return setting.alpha * setting.init_a * (1 + theory.k / setting.rank)
+
+    while_still = lr if here.frozen else lr * (1 + lr / at_unit(here))
+    target = while_still * scale(here) * fullft_growth / scale(there)
+    return target if there.frozen else float(_larger_root(np.asarray(1 / at_unit(there)), target))
 
 
 def _larger_root(factor: np.ndarray, target: float) -> np.ndarray:

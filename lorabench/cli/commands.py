@@ -204,6 +204,16 @@ def recommend(
         int | None, Option(min=1, help="Examples per step, in place of the recommended number.")
     ] = None,
     steps: Annotated[int | None, Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
+    from_lr: Annotated[
+        float | None,
+        Option(help="A LoRA learning rate to convert to these settings; what is not said of it is as here."),
+    ] = None,
+    from_alpha: Annotated[float | None, Option(help="The alpha of --from-lr.")] = None,
+    from_rank: Annotated[int | None, Option(min=1, help="The rank of --from-lr.")] = None,
+    from_steps: Annotated[int | None, Option(min=1, help="The number of steps of --from-lr.")] = None,
+    from_batch_size: Annotated[int | None, Option(min=1, help="The examples per step of --from-lr.")] = None,
+    alpha: Annotated[float, Option(help="The alpha to convert --from-lr to.")] = 32.0,
+    rank: Annotated[int | None, Option(min=1, help="The rank to convert --from-lr to.")] = None,
     gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     as_script: Annotated[
@@ -212,9 +222,15 @@ def recommend(
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     from lorabench.custom.model import find_model
+    from lorabench.custom.recommend import KnownLr, recommendation_table
     from lorabench.custom.recommend import recommend as recommend_settings
-    from lorabench.custom.recommend import recommendation_table
 
+    for name, value in (("--from-lr", from_lr), ("--from-alpha", from_alpha), ("--alpha", alpha)):
+        if value is not None and not value > 0:
+            raise UserError(f"{name} {value:g}: must be above 0")
+    if from_lr is None and any((from_alpha, from_rank, from_steps, from_batch_size, rank, alpha != 32.0)):
+        raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size, --alpha and --rank need --from-lr")
+    known = KnownLr(from_lr, from_alpha, from_rank, from_steps, from_batch_size, alpha, rank) if from_lr else None
     if dataset_tokens is not None and data is not None:
         raise UserError("--dataset-tokens and --data: give one of them")
     if as_json and as_script:
@@ -225,7 +241,9 @@ def recommend(
 
         examined, template = examine(described, data, data_format)
     tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
-    recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
+    recommendation = recommend_settings(
+        described, tokens, examined, gpu, batch_size=batch_size, steps=steps, known=known
+    )
     if as_json:
         import json
         from dataclasses import asdict

@@ -15,12 +15,13 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis import lr_ratio
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
-from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import (
     PROBABILITY,
@@ -50,7 +51,7 @@ from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.sources.lr_optima import optima_of_table
+from lorabench.sources.lr_optima import LrOptimum, optima_of_table
 from lorabench.utils import formats
 from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.formats import print_table
@@ -84,6 +85,21 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class KnownLr:
+    """A LoRA learning rate that is known to be good elsewhere; what is null there is as here."""
+
+    lr: float
+    alpha: float | None = None
+    rank: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    to_alpha: float = ALPHA
+    """Alpha here."""
+    to_rank: int | None = None
+    """The rank here; null for that of the known learning rate, or else the recommended one."""
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """The recommended settings for a model and its data; as a dict it is what `--json` prints."""
 
@@ -104,6 +120,7 @@ def recommend(
     results: Path = Path("results"),
     batch_size: int | None = None,
     steps: int | None = None,
+    known: KnownLr | None = None,
 ) -> Recommendation:
     """Recommend settings for a model.
 
@@ -115,9 +132,11 @@ def recommend(
         results: the folder of finished presets.
         batch_size: the number of examples per step; None for the recommended one.
         steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
+        known: a learning rate to convert to these settings.
 
     Raises:
-        UserError: the GPU is not known, or the batch size is larger than the data.
+        UserError: the GPU is not known, the batch size is larger than the data, or a learning rate is to be converted
+            and the number of steps is not known.
     """
     examples = data.usable if data else math.ceil((completion_tokens or _ASSUMED_TOKENS) / _ASSUMED_EXAMPLE_TOKENS)
     batch = batch_size or recommended_batch(examples)
@@ -139,6 +158,8 @@ def recommend(
         (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, rl_batch, rl_length, rl=True)
         ends = f"{_interval(low, high, 2)}, {len(sources.sources)} sources"
         rl_lrs.append(f"{formats.lr(lr, 2)} for {title} ({ends})")
+    if known:
+        settings["converted_lr"] = _converted(known, optima, model, rank, batch, length)
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
     why = f"{PAPER}: attention alone is worse"
@@ -160,6 +181,31 @@ def recommend(
     about["hidden_size"] = hidden
     shown = (*seen, *published_optima(model.name, rank))
     return Recommendation(about, settings | costs, sources_of_lr, shown, tuple(notes))
+
+
+def _converted(
+    known: KnownLr, optima: Sequence[LrOptimum], model: UserModel, rank: int, batch: int, steps: float
+) -> Setting:
+    """Convert a known LR by the theory `movement`, and to other steps and batch sizes with FullFT's pooled LRs."""
+    if math.isnan(steps):
+        raise UserError(f"the learning rate {known.lr:g} can't be converted without a number of steps: give --steps")
+    hidden, to_rank = model.sizes.hidden, known.to_rank or known.rank or rank
+    from_alpha, from_rank = known.alpha or known.to_alpha, known.rank or to_rank
+    here = lr_ratio.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
+    there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=to_rank)
+    before, after = (
+        recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps)[0][0]
+        for place in (here, there)
+    )
+    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
+    assert movement
+    lr = lr_ratio.converted_lr(known.lr, here, there, movement, after / before)
+    places = [
+        f"alpha {place.alpha:g}, rank {place.rank:g}, {place.steps:g} steps of {place.batch_size:g} examples"
+        for place in (here, there)
+    ]
+    why = f"by the theory `movement` (docs/lr-ratio.md) from {known.lr:g} at {places[0]} to {places[1]}"
+    return Setting("LoRA learning rate, converted", float(f"{lr:.2g}"), why)
 
 
 def _costs(
@@ -248,7 +294,8 @@ def recommendation_table(recommendation: Recommendation) -> None:
     for name, setting in recommendation.settings.items():
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
         if name.endswith("_lr"):
-            value = f"{formats.lr(setting.value)} ({_interval(setting.low, setting.high, 2)})"
+            value = formats.lr(setting.value)
+            value += "" if setting.low is None else f" ({_interval(setting.low, setting.high, 2)})"
         rows.append((setting.what, value, setting.source))
     print_table(("setting", "value", "source"), rows)
 

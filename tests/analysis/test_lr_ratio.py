@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.lr_ratio import Setting, predicted, rms_factors
+from lorabench.analysis.lr_ratio import Setting, converted_lr, predicted, rms_factors
 from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
 
 FULLFT_LR = 3e-4
@@ -49,6 +49,18 @@ def test_predictions_solve_their_equations(width, steps, alpha, init_a, rank):
 def test_while_a_stands_still_it_does_not_matter_whether_it_is_trained():
     moving, frozen = (Setting(64, 25, 8, 32.0, frozen=frozen) for frozen in (False, True))
     assert ratios(moving, lr=1e-12)["movement"] == pytest.approx(ratios(frozen)["movement"])
+
+
+@given(lr=st.floats(1e-6, 1e-1), steps=st.sampled_from([25, 800]), alpha=st.sampled_from([8.0, 128.0]))
+def test_a_learning_rate_is_converted_as_the_theory_predicts_both(lr, steps, alpha):
+    theory, lora = DEFAULT_PREDICTIONS.lr_ratio.movement, []
+    here, there = Setting(512, 100, 8, 32.0, rank=16), Setting(512, steps, 8, alpha, init_a=4.0, rank=1)
+    for setting in (here, there):
+        # FullFT's optimum is twice as high there.
+        fullft = lr * (1 if setting is here else 2)
+        lora.append(fullft * ratios(setting, lr=fullft)["movement"])
+    assert converted_lr(lora[0], here, there, theory, 2.0) == pytest.approx(lora[1])
+    assert converted_lr(lora[0], here, here, theory) == pytest.approx(lora[0])
 
 
 def test_theories_are_silent_where_they_say_nothing():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lorabench.cli.commands import app
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
-from lorabench.custom.recommend import recommend, script
+from lorabench.custom.recommend import KnownLr, recommend, script
 from lorabench.errors import UserError
 from lorabench.models.specs import ARCHITECTURES
 from lorabench.planning.memory import USABLE
@@ -79,6 +79,23 @@ def test_batch_size_and_length_move_the_learning_rates_and_beyond_the_evidence_i
         # Between no effect and the square root of the batch size.
         assert 1 < many.value / few.value < 8
         assert beyond.high / beyond.low > many.high / many.low
+
+
+def test_a_known_learning_rate_is_converted(tmp_path):
+    def converted(**known):
+        return recommended(LLAMA, tmp_path, batch_size=32, steps=1000, known=KnownLr(1e-4, **known)).settings
+
+    settings = converted()
+    assert settings["converted_lr"].value == 1e-4
+    assert "from 0.0001 at alpha 32, rank 32, 1000 steps of 32 examples" in settings["converted_lr"].source
+    # Between no movement of A and nothing but its movement, an eighth of alpha asks for 1/8 to 1/sqrt(8) of the LR.
+    eighth = converted(alpha=4.0)["converted_lr"].value
+    assert 1e-4 / 8 <= eighth < 1e-4 / math.sqrt(8)
+    assert converted(rank=1, to_rank=64)["converted_lr"].value > 1.3e-4
+    # To a larger batch, by the pooled learning rates of full fine-tuning.
+    assert converted(batch_size=8)["converted_lr"].value > 1.1e-4
+    with pytest.raises(UserError, match="can't be converted without a number of steps"):
+        recommended(LLAMA, tmp_path, known=KnownLr(1e-4, alpha=16.0))
 
 
 def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
