@@ -21,12 +21,18 @@ runs = pd.DataFrame(
         "method": raw["method"],
         "rank": raw["rank"].astype("Int64"),
         "placement": "all",
+        "alpha": raw["method"].map({"lora": 32.0}),
         "lr": raw["lr"],
-        "batch_size": None,
+        # 4 prompts with 4 responses each, in 100 steps.
+        "batch_size": 16,
+        "group_size": 4,
+        "steps": 100,
         # Each row is the mean of three seeds.
         "seed": 0,
         "n_seeds": raw["n_seeds"],
         "status": "done",
+        # The README gives it for the base without training.
+        "base_reward": 0.375,
         "final_valid_reward": raw["pass1_mean"],
         "final_reward": raw["pass1_mean"],
         "final_reward_sd": raw["pass1_sd"],
