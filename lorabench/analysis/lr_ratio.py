@@ -57,10 +57,11 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
 
     With width d, T steps, A's initial scale s and constants of each theory:
 
-    - `movement`: R (1 + R LR_F / (s u*)) = R_still, where LR_F is FullFT's optimal LR and u* = u0 (128/d) sqrt(50/T)
-      the LR at which A's movement matters as much as its initial values at s = 1. It falls with the width, and the net
-      movement grows as that of a random walk. While A is frozen, R = R_still = c d / (s alpha) / (1 + k/r) at rank r:
-      the sizes of A's r products with an input differ by layer and input, most at rank 1, and the largest limit the LR.
+    - `movement`: R sqrt(s^2 + (R LR_F / u*)^2) = c d / alpha / (1 + k/r), where LR_F is FullFT's optimal LR and u* = u0
+      (128/d) sqrt(50/T) the LR at which A moves by as much as its initial size at s = 1, into a direction that has
+      nothing to do with it. u* falls with the width, and the net movement grows as that of a random walk. While A is
+      frozen, R = c d / (s alpha) / (1 + k/r) at rank r: the sizes of A's r products with an input differ by layer and
+      input, most at rank 1, and the largest limit the LR.
     - `still`: R = c d / (s alpha), as if A never moved.
     - `mu_a`: c sqrt(d / alpha), the maximal-update theory of LoRA (Chen, Villar and Hayou, arXiv 2602.06204), by which
       LoRA's optimal LR goes as 1/sqrt(alpha d) and that of FullFT as 1/d. It speaks of A that is trained, and its
@@ -80,13 +81,13 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
     width_over_alpha = setting.width / setting.alpha
     stated: dict[str, LogRatio] = {}
     if movement:
-        at_unit = setting.init_a * movement.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
-        while_still = movement.c * width_over_alpha / setting.init_a / (1 + movement.k / setting.rank)
-        stated["movement"] = (
-            _fixed(while_still)
-            if setting.frozen
-            else lambda log_fullft: np.asarray(np.log(_larger_root(np.exp(log_fullft) / at_unit, while_still)))
-        )
+        target = movement.c * width_over_alpha / (1 + movement.k / setting.rank)
+
+        def moving(log_fullft: np.ndarray) -> np.ndarray:
+            factor = np.exp(log_fullft) / _unit(movement, setting)
+            return np.asarray(0.5 * np.log(_positive_root(setting.init_a**2, factor**2, target**2)))
+
+        stated["movement"] = _fixed(target / setting.init_a) if setting.frozen else moving
     if still:
         stated["still"] = _fixed(still.c * width_over_alpha / setting.init_a)
     if setting.frozen:
@@ -96,7 +97,7 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
     if setting.init_a != 1:
         return stated
     if scale:
-        ratio = _larger_root(np.asarray(scale.kappa), scale.c * width_over_alpha)
+        ratio = _positive_root(1.0, np.asarray(scale.kappa), scale.c * width_over_alpha)
         stated["scale"] = _fixed(float(ratio))
     if fixed_lora and (setting.steps, setting.batch_size, setting.alpha) == (STEPS, BATCH_SIZE, ALPHA):
         exponent = fixed_lora.fullft_exponent - fixed_lora.lora_exponent
@@ -111,8 +112,8 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
 def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheory, fullft_growth: float = 1.0) -> float:
     """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`.
 
-    By it, LR (1 + LR / (s u*)) alpha s (1 + k/r) is c d times the optimal LR of FullFT, which does not depend on alpha
-    and the rank.
+    By it, LR sqrt(s^2 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of FullFT, which does not depend on
+    alpha and the rank.
 
     Args:
         lr: the optimal LR of LoRA at `here`.
@@ -122,20 +123,27 @@ def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheor
         fullft_growth: the optimal LR of FullFT there over that here, for another length or batch size.
     """
 
-    def at_unit(setting: Setting) -> float:
-        return setting.init_a * theory.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
+    def size_of_a(setting: Setting, at: float) -> float:
+        return math.hypot(setting.init_a, 0.0 if setting.frozen else at / _unit(theory, setting))
 
     def scale(setting: Setting) -> float:
-        return setting.alpha * setting.init_a * (1 + theory.k / setting.rank)
+        return setting.alpha * (1 + theory.k / setting.rank)
 
-    while_still = lr if here.frozen else lr * (1 + lr / at_unit(here))
-    target = while_still * scale(here) * fullft_growth / scale(there)
-    return target if there.frozen else float(_larger_root(np.asarray(1 / at_unit(there)), target))
+    target = lr * size_of_a(here, lr) * scale(here) * fullft_growth / scale(there)
+    if there.frozen:
+        return target / there.init_a
+    factor = np.asarray(1 / _unit(theory, there))
+    return math.sqrt(float(_positive_root(there.init_a**2, factor**2, target**2)))
 
 
-def _larger_root(factor: np.ndarray, target: float) -> np.ndarray:
-    """Return the positive R with R (1 + factor R) = target, in a form that also holds where the factor is near 0."""
-    return 2 * target / (1 + np.sqrt(1 + 4 * factor * target))
+def _unit(theory: MovementTheory, setting: Setting) -> float:
+    """Return u*, the LR of LoRA at which A moves by as much as its initial size, in units of 1/sqrt(d_in)."""
+    return theory.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
+
+
+def _positive_root(constant: float, factor: np.ndarray, target: float) -> np.ndarray:
+    """Return the positive y with y (constant + factor y) = target, in a form that also holds where the factor is 0."""
+    return np.asarray(2 * target / (constant + np.sqrt(constant**2 + 4 * factor * target)))
 
 
 def _fixed(ratio: float) -> LogRatio:

@@ -294,7 +294,7 @@ _THEORIES = (
         "P1",
         "movement",
         "none: a theory of this project",
-        "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
+        "The LR ratio R follows R sqrt(1 + (R LR_F / u*)^2) = c d / alpha, given FullFT's optimal LR",
         "with u* = u0 (128/d) sqrt(50/T), width d, T steps, and c lower by 1 + k/r at rank r",
     ),
     (

@@ -32,10 +32,10 @@ def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
 def test_predictions_solve_their_equations(width, steps, alpha, init_a, rank):
     setting = Setting(width, steps, 8, alpha, init_a, rank=rank)
     stated, theories = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
-    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps) * init_a
+    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps)
     movement = stated["movement"]
     frozen = ratios(replace(setting, frozen=True))["movement"]
-    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(frozen)
+    assert movement * math.hypot(init_a, movement * FULLFT_LR / at_unit) == pytest.approx(frozen * init_a)
     still = theories.movement.c * width / alpha / init_a
     assert frozen == pytest.approx(still / (1 + theories.movement.k / rank))
     assert stated["still"] / still == pytest.approx(theories.still.c / theories.movement.c)
