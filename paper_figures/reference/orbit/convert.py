@@ -6,7 +6,8 @@ import pandas as pd
 
 FOLDER = Path(__file__).parent
 COLUMNS = ["run_id", "model", "dataset", "task", "method", "rank", "alpha", "placement", "batch_size", "group_size"]
-COLUMNS += ["steps", "lr", "seed", "status", "base_reward", "final_valid_reward", "final_reward", "wall_s"]
+COLUMNS += ["steps", "lr", "seed", "status", "base_reward", "final_valid_reward", "final_reward"]
+COLUMNS += ["final_truncated", "wall_s"]
 
 raw = pd.read_csv(FOLDER / "raw_runs.csv")
 runs = raw.assign(
