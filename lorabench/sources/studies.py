@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
+from lorabench.analysis.rewards import is_sick
 from lorabench.claims.judge import judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.errors import UserError
@@ -214,12 +215,15 @@ class Study:
     def conditions(self) -> list[pd.DataFrame]:
         """Return the runs of each dataset, batch size and number of steps, with LoRA on all layers if it has LoRA.
 
-        Random facts are left out. The column `loss` is the test loss, in RL the error rate.
+        Random facts are left out. The column `loss` is the test loss, in RL the error rate, and a sick run of RL counts
+        as diverged, as it does in the claims.
         """
         runs = self.tables.runs
         columns = ("lr", "steps", "batch_size", "data_kind", "final_reward", "final_test_nll")
         runs = runs.reindex(columns=list(dict.fromkeys([*runs, *columns])))
         runs = runs.assign(loss=1 - runs["final_reward"] if self.is_rl else runs["final_test_nll"])
+        if self.is_rl:
+            runs = runs.assign(status=runs["status"].mask(is_sick(runs), "diverged"))
         runs = runs[(runs["placement"].fillna("all") == "all") & ~runs["data_kind"].eq("facts")]
         return [rows for _, rows in runs.groupby(["dataset", "batch_size", "steps"], dropna=False)]
 
