@@ -4,21 +4,29 @@
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
-trained; and `mu_a`. Conditions count by the inverse of their squared errors, each by runs of its own length.
+trained; and its rivals `mu_a`, `scale` and `fixed_lora`. Conditions count by the inverse of their squared errors, each
+by runs of its own length.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from lorabench.analysis.lr_ratio import Setting, predicted
-from lorabench.config.margins import LrRatioPredictions, MovementTheory, MuATheory
+from lorabench.analysis.arms import ALPHA
+from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.config.margins import (
+    DEFAULT_PREDICTIONS,
+    LrRatioPredictions,
+    MovementTheory,
+    MuATheory,
+    ScaleTheory,
+)
 
 LEAST_ERROR = 0.1
 """The least standard error of the logarithm of a ratio that a condition counts with, since no theory is exact."""
@@ -42,25 +50,31 @@ def residuals(table: pd.DataFrame, theory: str, predictions: LrRatioPredictions)
 def fitted(table: pd.DataFrame) -> LrRatioPredictions:
     """Fit the constants to the rows of conditions, one row for each."""
     frozen, moving = table[table["frozen"]], table[~table["frozen"]]
+    usual = moving[moving["init_a"].eq(1)]
+    short = usual[usual["steps"].eq(STEPS) & usual["batch_size"].eq(BATCH_SIZE) & usual["alpha"].eq(ALPHA)]
 
-    def of_frozen(logs: np.ndarray) -> np.ndarray:
-        c, k = np.exp(logs).tolist()
-        movement = MovementTheory(c=c, u0=1.0, k=k)
-        return residuals(frozen, "movement", LrRatioPredictions(movement=movement))
+    def fit(rows: pd.DataFrame, name: str, make: Callable[..., LrRatioPredictions], *start: float) -> list[float]:
+        """Return the constants, from which `make` makes predictions, whose residuals are the smallest."""
+        solved = least_squares(lambda logs: residuals(rows, name, make(*np.exp(logs).tolist())), np.log(start))
+        return [float(value) for value in np.exp(solved.x)]
 
-    c, k = np.exp(least_squares(of_frozen, [math.log(2.0), math.log(0.6)]).x).tolist()
+    def movement(c: float, k: float, u0: float = 1.0) -> LrRatioPredictions:
+        return LrRatioPredictions(movement=MovementTheory(c=c, u0=u0, k=k))
 
-    def of_moving(logs: np.ndarray) -> np.ndarray:
-        movement = MovementTheory(c=c, u0=math.exp(logs[0]), k=k)
-        return residuals(moving, "movement", LrRatioPredictions(movement=movement))
+    def fixed(ratio: float) -> LrRatioPredictions:
+        stated = DEFAULT_PREDICTIONS.lr_ratio.fixed_lora
+        return LrRatioPredictions(fixed_lora=stated and stated.model_copy(update={"ratio": ratio}))
 
-    u0 = math.exp(least_squares(of_moving, [math.log(4e-3)]).x[0])
-
-    def of_mu_a(logs: np.ndarray) -> np.ndarray:
-        return residuals(moving, "mu_a", LrRatioPredictions(mu_a=MuATheory(c=math.exp(logs[0]))))
-
-    root = math.exp(least_squares(of_mu_a, [math.log(2.0)]).x[0])
-    return LrRatioPredictions(movement=MovementTheory(c=c, u0=u0, k=k), mu_a=MuATheory(c=root))
+    c, k = fit(frozen, "movement", movement, 2.0, 0.6)
+    [u0] = fit(moving, "movement", lambda u0: movement(c, k, u0), 2e-3)
+    [root] = fit(moving, "mu_a", lambda c: LrRatioPredictions(mu_a=MuATheory(c=c)), 2.0)
+    by_scale = fit(usual, "scale", lambda c, kappa: LrRatioPredictions(scale=ScaleTheory(c=c, kappa=kappa)), 2.25, 0.2)
+    return LrRatioPredictions(
+        movement=MovementTheory(c=c, u0=u0, k=k),
+        mu_a=MuATheory(c=root),
+        scale=ScaleTheory(c=by_scale[0], kappa=by_scale[1]),
+        fixed_lora=fixed(*fit(short, "fixed_lora", fixed, 4.0)).fixed_lora,
+    )
 
 
 def main() -> None:
@@ -72,7 +86,8 @@ def main() -> None:
     constants = fitted(table)
     for name, theory in constants:
         if theory is not None:
-            spoken = table if name == "movement" else table[~table["frozen"]]
+            settings = settings_of(table)
+            spoken = table[[name in predicted(constants, setting) for setting in settings]]
             logs = residuals(spoken, name, constants)
             values = ", ".join(f"{key}: {value:.3g}" for key, value in theory)
             print(f"{name}: {{{values}}}  # {len(spoken)} conditions, chi-squared {float((logs**2).sum()):.1f}")
