@@ -1,16 +1,22 @@
 """The constants of the theories of the LR ratio, fitted to explored runs.
 
     python -m benchmarks.lr_ratio results/lr_ratio/tables
+    python -m benchmarks.lr_ratio --regret results/lr_ratio@100/tables
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
 trained; and its rivals `mu_a`, `scale` and `fixed_lora`. Conditions count by the inverse of their squared errors, each
 by runs of its own length.
+
+With `--regret`, it prints what it costs to take ten times, fifteen times, or as many times as `movement` says the
+optimal LR of full fine-tuning: the rise of LoRA's lowest loss by its fit, in nats, in margins and as a share of the gain, for
+each condition of the experiment `lr_ratio` with the paper's alpha and initial A.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +24,19 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
+from lorabench.analysis.comparison import Judging
+from lorabench.analysis.estimate import ExampleLosses
+from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, measured_ratios, predicted
 from lorabench.config.margins import (
+    DEFAULT_MARGINS,
     DEFAULT_PREDICTIONS,
     LrRatioPredictions,
     MovementTheory,
     MuATheory,
     ScaleTheory,
 )
+from lorabench.store.tables import Tables
 
 LEAST_ERROR = 0.1
 """The least standard error of the logarithm of a ratio that a condition counts with, since no theory is exact."""
@@ -77,11 +87,37 @@ def fitted(table: pd.DataFrame) -> LrRatioPredictions:
     )
 
 
+def regrets(tables: Tables) -> pd.DataFrame:
+    """Return what LRs by 10, 15 and the theory `movement` cost LoRA, one row per condition."""
+    runs = with_arm_columns(tables.runs[in_experiments(tables.runs, ("lr_ratio",))])
+    judging = Judging(DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses))
+    rows = []
+    for each in measured_ratios(runs, tables.curves, judging):
+        setting = each.setting
+        if each.kind != "own" or setting.frozen or (setting.init_a, setting.alpha) != (1.0, ALPHA):
+            continue
+        law = each.prediction(predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"])
+        curvature, margin = each.comparison.fit.curvature[arm_label(each.lora)], each.comparison.margin.value
+        row = {"condition": each.label, "ratio": math.exp(each.log_ratio.value), "movement": law, "margin": margin}
+        for name, ratio in (("10", 10.0), ("15", 15.0), ("movement", law)):
+            rise = curvature * (math.log(ratio) - each.log_ratio.value) ** 2
+            row |= {f"nats at {name}": rise, f"margins at {name}": rise / margin}
+            row[f"share of the gain at {name}"] = rise * DEFAULT_MARGINS.loss / margin
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """Print the constants, and by how much the theories with them are off."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("tables", nargs="+", type=Path, help="folders with predictions.csv")
-    rows = pd.concat([pd.read_csv(folder / "predictions.csv") for folder in parser.parse_args().tables])
+    parser.add_argument("tables", nargs="+", type=Path, help="folders with tables, among them predictions.csv")
+    parser.add_argument("--regret", action="store_true", help="print what learning rates by 10, 15 and a theory cost")
+    given = parser.parse_args()
+    if given.regret:
+        for folder in given.tables:
+            print(regrets(Tables.read(folder)).to_string(float_format="{:.3g}".format))
+        return
+    rows = pd.concat([pd.read_csv(folder / "predictions.csv") for folder in given.tables])
     table = rows[rows["theory"].eq("still") & rows["runs"].eq("own") & rows["ratio_low"].notna()]
     constants = fitted(table)
     for name, theory in constants:
