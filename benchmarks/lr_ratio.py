@@ -9,8 +9,8 @@ trained; and its rivals `mu_a`, `scale` and `fixed_lora`. Conditions count by th
 by runs of its own length.
 
 With `--regret`, it prints what it costs to take ten times, fifteen times, or as many times as `movement` says the
-optimal LR of full fine-tuning: the rise of LoRA's lowest loss by its fit, in nats, in margins and as a share of the gain, for
-each condition of the experiment `lr_ratio` with the paper's alpha and initial A.
+optimal LR of full fine-tuning: the rise of LoRA's lowest loss by its fit, in nats, in margins and as a share of the
+gain, for each condition of the experiment `lr_ratio` with the paper's alpha and initial A.
 """
 
 from __future__ import annotations
