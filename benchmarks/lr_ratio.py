@@ -2,6 +2,7 @@
 
     python -m benchmarks.lr_ratio results/lr_ratio/tables
     python -m benchmarks.lr_ratio --regret results/lr_ratio@100/tables
+    python -m benchmarks.lr_ratio --factors
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
@@ -11,6 +12,9 @@ by runs of its own length.
 With `--regret`, it prints what it costs to take ten times, fifteen times, or as many times as `movement` says the
 optimal LR of full fine-tuning: the rise of LoRA's lowest loss by its fit, in nats, in margins and as a share of the
 gain, for each condition of the experiment `lr_ratio` with the paper's alpha and initial A.
+
+With `--factors`, it prints what `movement` says of Llamas at the pooled optimal LRs of full fine-tuning, by width,
+number of steps and rank, at alpha 32 and a batch size of 32.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ from lorabench.config.margins import (
     MuATheory,
     ScaleTheory,
 )
+from lorabench.custom.learning_rates import recommended_lr
+from lorabench.sources.lr_optima import optima_of_table
 from lorabench.store.tables import Tables
+from lorabench.utils.files import LR_OPTIMA
 
 LEAST_ERROR = 0.1
 """The least standard error of the logarithm of a ratio that a condition counts with, since no theory is exact."""
@@ -107,12 +114,33 @@ def regrets(tables: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def factors() -> pd.DataFrame:
+    """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
+    optima = optima_of_table(pd.read_csv(LR_OPTIMA))
+    rows = {}
+    for width in (576, 1024, 2048, 4096, 8192):
+        row = {}
+        for steps in (100, 1000, 10_000):
+            lr = recommended_lr(optima, "llama", width, "fullft", 32, steps)[0][0]
+            row[f"FullFT's LR, {steps} steps"] = lr
+            for rank in (32, 1):
+                setting = Setting(width, steps, 32, ALPHA, rank=rank)
+                theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"]
+                row[f"rank {rank}, {steps} steps"] = float(np.exp(theory(np.log(lr))))
+        rows[width] = row
+    return pd.DataFrame(rows).T
+
+
 def main() -> None:
     """Print the constants, and by how much the theories with them are off."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("tables", nargs="+", type=Path, help="folders with tables, among them predictions.csv")
+    parser.add_argument("tables", nargs="*", type=Path, help="folders with tables, among them predictions.csv")
     parser.add_argument("--regret", action="store_true", help="print what learning rates by 10, 15 and a theory cost")
+    parser.add_argument("--factors", action="store_true", help="print the ratios that a theory predicts of Llamas")
     given = parser.parse_args()
+    if given.factors:
+        print(factors().to_string(float_format="{:.2g}".format))
+        return
     if given.regret:
         for folder in given.tables:
             print(regrets(Tables.read(folder)).to_string(float_format="{:.3g}".format))
