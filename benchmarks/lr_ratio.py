@@ -1,16 +1,30 @@
 """The constants of the theories of the LR ratio, fitted to explored runs.
 
     python -m benchmarks.lr_ratio results/lr_ratio/tables
+    python -m benchmarks.lr_ratio --regret results/lr_ratio@100/tables
+    python -m benchmarks.lr_ratio --lora results/lr_ratio/tables results/lr_ratio@100/tables
+    python -m benchmarks.lr_ratio --factors
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
 trained; and its rivals `mu_a`, `scale` and `fixed_lora`. Conditions count by the inverse of their squared errors, each
 by runs of its own length.
+
+With `--regret`, it prints what it costs to take ten times, fifteen times, or as many times as `movement` says the
+optimal LR of full fine-tuning: the rise of LoRA's lowest loss by its fit, in nats, in margins and as a share of the
+gain, for each condition of the experiment `lr_ratio` with the paper's alpha and initial A.
+
+With `--lora`, it prints how far each theory is off LoRA's own optimal LR in the second folder, predicted from the
+optimal LR of full fine-tuning in the first one, so that no error is shared.
+
+With `--factors`, it prints what `movement` says of Llamas at the pooled optimal LRs of full fine-tuning, by width,
+number of steps and rank, at alpha 32 and a batch size of 32.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +32,22 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
+from lorabench.analysis.comparison import Judging
+from lorabench.analysis.estimate import ExampleLosses
+from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, measured_ratios, predicted, rms_factors
 from lorabench.config.margins import (
+    DEFAULT_MARGINS,
     DEFAULT_PREDICTIONS,
     LrRatioPredictions,
     MovementTheory,
     MuATheory,
     ScaleTheory,
 )
+from lorabench.custom.learning_rates import recommended_lr
+from lorabench.sources.lr_optima import optima_of_table
+from lorabench.store.tables import Tables
+from lorabench.utils.files import LR_OPTIMA
 
 LEAST_ERROR = 0.1
 """The least standard error of the logarithm of a ratio that a condition counts with, since no theory is exact."""
@@ -77,11 +98,81 @@ def fitted(table: pd.DataFrame) -> LrRatioPredictions:
     )
 
 
+def regrets(tables: Tables) -> pd.DataFrame:
+    """Return what LRs by 10, 15 and the theory `movement` cost LoRA, one row per condition."""
+    runs = with_arm_columns(tables.runs[in_experiments(tables.runs, ("lr_ratio",))])
+    judging = Judging(DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses))
+    rows = []
+    for each in measured_ratios(runs, tables.curves, judging):
+        setting = each.setting
+        if each.kind != "own" or setting.frozen or (setting.init_a, setting.alpha) != (1.0, ALPHA):
+            continue
+        law = each.prediction(predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"])
+        curvature, margin = each.comparison.fit.curvature[arm_label(each.lora)], each.comparison.margin.value
+        row = {"condition": each.label, "ratio": math.exp(each.log_ratio.value), "movement": law, "margin": margin}
+        for name, ratio in (("10", 10.0), ("15", 15.0), ("movement", law)):
+            rise = curvature * (math.log(ratio) - each.log_ratio.value) ** 2
+            row |= {f"nats at {name}": rise, f"margins at {name}": rise / margin}
+            row[f"share of the gain at {name}"] = rise * DEFAULT_MARGINS.loss / margin
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def lora_optima(explored: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:
+    """Return by theory how far LoRA's held-out optimal LRs are off those that follow from explored ones of FullFT.
+
+    Args:
+        explored: rows of `predictions.csv`.
+        held_out: rows of `predictions.csv` of runs on other seeds.
+    """
+    condition = ["model", "dataset", "steps", "batch_size", "alpha", "init_a", "frozen", "rank", "runs", "theory"]
+    lrs = explored[[*condition, "fullft_lr"]].rename(columns={"fullft_lr": "explored_lr"})
+    table = held_out.merge(lrs, on=condition)
+    theories = (predicted(DEFAULT_PREDICTIONS.lr_ratio, setting) for setting in settings_of(table))
+    at = zip(theories, table["theory"], np.log(table["explored_lr"]), strict=True)
+    said = np.array([float(theory[name](np.asarray(lr))) + lr for theory, name, lr in at])
+    off = np.exp(np.log(table["lora_lr"]) - said)
+    low, high = (off * table[f"off_by_{end}"] / table["off_by"] for end in ("low", "high"))
+    return rms_factors(table.assign(off_by=off, off_by_low=low, off_by_high=high))
+
+
+def factors() -> pd.DataFrame:
+    """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
+    optima = optima_of_table(pd.read_csv(LR_OPTIMA))
+    rows = {}
+    for width in (576, 1024, 2048, 4096, 8192):
+        row = {}
+        for steps in (100, 1000, 10_000):
+            lr = recommended_lr(optima, "llama", width, "fullft", 32, steps)[0][0]
+            row[f"FullFT's LR, {steps} steps"] = lr
+            for rank in (32, 1):
+                setting = Setting(width, steps, 32, ALPHA, rank=rank)
+                theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"]
+                row[f"rank {rank}, {steps} steps"] = float(np.exp(theory(np.log(lr))))
+        rows[width] = row
+    return pd.DataFrame(rows).T
+
+
 def main() -> None:
     """Print the constants, and by how much the theories with them are off."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("tables", nargs="+", type=Path, help="folders with predictions.csv")
-    rows = pd.concat([pd.read_csv(folder / "predictions.csv") for folder in parser.parse_args().tables])
+    parser.add_argument("tables", nargs="*", type=Path, help="folders with tables, among them predictions.csv")
+    parser.add_argument("--regret", action="store_true", help="print what learning rates by 10, 15 and a theory cost")
+    parser.add_argument("--lora", action="store_true", help="print how far theories are off LoRA's own optimal LRs")
+    parser.add_argument("--factors", action="store_true", help="print the ratios that a theory predicts of Llamas")
+    given = parser.parse_args()
+    if given.factors:
+        print(factors().to_string(float_format="{:.2g}".format))
+        return
+    if given.regret:
+        for folder in given.tables:
+            print(regrets(Tables.read(folder)).to_string(float_format="{:.3g}".format))
+        return
+    parts = [pd.read_csv(folder / "predictions.csv") for folder in given.tables]
+    if given.lora:
+        print(lora_optima(*(part[part["runs"] == "own"] for part in parts)).to_string(float_format="{:.3f}".format))
+        return
+    rows = pd.concat(parts)
     table = rows[rows["theory"].eq("still") & rows["runs"].eq("own") & rows["ratio_low"].notna()]
     constants = fitted(table)
     for name, theory in constants:

@@ -192,7 +192,7 @@ def test_lr_ratio_plots_conditions_theories_and_published_ratios():
     np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
     factors = only(plotted, "theory").set_index("theory")["rms_factor"]
     assert factors["scale"] == pytest.approx(1.0, abs=0.01)
-    assert (factors.drop("scale") > 1.1).all()
+    assert (factors.drop("scale") > 1.05).all()
     published = only(plotted, "published").set_index("source")["predicted"]
     assert "Orbit E4" in published
     # At the paper's own LRs the theory of A's movement gives about the paper's ratio.

@@ -1,0 +1,30 @@
+"""The constants of the theories of the LR ratio are found again in ratios that follow them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.lr_ratio import fitted
+from lorabench.analysis.lr_ratio import Setting, predicted
+from lorabench.config.margins import LrRatioPredictions, MovementTheory
+
+
+def test_constants_are_found_again():
+    theory = LrRatioPredictions(movement=MovementTheory(c=2.0, u0=3e-3, k=0.7))
+    rows = []
+    for width, steps, init_a, rank, frozen in (
+        *((width, 50, 1.0, rank, True) for width in (64, 256) for rank in (1, 16)),
+        *((width, steps, init_a, 16, False) for width in (64, 256) for steps in (50, 800) for init_a in (0.25, 1.0)),
+    ):
+        setting, lr = Setting(width, steps, 8, 32.0, init_a, frozen, rank), 0.05 / width
+        ratio = float(np.exp(predicted(theory, setting)["movement"](np.asarray(math.log(lr)))))
+        about = {"width": width, "steps": steps, "batch_size": 8, "alpha": 32.0, "init_a": init_a, "frozen": frozen}
+        ends = {"ratio": ratio, "ratio_low": 0.8 * ratio, "ratio_high": 1.25 * ratio}
+        rows.append(about | {"rank": rank, "fullft_lr": lr} | ends)
+    found = fitted(pd.DataFrame(rows))
+    assert found.movement.model_dump() == pytest.approx({"c": 2.0, "u0": 3e-3, "k": 0.7}, rel=0.01)
+    assert found.mu_a.c > 0
