@@ -218,7 +218,7 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
     """Return the fitted optima of a preset's published figures: LRs by rank, of RL, by condition, and by model.
 
     Optima at another alpha than ALPHA are left out, since only this project has them and `ALPHA_EXPONENT` stands for
-    them.
+    them, and so are those with a frozen A or another initial scale of it.
     """
     models, optima = load_preset(folder.name).models, []
     for figure, value in (("fig2_lr_by_rank", "nll"), ("fig6_rl_lr", "accuracy"), ("lr_ratio", ""), ("lr_law", "")):
@@ -227,8 +227,12 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
             continue
         table = pd.read_csv(path)
         if figure == "lr_ratio":
-            at_alpha = (table["element"] == "condition") & (table["runs"] == "own") & (table["alpha"] == ALPHA)
-            own = table[at_alpha].drop_duplicates(_CONDITION)
+            usual = table["alpha"].eq(ALPHA)
+            if "frozen" in table:
+                usual &= table["init_a"].eq(1) & table["frozen"].astype(str).eq("False")
+            conditions = table[usual & table["element"].eq("condition") & table["runs"].eq("own")]
+            # Of several ranks the highest counts, as in the other figures.
+            own = conditions.sort_values("rank", kind="stable").drop_duplicates(_CONDITION, keep="last").sort_index()
             # The two optima share the error of their ratio.
             own = own.assign(error=np.log(own["ratio_high"] / own["ratio_low"]) / (2 * Z) / math.sqrt(2))
             fullft = own.assign(method="fullft", lr=own["fullft_lr"], rank=None)

@@ -54,3 +54,7 @@ def test_the_committed_errors_follow_from_the_sources():
     closer = by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")
     assert closer["off"].all()
     assert closer.index[~closer["loss_above_best"]].tolist() == [("sft", "fullft")]
+    # LoRA stands for high ranks with a trained A.
+    own = [optimum for optimum in known if (optimum.source, optimum.method, optimum.rl) == ("lorabench", "lora", False)]
+    assert own
+    assert all(optimum.rank >= 16 and 1e-4 < optimum.lr < 1e-2 for optimum in own)
