@@ -1,4 +1,4 @@
-"""SmolLM2-135M out of its wheel: a real language model through the whole path. Slow: downloads 93 MB."""
+"""SmolLM2-135M out of its wheel: a real language model through the whole path. It takes two minutes and 93 MB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorabench.store.layout import Layout
 from ..conftest import MARGINS
 from .conftest import trained
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_a_few_real_steps(tmp_path, monkeypatch):
