@@ -46,6 +46,7 @@ class Setting:
     frozen: bool = False
     """Whether A stays at its initial values; the ratio is then that of B's optimal LR."""
     rank: float = 16
+    """LoRA's rank; 16 stands for any high rank, where a published source does not give it."""
 
 
 LogRatio = Callable[[np.ndarray], np.ndarray]
