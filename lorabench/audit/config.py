@@ -1,0 +1,88 @@
+"""One training run as a user's file states it, whatever the framework. Readers make it, checks read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorabench.audit.finding import Finding
+
+Task = Literal["sft", "rl", "preference", "pretraining"]
+Method = Literal["lora", "fullft"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run; null is what the file does not say. Nothing is guessed."""
+
+    path: str
+    """The file as the user named it, or the path below the folder that the user named."""
+    format: str
+    """The format it was read as, such as `axolotl`."""
+    name: str = ""
+    """Which run of the file this is, where it has several, such as `line 12`."""
+    task: Task | None = None
+    method: Method | None = None
+    model: str | None = None
+    """The id on the hub or the path of the base model."""
+    bits: int | None = None
+    """Bits of a quantized base, 4 or 8 (QLoRA)."""
+    precision: str | None = None
+    """`bf16`, `fp16` or `fp32`, of weights or autocast."""
+    lr: float | None = None
+    schedule: str | None = None
+    """The framework's own word, such as `cosine`."""
+    warmup: float | None = None
+    """Steps of warm-up; a share of all steps if below 1."""
+    optimizer: str | None = None
+    """The framework's own word, such as `adamw_torch`."""
+    micro_batch: int | None = None
+    """Examples (in RL, prompts) per device at once."""
+    accumulation: int | None = None
+    devices: int | None = None
+    group_size: int | None = None
+    """Responses to each prompt, in RL."""
+    global_batch: int | None = None
+    """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
+    steps: float | None = None
+    epochs: float | None = None
+    examples: int | None = None
+    """Training examples, where the file or what lies beside it says so."""
+    max_length: int | None = None
+    """The longest sequence in tokens."""
+    packing: bool | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    rslora: bool = False
+    dora: bool = False
+    variant: str | None = None
+    """An other variant or initialization, by its name in PEFT, such as `pissa` or `loraplus`."""
+    targets: tuple[str, ...] | None = None
+    """Names of modules with LoRA; `("all-linear",)` for all but the unembedding. Null if the framework's default."""
+    target_parameters: tuple[str, ...] = ()
+    """Names of parameters with LoRA that are no modules, such as fused experts."""
+    saved_modules: tuple[str, ...] = ()
+    """Modules that are trained whole beside LoRA."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Lines (from 1) where fields of this record are said, by field."""
+    findings: tuple[Finding, ...] = ()
+    """What the reader alone can see, such as a learning rate that YAML reads as text."""
+
+    def line(self, *names: str) -> int | None:
+        """Return the line of the first of some fields that the file says."""
+        return next((self.lines[name] for name in names if name in self.lines), None)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples (in RL, responses) per step; a number of devices that is not said counts as 1."""
+        batch = self.global_batch
+        if batch is None and self.micro_batch is not None:
+            batch = self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
+        return None if batch is None else batch * (self.group_size or 1)
+
+    @property
+    def where(self) -> str:
+        """The file, and which run of it."""
+        return f"{self.path} ({self.name})" if self.name else self.path
