@@ -233,15 +233,17 @@ def _each_judged(groups: list[list[_Part]]) -> Iterator[list[tuple[str, int, Fin
     groups.clear()
     # What is in memory already stays there, so that it is in vain to look for garbage in it again and again.
     gc.freeze()
-    # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if cores == 1:
-        yield from map(_judge_numbered, range(len(_GROUPS)))
-    else:
-        with get_context("fork").Pool(min(cores, PROCESSES), _end_silently) as pool:
-            yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
-    gc.unfreeze()
-    _GROUPS.clear()
+    try:
+        # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if cores == 1:
+            yield from map(_judge_numbered, range(len(_GROUPS)))
+        else:
+            with get_context("fork").Pool(min(cores, PROCESSES), _end_silently) as pool:
+                yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
+    finally:
+        gc.unfreeze()
+        _GROUPS.clear()
 
 
 def _end_silently() -> None:

@@ -132,11 +132,11 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(name,
     ("name", "rank", "again", "precision", "batch", "length", "pieces"),
     [
         ("llama-128", None, 2, "bf16", 16, 128, 1 << 18),
-        ("llama-128", 64, False, "fp32", 16, 128, 1 << 18),
+        pytest.param("llama-128", 64, False, "fp32", 16, 128, 1 << 18, marks=pytest.mark.long),
         # With few tokens, what is gathered and the gradients of embedding and unembedding weigh most.
         ("llama-128", None, False, "bf16", 2, 64, 1 << 14),
-        ("llama-128+tied", None, False, "fp32", 1, 16, 1 << 24),
-        ("moe-128", None, True, "bf16", 2, 64, 1 << 24),
+        pytest.param("llama-128+tied", None, False, "fp32", 1, 16, 1 << 24, marks=pytest.mark.long),
+        pytest.param("moe-128", None, True, "bf16", 2, 64, 1 << 24, marks=pytest.mark.long),
         ("moe-128", 8, True, "bf16", 2, 64, 1 << 24),
     ],
 )

@@ -58,7 +58,9 @@ def kill_at(checkpoint, sweep, processes=1) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "processes"), [("lora", 1), ("fullft", 1), ("lora", 2)])
+@pytest.mark.parametrize(
+    ("method", "processes"), [("lora", 1), ("fullft", 1), pytest.param("lora", 2, marks=pytest.mark.long)]
+)
 def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, processes, ready):
     execution = {"checkpoint_minutes": 0.0, "keep_weights": "all"}
     plan, layout = ready("killed", execution, **{method: [1e-3, 3e-3]})

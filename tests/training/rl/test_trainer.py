@@ -94,7 +94,7 @@ SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_preset, monkeypatch):
     raw = raw_rl_preset | {"protocol": {"precision": precision}}
     raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
