@@ -13,6 +13,14 @@ Method = Literal["lora", "fullft"]
 
 
 @dataclass(frozen=True)
+class Knowledge:
+    """What the user says about the runs and no file does."""
+
+    completion_tokens: float | None = None
+    """Mean number of scored tokens of an example."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """A training run; null is what the file does not say. Nothing is guessed."""
 

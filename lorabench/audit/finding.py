@@ -23,5 +23,7 @@ class Finding:
     sure: str
     """How sure it is, such as `certain` or `95% interval 1.1e-4 to 9e-4`."""
     path: str = ""
+    run: str = ""
+    """Which run of the file it is about, where the file has several."""
     line: int | None = None
     """From 1; null where it is about the whole file."""

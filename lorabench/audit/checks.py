@@ -1,0 +1,29 @@
+"""All checks of `lorabench audit`. They read records of runs and what is known, and start no run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from lorabench.audit.config import Knowledge, TrainingConfig
+from lorabench.audit.finding import Finding
+
+RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = ()
+"""Checks of one run. A finding without a path gets that of its run. What they need is imported when they are called."""
+FOLDER_CHECKS: tuple[Callable[[Sequence[TrainingConfig], Knowledge], list[Finding]], ...] = ()
+"""Checks that compare the runs of all files with each other. Each finding names its path."""
+
+_LEVELS = ("error", "warning", "note")
+
+
+def audit(configs: Sequence[TrainingConfig], known: Knowledge | None = None) -> list[Finding]:
+    """Return what the readers and all checks find: run by run in the order given, and errors first within a run."""
+    known = known or Knowledge()
+    findings = [finding for config in configs for finding in _of_run(config, known)]
+    return findings + [finding for check in FOLDER_CHECKS for finding in check(configs, known)]
+
+
+def _of_run(config: TrainingConfig, known: Knowledge) -> Iterator[Finding]:
+    found = [*config.findings, *(finding for check in RUN_CHECKS for finding in check(config, known))]
+    for finding in sorted(found, key=lambda finding: _LEVELS.index(finding.level)):
+        yield replace(finding, path=finding.path or config.path, run=config.name)
