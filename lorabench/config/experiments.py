@@ -17,7 +17,9 @@ class Protocol(Strict):
     include_unembedding: bool = True
     """Put LoRA on the unembedding too, as the paper's parameter table shows."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Adam's betas. The learning rate is constant, without warm-up."""
+    """Adam's betas."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """The LR over time, without warm-up: the paper's, constant, or falling linearly to zero after the last step."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon, above 0: while B is zero A's gradient is zero too, and Adam would divide 0 by 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -31,7 +33,16 @@ class Protocol(Strict):
     probe_points: Annotated[int, Field(ge=2)] | None = None
     """Steps, log-spaced, after which the movement of LoRA's weights is recorded; null for the validation points."""
     validate_at: list[Positive] = []
-    """Further steps after which to validate. The LR is constant, so the loss there is that of a run of that length."""
+    """Further steps after which to validate. At a constant LR the loss there is that of a run of that length."""
+
+    @model_validator(mode="after")
+    def _shorter_runs_need_a_constant_lr(self) -> Self:
+        if self.validate_at and self.schedule != "constant":
+            raise ValueError(
+                f"validate_at {self.validate_at} asks for the losses of shorter runs, which a run with the schedule "
+                f"{self.schedule!r} does not have; it must be empty"
+            )
+        return self
 
 
 class AutoLrs(Strict):

@@ -173,9 +173,11 @@ def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator
             trained_on.append(({**common, "dataset": problems, "rollouts": rollouts}, ids))
     # Alpha and epsilon are fields of the condition.
     rules = preset.protocol.model_dump(exclude={"alpha", "eps"})
+    # Runs keep the ids that they had before there were these fields.
     if rules["probe_points"] is None:
-        # Runs keep the ids that they had before there was this field.
         del rules["probe_points"]
+    if rules["schedule"] == "constant":
+        del rules["schedule"]
     for model, (data_fields, data_id) in product(block.models, trained_on):
         # The hash of what determines a run's result besides the condition's other fields, its LR and seed.
         identity = digest([PROTOCOL_VERSION, model_id(preset.models[model]), data_id, rules])

@@ -147,12 +147,13 @@ def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.nd
 
 
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], run: Run, protocol: Protocol) -> torch.optim.Optimizer:
-    """Return Adam over a run's trained parameters at its constant LR, multiplied by `lr_ratio` for LoRA's B."""
+    """Return Adam over a run's trained parameters at its LR, multiplied by `lr_ratio` for LoRA's B."""
     ratio = run.condition.lr_ratio or 1.0
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
-    options: list[dict[str, Any]] = [{"params": group, "lr": lr} for lr, group in groups.items()]
+    # `initial_lr` is PyTorch's own name for what a schedule starts from.
+    options: list[dict[str, Any]] = [{"params": group, "lr": lr, "initial_lr": lr} for lr, group in groups.items()]
     return torch.optim.AdamW(
         options,
         betas=(protocol.betas[0], protocol.betas[1]),
@@ -160,6 +161,13 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], run: Run, proto
         weight_decay=protocol.weight_decay,
         fused=True,
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, protocol: Protocol) -> None:
+    """Set the LRs of a step, counted from 1: a linear schedule starts at the run's LR and would be 0 after the last."""
+    if protocol.schedule == "linear":
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (steps - step + 1) / steps
 
 
 def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | None) -> float:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning. LoRA and full fine-tuning share the loop and differ only in the trained parameters.
 
-A run has a constant LR without warm-up, Adam, and as loss of a step the token-weighted NLL of its batch. `train_sft` is
+A run has an LR without warm-up, Adam, and as loss of a step the token-weighted NLL of its batch. `train_sft` is
 the experiment, written to be read from top to bottom.
 """
 
@@ -30,7 +30,7 @@ from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.context import Base, SweepContext, now
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import batch_gradient, example_nlls, mean_nll, scored_by_example
-from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, make_optimizer
+from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, make_optimizer, set_lr
 
 EXPLODED_ABOVE_UNIFORM = 1.0
 """A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
@@ -164,6 +164,7 @@ def train_sft(
         probed = probe if step in probe_at else None
         if probed:
             probed.before_step()
+        set_lr(optimizer, step, condition.steps, protocol)
         optimizer.step()
         if probed:
             record(step, "train", probed.after_step())

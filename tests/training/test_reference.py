@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorabench.config.experiments import Protocol
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import shipped_folder
 from lorabench.runs import Run
@@ -33,6 +34,32 @@ def assert_same_weights(model, expected):
 
 def examples_of(split):
     return [tuple(part.tolist() for part in split.example(index)) for index in range(len(split))]
+
+
+def test_a_falling_lr(data, tmp_path, monkeypatch):
+    """PyTorch's own linear schedule, which is of the LRs of A and B alike, and so are those after an interruption."""
+
+    def falling(model, lr, eps, adam=reference.adam):
+        optimizer = adam(model, lr, eps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    def stop(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference, "adam", falling)
+    condition = replace(condition_of("lora", 4, STEPS, batch_size=4), eps=EPS)
+    settings = {"protocol": Protocol(schedule="linear"), "seed": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(condition, data, tmp_path, 1e-3, checkpoint_seconds=0, tick=stop, **settings)
+    outcome, model = train(condition, data, tmp_path, 1e-3, **settings)
+    losses, expected = reference.train_sft(
+        shipped_folder(BASE), examples_of(data["train"]), STEPS, 4, 1e-3, 4, seed=1, eps=EPS
+    )
+    np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-6)
+    assert_same_weights(model, expected)
 
 
 # Rank 128 is computed with merged weights where there are many tokens.

@@ -1,7 +1,7 @@
 """The RL loop. LoRA and full fine-tuning share it and differ only in the trained parameters.
 
-Each step samples a group of responses to each of its problems, grades them, and makes one Adam update at constant LR by
-the objective of `objective.py`. `train_rl` is the experiment, written to be read from top to bottom.
+Each step samples a group of responses to each of its problems, grades them, and makes one Adam update by the
+objective of `objective.py`. `train_rl` is the experiment, written to be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, Response, Stop
-from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, deterministically, make_optimizer
+from lorabench.training.run import (
+    Machine,
+    Outcome,
+    clip_gradient,
+    data_order,
+    deterministically,
+    make_optimizer,
+    set_lr,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -313,6 +321,7 @@ def train_rl(
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # If all rewards are equal within each group there is no gradient, and Adam's momentum must change nothing.
         if finite and norm > 0:
+            set_lr(optimizer, step, condition.steps, protocol)
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
