@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
+from lorabench.models.base import model_location
 from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config, shipped_folder
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
@@ -92,8 +93,19 @@ def find_model(name: str) -> UserModel:
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
 
 
-def _hub(name: str) -> tuple[dict[str, Any], int]:
-    """Return configuration and number of parameters of a model of the hub, by a shipped configuration of its name."""
+def model_config(model: UserModel) -> dict[str, Any] | None:
+    """Return the configuration of a model as transformers writes it; None of a GGUF file, which has none."""
+    match model.spec:
+        case GgufModel():
+            return None
+        case HubModel():
+            return _hub_config(model.name)
+        case _:
+            return _config((Path(model_location(model.spec)) / "config.json").read_bytes(), model.name)
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    """Return the configuration of a model of the hub, by a shipped configuration of its name."""
     short = name.rpartition("/")[2].lower()
     # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
     shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
@@ -101,7 +113,12 @@ def _hub(name: str) -> tuple[dict[str, Any], int]:
         text = shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
     except UserError as error:
         raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-    config = _config(text, name)
+    return _config(text, name)
+
+
+def _hub(name: str) -> tuple[dict[str, Any], int]:
+    """Return configuration and number of parameters of a model of the hub."""
+    config = _hub_config(name)
     try:
         return config, dimensions_of_config(config).parameters
     except KeyError as error:

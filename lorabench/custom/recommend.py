@@ -19,6 +19,7 @@ from lorabench.analysis import lr_ratio
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.claims.learning_rate import SHORT_RATIO
+from lorabench.config.fields import Placement
 from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
@@ -49,7 +50,7 @@ from lorabench.models.base import model_location
 from lorabench.models.specs import template_text
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
-from lorabench.planning.plan import make_plan
+from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import Job
 from lorabench.sources.lr_optima import LrOptimum, optima_of_table
 from lorabench.utils import formats
@@ -67,7 +68,8 @@ SMALLEST_WIDTH = 1000
 _ASSUMED_TOKENS, _ASSUMED_EXAMPLE_TOKENS, _ASSUMED_MAX_CHARS = 1_000_000, 500, 6000
 # Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
 _MICRO_BATCH_TOKENS = 2048
-_MOST_GPUS = 1024
+MOST_GPUS = 1024
+"""The most GPUs that costs are estimated for."""
 _SCRIPT = Path(__file__).with_name("finetune.py")
 _SCRIPT_MAX_TOKENS = 4096
 
@@ -208,33 +210,54 @@ def _converted(
     return Setting("LoRA learning rate, converted", float(f"{lr:.2g}"), why)
 
 
-def _costs(
-    model: UserModel, data: UserData | None, completion_tokens: float | None, examples: int, batch: int, gpu: str
-) -> tuple[dict[str, Setting], list[str]]:
-    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
+def cost_plan(
+    model: UserModel,
+    gpu: str,
+    rank: int,
+    placement: Placement,
+    examples: int,
+    batch: int,
+    mean_tokens: float = _ASSUMED_EXAMPLE_TOKENS,
+    max_chars: int = _ASSUMED_MAX_CHARS,
+) -> Plan:
+    """Return the plan of one run of each method for an epoch on a GPU, from which costs can be estimated.
 
     Activations are recomputed where a method then needs fewer GPUs.
 
-    Returns:
-        Memory and GPU-hours as settings, and a sentence for each method that fits on no number of GPUs.
+    Args:
+        examples: the number of training examples.
+        batch: the number of examples per step.
+        mean_tokens: tokens of an example, on average.
+        max_chars: characters of the longest example.
     """
-    mean = data.mean_tokens if data else (completion_tokens or _ASSUMED_TOKENS) / examples
-    longest = max(32, data.max_chars if data else _ASSUMED_MAX_CHARS)
     # The estimate reads no data, so a dataset of the hub can stand for any other.
-    dataset = {"kind": "hub", "id": "own/data", "train": examples, "validation": 1, "test": 1, "max_chars": longest}
-    ranks = {"all": [recommended_rank(model, completion_tokens)]}
-    block = {"models": ["m"], "datasets": ["d"], "ranks": ranks, "batch_sizes": [batch], "seeds": 1}
-    execution = {"gpu": gpu, "max_gpus": _MOST_GPUS, "max_batch_tokens": _MICRO_BATCH_TOKENS}
+    dataset = {"kind": "hub", "id": "own/data", "train": examples, "validation": 1, "test": 1}
+    dataset |= {"max_chars": max(32, max_chars), "mean_tokens": max(1, round(mean_tokens))}
+    block = {"models": ["m"], "datasets": ["d"], "ranks": {placement: [rank]}, "batch_sizes": [batch], "seeds": 1}
+    execution = {"gpu": gpu, "max_gpus": MOST_GPUS, "max_batch_tokens": _MICRO_BATCH_TOKENS}
     raw = {
         "description": "costs of a recommendation",
         "models": {"m": model.spec.model_dump()},
-        "datasets": {"d": dataset | {"mean_tokens": max(1, round(mean))}},
+        "datasets": {"d": dataset},
         "protocol": {"precision": "bf16"},
         "experiments": {"rank": [block | {"lrs": {"fullft": [1e-4], "lora": [1e-3]}}]},
         "margins": DEFAULT_MARGINS.model_dump(),
         "execution": execution | {"activation_checkpointing": "auto"},
     }
-    plan = make_plan(parse_preset(raw, Path("recommendation")))
+    return make_plan(parse_preset(raw, Path("recommendation")))
+
+
+def _costs(
+    model: UserModel, data: UserData | None, completion_tokens: float | None, examples: int, batch: int, gpu: str
+) -> tuple[dict[str, Setting], list[str]]:
+    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
+
+    Returns:
+        Memory and GPU-hours as settings, and a sentence for each method that fits on no number of GPUs.
+    """
+    mean = data.mean_tokens if data else (completion_tokens or _ASSUMED_TOKENS) / examples
+    longest = data.max_chars if data else _ASSUMED_MAX_CHARS
+    plan = cost_plan(model, gpu, recommended_rank(model, completion_tokens), "all", examples, batch, mean, longest)
     amount = "an epoch" if data or completion_tokens else "a million tokens"
     settings, too_large = {}, []
     for method, title in TITLES.items():
@@ -242,7 +265,7 @@ def _costs(
         try:
             cost = job_cost(plan, Job(tuple(sweep for sweep in plan.sweeps if sweep.condition.method == method)))
         except TooLargeError as large:
-            source = f"estimated for up to {_MOST_GPUS:,} x {gpu}"
+            source = f"estimated for up to {MOST_GPUS:,} x {gpu}"
             settings[f"{method}_gigabytes"] = Setting(size, "does not fit", source)
             more = "only still more GPUs would do"
             if large.undivided > large.available:
@@ -252,7 +275,7 @@ def _costs(
                 )
             too_large.append(
                 f"{title} does not fit on {gpu}, which has {large.available / GB:.0f} GB to give: each of "
-                f"{_MOST_GPUS:,} GPUs would need {large.needed / GB:.0f} GB; {more}. "
+                f"{MOST_GPUS:,} GPUs would need {large.needed / GB:.0f} GB; {more}. "
                 "The other settings hold all the same."
             )
         else:

@@ -1,0 +1,140 @@
+"""What `lorabench check --adapter` finds in the files of an adapter, on adapters with one thing wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorabench.check.adapter import read_adapter
+from lorabench.errors import UserError
+
+from .conftest import LAYER, Write, factors
+
+Q0 = f"{LAYER}.0.self_attn.q_proj"
+
+
+def codes(adapter) -> list[tuple[str, str]]:
+    return [(finding.code, finding.level) for finding in adapter.findings]
+
+
+def test_a_whole_adapter_is_described_as_numpy_computes_it(write: Write):
+    tensors = factors()
+    adapter = read_adapter(write(tensors))
+    assert adapter.findings == ()
+    assert (adapter.scale, adapter.parameters, adapter.dtypes) == (2.0, 4 * 4 * 22, {"F32": 8})
+    json.dumps(asdict(adapter), allow_nan=False)
+    [q0] = [module for module in adapter.modules if module.module == "model.layers.0.self_attn.q_proj"]
+    a, b = (tensors[f"{Q0}.lora_{part}.weight"].astype(float) for part in "AB")
+    values = np.linalg.svd(b @ a, compute_uv=False)[:4]
+    shares = values / values.sum()
+    assert q0.norm == pytest.approx(2 * np.linalg.norm(b @ a))
+    assert q0.b_norm == pytest.approx(np.linalg.norm(b))
+    assert q0.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert q0.first_share == pytest.approx(values[0] ** 2 / (values**2).sum())
+    assert (q0.numerical_rank, q0.kind) == (4, "q_proj")
+    assert q0.a_scale == pytest.approx(1, abs=0.2)
+
+
+def test_patterns_and_rslora_set_a_modules_scale(write: Write):
+    tensors = factors()
+    tensors |= {f"{Q0}.lora_A.weight": np.ones((2, 12), "f4"), f"{Q0}.lora_B.weight": np.ones((10, 2), "f4")}
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.0\..*q_proj": 6}}
+    adapter = read_adapter(write(tensors, use_rslora=True, **patterns))
+    assert {module.scale for module in adapter.modules if module.rank == 2} == {6 / math.sqrt(2)}
+    assert {module.scale for module in adapter.modules if module.rank == 4} == {8 / 2}
+    assert codes(adapter) == [("rank", "warning")]
+    assert "q_proj (1 of 2)" in adapter.findings[0].message
+
+
+def test_bf16_is_read_as_torch_reads_it(write: Write):
+    tensors = factors()
+    folder = write(tensors)
+    rounded = {name: torch.from_numpy(value).bfloat16() for name, value in tensors.items()}
+    save_file(rounded, folder / "adapter_model.safetensors")
+    adapter = read_adapter(folder)
+    b = rounded[f"{Q0}.lora_B.weight"].double()
+    assert adapter.dtypes == {"BF16": 8}
+    assert adapter.modules[0].b_norm == pytest.approx(float(torch.linalg.norm(b)))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "words"),
+    [
+        (lambda t: t[f"{Q0}.lora_B.weight"].fill(0), [("no-effect", "warning")], "zero in 1 of 4 modules"),
+        (lambda t: [b.fill(0) for n, b in t.items() if "lora_B" in n], [("no-effect", "error")], "no effect"),
+        (lambda t: t[f"{Q0}.lora_B.weight"][:, 2:].fill(0), [("rank", "warning")], "q_proj (2 of 4)"),
+        (lambda t: t[f"{Q0}.lora_A.weight"][:1].fill(np.nan), [("not-finite", "error")], "1 modules"),
+        (lambda t: t.pop(f"{Q0}.lora_B.weight"), [("missing", "error")], "have A but no B"),
+        (lambda t: [t.pop(f"{Q0}.lora_{x}.weight") for x in "AB"], [("gap", "warning")], "q_proj of layer 0"),
+        (lambda t: t.update({f"{Q0}.lora_B.default.weight": np.ones(1, "f4")}), [("keys", "error")], "1 names"),
+        (lambda t: t.update({f"{LAYER}.0.norm.weight": np.ones(3, "f4")}), [("whole", "warning")], "no LoRA"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 12), "f4")}), [("shape", "error")], "rank 4"),
+    ],
+    ids=["zero B", "all zero", "low rank", "NaN", "missing", "gap", "foreign key", "whole", "shape"],
+)
+def test_what_is_wrong_is_found_and_nothing_else(write: Write, change, expected, words):
+    tensors = factors()
+    change(tensors)
+    adapter = read_adapter(write(tensors))
+    assert codes(adapter) == expected
+    assert words in adapter.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "words"),
+    [
+        ({"target_modules": ["q_proj"]}, [("keys", "error")], "PEFT ignores them: model.layers.0.self_attn.v_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "Wqkv"]}, [("keys", "warning")], "no weights in the file: Wqkv"),
+        ({"target_modules": r".*\.(q|v)_proj"}, [], ""),
+    ],
+)
+def test_names_are_compared_with_the_configuration(write: Write, changes, expected, words):
+    adapter = read_adapter(write(factors(), **changes))
+    assert codes(adapter) == expected
+    assert not words or words in adapter.findings[0].message
+
+
+def test_modules_that_are_saved_whole_are_named(write: Write):
+    tensors = factors() | {"base_model.model.lm_head.weight": np.ones((5, 12), "f4")}
+    adapter = read_adapter(write(tensors, modules_to_save=["lm_head"]))
+    assert codes(adapter) == [("whole", "note")]
+    assert adapter.saved_whole == {"lm_head.weight": 60}
+
+
+def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
+    rng = np.random.default_rng(1)
+    own_a, own_b = rng.normal(size=(3, 2, 6)), rng.normal(size=(3, 5, 2))
+    own_b[1] = 0
+    stem = f"{LAYER}.0.mlp.experts"
+    # PEFT keeps the rows of A by expert, and the columns of B by direction.
+    tensors = {
+        f"{stem}.lora_A.weight": own_a.reshape(6, 6).astype("f4"),
+        f"{stem}.lora_B.weight": own_b.transpose(1, 2, 0).reshape(5, 6).astype("f4"),
+    }
+    config = {"r": 4, "rank_pattern": {r"experts\..+": 2}, "target_modules": []}
+    adapter = read_adapter(write(tensors, **config, target_parameters=["experts.down_proj"]))
+    [module] = adapter.modules
+    norm = 4 * math.sqrt(sum(np.linalg.norm(b @ a) ** 2 for a, b in zip(own_a, own_b, strict=True)))
+    assert (module.experts, module.rank, module.scale) == (3, 2, 4.0)
+    assert module.norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("adapter_config.json", '{"peft_type": "LOHA"}', "peft_type 'LOHA'; allowed: LORA"),
+        ("adapter_config.json", "{", "can't be read as the configuration of LoRA"),
+        ("adapter_model.safetensors", "no", "is not a safetensors file"),
+    ],
+)
+def test_what_cannot_be_read_is_said(write: Write, file, text, words):
+    folder = write(factors())
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_adapter(folder)

@@ -1,0 +1,64 @@
+"""What `lorabench check MODEL` says that LoRA would train, against what it does train."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.check.placement import coverage
+from lorabench.cli.commands import app
+from lorabench.custom.model import find_model
+from lorabench.models.base import load_model
+from lorabench.models.lora import add_lora
+from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import shipped_folder
+
+
+@pytest.mark.parametrize(("name", "placement"), [("llama-64", "mlp"), ("moe-128", "all"), ("moe-128", "attn")])
+def test_counts_are_those_of_the_model_that_is_trained(name, placement):
+    model = find_model(name)
+    covered = coverage(model, placement, 6, "H100-80GB")
+    trained = trained_parameters(add_lora(load_model(model.spec), 6, placement, 32.0, True, 0))
+    assert covered.lora_parameters == sum(parameter.numel() for parameter in trained.values())
+    assert sum(kind.parameters for kind in covered.kinds) == model.parameters
+    # A GGUF file has no names, and the counts follow from the dimensions.
+    assert covered.lora_parameters == model.sizes.lora(placement, 6, include_unembedding=True)[0]
+    assert {kind.kind for kind in covered.kinds if kind.with_lora < kind.weights} == {
+        kind.kind for kind in covered.kinds if kind.note
+    }
+    codes = {finding.code for finding in covered.findings}
+    assert codes == ({"fused-experts"} if (name, placement) == ("moe-128", "all") else set())
+
+
+def test_a_model_of_the_hub_is_described_without_its_weights():
+    covered = coverage(find_model("meta-llama/Llama-3.2-1B"), "all", 16, "H100-80GB")
+    kinds = {kind.kind: kind for kind in covered.kinds}
+    assert (kinds["attention"].weights, kinds["MLP"].with_lora) == (64, 48)
+    assert kinds["unembedding"].parameters == 0
+    assert [finding.code for finding in covered.findings] == ["tied"]
+    assert covered.memory["lora"].gigabytes < covered.memory["fullft"].gigabytes
+
+
+def test_layers_of_unknown_names_are_an_error(tmp_path: Path):
+    shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    about = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 99, "hidden_size": 64}
+    path.write_text(json.dumps(about))
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "model"), "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)["findings"]
+    assert [(finding["code"], finding["level"]) for finding in found][:1] == [("placement", "error")]
+    assert "c_attn" in found[1]["message"]
+
+
+def test_transformers_may_not_know_a_model(tmp_path: Path):
+    shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "unheard"}))
+    covered = coverage(find_model(str(tmp_path / "model")), "all", 4, "H100-80GB")
+    assert covered.names_from.startswith("the dimensions, since transformers can't build it")
+    assert covered.lora_parameters == find_model("llama-64").lora_parameters(4)
