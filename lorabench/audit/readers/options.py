@@ -1,0 +1,95 @@
+"""Values of options as files state them: what is not understood counts as not said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lorabench.audit.finding import Finding
+
+THE_FILE = "the file alone"
+CERTAIN = "certain"
+
+
+def at(data: Any, key: str) -> Any:
+    """Return the value at a dotted key such as `optimizer.lr`, or null."""
+    for part in key.split("."):
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(part)
+    return data
+
+
+def number(value: Any) -> float | None:
+    """Return a number, also of text such as `2e-4`; null if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        read = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return read if math.isfinite(read) else None
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number, null if it is none."""
+    read = number(value)
+    return int(read) if read is not None and read == int(read) else None
+
+
+def text(value: Any) -> str | None:
+    """Return text that is not empty and has no place to fill in, such as `${MODEL}` or `{{ model }}`."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    said = str(value).strip()
+    return said if said and not any(mark in said for mark in ("${", "{{", "$(")) else None
+
+
+def flag(value: Any) -> bool:
+    """Return whether an option is on; words count as YAML and command lines write them."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "yes", "on", "1")
+    return bool(value) and not isinstance(value, Mapping | list)
+
+
+def names(value: Any) -> tuple[str, ...] | None:
+    """Return the names of a list or of a text with commas; null if there is none."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return None
+    return tuple(str(name).strip() for name in value if str(name).strip()) or None
+
+
+def lines_of(keys: Mapping[str, str], lines: Mapping[str, int]) -> dict[str, int]:
+    """Return the lines of fields of a record, from the keys under which a format has them."""
+    return {name: lines[key] for name, key in keys.items() if key in lines}
+
+
+def lr_findings(value: Any, key: str, line: int | None, framework: str) -> list[Finding]:
+    """Return what a learning rate as PyYAML reads it calls for, in a framework that makes text a number itself."""
+    if not isinstance(value, str) or text(value) is None:
+        return []
+    if number(value) is None:
+        message = f"{key}: {value!r} is no number, so {framework} cannot start"
+        return [Finding("lr-text", "error", message, THE_FILE, CERTAIN, line=line)]
+    message = (
+        f"YAML reads {key}: {value} as text, since it has no dot or its exponent no sign; {framework} makes it a "
+        f"number, and other programs may not: {dotted(number(value) or 0.0)} is a number to all of them"
+    )
+    return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]
+
+
+def dotted(value: float) -> str:
+    """Return a number as YAML 1.1 reads it: with a dot and a signed exponent."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa)}e{exponent[0]}{int(exponent[1:])}"
+
+
+def repeated_findings(repeated: tuple[str, ...], lines: Mapping[str, int], effect: str) -> list[Finding]:
+    """Return a finding for each key that a mapping has more than once; `effect` says what the framework does."""
+    return [
+        Finding("repeated", "warning", f"{key} is set more than once: {effect}", THE_FILE, CERTAIN, line=lines.get(key))
+        for key in repeated
+    ]

@@ -1,0 +1,113 @@
+"""YAML read safely, as PyYAML understands it, with the line of each key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from lorabench.errors import UserError
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
+
+
+class _OmegaConfLoader(_Loader):  # type: ignore[misc]
+    """OmegaConf reads `2e-4` as a number, which PyYAML reads as text, since YAML 1.1 asks for a dot in a float."""
+
+
+_OmegaConfLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class Lines(dict[str, int]):
+    """Lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`."""
+
+    repeated: tuple[str, ...] = ()
+    """Keys that their mapping has more than once; PyYAML takes the last, OmegaConf refuses the file."""
+
+
+def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
+    """Return the data of a YAML file, and the lines of its keys.
+
+    Args:
+        as_omegaconf: read numbers as OmegaConf does.
+
+    Raises:
+        UserError: it is not YAML, has several documents, or uses tags or Jinja statements that need a program.
+    """
+    if re.search(r"^\s*\{%", text, re.MULTILINE):
+        raise UserError("it is a Jinja template with statements ({% ... %}): render it first")
+    # An unquoted {{ name }} would be a mapping of a mapping.
+    text = re.sub(
+        r"((?:^|[:-])[ \t]+)(\{\{[^'\n]*\}\}[^'#\n]*?)([ \t]*(?:#.*)?)$", r"\1'\2'\3", text, flags=re.MULTILINE
+    )
+    loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
+    lines = Lines()
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        repeated = list[str]()
+        for key, line in _keys(node, "", set(), repeated):
+            # The last of several is the one that counts.
+            lines[key] = line
+        lines.repeated = tuple(repeated)
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(f"it is not valid YAML: {error.problem or error.context}{place}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"it is not valid YAML: {str(error).splitlines()[0]}") from error
+    finally:
+        loader.dispose()
+
+
+def _keys(node: yaml.Node, prefix: str, seen: set[int], repeated: list[str]) -> Iterator[tuple[str, int]]:
+    # What an alias repeats is listed where it stands first, so that aliases of aliases cannot make the list long.
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    children = list[tuple[str, yaml.Node, yaml.Node]]()
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [name for name, _, _ in children]
+        repeated.extend(prefix + name for name in dict.fromkeys(names) if names.count(name) > 1 and name != "<<")
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(number), item, item) for number, item in enumerate(node.value)]
+    for name, marked, child in children:
+        yield prefix + name, marked.start_mark.line + 1
+        yield from _keys(child, f"{prefix}{name}.", seen, repeated)
+
+
+def resolve(data: Any) -> Any:
+    """Return data with references such as `${base.dir}` replaced by what they name; others stay as they are."""
+
+    def value_of(path: str) -> Any:
+        node = data
+        for part in path.split("."):
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            else:
+                return None
+        return node
+
+    def resolved(node: Any, depth: int) -> Any:
+        if isinstance(node, dict):
+            return {key: resolved(value, depth) for key, value in node.items()}
+        if isinstance(node, list):
+            return [resolved(value, depth) for value in node]
+        if not isinstance(node, str) or "${" not in node or depth > 8:
+            return node
+        if whole := re.fullmatch(r"\$\{([\w.]+)\}", node):
+            value = value_of(whole[1])
+            return node if value is None or isinstance(value, dict | list) else resolved(value, depth + 1)
+        return re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolved(reference[0], depth + 1)), node)
+
+    return resolved(data, 0)

@@ -1,0 +1,44 @@
+"""The command `audit`: what configurations of other trainers would cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+
+def audit(
+    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Configurations, scripts, adapters, or folders.")],
+    file_format: Annotated[
+        str | None, Option("--format", help="Read the files as this format, such as axolotl, in place of detecting it.")
+    ] = None,
+    show_all: Annotated[bool, Option("--all", help="Show all notes and all runs, also where there are many.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, as docs/audit.schema.json describes it.")] = False,
+    sarif: Annotated[Path | None, Option(help="Write the findings to this file too, as SARIF for code hosts.")] = None,
+    completion_tokens: Annotated[
+        float | None, Option(min=1, help="Mean number of scored tokens of an example, which no configuration says.")
+    ] = None,
+) -> None:
+    """Say what is wrong in the configurations of other trainers, from the files alone.
+
+    Exits with status 1 if a finding is an error.
+    """
+    from lorabench.audit.checks import audit as find
+    from lorabench.audit.config import Knowledge
+    from lorabench.audit.files import read_paths
+    from lorabench.audit.output import Report
+
+    reading = read_paths(paths, file_format)
+    report = Report.of(reading, find(reading.configs, Knowledge(completion_tokens)))
+    if sarif is not None:
+        sarif.write_text(json.dumps(report.sarif(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(report.json(), indent=2, allow_nan=False))
+    else:
+        for line in report.lines(show_all):
+            print(line)
+    if report.counts["error"]:
+        raise typer.Exit(1)
