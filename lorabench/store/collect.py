@@ -88,7 +88,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
 
     @cache
     def groups_of(model: str, dataset: str) -> pa.Array | None:
-        return None if layout is None else _test_groups(layout, model, dataset)
+        return None if layout is None else test_groups(layout, model, dataset)
 
     def losses_of(path: Path) -> pa.Table:
         table = read_parquet(path, losses)
@@ -124,7 +124,8 @@ def _groups(table: pa.Table, groups_of: Callable[[str, str], pa.Array | None]) -
     return pa.chunked_array(parts, pa.string())
 
 
-def _test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
+def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
+    """Return the group of each test example in the order of a run's losses; None where examples are independent."""
     spec = layout.preset.sources[dataset]
     if not has_groups(spec):
         return None

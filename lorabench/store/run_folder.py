@@ -3,7 +3,7 @@
     runs/<run_id>/record.json      the run's spec, its outcome, and the environment that it ran in
     runs/<run_id>/curves.parquet   one row per step, split and metric
     runs/<run_id>/test_losses.parquet  one row per test example
-    runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model
+    runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model, with a README.md
     runs/<run_id>/restored         an empty file in a run that was restored from the repository, without its weights
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 

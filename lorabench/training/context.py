@@ -25,10 +25,11 @@ from lorabench.models.specs import dimensions
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
-from lorabench.store.collect import write_entries
+from lorabench.store.collect import test_groups, write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES
+from lorabench.training.card import model_card
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
@@ -66,6 +67,12 @@ class SweepContext:
         layers = dimensions(preset.models[self.sweep.condition.model]).layers
         again = preset.execution.recomputed_layers(layers)
         return again, layers - again
+
+    @cached_property
+    def _test_groups(self) -> list[str] | None:
+        condition = self.sweep.condition
+        groups = test_groups(self.layout, condition.model, condition.dataset)
+        return None if groups is None else groups.to_pylist()
 
     def provenance(self) -> dict[str, Any]:
         """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
@@ -123,6 +130,9 @@ class SweepContext:
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
                 if keep:
                     model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
+                    base = self.layout.model(condition.model)
+                    card = model_card(record, base, outcome.test_losses, self._test_groups)
+                    (staged.weights / "README.md").write_text(card, encoding="utf-8")
                 write_json(record, staged.record)
         processes.wait()
 

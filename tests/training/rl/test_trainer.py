@@ -164,3 +164,5 @@ def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_p
     # The base solves about one problem in four, which shows that it is graded by the file's answers.
     assert 0 < run["base_reward"] < 1
     assert run["status"] == "done"
+    card = (layout.runs / run["run_id"] / "weights/README.md").read_text()
+    assert f"| test accuracy | {run['final_reward']:.4f} (standard error " in card
