@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import axolotl
+from lorabench.audit.readers import axolotl, llamafactory, torchtune
 from lorabench.errors import UserError
 
-READERS: dict[str, ModuleType] = {"axolotl": axolotl}
+READERS: dict[str, ModuleType] = {"axolotl": axolotl, "torchtune": torchtune, "llamafactory": llamafactory}
 """By format; of those that recognize a file, the first reads it."""
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json", ".py", ".sh", ".bash", ".slurm", ".sbatch"})

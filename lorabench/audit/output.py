@@ -12,6 +12,7 @@ from urllib.parse import quote
 from lorabench.audit.config import TrainingConfig
 from lorabench.audit.files import NotRead, Reading
 from lorabench.audit.finding import Finding, Level
+from lorabench.utils.formats import lr
 
 FEW = 10
 """Up to so many runs are shown in full."""
@@ -111,9 +112,10 @@ def heading(config: TrainingConfig) -> str:
     ]
     parts = [" ".join(part for part in _kind(config) if part)]
     if config.lr is not None:
-        parts.append(f"LR {config.lr:.4g}{_optional(' (', config.schedule, ')')}")
+        parts.append(f"LR {lr(config.lr)}{_optional(' (', config.schedule, ')')}")
     if config.batch_size is not None:
-        parts.append(f"batch {config.batch_size}{_optional(' on ', config.devices, ' devices')}")
+        alone = config.devices is None and config.global_batch is None
+        parts.append(f"batch {config.batch_size}{' per device' if alone else ''}")
     if config.steps is not None and config.steps > 0:
         parts.append(f"{config.steps:g} steps")
     elif config.epochs is not None:
@@ -127,7 +129,7 @@ def heading(config: TrainingConfig) -> str:
     if config.bits is not None:
         parts.append(f"{config.bits}-bit base")
     if missing:
-        parts.append(f"not said: {', '.join(missing)}")
+        parts.append(f"not known: {', '.join(missing)}")
     return f"{config.where}: {', '.join(parts)}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.audit.readers import axolotl
+from lorabench.audit.readers import axolotl, llamafactory, torchtune
 
 AXOLOTL = """
 base_model: org/model-8b
@@ -65,3 +65,148 @@ def test_axolotl_without_effect(change, level):
     (finding,) = config.findings
     assert (finding.code, finding.level) == ("no-effect", level)
     assert config.rank is None
+
+
+def test_axolotl_grpo_counts_responses():
+    text = AXOLOTL + "rl: grpo\ntrl:\n  num_generations: 4\n"
+    config = read(axolotl, text)
+    assert (config.task, config.group_size, config.global_batch, config.batch_size) == ("rl", 4, 2, 8)
+    # Eight responses are not a whole group of sixteen, so several devices share a group.
+    config = read(axolotl, text.replace("num_generations: 4", "num_generations: 16"))
+    assert config.batch_size is None
+
+
+LLAMAFACTORY = """
+model_name_or_path: org/model-4b
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+template: qwen3
+cutoff_len: 2048
+quantization_bit: 4
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+bf16: true
+"""
+
+
+def test_llamafactory():
+    config = read(llamafactory, LLAMAFACTORY)
+    assert (config.model, config.method, config.task, config.bits) == ("org/model-4b", "lora", "sft", 4)
+    # OmegaConf reads 1e-4 as a number. Alpha is twice the rank by default, and all linear layers have LoRA.
+    assert (config.lr, config.rank, config.alpha, config.targets) == (1e-4, 16, 32, ("all-linear",))
+    assert (config.batch_size, config.epochs, config.precision) == (8, 3, "bf16")
+    assert config.findings == ()
+    assert "alpha" not in config.lines
+
+
+def test_llamafactory_defaults():
+    config = read(llamafactory, "model_name_or_path: m\nstage: dpo\ndo_train: true\n")
+    assert (config.method, config.task, config.lr, config.batch_size, config.epochs) == (
+        "lora",
+        "preference",
+        5e-5,
+        8,
+        3,
+    )
+    assert (config.rank, config.alpha, config.schedule, config.max_length) == (8, 16, "linear", 2048)
+
+
+@pytest.mark.parametrize(
+    ("option", "level"),
+    [("finetuning_type: full", "error"), ("finetuning_type: lora\nadapter_name_or_path: out/1", "warning")],
+)
+def test_llamafactory_without_effect(option, level):
+    config = read(llamafactory, LLAMAFACTORY.replace("finetuning_type: lora", option))
+    (finding,) = config.findings
+    assert (finding.code, finding.level, finding.message[:33]) == (
+        "no-effect",
+        level,
+        "lora_rank: 16 has no effect, sinc",
+    )
+    assert config.rank is None
+
+
+def test_llamafactory_of_the_second_version():
+    text = """
+model: org/model-4b
+peft_config:
+  name: lora
+  r: 16
+  lora_alpha: 32
+  target_modules: [q_proj, v_proj]
+train_dataset: data.yaml
+cutoff_len: 2048
+micro_batch_size: 2
+learning_rate: 1.0e-4
+max_steps: 10
+"""
+    config = read(llamafactory, text)
+    assert (config.method, config.task, config.rank, config.alpha) == ("lora", None, 16, 32)
+    assert (config.targets, config.lr, config.steps, config.batch_size) == (("q_proj", "v_proj"), 1e-4, 10, 2)
+    assert config.line("rank") == 5
+
+
+def test_llamafactory_without_training():
+    text = LLAMAFACTORY.replace("do_train: true", "do_predict: true")
+    assert llamafactory.matches(Path("c.yaml"), text)
+    assert llamafactory.read(Path("c.yaml"), "c.yaml", text) == []
+
+
+TORCHTUNE = """
+base: /tmp/Model-8B
+model:
+  _component_: torchtune.models.llama3_1.qlora_llama3_1_8b
+  lora_attn_modules: ['q_proj', 'output_proj']
+  apply_lora_to_mlp: True
+  apply_lora_to_output: False
+  lora_rank: 64
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  max_seq_len: null
+checkpointer:
+  checkpoint_dir: ${base}/
+batch_size: 2
+gradient_accumulation_steps: 8
+epochs: 1
+optimizer:
+  _component_: torch.optim.AdamW
+  lr: 3e-4
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 100
+loss:
+  _component_: torchtune.modules.loss.LinearCrossEntropyLoss
+dtype: bf16
+"""
+
+
+def test_torchtune():
+    config = read(torchtune, TORCHTUNE)
+    assert (config.model, config.method, config.task, config.bits) == ("llama3_1_8b", "lora", "sft", 4)
+    assert (config.lr, config.schedule, config.warmup, config.optimizer) == (3e-4, "cosine", 100, "AdamW")
+    assert (config.rank, config.alpha, config.batch_size, config.epochs) == (64, 16, 16, 1)
+    assert config.targets == ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert config.lines["rank"] == 8
+    assert (config.lines["lr"], config.findings) == (19, ())
+
+
+def test_torchtune_full_fine_tuning_by_grpo():
+    text = TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1").replace("LinearCrossEntropyLoss", "GRPOSimpleLoss")
+    config = read(torchtune, f"{text}grpo_samples: 16\nnum_steps: 200\n")
+    # A builder without a size is named by the folder of its weights.
+    assert (config.model, config.method, config.task) == ("/tmp/Model-8B", "fullft", "rl")
+    assert (config.group_size, config.steps, config.epochs, config.batch_size) == (16, 200, None, 256)
+
+
+def test_torchtune_with_a_frozen_language_model():
+    config = read(torchtune, TORCHTUNE.replace("  lora_rank: 64", "  decoder_trainable: frozen"))
+    assert (config.method, config.rank) == (None, None)
+
+
+def test_torchtune_without_an_optimizer_is_no_training():
+    assert not torchtune.matches(Path("evaluation.yaml"), "model:\n  _component_: torchtune.models.llama2.llama2_7b\n")

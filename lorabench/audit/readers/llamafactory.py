@@ -1,0 +1,206 @@
+"""Configurations of LLaMA-Factory: of its first version (llamafactory/hparams) and of its second (llamafactory/v1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorabench.audit.config import Method, Task, TrainingConfig
+from lorabench.audit.finding import Finding, Level
+from lorabench.audit.readers import options
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, flag, names, number, text, whole
+from lorabench.audit.yaml_lines import load, resolve
+from lorabench.errors import UserError
+
+_KEYS = {
+    "model": "model_name_or_path",
+    "method": "finetuning_type",
+    "task": "stage",
+    "bits": "quantization_bit",
+    "lr": "learning_rate",
+    "schedule": "lr_scheduler_type",
+    "optimizer": "optim",
+    "micro_batch": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "max_length": "cutoff_len",
+    "packing": "packing",
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "targets": "lora_target",
+    "saved_modules": "additional_target",
+}
+_KEYS_V1 = {
+    "model": "model",
+    "method": "peft_config.name",
+    "bits": "quant_config.quantization_bit",
+    "lr": "learning_rate",
+    "schedule": "lr_scheduler_config.name",
+    "optimizer": "optim_config.name",
+    "micro_batch": "micro_batch_size",
+    "global_batch": "global_batch_size",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "max_length": "cutoff_len",
+    "rank": "peft_config.r",
+    "alpha": "peft_config.lora_alpha",
+    "dropout": "peft_config.lora_dropout",
+    "rslora": "peft_config.use_rslora",
+    "dora": "peft_config.use_dora",
+    "targets": "peft_config.target_modules",
+    "saved_modules": "peft_config.modules_to_save",
+}
+_STAGES: dict[str, Task] = {
+    "pt": "pretraining",
+    "sft": "sft",
+    "rm": "preference",
+    "dpo": "preference",
+    "kto": "preference",
+    "ppo": "rl",
+}
+# Of an optimizer that an option of its own chooses.
+_OPTIMIZERS = ("galore", "apollo", "badam", "adam_mini", "muon")
+
+
+def matches(path: Path, text: str) -> bool:
+    """Return whether a file has options that only LLaMA-Factory has."""
+    if path.suffix not in (".yml", ".yaml", ".json"):
+        return False
+    keys = set(re.findall(r'^\s*"?(\w+)"?\s*:', text, re.MULTILINE))
+    first = "model_name_or_path" in keys and bool({"finetuning_type", "stage", "lora_target", "cutoff_len"} & keys)
+    return first or ({"model", "cutoff_len"} <= keys and bool({"peft_config", "train_dataset", "dist_config"} & keys))
+
+
+def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+    """Return the run of a file."""
+    # The framework reads files with OmegaConf, to which 2e-4 is a number.
+    raw, lines = load(text, as_omegaconf=True)
+    if not isinstance(raw, dict):
+        raise UserError("it has no options: a configuration of LLaMA-Factory is a mapping")
+    data = resolve(raw)
+    first = "model_name_or_path" in data
+    # Without do_train, and without training data, it is an evaluation, an export or a chat.
+    if not flag(data.get("do_train")) if first else not data.get("train_dataset"):
+        return []
+    said, findings = _first(data, lines) if first else (_second(data), [])
+    places = options.lines_of(_KEYS if first else _KEYS_V1, lines)
+    for key in ("warmup_ratio", "warmup_steps"):
+        if data.get(key) is not None:
+            places["warmup"] = lines[key]
+    findings += options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
+    return [TrainingConfig(shown, "llamafactory", lines=places, findings=tuple(findings), **said)]
+
+
+def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str, Any], list[Finding]]:
+    kind = text(data.get("finetuning_type")) or "lora"
+    method: Method | None = {"lora": "lora", "full": "fullft"}.get(kind)  # type: ignore[assignment]
+    continued = text(data.get("adapter_name_or_path")) if not flag(data.get("create_new_adapter")) else None
+    optimizer = next((name for name in _OPTIMIZERS if flag(data.get(f"use_{name}"))), text(data.get("optim")))
+    steps = number(data.get("max_steps"))
+    said: dict[str, Any] = {
+        "task": _STAGES.get(text(data.get("stage")) or "sft"),
+        "method": method,
+        "model": text(data.get("model_name_or_path")),
+        "bits": whole(data.get("quantization_bit")),
+        "precision": _precision(data),
+        # Where nothing is said, these are the defaults of transformers.
+        "lr": number(data.get("learning_rate", 5e-5)),
+        "schedule": text(data.get("lr_scheduler_type", "linear")),
+        "warmup": number(data.get("warmup_steps")) or number(data.get("warmup_ratio")),
+        "optimizer": optimizer,
+        "micro_batch": whole(data.get("per_device_train_batch_size", 8)),
+        "accumulation": whole(data.get("gradient_accumulation_steps", 1)),
+        "steps": steps if steps is not None and steps > 0 else None,
+        "epochs": number(data.get("num_train_epochs", 3)),
+        "max_length": whole(data.get("cutoff_len", 2048)),
+        "packing": flag(data.get("packing")) or flag(data.get("neat_packing")),
+    }
+    if method == "lora" and continued is None:
+        rank = whole(data.get("lora_rank", 8))
+        said |= {
+            "rank": rank,
+            "alpha": number(data.get("lora_alpha")) or (None if rank is None else 2.0 * rank),
+            "dropout": number(data.get("lora_dropout", 0.0)),
+            "rslora": flag(data.get("use_rslora")),
+            "dora": flag(data.get("use_dora")),
+            "targets": _targets(data.get("lora_target", "all")),
+            "saved_modules": names(data.get("additional_target")) or (),
+            "variant": _variant(data),
+        }
+    return said, _without_effect(data, kind, continued, lines)
+
+
+def _second(data: Mapping[str, Any]) -> dict[str, Any]:
+    adapter = data.get("peft_config")
+    kind = text(options.at(data, "peft_config.name"))
+    continued = bool(adapter) and text(options.at(data, "peft_config.adapter_name_or_path")) is not None
+    steps = number(data.get("max_steps"))
+    said: dict[str, Any] = {
+        # The command says whether it is SFT or preference training, not the file.
+        "method": "lora" if kind == "lora" else "fullft" if not adapter else None,
+        "model": text(data.get("model")),
+        "bits": whole(options.at(data, "quant_config.quantization_bit")),
+        "precision": "bf16" if flag(data.get("bf16", True)) else "fp32",
+        "lr": number(data.get("learning_rate", 1e-4)),
+        "schedule": text(options.at(data, "lr_scheduler_config.name")),
+        "optimizer": text(options.at(data, "optim_config.name")),
+        "micro_batch": whole(data.get("micro_batch_size", 1)),
+        "global_batch": whole(data.get("global_batch_size")),
+        "steps": steps if steps is not None and steps > 0 else None,
+        "epochs": number(data.get("num_train_epochs", 3)),
+        "max_length": whole(data.get("cutoff_len", 2048)),
+    }
+    if kind == "lora" and not continued:
+        said |= {
+            "rank": whole(options.at(data, "peft_config.r") or 8),
+            "alpha": number(options.at(data, "peft_config.lora_alpha") or 16),
+            "dropout": number(adapter.get("lora_dropout", 0.05)) if isinstance(adapter, Mapping) else None,
+            "rslora": flag(options.at(data, "peft_config.use_rslora")),
+            "dora": flag(options.at(data, "peft_config.use_dora")),
+            "targets": _targets(options.at(data, "peft_config.target_modules") or "all"),
+            "saved_modules": names(options.at(data, "peft_config.modules_to_save")) or (),
+        }
+    return said
+
+
+def _precision(data: Mapping[str, Any]) -> str | None:
+    if flag(data.get("bf16")) or flag(data.get("pure_bf16")):
+        return "bf16"
+    return "fp16" if flag(data.get("fp16")) else None
+
+
+def _targets(value: Any) -> tuple[str, ...] | None:
+    said = names(value)
+    # `all` leaves out the unembedding, and the vision tower where that is frozen.
+    return ("all-linear",) if said == ("all",) else said
+
+
+def _variant(data: Mapping[str, Any]) -> str | None:
+    if flag(data.get("pissa_init")):
+        return "pissa"
+    if number(data.get("loraplus_lr_ratio")) is not None:
+        return "loraplus"
+    return "llama_pro" if flag(data.get("use_llama_pro")) else None
+
+
+def _without_effect(
+    data: Mapping[str, Any], kind: str, continued: str | None, lines: Mapping[str, int]
+) -> list[Finding]:
+    stated = [key for key in ("lora_rank", "lora_alpha", "lora_target", "lora_dropout") if data.get(key)]
+    if not stated or (kind == "lora" and continued is None):
+        return []
+    first, others = stated[0], f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
+    reason = (
+        f"since finetuning_type is {kind}"
+        if kind != "lora"
+        else f"since training goes on from the adapter {continued}, which has its own, without create_new_adapter"
+    )
+    level: Level = "error" if first == "lora_rank" and kind != "lora" else "warning"
+    message = f"{first}: {data[first]} has no effect{others}, {reason}"
+    return [Finding("no-effect", level, message, THE_FILE, CERTAIN, line=lines.get(first))]

@@ -1,0 +1,170 @@
+"""What `lorabench audit` prints, its exit status, and the schemas of JSON and SARIF."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+from pydantic import TypeAdapter
+from typer.testing import CliRunner
+
+from lorabench.audit.output import Report
+from lorabench.cli.commands import app
+
+from ..conftest import REPOSITORY
+from .test_sft_readers import AXOLOTL
+
+SCHEMA = REPOSITORY / "docs/audit.schema.json"
+
+
+def schema() -> str:
+    """Return the schema of --json; `python -m tests.audit.test_output` writes it."""
+    return json.dumps(TypeAdapter(Report).json_schema(), indent=2) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one right and one wrong configuration, and one that is not understood."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.yml").write_text(AXOLOTL.replace("2e-4", "0.0002"))
+    (tmp_path / "wrong.yml").write_text(AXOLOTL.replace("adapter: qlora", "adapter:"))
+    (tmp_path / "bad.yml").write_text(f"{AXOLOTL}a: [")
+    return tmp_path
+
+
+def audit(*arguments):
+    """Return the exit status and the lines of the command."""
+    result = CliRunner().invoke(app, ["audit", *arguments])
+    return result.exit_code, result.stdout
+
+
+def test_text_says_what_was_understood_and_found(folder):
+    status, printed = audit(".")
+    right, wrong, error, note, bad, counts = printed.splitlines()
+    assert status == 1
+    assert right == (
+        "a b.yml: axolotl: SFT of org/model-8b by LoRA, LR 2e-4 (cosine), batch 8 per device, 3 epochs, rank 32, "
+        "alpha 16, on all linear layers, rsLoRA, 4-bit base"
+    )
+    assert wrong.startswith("wrong.yml: axolotl: SFT of org/model-8b by full fine-tuning, LR 2e-4")
+    assert error.startswith("  error no-effect: line 7: lora_r: 32 has no effect")
+    assert error.endswith("[the file alone; certain]")
+    assert note.startswith("  note lr-text: line 17:")
+    assert bad.startswith("bad.yml: not read: it is not valid YAML")
+    assert counts == "2 runs, 1 file not read: 1 error, 0 warnings, 1 note"
+    assert audit("a b.yml") == (0, f"{right}\n1 run: 0 errors, 0 warnings, 0 notes\n")
+
+
+def test_of_many_runs_those_with_a_finding_are_shown(folder):
+    for number in range(20):
+        (folder / f"n{number}.yml").write_text(AXOLOTL)
+    lines = audit(".")[1].splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["wrong.yml", "  error no-effect"]
+    assert lines[2] == "21 more runs without an error or a warning (--all shows them)"
+    assert len(lines) == 5
+    assert len(audit(".", "--all")[1].splitlines()) > 40
+
+
+def test_json_has_the_documented_schema(folder):
+    status, printed = audit(".", "--json")
+    report = json.loads(printed)
+    assert status == 1
+    assert SCHEMA.read_text() == schema(), "run: python -m tests.audit.test_output"
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    assert report["counts"] == {"error": 1, "warning": 0, "note": 1}
+    assert [config["lr"] for config in report["configs"]] == [2e-4, 2e-4]
+    assert {(finding["code"], finding["path"], finding["line"]) for finding in report["findings"]} == {
+        ("no-effect", "wrong.yml", 7),
+        ("lr-text", "wrong.yml", 17),
+    }
+    assert [missing["path"] for missing in report["not_read"]] == ["bad.yml"]
+
+
+# What code hosts ask of SARIF 2.1.0, of the fields that are written.
+SARIF = {
+    "type": "object",
+    "required": ["version", "$schema", "runs"],
+    "properties": {
+        "version": {"const": "2.1.0"},
+        "runs": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "required": ["tool", "results"],
+                "properties": {
+                    "tool": {
+                        "required": ["driver"],
+                        "properties": {"driver": {"required": ["name", "rules"], "properties": {}}},
+                    },
+                    "results": {
+                        "type": "array",
+                        "items": {
+                            "required": ["ruleId", "level", "message", "locations"],
+                            "properties": {
+                                "level": {"enum": ["none", "note", "warning", "error"]},
+                                "message": {"required": ["text"]},
+                                "locations": {
+                                    "items": {
+                                        "required": ["physicalLocation"],
+                                        "properties": {
+                                            "physicalLocation": {
+                                                "required": ["artifactLocation"],
+                                                "properties": {
+                                                    "artifactLocation": {
+                                                        "properties": {"uri": {"pattern": "^[^ \\\\]+$"}}
+                                                    },
+                                                    "region": {"properties": {"startLine": {"minimum": 1}}},
+                                                },
+                                            }
+                                        },
+                                    }
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def test_sarif(folder):
+    (folder / "a b.yml").write_text(AXOLOTL)
+    status, _ = audit(".", "--sarif", "out.sarif")
+    report = json.loads((folder / "out.sarif").read_text())
+    jsonschema.validate(report, SARIF)
+    (run,) = report["runs"]
+    assert status == 1
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == ["lr-text", "no-effect"]
+    places = [result["locations"][0]["physicalLocation"] for result in run["results"]]
+    assert (places[0]["artifactLocation"]["uri"], places[0]["region"]["startLine"]) == ("a%20b.yml", 17)
+
+
+def test_every_code_has_a_heading_in_the_docs():
+    sources = "".join(path.read_text() for path in (REPOSITORY / "lorabench/audit").rglob("*.py"))
+    codes = set(re.findall(r'Finding\(\s*"([a-z-]+)"', sources))
+    headings = set(re.findall(r"^### ([a-z-]+)$", (REPOSITORY / "docs/audit.md").read_text(), re.M))
+    assert codes >= {"lr-text", "no-effect"}
+    assert sorted(codes - headings) == []
+
+
+def test_the_command_imports_nothing_heavy(folder):
+    """A configuration is answered at once: what takes long to import is counted, since times vary."""
+    call = (
+        "import sys; from lorabench.cli.commands import app; app(['audit', 'a b.yml'], standalone_mode=False);"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", call]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "peft", "datasets", "matplotlib"} & set(done.stdout.split())
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema())
