@@ -70,8 +70,12 @@ class Report:
                 yield _line(finding, "  ")
         if hidden:
             yield f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)"
+        reasons: dict[str, list[str]] = {}
         for missing in self.not_read:
-            yield f"{missing.path}: not read: {missing.reason}"
+            reasons.setdefault(missing.reason, []).append(missing.path)
+        for reason, paths in reasons.items():
+            others = "" if len(paths) == 1 else f" and {_count(len(paths) - 1, 'other file')}"
+            yield f"{paths[0]}{others}: not read: {reason}"
         found = ", ".join(_count(number, level) for level, number in self.counts.items())
         unread = f", {_count(len(self.not_read), 'file')} not read" if self.not_read else ""
         yield f"{_count(len(self.configs), 'run')}{unread}: {found}"
@@ -126,6 +130,8 @@ def heading(config: TrainingConfig) -> str:
         parts.append(f"on {_targets(config)}")
         parts += [word for word, on in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if on]
         parts += [config.variant] if config.variant else []
+    if config.optimizer is not None and "adam" not in config.optimizer.lower():
+        parts.append(config.optimizer)
     if config.bits is not None:
         parts.append(f"{config.bits}-bit base")
     if missing:

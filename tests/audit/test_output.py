@@ -10,6 +10,7 @@ import sys
 
 import jsonschema
 import pytest
+import yaml
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
@@ -164,6 +165,32 @@ def test_the_command_imports_nothing_heavy(folder):
     command = [sys.executable, "-c", call]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "peft", "datasets", "matplotlib"} & set(done.stdout.split())
+
+
+def test_the_hook_calls_the_command():
+    (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text())
+    assert (hook["id"], hook["entry"]) == ("lorabench-audit", "lorabench audit")
+
+
+def test_the_action_audits_the_paths(folder):
+    steps = yaml.safe_load((REPOSITORY / "action.yml").read_text())["runs"]["steps"]
+    # Actions of others would have to be pinned by their hash.
+    assert [step["name"] for step in steps if "uses" in step] == []
+    (script,) = [step["run"] for step in steps if step["name"] == "Audit"]
+    script = script.replace("lorabench", f"{sys.executable} -m lorabench.cli")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATHS": "a b.yml\nwrong.yml", "SARIF": "out.sarif"}
+    done = subprocess.run(["bash", "-e", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[-1].startswith("2 runs: 1 error")
+    assert (folder / "out.sarif").is_file()
+
+
+def test_files_with_the_same_reason_are_counted(folder):
+    for number in range(9):
+        (folder / f"n{number}.txt").write_text("a: 1")
+    lines = audit(*sorted(str(path) for path in folder.glob("*.txt")))[1].splitlines()
+    assert len(lines) == 2
+    assert "n0.txt and 8 other files: not read: it is of no format that is known" in lines[0]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def folder(tmp_path_factory) -> Path:
     (clone / "margins.yaml").write_text(yaml.safe_dump(MARGINS))
     shutil.copytree(shipped_folder("llama-128"), clone / "path/to/model")
     write_rows(clone / "my.jsonl", 50)
+    (clone / "path/to/config.yaml").write_text("base_model: my/model-1b\nlearning_rate: 2.0e-5\ndatasets: []\n")
     problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
     (clone / "problems.jsonl").write_text("\n".join(problems))
     return clone

@@ -49,6 +49,8 @@ _LORA_OPTIONS = (
     "peft_init_lora_weights",
     "loraplus_lr_ratio",
 )
+# With these, some of the weights are trained, whole.
+_PARTIAL = ("unfrozen_parameters", "lisa_n_layers", "spectrum_top_fraction")
 
 
 def matches(path: Path, text: str) -> bool:
@@ -91,7 +93,7 @@ def _said(data: Mapping[str, Any]) -> dict[str, Any]:
     method: Method | None = None
     if adapter in ("lora", "qlora"):
         method = "lora"
-    elif adapter is None and not data.get("unfrozen_parameters") and not data.get("lisa_n_layers"):
+    elif adapter is None and not any(data.get(key) for key in _PARTIAL):
         method = "fullft"
     said: dict[str, Any] = {
         "task": _task(data),
@@ -104,7 +106,7 @@ def _said(data: Mapping[str, Any]) -> dict[str, Any]:
         else None,
         "precision": _precision(data),
         "lr": number(data.get("learning_rate")),
-        "schedule": text(data.get("lr_scheduler")),
+        "schedule": text(data.get("lr_scheduler")) or "cosine",
         "warmup": number(data.get("warmup_steps")) or number(data.get("warmup_ratio")),
         "optimizer": text(data.get("optimizer")),
         "steps": number(data.get("max_steps")),
