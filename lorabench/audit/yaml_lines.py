@@ -98,11 +98,20 @@ def resolve(data: Any) -> Any:
                 return None
         return node
 
+    # Aliases can name what contains them, and be of exponential size if they are copied.
+    done: dict[int, Any] = {}
+
     def resolved(node: Any, depth: int) -> Any:
+        if id(node) in done:
+            return done[id(node)]
         if isinstance(node, dict):
-            return {key: resolved(value, depth) for key, value in node.items()}
+            mapping = done[id(node)] = dict[Any, Any]()
+            mapping.update((key, resolved(value, depth)) for key, value in node.items())
+            return mapping
         if isinstance(node, list):
-            return [resolved(value, depth) for value in node]
+            items = done[id(node)] = list[Any]()
+            items.extend(resolved(value, depth) for value in node)
+            return items
         if not isinstance(node, str) or "${" not in node or depth > 8:
             return node
         if whole := re.fullmatch(r"\$\{([\w.]+)\}", node):

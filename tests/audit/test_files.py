@@ -61,6 +61,12 @@ def test_aliases_of_aliases_are_read_at_once():
     data, lines = load("\n".join(["l0: &l0 [1]", *layers]))
     assert len(data["l39"]) == 9
     assert lines["l39"] == 40
+    assert len(resolve(data)["l39"]) == 9
+
+
+def test_an_alias_may_name_what_contains_it():
+    data = resolve(load("a: &a [1, *a]")[0])
+    assert data["a"][1] is data["a"]
 
 
 def test_places_to_fill_in_are_kept_as_text():

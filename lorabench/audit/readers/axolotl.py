@@ -10,7 +10,7 @@ from typing import Any
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.readers import options
-from lorabench.audit.readers.options import CERTAIN, THE_FILE, flag, names, number, text, whole
+from lorabench.audit.readers.options import count, flag, names, number, text
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
@@ -111,7 +111,7 @@ def _said(data: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": text(data.get("optimizer")),
         "steps": number(data.get("max_steps")),
         "epochs": number(data.get("num_epochs")) or 1.0,
-        "max_length": whole(data.get("sequence_len")),
+        "max_length": count(data.get("sequence_len")),
         "packing": flag(data.get("sample_packing")),
         **_batch(data),
     }
@@ -142,12 +142,12 @@ def _precision(data: Mapping[str, Any]) -> str | None:
 
 
 def _batch(data: Mapping[str, Any]) -> dict[str, Any]:
-    micro = whole(data.get("micro_batch_size")) or 1
-    accumulation = whole(data.get("gradient_accumulation_steps"))
+    micro = count(data.get("micro_batch_size")) or 1
+    accumulation = count(data.get("gradient_accumulation_steps"))
     if accumulation is None:
         # `batch_size` is that of a device; a file sets only one of the two.
-        accumulation = max(1, (whole(data.get("batch_size")) or micro) // micro)
-    group = whole(options.at(data, "trl.num_generations")) if text(data.get("rl")) in ("grpo", "gdpo") else None
+        accumulation = max(1, (count(data.get("batch_size")) or micro) // micro)
+    group = count(options.at(data, "trl.num_generations")) if text(data.get("rl")) in ("grpo", "gdpo") else None
     if group is None:
         return {"micro_batch": micro, "accumulation": accumulation}
     # In GRPO, examples are responses, and a batch holds whole groups of them.
@@ -157,7 +157,7 @@ def _batch(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lora(data: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {
-        "rank": whole(data.get("lora_r")),
+        "rank": count(data.get("lora_r")),
         "alpha": number(data.get("lora_alpha")),
         "dropout": number(data.get("lora_dropout")) or 0.0,
         "rslora": flag(data.get("peft_use_rslora")),
@@ -189,16 +189,10 @@ def _without_effect(data: Mapping[str, Any], adapter: str | None, lines: Mapping
     stated = [key for key in _LORA_OPTIONS if data.get(key)]
     if not stated:
         return []
-    first, others = stated[0], f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
     if adapter is None:
-        message = f"{first}: {data[first]} has no effect{others}, since `adapter` is not set: all weights are trained"
-        level: Level = "error" if first == "lora_r" else "warning"
-    elif text(data.get("lora_model_dir")):
-        message = (
-            f"{first}: {data[first]} has no effect{others}, since training goes on from the adapter in lora_model_dir, "
-            f"{data['lora_model_dir']}, which has its own"
-        )
-        level = "warning"
-    else:
-        return []
-    return [Finding("no-effect", level, message, THE_FILE, CERTAIN, line=lines.get(first))]
+        level: Level = "error" if stated[0] == "lora_r" else "warning"
+        return [options.without_effect(data, stated, "`adapter` is not set: all weights are trained", level, lines)]
+    if continued := text(data.get("lora_model_dir")):
+        reason = f"training goes on from the adapter in lora_model_dir, {continued}, which has its own"
+        return [options.without_effect(data, stated, reason, "warning", lines)]
+    return []

@@ -10,7 +10,7 @@ from typing import Any
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.readers import options
-from lorabench.audit.readers.options import CERTAIN, THE_FILE, flag, names, number, text, whole
+from lorabench.audit.readers.options import count, flag, names, number, text
 from lorabench.audit.yaml_lines import load, resolve
 from lorabench.errors import UserError
 
@@ -107,22 +107,22 @@ def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str,
         "task": _STAGES.get(text(data.get("stage")) or "sft"),
         "method": method,
         "model": text(data.get("model_name_or_path")),
-        "bits": whole(data.get("quantization_bit")),
+        "bits": count(data.get("quantization_bit")),
         "precision": _precision(data),
         # Where nothing is said, these are the defaults of transformers.
         "lr": number(data.get("learning_rate", 5e-5)),
         "schedule": text(data.get("lr_scheduler_type", "linear")),
         "warmup": number(data.get("warmup_steps")) or number(data.get("warmup_ratio")),
         "optimizer": optimizer,
-        "micro_batch": whole(data.get("per_device_train_batch_size", 8)),
-        "accumulation": whole(data.get("gradient_accumulation_steps", 1)),
+        "micro_batch": count(data.get("per_device_train_batch_size", 8)),
+        "accumulation": count(data.get("gradient_accumulation_steps", 1)),
         "steps": steps if steps is not None and steps > 0 else None,
         "epochs": number(data.get("num_train_epochs", 3)),
-        "max_length": whole(data.get("cutoff_len", 2048)),
+        "max_length": count(data.get("cutoff_len", 2048)),
         "packing": flag(data.get("packing")) or flag(data.get("neat_packing")),
     }
     if method == "lora" and continued is None:
-        rank = whole(data.get("lora_rank", 8))
+        rank = count(data.get("lora_rank", 8))
         said |= {
             "rank": rank,
             "alpha": number(data.get("lora_alpha")) or (None if rank is None else 2.0 * rank),
@@ -145,20 +145,20 @@ def _second(data: Mapping[str, Any]) -> dict[str, Any]:
         # The command says whether it is SFT or preference training, not the file.
         "method": "lora" if kind == "lora" else "fullft" if not adapter else None,
         "model": text(data.get("model")),
-        "bits": whole(options.at(data, "quant_config.quantization_bit")),
+        "bits": count(options.at(data, "quant_config.quantization_bit")),
         "precision": "bf16" if flag(data.get("bf16", True)) else "fp32",
         "lr": number(data.get("learning_rate", 1e-4)),
         "schedule": text(options.at(data, "lr_scheduler_config.name")),
         "optimizer": text(options.at(data, "optim_config.name")),
-        "micro_batch": whole(data.get("micro_batch_size", 1)),
-        "global_batch": whole(data.get("global_batch_size")),
+        "micro_batch": count(data.get("micro_batch_size", 1)),
+        "global_batch": count(data.get("global_batch_size")),
         "steps": steps if steps is not None and steps > 0 else None,
         "epochs": number(data.get("num_train_epochs", 3)),
-        "max_length": whole(data.get("cutoff_len", 2048)),
+        "max_length": count(data.get("cutoff_len", 2048)),
     }
     if kind == "lora" and not continued:
         said |= {
-            "rank": whole(options.at(data, "peft_config.r") or 8),
+            "rank": count(options.at(data, "peft_config.r") or 8),
             "alpha": number(options.at(data, "peft_config.lora_alpha") or 16),
             "dropout": number(adapter.get("lora_dropout", 0.05)) if isinstance(adapter, Mapping) else None,
             "rslora": flag(options.at(data, "peft_config.use_rslora")),
@@ -195,12 +195,8 @@ def _without_effect(
     stated = [key for key in ("lora_rank", "lora_alpha", "lora_target", "lora_dropout") if data.get(key)]
     if not stated or (kind == "lora" and continued is None):
         return []
-    first, others = stated[0], f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
-    reason = (
-        f"since finetuning_type is {kind}"
-        if kind != "lora"
-        else f"since training goes on from the adapter {continued}, which has its own, without create_new_adapter"
-    )
-    level: Level = "error" if first == "lora_rank" and kind != "lora" else "warning"
-    message = f"{first}: {data[first]} has no effect{others}, {reason}"
-    return [Finding("no-effect", level, message, THE_FILE, CERTAIN, line=lines.get(first))]
+    if kind != "lora":
+        level: Level = "error" if stated[0] == "lora_rank" else "warning"
+        return [options.without_effect(data, stated, f"finetuning_type is {kind}", level, lines)]
+    reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"
+    return [options.without_effect(data, stated, reason, "warning", lines)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorabench.audit.finding import Finding
+from lorabench.audit.finding import Finding, Level
 
 THE_FILE = "the file alone"
 CERTAIN = "certain"
@@ -38,12 +38,18 @@ def whole(value: Any) -> int | None:
     return int(read) if read is not None and read == int(read) else None
 
 
+def count(value: Any) -> int | None:
+    """Return a whole number above 0, null if it is none."""
+    read = whole(value)
+    return read if read is not None and read > 0 else None
+
+
 def text(value: Any) -> str | None:
-    """Return text that is not empty and has no place to fill in, such as `${MODEL}` or `{{ model }}`."""
+    """Return text in one line that is not empty and has no place to fill in, such as `${MODEL}` or `{{ model }}`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    said = str(value).strip()
-    return said if said and not any(mark in said for mark in ("${", "{{", "$(")) else None
+    said = " ".join(str(value).split())
+    return said if said and said.isprintable() and not any(mark in said for mark in ("${", "{{", "$(")) else None
 
 
 def flag(value: Any) -> bool:
@@ -59,7 +65,8 @@ def names(value: Any) -> tuple[str, ...] | None:
         value = value.split(",")
     if not isinstance(value, list | tuple):
         return None
-    return tuple(str(name).strip() for name in value if str(name).strip()) or None
+    said = (text(name) for name in value)
+    return tuple(name for name in said if name is not None) or None
 
 
 def lines_of(keys: Mapping[str, str], lines: Mapping[str, int]) -> dict[str, int]:
@@ -85,6 +92,22 @@ def dotted(value: float) -> str:
     """Return a number as YAML 1.1 reads it: with a dot and a signed exponent."""
     mantissa, exponent = f"{value:e}".split("e")
     return f"{float(mantissa)}e{exponent[0]}{int(exponent[1:])}"
+
+
+def without_effect(
+    data: Mapping[str, Any], keys: Sequence[str], reason: str, level: Level, lines: Mapping[str, int]
+) -> Finding:
+    """Return the finding that some options have no effect.
+
+    Args:
+        keys: the options, of which the first is in the message with its value.
+        reason: why they have none, after "since".
+    """
+    value = text(data.get(keys[0]))
+    first = keys[0] if value is None else f"{keys[0]}: {value}"
+    others = f" (as have {', '.join(keys[1:])})" if keys[1:] else ""
+    message = f"{first} has no effect{others}, since {reason}"
+    return Finding("no-effect", level, message, THE_FILE, CERTAIN, line=lines.get(keys[0]))
 
 
 def repeated_findings(repeated: tuple[str, ...], lines: Mapping[str, int], effect: str) -> list[Finding]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.readers import options
-from lorabench.audit.readers.options import flag, names, number, text, whole
+from lorabench.audit.readers.options import count, flag, names, number, text
 from lorabench.audit.yaml_lines import load, resolve
 from lorabench.errors import UserError
 
@@ -87,16 +87,16 @@ def _said(data: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": schedule,
         "warmup": number(options.at(data, "lr_scheduler.num_warmup_steps")),
         "optimizer": _component(data.get("optimizer")),
-        "micro_batch": whole(data.get("batch_size")),
-        "accumulation": whole(data.get("gradient_accumulation_steps")),
+        "micro_batch": count(data.get("batch_size")),
+        "accumulation": count(data.get("gradient_accumulation_steps")),
         "epochs": number(data.get("epochs")),
-        "max_length": whole(options.at(data, "tokenizer.max_seq_len")),
+        "max_length": count(options.at(data, "tokenizer.max_seq_len")),
         "packing": flag(options.at(data, "dataset.packed")),
     }
     if task == "rl":
         # In PPO `batch_size` counts the responses of a rollout, and `num_steps` all responses.
-        ppo = whole(data.get("ppo_batch_size"))
-        said |= {"epochs": None, "group_size": whole(data.get("grpo_samples"))}
+        ppo = count(data.get("ppo_batch_size"))
+        said |= {"epochs": None, "group_size": count(data.get("grpo_samples"))}
         said |= {"micro_batch": None, "accumulation": None, "global_batch": ppo} if ppo else {}
         said["steps"] = None if ppo else number(data.get("num_steps"))
     if method == "lora":
@@ -140,7 +140,7 @@ def _lora(builder: str, model: Mapping[str, Any]) -> dict[str, Any]:
     mlp, experts = flag(model.get("apply_lora_to_mlp")), "llama4" in builder
     return {
         # All builders of torchtune have these defaults.
-        "rank": whole(model.get("lora_rank", 8)),
+        "rank": count(model.get("lora_rank", 8)),
         "alpha": number(model.get("lora_alpha", 16)),
         "dropout": number(model.get("lora_dropout", 0.0)),
         "dora": flag(model.get("use_dora")),
