@@ -8,7 +8,14 @@ from dataclasses import replace
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding
 
-RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = ()
+
+def _check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    from lorabench.audit.lr import check_lr
+
+    return check_lr(config, known)
+
+
+RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = (_check_lr,)
 """Checks of one run. A finding without a path gets that of its run. What they need is imported when they are called."""
 FOLDER_CHECKS: tuple[Callable[[Sequence[TrainingConfig], Knowledge], list[Finding]], ...] = ()
 """Checks that compare the runs of all files with each other. Each finding names its path."""

@@ -133,16 +133,16 @@ def _study_optima(study: Study) -> list[LrOptimum]:
         first = {name: runs[name].iloc[0] for name in _CONDITION} | about | {"rl": study.is_rl}
         fullft = runs[runs["method"] == "fullft"]
         if fullft["lr"].nunique() >= MIN_LRS:
-            optima.append(_grid_optimum(fullft, first | {"method": "fullft", "alpha": ALPHA}))
+            optima.append(grid_optimum(fullft, first | {"method": "fullft", "alpha": ALPHA}))
         lora = runs[runs["method"] == "lora"].groupby("rank").filter(lambda arm: arm["lr"].nunique() >= MIN_LRS)
         if len(lora):
             highest = lora[lora["rank"] == lora["rank"].max()]
             rank = highest["rank"].iloc[0]
-            optima.append(_grid_optimum(highest, first | {"method": "lora", "alpha": alpha, "rank": rank}))
+            optima.append(grid_optimum(highest, first | {"method": "lora", "alpha": alpha, "rank": rank}))
     return optima
 
 
-def _grid_optimum(arm: pd.DataFrame, about: Mapping[Any, Any]) -> LrOptimum:
+def grid_optimum(arm: pd.DataFrame, about: Mapping[Any, Any]) -> LrOptimum:
     """Return the optimum of an arm's grid, given what is known of it besides LR, error, counts and remark."""
     cells = arm.assign(lost=~arm["status"].eq("done"), loss=arm["loss"].astype(float)).groupby(arm["lr"].astype(float))
     grid = cells.agg(loss=("loss", "mean"), lost=("lost", "any"))
@@ -176,7 +176,7 @@ def _authors_optima() -> list[LrOptimum]:
         # The source tried 3e-3 with every model, and leaves out the runs that ended above 2 nats.
         if runs["lr"].max() < 3e-3:
             runs = pd.concat([runs, pd.DataFrame([{"lr": 3e-3, "loss": NAN, "status": "diverged"}])])
-        optima.append(_grid_optimum(runs, about))
+        optima.append(grid_optimum(runs, about))
     for family, widths in _LAW_WIDTHS.items():
         for width, method in product(widths, ("fullft", "lora")):
             law = {"model": f"{family} {width}", "family": family, "dataset": "law", "width": width, "method": method}

@@ -28,6 +28,8 @@ REFERENCE = _PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
 LR_OPTIMA = _PACKAGED / "lr_optima.csv"
 """The optimal learning rates that are known, a table that `lorabench evidence` writes."""
+LR_CURVATURES = _PACKAGED / "lr_curvatures.csv"
+"""What other learning rates lose, a table that `python -m benchmarks.audit_regret` writes."""
 
 
 @contextmanager

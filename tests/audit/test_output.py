@@ -30,7 +30,8 @@ def schema() -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with one right and one wrong configuration, and one that is not understood."""
+    """A folder with one right and one wrong configuration, and one that is not understood; only readers find things."""
+    monkeypatch.setattr("lorabench.audit.checks.RUN_CHECKS", ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yml").write_text(AXOLOTL.replace("2e-4", "0.0002"))
     (tmp_path / "wrong.yml").write_text(AXOLOTL.replace("adapter: qlora", "adapter:"))

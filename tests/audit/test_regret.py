@@ -1,0 +1,157 @@
+"""What learning rates would cost, on made-up optima and curvatures whose answer is known, and the findings of it."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lorabench.analysis.pooled_lr import REFERENCE, Place
+from lorabench.audit.config import TrainingConfig
+from lorabench.audit.lr import lr_findings, shift
+from lorabench.audit.models import ModelFacts
+from lorabench.audit.regret import REACH, Curvature, LrEvidence, regret, shipped_evidence
+from lorabench.sources.lr_optima import LrOptimum
+
+MODEL = ModelFacts("m", "llama", 2000, "made up")
+BATCH, STEPS = (int(REFERENCE[name]) for name in ("batch_size", "steps"))
+PLACE = Place.at("llama", 2000, "lora", BATCH, STEPS)
+# At the pivot the law of LoRA is 5e-4, and so are all optima of SFT here; those of RL are a hundredth.
+BEST = 5e-4
+RUN = TrainingConfig("a.yaml", "made-up", task="sft", method="lora", lr=BEST, global_batch=BATCH, steps=STEPS)
+RUN = replace(RUN, rank=10**6, alpha=32, lines={"lr": 7})
+
+
+def evidence(curvature=0.1, sources=12, factors=(0.8, 1.25)):
+    """Return optima at factors of the law, each of as many sources, and one curvature on both sides."""
+    optima = [
+        LrOptimum(f"{n} {factor}", "m", "llama", "d", "lora", 64, 2000, BATCH, STEPS, 32, rl, lr * factor, 0.05, True)
+        for n in range(sources)
+        for factor in factors
+        for rl, lr in ((False, BEST), (True, BEST / 100))
+    ]
+    columns = [f"{unit}_{side}" for unit in ("share", "loss") for side in ("below", "above")]
+    rows = [
+        {"task": task, "source": source} | dict.fromkeys(columns, curvature)
+        for task in ("sft", "rl")
+        for source in "ab"
+    ]
+    return LrEvidence(optima, pd.DataFrame(rows))
+
+
+def found(known=None, base=MODEL, **changes):
+    findings = lr_findings(replace(RUN, **changes), base, known or evidence())
+    assert len(findings) == 1
+    return findings[0]
+
+
+@pytest.mark.parametrize("x", [-2.0, 0.0, 1.5])
+def test_the_expected_regret_is_that_of_the_parabola(x):
+    verdict = evidence().verdict(math.log(BEST) + x, PLACE, "lora", False)
+    assert verdict.log_factor == pytest.approx(x, abs=1e-6)
+    # The variance between sources adds to the squared distance.
+    sd = math.log(verdict.recommended.high / verdict.recommended.low) / (2 * 1.96)
+    assert sd == pytest.approx(math.log(1.25), rel=0.25)
+    assert verdict.loss.mean == pytest.approx(0.1 * (x**2 + sd**2), rel=0.15)
+    assert verdict.share.mean == pytest.approx(1 - math.exp(-0.1 * (x**2 + sd**2)), rel=0.15)
+    assert verdict.share.low <= verdict.share.mean <= verdict.share.high
+    assert (verdict.share.low > 0) == verdict.outside_95 == (x != 0)
+
+
+def test_the_regret_saturates_or_goes_on_in_a_line():
+    saturated, linear = (regret(pd.Series([0.1, 50.0]).to_numpy(), 0.1, flag) for flag in (True, False))
+    assert saturated == pytest.approx([0.1 * 0.01, 1.0], rel=1e-3)
+    assert linear == pytest.approx([0.1 * 0.01, 0.1 * REACH * (100 - REACH)])
+    # The line continues the parabola without a step or a kink.
+    near = regret(pd.Series([REACH - 1e-6, REACH, REACH + 1e-6]).to_numpy(), 1.0, False)
+    assert near[2] - near[1] == pytest.approx(near[1] - near[0], rel=1e-4)
+
+
+def test_curvatures_of_all_sources_weigh_the_same():
+    alike = Curvature.pooled([0.2, 0.2, 0.2], ["a", "a", "b"])
+    assert (alike.log, alike.spread) == pytest.approx((math.log(0.2), 0.0))
+    # Without b's weight of a half, the mean would be nearer to that of a.
+    assert Curvature.pooled([0.1, 0.1, 0.1, 0.4], "aaab").log == pytest.approx(math.log(0.2))
+    assert Curvature.pooled([0.1, 0.0, math.nan, 0.4], "abcd").log == pytest.approx(math.log(0.2))
+    with pytest.raises(ValueError, match="two curvatures"):
+        Curvature.pooled([0.1, 0.0], "ab")
+
+
+def test_levels():
+    assert found().level == "note"
+    assert found().line == 7
+    error = found(lr=BEST / 30)
+    assert (error.code, error.level) == ("lr", "error")
+    assert "30 times lower than the recommended 0.0005" in error.message
+    # Where LRs hardly matter, a distance that chance does not explain is no error.
+    assert found(evidence(curvature=1e-5), lr=BEST / 30).level == "warning"
+    # Where sources differ by a factor of ten, the same LR may be right.
+    assert found(evidence(sources=3, factors=(0.1, 1.0, 10.0)), lr=BEST / 10).level == "note"
+
+
+def test_a_number_of_devices_that_is_not_said_may_explain_the_learning_rate():
+    per_device = {"global_batch": None, "micro_batch": BATCH // 4, "lr": 5 * BEST}
+    said = found(devices=1, **per_device)
+    assert said.level == "error"
+    unsaid = found(**per_device)
+    assert "1 to 8" in unsaid.sure
+    assert float(unsaid.message.split(" times")[0].split()[-1]) < float(said.message.split(" times")[0].split()[-1])
+
+
+def test_alpha_rank_and_rslora_move_the_recommendation():
+    assert shift(RUN)[0] == pytest.approx(0.0, abs=1e-4)
+    assert shift(replace(RUN, alpha=64))[0] == pytest.approx(0.75 * math.log(2), abs=1e-4)
+    assert shift(replace(RUN, rank=1))[0] == pytest.approx(0.75 * math.log(2.2))
+    # rsLoRA's alpha / sqrt(r) is the usual scale with sqrt(r) times the alpha.
+    assert shift(replace(RUN, alpha=8, rank=16, rslora=True)) == shift(replace(RUN, alpha=32, rank=16))
+    assert shift(replace(RUN, alpha=None)) == (0.0, pytest.approx(0.75 * math.log(2)))
+    assert shift(replace(RUN, method="fullft", alpha=64)) == (0.0, 0.0)
+    assert found(lr=BEST / 2**0.75, alpha=64).message.startswith("the learning rate 0.000297302 of LoRA is about")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"task": "preference"}, "preference"),
+        ({"task": None}, "does not say"),
+        ({"method": None}, "does not say"),
+        ({"optimizer": "lion_8bit"}, "lion_8bit"),
+        ({"variant": "loraplus"}, "loraplus"),
+        ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
+        ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
+    ],
+)
+def test_nothing_is_said_where_nothing_was_measured(changes, why):
+    finding = found(**changes)
+    assert (finding.code, finding.level) == ("lr-unknown", "note")
+    assert why in finding.message
+
+
+def test_what_is_not_said_widens_the_interval():
+    def width(**changes):
+        ends = found(**changes).sure.split("; ")[0].split()
+        return float(ends[-1]) / float(ends[-3])
+
+    assert width(steps=None) > width()
+    assert width(global_batch=None) > width()
+    assert width(base=None) > width(base=replace(MODEL, width_error=0.2)) > width()
+    assert width(alpha=None) > width()
+    # The number of steps may follow from what else is said.
+    assert width(steps=None, epochs=2.0, examples=STEPS * BATCH // 2) == width()
+    assert lr_findings(replace(RUN, lr=None), MODEL, evidence()) == []
+
+
+def test_reinforcement_learning_at_a_learning_rate_of_supervised_fine_tuning():
+    rl = {"task": "rl", "global_batch": BATCH // 8, "group_size": 8}
+    finding = found(lr=BEST, **rl)
+    assert (finding.code, finding.level) == ("rl-lr", "error")
+    assert "usual in supervised" in finding.message
+    assert found(lr=BEST / 100, **rl).code == "lr"
+    assert found(lr=BEST * 100, **rl).code == "lr"
+
+
+def test_the_shipped_evidence_on_an_ordinary_configuration():
+    llama = ModelFacts("meta-llama/Llama-3.1-8B", "llama", 4096, "made up")
+    run = {"global_batch": 32, "steps": 1000, "rank": 16}
+    levels = {lr: found(shipped_evidence(), llama, lr=lr, **run).level for lr in (2e-4, 2e-7)}
+    assert levels == {2e-4: "note", 2e-7: "error"}

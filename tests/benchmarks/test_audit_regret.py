@@ -1,0 +1,56 @@
+"""The curvatures that are shipped, and predicted regrets held to measured ones."""
+
+import pandas as pd
+import pytest
+
+from benchmarks.audit_regret import alarms, curvatures, held_to, inside, measured_runs, rounded
+from lorabench.report.publish import published_folders
+from lorabench.sources.lr_optima import known_optima
+from lorabench.sources.studies import read_studies, source_folders
+
+from ..conftest import REPOSITORY
+
+EVIDENCE = REPOSITORY / "paper_figures/published/evidence"
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return read_studies(source_folders()), published_folders(REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def runs(evidence):
+    return measured_runs(*evidence)
+
+
+def test_the_shipped_curvatures_follow_from_the_sources(runs):
+    committed = pd.read_csv(EVIDENCE / "lr_curvatures.csv")
+    pd.testing.assert_frame_equal(rounded(curvatures(runs)), committed, rtol=1e-3)
+
+
+def test_measured_regrets_of_one_arm_by_hand(runs):
+    # Full fine-tuning at batch size 128 of one source: the lowest of five losses, and the base's loss of 0.5518.
+    arm = runs[(runs["source"] == "nhckdvrl") & (runs["method"] == "fullft") & (runs["batch_size"] == 128)]
+    assert arm["loss"].round(4).tolist() == [0.497, 0.4895, 0.4885, 0.5072, 0.5587]
+    assert arm["regret"].tolist() == pytest.approx([0.0085, 0.001, 0.0, 0.0187, 0.0702], abs=1e-4)
+    assert arm["share"].iloc[3] == pytest.approx(0.0187 / (0.5518 - 0.4885), rel=0.01)
+    assert arm["margins"].iloc[3] == pytest.approx(arm["share"].iloc[3] / 0.02)
+    assert not arm["lost"].any()
+
+
+@pytest.mark.slow
+def test_the_committed_calibration_follows_from_the_sources(evidence, runs):
+    rows = held_to(runs, known_optima(*evidence))
+    for name, table in (("inside", inside(rows)), ("alarms", alarms(rows))):
+        committed = pd.read_csv(EVIDENCE / f"lr_regret_{name}.csv")
+        pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3, check_dtype=False)
+
+
+def test_intervals_hold_and_errors_are_no_false_alarms():
+    held = pd.read_csv(EVIDENCE / "lr_regret_inside.csv").set_index(["task", "source"])
+    assert (
+        (held.loc[[("sft", float("nan")), ("rl", float("nan"))], ["share_inside", "loss_inside"]] >= 0.95).all().all()
+    )
+    counts = pd.read_csv(EVIDENCE / "lr_regret_alarms.csv").groupby("level").sum(numeric_only=True)
+    assert counts.loc["error", "below 1 margin"] == 0
+    assert counts.loc["warning", "below 1 margin"] < 0.1 * counts["below 1 margin"].sum()
