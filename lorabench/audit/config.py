@@ -46,7 +46,7 @@ class TrainingConfig:
     optimizer: str | None = None
     """The framework's own word, such as `adamw_torch`."""
     micro_batch: int | None = None
-    """Examples (in RL, prompts) per device at once."""
+    """Examples (in RL, responses) per device at once."""
     accumulation: int | None = None
     devices: int | None = None
     group_size: int | None = None
@@ -85,10 +85,11 @@ class TrainingConfig:
     @property
     def batch_size(self) -> int | None:
         """Examples (in RL, responses) per step; a number of devices that is not said counts as 1."""
-        batch = self.global_batch
-        if batch is None and self.micro_batch is not None:
-            batch = self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
-        return None if batch is None else batch * (self.group_size or 1)
+        if self.global_batch is not None:
+            return self.global_batch * (self.group_size or 1)
+        if self.micro_batch is not None:
+            return self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
+        return None
 
     @property
     def where(self) -> str:

@@ -9,13 +9,19 @@ from pathlib import Path
 from types import ModuleType
 
 from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import axolotl, llamafactory, torchtune
+from lorabench.audit.readers import axolotl, llamafactory, torchtune, trl, verl
 from lorabench.errors import UserError
 
-READERS: dict[str, ModuleType] = {"axolotl": axolotl, "torchtune": torchtune, "llamafactory": llamafactory}
+READERS: dict[str, ModuleType] = {
+    "axolotl": axolotl,
+    "torchtune": torchtune,
+    "llamafactory": llamafactory,
+    "verl": verl,
+    "trl": trl,
+}
 """By format; of those that recognize a file, the first reads it."""
 
-SUFFIXES = frozenset({".yaml", ".yml", ".json", ".py", ".sh", ".bash", ".slurm", ".sbatch"})
+SUFFIXES = frozenset({".yaml", ".yml", ".json", ".py", ".ipynb", ".sh", ".bash", ".slurm", ".sbatch"})
 LARGEST = 1_000_000
 """Bytes; what is larger is data, not a configuration."""
 _SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})

@@ -116,7 +116,7 @@ def heading(config: TrainingConfig) -> str:
     ]
     parts = [" ".join(part for part in _kind(config) if part)]
     if config.lr is not None:
-        parts.append(f"LR {lr(config.lr)}{_optional(' (', config.schedule, ')')}")
+        parts.append(f"LR {lr(config.lr)}{_default(config, 'lr')}{_optional(' (', config.schedule, ')')}")
     if config.batch_size is not None:
         alone = config.devices is None and config.global_batch is None
         parts.append(f"batch {config.batch_size}{' per device' if alone else ''}")

@@ -70,10 +70,10 @@ def test_axolotl_without_effect(change, level):
 def test_axolotl_grpo_counts_responses():
     text = AXOLOTL + "rl: grpo\ntrl:\n  num_generations: 4\n"
     config = read(axolotl, text)
-    assert (config.task, config.group_size, config.global_batch, config.batch_size) == ("rl", 4, 2, 8)
+    assert (config.task, config.group_size, config.global_batch, config.batch_size) == ("rl", 4, None, 8)
     # Eight responses are not a whole group of sixteen, so several devices share a group.
     config = read(axolotl, text.replace("num_generations: 4", "num_generations: 16"))
-    assert config.batch_size is None
+    assert (config.devices, config.batch_size) == (None, 8)
 
 
 LLAMAFACTORY = """

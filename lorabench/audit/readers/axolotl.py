@@ -148,11 +148,8 @@ def _batch(data: Mapping[str, Any]) -> dict[str, Any]:
         # `batch_size` is that of a device; a file sets only one of the two.
         accumulation = max(1, (count(data.get("batch_size")) or micro) // micro)
     group = count(options.at(data, "trl.num_generations")) if text(data.get("rl")) in ("grpo", "gdpo") else None
-    if group is None:
-        return {"micro_batch": micro, "accumulation": accumulation}
-    # In GRPO, examples are responses, and a batch holds whole groups of them.
-    prompts = micro * accumulation // group
-    return {"group_size": group, "global_batch": prompts or None}
+    # In GRPO, the examples of a batch are responses.
+    return {"micro_batch": micro, "accumulation": accumulation, "group_size": group}
 
 
 def _lora(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,11 @@ def _said(data: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     if task == "rl":
         # In PPO `batch_size` counts the responses of a rollout, and `num_steps` all responses.
         ppo = count(data.get("ppo_batch_size"))
-        said |= {"epochs": None, "group_size": count(data.get("grpo_samples"))}
+        # In GRPO it counts prompts.
+        group = count(data.get("grpo_samples"))
+        said |= {"epochs": None, "group_size": group}
+        if group is not None and said["micro_batch"] is not None:
+            said["micro_batch"] *= group
         said |= {"micro_batch": None, "accumulation": None, "global_batch": ppo} if ppo else {}
         said["steps"] = None if ppo else number(data.get("num_steps"))
     if method == "lora":

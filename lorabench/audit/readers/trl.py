@@ -1,0 +1,325 @@
+"""TRL and transformers: command lines, YAML for `--config`, and calls in Python files and notebooks.
+
+A record states what the file states. Where the program is one of TRL's own, or a class is called in Python, what is not
+said has the default of the class, and no line. Of another program, and of a YAML file, to which a command may add
+options, what is not said is not known. LoRA is off in TRL's own programs and in a YAML file unless `use_peft` is on.
+
+TRL makes a number of a learning rate that YAML reads as text, such as `2e-4`, so `lr-text` is not found here.
+transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then stops with a TypeError.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from lorabench.audit.config import Method, Task, TrainingConfig
+from lorabench.audit.finding import Finding
+from lorabench.audit.readers import trl_python
+from lorabench.audit.readers.flat import Options
+from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, is_script, known, read_commands
+from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.yaml_lines import load
+from lorabench.errors import UserError
+
+_COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
+_CLASSES = {
+    "sft": "SFTConfig",
+    "grpo": "GRPOConfig",
+    "dpo": "DPOConfig",
+    "kto": "KTOConfig",
+    "reward": "RewardConfig",
+    "rloo": "RLOOConfig",
+}
+"""By the word that says the task."""
+_OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
+"""A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
+_TRAINING = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "use_peft",
+    "lora_r",
+    "num_train_epochs",
+    "max_steps",
+)
+"""A command of an other program than TRL's own is a training run if it has one of these."""
+_OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
+LORA_OPTIONS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
+_TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
+    ("rl", ("num_generations", "reward_funcs", "reward_weights")),
+    ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
+)
+"""Options that only one task has."""
+_IN_TEXT = re.compile(r"\s*(?:\$ )?(?:[A-Z_]+=\S+\s+)*(?:trl|accelerate|python3?|torchrun|uv|hf|deepspeed)\s")
+_COMMAND = re.compile(
+    rf"--({'|'.join(name.replace('_', '[_-]') for name in _OPTIONS)})\b|\btrl ({'|'.join(_COMMANDS)})\b"
+)
+_YAML = re.compile(rf"^({'|'.join(_OPTIONS)}) *:", re.MULTILINE)
+_OTHER_YAML = re.compile(rf"^({'|'.join(_OTHER_FRAMEWORKS)}) *:", re.MULTILINE)
+
+
+def matches(path: Path, text: str) -> bool:
+    if path.suffix in (".yaml", ".yml"):
+        return _YAML.search(text) is not None and _OTHER_YAML.search(text) is None
+    if path.suffix in (".py", ".ipynb", ".md"):
+        return trl_python.CALL.search(text) is not None or _COMMAND.search(text) is not None
+    return is_script(path, text) and _COMMAND.search(text) is not None
+
+
+def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+    if path.suffix in (".yaml", ".yml"):
+        return [_yaml(path, shown, text)]
+    if path.suffix == ".py":
+        in_strings = [
+            config for string, line in trl_python.strings(text) for config in _in_text(path, shown, string, line)
+        ]
+        return [*in_strings, *trl_python.read(shown, text, range(1, text.count("\n") + 2))]
+    if path.suffix == ".ipynb":
+        return trl_python.read(shown, *_notebook(text))
+    if path.suffix == ".md":
+        blocks = re.finditer(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        configs = _in_text(path, shown, text, 1)
+        for block in blocks:
+            with suppress(UserError):  # code in a text is often not complete
+                first = text.count("\n", 0, block.start(1)) + 1
+                configs += trl_python.read(shown, block[1], range(first, first + block[1].count("\n") + 1))
+        return sorted(configs, key=lambda config: int(config.name.removeprefix("line ")))
+    return _from_commands(path, shown, read_commands(text))
+
+
+def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
+    data, lines = load(text)
+    if not isinstance(data, dict):
+        raise UserError("it is not a mapping of TRL's options")
+    options = Options(dict(data), dict(lines))
+    task, word = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
+    if task is None:
+        task = next((task for task, names in _TASK_OPTIONS if any(name in data for name in names)), None)
+    return _config(path, shown, "", options, task, _CLASSES.get(word), "yaml")
+
+
+def _in_text(path: Path, shown: str, text: str, first_line: int) -> list[TrainingConfig]:
+    """Read the commands that stand in a text, each from a line that begins as one to the last that is continued."""
+    configs = []
+    lines = text.splitlines()
+    at = 0
+    while at < len(lines):
+        start = at
+        if _IN_TEXT.match(lines[at]):
+            while lines[at].rstrip().endswith("\\") and at + 1 < len(lines):
+                at += 1
+            while at + 1 < len(lines) and re.match(r"\s*--[a-z]", lines[at + 1]):  # the backslash is missing
+                at += 1
+            block = "\n".join(lines[start : at + 1]).strip().removeprefix("$ ")
+            block = re.sub(r"<\w[^<>\n]*>", UNKNOWN, block)
+            configs += _from_commands(path, shown, read_commands(block, first_line + start))
+        at += 1
+    return configs
+
+
+def _notebook(text: str) -> tuple[str, list[int]]:
+    """Return the code of the cells of a notebook that are Python, and for each of its lines that of the file.
+
+    Lines for IPython or the shell become empty.
+    """
+    try:
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(source) for source in cells]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("it is not a notebook with cells") from error
+    code, lines, at = "", list[int](), 0
+    for source in sources:
+        plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+        try:
+            ast.parse(plain)
+        except (SyntaxError, ValueError):
+            continue
+        code += plain + "\n"
+        for line in source.split("\n"):
+            found = text.find(json.dumps(line, ensure_ascii=False)[1:-1], at)
+            at = found if found >= 0 else at
+            lines.append(text.count("\n", 0, at) + 1)
+    return code, lines
+
+
+def _from_commands(path: Path, shown: str, commands: list[list[Word]]) -> list[TrainingConfig]:
+    configs = []
+    before = None
+    for words in commands:
+        if before is not None and words[0].text.startswith("--"):
+            configs[-1] = replace(before, findings=(*before.findings, cut_off(words[0])))
+            before = configs[-1]
+            continue
+        before = _from_command(path, shown, words)
+        if before is not None:
+            configs.append(before)
+    return configs
+
+
+def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig | None:
+    texts = [word.text for word in words]
+    start, name, own = _program(texts)
+    if start is None:
+        return None
+    launcher, options = _flags(words[:start]), _flags(words[start + 1 :])
+    said = options.text("config")
+    if said is not None and (config_file := _find(path, said)) is not None:
+        data, _ = load(config_file.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            from_file = Options(dict(data))
+            from_file.update(options)
+            options = from_file
+    if any(option in options for option in _OTHER_FRAMEWORKS):
+        return None
+    if not options.values or not (texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)):
+        return None
+    for option, value in launcher.values.items():
+        options.values.setdefault(option, value)
+    task, word = task_of(name)
+    line = f"line {words[0].line}"
+    return _config(
+        path, shown, line, options, task, _CLASSES.get(word) if own else None, "command" if own else "script"
+    )
+
+
+def _program(texts: list[str]) -> tuple[int | None, str, bool]:
+    """Return where the program stands in a command, its name, and whether it is one of TRL's own."""
+    for at, text in enumerate(texts):
+        if text == "trl" and at + 1 < len(texts) and texts[at + 1] in _COMMANDS:
+            return at + 1, texts[at + 1], True
+        if text == "-m" and at + 1 < len(texts) and texts[at + 1].startswith("trl.scripts."):
+            return at + 1, texts[at + 1].removeprefix("trl.scripts."), True
+        if text.endswith(".py"):
+            stem = Path(text).stem
+            return at, stem, stem in _COMMANDS or "examples/scripts/" in text
+    return None, "", False
+
+
+def _flags(words: list[Word]) -> Options:
+    """Read `--name value ...` and `--name=value`; a name without a value is true."""
+    options = Options()
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if not re.match(r"--[a-zA-Z]", word.text):
+            continue
+        name, equals, first = word.text[2:].partition("=")
+        values = [first] if equals else []
+        while not equals and at < len(words) and not re.match(r"--[a-zA-Z]", words[at].text):
+            values.append(words[at].text)
+            at += 1
+        said = [known(value) for value in values]
+        value = True if not said else said[0] if len(said) == 1 else said
+        options.set(name.replace("-", "_"), value, word.line)
+    return options
+
+
+def _find(path: Path, said: str) -> Path | None:
+    """Return a file that a command names, from the folder of the file that states the command or one above it."""
+    candidates = (folder / said for folder in path.absolute().parents)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _devices(path: Path, options: Options) -> int | None:
+    processes = options.count("num_processes")
+    if processes is None and (per_node := options.count("nproc_per_node")) is not None:
+        processes = per_node * (options.count("nnodes") or 1)
+    said = options.text("config_file", "accelerate_config")
+    if processes is None and said is not None and (found := _find(path, said)) is not None:
+        data, _ = load(found.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            processes = Options(data).count("num_processes")
+    return processes
+
+
+def _config(
+    path: Path, shown: str, name: str, options: Options, task: Task | None, config_class: str | None, kind: str
+) -> TrainingConfig:
+    """Make a record; `kind` is `command` for one of TRL's own, `script` for an other script, or `yaml`."""
+    peft = options.flag("use_peft")
+    if peft is None and "use_peft" not in options and kind != "script":
+        peft = False
+    method: Method | None = None if peft is None else "lora" if peft else "fullft"
+    bits = 4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None
+    findings = []
+    if method == "fullft":
+        first = next((option for option in LORA_OPTIONS if option in options), None)
+        if first is not None:
+            yaml = kind == "yaml"
+            message = f"{first} has no effect without use_peft: TRL then trains all weights"
+            sure = "certain unless the command line adds --use_peft" if yaml else "certain for TRL's own scripts"
+            findings.append(
+                Finding(
+                    code="no-effect",
+                    level="warning" if yaml else "error",
+                    message=message,
+                    source="TRL's get_peft_config",
+                    sure=sure,
+                    line=options.lines.get(first),
+                )
+            )
+    targets = options.names("lora_target_modules") if method != "fullft" else None
+    if with_comma := [target for target in targets or () if "," in target]:
+        findings.append(
+            Finding(
+                code="no-effect",
+                level="error",
+                message=f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module "
+                "is called so; a command line separates names by spaces",
+                source="the file alone",
+                sure="certain",
+                line=options.lines.get("lora_target_modules"),
+            )
+        )
+    if kind == "command":
+        set_defaults(options, config_class or "")
+        if method == "lora":
+            options.fill(MODEL_CONFIG_DEFAULTS)
+    fields, lines = plain_fields(options, task)
+    if method != "fullft":
+        lora = {
+            "rank": ("lora_r",),
+            "alpha": ("lora_alpha",),
+            "dropout": ("lora_dropout",),
+            "targets": ("lora_target_modules",),
+            "rslora": ("use_rslora",),
+            "dora": ("use_dora",),
+        }
+        fields |= {
+            "rank": options.count("lora_r"),
+            "alpha": options.number("lora_alpha"),
+            "dropout": options.number("lora_dropout"),
+            "targets": targets,
+            "target_parameters": options.names("lora_target_parameters") or (),
+            "saved_modules": options.names("lora_modules_to_save") or (),
+            "rslora": bool(options.flag("use_rslora")),
+            "dora": bool(options.flag("use_dora")),
+        }
+        lines |= options.lines_of(lora)
+    return TrainingConfig(
+        path=shown,
+        format="trl",
+        name=name,
+        task=task,
+        method=method,
+        model=options.text("model_name_or_path"),
+        bits=bits,
+        devices=_devices(path, options),
+        lines={**lines, **options.lines_of({"model": ("model_name_or_path",), "method": ("use_peft",)})},
+        findings=tuple(findings),
+        **fields,
+    )
