@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.lr_left_out import by_source, compared, left_out
+from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.report.publish import published_folders
-from lorabench.sources.lr_optima import LrOptimum, known_optima
+from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.studies import read_studies, source_folders
 
 from ..conftest import REPOSITORY
@@ -44,16 +45,50 @@ def test_beyond_its_grid_the_loss_is_at_least_that_of_the_edge():
     assert law["at_least"]
 
 
+def test_lora_is_predicted_from_the_full_fine_tuning_of_its_own_source():
+    # At width 2000 and alpha 32, 780 steps: the LR of FullFT at which the theory asks for a ratio of 20.
+    theory = DEFAULT_PREDICTIONS.lr_ratio.movement
+    unit = theory.u0 * 128 / 2000 * math.sqrt(50 / 780)
+    target = theory.c * 2000 / 32 / (1 + theory.k / 64)
+    fullft = unit / 20 * math.sqrt((target / 20) ** 2 - 1)
+    errors = {"a": 0.0, "b": 0.3, "c": -0.4}
+    optima = []
+    for source, error in errors.items():
+        optima.append(replace(optimum(source, 1), lr=fullft))
+        optima.append(replace(optimum(source, 1, method="lora"), rank=64, lr=20 * fullft * math.exp(-error)))
+    rows = left_out(optima).set_index(["source", "rule"]).query("method == 'lora'")
+    for source, error in errors.items():
+        assert rows.loc[(source, "movement_own"), "factor"] == pytest.approx(math.exp(error))
+        assert rows.loc[(source, "ten_own"), "factor"] == pytest.approx(math.exp(error) / 2)
+    pooled, average = rows.loc[("c", "pooled"), "factor"], rows.loc[("c", "average"), "factor"]
+    assert average == pytest.approx(math.sqrt(pooled * math.exp(-0.4)))
+    # All sources have one LR of FullFT, so that the pooled one is nearly the same.
+    assert rows.loc[("b", "movement"), "factor"] == pytest.approx(math.exp(0.3), rel=0.05)
+    # The interval is that of the errors on the other sources: t at 90% with two degrees of freedom is 1.8856.
+    half = 1.8856 * math.sqrt((0.3**2 + 0.4**2) / 2)
+    assert rows.loc[("a", "movement_own"), "high_80"] == pytest.approx(20 * fullft * math.exp(half), rel=1e-3)
+    table = compared(by_source(rows.reset_index())).set_index(["without", "rule"])
+    assert table.loc[(AUTHORS, "movement_own"), "rms"] == pytest.approx(math.exp(math.sqrt((0.3**2 + 0.4**2) / 3)))
+    assert table.loc[(AUTHORS, "movement_own"), "off"] == pytest.approx(math.exp(0.7 / 3))
+
+
 def test_the_committed_errors_follow_from_the_sources():
     known = known_optima(read_studies(source_folders()), published_folders(REPOSITORY))
     committed = pd.read_csv(REPOSITORY / "paper_figures/published/evidence/lr_left_out_summary.csv")
     pd.testing.assert_frame_equal(compared(by_source(left_out(known))), committed, rtol=1e-3)
     # The rule that recommends is no further off than the law. Its loss is lower, too, but for full fine-tuning in SFT,
     # of which the docs say so.
-    by_rule = committed.set_index(["task", "method", "rule"])[["off", "loss_above_best"]]
+    by_rule = committed[committed["without"] == AUTHORS].set_index(["task", "method", "rule"])
+    by_rule = by_rule[["off", "rms", "loss_above_best"]]
     closer = by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")
     assert closer["off"].all()
     assert closer.index[~closer["loss_above_best"]].tolist() == [("sft", "fullft")]
+    # No rule that predicts LoRA's LR from that of full fine-tuning is shown to be closer than pooling, as the docs say,
+    # so that none of them recommends.
+    for rule in ("movement", "movement_own", "ten_own", "average"):
+        assert (committed.loc[committed["rule"] == rule, "against_pooled_high"] > 1).all()
+    lora = by_rule.xs("lora", level="method")["rms"].unstack("rule")
+    assert (lora["movement"] > lora["pooled"]).all()
     # LoRA stands for high ranks with a trained A.
     own = [optimum for optimum in known if (optimum.source, optimum.method, optimum.rl) == ("lorabench", "lora", False)]
     assert own

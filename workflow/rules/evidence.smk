@@ -18,11 +18,9 @@ rule evidence:
         "results/evidence/measurements.csv",
         "results/evidence/summary.csv",
         "results/evidence/lr_optima.csv",
-        "results/evidence/lr_left_out.csv",
-        "results/evidence/lr_left_out_summary.csv",
         expand(
             "results/evidence/{figure}.{kind}",
-            figure=["matrix", "forest", "lr_left_out"],
+            figure=["matrix", "forest"],
             kind=["svg", "png"],
         ),
     log:
