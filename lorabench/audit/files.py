@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import axolotl, llamafactory, torchtune, trl, verl
+from lorabench.audit.readers import axolotl, llamafactory, nemo_rl, torchtune, trl, verl
 from lorabench.errors import UserError
 
 READERS: dict[str, ModuleType] = {
@@ -17,6 +17,7 @@ READERS: dict[str, ModuleType] = {
     "torchtune": torchtune,
     "llamafactory": llamafactory,
     "verl": verl,
+    "nemo-rl": nemo_rl,
     "trl": trl,
 }
 """By format; of those that recognize a file, the first reads it."""

@@ -40,8 +40,6 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
     Raises:
         UserError: it is not YAML, has several documents, or uses tags or Jinja statements that need a program.
     """
-    if re.search(r"^\s*\{%", text, re.MULTILINE):
-        raise UserError("it is a Jinja template with statements ({% ... %}): render it first")
     # An unquoted {{ name }} would be a mapping of a mapping.
     text = re.sub(
         r"((?:^|[:-])[ \t]+)(\{\{[^'\n]*\}\}[^'#\n]*?)([ \t]*(?:#.*)?)$", r"\1'\2'\3", text, flags=re.MULTILINE
@@ -59,6 +57,8 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
         lines.repeated = tuple(repeated)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
+        if re.search(r"^\s*\{%", text, re.MULTILINE):  # a text in YAML, such as a chat template, may have such lines
+            raise UserError("it is a Jinja template with statements ({% ... %}): render it first") from error
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"it is not valid YAML: {error.problem or error.context}{place}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

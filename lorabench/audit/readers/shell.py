@@ -61,6 +61,18 @@ def known(text: str) -> str | None:
     return name if text.startswith(UNKNOWN) and "/" in text and name and UNKNOWN not in name else None
 
 
+def find_file(path: Path, said: str) -> Path | None:
+    """Return a file that a script names, from the folder of the script or one above it.
+
+    A first folder that is not known, such as `$ROOT`, counts as one of these.
+    """
+    said = said.removeprefix(f"{UNKNOWN}/")
+    if not said or UNKNOWN in said:
+        return None
+    candidates = (folder / said for folder in path.absolute().parents)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
 def cut_off(word: Word) -> Finding:
     """Say that the options from a word on are not part of the command before it."""
     return Finding(

@@ -21,7 +21,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers import trl_python
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, is_script, known, read_commands
+from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, known, read_commands
 from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
@@ -176,7 +176,7 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
         return None
     launcher, options = _flags(words[:start]), _flags(words[start + 1 :])
     said = options.text("config")
-    if said is not None and (config_file := _find(path, said)) is not None:
+    if said is not None and (config_file := find_file(path, said)) is not None:
         data, _ = load(config_file.read_text(encoding="utf-8"))
         if isinstance(data, dict):
             from_file = Options(dict(data))
@@ -228,18 +228,12 @@ def _flags(words: list[Word]) -> Options:
     return options
 
 
-def _find(path: Path, said: str) -> Path | None:
-    """Return a file that a command names, from the folder of the file that states the command or one above it."""
-    candidates = (folder / said for folder in path.absolute().parents)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
 def _devices(path: Path, options: Options) -> int | None:
     processes = options.count("num_processes")
     if processes is None and (per_node := options.count("nproc_per_node")) is not None:
         processes = per_node * (options.count("nnodes") or 1)
     said = options.text("config_file", "accelerate_config")
-    if processes is None and said is not None and (found := _find(path, said)) is not None:
+    if processes is None and said is not None and (found := find_file(path, said)) is not None:
         data, _ = load(found.read_text(encoding="utf-8"))
         if isinstance(data, dict):
             processes = Options(data).count("num_processes")
