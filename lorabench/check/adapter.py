@@ -334,7 +334,7 @@ def _finding(code: str, level: Level, message: str) -> Finding:
     return Finding(code, level, message, "the adapter's files", "certain")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """Return the first of some names as a part of a sentence."""
     more = f" and {len(names) - _NOT_SHOWN} more" if len(names) > _NOT_SHOWN else ""
     return ", ".join(names[:_NOT_SHOWN]) + more
@@ -343,7 +343,7 @@ def _listed(names: list[str]) -> str:
 def _finding_bad(bad: list[str]) -> Iterator[Finding]:
     if bad:
         yield _finding(
-            "not-finite", "error", f"{len(bad)} modules have weights that are NaN or infinite: {_listed(bad)}"
+            "not-finite", "error", f"{len(bad)} modules have weights that are NaN or infinite: {listed(bad)}"
         )
 
 
@@ -354,31 +354,31 @@ def _finding_keys(
     for there, lacking in ("AB", "BA"):
         half = [module for module, keys in factors.items() if there in keys and lacking not in keys]
         if half:
-            yield _finding("missing", "error", f"{len(half)} modules have {there} but no {lacking}: {_listed(half)}")
+            yield _finding("missing", "error", f"{len(half)} modules have {there} but no {lacking}: {listed(half)}")
     if not factors:
         yield _finding("missing", "error", "the file has no LoRA weights")
     if foreign:
         message = f"{len(foreign)} names are not of the form `{PREFIX}MODULE.lora_A.weight`, so PEFT ignores them"
-        message += f": {_listed(foreign)}"
+        message += f": {listed(foreign)}"
         yield _finding("keys", "error", message)
     plain = {module: _plain(module) for module in factors}
     unnamed = [module for module, name in plain.items() if not config.names(name)]
     if unnamed and (config.targets is not None or config.target_parameters):
         message = f"{len(unnamed)} modules in the file are not among the targets of {CONFIG}, so PEFT ignores them"
-        yield _finding("keys", "error", f"{message}: {_listed(unnamed)}")
+        yield _finding("keys", "error", f"{message}: {listed(unnamed)}")
     if not isinstance(config.targets, str):
         unused = [name for name in config.targets or () if not any(_ends(module, name) for module in plain.values())]
         if unused:
-            message = f"targets of {CONFIG} have no weights in the file: {_listed(unused)}"
+            message = f"targets of {CONFIG} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
     yield from _finding_gaps(config, set(plain.values()))
     saved = [name for name in whole if not any(_ends(name.rpartition(".")[0], own) for own in config.saved_modules)]
     if named := [name for name in whole if name not in saved]:
         count = sum(whole[name] for name in named)
-        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {_listed(named)}")
+        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(named)}")
     if saved:
         message = f"the file holds {sum(whole[name] for name in saved):,} parameters that are no LoRA and not in "
-        message += f"modules_to_save, such as PEFT's copy of an embedding with LoRA: {_listed(saved)}"
+        message += f"modules_to_save, such as PEFT's copy of an embedding with LoRA: {listed(saved)}"
         yield _finding("whole", "warning", message)
 
 
@@ -391,7 +391,7 @@ def _finding_gaps(config: AdapterConfig, modules: set[str]) -> Iterator[Finding]
     layers = set().union(*by_kind.values())
     gaps = [f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own)]
     if gaps and config.layers is None:
-        yield _finding("gap", "warning", f"other layers have LoRA there, but not {_listed(gaps)}")
+        yield _finding("gap", "warning", f"other layers have LoRA there, but not {listed(gaps)}")
 
 
 def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
@@ -401,11 +401,11 @@ def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Findin
         everything = len(zero) == count
         message = "B A is zero in all modules, so the adapter has no effect: it was not trained, or not saved"
         if not everything:
-            message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {_listed(zero)}"
+            message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
         yield _finding("no-effect", "error" if everything else "warning", message)
     deficient = [f"{m.module} ({m.numerical_rank} of {m.rank})" for m in modules if 0 < m.numerical_rank < m.limit]
     if deficient:
-        message = f"the update of {len(deficient)} modules has a lower rank than r: {_listed(deficient)}"
+        message = f"the update of {len(deficient)} modules has a lower rank than r: {listed(deficient)}"
         yield _finding("rank", "warning", message)
     used = [module for module in modules if module.norm]
     if used:

@@ -21,7 +21,9 @@ from lorabench.utils import formats
 if TYPE_CHECKING:
     from lorabench.audit.finding import Finding
     from lorabench.check.adapter import Adapter, ModuleUpdate
+    from lorabench.check.merging import Difference, Merging
     from lorabench.check.placement import Coverage
+    from lorabench.check.served import ServedModels
 
 _SHOWN = 3
 
@@ -35,31 +37,95 @@ def check(
     rank: Annotated[int, Option(min=1, help="The rank; of a mixture of experts that of the active experts.")] = 32,
     gpu: Annotated[str, Option(help="The GPU to estimate the memory for.")] = "H100-80GB",
     adapter: Annotated[Path | None, Option(help="The folder of an adapter that PEFT has saved.")] = None,
+    base: Annotated[
+        str | None, Option("--model", help="The adapter's base model, as MODEL: to compare base, adapter and merged.")
+    ] = None,
+    text: Annotated[Path | None, Option(help="A text to compare on, in place of a shipped one.")] = None,
+    dtypes: Annotated[str, Option(help="The types to merge in.")] = "fp32,bf16,fp16",
+    merged: Annotated[Path | None, Option(help="The folder of a model that was merged elsewhere.")] = None,
+    served: Annotated[str | None, Option(metavar="URL", help="An OpenAI-compatible server to compare with.")] = None,
+    served_model: Annotated[str | None, Option(help="The server's model; by default each that it names.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what LoRA trains of a model, or what the files of a finished adapter say.
+    """Say what LoRA trains of a model, what an adapter's files say, and whether merging and serving keep it.
 
     Exits with status 1 if something is found that is an error.
     """
-    if placement not in get_args(Placement):
-        raise UserError(f"--placement {placement!r}: allowed: {', '.join(get_args(Placement))}")
-    if adapter is not None:
+    if model is not None and base is not None:
+        raise UserError(f"MODEL {model!r} and --model {base!r}: give one of them")
+    name = model or base
+    if adapter is None:
+        given = {"--text": text, "--merged": merged, "--served": served, "--served-model": served_model}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{unused[0]} needs --adapter, and the model that it was trained on")
+        if name is None:
+            raise UserError("nothing to check: name a MODEL, or an --adapter")
+        _check_model(name, placement, rank, gpu, as_json)
+    elif name is None:
+        if served is not None or merged is not None:
+            raise UserError(
+                f"{'--served' if served else '--merged'} needs --model, the model the adapter was trained on"
+            )
         from lorabench.check.adapter import read_adapter
 
         read = read_adapter(adapter)
         if not as_json:
             _print_adapter(read)
         _finish(asdict(read), read.findings, as_json)
-    elif model is not None:
-        from lorabench.check.placement import coverage
-        from lorabench.custom.model import find_model
-
-        covered = coverage(find_model(model), placement, rank, gpu)  # type: ignore[arg-type]
-        if not as_json:
-            _print_coverage(covered)
-        _finish(asdict(covered), covered.findings, as_json)
     else:
-        raise UserError("nothing to check: name a MODEL, or an --adapter")
+        _check_computed(adapter, name, text, dtypes, merged, served, served_model, as_json)
+
+
+def _check_model(name: str, placement: str, rank: int, gpu: str, as_json: bool) -> None:
+    if placement not in get_args(Placement):
+        raise UserError(f"--placement {placement!r}: allowed: {', '.join(get_args(Placement))}")
+    from lorabench.check.placement import coverage
+    from lorabench.custom.model import find_model
+
+    covered = coverage(find_model(name), placement, rank, gpu)  # type: ignore[arg-type]
+    if not as_json:
+        _print_coverage(covered)
+    _finish(asdict(covered), covered.findings, as_json)
+
+
+def _check_computed(
+    adapter: Path,
+    name: str,
+    text: Path | None,
+    dtypes: str,
+    merged: Path | None,
+    served: str | None,
+    served_model: str | None,
+    as_json: bool,
+) -> None:
+    """Compare a base with an adapter, and with merged models or a server."""
+    from lorabench.check.adapter import read_adapter
+    from lorabench.custom.model import find_model
+
+    # What the files say is said first, since it takes no weights.
+    of_files = read_adapter(adapter).findings
+    described = find_model(name)
+    from lorabench.check.merging import DTYPES, check_merging
+    from lorabench.check.probe import probe
+
+    chosen = [dtype.strip() for dtype in dtypes.split(",") if dtype.strip()]
+    if unknown := [dtype for dtype in chosen if dtype not in DTYPES]:
+        raise UserError(f"--dtypes {dtypes}: {unknown[0]!r} is not known; allowed: {', '.join(DTYPES)}")
+    computed = probe(described, adapter, text)
+    if served is not None:
+        from lorabench.check.served import check_served
+
+        answers = check_served(computed, str(adapter), served, served_model)
+        if not as_json:
+            _print_served(answers)
+        findings = (*of_files, *answers.findings)
+        _finish(asdict(answers) | {"findings": [asdict(finding) for finding in findings]}, findings, as_json)
+        return
+    merging = check_merging(computed, name, adapter, chosen, merged)
+    if not as_json:
+        _print_merging(merging)
+    findings = (*of_files, *merging.findings)
+    _finish(asdict(merging) | {"findings": [asdict(finding) for finding in findings]}, findings, as_json)
 
 
 def _finish(about: dict[str, Any], findings: Sequence[Finding], as_json: bool) -> None:
@@ -68,7 +134,7 @@ def _finish(about: dict[str, Any], findings: Sequence[Finding], as_json: bool) -
         print(json.dumps(about, indent=2))
     else:
         for finding in findings:
-            print(f"{finding.level} ({finding.code}): {finding.message}")
+            print(f"{finding.level} {finding.code}: {finding.message}")
         if not findings:
             print("nothing was found that is wrong")
     errors = sum(finding.level == "error" for finding in findings)
@@ -135,3 +201,33 @@ def _cells(modules: Sequence[ModuleUpdate]) -> tuple[str, ...]:
         formats.number(median(module.norm for module in modules)),
         formats.number(median(initial) if initial else None),
     )
+
+
+def _print_merging(merging: Merging) -> None:
+    rows = [
+        ("base", "fp32", formats.nll(merging.base_nll), *_differences(None), ""),
+        ("adapter", "fp32", formats.nll(merging.adapter_nll), *_differences(merging.effect), "the base"),
+    ]
+    for row in merging.merged:
+        if row.dtype != "fp32":
+            rows.append(("base", row.dtype, formats.nll(None), *_differences(row.rounding), "the base in fp32"))
+        rows.append((row.name, row.dtype, formats.nll(row.nll), *_differences(row.difference), "the adapter"))
+    columns = ("model", "type", "NLL", "largest", "mean", "KL", "difference from")
+    title = f"{merging.adapter} on {merging.model}: logits on a text of {merging.tokens} tokens"
+    sentences = [row.verdict for row in merging.merged]
+    formats.print_table(columns, rows, columns[2:6], title, [*sentences, merging.four_bit])
+
+
+def _differences(difference: Difference | None) -> tuple[str, ...]:
+    values = (None,) * 3 if difference is None else (difference.largest, difference.mean, difference.kl)
+    return tuple(formats.number(value, 2) for value in values)
+
+
+def _print_served(served: ServedModels) -> None:
+    rows = []
+    for row in served.models:
+        nlls = map(formats.nll, (row.nll, row.base_nll, row.adapter_nll))
+        rows.append((row.name, row.serves, formats.number(row.strength), *nlls))
+    columns = ("model", "serves", "strength", "NLL", "NLL of the base", "NLL of the adapter")
+    title = f"{served.url} on a text of {served.tokens} tokens, against {served.adapter}"
+    formats.print_table(columns, rows, columns[2:], title, [row.verdict for row in served.models])

@@ -13,7 +13,8 @@ import yaml
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel
 from lorabench.store.schemas import ExampleLoss
 
-TITLES = {"lora": "LoRA adapter", "fullft": "Full fine-tuning"}
+_TITLES = {"lora": "LoRA adapter", "fullft": "Full fine-tuning"}
+_SCHEDULES = {"constant": "constant", "linear": "falling linearly to zero"}
 
 
 def model_card(
@@ -45,12 +46,14 @@ def model_card(
         "base model": exact,
         "task": {"sft": "supervised fine-tuning", "rl": "reinforcement learning"}[spec["task"]],
         "method": "LoRA" if lora else "full fine-tuning",
-        "learning rate": f"{spec['lr']:g}, constant",
+        "learning rate": f"{spec['lr']:g}, {_SCHEDULES[spec['protocol']['schedule']]}",
     }
     if lora:
         rows |= {
             "rank": str(spec["rank"]),
             "alpha": f"{spec['alpha']:g}",
+            "learning rate of B over that of A": f"{spec['lr_ratio'] or 1:g}",
+            "initial scale of A": f"{spec['init_a'] or 1:g}",
             "layers with LoRA": {"all": "all", "attn": "attention", "mlp": "MLP"}[spec["placement"]],
             "LoRA on the unembedding": "yes" if spec["protocol"]["include_unembedding"] else "no",
         }
@@ -69,7 +72,7 @@ def model_card(
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     about = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return (
-        f"---\n{about}---\n\n# {TITLES[spec['method']]} of {name}\n\n"
+        f"---\n{about}---\n\n# {_TITLES[spec['method']]} of {name}\n\n"
         f"| setting | value |\n|---|---|\n{table}\n\nTrained and judged by lorabench.\n"
     )
 

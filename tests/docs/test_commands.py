@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 from lorabench.claims.judge import judge_claims
+from lorabench.custom.model import find_model
+from lorabench.models.base import load_model
 from lorabench.models.specs import shipped_folder
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 
+from ..check.conftest import save_adapter
 from ..conftest import MARGINS, REPOSITORY
 from ..custom.conftest import write_rows
 from ..handmade import curves_of, make_sweep, runs_table
@@ -38,6 +41,7 @@ ELSEWHERE = {
         ("lorabench freeze", "git ", "lorabench run long_runs@100", "lorabench publish --held-out"),
         "they need finished runs; tests/report/test_freeze.py and test_publish.py do what they do",
     ),
+    "lorabench check --adapter ADAPTER": "it needs a server; tests/check/test_served.py starts one",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }
 """The beginnings of commands that are not run here, and why."""
@@ -62,6 +66,7 @@ def folder(tmp_path_factory) -> Path:
     write_frame(judge_claims(Tables.read(laptop)), "claims", laptop)
     (clone / "margins.yaml").write_text(yaml.safe_dump(MARGINS))
     shutil.copytree(shipped_folder("llama-128"), clone / "path/to/model")
+    save_adapter(load_model(find_model("llama-128").spec), clone / "path/to/adapter")
     write_rows(clone / "my.jsonl", 50)
     (clone / "path/to/config.yaml").write_text("base_model: my/model-1b\nlearning_rate: 2.0e-5\ndatasets: []\n")
     problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]

@@ -26,7 +26,7 @@ def parts(card: str) -> tuple[dict, dict[str, str]]:
 @pytest.fixture
 def record() -> dict:
     spec = {"method": "fullft", "task": "sft", "lr": 2e-5, "steps": 1000, "batch_size": 8, "seed": 3}
-    spec |= {"dataset": "notes", "protocol": {"precision": "bf16", "include_unembedding": True}}
+    spec |= {"dataset": "notes", "protocol": {"precision": "bf16", "schedule": "linear"}}
     outcome = {"final_test_nll": 1.5, "trainable_params": 1234567, "status": "done"}
     environment = {"git_sha": "abc", "git_dirty_patch": "f00", "dataset_sha256": "123"}
     return {"run_id": "r1", "spec": spec, "outcome": outcome, "environment": environment}
@@ -43,6 +43,7 @@ def test_full_fine_tuning_of_a_hubs_model(record):
     assert rows["test loss"] == f"1.5000 nats per token (standard error {error:.4f} over 3 examples)"
     assert rows["base model"] == "own/base at r"
     assert rows["commit of lorabench"] == "abc, with local changes"
+    assert rows["learning rate"] == "2e-05, falling linearly to zero"
     assert "rank" not in rows
 
 

@@ -1,0 +1,218 @@
+"""Whether a model with an adapter merged into its weights computes the same as the model with the adapter beside it.
+
+The measure is the rounding of the base: how far its logits move when its weights and products are rounded to a type.
+Merging is right in this type if the merged model's logits are not much further from those of the unmerged adapter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorabench.audit.finding import Finding
+from lorabench.check.adapter import listed
+from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
+from lorabench.errors import UserError
+from lorabench.models.lora import lora_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ROUNDINGS = 2.0
+"""A merged model may be off by so many times the base's rounding: the adapter makes logits larger, and merging rounds
+twice."""
+_LOST = 0.2
+"""A merged model may lack this share of the adapter's effect."""
+_FP32 = 2e-5
+"""The rounding of fp32 as a share of the logits' root mean square, by which the order of sums moves them."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far some logits are from others."""
+
+    largest: float
+    mean: float
+    """The mean of the absolute differences."""
+    kl: float
+    """The mean over tokens of KL(these || others) in nats."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model against the unmerged adapter in fp32; differences are null if its logits are not finite."""
+
+    name: str
+    """`merged`, or the folder of a model that the user has merged."""
+    dtype: str
+    nll: float | None
+    difference: Difference | None
+    rounding: Difference | None
+    """The base in this type against the base in fp32."""
+    kept: float | None
+    """The share of the adapter's effect on the logits that is left: 1 if all is, 0 if the model is the base."""
+    same: bool
+    verdict: str
+    """One sentence."""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A base, its adapter and the merged models on a text; as a dict it is what `--json` prints."""
+
+    model: str
+    adapter: str
+    tokens: int
+    base_nll: float
+    adapter_nll: float
+    effect: Difference
+    """The adapter against the base, both in fp32."""
+    merged: tuple[Merged, ...]
+    four_bit: str
+    """What is known of 4-bit weights."""
+    findings: tuple[Finding, ...]
+
+
+def check_merging(probe: Probe, model: str, adapter: Path, dtypes: Sequence[str], own: Path | None = None) -> Merging:
+    """Merge an adapter in some types and compare what the merged models compute.
+
+    Args:
+        probe: what base and adapter compute.
+        dtypes: names of `DTYPES`.
+        own: the folder of a model that was merged elsewhere, which is compared too.
+
+    Raises:
+        UserError: the merged model can't be loaded, or has other weights than the base.
+    """
+    effect = _difference(probe.base_logits, probe.adapter_logits)
+    if effect is None:
+        message = "the logits with the adapter are not finite in fp32"
+        raise UserError(f"adapter {str(adapter)!r} can't be compared: {message}")
+    findings, rows = [*probe.findings], []
+    for name in dtypes:
+        with adapted(probe.base, adapter, DTYPES[name]) as (unmerged, _):
+            targets = _targets(unmerged)
+            merged = unmerged.merge_and_unload()
+            findings += _changes(probe.base, merged, targets, name)
+            row = _row(probe, "merged", name, logits(merged, probe.ids))
+        rows.append(row)
+        if not row.same:
+            findings.append(finding("merged", "error" if name == "fp32" else "warning", row.verdict))
+    if own is not None:
+        row = _row(probe, str(own), *_own_logits(own, probe))
+        rows.append(row)
+        findings += [] if row.same else [finding("merged", "error", row.verdict)]
+    base_nll, adapter_nll = (
+        float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits)
+    )
+    four_bit = "not compared with 4-bit weights, on which QLoRA trains"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        four_bit += ": bitsandbytes is not installed"
+    return Merging(
+        model, str(adapter), len(probe.ids), base_nll, adapter_nll, effect, tuple(rows), four_bit, tuple(findings)
+    )
+
+
+def _difference(reference: Tensor, other: Tensor) -> Difference | None:
+    if not (torch.isfinite(reference).all() and torch.isfinite(other).all()):
+        return None
+    gap = (other - reference).abs()
+    logs = [computed.log_softmax(-1) for computed in (reference, other)]
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    return Difference(float(gap.max()), float(gap.mean(dtype=torch.float64)), max(0.0, float(kl.mean())))
+
+
+def effect_share(base: Tensor, full: Tensor, other: Tensor, other_base: Tensor) -> float | None:
+    """Return how far `other` lies on the way from its base to the full effect: 1 with all of it, 0 with none.
+
+    It is the coefficient of a regression of (other - other_base) on (full - base); None if there is no effect.
+    """
+    direction = (full - base).double().flatten()
+    squared = float(direction @ direction)
+    return float((other - other_base).double().flatten() @ direction) / squared if squared else None
+
+
+def _row(probe: Probe, name: str, dtype: str, computed: Tensor) -> Merged:
+    in_type = probe.base_logits if dtype == "fp32" else logits(in_dtype(probe.base, DTYPES[dtype]), probe.ids)
+    rounding, off = _difference(probe.base_logits, in_type), _difference(probe.adapter_logits, computed)
+    what = f"the merged model in {dtype}" if name == "merged" else f"the model in {name} ({dtype})"
+    if off is None:
+        also = "" if rounding else ", and so does the base"
+        sentence = f"{what} computes logits that are not finite{also}: this type has too small a range for it"
+        return Merged(name, dtype, None, None, rounding, None, False, sentence)
+    scale = float(probe.adapter_logits.square().mean().sqrt())
+    allowed = _ROUNDINGS * (rounding.mean if rounding else 0.0) + _FP32 * scale
+    kept = effect_share(probe.base_logits, probe.adapter_logits, computed, in_type) if rounding else None
+    far, lost = off.mean > allowed, kept is not None and abs(kept - 1) > _LOST
+    if far or not lost:
+        sentence = f"{what} is {'NOT ' if far else ''}the same as the adapter within the rounding of {dtype}"
+    else:
+        sentence = f"{what} has NOT the adapter's effect, which is smaller than the rounding of {dtype}"
+    sentence += f": its logits differ by {off.mean:.2g} on average"
+    sentence += f", those of the base by {rounding.mean:.2g} from rounding alone" if rounding and rounding.mean else ""
+    sentence += "" if kept is None else f"; {kept:.1%} of the adapter's effect is left"
+    same = not far and not lost
+    return Merged(name, dtype, float(token_nlls(computed, probe.ids).mean()), off, rounding, kept, same, sentence)
+
+
+def _targets(unmerged: torch.nn.Module) -> set[str]:
+    """Return the names of the base's parameters that merging may change."""
+    from peft.utils import ModulesToSaveWrapper
+
+    names = set()
+    for name, layer in lora_layers(unmerged):
+        names |= {name} if hasattr(layer, "parameter_name") else {f"{name}.weight", f"{name}.bias"}
+    for name, module in unmerged.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            owner = name.removeprefix("base_model.model.")
+            names |= {f"{owner}.{own}" for own, _ in module.original_module.named_parameters()}
+    return names
+
+
+def _changes(base: PreTrainedModel, merged: torch.nn.Module, targets: set[str], dtype: str) -> Iterator[Finding]:
+    """Compare the weights of a merged model with the base's, and say which changed that should not have."""
+    before: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
+    after: dict[str, Any] = dict(merged.named_parameters(remove_duplicate=False))
+    if before.keys() != after.keys():
+        yield finding(
+            "changed", "error", f"merging adds or removes weights: {listed(sorted(before.keys() ^ after.keys()))}"
+        )
+    common = before.keys() & after.keys()
+    changed = {name for name in common if not torch.equal(before[name].to(after[name].dtype), after[name])}
+    tied = {name for name in changed - targets if any(after[name] is after[own] for own in targets & common)}
+    if tied:
+        message = f"merging in {dtype} also changes {listed(sorted(tied))}, which is one matrix with a layer with LoRA"
+        yield finding("tied", "error", f"{message}: untie them before, or serve the adapter unmerged")
+    if others := sorted(changed - targets - tied):
+        yield finding("changed", "error", f"merging in {dtype} changes weights without LoRA: {listed(others)}")
+
+
+def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
+    """Return the type of a merged model's weights, and its logits."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"merged model {str(folder)!r} has no config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"merged model {str(folder)!r} can't be loaded: {reason}") from error
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if model.dtype not in names:
+        raise UserError(f"merged model {str(folder)!r} has weights in {model.dtype}; allowed: {', '.join(DTYPES)}")
+    computed = logits(model.eval().to(probe.base.device), probe.ids)
+    if computed.shape != probe.base_logits.shape:
+        sizes = " and ".join(str(part.shape[-1]) for part in (computed, probe.base_logits))
+        raise UserError(f"merged model {str(folder)!r} and the base have vocabularies of {sizes} tokens")
+    return names[model.dtype], computed

@@ -1,0 +1,150 @@
+"""Merging keeps what an adapter computes within rounding, and what does not is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from lorabench.check.merging import check_merging
+from lorabench.check.probe import probe
+from lorabench.cli.commands import app
+from lorabench.custom.model import find_model
+from lorabench.errors import UserError
+from lorabench.models.base import load_model
+from lorabench.models.specs import shipped_folder
+
+from .conftest import save_adapter
+
+
+def merging(name: str, adapter: Path, text: Path, dtypes=("fp32",), own: Path | None = None):
+    return check_merging(probe(find_model(name), adapter, text), name, adapter, dtypes, own)
+
+
+def levels(result) -> list[tuple[str, str]]:
+    return [(finding.code, finding.level) for finding in result.findings]
+
+
+@pytest.mark.parametrize("name", ["llama-64", "moe-128"])
+def test_a_merged_model_differs_by_rounding_alone(name, adapters, text):
+    result = merging(name, adapters(name), text, ("fp32", "bf16"))
+    exact, rounded = result.merged
+    assert result.findings == ()
+    assert result.effect.mean > 0.1
+    assert exact.difference.largest < 1e-4
+    assert exact.difference.mean < 1e-5
+    assert exact.kept == pytest.approx(1, abs=1e-5)
+    assert 100 * exact.difference.mean < rounded.difference.mean < 2 * rounded.rounding.mean
+    assert exact.same
+    assert rounded.same
+    assert rounded.nll == pytest.approx(result.adapter_nll, abs=0.05)
+    assert "within the rounding of bf16" in rounded.verdict
+
+
+def test_the_numbers_are_those_of_the_definitions(adapters, text):
+    probed = probe(find_model("llama-64"), adapters("llama-64"), text)
+    with torch.no_grad():
+        model = load_model(find_model("llama-64").spec).eval()
+        ids = probed.ids[None]
+        base_nll = model(ids, labels=ids).loss
+        with_adapter = PeftModel.from_pretrained(model, adapters("llama-64"))(ids, labels=ids)
+        result = check_merging(probed, "llama-64", adapters("llama-64"), ())
+    assert result.base_nll == pytest.approx(base_nll.item(), rel=1e-5)
+    assert result.adapter_nll == pytest.approx(with_adapter.loss.item(), rel=1e-5)
+    p, q = (torch.distributions.Categorical(logits=part) for part in (probed.base_logits, probed.adapter_logits))
+    assert result.effect.kl == pytest.approx(torch.distributions.kl_divergence(p, q).mean().item(), rel=1e-3)
+    assert result.effect.largest == pytest.approx((with_adapter.logits[0] - probed.base_logits).abs().max().item())
+
+
+def test_a_model_that_was_merged_at_half_the_scale_is_caught(adapters, text, tmp_path):
+    adapter = adapters("llama-64")
+    for name, scale in (("right", 1.0), ("wrong", 0.5)):
+        model = PeftModel.from_pretrained(load_model(find_model("llama-64").spec), adapter)
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", scale)
+        model.merge_and_unload().bfloat16().save_pretrained(tmp_path / name)
+    [right] = merging("llama-64", adapter, text, (), tmp_path / "right").merged
+    wrong = merging("llama-64", adapter, text, (), tmp_path / "wrong")
+    assert right.same
+    assert right.dtype == "bf16"
+    assert levels(wrong) == [("merged", "error")]
+    assert "NOT the same" in wrong.findings[0].message
+    assert 0.3 < wrong.merged[0].kept < 0.8
+
+
+def test_an_update_that_bf16_rounds_away_is_caught(adapters, text):
+    """The shipped weights are exact in bf16, so that a small update does not reach the next number."""
+    result = merging("llama-64", adapters("llama-64", 1e-5), text, ("fp32", "bf16"))
+    exact, rounded = result.merged
+    assert exact.same
+    assert exact.kept == pytest.approx(1, abs=0.05)
+    assert abs(rounded.kept) < 0.7
+    assert levels(result) == [("merged", "warning")]
+    assert "NOT the adapter's effect" in rounded.verdict
+
+
+def test_keys_that_match_no_module_are_caught(adapters, text, tmp_path):
+    folder = shutil.copytree(adapters("llama-64"), tmp_path / "more")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    extra = {k.replace("layers.2.", "layers.7."): v.clone() for k, v in tensors.items() if "layers.2.mlp.up" in k}
+    save_file(tensors | extra, folder / "adapter_model.safetensors")
+    result = merging("llama-64", folder, text)
+    assert levels(result) == [("ignored", "error")]
+    assert "2 weights" in result.findings[0].message
+    assert "layers.7.mlp.up_proj.lora_A" in result.findings[0].message
+
+    lacking = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}
+    save_file(lacking, folder / "adapter_model.safetensors")
+    assert levels(merging("llama-64", folder, text)) == [("missing", "error")]
+
+
+def test_another_models_adapter_is_refused(adapters, text):
+    with pytest.raises(UserError, match=r"does not fit the model: .*size mismatch"):
+        probe(find_model("qwen-128"), adapters("llama-64"), text)
+
+
+def test_a_tied_matrix_that_merging_changes_is_caught(tmp_path, text):
+    folder = tmp_path / "tied"
+    shutil.copytree(shipped_folder("llama-64"), folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, tie_word_embeddings=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    adapter = save_adapter(model, tmp_path / "adapter", 0.2)
+    result = merging(str(folder), adapter, text)
+    assert levels(result) == [("tied", "error"), ("merged", "error")]
+    assert "model.embed_tokens.weight" in result.findings[0].message
+
+
+def test_a_module_that_was_trained_whole_may_change(tmp_path, text):
+    model = load_model(find_model("llama-64").spec)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter)) if name else None
+    adapted.save_pretrained(tmp_path)
+    result = merging("llama-64", tmp_path, text)
+    assert result.findings == ()
+    assert result.merged[0].same
+
+
+def test_the_command_prints_all_of_it(adapters, text):
+    arguments = ["check", "--adapter", str(adapters("llama-64")), "--model", "llama-64", "--text", str(text)]
+    result = CliRunner().invoke(app, [*arguments, "--dtypes", "fp32", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [row["dtype"] for row in json.loads(result.stdout)["merged"]] == ["fp32"]
+    shown = CliRunner().invoke(app, [*arguments, "--dtypes", "fp32,bf16"])
+    assert "the merged model in bf16 is the same as the adapter" in shown.stdout
+    assert "not compared with 4-bit weights" in shown.stdout
+    refused = CliRunner().invoke(app, [*arguments, "--dtypes", "int8"])
+    assert refused.exit_code == 2
