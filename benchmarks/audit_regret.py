@@ -2,11 +2,12 @@
 
     python -m benchmarks.audit_regret
 
-The tables are written into paper_figures/published/evidence:
+These files are written into paper_figures/published/evidence:
 
 - `lr_curvatures.csv`: the curvatures of each model and dataset in a source, over all batch sizes, lengths and arms: the
   sum of what runs lose over the sum of their squared distances from the optimum in ln LR, of all runs within a factor
   of 6 from the optimum. A share s of the gain stands for -ln(1 - s), and a diverged run for a share of 95%.
+- `lr_evidence.json`: what the audit needs of the pooled optima and curvatures, so that it imports and fits nothing.
 - `lr_regret.csv`: each run whose regret is known, and what the audit says of its learning rate without its source.
 - `lr_regret_inside.csv`: the shares of measured regrets within their 95% intervals.
 - `lr_regret_alarms.csv`: how often each level is said, by the measured regret in margins.
@@ -18,26 +19,32 @@ loss is not known 1% of the loss. An interval that ends above 95% of the gain en
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis import pooled_lr
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
+from lorabench.analysis.lr_law import PIVOT
+from lorabench.analysis.lr_law import PUBLISHED as LAW
+from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, PRIORS, REFERENCE, PooledLr
 from lorabench.analysis.published import published_sweeps
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.lr import level, shift
-from lorabench.audit.regret import MARGINS, REACH, LrEvidence, place_of
-from lorabench.config.margins import SHARE_OF_LOSS
+from lorabench.audit.lr import level
+from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS
 from lorabench.report.publish import PUBLISHED, published_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
+from lorabench.utils.files import atomic_path
 
 ARM = ["task", "source", "model", "dataset", "method", "rank", "batch_size", "steps"]
 CONDITION = ["task", "source", "model", "dataset"]
@@ -46,8 +53,12 @@ UNITS = ("share", "loss")
 ALL = 0.95
 """From this share of the gain on, all of it is lost."""
 
-CLASSES = {"below 1 margin": (-math.inf, 1.0), "1 to 5 margins": (1.0, 5.0), "above 5 margins": (5.0, math.inf)}
+CLASSES = {"below 1 margin": (-math.inf, 1.0), "1 to 5 margins": (1.0, 5.0), "above 5 margins": (5.0, math.nan)}
 
+MARGINS = {"sft": DEFAULT_MARGINS.loss, "rl": DEFAULT_MARGINS.reward}
+
+# Parts of a mixture with a smaller share are left out.
+_LEAST_SHARE = 2e-5
 _FIGURES = ("fig2_lr_by_rank", "fig4_placement", "fig6_rl_lr", "short_run")
 
 
@@ -131,7 +142,7 @@ def _rows(arm: pd.DataFrame, about: dict[str, Any], base: float) -> list[dict[st
     gain = base - best
     if rl and not gain > 0:
         return []
-    margin = MARGINS[rl] * gain if math.isfinite(gain) else SHARE_OF_LOSS * best
+    margin = MARGINS[about["task"]] * gain if math.isfinite(gain) else SHARE_OF_LOSS * best
     optimum = grid_optimum(arm, about | {"lr": math.nan})
     rows = []
     for lr, loss, lost in grid.itertuples():
@@ -164,6 +175,78 @@ def _ratio(lost: pd.Series, squared: pd.Series) -> float:
     return float(lost[known].sum() / squared[known].sum()) if known.any() else math.nan
 
 
+def evidence(optima: Sequence[LrOptimum], table: pd.DataFrame) -> dict[str, Any]:
+    """Return what the audit needs of optima and of curvatures, as `LrEvidence` takes it.
+
+    The margins, the constant of the rank and the terms of the law come with it, since the modules that define them take
+    long to import.
+    """
+    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
+    assert movement
+    unknown = {name: (prior.mean**2 + prior.sd**2) * pooled_lr._UNKNOWN**2 for name, prior in PRIORS.items()}
+    tasks = {"sft": False, "rl": True}
+    counted = [optimum for optimum in optima if optimum.counts]
+    return {
+        "law": asdict(LAW) | {"pivot": PIVOT, "unknown_width": pooled_lr._UNKNOWN_WIDTH},
+        "reference": REFERENCE,
+        "unknown": unknown,
+        "alpha": ALPHA,
+        "alpha_exponent": ALPHA_EXPONENT,
+        "rank_constant": movement.k,
+        "margins": MARGINS,
+        "optima": {
+            task: {
+                method: _pool([optimum for optimum in counted if (optimum.method, optimum.rl) == (method, rl)])
+                for method in ("fullft", "lora")
+            }
+            for task, rl in tasks.items()
+        },
+        "curvatures": {
+            task: {
+                name: pooled_curvature(own[name].fillna(0).tolist(), own["source"].tolist())
+                for name in ("share_below", "share_above", "loss_below", "loss_above")
+            }
+            for task in tasks
+            if len(own := table[table["task"] == task])
+        },
+    }
+
+
+def _pool(optima: Sequence[LrOptimum]) -> dict[str, Any]:
+    """Return the mixture that `PooledLr.predict` uses, as a function of the place.
+
+    With t of 1 and the logarithms b and s of the batch size and the number of steps over their reference, a part of the
+    mixture has the mean `law + means t`, and a variance of which `variances` are the coefficients of 1, b, s, b b, b s
+    and s s, to which what is unknown adds. Parts that hardly count are left out.
+    """
+    pooled = PooledLr([optimum.pooled for optimum in optima])
+    scaled = pooled._design * pooled._prior
+    parts = []
+    for share, (between, within), inverse in zip(pooled._shares, pooled._grid, pooled._inverses, strict=True):
+        covariance = np.diag(pooled._prior) - scaled.T @ inverse @ scaled
+        covariance[0, 0] += between**2 + within**2
+        # The two halves of a symmetric matrix are one coefficient.
+        variances = (2 * covariance - np.diag(covariance.diagonal()))[np.triu_indices(3)]
+        parts.append((float(share), pooled._means + scaled.T @ inverse @ pooled._rest, variances))
+    parts = [part for part in sorted(parts, key=lambda part: -part[0]) if part[0] > _LEAST_SHARE]
+    total = sum(share for share, _, _ in parts)
+    measured = {
+        name: sorted({value for optimum in optima if math.isfinite(value := getattr(optimum, name))})
+        for name in ("width", "batch_size", "steps")
+    }
+    return {
+        "sources": len(pooled.sources),
+        "measured": measured,
+        "shares": [_digits(share / total) for share, _, _ in parts],
+        "means": [list(map(_digits, means)) for _, means, _ in parts],
+        "variances": [list(map(_digits, variances)) for _, _, variances in parts],
+    }
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
 def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Predict the regret of each run from all other sources.
 
@@ -174,19 +257,19 @@ def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     rows = []
     for source, part in runs.groupby("source", sort=False):
         others = [optimum for optimum in optima if optimum.source != source]
-        evidence = LrEvidence(others, curvatures(runs[runs["source"] != source]))
-        rows += [_prediction(row, evidence) for row in part.to_dict("records")]
+        known = LrEvidence(evidence(others, curvatures(runs[runs["source"] != source])))
+        rows += [_prediction(row, known) for row in part.to_dict("records")]
     return pd.DataFrame(rows)
 
 
-def _prediction(run: dict[str, Any], evidence: LrEvidence) -> dict[str, Any]:
-    rl, rank = run["task"] == "rl", None if pd.isna(run["rank"]) else int(run["rank"])
+def _prediction(run: dict[str, Any], known: LrEvidence) -> dict[str, Any]:
+    rl, method = run["task"] == "rl", run["method"]
     numbers = [math.nan if pd.isna(run[name]) else float(run[name]) for name in ("batch_size", "steps")]
-    place = place_of(run["family"] or "", float(run["width"]), 0.0, run["method"], *numbers)
-    alpha = None if pd.isna(run["alpha"]) else float(run["alpha"])
-    config = TrainingConfig("", "", method=run["method"], rank=rank, alpha=alpha)
-    verdict = evidence.verdict(math.log(run["lr"]), place, run["method"], rl, *shift(config))
-    row = run | {"level": level(verdict, rl), "factor": math.exp(verdict.log_factor)}
+    place = Place(run["family"] or "", float(run["width"]), method, rl, *numbers)
+    alpha, rank = (None if pd.isna(run[name]) else int(run[name]) for name in ("alpha", "rank"))
+    shift = known.shift(alpha, rank, rslora=False) if method == "lora" else (0.0, 0.0)
+    verdict = known.verdict(math.log(run["lr"]), place, *shift)
+    row = run | {"level": level(verdict), "factor": math.exp(verdict.log_factor)}
     row |= {"outside_80": verdict.outside_80, "outside_95": verdict.outside_95, "p_margin": verdict.p_margin}
     measured = {"share": run["share"], "loss": math.nan if run["lost"] and not rl else run["regret"]}
     for unit, (mean, low, high) in (("share", verdict.share), ("loss", verdict.loss)):
@@ -213,17 +296,12 @@ def inside(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def alarms(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return how many runs of each class of measured regret get each level, by task and method."""
+    """Return how many runs of each class of measured regret get each level, by task, method and source."""
     parts = []
-    for (task, method), group in rows.groupby(["task", "method"], sort=False):
-        for said in ("error", "warning", "note"):
-            own = group[group["level"] == said]
-            counts = {
-                name: int(((own["margins"] >= low) & (own["margins"] < high)).sum())
-                for name, (low, high) in CLASSES.items()
-            }
-            counts["above 5 margins"] += int(np.isinf(own["margins"]).sum())
-            parts.append({"task": task, "method": method, "level": said} | counts)
+    for key, group in rows.groupby(["task", "method", "source", "level"], sort=False):
+        own = group["margins"]
+        counts = {name: int(((own >= low) & ~(own >= high)).sum()) for name, (low, high) in CLASSES.items()}
+        parts.append(dict(zip(["task", "method", "source", "level"], key, strict=True)) | counts)
     return pd.DataFrame(parts)
 
 
@@ -233,6 +311,8 @@ def main() -> None:
     runs, optima = measured_runs(studies, presets), known_optima(studies, presets)
     rows = held_to(runs, optima)
     out = Path() / PUBLISHED / "evidence"
+    with atomic_path(out / "lr_evidence.json") as path:
+        path.write_text(json.dumps(evidence(optima, curvatures(runs))) + "\n")
     tables = {
         "lr_curvatures": curvatures(runs),
         "lr_regret": rows,

@@ -1,33 +1,29 @@
 """What a learning rate would cost: how far it is from the optimum by all that is known, and what that loses.
 
-The optimal LR of a run's place is a distribution, pooled from all known optima (`analysis.pooled_lr`). At x e-folds
-from the optimum, a run loses the share 1 - exp(-c x^2) of what training gains: c x^2 near the optimum, and everything
-far from it. In nats per token, whose limit is not known, it loses c x^2 up to REACH, and from there on as much more per
-e-fold as there; in RL the accuracy falls as the share does. There is a curvature c for LRs that are too low and one for
-those that are too high. It is pooled from measured grids, and ln c of a further run is normal.
+The optimal LR of a run's place is a distribution, pooled from all known optima (`analysis.pooled_lr`): a mixture of
+normal distributions of ln LR. At x e-folds from the optimum, a run loses the share 1 - exp(-c x^2) of what training
+gains: c x^2 near the optimum, and everything far from it. In nats per token, whose limit is not known, it loses c x^2
+up to REACH, and from there on as much more per e-fold as there; in RL the accuracy falls as the share does. There is a
+curvature c for LRs that are too low and one for those that are too high. It is pooled from measured grids, and ln c of
+a further run is normal.
 
-The optima and curvatures are shipped as tables; `python -m benchmarks.audit_regret` writes the curvatures, and holds
-predicted regrets to measured ones.
+What was pooled is shipped in one file, so that an audit needs no pandas, no scipy and no fit, which would take longer
+than all else that it does. `python -m benchmarks.audit_regret` writes it, and holds predicted regrets to measured ones.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
-from scipy.special import ndtri
 
-from lorabench.analysis.lr_law import PUBLISHED as LAW
-from lorabench.analysis.lr_law import lineage
-from lorabench.analysis.pooled_lr import Place, PooledLr
-from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.sources.lr_optima import LrOptimum, optima_of_table
-from lorabench.utils.files import LR_CURVATURES, LR_OPTIMA
+from lorabench.utils.files import LR_EVIDENCE
 
 Unit = Literal["share", "loss"]
 
@@ -37,13 +33,14 @@ REACH = math.log(6)
 NEAR = 4.0
 """A width, batch size or length is near what was measured up to this factor."""
 
-MARGINS = {False: DEFAULT_MARGINS.loss, True: DEFAULT_MARGINS.reward}
-"""The smallest share of the gain that matters in SFT, and in RL (True)."""
 
-# The probabilities of the optimum's intervals, between whose ends its distribution is taken to be normal.
-_INTERVALS = (0.8, 0.95, 0.99)
-# Numbers of equally probable values that stand for an optimum and for a curvature.
-_OPTIMA, _CURVATURES = 200, 50
+def _equally_probable(count: int) -> np.ndarray:
+    """Return values of equal probability of the standard normal distribution."""
+    return np.array([NormalDist().inv_cdf((part + 0.5) / count) for part in range(count)])
+
+
+# The values that stand for a normal distribution of the mixture, and for a curvature; those that stand for an optimum.
+_NORMAL, _PROBABILITIES = _equally_probable(100), (np.arange(200) + 0.5) / 200
 
 
 class Interval(NamedTuple):
@@ -54,33 +51,25 @@ class Interval(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """The curvature of a further run, whose logarithm is normal."""
+class Place(NamedTuple):
+    """Where a learning rate is used; NaN where it is not known."""
 
-    log: float
-    spread: float
+    family: str
+    """The transformers model type."""
+    width: float
+    method: str
+    """`lora` or `fullft`."""
+    rl: bool
+    batch_size: float
+    """Examples per step, in RL responses."""
+    steps: float
+    width_error: float = 0.0
+    """The standard error of the logarithm of the width."""
 
-    @classmethod
-    def pooled(cls, values: Sequence[float], sources: Sequence[str]) -> Curvature:
-        """Pool curvatures, of which those above 0 count; all sources weigh the same.
-
-        Raises:
-            ValueError: fewer than two count.
-        """
-        known = [(math.log(value), source) for value, source in zip(values, sources, strict=True) if value > 0]
-        if len(known) < 2:
-            raise ValueError(f"pooling needs two curvatures above 0; there are {len(known)}")
-        logs, names = np.array([log for log, _ in known]), [source for _, source in known]
-        weights = np.array([1 / names.count(name) for name in names]) / len(set(names))
-        mean, few = float(weights @ logs), float(weights @ weights)
-        # The mean has an error too, and the variance around it is too low by the weights of few values.
-        variance = float(weights @ (logs - mean) ** 2) / (1 - few) * (1 + few)
-        return cls(mean, math.sqrt(variance))
-
-    def values(self) -> np.ndarray:
-        """Return values of equal probability."""
-        return np.asarray(np.exp(self.log + self.spread * ndtri(_middles(_CURVATURES))))
+    @property
+    def task(self) -> str:
+        """The name of the task in the file of evidence."""
+        return "rl" if self.rl else "sft"
 
 
 @dataclass(frozen=True)
@@ -99,8 +88,10 @@ class Verdict:
     1 where it may diverge."""
     loss: Interval
     """The same in nats per token, in RL in accuracy; where the LR may diverge, the interval has no end."""
+    margin: float
+    """The smallest share of the gain that matters."""
     p_margin: float
-    """The probability that the regret is above the margin."""
+    """The probability that the share is above the margin."""
     may_diverge: bool
     """Whether the LR may be above the optimum by more than REACH, from where on runs diverge."""
 
@@ -108,55 +99,59 @@ class Verdict:
 class LrEvidence:
     """All that is known of optimal LRs and of what other LRs lose."""
 
-    def __init__(self, optima: Sequence[LrOptimum], curvatures: pd.DataFrame) -> None:
-        """Take optima, of which those that count are pooled, and curvatures as in the shipped table."""
-        self.optima = [optimum for optimum in optima if optimum.counts]
-        self.curvatures = curvatures
-        self._pools: dict[tuple[str, bool], PooledLr] = {}
-        self._quantiles: dict[tuple[Place, str, bool, float], tuple[np.ndarray, np.ndarray, float]] = {}
-        self._curvatures: dict[tuple[bool, str], np.ndarray] = {}
-
-    def unmeasured(self, method: str, rl: bool, width: float, batch_size: float, steps: float) -> list[str]:
-        """Return what of a place is far from all that was measured of a method in SFT or RL, with its value."""
-        far = []
-        asked = {
-            "width": ("width", width),
-            "batch_size": ("batch size", batch_size),
-            "steps": ("length in steps", steps),
+    def __init__(self, pooled: Mapping[str, Any]) -> None:
+        """Take the content of the file of evidence, as `benchmarks.audit_regret.evidence` makes it."""
+        self._pooled = pooled
+        self._optima: dict[tuple[Place, float], tuple[np.ndarray, float]] = {}
+        self._curvatures = {
+            (task, column): np.exp(log + spread * _NORMAL)
+            for task, columns in pooled["curvatures"].items()
+            for column, (log, spread) in columns.items()
         }
-        for field, (name, value) in asked.items():
-            optima = (optimum for optimum in self.optima if (optimum.method, optimum.rl) == (method, rl))
-            known = [getattr(optimum, field) for optimum in optima]
-            distances = [abs(math.log(other / value)) for other in known if math.isfinite(other)]
-            if math.isfinite(value) and min(distances, default=math.inf) > math.log(NEAR):
-                far.append(f"a {name} near {value:,.0f}")
-        return far
 
-    def sources(self, method: str, rl: bool) -> int:
+    def sources(self, place: Place) -> int:
         """Return the number of sources of optima."""
-        return len({optimum.source for optimum in self.optima if (optimum.method, optimum.rl) == (method, rl)})
+        return int(self._pool(place)["sources"])
 
-    def verdict(
-        self, log_lr: float, place: Place, method: str, rl: bool, shift: float = 0.0, error: float = 0.0
-    ) -> Verdict:
+    def unmeasured(self, place: Place) -> list[str]:
+        """Return what of a place is far from all that was measured of its method and task, with its value."""
+        names = {"width": "width", "batch_size": "batch size", "steps": "length in steps"}
+        values = {field: getattr(place, field) for field in names}
+        measured = self._pool(place)["measured"]
+        return [
+            f"a {names[field]} near {value:,.0f}"
+            for field, value in values.items()
+            if math.isfinite(value) and min(abs(math.log(other / value)) for other in measured[field]) > math.log(NEAR)
+        ]
+
+    def shift(self, alpha: float | None, rank: int | None, rslora: bool) -> tuple[float, float]:
+        """Return what states a log LR of LoRA at the optima's alpha and a high rank, and the standard error of that.
+
+        By the theory `movement`, alpha times 1 + k / rank takes the place of alpha. The scale of rsLoRA is alpha over
+        the square root of the rank.
+        """
+        exponent = self._pooled["alpha_exponent"]
+        if alpha is None or alpha <= 0 or (rslora and not rank):
+            return 0.0, abs(exponent) * math.log(2)
+        scale = alpha / self._pooled["alpha"] * (math.sqrt(rank) if rslora and rank else 1.0)
+        return -exponent * math.log(scale * (1 + self._pooled["rank_constant"] / rank if rank else 1.0)), 0.0
+
+    def verdict(self, log_lr: float, place: Place, shift: float = 0.0, error: float = 0.0) -> Verdict:
         """Return what an LR would cost.
 
         Args:
             log_lr: its natural logarithm.
             place: where it is used.
-            method: `lora` or `fullft`.
-            rl: whether it is used in RL.
             shift: what to add to a log LR to state it as the optima are, at their alpha and high ranks.
             error: the standard error of `shift`.
         """
-        z, values, mean = self._optimum(place, method, rl, error)
+        optima, mean = self.optimum(place, error)
         at = log_lr + shift
-        low, high = np.interp(ndtri((0.025, 0.975)), z, values)
-        low_80, high_80 = np.interp(ndtri((0.1, 0.9)), z, values)
-        outside_95 = not low <= at <= high
-        x = at - np.interp(ndtri(_middles(_OPTIMA)), z, values)
+        low, low_80, high_80, high = np.interp((0.025, 0.1, 0.9, 0.975), _PROBABILITIES, optima).tolist()
+        outside_95, margin = not low <= at <= high, float(self._pooled["margins"][place.task])
+        x = at - optima
+        shares, losses = (self._regrets(x, place, unit) for unit in ("share", "loss"))
         may_diverge = float((x > REACH).mean()) > 0.025
-        shares, losses = (self._regrets(x, rl, unit) for unit in ("share", "loss"))
         intervals = []
         for regrets in (shares, losses):
             low_end, high_end = np.quantile(regrets, (0.025, 0.975)).tolist()
@@ -168,37 +163,71 @@ class LrEvidence:
             outside_95=outside_95,
             share=intervals[0]._replace(high=1.0) if may_diverge else intervals[0],
             loss=intervals[1],
-            p_margin=float((shares > MARGINS[rl]).mean()),
+            margin=margin,
+            p_margin=float((shares > margin).mean()),
             may_diverge=may_diverge,
         )
 
-    def _optimum(self, place: Place, method: str, rl: bool, error: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return quantiles of the optimal log LR with the normal quantiles of their probabilities, and its mean."""
-        key = (place, method, rl, error)
-        if key not in self._quantiles:
-            if (method, rl) not in self._pools:
-                chosen = [optimum for optimum in self.optima if (optimum.method, optimum.rl) == (method, rl)]
-                self._pools[method, rl] = PooledLr([optimum.pooled for optimum in chosen])
-            predicted = [self._pools[method, rl].predict(place, p, error=error) for p in _INTERVALS]
-            upper = ndtri((1 + np.array(_INTERVALS)) / 2)
-            z = np.concatenate([-upper[::-1], upper])
-            values = [*(one.low for one in reversed(predicted)), *(one.high for one in predicted)]
-            self._quantiles[key] = z, np.array(values), predicted[0].mean
-        return self._quantiles[key]
+    def optimum(self, place: Place, error: float = 0.0) -> tuple[np.ndarray, float]:
+        """Return values of equal probability of the optimal log LR of a further source, and their mean."""
+        if (place, error) not in self._optima:
+            pool, reference, unknown = self._pool(place), self._pooled["reference"], self._pooled["unknown"]
+            law, law_error = self._law(place)
+            terms, variance = [1.0], law_error**2 + error**2
+            for field in ("batch_size", "steps"):
+                value = getattr(place, field)
+                terms.append(0.0 if math.isnan(value) else math.log(value / reference[field]))
+                variance += unknown[field] if math.isnan(value) else 0.0
+            products = [terms[i] * terms[j] for i in range(3) for j in range(i, 3)]
+            means = law + np.array(pool["means"]) @ terms
+            deviations = np.sqrt(np.array(pool["variances"]) @ products + variance)
+            values, shares = means[:, None] + deviations[:, None] * _NORMAL, np.array(pool["shares"])
+            weights = np.broadcast_to(shares[:, None] / len(_NORMAL), values.shape).ravel()
+            order = np.argsort(values, axis=None)
+            probabilities = np.cumsum(weights[order]) - weights[order] / 2
+            quantiles = np.interp(_PROBABILITIES, probabilities, values.ravel()[order])
+            self._optima[place, error] = quantiles, float(shares @ means)
+        return self._optima[place, error]
 
-    def _regrets(self, x: np.ndarray, rl: bool, unit: Unit) -> np.ndarray:
+    def _pool(self, place: Place) -> Mapping[str, Any]:
+        pool: Mapping[str, Any] = self._pooled["optima"][place.task][place.method]
+        return pool
+
+    def _law(self, place: Place) -> tuple[float, float]:
+        """Return the law's log LR and its error, as `analysis.pooled_lr.Place.at` does, and that of an unsure width."""
+        law = self._pooled["law"]
+        exponents = [e for name, e in law["exponents"].items() if place.family.lower().startswith(name)]
+        exponents = exponents or list(law["exponents"].values())
+        known, error = (
+            (law["pivot"], law["unknown_width"]) if math.isnan(place.width) else (place.width, place.width_error)
+        )
+        base = math.log(law["base"] * (law["multiplier"] if place.method == "lora" else 1.0))
+        logs = [base + exponent * math.log(law["pivot"] / known) for exponent in exponents]
+        return sum(logs) / len(logs), math.hypot((max(logs) - min(logs)) / 2, error * max(exponents))
+
+    def _regrets(self, x: np.ndarray, place: Place, unit: Unit) -> np.ndarray:
         """Return equally probable regrets at equally probable distances."""
-        below, above = (self._values(rl, f"{unit}_{side}") for side in ("below", "above"))
-        curvature = np.where(x[:, None] < 0, below, above)
-        return regret(x[:, None], curvature, saturates=rl or unit == "share")
+        below, above = (self._curvatures[place.task, f"{unit}_{side}"] for side in ("below", "above"))
+        return regret(x[:, None], np.where(x[:, None] < 0, below, above), saturates=place.rl or unit == "share")
 
-    def _values(self, rl: bool, column: str) -> np.ndarray:
-        key = (rl, column)
-        if key not in self._curvatures:
-            known = self.curvatures[self.curvatures["task"] == ("rl" if rl else "sft")]
-            pooled = Curvature.pooled(known[column].fillna(0).tolist(), known["source"].tolist())
-            self._curvatures[key] = pooled.values()
-        return self._curvatures[key]
+
+def pooled_curvature(values: Sequence[float], sources: Sequence[str]) -> tuple[float, float]:
+    """Pool curvatures, of which those above 0 count; all sources weigh the same.
+
+    Returns:
+        The mean of ln c, and its standard deviation for a further run.
+
+    Raises:
+        ValueError: fewer than two count.
+    """
+    known = [(math.log(value), source) for value, source in zip(values, sources, strict=True) if value > 0]
+    if len(known) < 2:
+        raise ValueError(f"pooling needs two curvatures above 0; there are {len(known)}")
+    logs, names = np.array([log for log, _ in known]), [source for _, source in known]
+    weights = np.array([1 / names.count(name) for name in names]) / len(set(names))
+    mean, few = float(weights @ logs), float(weights @ weights)
+    # The mean has an error too, and the variance around it is too low by the weights of few values.
+    return mean, math.sqrt(float(weights @ (logs - mean) ** 2) / (1 - few) * (1 + few))
 
 
 def regret(x: np.ndarray, curvature: np.ndarray, saturates: bool) -> np.ndarray:
@@ -209,19 +238,7 @@ def regret(x: np.ndarray, curvature: np.ndarray, saturates: bool) -> np.ndarray:
     return np.asarray(curvature * np.where(size < REACH, size**2, REACH * (2 * size - REACH)))
 
 
-def place_of(family: str, width: float, width_error: float, method: str, batch_size: float, steps: float) -> Place:
-    """Return the place of a model whose width may be an estimate with a standard error of its logarithm."""
-    place = Place.at(family, width, method, batch_size, steps)
-    exponent = LAW.exponents.get(lineage(family), max(LAW.exponents.values()))
-    return replace(place, law_error=math.hypot(place.law_error, exponent * width_error))
-
-
 @cache
 def shipped_evidence() -> LrEvidence:
-    """Return the evidence of the shipped tables."""
-    return LrEvidence(optima_of_table(pd.read_csv(LR_OPTIMA)), pd.read_csv(LR_CURVATURES))
-
-
-def _middles(count: int) -> np.ndarray:
-    """Return the probabilities in the middles of equal parts."""
-    return (np.arange(count) + 0.5) / count
+    """Return the evidence that is shipped."""
+    return LrEvidence(json.loads(LR_EVIDENCE.read_text()))

@@ -28,8 +28,8 @@ REFERENCE = _PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
 LR_OPTIMA = _PACKAGED / "lr_optima.csv"
 """The optimal learning rates that are known, a table that `lorabench evidence` writes."""
-LR_CURVATURES = _PACKAGED / "lr_curvatures.csv"
-"""What other learning rates lose, a table that `python -m benchmarks.audit_regret` writes."""
+LR_EVIDENCE = _PACKAGED / "lr_evidence.json"
+"""The optimal learning rates, pooled, and what others lose, a file that `python -m benchmarks.audit_regret` writes."""
 
 
 @contextmanager

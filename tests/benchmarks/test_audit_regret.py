@@ -1,12 +1,17 @@
 """The curvatures that are shipped, and predicted regrets held to measured ones."""
 
+import json
+import math
+
 import pandas as pd
 import pytest
 
-from benchmarks.audit_regret import alarms, curvatures, held_to, inside, measured_runs, rounded
+from benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
+from lorabench.audit.regret import LrEvidence, Place
 from lorabench.report.publish import published_folders
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
+from lorabench.utils.files import LR_EVIDENCE
 
 from ..conftest import REPOSITORY
 
@@ -14,18 +19,28 @@ EVIDENCE = REPOSITORY / "paper_figures/published/evidence"
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def published():
     return read_studies(source_folders()), published_folders(REPOSITORY)
 
 
 @pytest.fixture(scope="module")
-def runs(evidence):
-    return measured_runs(*evidence)
+def runs(published):
+    return measured_runs(*published)
 
 
-def test_the_shipped_curvatures_follow_from_the_sources(runs):
+def test_what_is_shipped_follows_from_the_sources(published, runs):
+    table = curvatures(runs)
     committed = pd.read_csv(EVIDENCE / "lr_curvatures.csv")
-    pd.testing.assert_frame_equal(rounded(curvatures(runs)), committed, rtol=1e-3)
+    pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3)
+    made, shipped = evidence(known_optima(*published), table), json.loads(LR_EVIDENCE.read_text())
+    assert made.keys() == shipped.keys()
+    pools = {"optima", "curvatures"}
+    assert [made[name] for name in made.keys() - pools] == [shipped[name] for name in made.keys() - pools]
+    place = Place("llama", 4096.0, "lora", False, 32.0, 1000.0)
+    for other in (place, place._replace(method="fullft"), place._replace(rl=True), place._replace(family="gemma")):
+        ours, theirs = (LrEvidence(known).verdict(math.log(1e-5), other) for known in (made, shipped))
+        for name in ("recommended", "share", "loss"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-3)
 
 
 def test_measured_regrets_of_one_arm_by_hand(runs):
@@ -39,8 +54,8 @@ def test_measured_regrets_of_one_arm_by_hand(runs):
 
 
 @pytest.mark.slow
-def test_the_committed_calibration_follows_from_the_sources(evidence, runs):
-    rows = held_to(runs, known_optima(*evidence))
+def test_the_committed_calibration_follows_from_the_sources(published, runs):
+    rows = held_to(runs, known_optima(*published))
     for name, table in (("inside", inside(rows)), ("alarms", alarms(rows))):
         committed = pd.read_csv(EVIDENCE / f"lr_regret_{name}.csv")
         pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3, check_dtype=False)

@@ -204,7 +204,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     committed = {
         path.name
         for path in EVIDENCE.iterdir()
-        if not path.name.startswith(("lr_left_out", "lr_curvatures", "lr_regret", "lr_ratio_regret"))
+        if not path.name.startswith(("lr_left_out", "lr_curvatures", "lr_evidence", "lr_regret", "lr_ratio_regret"))
     }
     assert {path.name for path in written.iterdir()} == committed
     assert (
