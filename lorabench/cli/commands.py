@@ -220,9 +220,11 @@ def recommend(
     rank: Annotated[int | None, Option(min=1, help="The rank to convert --from-lr to.")] = None,
     gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    as_script: Annotated[
-        bool, Option("--script", help="Print a training script for transformers and PEFT with these settings.")
-    ] = False,
+    trainer: Annotated[
+        str | None, Option("--for", help="Write a folder to train from, for trl, axolotl or llamafactory.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="The folder of --for; finetune-NAME by default.")] = None,
+    full: Annotated[bool, Option("--full", help="Full fine-tuning in the folder of --for, in place of LoRA.")] = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     from lorabench.custom.model import find_model
@@ -237,8 +239,10 @@ def recommend(
     known = KnownLr(from_lr, from_alpha, from_rank, from_steps, from_batch_size, alpha, rank) if from_lr else None
     if dataset_tokens is not None and data is not None:
         raise UserError("--dataset-tokens and --data: give one of them")
-    if as_json and as_script:
-        raise UserError("--json and --script: give one of them")
+    if as_json and trainer is not None:
+        raise UserError("--json and --for: give one of them")
+    if trainer is None and (full or out is not None):
+        raise UserError("--out and --full need --for")
     described, examined, template = find_model(model), None, None
     if data is not None:
         from lorabench.custom.data import examine
@@ -253,10 +257,12 @@ def recommend(
         from dataclasses import asdict
 
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
-    elif as_script:
-        from lorabench.custom.recommend import script
+    elif trainer is not None:
+        from lorabench.custom.trainer_configs import write_config
 
-        print(script(described, recommendation, examined, template), end="")
+        folder = out or Path(f"finetune-{trainer}")
+        command = write_config(trainer, folder, described, recommendation, examined, template, full)
+        print(f"{folder} is written; start with: {command}")
     else:
         print(described if examined is None else f"{described}\n{examined}")
         recommendation_table(recommendation)

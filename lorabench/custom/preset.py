@@ -171,7 +171,7 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
     kept = {"revision"} if isinstance(model.spec, HubModel) else set()
     model_fields = {name: value for name, value in model.spec if name in kept or value != defaults[name]}
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["yaml"] = _yaml
+    environment.filters["yaml"] = yaml_text
     sft = isinstance(data, UserData)
     return environment.from_string(Path(__file__).with_name("preset.yaml.j2").read_text(encoding="utf-8")).render(
         # A comment must not leave its line.
@@ -207,7 +207,7 @@ def splits(usable: int, share: float) -> dict[str, int]:
     return {"train": usable - validation - test, "validation": validation, "test": test}
 
 
-def _yaml(value: object) -> str:
+def yaml_text(value: object) -> str:
     """Return a value as YAML of one line: a plain word without quotes, any other text in quotes."""
     style = '"' if isinstance(value, str) and not re.fullmatch(r"[A-Za-z][\w./-]*", value) else None
     text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=math.inf, sort_keys=False)

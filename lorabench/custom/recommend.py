@@ -1,4 +1,4 @@
-"""Settings to start from for a model and its data, each with its source, as a table and as a script that trains.
+"""Settings to start from for a model and its data, each with its source, as a table.
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
 and of your own finished presets (`learning_rates`). What was measured on a model of the same family and size is shown.
@@ -7,11 +7,9 @@ and of your own finished presets (`learning_rates`). What was measured on a mode
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,7 +18,6 @@ from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.fields import Placement
-from lorabench.config.inputs import GgufModel
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
 from lorabench.custom.data import UserData
@@ -44,10 +41,7 @@ from lorabench.custom.preset import (
     recommended_batch,
     recommended_rank,
 )
-from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
-from lorabench.models.base import model_location
-from lorabench.models.specs import template_text
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import Plan, make_plan
@@ -70,8 +64,6 @@ _ASSUMED_TOKENS, _ASSUMED_EXAMPLE_TOKENS, _ASSUMED_MAX_CHARS = 1_000_000, 500, 6
 _MICRO_BATCH_TOKENS = 2048
 MOST_GPUS = 1024
 """The most GPUs that costs are estimated for."""
-_SCRIPT = Path(__file__).with_name("finetune.py")
-_SCRIPT_MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -353,41 +345,3 @@ def recommendation_table(recommendation: Recommendation) -> None:
 
 def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
     return f"{formats.lr(low, digits)} to {formats.lr(high, digits)}"
-
-
-def script(model: UserModel, recommendation: Recommendation, data: UserData | None, chat_template: str | None) -> str:
-    """Return a Python script that trains the model with transformers and PEFT.
-
-    Without data it has a placeholder for their path. UserError says that the script supports no such model or data.
-    """
-    if model.sizes.experts:
-        raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
-    if isinstance(model.spec, GgufModel):
-        raise UserError(
-            f"{model.name} is a GGUF file; the script needs safetensors: `lorabench step convert` makes them"
-        )
-    settings = recommendation.settings
-    values: dict[str, Any] = {
-        "MODEL": model_location(model.spec),
-        "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
-        "RANK": settings["rank"].value,
-        "LORA_LR": settings["lora_lr"].value,
-        "FULL_LR": settings["fullft_lr"].value,
-        "BATCH_SIZE": settings["batch_size"].value,
-        "MAX_TOKENS": min(_SCRIPT_MAX_TOKENS, model.max_length or _SCRIPT_MAX_TOKENS),
-    }
-    if data is not None:
-        if data.source["kind"] != "file":
-            raise UserError(f"data {data.name} is on the hub; the script reads a file")
-        unsupported = {reason: rows for reason, rows in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
-        if unsupported:
-            reasons = replace(data.tally, bad=unsupported).reasons()
-            raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
-        values |= {"DATA": data.name, "FORMAT": data.source["format"]}
-    text = _SCRIPT.read_text(encoding="utf-8")
-    for name, value in values.items():
-        # The comment after the value is kept.
-        [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
-        comment = "".join(line.partition("  # ")[1:])
-        text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
-    return text

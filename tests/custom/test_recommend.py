@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lorabench.cli.commands import app
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
-from lorabench.custom.recommend import KnownLr, recommend, script
+from lorabench.custom.recommend import KnownLr, recommend
 from lorabench.errors import UserError
 from lorabench.models.specs import ARCHITECTURES
 from lorabench.planning.memory import USABLE
@@ -106,7 +106,6 @@ def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
     lr = recommendation.settings["lora_lr"]
     assert lr.high / lr.low > llama.high / llama.low
     assert any("The law has no exponent for the family 'mistral'" in note for note in recommendation.notes)
-    assert f"LORA_LR = {lr.value}\n" in script(find_model(str(base)), recommendation, None, None)
 
 
 def test_finished_runs_are_shown_with_their_interval(tmp_path):
@@ -147,9 +146,6 @@ def test_a_mixture_of_experts_fits_where_activations_are_recomputed(tmp_path):
     available = USABLE * GPUS["H100-80GB"].memory / GB
     assert 16 * 30.53 / 8 < settings["fullft_gigabytes"].value <= round(available, 2)
     assert settings["lora_gigabytes"].source == "estimated for 2 x H100-80GB"
-    small = "moe-128"
-    with pytest.raises(UserError, match="is a mixture of experts, which the script does not cover"):
-        script(find_model(small), recommended(small, tmp_path), None, None)
 
 
 def lorabench(*arguments, cwd):
@@ -188,7 +184,8 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
 
 MISTAKES = (
     (("--data", "x.jsonl", "--dataset-tokens", "5"), "--dataset-tokens and --data: give one of them"),
-    (("--json", "--script"), "--json and --script: give one of them"),
+    (("--json", "--for", "trl"), "--json and --for: give one of them"),
+    (("--full",), "--out and --full need --for"),
     (("--gpu", "H9000"), "gpu 'H9000' is not known"),
     (("--data", "x.jsonl"), "data 'x.jsonl' is no file and no hub id"),
     (("--data", "own.jsonl", "--batch-size", "64"), "batch size 64 is more than the 20 training examples"),

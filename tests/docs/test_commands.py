@@ -89,7 +89,7 @@ def test_lorabench_commands_run_in_the_order_of_the_pages(folder):
             assert "Traceback" not in output, line
     assert (folder / "my.yaml").is_file()
     assert {"fig1_envelopes", "fig2_lr_by_rank"} <= {figure.stem for figure in (folder / "figures").glob("*.svg")}
-    assert "lora_alpha" in (folder / "finetune.py").read_text()
+    assert "lora_alpha" in (folder / "finetune-trl/trl.yaml").read_text()
     merged = Tables.read(folder / "merged")
     assert set(merged.runs["dataset"]) == {"instruct", "worked"}
     verdicts = judge_claims(merged).set_index("claim_id")["verdict"]
