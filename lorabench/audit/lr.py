@@ -134,8 +134,9 @@ def _message(config: TrainingConfig, verdict: Verdict) -> str:
     distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than" if factor > 1.05 else "about"
     share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
     unit = _UNITS[config.task == "rl"]
+    comparison = f" (the recommended one {verdict.recommended_share:.0%})" if factor > 1.05 else ""
     return (
         f"the learning rate {config.lr:g} of {_METHODS[config.method or '']} is {distance} the recommended "
         f"{verdict.recommended.mean:.2g}; it is expected to lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] "
-        f"of what training gains, or {loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
+        f"of what training gains{comparison}, or {loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
     )

@@ -88,6 +88,8 @@ class Verdict:
     1 where it may diverge."""
     loss: Interval
     """The same in nats per token, in RL in accuracy; where the LR may diverge, the interval has no end."""
+    recommended_share: float
+    """The expected regret of the recommended LR as a share of the gain, since it may not be the optimum either."""
     margin: float
     """The smallest share of the gain that matters."""
     p_margin: float
@@ -163,6 +165,7 @@ class LrEvidence:
             outside_95=outside_95,
             share=intervals[0]._replace(high=1.0) if may_diverge else intervals[0],
             loss=intervals[1],
+            recommended_share=float(self._regrets(mean - optima, place, "share").mean()),
             margin=margin,
             p_margin=float((shares > margin).mean()),
             may_diverge=may_diverge,

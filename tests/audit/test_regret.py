@@ -64,6 +64,7 @@ def test_the_expected_regret_is_that_of_the_parabola(x):
     assert sd == pytest.approx(math.log(1.25), rel=0.25)
     assert verdict.loss.mean == pytest.approx(0.1 * (x**2 + sd**2), rel=0.15)
     assert verdict.share.mean == pytest.approx(1 - math.exp(-0.1 * (x**2 + sd**2)), rel=0.15)
+    assert verdict.recommended_share == pytest.approx(1 - math.exp(-0.1 * sd**2), rel=0.15)
     assert verdict.share.low <= verdict.share.mean <= verdict.share.high
     assert (verdict.share.low > 0) == verdict.outside_95 == (x != 0)
 
@@ -107,6 +108,7 @@ def test_levels():
     error = found(lr=BEST / 30)
     assert (error.code, error.level) == ("lr", "error")
     assert "30 times lower than the recommended 0.0005" in error.message
+    assert "of what training gains (the recommended one 1%)" in error.message
     # Where LRs hardly matter, a distance that chance does not explain is no error.
     assert found(evidence(curvature=1e-5), lr=BEST / 30).level == "warning"
     # Where sources differ by a factor of ten, the same LR may be right.
