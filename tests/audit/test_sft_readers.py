@@ -151,6 +151,23 @@ max_steps: 10
     assert config.line("rank") == 5
 
 
+def test_llamafactory_commands():
+    text = """
+MODEL=org/model-4b
+llamafactory-cli train \\
+    --model_name_or_path ${MODEL} --stage sft --do_train --finetuning_type lora \\
+    --learning_rate 1e-4 --lora_rank 8 --lora_target q_proj,v_proj --save_only_model false \\
+    --num_train_epochs $EPOCHS
+llamafactory-cli train configs/other.yaml
+llamafactory-cli chat --model_name_or_path org/model --stage sft --do_train
+"""
+    config = read(llamafactory, text, "train.sh")
+    assert (config.name, config.model, config.method, config.task) == ("line 3", "org/model-4b", "lora", "sft")
+    assert (config.lr, config.rank, config.alpha, config.targets) == (1e-4, 8, 16, ("q_proj", "v_proj"))
+    # What a variable says that the script does not set is not known, and no default takes its place.
+    assert (config.epochs, config.line("lr"), config.batch_size) == (None, 5, 8)
+
+
 def test_llamafactory_without_training():
     text = LLAMAFACTORY.replace("do_train: true", "do_predict: true")
     assert llamafactory.matches(Path("c.yaml"), text)

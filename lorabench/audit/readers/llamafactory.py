@@ -11,6 +11,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.readers import options
 from lorabench.audit.readers.options import count, flag, names, number, text
+from lorabench.audit.readers.shell import Word, is_script, read_commands, read_flags
 from lorabench.audit.yaml_lines import load, resolve
 from lorabench.errors import UserError
 
@@ -69,7 +70,9 @@ _OPTIMIZERS = ("galore", "apollo", "badam", "adam_mini", "muon")
 
 
 def matches(path: Path, text: str) -> bool:
-    """Return whether a file has options that only LLaMA-Factory has."""
+    """Return whether a file has options or a command that only LLaMA-Factory has."""
+    if is_script(path, text):
+        return "llamafactory-cli train" in text or re.search(r"--(finetuning_type|lora_target)\b", text) is not None
     if path.suffix not in (".yml", ".yaml", ".json"):
         return False
     keys = set(re.findall(r'^\s*"?(\w+)"?\s*:', text, re.MULTILINE))
@@ -78,12 +81,30 @@ def matches(path: Path, text: str) -> bool:
 
 
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
-    """Return the run of a file."""
+    """Return the run of a file, or those of a script's commands that state all options themselves."""
+    if is_script(path, text):
+        return [config for words in read_commands(text) for config in _of_command(shown, words)]
     # The framework reads files with OmegaConf, to which 2e-4 is a number.
     raw, lines = load(text, as_omegaconf=True)
     if not isinstance(raw, dict):
         raise UserError("it has no options: a configuration of LLaMA-Factory is a mapping")
-    data = resolve(raw)
+    repeated = options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
+    return _run(shown, "", resolve(raw), lines, repeated)
+
+
+def _of_command(shown: str, words: list[Word]) -> list[TrainingConfig]:
+    texts = [word.text for word in words]
+    for at, word in enumerate(texts):
+        if (word == "train" and at and texts[at - 1] == "llamafactory-cli") or Path(word).name == "train.py":
+            given = read_flags(words[at + 1 :])
+            named = "model_name_or_path" in given and ("finetuning_type" in given or "stage" in given)
+            return _run(shown, f"line {words[0].line}", given.values, given.lines, []) if named else []
+    return []
+
+
+def _run(
+    shown: str, name: str, data: Mapping[str, Any], lines: Mapping[str, int], found: list[Finding]
+) -> list[TrainingConfig]:
     first = "model_name_or_path" in data
     # Without do_train, and without training data, it is an evaluation, an export or a chat.
     if not flag(data.get("do_train")) if first else not data.get("train_dataset"):
@@ -93,8 +114,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     for key in ("warmup_ratio", "warmup_steps"):
         if data.get(key) is not None:
             places["warmup"] = lines[key]
-    findings += options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
-    return [TrainingConfig(shown, "llamafactory", lines=places, findings=tuple(findings), **said)]
+    return [TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)]
 
 
 def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str, Any], list[Finding]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorabench.audit.finding import Finding
+from lorabench.audit.readers.flat import Options
 
 UNKNOWN = "\0"
 """Stands in a word for the part that only the running script knows."""
@@ -71,6 +72,26 @@ def find_file(path: Path, said: str) -> Path | None:
         return None
     candidates = (folder / said for folder in path.absolute().parents)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def read_flags(words: list[Word]) -> Options:
+    """Read `--name value ...` and `--name=value`; a name without a value is true."""
+    options = Options()
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if not re.match(r"--[a-zA-Z]", word.text):
+            continue
+        name, equals, first = word.text[2:].partition("=")
+        values = [first] if equals else []
+        while not equals and at < len(words) and not re.match(r"--[a-zA-Z]", words[at].text):
+            values.append(words[at].text)
+            at += 1
+        said = [known(value) for value in values]
+        value = True if not said else said[0] if len(said) == 1 else said
+        options.set(name.replace("-", "_"), value, word.line)
+    return options
 
 
 def cut_off(word: Word) -> Finding:

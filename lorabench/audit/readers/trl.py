@@ -21,7 +21,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers import trl_python
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, known, read_commands
+from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
 from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
@@ -174,7 +174,7 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
     start, name, own = _program(texts)
     if start is None:
         return None
-    launcher, options = _flags(words[:start]), _flags(words[start + 1 :])
+    launcher, options = read_flags(words[:start]), read_flags(words[start + 1 :])
     said = options.text("config")
     if said is not None and (config_file := find_file(path, said)) is not None:
         data, _ = load(config_file.read_text(encoding="utf-8"))
@@ -206,26 +206,6 @@ def _program(texts: list[str]) -> tuple[int | None, str, bool]:
             stem = Path(text).stem
             return at, stem, stem in _COMMANDS or "examples/scripts/" in text
     return None, "", False
-
-
-def _flags(words: list[Word]) -> Options:
-    """Read `--name value ...` and `--name=value`; a name without a value is true."""
-    options = Options()
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
-        if not re.match(r"--[a-zA-Z]", word.text):
-            continue
-        name, equals, first = word.text[2:].partition("=")
-        values = [first] if equals else []
-        while not equals and at < len(words) and not re.match(r"--[a-zA-Z]", words[at].text):
-            values.append(words[at].text)
-            at += 1
-        said = [known(value) for value in values]
-        value = True if not said else said[0] if len(said) == 1 else said
-        options.set(name.replace("-", "_"), value, word.line)
-    return options
 
 
 def _devices(path: Path, options: Options) -> int | None:
