@@ -170,6 +170,12 @@ def test_missing_fields_are_named(raw_preset, write_preset):
         load_preset(write_preset(raw_preset))
 
 
+def test_a_falling_lr_has_no_losses_of_shorter_runs(raw_preset, write_preset):
+    raw_preset["protocol"] = {"schedule": "linear", "validate_at": [1]}
+    with pytest.raises(PresetError, match=r"validate_at \[1\] .* must be empty"):
+        load_preset(write_preset(raw_preset))
+
+
 def test_several_mistakes_are_all_named(raw_preset, write_preset):
     raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
     with pytest.raises(PresetError) as caught:
