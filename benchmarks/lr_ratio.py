@@ -4,6 +4,7 @@
     python -m benchmarks.lr_ratio --regret results/lr_ratio@100/tables
     python -m benchmarks.lr_ratio --lora results/lr_ratio/tables results/lr_ratio@100/tables
     python -m benchmarks.lr_ratio --factors
+    python -m benchmarks.lr_ratio --falling results/lr_decay/tables
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
@@ -19,6 +20,9 @@ optimal LR of full fine-tuning in the first one, so that no error is shared.
 
 With `--factors`, it prints what `movement` says of Llamas at the pooled optimal LRs of full fine-tuning, by width,
 number of steps and rank, at alpha 32 and a batch size of 32.
+
+With `--falling`, it prints what `movement` says of runs whose LR falls linearly to zero, by the highest and by the mean
+LR of full fine-tuning.
 """
 
 from __future__ import annotations
@@ -136,6 +140,20 @@ def lora_optima(explored: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:
     return rms_factors(table.assign(off_by=off, off_by_low=low, off_by_high=high))
 
 
+def falling(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the ratio that `movement` predicts by the highest and by the mean LR, which is half as high.
+
+    Args:
+        table: rows of `predictions.csv` of runs whose LR falls linearly to zero.
+    """
+    own = table[table["runs"].eq("own") & table["theory"].eq("movement")]
+    theories = (predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"] for setting in settings_of(own))
+    means = np.log(own["fullft_lr"] / 2)
+    by_mean = [math.exp(theory(np.asarray(mean))) for theory, mean in zip(theories, means, strict=True)]
+    measured = ["dataset", "steps", "fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high"]
+    return own[measured].assign(by_highest=own["predicted"], by_mean=by_mean)
+
+
 def factors() -> pd.DataFrame:
     """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
     optima = optima_of_table(pd.read_csv(LR_OPTIMA))
@@ -159,6 +177,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", type=Path, help="folders with tables, among them predictions.csv")
     parser.add_argument("--regret", action="store_true", help="print what learning rates by 10, 15 and a theory cost")
     parser.add_argument("--lora", action="store_true", help="print how far theories are off LoRA's own optimal LRs")
+    parser.add_argument("--falling", action="store_true", help="print predictions for runs whose LR falls to zero")
     parser.add_argument("--factors", action="store_true", help="print the ratios that a theory predicts of Llamas")
     given = parser.parse_args()
     if given.factors:
@@ -173,6 +192,9 @@ def main() -> None:
         print(lora_optima(*(part[part["runs"] == "own"] for part in parts)).to_string(float_format="{:.3f}".format))
         return
     rows = pd.concat(parts)
+    if given.falling:
+        print(falling(rows).to_string(index=False, float_format="{:.3g}".format))
+        return
     table = rows[rows["theory"].eq("still") & rows["runs"].eq("own") & rows["ratio_low"].notna()]
     constants = fitted(table)
     for name, theory in constants:
