@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer import Argument, Option
 
-from lorabench.config.fields import Placement
 from lorabench.errors import UserError
 from lorabench.utils import formats
 
@@ -77,6 +76,8 @@ def check(
 
 
 def _check_model(name: str, placement: str, rank: int, gpu: str, as_json: bool) -> None:
+    from lorabench.config.fields import Placement
+
     if placement not in get_args(Placement):
         raise UserError(f"--placement {placement!r}: allowed: {', '.join(get_args(Placement))}")
     from lorabench.check.placement import coverage
