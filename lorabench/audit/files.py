@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import axolotl, llamafactory, nemo_rl, torchtune, trl, verl
+from lorabench.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
 from lorabench.errors import UserError
 
 READERS: dict[str, ModuleType] = {
+    "peft": adapter,
     "axolotl": axolotl,
     "torchtune": torchtune,
     "llamafactory": llamafactory,

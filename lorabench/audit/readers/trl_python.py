@@ -188,7 +188,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
             "saved_modules": settings.names("modules_to_save") or (),
             "rslora": bool(settings.flag("use_rslora")),
             "dora": bool(settings.flag("use_dora")),
-            "variant": initialization if initialization not in ("gaussian", "True", "False") else None,
+            "variant": None if initialization == "gaussian" else initialization,
         }
         lines |= settings.lines_of(
             {

@@ -1,0 +1,217 @@
+"""Finished adapters: a folder with PEFT's `adapter_config.json`, and what lies beside it of the run that made it.
+
+That is, in this order: the record of a run of this project, `training_args.json` or `args.json`, the hyperparameters of
+the model card that Hugging Face's Trainer writes, and `trainer_state.json`, in the folder or in its last checkpoint.
+`training_args.bin` is a pickle and is never loaded. What another file than `adapter_config.json` says has line 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lorabench.audit.config import Method, Task, TrainingConfig
+from lorabench.audit.finding import Finding
+from lorabench.audit.readers.flat import Options
+from lorabench.audit.readers.options import CERTAIN, THE_FILE
+from lorabench.audit.readers.trl_options import plain_fields, task_of
+from lorabench.audit.yaml_lines import load
+from lorabench.errors import UserError
+
+_NAME = "adapter_config.json"
+_KEYS = {
+    "model": ("base_model_name_or_path",),
+    "rank": ("r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "targets": ("target_modules",),
+    "target_parameters": ("target_parameters",),
+    "saved_modules": ("modules_to_save",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+    "variant": ("init_lora_weights",),
+}
+_OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
+"""Options that alter where LoRA is, or how large, and that a record does not hold."""
+_CARD = {
+    "learning_rate": "learning_rate",
+    "train_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "num_devices": "num_devices",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "lr_scheduler_warmup_steps": "warmup_steps",
+    "lr_scheduler_warmup_ratio": "warmup_ratio",
+    "training_steps": "max_steps",
+    "num_epochs": "num_train_epochs",
+}
+"""Hyperparameters of a model card by the names that the Trainer has for them."""
+
+
+def matches(path: Path, text: str) -> bool:
+    return path.name == _NAME
+
+
+def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+    """Return the run that made an adapter."""
+    options = Options(_parse(text))
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := re.match(r'\s*"(\w+)"\s*:', line):
+            options.lines.setdefault(match[1], number)
+    kind = options.text("peft_type")
+    findings = []
+    fields: dict[str, Any] = {"method": None}
+    if kind == "LORA":
+        fields = _lora(options)
+        others = [name for name in _OTHER_PATTERNS if options.get(name)]
+        if others:
+            message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
+            findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get(others[0])))
+    else:
+        message = f"the adapter has peft_type {kind}, not LORA: no check is about it"
+        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
+    about, lines = _run(path.parent, findings), options.lines_of(_KEYS)
+    fields |= about
+    lines = {field: line for field, line in lines.items() if fields.get(field)}
+    lines |= {field: 1 for field, value in about.items() if value is not None}
+    if fields.get("lr") is None and (path.parent / "training_args.bin").is_file():
+        message = "training_args.bin may say the learning rate, but is a pickle, which could run code and is not read"
+        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN))
+    return [
+        TrainingConfig(
+            shown,
+            "peft",
+            model=options.text("base_model_name_or_path"),
+            lines=lines,
+            findings=tuple(findings),
+            **fields,
+        )
+    ]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError("it has no options: it is not a mapping")
+    return data
+
+
+def _lora(options: Options) -> dict[str, Any]:
+    method: Method = "lora"
+    initialization = options.text("init_lora_weights")
+    targets = options.names("target_modules")
+    return {
+        "method": method,
+        "rank": options.count("r"),
+        "alpha": options.number("lora_alpha"),
+        "dropout": options.number("lora_dropout"),
+        "targets": targets if targets is None else tuple(sorted(targets)),
+        "target_parameters": options.names("target_parameters") or (),
+        "saved_modules": options.names("modules_to_save") or (),
+        "rslora": bool(options.flag("use_rslora")),
+        "dora": bool(options.flag("use_dora")),
+        "variant": None if initialization == "gaussian" else initialization,
+    }
+
+
+def _run(folder: Path, findings: list[Finding]) -> dict[str, Any]:
+    """Return the fields that the files beside an adapter say; adds to the findings what could not be read."""
+    record = _beside(folder.parent / "record.json", findings)
+    if isinstance(record.get("spec"), dict) and "run_id" in record:
+        return _of_record(record["spec"])
+    card, tags = _card(folder / "README.md", findings)
+    for name in ("args.json", "training_args.json"):
+        card.update(Options(_beside(folder / name, findings)))
+    task, _ = task_of(*tags)
+    fields, _ = plain_fields(card, task)
+    fields |= {"task": task, "devices": card.count("num_devices", "world_size")}
+    state = Options(_state(folder, findings))
+    if steps := state.count("global_step"):
+        fields |= {"steps": float(steps), "epochs": state.number("epoch")}
+    if fields["micro_batch"] is None:
+        fields["micro_batch"] = state.count("train_batch_size")
+    if fields["lr"] is None:
+        fields |= _logged_lr(state, findings)
+    return fields
+
+
+def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a run of this project, whose learning rate is constant."""
+    options = Options(spec)
+    task: Task = "rl" if spec.get("task") == "rl" else "sft"
+    protocol = spec.get("protocol")
+    return {
+        "task": task,
+        "lr": options.number("lr"),
+        "schedule": "constant",
+        "optimizer": "adam",
+        "global_batch": options.count("batch_size"),
+        "steps": options.number("steps"),
+        "precision": protocol.get("precision") if isinstance(protocol, dict) else None,
+    }
+
+
+def _beside(path: Path, findings: list[Finding]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, UserError) as error:
+        findings.append(Finding("not-read", "note", f"{path.name} could not be read: {error}", THE_FILE, CERTAIN))
+        return {}
+
+
+def _state(folder: Path, findings: list[Finding]) -> dict[str, Any]:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    for place in (folder, *checkpoints[-1:]):
+        if state := _beside(place / "trainer_state.json", findings):
+            return state
+    return {}
+
+
+def _card(path: Path, findings: list[Finding]) -> tuple[Options, list[str]]:
+    """Return the hyperparameters of a model card, by the Trainer's names, and its tags."""
+    options = Options()
+    if not path.is_file():
+        return options, []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    tags: list[str] = []
+    if head := re.match(r"---\n(.*?)\n---\n", text, re.DOTALL):
+        try:
+            data, _ = load(head[1])
+        except UserError as error:
+            findings.append(Finding("not-read", "note", f"the head of README.md: {error}", THE_FILE, CERTAIN))
+            data = None
+        said = data.get("tags") if isinstance(data, dict) else None
+        tags = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
+    section = re.search(r"^#+ Training hyperparameters\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    for name, value in re.findall(r"^- (\w+): (.+)$", section[1] if section else "", re.MULTILINE):
+        if name in _CARD:
+            options.set(_CARD[name], value)
+        elif name == "optimizer" and (optimizer := re.match(r"(?:Use )?(\S+)", value)):
+            options.set("optim", optimizer[1].rpartition(".")[2].lower())  # of `OptimizerNames.ADAMW_TORCH`
+        elif name == "mixed_precision_training" and value == "Native AMP":
+            options.set("fp16", True)
+    return options, tags
+
+
+def _logged_lr(state: Options, findings: list[Finding]) -> dict[str, Any]:
+    """Return the highest learning rate in the log of the Trainer."""
+    log = state.get("log_history")
+    entries = [Options(entry) for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    logged = [(lr, entry.count("step")) for entry in entries if (lr := entry.number("learning_rate")) is not None]
+    if not logged:
+        return {}
+    highest, step = max(logged, key=lambda item: item[0])
+    if len(logged) > 1 and all(lr == highest for lr, _ in logged):
+        return {"lr": highest, "schedule": "constant"}
+    message = (
+        f"the learning rate {highest:g} is the highest that trainer_state.json logged (step {step}); its peak may be"
+    )
+    findings.append(Finding("not-read", "note", f"{message} higher", THE_FILE, "at least this"))
+    return {"lr": highest}
