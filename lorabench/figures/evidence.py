@@ -23,6 +23,7 @@ _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
 _RATIO = "optimal LR of LoRA over that of full fine-tuning"
 _GAP = "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"
 _GROWTH = "growth of that gap from the smallest to the largest batch, nats per token"
+_ACCURACY = "accuracy of LoRA minus that of full fine-tuning; left is worse for LoRA"
 _RANK_1 = "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA"
 
 # The title of the panel of each measure, the label of its axis, and the format of its numbers.
@@ -30,6 +31,7 @@ _MEASURES = {
     "lr_ratio": ("Ratio of optimal learning rates", _RATIO, ".1f"),
     "loss_gap": ("Loss at the best LR", _GAP, "+.4f"),
     "gap_growth": ("Growth of that gap with batch size", _GROWTH, "+.4f"),
+    "accuracy_gap": ("Accuracy at the best LR", _ACCURACY, "+.3f"),
     "rank_1_gap": ("RL at rank 1", _RANK_1, "+.3f"),
 }
 _MEAN, _PREDICTED = ["mean", "low", "high"], ["predicted_low", "predicted_high"]
@@ -45,7 +47,7 @@ def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     for place, (measure, table) in enumerate(rows.items()):
         bottom = sum(heights[place + 1 :])
         box = (left, (bottom + 0.5) / sum(heights), width, (heights[place] - 0.8) / sum(heights))
-        over_all = summary[(summary["measure"] == measure) & (summary["attribute"] == "")]
+        over_all = summary[(summary["measure"] == measure) & (summary["attribute"] == "") & (summary["k"] > 1)]
         _draw_measure(figure.add_axes(box), measure, table, over_all)
     return figure
 

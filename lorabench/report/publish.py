@@ -328,7 +328,7 @@ def evidence_part(root: Path) -> str:
         mean, low, high = (
             f"{math.exp(row[name]):.3g}" if is_log else f"{row[name]:+.4f}" for name in ("mean", "low", "high")
         )
-        rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]"])
+        rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]" if row["k"] > 1 else mean])
     lines = table(["measured", "sources", "mean, 95% interval"], rows)
     for path in sorted((root / SOURCES).glob("*/source.yaml")):
         source, name = yaml.safe_load(path.read_text()), path.parent.name

@@ -8,6 +8,7 @@ The measurements of a study are taken at the best learning rates of its grids, s
 - `loss_gap`: LoRA's lowest loss minus that of FullFT, in nats per token.
 - `gap_growth`: by how much that gap is larger at the largest batch size than at the smallest, in nats per token; it is
   the fitted estimate of claim D1, of the rank that decides it.
+- `accuracy_gap`: in SFT that is judged by accuracy, LoRA's highest accuracy minus that of FullFT, as a share.
 - `rank_1_gap`: in RL, the highest accuracy of rank 1 minus that of FullFT, as a share.
 
 LoRA is that of the highest rank whose grid has three LRs. The measurements of a preset are the fitted estimates of its
@@ -53,17 +54,24 @@ _MATRIX = (
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, `held_out` its
 verdict on held-out seeds if it was run on them, and `others` says what others of the same scale find. The numbers of
-comparisons and the range of their estimates are those of all."""
+comparisons are those of all, and the range of their estimates that of all with the cell's unit."""
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
     "loss_gap": "lowest loss of LoRA minus that of full fine-tuning (nats per token)",
     "gap_growth": "growth of that gap from the smallest to the largest batch size (nats per token)",
+    "accuracy_gap": "SFT: highest accuracy of LoRA minus that of full fine-tuning",
     "rank_1_gap": "RL: highest accuracy of rank 1 minus that of full fine-tuning",
 }
 """The measurements with their descriptions."""
 
-PAPER_VALUES = {"lr_ratio": math.log(PAPER_RATIO), "loss_gap": 0.0, "gap_growth": 0.0, "rank_1_gap": 0.0}
+PAPER_VALUES = {
+    "lr_ratio": math.log(PAPER_RATIO),
+    "loss_gap": 0.0,
+    "gap_growth": 0.0,
+    "accuracy_gap": 0.0,
+    "rank_1_gap": 0.0,
+}
 """What the paper says of each measurement; of the growth it says only that it is above 0."""
 
 ATTRIBUTES = ("task", "precision", "schedule", "alpha", "base_kind")
@@ -155,7 +163,9 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
     cell = every.groupby(["claim_id", "scale"])
     every[["n_hold", "n_parts"]] = cell[["n_hold", "n_parts"]].transform("sum")
-    every["part_low"], every["part_high"] = cell["part_low"].transform("min"), cell["part_high"].transform("max")
+    # Losses and error rates have no common range.
+    alike = every.groupby(["claim_id", "scale", "unit"], dropna=False)
+    every["part_low"], every["part_high"] = alike["part_low"].transform("min"), alike["part_high"].transform("max")
     deciding = ~every.duplicated(["claim_id", "scale"])
     others = every[~deciding & every["verdict"].ne("not tested")]
     verdicts = (others["origin"] + ": " + others["verdict"]).groupby([others["claim_id"], others["scale"]])
@@ -270,9 +280,21 @@ def _about(study: Study) -> dict[str, Any]:
 
 def _measured_condition(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Measure the runs of one dataset, batch size and number of steps."""
-    own_sigma = _own_noise(runs, study.is_rl)
-    sigma = own_sigma or (study.noise.sigma if study.noise else math.nan)
-    noise_remarks = [] if own_sigma or study.noise is None else [f"noise from {study.noise.source}"]
+    if not study.has_losses:
+        return _measured(study, runs, ["lr_ratio"] if study.is_rl else ["lr_ratio", "accuracy_gap"], rates=True)
+    rows = _measured(study, runs, ["lr_ratio", "loss_gap"], rates=False)
+    if study.by_accuracy:
+        rows += _measured(study, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
+    return rows
+
+
+def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
+    """Take measurements of a condition whose losses are error rates, or not."""
+    own_sigma = _own_noise(runs, rates)
+    # The noise that a source states is that of what it is judged by.
+    noise = study.noise if rates or not study.by_accuracy else None
+    sigma = own_sigma or (noise.sigma if noise else math.nan)
+    noise_remarks = [] if own_sigma or noise is None else [f"noise from {noise.source}"]
     noise_remarks += ["noise between seeds not known"] if math.isnan(sigma) else []
     fullft_runs = runs[runs["method"] == "fullft"]
     fullft = _best(fullft_runs, sigma)
@@ -282,7 +304,6 @@ def _measured_condition(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]
     swept = [rank for rank, arm in arms.items() if rank > 1 and arm["lr"].nunique() >= MIN_LRS]
     chosen: list[tuple[str, pd.DataFrame]] = []
     if swept and fullft_runs["lr"].nunique() >= MIN_LRS:
-        measures = ["lr_ratio"] if study.is_rl else ["lr_ratio", "loss_gap"]
         chosen += [(measure, arms[max(swept)]) for measure in measures]
     if study.is_rl and 1 in arms:
         chosen.append(("rank_1_gap", arms[1]))
@@ -297,8 +318,8 @@ def _measured_condition(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]
             value, error = math.log(lora.lr / fullft.lr), math.hypot(lora.log_error, fullft.log_error)
             remarks += [] if edges else ["by the best LRs of the grids"]
         else:
-            # In RL the losses are error rates, and the gap is one of accuracies.
-            value = fullft.loss - lora.loss if study.is_rl else lora.loss - fullft.loss
+            # The gap of error rates is one of accuracies.
+            value = fullft.loss - lora.loss if rates else lora.loss - fullft.loss
             error = sigma * math.sqrt(1 / lora.n + 1 / fullft.n)
             remarks += noise_remarks
         row = {"measure": measure, "dataset": runs["dataset"].iloc[0], "batch_size": runs["batch_size"].iloc[0]}
@@ -307,9 +328,9 @@ def _measured_condition(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]
     return rows
 
 
-def _own_noise(runs: pd.DataFrame, rl: bool) -> float | None:
+def _own_noise(runs: pd.DataFrame, rates: bool) -> float | None:
     """Return the deviation between seeds of a group's own runs, pooled over arms and LRs; None with one seed."""
-    column = REWARD_SD if rl else "final_test_nll_sd"
+    column = REWARD_SD if rates else "final_test_nll_sd"
     if column in runs and runs[column].notna().any():
         return math.sqrt(float((runs[column].astype(float) ** 2).mean()))
     cells = runs.groupby(["method", "rank", "lr"], dropna=False)["loss"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,17 +17,19 @@ import pandas as pd
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from lorabench.analysis.comparison import COMPARED, MIN_LRS
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.analysis.rewards import is_sick
 from lorabench.claims.judge import judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import UserError
-from lorabench.store.checks import check_curves, check_table, is_rl
+from lorabench.store.checks import check_curves, check_table, is_rl, refuse_rows
 from lorabench.store.io import read_table, typed_columns
 from lorabench.store.schemas import CURVES, RUNS
-from lorabench.store.tables import MIXED, UNKNOWN, Tables, with_stand_ins
+from lorabench.store.tables import MIXED, ONE_SET, REMARK, UNKNOWN, Tables, with_stand_ins
 from lorabench.utils.files import REFERENCE, file_sha256
 
 SOURCE_FILE = "source.yaml"
@@ -110,6 +112,9 @@ class Source(Strict):
     """What a reader of its verdicts must know, such as one seed or no test split."""
     models: Annotated[dict[str, ModelOf], Field(min_length=1)]
     noise: NoiseOf | None = None
+    outcome: Literal["loss", "accuracy"] = "loss"
+    """What supervised fine-tuning is judged by. Of an accuracy, `final_reward` of the runs is the test accuracy, and
+    `base_reward` that of the base. Learning rates are still those of the loss, where there is one."""
     sha256: dict[Literal["runs.csv", "curves.csv"], str]
     """The SHA-256 of each table, so that a change is noticed."""
 
@@ -139,6 +144,9 @@ def import_source(folder: Path) -> tuple[Source, Tables]:
     try:
         check_table(with_stand_ins(runs))
         check_curves(curves)
+        if source.outcome == "accuracy":
+            wrong = runs["status"].eq("done") & runs.reindex(columns=["final_reward"])["final_reward"].isna()
+            refuse_rows(runs.reindex(columns=[*runs, "final_reward"]), wrong, "run_id", "final_reward", "a share")
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return source, Tables(runs, curves)
@@ -208,6 +216,17 @@ class Study:
     """Noise from elsewhere for runs with one seed: of final losses, in RL of final accuracies."""
 
     @property
+    def by_accuracy(self) -> bool:
+        """Whether its supervised fine-tuning is judged by accuracies."""
+        return self.description.outcome == "accuracy" and not self.is_rl
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether its runs have losses, by which learning rates are then compared; otherwise they are error rates."""
+        runs = self.tables.runs
+        return not self.is_rl and "final_test_nll" in runs and bool(runs["final_test_nll"].notna().any())
+
+    @property
     def name(self) -> str:
         """The source and the model's name without its owner."""
         return f"{self.source}/{self.model.rsplit('/', 1)[-1]}"
@@ -215,13 +234,13 @@ class Study:
     def conditions(self) -> list[pd.DataFrame]:
         """Return the runs of each dataset, batch size and number of steps, with LoRA on all layers if it has LoRA.
 
-        Random facts are left out. The column `loss` is the test loss, in RL the error rate, and a sick run of RL counts
-        as diverged, as it does in the claims.
+        Random facts are left out. The column `loss` is the test loss, in RL and without losses the error rate, and a
+        sick run of RL counts as diverged, as it does in the claims.
         """
         runs = self.tables.runs
         columns = ("lr", "steps", "batch_size", "data_kind", "final_reward", "final_test_nll")
         runs = runs.reindex(columns=list(dict.fromkeys([*runs, *columns])))
-        runs = runs.assign(loss=1 - runs["final_reward"] if self.is_rl else runs["final_test_nll"])
+        runs = runs.assign(loss=runs["final_test_nll"] if self.has_losses else 1 - runs["final_reward"])
         if self.is_rl:
             runs = runs.assign(status=runs["status"].mask(is_sick(runs), "diverged"))
         runs = runs[(runs["placement"].fillna("all") == "all") & ~runs["data_kind"].eq("facts")]
@@ -285,14 +304,60 @@ def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame],
     return Noise.borrowed(sd, dof.sum(), f"{name} (SD {sd:.3f} of the accuracy, {dof.sum():.0f} degrees of freedom)")
 
 
+BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are error rates"
+
+_OF_ACCURACY = DEFAULT_MARGINS.model_copy(update={"loss": DEFAULT_MARGINS.reward, "final_loss": 1.0})
+"""The margin of accuracies is a share of the gain, as in RL, however low the error rate."""
+
+
+def _error_rates_as_losses(tables: Tables) -> Tables:
+    """Return tables whose losses are error rates, and whose curves start at that of the base; other losses go.
+
+    So do random facts, as in `Study.conditions`: they are learned to the last, so that their error rates are 0.
+    """
+    runs = tables.runs
+    runs = runs[~runs["data_kind"].eq("facts").fillna(False)] if "data_kind" in runs else runs
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, "base_reward", "final_valid_reward"])))
+    error = 1 - runs["final_reward"].astype(float)
+    picked_by = (1 - runs["final_valid_reward"].astype(float)).fillna(error)
+    remark = BY_ACCURACY if (picked_by != error).any() else f"{BY_ACCURACY}; {ONE_SET}"
+    judged = runs.assign(final_valid_nll=picked_by, final_test_nll=error, **{REMARK: remark})
+    base = runs[runs["base_reward"].notna()]
+    first = base[["run_id"]].assign(step=0, split="validation", metric="nll", value=1 - base["base_reward"])
+    others = tables.curves[tables.curves["metric"] != "nll"]
+    return replace(tables, runs=judged, curves=pd.concat([others, first], ignore_index=True) if len(others) else first)
+
+
+def _up_to_swept_rank(tables: Tables) -> Tables:
+    """Leave out the runs of LoRA above the highest rank that has MIN_LRS LRs, in each comparison and placement.
+
+    The claims compare LoRA's highest rank at its optimal LR, of which fewer LRs say nothing. Without such a rank all
+    runs stay.
+    """
+    cells = tables.runs.reindex(columns=[*COMPARED, "method", "rank", "placement", "lr"])
+    lora = cells["method"].eq("lora").fillna(False).astype(bool)
+    arms = cells[lora].groupby([*COMPARED, "placement", "rank"], dropna=False)["lr"].transform("nunique")
+    swept = cells.loc[lora, "rank"].astype(float).where(arms >= MIN_LRS)
+    highest = swept.groupby([cells.loc[lora, name] for name in (*COMPARED, "placement")], dropna=False).transform("max")
+    above = (cells.loc[lora, "rank"].astype(float) > highest).reindex(tables.runs.index, fill_value=False)
+    return replace(tables, runs=tables.runs[~above])
+
+
 def judge(study: Study) -> pd.DataFrame:
-    """Judge all claims on a study.
+    """Judge all claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
 
     Returns:
         The table `claims` with the columns source, model, scale, parameters and doubts before its own.
     """
     noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
-    claims = judge_claims(study.tables, noise=noise, reward_noise=reward_noise)
+    tables = _up_to_swept_rank(study.tables)
+    if study.by_accuracy:
+        claims = judge_claims(_error_rates_as_losses(tables), margins=_OF_ACCURACY, noise=noise)
+        claims["unit"] = claims["unit"].replace("nats per token", "error rate")
+        for column in ("reason", "margin_rule"):
+            claims[column] = claims[column].str.replace(r"\bnats\b", "in error rate", regex=True)
+    else:
+        claims = judge_claims(tables, noise=noise, reward_noise=reward_noise)
     about: dict[str, Any] = {
         "source": study.source,
         "model": study.model,

@@ -208,7 +208,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     }
     assert {path.name for path in written.iterdir()} == committed
     assert (
-        "[inconclusive](docs/other-runs.md#nhckdvrl); 0 of 7 hold; 35.5 to 39.0; 1 seed"
+        "[inconclusive](docs/other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
         in (root / "README.md").read_text()
     )
     page = (root / "docs/other-runs.md").read_text()

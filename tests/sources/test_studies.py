@@ -16,7 +16,7 @@ from lorabench.sources.studies import import_source, judge, read_studies, source
 from lorabench.utils.files import REFERENCE
 
 from ..conftest import REPOSITORY
-from .conftest import ROWS
+from .conftest import COLUMNS, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,13 @@ def test_known_verdicts_of_sources(claims):
     assert ratio["estimate"] == pytest.approx(39.0, abs=0.5)
     assert ratio["ci_low"] > 16
     assert "seed noise from nayyirahsan" in ratio["reason"]
+    # SQL is judged by accuracy: LoRA of rank 64, the highest with a grid, has 0.8513 where full fine-tuning has 0.8613,
+    # and a margin is a tenth of the gain from 0.318.
+    same = rows.loc[("nayyirahsan", "B2")]
+    assert (same["verdict"], same["unit"], same["n_seeds"]) == ("confirmed", "error rate", 3)
+    assert same["estimate"] == pytest.approx(0.8613 - 0.8513, abs=0.006)
+    assert same["margin_high"] == pytest.approx(0.1 * (0.8613 - 0.318), abs=1e-3)
+    assert "nats" not in same["reason"] + same["margin_rule"]
     # Theories of alpha 32 are not asked about another alpha.
     assert set(rows.loc["nayyirahsan"].loc[["P2", "P3", "P4"], "verdict"]) == {"not tested"}
     assert rows.loc[("nhckdvrl", "P4"), "estimate"] == pytest.approx(3.9, abs=0.1)
@@ -64,6 +71,10 @@ def test_measurements_are_those_of_the_grids(studies, claims):
     deviations = (0.022, 0.071, 0.019, 0.031, 0.040, 0.029)
     pooled = math.sqrt(sum(sd**2 for sd in deviations) / len(deviations))
     assert (gap["value"], gap["error"]) == pytest.approx((0.550 - 0.553, pooled * math.sqrt(2 / 3)))
+    [accuracy] = table[table["measure"] == "accuracy_gap"].to_dict("records")
+    assert (accuracy["source"], accuracy["value"]) == ("nayyirahsan", pytest.approx(-0.01))
+    # Its optimal LRs are those of the training loss, as before, so that its losses are compared too.
+    assert set(table.loc[table["source"] == "nayyirahsan", "measure"]) == {"lr_ratio", "loss_gap", "accuracy_gap"}
     # The best LRs of both methods are at the edges of their grids.
     edge = table[(table["study"] == "apertus/Apertus-8B-Instruct-2509") & (table["measure"] == "lr_ratio")].iloc[0]
     assert not edge["counts"]
@@ -90,8 +101,8 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     scales = list(dict.fromkeys(cells.sort_values("parameters")["scale"]))
     assert scales == ["tiny", "0.6B", "1.7B", "3B", "8B", "70B"]
     at = cells.set_index(["claim_id", "scale"])
-    assert at.loc[("B1", "0.6B"), "origin"] == "nhckdvrl"
-    assert at.loc[("B1", "0.6B"), "others"] == "nayyirahsan: inconclusive"
+    assert at.loc[("B2", "0.6B"), "origin"] == "nhckdvrl"
+    assert at.loc[("B2", "0.6B"), "others"] == "nayyirahsan: confirmed"
     assert at.loc[("F1", "70B"), "verdict"] == "not tested"
     assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
 
@@ -123,6 +134,41 @@ def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
     assert "seed noise from made-up repeats" in row["reason"]
     [alone] = read_studies([source()])
     assert judge(alone).set_index("claim_id").loc["B1", "verdict"] == "inconclusive"
+
+
+ACCURACIES = f"{COLUMNS.removesuffix('final_test_nll')}base_reward,final_reward"
+
+
+def accuracies(full: float, lora: float) -> list[str]:
+    """Return runs with two seeds at three LRs, with the given accuracies at the best, and LoRA r16 at one LR."""
+    arms = [("fullft", "", 1e-5, full), ("lora", 8, 1e-4, lora)]
+    cells = [(method, rank, lr * factor, best - loss) for method, rank, lr, best in arms
+             for factor, loss in ((1, 0.03), (2, 0.0), (4, 0.03))]  # fmt: skip
+    cells.append(("lora", 16, 2e-4, 0.4))
+    return [
+        f"{method}{rank}-{lr}-{seed},m,d,sft,{method},{rank},all,8,200,done,{lr},{seed},0.3,{accuracy + noise:.4f}"
+        for method, rank, lr, accuracy in cells
+        for seed, noise in enumerate((0.002, -0.002, 0.0005))
+    ]
+
+
+def test_accuracies_of_supervised_runs_are_judged_as_error_rates(source):
+    # Full fine-tuning gains 0.5, so that the margin is 0.05. Rank 16, at one LR, is not compared.
+    for lora, verdict in ((0.79, "confirmed"), (0.7, "contradicted")):
+        [study] = read_studies([source(accuracies(0.8, lora), ACCURACIES, outcome="accuracy")])
+        claims = judge(study)
+        row = claims.set_index("claim_id").loc["B2"]
+        assert (row["verdict"], row["unit"]) == (verdict, "error rate")
+        assert row["estimate"] == pytest.approx(0.8 - lora, abs=1e-3)
+        assert row["margin_high"] == pytest.approx(0.05, abs=1e-3)
+        assert "LoRA r8 - FullFT" in row["reason"]
+        measured = measurement_table([study], claims).set_index("measure")
+        # Without losses, learning rates are those of the error rates.
+        assert measured.loc["lr_ratio", "value"] == pytest.approx(math.log(10))
+        assert measured.loc["accuracy_gap", "value"] == pytest.approx(lora - 0.8)
+        assert "loss_gap" not in measured.index
+    with pytest.raises(UserError, match="final_reward = missing"):
+        read_studies([source(outcome="accuracy")])
 
 
 def test_folders_and_noise_that_are_not_there_are_refused(source, tmp_path):
