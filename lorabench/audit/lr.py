@@ -39,18 +39,11 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
     """
     if config.lr is None or not config.lr > 0:
         return []
-    line = config.line("lr")
-    if why := _not_covered(config):
-        return [_unknown(why, line)]
-    verdicts: list[Verdict] = []
-    for devices in (1, MOST_DEVICES) if _devices_matter(config) else (1,):
-        place = _place(config, model, devices)
-        if far := evidence.unmeasured(place):
-            return [_unknown(f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}", line)]
-        verdicts.append(_verdict(config, place, evidence))
-        if level(verdicts[-1]) == "note":
-            break
-    verdict = max(verdicts, key=lambda verdict: (get_args(Level).index(level(verdict)), -verdict.share.mean))
+    line, judged = config.line("lr"), judge(config, model, evidence)
+    if isinstance(judged, str):
+        message = f"nothing is said about the learning rate, since {judged}"
+        return [Finding("lr-unknown", "note", message, "the shipped optimal learning rates", "certain", line=line)]
+    verdict, place = judged
     code, message = "lr", _message(config, verdict)
     if place.rl and verdict.outside_80 and verdict.log_factor > 0:
         sft = place._replace(rl=False, batch_size=math.nan, steps=math.nan)
@@ -73,6 +66,24 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
     return [Finding(code, level(verdict), message, source, "; ".join([sure, *assumed]), line=line)]
 
 
+def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> tuple[Verdict, Place] | str:
+    """Return what a run's learning rate would cost and where, or why nothing is known of it, as the end of a sentence.
+
+    Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES.
+    """
+    if why := _not_covered(config):
+        return why
+    verdicts: list[tuple[Verdict, Place]] = []
+    for devices in (1, MOST_DEVICES) if _devices_matter(config) else (1,):
+        place = _place(config, model, devices)
+        if far := evidence.unmeasured(place):
+            return f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}"
+        verdicts.append((_verdict(config, place, evidence), place))
+        if level(verdicts[-1][0]) == "note":
+            break
+    return max(verdicts, key=lambda judged: (get_args(Level).index(level(judged[0])), -judged[0].share.mean))
+
+
 def _not_covered(config: TrainingConfig) -> str:
     """Return why the evidence does not cover a run; an empty string if it does."""
     optimizer = (config.optimizer or _ADAM).lower()
@@ -87,11 +98,6 @@ def _not_covered(config: TrainingConfig) -> str:
     if config.variant:
         return f"no source has measured learning rates of the variant {config.variant}"
     return ""
-
-
-def _unknown(why: str, line: int | None) -> Finding:
-    message = f"nothing is said about the learning rate, since {why}"
-    return Finding("lr-unknown", "note", message, "the shipped optimal learning rates", "certain", line=line)
 
 
 def _devices_matter(config: TrainingConfig) -> bool:

@@ -1,0 +1,51 @@
+"""The table of the frameworks' examples has what its verdicts rest on, and the page is of the table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from benchmarks.framework_defaults import PAGE, SAID, page_parts
+from lorabench.audit.config import TrainingConfig
+from lorabench.audit.lr import judge
+from lorabench.audit.models import facts
+from lorabench.audit.regret import shipped_evidence
+from lorabench.report.publish import PUBLISHED
+
+from ..conftest import REPOSITORY
+
+EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return pd.read_csv(EVIDENCE / "framework_defaults.csv", keep_default_na=False, dtype=str)
+
+
+def test_verdicts_follow_from_what_the_rows_say(runs):
+    """A new optimum or curvature alters them; then the table is written again."""
+    compared = 0
+    for row in runs.to_dict("records"):
+        said: dict[str, Any] = {name: row[name] for name in SAID if row[name] != ""}
+        whole = ("bits", "micro_batch", "accumulation", "devices", "global_batch", "group_size", "examples", "rank")
+        said |= {name: int(float(said[name])) for name in whole if name in said}
+        said |= {name: float(said[name]) for name in ("lr", "alpha", "steps", "epochs") if name in said}
+        said |= {name: said[name] == "True" for name in ("rslora", "dora") if name in said}
+        if row["factor"]:
+            config = TrainingConfig(row["path"], row["format"], **said)
+            judged = judge(config, facts(config), shipped_evidence())
+            assert not isinstance(judged, str), row
+            assert math.exp(judged[0].log_factor) == pytest.approx(float(row["factor"]), rel=2e-3), row
+            compared += 1
+    assert compared > 500
+
+
+def test_the_page_is_of_the_tables(runs):
+    findings = pd.read_csv(EVIDENCE / "framework_findings.csv", keep_default_na=False)
+    numbers = ["recommended", "low", "high", "share", "share_low", "share_high", "lr"]
+    typed = runs.assign(**runs[numbers].apply(pd.to_numeric, errors="coerce"))
+    text = (REPOSITORY / PAGE).read_text(encoding="utf-8")
+    assert "\n".join(page_parts(typed, findings)) in text
