@@ -7,6 +7,22 @@ from dataclasses import replace
 
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding
+from lorabench.audit.settings import (
+    check_alpha_lr,
+    check_batch,
+    check_lr_differs,
+    check_precision,
+    check_same_lr,
+    check_scale,
+    check_short_run,
+)
+from lorabench.audit.structure import (
+    check_attention_only,
+    check_capacity,
+    check_experts,
+    check_parameters,
+    check_unembedding,
+)
 
 
 def _check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
@@ -15,9 +31,14 @@ def _check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     return check_lr(config, known)
 
 
-RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = (_check_lr,)
+RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = (
+    *(_check_lr, check_experts, check_attention_only, check_unembedding, check_parameters, check_capacity),
+    *(check_scale, check_short_run, check_batch, check_precision),
+)
 """Checks of one run. A finding without a path gets that of its run. What they need is imported when they are called."""
-FOLDER_CHECKS: tuple[Callable[[Sequence[TrainingConfig], Knowledge], list[Finding]], ...] = ()
+FOLDER_CHECKS: tuple[Callable[[Sequence[TrainingConfig], Knowledge], list[Finding]], ...] = (
+    *(check_same_lr, check_alpha_lr, check_lr_differs),
+)
 """Checks that compare the runs of all files with each other. Each finding names its path."""
 
 _LEVELS = ("error", "warning", "note")

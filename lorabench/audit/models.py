@@ -98,7 +98,8 @@ class ModelFacts:
     @property
     def fused_experts(self) -> bool:
         """Whether transformers 5 holds the experts in 3-D parameters, which are no linear modules."""
-        return self.mixture and self.family not in UNFUSED
+        # Axolotl has copies of Llama 4 whose experts are modules again.
+        return self.mixture and self.family not in UNFUSED and "linearized" not in self.name.lower()
 
     @cached_property
     def linear(self) -> Mapping[str, Linear]:
@@ -123,7 +124,11 @@ def facts(config: TrainingConfig, folder: Path | None = None) -> ModelFacts | No
         config: the configuration.
         folder: the folder of the file, in which a `config.json` is looked for and from which a path may start.
     """
-    name = config.model
+    return _facts(config.model, folder)
+
+
+@cache
+def _facts(name: str | None, folder: Path | None) -> ModelFacts | None:
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
         with suppress(OSError, ValueError, KeyError):

@@ -32,6 +32,7 @@ def schema() -> str:
 def folder(tmp_path, monkeypatch):
     """A folder with one right and one wrong configuration, and one that is not understood; only readers find things."""
     monkeypatch.setattr("lorabench.audit.checks.RUN_CHECKS", ())
+    monkeypatch.setattr("lorabench.audit.checks.FOLDER_CHECKS", ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yml").write_text(AXOLOTL.replace("2e-4", "0.0002"))
     (tmp_path / "wrong.yml").write_text(AXOLOTL.replace("adapter: qlora", "adapter:"))
@@ -182,7 +183,7 @@ def test_the_action_audits_the_paths(folder):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATHS": "a b.yml\nwrong.yml", "SARIF": "out.sarif"}
     done = subprocess.run(["bash", "-e", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.splitlines()[-1].startswith("2 runs: 1 error")
+    assert done.stdout.splitlines()[-1].startswith("2 runs: 2 errors")
     assert (folder / "out.sarif").is_file()
 
 

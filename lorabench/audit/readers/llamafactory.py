@@ -149,7 +149,8 @@ def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str,
             "dropout": number(data.get("lora_dropout", 0.0)),
             "rslora": flag(data.get("use_rslora")),
             "dora": flag(data.get("use_dora")),
-            "targets": _targets(data.get("lora_target", "all")),
+            # KTransformers holds the experts itself; which of its layers have LoRA is not said.
+            "targets": None if flag(data.get("use_kt")) else _targets(data.get("lora_target", "all")),
             "saved_modules": names(data.get("additional_target")) or (),
             "variant": _variant(data),
         }

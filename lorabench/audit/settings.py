@@ -1,0 +1,220 @@
+"""Findings about alpha and its variants, length, batch size and precision, and about runs that differ in one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+from lorabench.audit.config import Knowledge, TrainingConfig
+from lorabench.audit.finding import Finding, Level
+from lorabench.utils import formats
+
+ALPHA = 32.0
+"""The paper's alpha at every rank."""
+
+ALPHAS = (2.0, 512.0)
+"""The optimal learning rate is measured here from alpha 8 to 128; beyond a further factor of 4 nothing is known."""
+
+SHORT = 100
+"""The paper gives another ratio of learning rates for runs of fewer steps."""
+
+LARGE_BATCH = 256
+
+ALPHA_EXPONENTS = (0.5, 0.75, 1.0)
+"""The optimal LR goes as alpha to minus this: while A moves freely, the middle, and while A stands still."""
+
+FAR = 10.0
+"""The factor between two learning rates of the same setting from which one of them must be wrong."""
+
+# Preference training is several tasks, such as DPO and reward models, with learning rates of their own.
+_COMPARED = ("sft", "rl")
+
+_THEORY = "the theory of the ratio, docs/lr-ratio.md"
+_RATIO = "optima of 6 sources, docs/other-runs.md"
+# In bf16, which keeps 8 bits of a number, a step of less than this share of a weight is always rounded away.
+_LOST = 2.0**-9
+_TYPICAL_WEIGHT = 0.02
+
+
+def effective_alpha(config: TrainingConfig) -> float | None:
+    """Return the alpha by which LoRA would be scaled as much with alpha / rank, as rsLoRA's alpha / sqrt(rank)."""
+    if config.alpha is None or not config.rslora:
+        return config.alpha
+    return None if config.rank is None else config.alpha * math.sqrt(config.rank)
+
+
+def _moved(alpha: float, to: float) -> str:
+    """Return in words by what factor the optimal learning rate moves from one alpha to another."""
+    low, middle, high = (max(alpha / to, to / alpha) ** exponent for exponent in ALPHA_EXPONENTS)
+    return f"{middle:.2g} ({low:.2g} to {high:.2g}) times {'lower' if to > alpha else 'higher'}"
+
+
+def check_scale(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return what is odd about LoRA's scale: none at all, an extreme alpha, rsLoRA, DoRA."""
+    if config.method != "lora":
+        return []
+    line, findings = config.line("alpha", "rank"), []
+    if config.alpha == 0 or config.rank == 0:
+        what = "alpha" if config.alpha == 0 else "rank"
+        findings.append(
+            Finding("scale", "error", f"with {what} 0 LoRA changes nothing", "the file alone", "certain", line=line)
+        )
+        return findings
+    alpha = effective_alpha(config)
+    if config.rslora and config.rank and config.alpha and alpha:
+        message = (
+            f"rsLoRA divides alpha {config.alpha:g} by the square root of rank {config.rank}, which is as alpha "
+            f"{formats.number(alpha)} without it: the optimal learning rate is {_moved(config.alpha, alpha)}"
+        )
+        sure = "the scale is certain; the factor is between two theories"
+        findings.append(Finding("rslora", "note", message, _THEORY, sure, line=config.line("rslora", "alpha")))
+    elif alpha and not ALPHAS[0] <= alpha <= ALPHAS[1]:
+        message = (
+            f"alpha {alpha:g} is far from the paper's 32, for which learning rates are recommended: the optimal one is "
+            f"{_moved(ALPHA, alpha)}"
+        )
+        findings.append(Finding("scale", "note", message, _THEORY, "far beyond all values measured", line=line))
+    if config.dora:
+        message = (
+            "DoRA's optimal learning rate is measured by no source here: it trains magnitudes beside LoRA, so that a "
+            "learning rate that is good for LoRA has to be tried"
+        )
+        findings.append(Finding("dora", "note", message, "no source", "not known", line=config.line("dora")))
+    return findings
+
+
+def check_short_run(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return whether LoRA runs so briefly that its learning rate is not ten times that of full fine-tuning."""
+    steps = config.steps
+    if steps is None and config.examples and config.epochs and config.batch_size:
+        steps = max(1.0, config.examples * config.epochs // config.batch_size)
+    if config.method != "lora" or config.task != "sft" or steps is None or not 1 < steps < SHORT:
+        return []
+    message = (
+        f"in {steps:g} steps LoRA does best at about 15 times the learning rate of full fine-tuning, not at 10 times; "
+        "in so few steps little is learned, and more epochs make a run longer"
+    )
+    sure = "preliminary in the paper; measured here: 24 [16, 46] at 0.13B and 4.6 [2.8, 6.4] at 0.8M parameters"
+    line = config.line("steps", "epochs")
+    return [Finding("short-run", "note", message, "the paper; claim B9 of docs/results.md", sure, line=line)]
+
+
+def check_batch(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return whether the batch is so large that LoRA may fall behind full fine-tuning."""
+    if config.method != "lora" or config.task != "sft" or (config.batch_size or 0) < LARGE_BATCH:
+        return []
+    message = (
+        f"LoRA may fall behind full fine-tuning at {config.batch_size} examples a step: the paper sees a gap that "
+        "grows with the batch size from 32, whatever the rank"
+    )
+    sure = "the paper gives no number; over 2 sources with batches up to 512 it grew by -0.002 nats [-0.075, 0.070]"
+    line = config.line("global_batch", "micro_batch", "accumulation")
+    return [Finding("batch", "note", message, "the paper, figure 3; docs/other-runs.md", sure, line=line)]
+
+
+def check_precision(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return whether weights are trained that can't be, or in which updates are lost."""
+    if config.method != "fullft":
+        return []
+    line = config.line("bits", "precision")
+    if config.bits in (4, 8):
+        message = f"weights quantized to {config.bits} bits can't be trained; full fine-tuning needs bf16 or fp32"
+        source = "transformers, whose Trainer stops with an error"
+        return [Finding("precision", "error", message, source, "certain", line=line)]
+    # Of the formats that are read, torchtune's alone says the precision of the weights, not that of the products.
+    if config.format != "torchtune" or config.precision != "bf16" or config.lr is None:
+        return []
+    if config.lr >= _TYPICAL_WEIGHT * _LOST:
+        return []
+    message = (
+        f"weights are held in bf16, in which Adam's step of about {config.lr:g} is rounded away from weights above "
+        f"{config.lr / _LOST:.1g}, as many are; fp32 weights or an optimizer with stochastic rounding keep it"
+    )
+    source = "the spacing of bf16; Zamirai et al. 2020, arXiv 2010.06192"
+    sure = "the rounding is certain; what it costs here is not measured"
+    return [Finding("precision", "note", message, source, sure, line=line)]
+
+
+def check_same_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
+    """Return LoRA runs with the learning rate of a full fine-tuning of the same model and task."""
+    full: dict[Hashable, TrainingConfig] = {}
+    for config in configs:
+        if config.method == "fullft" and config.lr and config.model and config.task in _COMPARED:
+            full.setdefault((config.format, _model(config), config.task, config.lr), config)
+    findings = []
+    for config in configs:
+        other = full.get((config.format, _model(config), config.task, config.lr))
+        if config.method != "lora" or other is None:
+            continue
+        level: Level = "warning" if config.task == "sft" else "note"
+        ratio, sure = "15 times as high", "95% interval 3.7 to 58"
+        if config.task == "rl":
+            ratio, sure = "several times as high", "in reinforcement learning 2.6 and 43 were measured"
+        message = (
+            f"LoRA has the learning rate {config.lr:g} of full fine-tuning of the same model in {other.where}; LoRA's "
+            f"best one is {ratio}, so that one of them costs loss"
+        )
+        findings.append(_at(config, "same-lr", level, message, _RATIO, sure, "lr"))
+    return findings
+
+
+def check_alpha_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
+    """Return LoRA runs that are alike but for alpha, at the same learning rate."""
+    findings = []
+    for group in _alike(configs, "lr", "steps", "epochs", "bits", "targets", "dora"):
+        first, *others = sorted(group, key=lambda config: effective_alpha(config) or 0)
+        alpha = effective_alpha(first)
+        for other in others:
+            to = effective_alpha(other)
+            if not alpha or not to or to < 2 * alpha:
+                continue
+            message = (
+                f"alpha is {_alpha(other)} and in {first.where}, which is alike, {_alpha(first)}, with the same "
+                f"learning rate {other.lr:g}; the optimal one here is {_moved(alpha, to)}"
+            )
+            sure = "the factor is between two theories; measured from alpha 8 to 128 on small models"
+            level: Level = "warning" if to >= 4 * alpha else "note"
+            findings.append(_at(other, "alpha-lr", level, message, _THEORY, sure, "alpha", "rank"))
+    return findings
+
+
+def check_lr_differs(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
+    """Return runs that are alike and have learning rates a factor of ten or more apart."""
+    findings = []
+    for group in _alike(configs, "rank", "alpha", "rslora", "dora"):
+        low, high = (pick(group, key=lambda config: config.lr or 0) for pick in (min, max))
+        if low.lr and high.lr and high.lr / low.lr >= FAR:
+            message = (
+                f"the learning rate {high.lr:g} is {high.lr / low.lr:.3g} times that of {low.where} with the same "
+                "model, rank, alpha and batch size; at most one of them is good"
+            )
+            findings.append(_at(high, "lr-differs", "warning", message, "the files alone", "certain", "lr"))
+    return findings
+
+
+def _alike(configs: Sequence[TrainingConfig], *fields: str) -> Iterator[list[TrainingConfig]]:
+    """Yield the groups of LoRA runs of one format that share model, task, batch size, optimizer and further fields."""
+    groups: dict[Hashable, list[TrainingConfig]] = defaultdict(list)
+    for config in configs:
+        if config.method == "lora" and config.lr and config.model and config.task in _COMPARED:
+            common = (config.format, _model(config), config.task, config.batch_size, config.optimizer)
+            groups[common, *(getattr(config, field) for field in fields)].append(config)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+def _model(config: TrainingConfig) -> str | None:
+    """Return a model's name without its owner and the folder that it is in."""
+    if config.model is None:
+        return None
+    return re.split(r"[/\\]", config.model.rstrip("/\\"))[-1].lower()
+
+
+def _alpha(config: TrainingConfig) -> str:
+    return f"{config.alpha:g} at rank {config.rank}" + (" with rsLoRA" if config.rslora else "")
+
+
+def _at(config: TrainingConfig, code: str, level: Level, message: str, source: str, sure: str, *fields: str) -> Finding:
+    """Return a finding of several runs at the place of one of them."""
+    return Finding(code, level, message, source, sure, config.path, config.name, config.line(*fields))
