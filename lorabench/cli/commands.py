@@ -221,9 +221,11 @@ def recommend(
     gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     trainer: Annotated[
-        str | None, Option("--for", help="Write a folder to train from, for trl, axolotl or llamafactory.")
+        str | None,
+        Option("--for", help="Write a folder to train from, for trl, axolotl, llamafactory, torchtune or verl (RL)."),
     ] = None,
     out: Annotated[Path | None, Option(help="The folder of --for; finetune-NAME by default.")] = None,
+    grader: Annotated[str | None, Option(help="For --for verl: how responses are graded, as for init.")] = None,
     full: Annotated[bool, Option("--full", help="Full fine-tuning in the folder of --for, in place of LoRA.")] = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
@@ -243,8 +245,10 @@ def recommend(
         raise UserError("--json and --for: give one of them")
     if trainer is None and (full or out is not None):
         raise UserError("--out and --full need --for")
+    if (trainer == "verl") != (grader is not None):
+        raise UserError("--for verl and --grader, which is number or boxed: give both or none of them")
     described, examined, template = find_model(model), None, None
-    if data is not None:
+    if data is not None and grader is None:
         from lorabench.custom.data import examine
 
         examined, template = examine(described, data, data_format)
@@ -258,10 +262,19 @@ def recommend(
 
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
     elif trainer is not None:
-        from lorabench.custom.trainer_configs import write_config
-
         folder = out or Path(f"finetune-{trainer}")
-        command = write_config(trainer, folder, described, recommendation, examined, template, full)
+        if grader is not None:
+            from lorabench.custom.data import examine_problems
+            from lorabench.custom.verl_config import write_verl_config
+
+            if data is None:
+                raise UserError("--for verl needs --data, a file of problems")
+            problems, template = examine_problems(described, data, grader)
+            command = write_verl_config(folder, described, recommendation, problems, template, full, steps)
+        else:
+            from lorabench.custom.trainer_configs import write_config
+
+            command = write_config(trainer, folder, described, recommendation, examined, template, full, steps)
         print(f"{folder} is written; start with: {command}")
     else:
         print(described if examined is None else f"{described}\n{examined}")

@@ -141,8 +141,8 @@ def recommend(
     hidden, rank = model.sizes.hidden, recommended_rank(model, completion_tokens)
     seen, own = measured_optima(model, results)
     optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
-    settings, sources_of_lr, rl_lrs = {}, {}, []
-    rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, min(RL_STEPS)
+    settings, sources_of_lr, rl_settings = {}, {}, {}
+    rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or min(RL_STEPS)
     for method, title in TITLES.items():
         (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, batch, length)
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval"
@@ -150,8 +150,9 @@ def recommend(
         settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr, why, low, high)
         sources_of_lr[method] = sources
         (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, rl_batch, rl_length, rl=True)
-        ends = f"{_interval(low, high, 2)}, {len(sources.sources)} sources"
-        rl_lrs.append(f"{formats.lr(lr, 2)} for {title} ({ends})")
+        why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
+        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, low, high)
+    settings |= rl_settings
     if known:
         settings["converted_lr"] = _converted(known, optima, model, rank, batch, length)
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
@@ -165,8 +166,7 @@ def recommend(
     costs, too_large = _costs(model, data, completion_tokens, examples, batch, checked_gpu(gpu))
     notes = [
         *outside(optima, model.family, hidden, batch, length),
-        f"In reinforcement learning ({rl_batch} responses a step, {rl_length} steps) the pooled learning rates are "
-        f"{' and '.join(rl_lrs)}: sources of RL differ much, so sweep them.",
+        f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
         *too_large,
         *_notes(model, rank, length, completion_tokens),
         "`lorabench init` writes a preset that measures these settings on your own data.",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorabench.config.inputs import GgufModel
+from lorabench.config.inputs import GgufModel, PathModel
 from lorabench.custom.data import UserData
 from lorabench.custom.model import UserModel
 from lorabench.custom.preset import yaml_text
@@ -50,6 +50,7 @@ _TRANSFORMERS = {
     "micro_batch": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
     "epochs": "num_train_epochs",
+    "steps": "max_steps",
     "checkpointing": "gradient_checkpointing",
     "seed": "seed",
 }
@@ -60,6 +61,18 @@ _AXOLOTL = _TRANSFORMERS | {
     "micro_batch": "micro_batch_size",
     "epochs": "num_epochs",
 }
+_TORCHTUNE = {
+    ("llama", 2048, 16): ("llama3_2_1b", "LLAMA3_2"),
+    ("llama", 3072, 28): ("llama3_2_3b", "LLAMA3_2"),
+    ("llama", 4096, 32): ("llama3_1_8b", "LLAMA3"),
+    ("qwen3", 1024, 28): ("qwen3_0_6b", "QWEN3"),
+    ("qwen3", 2048, 28): ("qwen3_1_7b", "QWEN3"),
+    # Its unembedding is not in its files, as with Qwen2.
+    ("qwen3", 2560, 36): ("qwen3_4b", "QWEN2"),
+    ("qwen3", 4096, 36): ("qwen3_8b", "QWEN3"),
+    ("qwen3", 5120, 40): ("qwen3_14b", "QWEN3"),
+}
+"""torchtune's builder and type of checkpoint of a model, by family, hidden size and number of layers."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,11 @@ class Setup:
         """Return the line of a setting under the trainer's key."""
         return key, *self.settings[name]
 
+    def lines(self, keys: Mapping[str, str]) -> list[Line]:
+        """Return the lines of settings under a trainer's keys; a number of steps takes the place of epochs."""
+        left_out = "epochs" if "steps" in self.settings else "steps"
+        return [self.line(key, name) for name, key in keys.items() if name != left_out]
+
 
 def write_config(
     trainer: str,
@@ -109,6 +127,7 @@ def write_config(
     data: UserData | None,
     template: str | None,
     full: bool,
+    steps: int | None = None,
 ) -> str:
     """Write a new folder with a trainer's configuration and the data in a form that it reads.
 
@@ -120,6 +139,7 @@ def write_config(
         data: the examined data; without them the configuration names a file that the user has to write.
         template: the `chat_template` that the model needs, as `examine` returns it.
         full: whether all weights are trained, in place of LoRA.
+        steps: the number of steps that the user asked for; None for an epoch.
 
     Returns:
         The command that starts the training.
@@ -128,13 +148,12 @@ def write_config(
         UserError: there is no such trainer, the folder exists, or the trainer does not support the model or data.
     """
     if trainer not in TRAINERS:
-        raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
-    if folder.exists():
-        raise UserError(f"{folder} exists; name another folder")
-    if isinstance(model.spec, GgufModel):
-        raise UserError(f"{model.name} is a GGUF file; trainers need safetensors: `lorabench step convert` makes them")
+        raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}, verl")
+    check_new(folder, model)
     rows = _rows(trainer, folder, data, template)
-    name, command, lines = TRAINERS[trainer](Setup(model, _settings(model, recommendation, full), rows, folder, full))
+    settings = shared_settings(model, recommendation, "fullft_lr" if full else "lora_lr")
+    settings |= {} if steps is None else {"steps": (steps, "the learning rate is for so many")}
+    name, command, lines = TRAINERS[trainer](Setup(model, settings, rows, folder, full))
     if data is not None and rows.local:
         with atomic_path(folder / _DATA) as partial, partial.open("w", encoding="utf-8") as file:
             for chat in file_chats(Path(data.source["path"]), data.source["format"], data.max_chars)[0]:
@@ -144,21 +163,31 @@ def write_config(
         (folder / _TEMPLATE).write_text(_marked(template_text(template)), encoding="utf-8")
     if trainer == "llamafactory":
         write_json({"train": _llamafactory_dataset(rows)}, folder / "dataset_info.json")
-    heading = [
-        f"Written by `lorabench recommend --for {trainer}`: {'full fine-tuning' if full else 'LoRA'} of {model.name}.",
-        f"Start with: {command}",
-    ]
-    with atomic_path(folder / name) as partial:
-        text = [*(f"# {' '.join(line.split())}" for line in heading), *map(_with_comment, lines)]
-        partial.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_lines(folder / name, f"--for {trainer}", model, full, command, map(_with_comment, lines))
     return command
 
 
-def _settings(model: UserModel, recommendation: Recommendation, full: bool) -> Settings:
+def check_new(folder: Path, model: UserModel) -> None:
+    """Raise UserError if a folder exists, or if no trainer loads a model."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; --out names another folder")
+    if isinstance(model.spec, GgufModel):
+        raise UserError(f"{model.name} is a GGUF file; trainers need safetensors: `lorabench step convert` makes them")
+
+
+def write_lines(path: Path, option: str, model: UserModel, full: bool, command: str, lines: Iterable[str]) -> None:
+    """Write a configuration with a heading that says what it is and how to start it."""
+    title = f"Written by `lorabench recommend {option}`: {'full fine-tuning' if full else 'LoRA'} of {model.name}."
+    # A comment must not leave its line.
+    heading = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
+    with atomic_path(path) as partial:
+        partial.write_text("\n".join([*heading, *lines]) + "\n", encoding="utf-8")
+
+
+def shared_settings(model: UserModel, recommendation: Recommendation, lr_name: str) -> dict[str, tuple[Any, str]]:
+    """Return the values that are the same for every trainer, with the learning rate of a name."""
     settings = recommendation.settings
-    lr, rank, alpha, batch = (
-        settings[name] for name in ("fullft_lr" if full else "lora_lr", "rank", "alpha", "batch_size")
-    )
+    lr, rank, alpha, batch = (settings[name] for name in (lr_name, "rank", "alpha", "batch_size"))
     assert isinstance(batch.value, int)
     micro = math.gcd(batch.value, _MICRO_BATCH)
     interval = f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}"
@@ -173,7 +202,7 @@ def _settings(model: UserModel, recommendation: Recommendation, full: bool) -> S
         "clip": (0.0, f"no clipping, {_OURS}"),
         "micro_batch": (micro, "examples at once on a GPU: raise it, and lower the next, where memory allows"),
         "accumulation": (batch.value // micro, f"{batch.value} examples a step on one GPU; divide it by their number"),
-        "epochs": (1, "the learning rate is for an epoch, or for the steps that you gave"),
+        "epochs": (1, "the learning rate is for an epoch"),
         "checkpointing": (True, "less memory for a third more time"),
         "seed": (0, "of the order of the examples and of LoRA's A"),
         "rank": (rank.value, rank.source),
@@ -226,7 +255,7 @@ def _trl(setup: Setup) -> tuple[str, str, list[Line]]:
         ("model_name_or_path", setup.location, "your model"),
         ("dtype", "float32", "of the weights"),
         ("bf16", *setup.settings["bf16"]),
-        *((key, *setup.settings[name]) for name, key in _TRANSFORMERS.items()),
+        *setup.lines(_TRANSFORMERS),
         setup.line("max_length", "length"),
         ("use_peft", not setup.full, "full fine-tuning" if setup.full else "without it LoRA's options do nothing"),
     ]
@@ -270,7 +299,7 @@ def _axolotl(setup: Setup) -> tuple[str, str, list[Line]]:
         ("base_model", setup.location, "your model"),
         ("bf16", not setup.full, kept if setup.full else "of the frozen weights; LoRA's are in fp32"),
         ("tf32", True, "faster products in fp32"),
-        *((key, *setup.settings[name]) for name, key in _AXOLOTL.items()),
+        *setup.lines(_AXOLOTL),
         setup.line("sequence_len", "length"),
         ("sample_packing", False, "a batch counts examples"),
     ]
@@ -327,7 +356,6 @@ def _llamafactory(setup: Setup) -> tuple[str, str, list[Line]]:
             f"{setup.model.name} is a mixture of experts, which get no LoRA from LLaMA-Factory; "
             "--for trl and --for axolotl reach them"
         )
-    names = {key: name for name, key in _TRANSFORMERS.items() if name != "checkpointing"}
     lines: list[Line] = [
         ("model_name_or_path", setup.location, "your model"),
         (
@@ -338,7 +366,7 @@ def _llamafactory(setup: Setup) -> tuple[str, str, list[Line]]:
         ("do_train", True, "LLaMA-Factory does nothing without it"),
         ("finetuning_type", "full" if setup.full else "lora", "your choice"),
         ("bf16", *setup.settings["bf16"]),
-        *(setup.line(key, name) for key, name in names.items()),
+        *setup.lines({name: key for name, key in _TRANSFORMERS.items() if name != "checkpointing"}),
         ("disable_gradient_checkpointing", False, setup.settings["checkpointing"][1]),
         setup.line("cutoff_len", "length"),
         ("packing", False, "a batch counts examples"),
@@ -372,9 +400,116 @@ def _llamafactory_dataset(rows: Rows) -> dict[str, Any]:
     return entry if rows.form == "conversations" else {**entry, "tags": {**tags, "system_tag": "system"}}
 
 
+def _torchtune(setup: Setup) -> tuple[str, str, list[Line]]:
+    rows, path, model = setup.rows, setup.folder / "torchtune.yaml", setup.model
+    if not isinstance(model.spec, PathModel):
+        raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
+    folder = Path(model.spec.path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    known = _TORCHTUNE.get((model.family, config["hidden_size"], config.get("num_hidden_layers")))
+    if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
+        names = ", ".join(name for name, _ in _TORCHTUNE.values())
+        raise UserError(f"{model.name} has no sizes of a model that is known here of torchtune: {names}")
+    builder, checkpoint = known
+    package = builder.partition("_")[0] if model.family == "qwen3" else builder.rpartition("_")[0]
+    if model.family == "qwen3":
+        # The two differ in the longest sequence only.
+        builder += "_base" if config["max_position_embeddings"] == 32768 else "_instruct"
+        tokenizer: list[Line] = [
+            ("  _component_", "torchtune.models.qwen3.qwen3_tokenizer", "with torchtune's chat template of the family"),
+            ("  path", str(folder / "vocab.json"), "of your model"),
+            ("  merges_file", str(folder / "merges.txt"), "of your model"),
+        ]
+    else:
+        tokenizer = [
+            (
+                "  _component_",
+                "torchtune.models.llama3.llama3_tokenizer",
+                "with torchtune's chat template of the family",
+            ),
+            ("  path", str(folder / "original" / "tokenizer.model"), "of your model"),
+        ]
+    lora: list[Line] = [
+        ("  lora_attn_modules", ["q_proj", "k_proj", "v_proj", "output_proj"], "the paper: attention alone is worse"),
+        ("  apply_lora_to_mlp", True, "the paper: MLP layers matter most"),
+        *(setup.line(f"  lora_{name}", name) for name in ("rank", "alpha", "dropout")),
+    ]
+    constant: list[Line] = [
+        ("lr_scheduler", None, ""),
+        ("  _component_", "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "the recipe wants one"),
+        setup.line("  num_warmup_steps", "warmup"),
+        ("  num_cycles", 0.0, f"{setup.settings['schedule'][1]}: constant, which a cosine without a cycle is"),
+    ]
+    source: list[Line] = [
+        ("  source", "json" if rows.local else rows.place, "your data"),
+        *([("  data_files", rows.place, "one example a line")] if rows.local else []),
+    ]
+    text: list[Line] = [
+        ("  _component_", "torchtune.datasets.text_completion_dataset", "all tokens are scored"),
+        *source,
+        ("  column", "text", "the column of the text"),
+    ]
+    style = "sharegpt" if rows.form == "conversations" else "openai"
+    chats: list[Line] = [
+        ("  _component_", "torchtune.datasets.chat_dataset", "chats"),
+        *source,
+        ("  conversation_column", rows.form, "the column of the turns"),
+        ("  conversation_style", style, "the names in a turn"),
+        ("  train_on_input", False, "only the assistant's tokens are scored"),
+    ]
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    lines: list[Line] = [
+        ("model", None, ""),
+        ("  _component_", f"torchtune.models.{package}.{'' if setup.full else 'lora_'}{builder}", "your model"),
+        *([] if setup.full else lora),
+        ("tokenizer", None, ""),
+        *tokenizer,
+        setup.line("  max_seq_len", "length"),
+        ("checkpointer", None, ""),
+        ("  _component_", "torchtune.training.FullModelHFCheckpointer", "safetensors"),
+        ("  checkpoint_dir", str(folder), "your model"),
+        ("  checkpoint_files", files, "your model"),
+        ("  model_type", checkpoint, "your model"),
+        ("  output_dir", str(setup.folder / _RUN), "where the result is saved"),
+        ("resume_from_checkpoint", False, "from the beginning"),
+        ("dataset", None, ""),
+        *(text if rows.form == "text" else chats),
+        ("shuffle", True, "the order of the examples"),
+        setup.line("seed", "seed"),
+        setup.line("batch_size", "micro_batch"),
+        setup.line("gradient_accumulation_steps", "accumulation"),
+        setup.line("epochs", "epochs"),
+        setup.line("max_steps_per_epoch", "steps")
+        if "steps" in setup.settings
+        else ("max_steps_per_epoch", None, "all"),
+        ("optimizer", None, ""),
+        ("  _component_", "torch.optim.AdamW", setup.settings["optimizer"][1]),
+        setup.line("  lr", "lr"),
+        ("  betas", [setup.settings[name][0] for name in ("beta1", "beta2")], setup.settings["beta2"][1]),
+        setup.line("  weight_decay", "decay"),
+        *([("optimizer_in_bwd", False, "it allows no accumulation")] if setup.full else constant),
+        ("loss", None, ""),
+        ("  _component_", "torchtune.modules.loss.LinearCrossEntropyLoss", "the mean over all scored tokens of a step"),
+        ("compile", False, "raise the speed with true"),
+        ("device", "cuda", "a GPU"),
+        ("dtype", "fp32", "torchtune has no autocast, and bf16 would lose small updates"),
+        setup.line("enable_activation_checkpointing", "checkpointing"),
+        ("metric_logger", None, ""),
+        ("  _component_", "torchtune.training.metric_logging.DiskLogger", "writes the losses to a file"),
+        ("  log_dir", str(setup.folder / "logs"), "where they are"),
+        ("log_every_n_steps", 1, "the loss of each step"),
+        ("log_level", "INFO", "messages to the terminal"),
+        ("output_dir", str(setup.folder / _RUN), "where the result is saved"),
+    ]
+    recipe = "full_finetune_single_device" if setup.full else "lora_finetune_single_device"
+    return path.name, f"tune run {recipe} --config {path}", lines
+
+
 TRAINERS: dict[str, Callable[[Setup], tuple[str, str, list[Line]]]] = {
     "trl": _trl,
     "axolotl": _axolotl,
     "llamafactory": _llamafactory,
+    "torchtune": _torchtune,
 }
 """The trainers by name; each function returns the name of a file, the command that starts it, and the file's lines."""

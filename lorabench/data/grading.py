@@ -34,7 +34,7 @@ _UNBRACED_END = re.compile(r"[$\n]")
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _WHOLE_NUMBER = re.compile(rf"[-+]?(?:{_NUMBER})")
 # The minus in `10-3` is an operator, not a sign.
-_ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})")
+ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})")
 
 
 def last_box(text: str) -> str | None:
@@ -68,7 +68,7 @@ def number(text: str) -> Fraction | None:
 def last_number(text: str) -> Fraction | None:
     """Return the exact value of the last number in a text; None if the text has no number."""
     last = None
-    for match in _ANY_NUMBER.finditer(text):
+    for match in ANY_NUMBER.finditer(text):
         last = match.group()
     return None if last is None else number(last)
 

@@ -3,72 +3,157 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
+from functools import cache
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
+from lorabench.audit.checks import audit
+from lorabench.audit.files import read_paths
 from lorabench.config.inputs import PathModel
-from lorabench.custom.data import examine
+from lorabench.custom.data import examine, examine_problems
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend
 from lorabench.custom.trainer_configs import TRAINERS, write_config
+from lorabench.custom.verl_config import write_verl_config
 from lorabench.data.chat import file_messages
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
+from lorabench.models.specs import ARCHITECTURES
 from lorabench.training import reference
 
 from .conftest import rows, write_rows
 
-# The keys that are written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas) and of LLaMA-Factory at
-# ff6d4d12 (src/llamafactory/hparams, and TrainingArguments of transformers).
+# The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at
+# ff6d4d12 (src/llamafactory/hparams, and TrainingArguments of transformers), of torchtune at bd2a0fc7 (its recipes, and
+# the parameters of the components) and of verl at b178a3cd (verl/trainer/config/_generated_ppo_trainer.yaml).
 KNOWN = {
     "axolotl": """
         adam_beta1 adam_beta2 adapter base_model bf16 chat_template chat_template_jinja datasets evals_per_epoch
         gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lora_alpha lora_dropout lora_r
-        lora_rank_pattern lora_target_linear lora_target_parameters lr_scheduler max_grad_norm micro_batch_size
-        num_epochs optimizer output_dir sample_packing seed sequence_len tf32 val_set_size warmup_steps weight_decay
+        lora_rank_pattern lora_target_linear lora_target_parameters lr_scheduler max_grad_norm max_steps
+        micro_batch_size num_epochs optimizer output_dir sample_packing seed sequence_len tf32 val_set_size warmup_steps
+        weight_decay
     """,
     "llamafactory": """
         adam_beta1 adam_beta2 bf16 cutoff_len dataset dataset_dir disable_gradient_checkpointing do_train eval_on_start
         eval_strategy finetuning_type gradient_accumulation_steps learning_rate logging_steps lora_alpha lora_dropout
-        lora_rank lora_target lr_scheduler_type max_grad_norm model_name_or_path num_train_epochs optim output_dir
-        packing per_device_train_batch_size seed stage template val_size warmup_steps weight_decay
+        lora_rank lora_target lr_scheduler_type max_grad_norm max_steps model_name_or_path num_train_epochs optim
+        output_dir packing per_device_train_batch_size seed stage template val_size warmup_steps weight_decay
     """,
+    "torchtune": """
+        batch_size checkpointer.checkpoint_dir checkpointer.checkpoint_files checkpointer.model_type
+        checkpointer.output_dir compile dataset.column dataset.conversation_column dataset.conversation_style
+        dataset.data_files dataset.source dataset.train_on_input device dtype enable_activation_checkpointing epochs
+        gradient_accumulation_steps log_every_n_steps log_level lr_scheduler.num_cycles lr_scheduler.num_warmup_steps
+        max_steps_per_epoch metric_logger.log_dir model.apply_lora_to_mlp model.lora_alpha model.lora_attn_modules
+        model.lora_dropout model.lora_rank optimizer.betas optimizer.lr optimizer.weight_decay optimizer_in_bwd
+        output_dir resume_from_checkpoint seed shuffle tokenizer.max_seq_len tokenizer.merges_file tokenizer.path
+    """,
+    "verl": """
+        actor.entropy_coeff actor.grad_clip actor.loss_agg_mode actor.optim.betas actor.optim.lr
+        actor.optim.lr_scheduler_type actor.optim.lr_warmup_steps actor.optim.weight_decay
+        actor.ppo_micro_batch_size_per_gpu actor.ppo_mini_batch_size actor.use_kl_loss algorithm.adv_estimator
+        algorithm.norm_adv_by_std_in_grpo custom_reward_function.path data.filter_overlong_prompts
+        data.max_prompt_length data.max_response_length data.seed data.train_batch_size data.train_files data.val_files
+        model.enable_gradient_checkpointing model.lora_alpha model.lora_rank model.path model.target_modules
+        rollout.load_format rollout.log_prob_micro_batch_size_per_gpu rollout.n rollout.name rollout.temperature
+        rollout.tensor_model_parallel_size trainer.default_local_dir trainer.logger trainer.n_gpus_per_node
+        trainer.save_freq trainer.test_freq trainer.total_epochs trainer.total_training_steps
+    """,
+}
+COMPONENTS = {
+    "torch.optim.AdamW",
+    "torchtune.datasets.chat_dataset",
+    "torchtune.models.qwen3.lora_qwen3_8b_base",
+    "torchtune.models.qwen3.qwen3_8b_base",
+    "torchtune.models.qwen3.qwen3_tokenizer",
+    "torchtune.modules.loss.LinearCrossEntropyLoss",
+    "torchtune.training.FullModelHFCheckpointer",
+    "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+    "torchtune.training.metric_logging.DiskLogger",
 }
 
 
-def written(trainer, folder, model, data=None, full=False, **changes):
-    """Write a configuration; return its settings, its text, and the rows of the data that it names."""
-    described, examined, template = find_model(str(model)), None, None
+@cache
+def chosen(model, data=None, **changes):
+    """Return the model, its recommended settings, and the examined data with the template that the model needs."""
+    described, examined, template = find_model(model), None, None
     if data is not None:
-        examined, template = examine(described, str(data), None)
+        examined, template = examine(described, data, None)
     tokens = examined.usable * examined.mean_completion_tokens if examined else None
-    recommendation = recommend(described, tokens, examined, "A10", folder / "none", **changes)
-    command = write_config(trainer, folder, described, recommendation, examined, template, full)
+    return described, recommend(described, tokens, examined, "A10", ARCHITECTURES, **changes), examined, template
+
+
+def written(trainer, folder, model, data=None, full=False, steps=None, **changes):
+    """Write a configuration; return its settings, its text, and the rows of the data that it names."""
+    described = chosen(str(model), data and str(data), steps=steps, **changes)
+    command = write_config(trainer, folder, *described, full, steps)
     text = (folder / f"{trainer}.yaml").read_text()
-    assert command in text
+    assert f"# Start with: {' '.join(command.split())}\n" in text
     lines = (folder / "train.jsonl").read_text().splitlines() if data else []
     return yaml.safe_load(text), text, [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("trainer", KNOWN)
+@pytest.fixture
+def qwen(tmp_path):
+    """Return a folder with the configuration of Qwen3-8B-Base, and with files of its kind."""
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    config = json.loads((ARCHITECTURES / "qwen3-8b.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    for part in (1, 2):
+        save_file({f"w{part}": np.zeros((4096, 8), np.float32)}, folder / f"model-0000{part}-of-00002.safetensors")
+    return folder
+
+
+def flat(settings, prefix=""):
+    """Return settings by dotted key, in their order."""
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 @pytest.mark.parametrize("full", [False, True])
-def test_trainers_know_every_key_and_every_line_has_its_reason(tmp_path, base, trainer, full):
-    data = write_rows(tmp_path / "own.jsonl", 40)
-    settings, text, examples = written(trainer, tmp_path / trainer, base, data, full)
-    assert set(settings) <= set(KNOWN[trainer].split())
-    assert {line for line in text.splitlines() if "# " not in line} <= {"datasets:"}
-    # A learning rate such as 1e-4 would be text to PyYAML.
-    assert 1e-4 < settings["learning_rate"] < 1e-2
-    assert [example["messages"][0]["content"] for example in examples] == [row["prompt"] for row in rows(40)]
-    assert any("lora" in line.partition("#")[0] for line in text.splitlines()[2:]) != full
+def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, qwen, full):
+    recommended = chosen(str(qwen), None, steps=500, batch_size=8)[1].settings
+    for trainer in TRAINERS:
+        settings, text, _ = written(trainer, tmp_path / trainer, qwen, full=full, steps=500, batch_size=8)
+        keys = flat(settings) if trainer == "torchtune" else settings
+        components = {value for key, value in keys.items() if key.endswith("_component_")}
+        assert components <= COMPONENTS
+        named = {key for key in keys if not key.endswith("_component_")}
+        assert trainer == "trl" or named <= set(KNOWN[trainer].split())
+        assert any("lora" in key or value == "lora" for key, value in keys.items()) != full
+        assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
+        if trainer == "torchtune":
+            assert keys["checkpointer.checkpoint_files"][1] == "model-00002-of-00002.safetensors"
+    configs = [config for trainer in TRAINERS for config in read_paths([tmp_path / trainer]).configs]
+    assert [config.format for config in configs] == list(TRAINERS)
+    for config in configs:
+        assert (config.task, config.method) == ("sft", "fullft" if full else "lora")
+        # A learning rate such as 1e-4 would be text to PyYAML.
+        assert config.lr == recommended["fullft_lr" if full else "lora_lr"].value
+        assert config.batch_size == 8
+        assert (config.rank, config.alpha) == ((None, None) if full else (recommended["rank"].value, 32))
+        if config.format == "torchtune":
+            assert config.model == "qwen3_8b_base"
+        else:
+            assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
+    assert {finding.level for finding in audit(configs)} <= {"note"}
 
 
 CHATS = {
     "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
     "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},
-    "instruction/output": {"instruction": "add", "input": "2+2", "output": "4"},
+    "instruction/output": {"instruction": "2+2", "input": "", "output": "4"},
     "text": {"text": "2+2 is 4"},
 }
 TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
@@ -78,28 +163,28 @@ TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4
 def test_each_form_of_data_becomes_one_that_the_trainers_read(tmp_path, form):
     data = tmp_path / "a'b\"c  # \n{x}.jsonl"
     data.write_text(json.dumps(CHATS[form]) + "\n{}\n")
-    by_trainer = {name: written(name, tmp_path / f"# {name}", "tiny", data) for name in TRAINERS}
-    for name, (settings, _, [row]) in by_trainer.items():
-        place = str(tmp_path / f"# {name}" / "train.jsonl")
-        if form == "text":
-            assert row == {"text": "2+2 is 4"}
-        elif name == "trl" and form != "messages":
-            assert row == {"prompt": [{**TURNS[0], "content": row["prompt"][0]["content"]}], "completion": TURNS[1:]}
+    for name in ("trl", "axolotl", "llamafactory"):
+        folder = tmp_path / f"# {name}"
+        settings, _, [row] = written(name, folder, "tiny", data)
+        chats = {"messages": TURNS * (1 + (form == "messages"))}
+        if name == "trl":
+            scored = {"messages": (None, True), "text": (None, None)}.get(form, (True, None))
+            assert (settings.get("completion_only_loss"), settings.get("assistant_only_loss")) == scored
+            assert settings["datasets"] == [{"path": "json", "data_files": str(folder / "train.jsonl")}]
+            chats = chats if form == "messages" else {"prompt": TURNS[:1], "completion": TURNS[1:]}
+        elif name == "axolotl":
+            kind = {"type": "completion"} if form == "text" else {"type": "chat_template", "field_messages": "messages"}
+            assert kind.items() <= settings["datasets"][0].items()
+            assert settings["datasets"][0]["path"] == str(folder / "train.jsonl")
         else:
-            assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * (1 + (form == "messages"))
-        if name != "llamafactory":
-            assert place in settings["datasets"][0].values()
-    trl = by_trainer["trl"][0]
-    scored = {"messages": (None, True), "text": (None, None)}.get(form, (True, None))
-    assert (trl.get("completion_only_loss"), trl.get("assistant_only_loss")) == scored
-    assert by_trainer["axolotl"][0]["datasets"][0]["type"] == ("completion" if form == "text" else "chat_template")
-    assert by_trainer["llamafactory"][0]["stage"] == ("pt" if form == "text" else "sft")
-    info = json.loads((tmp_path / "# llamafactory" / "dataset_info.json").read_text())["train"]
-    assert info["file_name"] == "train.jsonl"
-    assert list(info["columns"].values()) == ["text" if form == "text" else "messages"]
+            info = json.loads((folder / "dataset_info.json").read_text())[settings["dataset"]]
+            assert (settings["dataset_dir"], info["file_name"]) == (str(folder), "train.jsonl")
+            columns = {"prompt": "text"} if form == "text" else {"messages": "messages"}
+            assert (settings["stage"], info["columns"]) == ("pt" if form == "text" else "sft", columns)
+        assert row == ({"text": "2+2 is 4"} if form == "text" else chats)
 
 
-def test_experts_get_lora_or_the_trainer_is_refused(tmp_path):
+def test_experts_get_lora(tmp_path):
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings, text, _ = written("trl", tmp_path / "trl", "moe-128")
     assert settings["lora_target_parameters"] == stacks
@@ -107,19 +192,54 @@ def test_experts_get_lora_or_the_trainer_is_refused(tmp_path):
     settings, _, _ = written("axolotl", tmp_path / "axolotl", "moe-128")
     assert settings["lora_target_parameters"] == stacks
     assert settings["lora_rank_pattern"] == {r"experts\..+": settings["lora_r"] // 2}
-    with pytest.raises(UserError, match="is a mixture of experts, which get no LoRA from LLaMA-Factory"):
-        written("llamafactory", tmp_path / "llamafactory", "moe-128")
     written("llamafactory", tmp_path / "llamafactory", "moe-128", full=True)
-    for trainer, folder, message in (
-        ("trl", "trl", "trl exists; name another"),
-        ("nemo", "x", "trainer 'nemo': allow"),
+
+
+@pytest.mark.parametrize("grader", ["number", "boxed"])
+def test_verl_gets_problems_and_a_reward(tmp_path, grader):
+    data, folder, full = tmp_path / "problems.jsonl", tmp_path / "verl", grader == "boxed"
+    data.write_text("\n".join(json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(20)))
+    model, recommendation, *_ = chosen("tiny")
+    problems, template = examine_problems(model, str(data), grader)
+    write_verl_config(folder, model, recommendation, problems, template, full)
+    text = (folder / "verl.sh").read_text()
+    keys = re.findall(r"^  '?(?:actor_rollout_ref\.)?([\w.]+)=.*  # .+$", text, re.MULTILINE)
+    assert set(keys) <= set(KNOWN["verl"].split())
+    # Beside them there are a heading of two lines, the ends of the array, and the command.
+    assert len(keys) == len(text.splitlines()) - 5
+    [config] = read_paths([folder]).configs
+    settings = recommendation.settings
+    assert (config.task, config.lr) == ("rl", settings["rl_fullft_lr" if full else "rl_lora_lr"].value)
+    assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
+    assert {finding.level for finding in audit([config])} <= {"note"}
+    train, test = (pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "test"))
+    assert (len(train), len(test)) == (16, 4)
+    answers = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in train + test}
+    box = " Write your answer in \\boxed{} format." if full else ""
+    assert answers == {f"What is {n} + 2?{box}": str(n + 2) for n in range(20)}
+    assert {row["data_source"] for row in train} == {"lighteval/MATH" if full else "number"}
+    if not full:
+        score = runpy.run_path(str(folder / "reward.py"))["compute_score"]
+        rewards = {"1,200 + 34 = 1,234.0": 1, "1234 or 1": 0, "none": 0, "10-1234": 1, "it is -1234": 0}
+        assert {response: score("number", response, "1234") for response in rewards} == rewards
+
+
+def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base):
+    new = tmp_path / "new"
+    for trainer, folder, model, message in (
+        ("trl", tmp_path, "tiny", "exists; --out names another folder"),
+        ("nemo", new, "tiny", "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
+        ("torchtune", new, "tiny", "tiny is no local folder, which torchtune needs"),
+        ("torchtune", new, base, "has no sizes of a model that is known here of torchtune: llama3_2_1b, "),
+        ("llamafactory", new, "moe-128", "is a mixture of experts, which get no LoRA from LLaMA-Factory"),
     ):
         with pytest.raises(UserError, match=message):
-            written(trainer, tmp_path / folder, "tiny")
+            written(trainer, folder, model)
+        assert not new.exists()
 
 
 def trained_by_trl(folder, text, *options):
-    """Train by TRL as `trl sft --config` does, but in fp32 on the CPU; return losses, learning rates and the result."""
+    """Train by TRL as `trl sft --config` does, but in fp32 on the CPU; return the losses and the learning rates."""
     sft = pytest.importorskip("trl.scripts.sft")
     path = folder / "trl.yaml"
     held_out = ("test_split_size", "eval_strategy", "eval_on_start")
@@ -135,12 +255,12 @@ def trained_by_trl(folder, text, *options):
 @pytest.mark.parametrize("full", [False, True])
 def test_trl_trains_as_the_reference_does(tmp_path, base, full, monkeypatch):
     data = write_rows(tmp_path / "own.jsonl", 8)
-    settings, text, _ = written("trl", tmp_path / "trl", base, data, full, batch_size=8, steps=4)
-    losses, lrs = trained_by_trl(tmp_path / "trl", text, "--num_train_epochs", "4")
+    # Each step has all examples, so that their order does not matter.
+    settings, text, _ = written("trl", tmp_path / "trl", base, data, full, steps=4, batch_size=8)
+    losses, lrs = trained_by_trl(tmp_path / "trl", text)
     assert lrs == {settings["learning_rate"]}
-    tokenizer = load_tokenizer(
-        PathModel(kind="path", path=str(base), chat_template="plain", parameters=1, hidden_size=1)
-    )
+    spec = PathModel(kind="path", path=str(base), chat_template="plain", parameters=1, hidden_size=1)
+    tokenizer = load_tokenizer(spec)
     examples = [encode_chat(tokenizer, file_messages(row, "prompt/completion")) for row in rows(8)]
     # TRL puts no LoRA on the unembedding.
     monkeypatch.setattr(reference, "LAYERS", [name for name in reference.LAYERS if name != "lm_head"])
