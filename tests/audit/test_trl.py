@@ -43,7 +43,8 @@ llamafactory-cli train --stage sft --model_name_or_path m --learning_rate 1e-5
     sft, grpo, other = read(tmp_path, "run.sh", text)
     assert (sft.name, sft.task, sft.method, sft.model) == ("line 9", "sft", "lora", "Qwen/Qwen3-0.6B")
     assert (sft.lr, sft.rank, sft.targets) == (2e-4, 16, ("q_proj", "v_proj"))
-    assert (sft.batch_size, sft.steps, sft.epochs) == (8 * 4 * 8, None, 2)
+    assert (sft.batch_size, sft.steps, sft.epochs) == (8 * 4 * 8, None, None)
+    # Steps that only the running script knows would count before epochs.
     assert sft.lines["lr"] == 10
     assert sft.findings == ()
     # What a loop sets is not known, and LoRA is off in TRL's own programs unless it is on.
@@ -97,6 +98,7 @@ gradient_accumulation_steps: 4
 num_generations: 16
 max_prompt_length: 512
 max_completion_length: 1024
+model_revision: <revision>
 max_steps: -1
 num_train_epochs: 1
 """

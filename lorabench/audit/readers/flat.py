@@ -44,8 +44,10 @@ class Options:
         return options.count(self.get(*names))
 
     def text(self, *names: str) -> str | None:
+        """Return a text; null for a place to fill in, such as `<model>`."""
         value = options.text(self.get(*names))
-        return None if value is None or value.lower() in ("none", "null", "...") else value
+        empty = value is None or value.lower() in ("none", "null", "...") or value.startswith("<")
+        return None if empty else value
 
     def flag(self, *names: str) -> bool | None:
         """Return whether an option is on; null if that is not said."""

@@ -135,6 +135,8 @@ def _config(
     enabled = options.flag(f"{lora}enabled")
     method: Method | None = "lora" if enabled else "fullft" if enabled is False or whole else None
     batch, group = options.count(*keys["global_batch"]), options.count(*keys["group_size"])
+    if product := re.fullmatch(r"\$\{mul: *(\d+), *(\d+)\}", str(options.get(*keys["global_batch"]))):
+        batch = int(product[1]) * int(product[2])
     steps = options.number(*keys["steps"])
     steps = None if steps is None or not 0 < steps < _NO_LIMIT else steps
     prompts = options.count(f"{section}.num_prompts_per_step")
@@ -194,7 +196,8 @@ def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | Non
     for part in parts if isinstance(parts, list) else []:
         if isinstance(part, dict) and isinstance(part.get("name"), str):
             schedule = part["name"].rpartition(".")[2]
-            of_part = Options(part.get("kwargs") or {})
+            arguments = part.get("kwargs")
+            of_part = Options(arguments if isinstance(arguments, dict) else {})
             if schedule == "LinearLR" and (of_part.number("start_factor") or 1) < 1:
                 warmup = of_part.number("total_iters")
     return schedule, warmup

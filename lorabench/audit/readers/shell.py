@@ -22,6 +22,7 @@ UNKNOWN = "\0"
 _SUFFIXES = (".sh", ".bash", ".slurm", ".sbatch", ".job")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_ORDINARY = re.compile(r"[^\s\\'\"$`<>;&|()]+")
 _OPENING = ("if", "for", "while", "until", "case", "select")
 _CLOSING = ("fi", "done", "esac")
 _PREFIXES = ("then", "do", "{", "!", "time", "exec", "nohup", "sudo")
@@ -174,7 +175,7 @@ class _Script:
                 end = self.text.find("\n", self.at)
                 self._skip((len(self.text) if end < 0 else end) - self.at)
             elif character in "<>" or self.text.startswith("&>", self.at):
-                if pieces and pieces[-1].isdigit():
+                if pieces and "".join(pieces).isdigit():
                     pieces = None
                 finish()
                 operation = re.compile(r"&?[<>]+[&|-]?").match(self.text, self.at)
@@ -201,8 +202,8 @@ class _Script:
                     pieces, line = [], self.line
                 quoted = character in "\"'"
                 fragments = self._fragments()
-                assigned = _ASSIGNMENT.fullmatch("".join(pieces)) is not None
-                if quoted or assigned or (len(fragments) == 1 and not re.search(r"\s", fragments[0])):
+                plain = len(fragments) == 1 and not re.search(r"\s", fragments[0])
+                if plain or quoted or _ASSIGNMENT.fullmatch("".join(pieces)):
                     pieces.append(fragments[0] if fragments else "")
                     for fragment in fragments[1:]:  # an array in quotes is several words
                         finish()
@@ -226,7 +227,7 @@ class _Script:
         return words
 
     def _fragments(self) -> list[str]:
-        """Read a quoted text, an expansion, or one character; several fragments are words of an array."""
+        """Read a quoted text, an expansion, or ordinary characters; several fragments are words of an array."""
         character = self.text[self.at]
         if character == "'":
             end = self.text.find("'", self.at + 1)
@@ -253,7 +254,8 @@ class _Script:
             return self._expansion()
         if character == "\\":
             return [self._skip(2)[1:]]
-        return [self._skip(1)]
+        ordinary = _ORDINARY.match(self.text, self.at)
+        return [self._skip(len(ordinary[0]) if ordinary else 1)]
 
     def _expansion(self) -> list[str]:
         if self.text[self.at] == "`":

@@ -10,7 +10,6 @@ transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then s
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from contextlib import suppress
@@ -140,18 +139,19 @@ def _notebook(text: str) -> tuple[str, list[int]]:
         sources = ["".join(source) for source in cells]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("it is not a notebook with cells") from error
-    code, lines, at = "", list[int](), 0
+    code, lines, at, number = "", list[int](), 0, 1
     for source in sources:
         plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
         try:
-            ast.parse(plain)
-        except (SyntaxError, ValueError):
+            trl_python.parse(plain)
+        except UserError:
             continue
         code += plain + "\n"
         for line in source.split("\n"):
-            found = text.find(json.dumps(line, ensure_ascii=False)[1:-1], at)
-            at = found if found >= 0 else at
-            lines.append(text.count("\n", 0, at) + 1)
+            if (found := text.find(json.dumps(line, ensure_ascii=False)[1:-1], at)) >= 0:
+                number += text.count("\n", at, found)
+                at = found
+            lines.append(number)
     return code, lines
 
 

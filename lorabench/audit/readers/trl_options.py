@@ -75,6 +75,7 @@ def set_defaults(options: Options, config_class: str) -> None:
 def plain_fields(options: Options, task: Task | None) -> tuple[dict[str, Any], dict[str, int]]:
     """Return fields of a record that do not depend on LoRA, and their lines."""
     steps = options.number("max_steps")
+    unknown_steps = "max_steps" in options and steps is None
     steps = steps if steps is not None and steps > 0 else None
     warmup = options.number("warmup_steps")
     if not warmup:
@@ -82,7 +83,7 @@ def plain_fields(options: Options, task: Task | None) -> tuple[dict[str, Any], d
         warmup = warmup if ratio is None else ratio
     length = options.count("max_length", "max_seq_length")
     completion = options.count("max_completion_length")
-    if completion is not None:
+    if length is None and completion is not None:
         length = completion + (options.count("max_prompt_length") or 0)
     fields: dict[str, Any] = {
         "lr": options.number("learning_rate"),
@@ -93,7 +94,8 @@ def plain_fields(options: Options, task: Task | None) -> tuple[dict[str, Any], d
         "accumulation": options.count("gradient_accumulation_steps"),
         "group_size": options.count("num_generations") if task == "rl" else None,
         "steps": steps,
-        "epochs": options.number("num_train_epochs") if steps is None else None,
+        # Steps count before epochs.
+        "epochs": options.number("num_train_epochs") if steps is None and not unknown_steps else None,
         "max_length": length,
         "packing": options.flag("packing"),
         "precision": _precision(options),

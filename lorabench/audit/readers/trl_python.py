@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, cast
 from lorabench.audit.config import Method, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.trl_options import LORA_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.trl_options import DEFAULT_LRS, LORA_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.errors import UserError
 
 CALL = re.compile(
@@ -91,7 +92,7 @@ def strings(text: str) -> list[tuple[str, int]]:
     lines = text.splitlines()
     return [
         ("\n".join(lines[node.lineno - 1 : node.end_lineno]), node.lineno)
-        for node in _parse(text).body
+        for node in parse(text).body
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     ]
 
@@ -104,7 +105,7 @@ def read(shown: str, code: str, lines: Sequence[int]) -> list[TrainingConfig]:
         code: Python.
         lines: for each line of the code, the line of the file.
     """
-    module = _read_module(_parse(code), lines)
+    module = _read_module(parse(code), lines)
     settings = [call for call in module.calls if _CLASS.fullmatch(_name(call)) and not _name(call).endswith("Trainer")]
     trainers = [call for call in module.calls if _name(call).endswith("Trainer") and call.keywords]
     runs: list[tuple[ast.Call, ast.Call | None, Options]] = []
@@ -114,16 +115,20 @@ def read(shown: str, code: str, lines: Sequence[int]) -> list[TrainingConfig]:
         if trainer is not None or "learning_rate" in options:
             runs.append((call, trainer, options))
     for trainer in trainers:  # without settings, all are defaults
-        of_trl = _CLASS.fullmatch(_name(trainer)) is not None
-        if of_trl and _argument(trainer, "args", 1) is None and all(keyword.arg for keyword in trainer.keywords):
+        of_trl = re.sub(r"Trainer$", "Config", _name(trainer)) in DEFAULT_LRS
+        complete = all(keyword.arg for keyword in trainer.keywords) and _argument(trainer, "model", 0) is not None
+        if of_trl and complete and _argument(trainer, "args", 1) is None:
             runs.append((trainer, trainer, Options()))
     runs.sort(key=lambda run: run[0].lineno)
     return [_config(shown, module, *run) for run in runs]
 
 
-def _parse(text: str) -> ast.Module:
+def parse(text: str) -> ast.Module:
+    """Return the syntax tree of Python code, without the warnings that Python prints about it."""
     try:
-        return ast.parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise UserError(f"it is not valid Python: {error}") from error
 
