@@ -12,10 +12,12 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from lorabench.analysis.rules import DECIDED
@@ -42,6 +44,7 @@ from lorabench.sources.measurements import (
 from lorabench.sources.studies import judge, read_studies, source_folders
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
+from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
 
@@ -222,6 +225,7 @@ def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path],
         (Path("README.md"), "matrix"): matrix_part,
         (_OTHER_RUNS, "evidence"): evidence_part,
         (Path("docs/paper.md"), "claims"): claims_part,
+        **{(Path("docs/tables.md"), name): partial(columns_part, name=name) for name in SCHEMAS},
         **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
     }
 
@@ -352,6 +356,18 @@ def claims_part(root: Path) -> str:
         for claim in ordered
     ]
     return "\n".join(table(["", "claim", "in the paper", "kind"], rows))
+
+
+def columns_part(root: Path, name: str) -> str:
+    """Return the columns of a tidy table and what they mean; neighbours with one meaning share a row."""
+
+    def meaning(column: pa.Field) -> str:
+        text = description(column)
+        shared = name != "runs" and column.name in RUNS.names and text == description(RUNS.field(column.name))
+        return "as in [`runs`](#runs)" if shared else text
+
+    rows = [[", ".join(f"`{column.name}`" for column in same), text] for text, same in groupby(SCHEMAS[name], meaning)]
+    return "\n".join(table(["column", "meaning"], rows))
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

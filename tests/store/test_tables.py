@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from lorabench.cli.commands import app
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
 from lorabench.store.checks import check_curves, check_table
-from lorabench.store.io import read_table, write_csv
-from lorabench.store.schemas import EVALS, SCHEMAS
+from lorabench.store.io import read_table, write_csv, write_frame
+from lorabench.store.schemas import EVALS, SCHEMAS, description
 from lorabench.store.tables import Tables
 
-from ..conftest import REPOSITORY
 from ..handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(1) + make_sweep(8))
@@ -132,11 +130,15 @@ def test_one_dataset_may_stand_next_to_others_and_one_model_on_many():
         check_table(pd.concat([RUNS.assign(dataset_sha256="aaa"), elsewhere]))
 
 
-def test_the_page_of_tables_describes_every_column():
-    page = (REPOSITORY / "docs/tables.md").read_text()
-    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", page, re.M | re.S))
+def test_every_column_has_a_meaning_which_its_parquet_file_holds_too(tmp_path: Path):
     for name, schema in SCHEMAS.items():
-        assert [column for column in schema.names if f"`{column}`" not in sections[name]] == [], name
+        assert [column.name for column in schema if len(description(column)) < 5 or "  " in description(column)] == []
+        write_frame(pd.DataFrame(columns=schema.names), name, tmp_path)
+        written = pq.read_schema(tmp_path / f"{name}.parquet")
+        assert list(map(description, written)) == list(map(description, schema)), name
+    # A column of one name means the same in all tables, unless it is described anew.
+    assert description(SCHEMAS["evals"].field("lr")) == description(SCHEMAS["runs"].field("lr"))
+    assert description(SCHEMAS["evals"].field("run_id")) == "the evaluated run; null for a base"
 
 
 def test_tables_come_back_as_they_were_written(tmp_path: Path):
