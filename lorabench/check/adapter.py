@@ -372,14 +372,18 @@ def _finding_keys(
             message = f"targets of {CONFIG} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
     yield from _finding_gaps(config, set(plain.values()))
-    saved = [name for name in whole if not any(_ends(name.rpartition(".")[0], own) for own in config.saved_modules)]
-    if named := [name for name in whole if name not in saved]:
-        count = sum(whole[name] for name in named)
-        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(named)}")
+    # PEFT also trains single tokens of an embedding.
+    trained = [
+        n for n in whole if "token_adapter" in n or any(_ends(n.rpartition(".")[0], m) for m in config.saved_modules)
+    ]
+    saved = [name for name in whole if name not in trained]
+    if trained:
+        count = sum(whole[name] for name in trained)
+        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(trained)}")
     if saved:
         message = f"the file holds {sum(whole[name] for name in saved):,} parameters that are no LoRA and not in "
         message += f"modules_to_save, such as PEFT's copy of an embedding with LoRA: {listed(saved)}"
-        yield _finding("whole", "warning", message)
+        yield _finding("whole", "note", message)
 
 
 def _finding_gaps(config: AdapterConfig, modules: set[str]) -> Iterator[Finding]:

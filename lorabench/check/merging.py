@@ -19,6 +19,7 @@ from lorabench.audit.finding import Finding
 from lorabench.check.adapter import listed
 from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
 from lorabench.errors import UserError
+from lorabench.models.base import model_location
 from lorabench.models.lora import lora_layers
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Merging:
     findings: tuple[Finding, ...]
 
 
-def check_merging(probe: Probe, model: str, adapter: Path, dtypes: Sequence[str], own: Path | None = None) -> Merging:
+def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) -> Merging:
     """Merge an adapter in some types and compare what the merged models compute.
 
     Args:
@@ -93,13 +94,17 @@ def check_merging(probe: Probe, model: str, adapter: Path, dtypes: Sequence[str]
     """
     effect = _difference(probe.base_logits, probe.adapter_logits)
     if effect is None:
-        message = "the logits with the adapter are not finite in fp32"
-        raise UserError(f"adapter {str(adapter)!r} can't be compared: {message}")
+        raise UserError(f"adapter {str(probe.adapter)!r} can't be compared: with it, logits in fp32 are not finite")
     findings, rows = [*probe.findings], []
     for name in dtypes:
-        with adapted(probe.base, adapter, DTYPES[name]) as (unmerged, _):
+        with adapted(probe.base, probe.adapter, DTYPES[name]) as (unmerged, _):
             targets = _targets(unmerged)
-            merged = unmerged.merge_and_unload()
+            try:
+                merged = unmerged.merge_and_unload()
+            except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                findings.append(finding("merged", "error", f"PEFT can't merge the adapter in {name}: {reason}"))
+                continue
             findings += _changes(probe.base, merged, targets, name)
             row = _row(probe, "merged", name, logits(merged, probe.ids))
         rows.append(row)
@@ -112,11 +117,33 @@ def check_merging(probe: Probe, model: str, adapter: Path, dtypes: Sequence[str]
     base_nll, adapter_nll = (
         float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits)
     )
-    four_bit = "not compared with 4-bit weights, on which QLoRA trains"
+    about, tokens = (probe.model.name, str(probe.adapter)), len(probe.ids)
+    return Merging(*about, tokens, base_nll, adapter_nll, effect, tuple(rows), _four_bit(probe), tuple(findings))
+
+
+def _four_bit(probe: Probe) -> str:
+    """Say how far base and adapter are off on 4-bit weights, on which QLoRA trains, if bitsandbytes computes here."""
+    untried = "not compared with 4-bit weights, on which QLoRA trains"
     if importlib.util.find_spec("bitsandbytes") is None:
-        four_bit += ": bitsandbytes is not installed"
-    return Merging(
-        model, str(adapter), len(probe.ids), base_nll, adapter_nll, effect, tuple(rows), four_bit, tuple(findings)
+        return f"{untried}: bitsandbytes is not installed"
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            model_location(probe.model.spec), quantization_config=nf4, dtype=torch.float32, local_files_only=True
+        ).eval()
+        base_logits = logits(base, probe.ids)
+        adapter_logits = logits(PeftModel.from_pretrained(base, str(probe.adapter)).eval(), probe.ids)
+    except (RuntimeError, ValueError, ImportError, OSError, AttributeError, NotImplementedError) as error:
+        return f"{untried}: bitsandbytes does not compute here ({str(error).strip().splitlines()[0]})"
+    nlls = [float(token_nlls(computed, probe.ids).mean()) for computed in (base_logits, adapter_logits)]
+    off = [_difference(probe.base_logits, base_logits), _difference(probe.adapter_logits, adapter_logits)]
+    means = ["not finite" if gap is None else f"{gap.mean:.2g}" for gap in off]
+    return (
+        f"on 4-bit weights (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} for the "
+        f"adapter, and their logits differ from those above in fp32 by {means[0]} and {means[1]} on average"
     )
 
 
@@ -164,13 +191,13 @@ def _row(probe: Probe, name: str, dtype: str, computed: Tensor) -> Merged:
 
 def _targets(unmerged: torch.nn.Module) -> set[str]:
     """Return the names of the base's parameters that merging may change."""
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import AuxiliaryTrainingWrapper
 
     names = set()
     for name, layer in lora_layers(unmerged):
         names |= {name} if hasattr(layer, "parameter_name") else {f"{name}.weight", f"{name}.bias"}
     for name, module in unmerged.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):
             owner = name.removeprefix("base_model.model.")
             names |= {f"{owner}.{own}" for own, _ in module.original_module.named_parameters()}
     return names

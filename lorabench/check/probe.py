@@ -33,6 +33,8 @@ _MOST_TOKENS, _FEWEST_TOKENS = 512, 8
 class Probe:
     """A base model in fp32, and what it computes on a text, with and without an adapter."""
 
+    model: UserModel
+    adapter: Path
     base: PreTrainedModel
     ids: Tensor
     """The tokens of the text, (tokens,)."""
@@ -62,7 +64,7 @@ def probe(model: UserModel, adapter: Path, text: Path | None) -> Probe:
         raise UserError(f"text {str(text)!r} has {len(ids)} tokens; at least {_FEWEST_TOKENS} are needed")
     base = load_model(model.spec).eval().to(device)
     with adapted(base, adapter, torch.float32) as (with_adapter, findings):
-        return Probe(base, ids, logits(base, ids), logits(with_adapter, ids), tuple(findings))
+        return Probe(model, adapter, base, ids, logits(base, ids), logits(with_adapter, ids), tuple(findings))
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class ServedModels:
     findings: tuple[Finding, ...]
 
 
-def check_served(probe: Probe, adapter: str, url: str, name: str | None, seconds: float = _SECONDS) -> ServedModels:
+def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SECONDS) -> ServedModels:
     """Compare what a server computes with base and adapter.
 
     Args:
@@ -82,7 +82,7 @@ def check_served(probe: Probe, adapter: str, url: str, name: str | None, seconds
         level: Literal["error", "warning"] = "warning" if any(row.serves == "unknown" for row in rows) else "error"
         message = f"no model of {url} serves the adapter: {'; '.join(row.verdict for row in rows)}"
         findings.append(finding("served", level, message, "the server's log-probabilities"))
-    return ServedModels(url, adapter, len(probe.ids), tuple(rows), tuple(findings))
+    return ServedModels(url, str(probe.adapter), len(probe.ids), tuple(rows), tuple(findings))
 
 
 def _compare(probe: Probe, name: str, nlls: Tensor) -> Served:

@@ -116,13 +116,13 @@ def _check_computed(
     if served is not None:
         from lorabench.check.served import check_served
 
-        answers = check_served(computed, str(adapter), served, served_model)
+        answers = check_served(computed, served, served_model)
         if not as_json:
             _print_served(answers)
         findings = (*of_files, *answers.findings)
         _finish(asdict(answers) | {"findings": [asdict(finding) for finding in findings]}, findings, as_json)
         return
-    merging = check_merging(computed, name, adapter, chosen, merged)
+    merging = check_merging(computed, chosen, merged)
     if not as_json:
         _print_merging(merging)
     findings = (*of_files, *merging.findings)

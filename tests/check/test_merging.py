@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
+from lorabench.check.adapter import read_adapter
 from lorabench.check.merging import check_merging
 from lorabench.check.probe import probe
 from lorabench.cli.commands import app
@@ -25,7 +26,7 @@ from .conftest import save_adapter
 
 
 def merging(name: str, adapter: Path, text: Path, dtypes=("fp32",), own: Path | None = None):
-    return check_merging(probe(find_model(name), adapter, text), name, adapter, dtypes, own)
+    return check_merging(probe(find_model(name), adapter, text), dtypes, own)
 
 
 def levels(result) -> list[tuple[str, str]]:
@@ -55,7 +56,7 @@ def test_the_numbers_are_those_of_the_definitions(adapters, text):
         ids = probed.ids[None]
         base_nll = model(ids, labels=ids).loss
         with_adapter = PeftModel.from_pretrained(model, adapters("llama-64"))(ids, labels=ids)
-        result = check_merging(probed, "llama-64", adapters("llama-64"), ())
+        result = check_merging(probed, ())
     assert result.base_nll == pytest.approx(base_nll.item(), rel=1e-5)
     assert result.adapter_nll == pytest.approx(with_adapter.loss.item(), rel=1e-5)
     p, q = (torch.distributions.Categorical(logits=part) for part in (probed.base_logits, probed.adapter_logits))
@@ -125,17 +126,35 @@ def test_a_tied_matrix_that_merging_changes_is_caught(tmp_path, text):
     assert "model.embed_tokens.weight" in result.findings[0].message
 
 
-def test_a_module_that_was_trained_whole_may_change(tmp_path, text):
+def trained_by_peft(folder: Path, **settings) -> Path:
+    """Save an adapter of llama-64 with settings of PEFT's, each trained weight moved, and return its folder."""
     model = load_model(find_model("llama-64").spec)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    torch.manual_seed(0)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter)) if name else None
-    adapted.save_pretrained(tmp_path)
-    result = merging("llama-64", tmp_path, text)
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}, {"use_dora": True}],
+    ids=["whole module", "tokens", "DoRA"],
+)
+def test_what_peft_trains_beside_lora_may_change(tmp_path, text, settings):
+    result = merging("llama-64", trained_by_peft(tmp_path, **settings), text)
     assert result.findings == ()
     assert result.merged[0].same
+    assert {finding.level for finding in read_adapter(tmp_path).findings} <= {"note"}
+
+
+def test_an_adapter_that_peft_can_not_merge_is_an_error(tmp_path, text):
+    result = merging("llama-64", trained_by_peft(tmp_path, lora_bias=True), text)
+    assert levels(result) == [("merged", "error")]
+    assert "PEFT can't merge the adapter in fp32: Impossible to merge" in result.findings[0].message
 
 
 def test_the_command_prints_all_of_it(adapters, text):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lorabench.cli.commands import app
 from lorabench.custom.model import find_model
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, model_location
+from lorabench.models.vllm_support import vllm_environment
 
 Models = dict[str, torch.nn.Module]
 
@@ -105,7 +107,7 @@ def models(adapters) -> Models:
 
 @pytest.mark.parametrize("style", ["echo", "vllm"])
 def test_each_model_of_a_server_is_told(probed, models, serve, style):
-    result = check_served(probed, "adapter", serve(models, style) + "/v1/", None)
+    result = check_served(probed, serve(models, style) + "/v1/", None)
     assert {row.name: row.serves for row in result.models} == {
         "base": "base",
         "tuned": "adapter",
@@ -121,14 +123,14 @@ def test_each_model_of_a_server_is_told(probed, models, serve, style):
 
 
 def test_a_server_of_the_base_alone_is_an_error(probed, models, serve):
-    result = check_served(probed, "adapter", serve({"base": models["base"]}), "base")
+    result = check_served(probed, serve({"base": models["base"]}), "base")
     assert [(finding.code, finding.level) for finding in result.findings] == [("served", "error")]
     assert "model 'base' serves the base: it has 0% of the adapter's effect" in result.findings[0].message
 
 
 def test_an_adapter_without_effect_can_not_be_told(adapters, models, serve, text):
     weak = probe(find_model("llama-64"), adapters("llama-64", 1e-7), text)
-    result = check_served(weak, "adapter", serve(models), "base")
+    result = check_served(weak, serve(models), "base")
     assert result.models[0].serves == "unknown"
     assert [finding.level for finding in result.findings] == ["warning"]
 
@@ -143,14 +145,14 @@ def test_an_adapter_without_effect_can_not_be_told(adapters, models, serve, text
 )
 def test_what_goes_wrong_is_one_sentence(probed, models, serve, style, words):
     with pytest.raises(UserError, match=words):
-        check_served(probed, "adapter", serve({"base": models["base"]}, style), "base", seconds=0.2)
+        check_served(probed, serve({"base": models["base"]}, style), "base", seconds=0.2)
 
 
 def test_a_server_that_is_not_there_is_named(probed):
     with pytest.raises(UserError, match=r"server http://127.0.0.1:9/v1/models can't be asked: .*refused"):
-        check_served(probed, "adapter", "http://127.0.0.1:9", None)
+        check_served(probed, "http://127.0.0.1:9", None)
     with pytest.raises(UserError, match="must begin with http"):
-        check_served(probed, "adapter", "localhost:8000", None)
+        check_served(probed, "localhost:8000", None)
 
 
 def test_the_command_names_what_is_served(adapters, models, serve, text):
@@ -172,19 +174,24 @@ def test_vllm_serves_the_adapter_by_its_name_and_the_base_by_its_own(text, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256"]
-    options += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}", "--enforce-eager"]
-    command = [shutil.which("vllm"), "serve", model_location(find_model("llama-128").spec), *options]
+    options = {"port": port, "host": "127.0.0.1", "model": model_location(find_model("llama-128").spec)}
+    options |= {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 1, "kv-cache-memory-bytes": 1 << 26}
+    options |= {"max-lora-rank": 8, "lora-modules": f"tuned={adapter}"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enforce-eager"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    environment = os.environ | vllm_environment(True, tmp_path)
+    # A server has an engine of its own process.
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         probed = probe(find_model("llama-128"), adapter, text)
-        result, deadline = None, time.monotonic() + 240
+        result, deadline = None, time.monotonic() + 480
         while result is None:
             assert server.poll() is None, Path(log.name).read_text()[-3000:]
             assert time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
             try:
-                result = check_served(probed, str(adapter), f"http://127.0.0.1:{port}", None)
+                result = check_served(probed, f"http://127.0.0.1:{port}", None)
             except UserError:
                 time.sleep(0.5)
     finally:
