@@ -4,8 +4,9 @@
 
 CLONES is a folder with a clone of each repository in `FRAMEWORKS`, bare or not, below OWNER/NAME or OWNER+NAME. Only
 the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
-`framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, and the tables
-of docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file is copied.
+`framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
+and the tables of docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file is
+copied.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks.audit_regret import rounded
 from lorabench.audit.checks import audit
@@ -31,6 +34,7 @@ from lorabench.audit.lr import judge
 from lorabench.audit.models import facts
 from lorabench.audit.regret import shipped_evidence
 from lorabench.errors import UserError
+from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED
 from lorabench.store.io import write_csv
 from lorabench.utils.files import atomic_path
@@ -187,8 +191,46 @@ def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
         )
 
 
+_LOOKS = {"lora": ("LoRA", "tab:blue", 0.17), "fullft": ("full fine-tuning", "black", -0.17)}
+# Marks of the level of the finding on the learning rate.
+_MARKS = {"": ("o", "no warning"), "warning": ("^", "warning"), "error": ("X", "error")}
+
+
+@style.applied()
+def draw(runs: pd.DataFrame) -> Figure:
+    """Draw the factor of each judged learning rate over the recommended one, by framework, SFT and RL apart."""
+    judged = runs[runs["factor"].notna()]
+    judged = judged.assign(level=[_level(row.errors, row.warnings) for row in judged.itertuples()])
+    figure = Figure(figsize=(style.WIDTH, 3.6), layout="constrained")
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    for axes, (task, title) in zip(panels, (("sft", "supervised"), ("rl", "reinforcement learning")), strict=True):
+        axes.axvline(1.0, color=style.MUTED, linewidth=0.8)
+        for (place, framework), method in product(enumerate(FRAMEWORKS), _LOOKS):
+            _, colour, shift = _LOOKS[method]
+            of = [judged["framework"] == framework.name, judged["method"] == method, judged["task"] == task]
+            own = judged[of[0] & of[1] & of[2]]
+            for level, (mark, _) in _MARKS.items():
+                flagged = own[own["level"] == level]
+                # Equal factors are spread a little, so that their number can be seen.
+                spread = flagged.groupby(flagged["factor"].round(3)).cumcount() % 12 * 0.022 - 0.12
+                look: dict[str, Any] = {"color": colour, "s": 14 if level else 9, "alpha": 0.7, "linewidth": 0}
+                axes.scatter(flagged["factor"], -place + shift + spread, marker=mark, **look)
+        axes.set(xscale="log", title=title, xlabel="learning rate over the recommended one", ylim=(-5.6, 0.6))
+        style.log_ticks(axes.xaxis, subs=(1.0,))
+    panels[0].set_yticks([-place for place in range(len(FRAMEWORKS))], [framework.name for framework in FRAMEWORKS])
+    handles = [style.line(name, linestyle="", marker="o", color=colour) for name, colour, _ in _LOOKS.values()]
+    handles += [style.line(name, linestyle="", marker=mark, color=style.MUTED) for mark, name in _MARKS.values()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5)
+    return figure
+
+
+def _level(errors: str, warnings: str) -> str:
+    codes = {"lr", "rl-lr"}
+    return "error" if codes & set(errors.split()) else "warning" if codes & set(warnings.split()) else ""
+
+
 def main() -> None:
-    """Write the tables and the page."""
+    """Write the tables, the picture and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("clones", type=Path, help="folder with a clone of each repository")
     clones = parser.parse_args().clones
@@ -198,6 +240,8 @@ def main() -> None:
     out = PUBLISHED / "evidence"
     write_csv(rounded(runs), out / "framework_defaults.csv")
     write_csv(findings, out / "framework_findings.csv")
+    for kind in ("png", "svg"):
+        style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
     begin, end = "<!-- tables: written by `python -m benchmarks.framework_defaults` -->", "<!-- end of tables -->"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
