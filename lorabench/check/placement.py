@@ -6,7 +6,6 @@ the numbers follow from the model's dimensions.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -34,6 +33,7 @@ _PLACED: dict[Placement, tuple[Kind, ...]] = {
 }
 _PARTS: dict[str, Kind] = {"attn": "attention", "mlp": "MLP"}
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_UNKNOWN, _VECTOR = "no known name", "vectors have no low-rank update"
 _TIED = "the same matrix as the embedding; LoRA here is lost or changes the embedding too when it is merged"
 
 
@@ -173,6 +173,8 @@ def _by_names(
     model: PreTrainedModel, placement: Placement, rank: int
 ) -> tuple[list[Weight], list[str], list[str], int | None, str]:
     """Return the weights, the names of modules and stacks with LoRA, the rank of an expert, and what is wrong."""
+    import torch
+
     from lorabench.models.lora import expert_rank, in_expert, targets
 
     problem = ""
@@ -185,20 +187,21 @@ def _by_names(
     weights = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")
-        module, stacked = model.get_submodule(owner), parameter.ndim == 3
+        module, stacked = model.get_submodule(owner), name in stacks
         kind = _kind(name, parameter.ndim)
-        if module is embedding:
+        if isinstance(module, torch.nn.Embedding):
             kind = "embedding"
         elif module is head and last == "weight":
             kind = "unembedding"
         tied = kind == "unembedding" and parameter is embedding.weight
-        shown = name if stacked else owner
+        shown = owner if last == "weight" else name
         lora = 0
-        if (stacked and name in stacks) or (last == "weight" and owner in modules):
+        if stacked or (last == "weight" and owner in modules):
             own = per_expert if per_expert and in_expert(shown) else rank
             count = parameter.shape[0] if stacked else 1
             lora = count * own * sum(parameter.shape[-2:])
-        why = _why_not(kind, shown, placement) if not lora else _TIED if tied else ""
+        why = "" if lora else _VECTOR if parameter.ndim < 2 else _why_not(kind, placement)
+        why = _TIED if tied and lora else why
         weights.append(Weight(kind, shown, 0 if tied else parameter.numel(), lora, why))
     return weights, modules, stacks, per_expert, problem
 
@@ -217,21 +220,21 @@ def _kind(name: str, dimensions: int) -> Kind:
         return "experts"
     if dimensions < 2:
         return "others"
-    if any("attn" in part or "attention" in part or "mixer" in part for part in path):
+    if any("attn" in part or "attention" in part for part in path):
         return "attention"
     return "MLP" if any(word in part for part in path for word in ("mlp", "feed_forward", "ffn")) else "others"
 
 
-def _why_not(kind: Kind, name: str, placement: Placement) -> str:
+def _why_not(kind: Kind, placement: Placement) -> str:
     if kind in ("norms", "biases"):
-        return "vectors have no low-rank update"
+        return _VECTOR
     if kind == "router":
         return "routers are left as they are, as in the paper"
     if kind == "embedding":
         return "LoRA is on linear layers; an embedding needs modules_to_save"
     if kind in ("attention", "MLP", "experts") and kind not in _PLACED[placement]:
         return f"the placement {placement} leaves it out"
-    return f"no known name: {name.rpartition('.')[2]}"
+    return _UNKNOWN
 
 
 def _by_dimensions(model: UserModel, placement: Placement, rank: int) -> tuple[list[Weight], int | None]:
@@ -243,13 +246,13 @@ def _by_dimensions(model: UserModel, placement: Placement, rank: int) -> tuple[l
         placed = kind in _PLACED[placement] or kind == "unembedding"
         tied = kind == "unembedding" and sizes.tied
         lora = (own if kind == "experts" else rank) * (matrix.d_in + matrix.d_out) if placed else 0
-        why = _TIED if tied else "" if lora else _why_not(kind, matrix.part, placement)
+        why = _TIED if tied else "" if lora else _why_not(kind, placement)
         each = Weight(kind, matrix.part, 0 if tied else matrix.d_in * matrix.d_out, lora, why)
         weights += [each] * matrix.count
     embedding = sizes.vocabulary * sizes.hidden
-    weights.append(Weight("embedding", "embedding", embedding, 0, _why_not("embedding", "", placement)))
+    weights.append(Weight("embedding", "embedding", embedding, 0, _why_not("embedding", placement)))
     norms = sizes.parameters - sum(weight.parameters for weight in weights)
-    weights.append(Weight("norms", "norms", norms, 0, _why_not("norms", "", placement)))
+    weights.append(Weight("norms", "norms", norms, 0, _why_not("norms", placement)))
     return weights, own or None
 
 
@@ -257,15 +260,22 @@ def _kinds(weights: list[Weight]) -> Iterator[KindOfLayer]:
     for kind in get_args(Kind):
         own = [weight for weight in weights if weight.kind == kind]
         if own:
-            notes = Counter(weight.note for weight in own if weight.note)
+            notes = dict.fromkeys(weight.note for weight in own if weight.note)
+            if _UNKNOWN in notes:
+                notes[_UNKNOWN] = f": {_unknown_names(own)}"
             yield KindOfLayer(
                 kind,
                 len(own),
                 sum(weight.parameters for weight in own),
                 sum(weight.lora > 0 for weight in own),
                 sum(weight.lora for weight in own),
-                "; ".join(notes),
+                "; ".join(f"{note}{more or ''}" for note, more in notes.items()),
             )
+
+
+def _unknown_names(weights: list[Weight]) -> str:
+    """Return the last parts of the names that no placement knows."""
+    return ", ".join(sorted({weight.name.rpartition(".")[2] for weight in weights if weight.note == _UNKNOWN}))
 
 
 def _finding(code: str, level: Literal["error", "warning", "note"], message: str) -> Finding:
@@ -282,15 +292,14 @@ def _findings(model: UserModel, weights: list[Weight], stacks: list[str]) -> Ite
             "which PEFT's target_modules (also `all-linear`) passes over without a word: name them in "
             "target_parameters",
         )
-    unknown = [weight for weight in weights if weight.note.startswith("no known name")]
+    unknown = [weight for weight in weights if weight.note == _UNKNOWN]
     if unknown:
-        names = ", ".join(sorted({weight.name.rpartition(".")[2] for weight in unknown}))
         share = sum(weight.parameters for weight in unknown) / model.parameters
         yield _finding(
             "unreached",
             "warning",
             f"{len(unknown)} weights with {share:.1%} of all parameters have names that this project's placements do "
-            f"not know ({names}); name them in target_modules yourself if they should be trained",
+            f"not know ({_unknown_names(unknown)}); name them in target_modules yourself if they should be trained",
         )
     if any(weight.note == _TIED for weight in weights):
         yield _finding(

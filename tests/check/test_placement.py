@@ -52,7 +52,7 @@ def test_layers_of_unknown_names_are_an_error(tmp_path: Path):
     assert result.exit_code == 1
     found = json.loads(result.stdout)["findings"]
     assert [(finding["code"], finding["level"]) for finding in found][:1] == [("placement", "error")]
-    assert "c_attn" in found[1]["message"]
+    assert "(c_attn, c_fc, c_proj, lm_head)" in found[1]["message"]
 
 
 def test_transformers_may_not_know_a_model(tmp_path: Path):
