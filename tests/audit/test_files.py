@@ -106,7 +106,7 @@ def test_a_folder_is_read_without_what_is_hidden_or_large(tmp_path, monkeypatch)
 def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
     file = tmp_path / "other.yaml"
     for text, file_format, reason in (
-        ("a: 1", None, "it is of no format that is known: axolotl"),
+        ("a: 1", None, "it is of no format that is known: "),
         ("a: 1", "axolotl", "it states no training run of axolotl"),
         ("- 1", "axolotl", "it has no options"),
     ):
@@ -118,5 +118,5 @@ def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
 def test_what_is_not_there_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         read_paths([tmp_path / "nothing"])
-    with pytest.raises(UserError, match="--format keras: allowed: axolotl"):
+    with pytest.raises(UserError, match="--format keras: allowed: .*axolotl"):
         read_paths([tmp_path], "keras")
