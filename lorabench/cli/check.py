@@ -106,6 +106,9 @@ def _check_computed(
     # What the files say is said first, since it takes no weights.
     of_files = read_adapter(adapter).findings
     described = find_model(name)
+    if any(finding.code in ("not-finite", "shape") for finding in of_files):
+        # Nothing can be computed with it.
+        _finish({"findings": [asdict(finding) for finding in of_files]}, of_files, as_json)
     from lorabench.check.merging import DTYPES, check_merging
     from lorabench.check.probe import probe
 

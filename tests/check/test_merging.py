@@ -167,3 +167,13 @@ def test_the_command_prints_all_of_it(adapters, text):
     assert "not compared with 4-bit weights" in shown.stdout
     refused = CliRunner().invoke(app, [*arguments, "--dtypes", "int8"])
     assert refused.exit_code == 2
+
+
+def test_nothing_is_computed_with_an_adapter_of_nan(adapters, tmp_path):
+    folder = shutil.copytree(adapters("llama-64"), tmp_path / "broken")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    result = CliRunner().invoke(app, ["check", "--adapter", str(folder), "--model", "llama-64"])
+    assert result.exit_code == 1
+    assert result.stdout.startswith("error not-finite: 1 modules have weights that are NaN")

@@ -186,7 +186,7 @@ def test_vllm_serves_the_adapter_by_its_name_and_the_base_by_its_own(text, tmp_p
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         probed = probe(find_model("llama-128"), adapter, text)
-        result, deadline = None, time.monotonic() + 480
+        result, deadline = None, time.monotonic() + 900
         while result is None:
             assert server.poll() is None, Path(log.name).read_text()[-3000:]
             assert time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
