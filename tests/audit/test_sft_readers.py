@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lorabench.audit.checks import audit
+from lorabench.audit.files import Reading
+from lorabench.audit.output import Report
 from lorabench.audit.readers import axolotl, llamafactory, torchtune
 
 AXOLOTL = """
@@ -227,3 +232,17 @@ def test_torchtune_with_a_frozen_language_model():
 
 def test_torchtune_without_an_optimizer_is_no_training():
     assert not torchtune.matches(Path("evaluation.yaml"), "model:\n  _component_: torchtune.models.llama2.llama2_7b\n")
+
+
+def test_odd_values_are_not_known_and_stop_nothing():
+    """Each option in turn has a value of another type than the framework asks for."""
+    odd = (None, [], {"a": 1}, [[1]], 0, -1, True, "x", "${a}", float("nan"), 10**30)
+    for reader, text in ((axolotl, AXOLOTL), (llamafactory, LLAMAFACTORY), (torchtune, TORCHTUNE)):
+        data = yaml.safe_load(text)
+        for key in data:
+            for value in odd:
+                changed = yaml.safe_dump(data | {key: value})
+                for config in reader.read(Path("c.yaml"), "c.yaml", changed):
+                    report = Report.of(Reading([config], [], 1), audit([config]))
+                    json.dumps(report.json(), allow_nan=False)
+                    assert list(report.lines(show_all=True))
