@@ -142,6 +142,8 @@ def test_a_folder_that_the_installed_trainer_writes(tmp_path: Path) -> None:
     trainer.save_model()
     trainer.create_model_card()
     path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    assert {name for names in adapter.KEYS.values() for name in names} | set(adapter.OTHER_PATTERNS) <= set(written)
     (config,) = adapter.read(path, "shown", path.read_text())
     assert (config.rank, config.targets, config.lr, config.batch_size) == (2, ("q_proj",), 1e-3, 4)
     assert (config.steps, config.schedule, config.warmup, config.optimizer) == (3, "linear", 2, "adamw_torch_fused")

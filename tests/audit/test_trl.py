@@ -37,7 +37,8 @@ accelerate launch --num_processes 8 examples/scripts/sft.py \
 for lr in 1e-6 1e-5; do
     trl grpo --model_name_or_path $X/Qwen3-8B --learning_rate $lr --num_generations 16 --per-device-train-batch-size 4
 done
-torchrun --nproc_per_node=2 --nnodes 2 train.py --model_name_or_path m --learning_rate 1e-5 --lora_r 8
+torchrun --nproc_per_node=2 --nnodes 2 train.py --model_name_or_path m --learning_rate 1e-5 --lora_r 8 \
+    --lora_target_modules "q_proj,v_proj"
 llamafactory-cli train --stage sft --model_name_or_path m --learning_rate 1e-5
 """
     sft, grpo, other = read(tmp_path, "run.sh", text)
@@ -52,6 +53,7 @@ llamafactory-cli train --stage sft --model_name_or_path m --learning_rate 1e-5
     assert (grpo.model, grpo.group_size, grpo.batch_size, grpo.epochs) == ("Qwen3-8B", 16, 4, 3)
     # A program of somebody else may have LoRA's options without `use_peft`.
     assert (other.method, other.rank, other.devices, other.findings) == (None, 8, 4, ())
+    assert other.targets == ("q_proj", "v_proj")
 
 
 def test_lora_options_without_use_peft_have_no_effect(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_calls_in_python(tmp_path: Path) -> None:
 def test_ways_to_make_a_lora_model_in_python(tmp_path: Path) -> None:
     text = """
 model = AutoModelForCausalLM.from_pretrained("m")
-model = get_peft_model(model, LoraConfig(r=4))
+model = get_peft_model(model=model, peft_config=LoraConfig(r=4))
 Trainer(model, TrainingArguments(learning_rate=1e-3, max_steps=10), train_dataset=d)
 """
     (config,) = read(tmp_path, "a.py", text)

@@ -21,7 +21,7 @@ from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
 _NAME = "adapter_config.json"
-_KEYS = {
+KEYS = {
     "model": ("base_model_name_or_path",),
     "rank": ("r",),
     "alpha": ("lora_alpha",),
@@ -33,7 +33,7 @@ _KEYS = {
     "dora": ("use_dora",),
     "variant": ("init_lora_weights",),
 }
-_OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
+OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
 """Options that alter where LoRA is, or how large, and that a record does not hold."""
 _CARD = {
     "learning_rate": "learning_rate",
@@ -64,14 +64,14 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     fields: dict[str, Any] = {"method": None}
     if kind == "LORA":
         fields = _lora(options)
-        others = [name for name in _OTHER_PATTERNS if options.get(name)]
+        others = [name for name in OTHER_PATTERNS if options.get(name)]
         if others:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
             findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get(others[0])))
     else:
         message = f"the adapter has peft_type {kind}, not LORA: no check is about it"
         findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
-    about, lines = _run(path.parent, findings), options.lines_of(_KEYS)
+    about, lines = _run(path.parent, findings), options.lines_of(KEYS)
     fields |= about
     lines = {field: line for field, line in lines.items() if fields.get(field)}
     lines |= {field: 1 for field, value in about.items() if value is not None}

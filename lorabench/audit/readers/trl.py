@@ -247,6 +247,8 @@ def _config(
                 )
             )
     targets = options.names("lora_target_modules") if method != "fullft" else None
+    if kind == "script" and targets is not None:  # another program may take them as one text
+        targets = tuple(name for target in targets for name in target.split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
         findings.append(
             Finding(

@@ -251,7 +251,8 @@ def _lora(module: _Module, trainer: ast.Call | None) -> tuple[Method | None, ast
     made = [call for call in module.calls if _name(call) in _NEW_LORA]
     if given is None or (isinstance(given, ast.Constant) and given.value is None):
         for call in made:
-            configs = [one for argument in call.args for one in module.resolve(argument) if _is_lora(one)]
+            given_to_call = [*call.args, *(keyword.value for keyword in call.keywords)]
+            configs = [one for argument in given_to_call for one in module.resolve(argument) if _is_lora(one)]
             if len(configs) == 1:
                 return "lora", cast("ast.Call", configs[0])
             if any(keyword.arg == "r" for keyword in call.keywords):
