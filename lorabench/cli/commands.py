@@ -245,13 +245,16 @@ def recommend(
         raise UserError("--json and --for: give one of them")
     if trainer is None and (full or out is not None):
         raise UserError("--out and --full need --for")
-    if (trainer == "verl") != (grader is not None):
-        raise UserError("--for verl and --grader, which is number or boxed: give both or none of them")
-    described, examined, template = find_model(model), None, None
-    if data is not None and grader is None:
-        from lorabench.custom.data import examine
+    if grader is not None and (trainer is None or data is None):
+        raise UserError("--grader needs --for verl and --data, a file of problems")
+    described, examined, problems, template = find_model(model), None, None, None
+    if data is not None:
+        from lorabench.custom.data import examine, examine_problems
 
-        examined, template = examine(described, data, data_format)
+        if grader is not None:
+            problems, template = examine_problems(described, data, grader)
+        else:
+            examined, template = examine(described, data, data_format)
     tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
     recommendation = recommend_settings(
         described, tokens, examined, gpu, batch_size=batch_size, steps=steps, known=known
@@ -262,19 +265,10 @@ def recommend(
 
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
     elif trainer is not None:
+        from lorabench.custom.trainer_configs import write_config
+
         folder = out or Path(f"finetune-{trainer}")
-        if grader is not None:
-            from lorabench.custom.data import examine_problems
-            from lorabench.custom.verl_config import write_verl_config
-
-            if data is None:
-                raise UserError("--for verl needs --data, a file of problems")
-            problems, template = examine_problems(described, data, grader)
-            command = write_verl_config(folder, described, recommendation, problems, template, full, steps)
-        else:
-            from lorabench.custom.trainer_configs import write_config
-
-            command = write_config(trainer, folder, described, recommendation, examined, template, full, steps)
+        command = write_config(trainer, folder, described, recommendation, problems or examined, template, full, steps)
         print(f"{folder} is written; start with: {command}")
     else:
         print(described if examined is None else f"{described}\n{examined}")

@@ -19,8 +19,7 @@ from lorabench.config.inputs import PathModel
 from lorabench.custom.data import examine, examine_problems
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend
-from lorabench.custom.trainer_configs import TRAINERS, write_config
-from lorabench.custom.verl_config import write_verl_config
+from lorabench.custom.trainer_configs import write_config
 from lorabench.data.chat import file_messages
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -30,6 +29,7 @@ from lorabench.training import reference
 
 from .conftest import rows, write_rows
 
+TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
 # The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at
 # ff6d4d12 (src/llamafactory/hparams, and TrainingArguments of transformers), of torchtune at bd2a0fc7 (its recipes, and
 # the parameters of the components) and of verl at b178a3cd (verl/trainer/config/_generated_ppo_trainer.yaml).
@@ -201,7 +201,7 @@ def test_verl_gets_problems_and_a_reward(tmp_path, grader):
     data.write_text("\n".join(json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(20)))
     model, recommendation, *_ = chosen("tiny")
     problems, template = examine_problems(model, str(data), grader)
-    write_verl_config(folder, model, recommendation, problems, template, full)
+    write_config("verl", folder, model, recommendation, problems, template, full)
     text = (folder / "verl.sh").read_text()
     keys = re.findall(r"^  '?(?:actor_rollout_ref\.)?([\w.]+)=.*  # .+$", text, re.MULTILINE)
     assert set(keys) <= set(KNOWN["verl"].split())
@@ -228,10 +228,11 @@ def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base):
     new = tmp_path / "new"
     for trainer, folder, model, message in (
         ("trl", tmp_path, "tiny", "exists; --out names another folder"),
+        ("verl", new, "tiny", "verl, and no other trainer here, is for problems"),
         ("nemo", new, "tiny", "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
         ("torchtune", new, "tiny", "tiny is no local folder, which torchtune needs"),
-        ("torchtune", new, base, "has no sizes of a model that is known here of torchtune: llama3_2_1b, "),
-        ("llamafactory", new, "moe-128", "is a mixture of experts, which get no LoRA from LLaMA-Factory"),
+        ("torchtune", new, base, "has not the sizes of a model of torchtune that is known here: llama3_2_1b, "),
+        ("llamafactory", new, "moe-128", "is a mixture of experts, which get no LoRA from llamafactory"),
     ):
         with pytest.raises(UserError, match=message):
             written(trainer, folder, model)
