@@ -62,6 +62,10 @@ def test_lora_options_without_use_peft_have_no_effect(tmp_path: Path) -> None:
     assert (config.method, config.rank) == ("fullft", None)
     (finding,) = config.findings
     assert (finding.code, finding.level, finding.line) == ("no-effect", "error", 2)
+    # A program of the user that has the name of one of TRL's.
+    (tmp_path / "grpo.py").write_text("parser.add_argument('--lora_r')")
+    (config,) = read(tmp_path, "own.sh", text.replace("https://a.com/", ""))
+    assert (config.method, config.rank, config.epochs, config.findings) == (None, 1, None, ())
     # On the command line, a YAML file may still get `--use_peft`.
     (config,) = read(tmp_path, "sft.yaml", "model_name_or_path: m\nlearning_rate: 2e-4\nlora_r: 16\n")
     assert [(finding.code, finding.level, finding.line) for finding in config.findings] == [("no-effect", "warning", 3)]

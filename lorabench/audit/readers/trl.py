@@ -174,10 +174,13 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
     start, name, own = _program(texts)
     if start is None:
         return None
+    program = find_file(path, texts[start]) if texts[start].endswith(".py") else None
+    if own and program is not None and "ModelConfig" not in program.read_text(encoding="utf-8", errors="replace"):
+        own = False  # only its name is that of a program of TRL
     launcher, options = read_flags(words[:start]), read_flags(words[start + 1 :])
     said = options.text("config")
     if said is not None and (config_file := find_file(path, said)) is not None:
-        data, _ = load(config_file.read_text(encoding="utf-8"))
+        data, _ = load(config_file.read_text(encoding="utf-8", errors="replace"))
         if isinstance(data, dict):
             from_file = Options(dict(data))
             from_file.update(options)
@@ -214,7 +217,7 @@ def _devices(path: Path, options: Options) -> int | None:
         processes = per_node * (options.count("nnodes") or 1)
     said = options.text("config_file", "accelerate_config")
     if processes is None and said is not None and (found := find_file(path, said)) is not None:
-        data, _ = load(found.read_text(encoding="utf-8"))
+        data, _ = load(found.read_text(encoding="utf-8", errors="replace"))
         if isinstance(data, dict):
             processes = Options(data).count("num_processes")
     return processes
@@ -235,7 +238,8 @@ def _config(
         if first is not None:
             yaml = kind == "yaml"
             message = f"{first} has no effect without use_peft: TRL then trains all weights"
-            sure = "certain unless the command line adds --use_peft" if yaml else "certain for TRL's own scripts"
+            added = "certain unless the command line adds --use_peft"
+            sure = added if yaml else "certain if the program takes TRL's ModelConfig, as TRL's own do"
             findings.append(
                 Finding(
                     code="no-effect",

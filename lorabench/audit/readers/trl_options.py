@@ -45,7 +45,7 @@ FIELDS = {
     "precision": ("bf16", "fp16", "dtype", "torch_dtype"),
 }
 _TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
-    ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online")),
+    ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
     ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),
     ("sft", ("sft",)),
 )
