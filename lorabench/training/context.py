@@ -224,7 +224,7 @@ def code_state(patches: Path) -> dict[str, str | None]:
             return {"git_sha": None, "git_dirty_patch": None}
         sha = git("rev-parse", "HEAD").strip()
         # Other tracked files, such as figures, do not affect a run.
-        diff = git("diff", "HEAD", "--", "lorabench", "workflow", "Snakefile")
+        diff = git("diff", "HEAD", "--", "lorabench", "workflow")
     except (OSError, subprocess.SubprocessError):
         return {"git_sha": None, "git_dirty_patch": None}
     patch = hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None

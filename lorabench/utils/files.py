@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _PACKAGED = Path(__file__).parents[1] / "packaged"
-SNAKEFILE = _PACKAGED / "Snakefile"
 WORKFLOW = _PACKAGED / "workflow"
+SNAKEFILE = WORKFLOW / "Snakefile"
 REFERENCE = _PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
 LR_OPTIMA = _PACKAGED / "lr_optima.csv"

@@ -116,7 +116,7 @@ def snakemake(place: Place, *arguments: str, status: int = 0) -> str:
 
 
 def start_snakemake(place: Place, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "workflow/Snakefile"), "--cores", "1"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         [*command, *arguments, "--config", "preset=mine.yaml"],

@@ -325,7 +325,7 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch, tmp_path):
 def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tmp_path):
     """The rules fetch while the hub answers, and all other jobs run without a network."""
     preset(hub)
-    for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
+    for name in ("workflow", "lorabench", "pyproject.toml"):
         (Path.cwd() / name).symlink_to(REPOSITORY / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
