@@ -131,7 +131,8 @@ def facts(config: TrainingConfig, folder: Path | None = None) -> ModelFacts | No
 def _facts(name: str | None, folder: Path | None) -> ModelFacts | None:
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
-        with suppress(OSError, ValueError, KeyError):
+        # It may be the configuration of something else.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return _facts_of_config(json.loads((place / "config.json").read_text()), name or str(place))
     return None if name is None else _facts_of_name(name)
 
@@ -148,7 +149,7 @@ def _facts_of_config(config: dict[str, Any], name: str, source: str = "its confi
     experts = next((text[key] for key in keys if text.get(key)), 0)
     sizes = None
     if family in GATED:
-        with suppress(KeyError):
+        with suppress(KeyError, TypeError, ZeroDivisionError):
             sizes = dimensions_of_config({"tie_word_embeddings": family.startswith("gemma")} | text)
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.startswith("gemma")))
     return ModelFacts(
@@ -186,8 +187,8 @@ def _normal(words: str) -> str:
 def _same_size(words: str, match: re.Match[str], known: ModelFacts) -> bool:
     """Return whether no size that a name states outside of the match contradicts the model."""
     outside = f"{words[: match.start()]}-{words[match.end() :]}"
-    sizes = [_size(found) for found in _SIZE.finditer(outside)]
-    return all(abs(math.log(size / (known.parameters or size))) < math.log(_SIZE_FACTOR) for size in sizes)
+    sizes = [_size(found) / (known.parameters or math.inf) for found in _SIZE.finditer(outside)]
+    return all(1 / _SIZE_FACTOR < ratio < _SIZE_FACTOR for ratio in sizes)
 
 
 def _size(match: re.Match[str]) -> float:
@@ -239,9 +240,11 @@ def _estimate(name: str, words: str) -> ModelFacts | None:
     if stated is None:
         return None
     active, total = _ACTIVE.search(words), _size(stated)
-    slope, intercept, error = _width_by_size()
     # The width of a mixture goes with the parameters that a token passes, of which at least a part is known.
-    passed = float(active["size"]) * 1e9 if active else total / int(stated["experts"] or 1)
+    passed = float(active["size"]) * 1e9 if active else total / max(1, int(stated["experts"] or 1))
+    if not passed > 0:
+        return None
+    slope, intercept, error = _width_by_size()
     return ModelFacts(
         name,
         next((lineage for lineage in _LINEAGES if lineage in words), ""),

@@ -39,10 +39,12 @@ _TYPICAL_WEIGHT = 0.02
 
 
 def effective_alpha(config: TrainingConfig) -> float | None:
-    """Return the alpha by which LoRA would be scaled as much with alpha / rank, as rsLoRA's alpha / sqrt(rank)."""
-    if config.alpha is None or not config.rslora:
+    """Return the alpha by which alpha / rank scales LoRA as much as it is; null if that is not known or not above 0."""
+    if config.alpha is None or not 0 < config.alpha < math.inf:
+        return None
+    if not config.rslora:
         return config.alpha
-    return None if config.rank is None else config.alpha * math.sqrt(config.rank)
+    return config.alpha * math.sqrt(config.rank) if config.rank and config.rank > 0 else None
 
 
 def _moved(alpha: float, to: float) -> str:
@@ -63,7 +65,7 @@ def check_scale(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         )
         return findings
     alpha = effective_alpha(config)
-    if config.rslora and config.rank and config.alpha and alpha:
+    if config.rslora and config.alpha and alpha:
         message = (
             f"rsLoRA divides alpha {config.alpha:g} by the square root of rank {config.rank}, which is as alpha "
             f"{formats.number(alpha)} without it: the optimal learning rate is {_moved(config.alpha, alpha)}"

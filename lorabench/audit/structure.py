@@ -100,8 +100,15 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
             return None
         names |= {module.rpartition(".")[2] for module in modules}
         kinds |= {module_kind(module) for module in modules}
-    if any(name.rpartition(".")[2] in _EXPERT_PARAMETERS for name in config.target_parameters):
-        kinds.add("experts")
+    for parameter in config.target_parameters:
+        last = parameter.removesuffix(".weight").rpartition(".")[2]
+        if last in _EXPERT_PARAMETERS:
+            kinds.add("experts")
+        else:
+            names.add(last)
+            kinds.add(module_kind(last))
+    if not kinds:
+        return None
     return Adapted(frozenset(names), frozenset(kinds), "all-linear" in targets)
 
 
@@ -167,6 +174,8 @@ def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding
         message = f"LoRA on all linear layers trains {experts}, which are no linear layers{rest}{right}"
         return Finding("experts", "warning", message, _TRIED, certain)
     stated = sorted(name for name in lora.names if module_kind(name) == "mlp")
+    if not stated:
+        return None
     if convertible and converted and set(stated) & set(converted):
         if len({*converted[:2]} & lora.names) == 1:
             message = (
@@ -220,21 +229,19 @@ def check_unembedding(config: TrainingConfig, known: Knowledge) -> list[Finding]
     findings = []
     targets, saved = _EMBEDDINGS & {*(config.targets or ())}, _EMBEDDINGS & {*config.saved_modules}
     if model is not None and model.tied and targets | saved and config.format in _PEFT:
-        which = _listed(targets | saved)
-        happens = "is lost or changes both when the adapter is merged" if targets else "unties them, or trains one copy"
+        happens = "merging LoRA changes both" if targets else "each that is saved becomes a copy of its own"
         message = (
-            f"embedding and unembedding of {model.name} are one matrix: training {which} apart from it {happens}; "
-            "leave it out, or set ensure_weight_tying"
+            f"embedding and unembedding of {model.name} are one matrix, and with {_listed(targets | saved)} trained "
+            f"{happens}; leave that out, or set ensure_weight_tying"
         )
-        source = "PEFT, which warns of it"
+        source, sure = "PEFT 0.21, tried on a tiny model; it warns of it", "certain unless ensure_weight_tying is set"
         findings.append(
-            Finding("unembedding", "warning", message, source, "certain", line=config.line("saved_modules", "targets"))
+            Finding("unembedding", "warning", message, source, sure, line=config.line("saved_modules", "targets"))
         )
     if saved:
         size = ""
         if model is not None and model.vocabulary:
-            matrices = 1 if model.tied else len(saved)
-            size = f" ({formats.parameters(matrices * model.vocabulary * model.width)} parameters)"
+            size = f" ({formats.parameters(len(saved) * model.vocabulary * model.width)} parameters)"
         at = f" {config.lr:g}" if config.lr is not None else ""
         message = (
             f"{_listed(saved)}{size} {'are' if len(saved) > 1 else 'is'} trained whole at LoRA's learning rate{at}; "

@@ -104,6 +104,8 @@ def test_llamafactory():
     assert (config.model, config.method, config.task, config.bits) == ("org/model-4b", "lora", "sft", 4)
     # OmegaConf reads 1e-4 as a number. Alpha is twice the rank by default, and all linear layers have LoRA.
     assert (config.lr, config.rank, config.alpha, config.targets) == (1e-4, 16, 32, ("all-linear",))
+    # KTransformers trains experts in its own way.
+    assert read(llamafactory, f"{LLAMAFACTORY}use_kt: true\n").targets is None
     assert (config.batch_size, config.epochs, config.precision) == (8, 3, "bf16")
     assert config.findings == ()
     assert "alpha" not in config.lines

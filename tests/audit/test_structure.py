@@ -1,9 +1,13 @@
 """What the audit says of the layers that LoRA trains, and of settings, in one run and among several."""
 
+import math
 from dataclasses import replace
+from functools import partial
+from random import Random
 
 import pytest
 
+from lorabench.audit.checks import FOLDER_CHECKS, RUN_CHECKS
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.models import facts
@@ -130,7 +134,7 @@ def test_embedding_and_unembedding() -> None:
     assert "(1.05B parameters) are trained whole at LoRA's learning rate 0.0002" in whole.message
     findings = check_unembedding(replace(tied, saved_modules=("embed_tokens", "lm_head")), NOTHING)
     assert [finding.level for finding in findings] == ["warning", "note"]
-    assert "(0.26B parameters)" in findings[1].message
+    assert "(0.53B parameters)" in findings[1].message
 
 
 def test_parameters_of_llama_are_those_of_the_paper() -> None:
@@ -234,3 +238,32 @@ def test_learning_rates_of_the_same_setting_far_apart() -> None:
     assert check_lr_differs([LLAMA, replace(LLAMA, lr=1e-3)], NOTHING) == []
     # A reward model and DPO are both preference training.
     assert check_lr_differs([replace(low, task="preference"), replace(high, task="preference")], NOTHING) == []
+
+
+def test_no_value_stops_the_checks() -> None:
+    values = {
+        "model": ("Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.2-1B", "x/0x0b", "a0b-0b", "", "\0", "a" * 5000, None),
+        "targets": ((), ("all-linear",), ("*bad(",), ("",), ("w1", "gate_proj"), ("lm_head", "q_proj"), None),
+        "target_parameters": ((), ("experts.gate_up_proj",), ("",)),
+        "rank": (0, -1, 10**9, None),
+        "alpha": (0.0, -1.0, 1e-300, math.inf, math.nan, None),
+        "lr": (0.0, -1.0, math.inf, math.nan, None),
+        "steps": (0.0, 1e-300, math.inf, math.nan, None),
+        "global_batch": (0, 10**9, None),
+        "rslora": (True, False),
+        "method": ("lora", "fullft"),
+        "task": ("sft", "rl"),
+        "format": ("axolotl", "trl", "llamafactory", "torchtune"),
+    }
+    random = Random(1)
+    base = replace(LLAMA, examples=10, epochs=1.0, max_length=8, packing=True, saved_modules=("lm_head",))
+    odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(2000)]
+    for config in odd:
+        # The first, of learning rates, reads tables and has tests of its own.
+        for check in (*RUN_CHECKS[1:], *(partial(_among, other=odd[0], check=check) for check in FOLDER_CHECKS)):
+            for finding in check(config, Knowledge(completion_tokens=5.0)):
+                assert finding.message
+
+
+def _among(config: TrainingConfig, known: Knowledge, other: TrainingConfig, check: object) -> list[Finding]:
+    return check([config, other, replace(config, path="c.yaml", alpha=64.0)], known)
