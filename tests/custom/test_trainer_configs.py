@@ -150,6 +150,17 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
     assert {finding.level for finding in audit(configs)} <= {"note"}
 
 
+def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tmp_path, qwen):
+    data = write_rows(tmp_path / "own.jsonl", 800)
+    for trainer in TRAINERS:
+        written(trainer, tmp_path / trainer, qwen, data)
+        [config] = read_paths([tmp_path / trainer]).configs
+        assert (config.examples, config.batch_size) == (800, 8)
+        findings = {finding.code: finding for finding in audit([config])}
+        assert findings["lr"].level == "note"
+        assert "about the recommended" in findings["lr"].message
+
+
 CHATS = {
     "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
     "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},

@@ -73,6 +73,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if not any(key in data for key in ("learning_rate", "datasets", "pretraining_dataset", "adapter")):
         return []
     said = _said(data)
+    if not said["packing"] and isinstance(datasets := data.get("datasets"), list):
+        said["examples"] = options.examples(path, [options.at(dataset, "path") for dataset in datasets])
     adapter = options.text(data.get("adapter"))
     findings = [
         *options.lr_findings(data.get("learning_rate"), "learning_rate", lines.get("learning_rate"), "Axolotl"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,22 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if not isinstance(raw, dict):
         raise UserError("it has no options: a configuration of LLaMA-Factory is a mapping")
     repeated = options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
-    return _run(shown, "", resolve(raw), lines, repeated)
+    data = resolve(raw)
+    return [
+        config if config.packing else replace(config, examples=_examples(path, data))
+        for config in _run(shown, "", data, lines, repeated)
+    ]
+
+
+def _examples(path: Path, data: Mapping[str, Any]) -> int | None:
+    """Return the number of examples of datasets that `dataset_info.json` describes."""
+    folder = options.text(data.get("dataset_dir")) or "data"
+    for file in (Path(folder), path.parent / folder):
+        with suppress(OSError, ValueError):
+            described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
+            files = [options.at(described, f"{name}.file_name") for name in names(data.get("dataset")) or ()]
+            return options.examples(file / "dataset_info.json", files)
+    return None
 
 
 def _of_command(shown: str, words: list[Word]) -> list[TrainingConfig]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorabench.audit.finding import Finding, Level
 
 THE_FILE = "the file alone"
 CERTAIN = "certain"
+_LARGEST_DATA = 1 << 28
 
 
 def at(data: Any, key: str) -> Any:
@@ -67,6 +69,26 @@ def names(value: Any) -> tuple[str, ...] | None:
         return None
     said = (text(name) for name in value)
     return tuple(name for name in said if name is not None) or None
+
+
+def examples(config: Path, files: Any) -> int | None:
+    """Return the number of examples in files of JSON lines that a configuration names.
+
+    Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
+    or is large.
+    """
+    lines = 0
+    for name in files if isinstance(files, list) else [files]:
+        said = text(name) or ""
+        try:
+            file = next((file for file in (Path(said), config.parent / said) if file.is_file()), None)
+            if file is None or file.suffix != ".jsonl" or file.stat().st_size > _LARGEST_DATA:
+                return None
+            with file.open("rb") as rows:
+                lines += sum(not row.isspace() for row in rows)
+        except OSError:
+            return None
+    return lines or None
 
 
 def lines_of(keys: Mapping[str, str], lines: Mapping[str, int]) -> dict[str, int]:

@@ -69,6 +69,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     places |= options.lines_of({name: f"{role}.{key}" for name, key in _MODEL_KEYS.items()}, lines)
     findings = options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
     said = _said({**data, **within}, data[role])
+    if not said["packing"] and said["task"] == "sft":
+        said["examples"] = options.examples(path, options.at(data, "dataset.data_files"))
     return [TrainingConfig(shown, "torchtune", lines=places, findings=tuple(findings), **said)]
 
 

@@ -20,6 +20,8 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers import trl_python
 from lorabench.audit.readers.flat import Options
+from lorabench.audit.readers.options import at as value_at
+from lorabench.audit.readers.options import examples
 from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
 from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.audit.yaml_lines import load
@@ -107,7 +109,10 @@ def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
     task, word = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
     if task is None:
         task = next((task for task, names in _TASK_OPTIONS if any(name in data for name in names)), None)
-    return _config(path, shown, "", options, task, _CLASSES.get(word), "yaml")
+    config = _config(path, shown, "", options, task, _CLASSES.get(word), "yaml")
+    if config.packing or not isinstance(datasets := data.get("datasets"), list):
+        return config
+    return replace(config, examples=examples(path, [value_at(dataset, "data_files") for dataset in datasets]))
 
 
 def _in_text(path: Path, shown: str, text: str, first_line: int) -> list[TrainingConfig]:
