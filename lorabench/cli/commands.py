@@ -468,6 +468,32 @@ def publish(
         print(publish_held_out(held_out, Path()))
 
 
+@app.command()
+def export(
+    out: Annotated[Path, Argument(metavar="FOLDER", help="A new folder for the dataset.")],
+    preset: Annotated[
+        list[str] | None,
+        Option(
+            help="A preset to export, as its name or YAML file; may be repeated. Default: all that have tables here."
+        ),
+    ] = None,
+    licence: Annotated[str, Option(help="The licence of the tables, by its name on hubs.")] = "apache-2.0",
+    url: Annotated[str | None, Option(help="The address at which the dataset will be, for its metadata.")] = None,
+) -> None:
+    """Write the tables of finished and published presets as a dataset: parquet, a card for data hubs, and Croissant."""
+    from lorabench.report.export import export as write_dataset
+    from lorabench.report.export import exportable
+
+    presets = preset or exportable()
+    if not presets:
+        raise UserError(
+            "no shipped preset has tables in results or paper_figures; run one, or name yours with --preset"
+        )
+    for name, rows in write_dataset(presets, out, licence, url).items():
+        print(f"{name}: {', '.join(f'{count:,} {table}' for table, count in rows.items())}")
+    print(f"wrote {out}; its page is {out / 'README.md'}")
+
+
 @app.command("save-runs")
 def save_runs(preset: PresetOption = "laptop") -> None:
     """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
+from lorabench.config.preset import Preset
 from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
@@ -135,12 +136,21 @@ def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
 
 
 def _read_runs(path: Path, plan: Plan | None) -> pa.Table:
-    """Read the runs of a job, and fill the columns that runs don't record.
+    """Read the runs of a job, with the columns that runs don't record."""
+    table = read_parquet(path, RUNS)
+    if plan is None:
+        return with_unrecorded(table, None)
+    experiments = pa.array([plan.job(path.stem).experiments] * len(table), RUNS.field("experiments").type)
+    table = table.set_column(RUNS.get_field_index("experiments"), RUNS.field("experiments"), experiments)
+    return with_unrecorded(table, plan.preset)
+
+
+def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
+    """Return the table `runs` with the columns filled that runs don't record.
 
     In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
-    of things that the preset names.
+    of things that the preset names; they are left as they are without a preset.
     """
-    table = read_parquet(path, RUNS)
     lora, rows = pc.equal(table["method"], "lora"), len(table)
     unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table["protocol"].to_pylist()]
     columns: dict[str, Any] = {
@@ -149,11 +159,12 @@ def _read_runs(path: Path, plan: Plan | None) -> pa.Table:
         "precision": pa.repeat("fp32", rows),
         "schedule": pa.repeat("constant", rows),
     }
-    if plan is not None:
-        sources, models = plan.preset.sources, plan.preset.models
-        columns["experiments"] = pa.array([plan.job(path.stem).experiments] * rows)
-        columns["data_kind"] = pa.array([sources[name].kind for name in table["dataset"].to_pylist()])
-        columns["base_kind"] = pa.array([base_kind(models[name]) for name in table["model"].to_pylist()])
+    if preset is not None:
+        # The preset that runs were saved from may have named other data and models since.
+        kinds = {name: source.kind for name, source in preset.sources.items()}
+        base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
+        columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
+        columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
     return table.cast(RUNS)

@@ -289,6 +289,11 @@ CLAIMS = _schema(
     """
 )
 
+PRESET = _schema(
+    "string preset: the preset of the row; `@` and a number after its name: on held-out seeds from that one"
+)
+"""The column that comes first in exported tables."""
+
 JOB = pa.schema(
     [(column.name, column.type) for column in RUNS]
     + [

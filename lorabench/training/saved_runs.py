@@ -7,20 +7,22 @@ checkpoints, and the protocol version that they were computed with. All numbers 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.store.collect import entries
+from lorabench.store.collect import entries, run_row, with_unrecorded
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES
+from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES, RUNS, TEST_LOSSES
 from lorabench.utils.files import atomic_path, digest, read_parquet
 
 _VERSION = b"protocol_version"
@@ -89,6 +91,29 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
             staged.restored.touch()
             staged.record.write_text(row["record"][0].as_py() + "\n")
     return len(missing), len(known) - len(missing), len(rows) - len(known)
+
+
+def saved_tables(plan: Plan, layout: Layout) -> Iterator[dict[str, pa.Table]]:
+    """Yield the tables `runs`, `curves` and `test_losses` of saved runs, those of one condition after the other.
+
+    Runs that the plan does not have (any more) have no experiments. The groups of test examples are null, since
+    they are in the data, which are not saved.
+
+    Raises:
+        UserError: a file is damaged or was computed with another protocol version.
+    """
+    experiments = {run.run_id: sweep.experiments for sweep in plan.sweeps for run in sweep.possible_runs()}
+    for path in sorted(layout.saved_runs.glob("*.parquet")):
+        table = pa.concat_tables(_read(path).values())
+        records = map(json.loads, table["record"].to_pylist())
+        runs = [run_row(record, experiments.get(record["run_id"], ())) for record in records]
+        with_losses = table.filter(pc.is_valid(table["test_losses"]))
+        losses = entries(with_losses, "test_losses", RUN_TEST_LOSSES)
+        yield {
+            "runs": with_unrecorded(pa.Table.from_pylist(runs, schema=RUNS), layout.preset),
+            "curves": entries(table, "curve", CURVES),
+            "test_losses": losses.append_column(TEST_LOSSES.field("group"), pa.nulls(len(losses), pa.string())),
+        }
 
 
 def _read(path: Path) -> dict[str, pa.Table]:
