@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PRESET ?= laptop
 
-.PHONY: help setup test plain slow lint format smoke laptop docs bench publish
+.PHONY: help setup test plain slow lint format smoke laptop docs dist bench publish
 
 help:  ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,13 @@ laptop:  ## Run the default preset, about 12 minutes on two cores.
 
 docs:  ## Build the documentation into site/.
 	mkdocs build --strict
+
+dist:  ## Build the source archive and the wheel into dist/, and check them.
+	pip install -q -c constraints.txt build check-wheel-contents "setuptools>=77" setuptools-scm twine
+	rm -rf dist
+	python -m build --no-isolation -q
+	twine check --strict dist/*
+	check-wheel-contents dist/*.whl
 
 bench:  ## Measure the speed against other trainers and print the table.
 	python -m benchmarks.speed
