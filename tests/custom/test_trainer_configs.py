@@ -203,6 +203,7 @@ def test_experts_get_lora(tmp_path):
     settings, _, _ = written("axolotl", tmp_path / "axolotl", "moe-128")
     assert settings["lora_target_parameters"] == stacks
     assert settings["lora_rank_pattern"] == {r"experts\..+": settings["lora_r"] // 2}
+    assert {finding.level for finding in audit(read_paths([tmp_path]).configs)} == {"note"}
     written("llamafactory", tmp_path / "llamafactory", "moe-128", full=True)
 
 
