@@ -14,7 +14,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -176,7 +176,7 @@ def _facts_of_name(name: str) -> ModelFacts | None:
     for pattern, known in _known_models():
         match = pattern.search(_normal(words))
         if match and _same_size(_normal(words), match, known):
-            return ModelFacts(**(known.__dict__ | {"name": name}))
+            return replace(known, name=name)
     return _estimate(name, words)
 
 

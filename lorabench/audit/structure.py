@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorabench.audit.config import Knowledge, TrainingConfig
@@ -60,6 +60,7 @@ _UNDECIDED = (
     "0.008 [0.000, 0.016] at 0.8M parameters, both undecided"
 )
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+_EXPERT_PARAMETERS = frozenset({"gate_up_proj", "down_proj", "up_proj", "gate_proj", "w1", "w2", "w3"})
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,6 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
     return Adapted(frozenset(names), frozenset(kinds), "all-linear" in targets)
 
 
-_EXPERT_PARAMETERS = frozenset({"gate_up_proj", "down_proj", "up_proj", "gate_proj", "w1", "w2", "w3"})
-
-
 def _matching(pattern: str) -> list[str]:
     """Return those of the usual names of modules that a regular expression matches as a whole, as in PEFT."""
     parts = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -148,7 +146,7 @@ def check_experts(config: TrainingConfig, known: Knowledge) -> list[Finding]:
                 "stops with an error; it has to be 0"
             )
             finding = Finding("experts", "error", message, _TRIED, "certain for PEFT 0.21 and transformers 5")
-    return [] if finding is None else [Finding(**(finding.__dict__ | {"line": line}))]
+    return [] if finding is None else [replace(finding, line=line)]
 
 
 def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
@@ -185,7 +183,9 @@ def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding
             return Finding("experts", "error", message, _TRIED, certain)
         return None
     if model.family in NO_OTHER_MLP:
-        level: Level = "warning" if config.format in _WITHOUT_CONVERSION else "error"
+        # In transformers 4, what PEFT would convert are modules.
+        level: Level = "warning" if set(stated) & set(converted or ()) else "error"
+        certain = certain if level == "warning" else "certain"
         message = f"{_listed(stated)} match nothing, and LoRA trains {experts}, which are fused parameters{right}"
     else:
         level = "warning"
