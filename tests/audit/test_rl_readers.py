@@ -43,6 +43,10 @@ python3 -m verl.trainer.main_generation data.path=x
     assert (config.global_batch, config.group_size, config.batch_size, config.steps) == (64, 5, 320, 400)
     assert (config.epochs, config.devices, config.max_length) == (None, 16, 1536)
     assert config.lines["lr"] == 14
+    # Training that goes on from an adapter is LoRA with that adapter's rank.
+    text = text.replace("model.lora_rank=64", "model.lora_adapter_path=/adapter")
+    (config,) = read_verl(tmp_path, "run.sh", text)
+    assert (config.method, config.rank) == ("lora", None)
 
 
 def test_sft_of_verl_without_lora_options_that_count(tmp_path: Path) -> None:

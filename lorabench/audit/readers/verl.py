@@ -31,6 +31,7 @@ _RL = {
     "steps": ("trainer.total_training_steps",),
     "epochs": ("trainer.total_epochs",),
     "rank": ("actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora.rank"),
+    "adapter": ("actor_rollout_ref.model.lora_adapter_path",),
     "alpha": ("actor_rollout_ref.model.lora_alpha", "actor_rollout_ref.model.lora.alpha"),
     "dropout": ("actor_rollout_ref.model.lora.dropout",),
     "targets": ("actor_rollout_ref.model.target_modules", "actor_rollout_ref.model.lora.target_modules"),
@@ -46,6 +47,7 @@ _SFT = {
     "epochs": ("trainer.total_epochs",),
     "max_length": ("data.max_length",),
     "rank": ("model.lora_rank", "model.lora.rank"),
+    "adapter": ("model.lora_adapter_path",),
     "alpha": ("model.lora_alpha", "model.lora.alpha"),
     "dropout": ("model.lora.dropout",),
     "targets": ("model.target_modules", "model.lora.target_modules"),
@@ -95,7 +97,9 @@ def _config(
     keys = _RL if task == "rl" else _SFT
     rank = options.count(*keys["rank"])
     said_unknown = any(key in options and options.values[key] is None for key in keys["rank"])
-    method: Method | None = "lora" if rank else None if said_unknown else "fullft"
+    # Training may go on from an adapter, which has a rank of its own.
+    continued = options.get(*keys["adapter"]) is not None
+    method: Method | None = "lora" if rank or continued else None if said_unknown else "fullft"
     fields: dict[str, Any] = {
         field: options.text(*keys[field]) for field in ("model", "schedule", "optimizer") if field in keys
     }
