@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,6 +118,32 @@ def test_scores_of_a_base_have_all_settings_they_were_made_with_and_samples_are_
     assert hits.tolist() == (answers["response"].str.strip() == answers["target"]).astype(float).tolist()
 
 
+def test_files_of_lm_eval_have_the_scores_and_the_model(trained, base, adapted):
+    from lm_eval.utils import get_results_filenames, make_table
+
+    weights = RunFolder(trained.layout.runs, adapted["run_id"][0]).weights
+    for job, table, names in (
+        (trained.job(None), base, {"pretrained=llama-128", "llama-128"}),
+        (trained.job("lora"), adapted, {f"pretrained=llama-128,peft={weights}", str(weights)}),
+    ):
+        paths = get_results_filenames([str(path) for path in trained.layout.result_files(job).iterdir()])
+        files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+        written = {
+            (task, name): value
+            for file in files
+            for task, metrics in file["results"].items()
+            for name, value in metrics.items()
+        }
+        for row in table.to_dict("records"):
+            assert written[row["task"], f"{row['metric']},{row['filter']}"] == row["value"]
+        for file in files:
+            assert {file["config"]["model_args"], file["model_name"]} == names
+            assert file["model_source"] == file["config"]["model"] == "hf"
+            assert file["task_hashes"].keys() == file["n-samples"].keys()
+            assert "samples" not in file
+            assert all(task in make_table(file) for task in file["results"])
+
+
 def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted, commands):
     # Nobody is asked for versions.
     assert commands == []
@@ -208,7 +235,7 @@ def evaluated(trained: Prepared, batch_size: int, tokenizer: Any, names: list[st
     index = catalog.task_index(tasks)
     loaded = [catalog.load_task(index, task, layout) for task in tasks]
     lm = transformers_model(plan.preset.models["tiny"], None, layout, tokenizer, batch_size, None, CPU)
-    return run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
+    return run_tasks(lm, index, loaded, plan.preset.evaluation, "own", {"pretrained": "tiny"})[:2]
 
 
 def test_scores_do_not_depend_on_batch_size_or_on_what_came_before_or_on_chance(trained, base, adapted):
