@@ -76,13 +76,11 @@ def test_the_committed_errors_follow_from_the_sources():
     known = known_optima(read_studies(source_folders()), published_folders(REPOSITORY))
     committed = pd.read_csv(REPOSITORY / "paper_figures/published/evidence/lr_left_out_summary.csv")
     pd.testing.assert_frame_equal(compared(by_source(left_out(known))), committed, rtol=1e-3)
-    # The rule that recommends is no further off than the law. Its loss is lower, too, but for full fine-tuning in SFT,
-    # of which the docs say so.
+    # The rule that recommends is no further off than the law, and its loss is no higher.
     by_rule = committed[committed["without"] == AUTHORS].set_index(["task", "method", "rule"])
     by_rule = by_rule[["off", "rms", "loss_above_best"]]
     closer = by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")
-    assert closer["off"].all()
-    assert closer.index[~closer["loss_above_best"]].tolist() == [("sft", "fullft")]
+    assert closer[["off", "loss_above_best"]].all(axis=None)
     # No rule that predicts LoRA's LR from that of full fine-tuning is shown to be closer than pooling, as the docs say,
     # so that none of them recommends.
     for rule in ("movement", "movement_own", "ten_own", "average"):
