@@ -13,6 +13,7 @@ from pathlib import Path
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.models import Kind, ModelFacts, facts, module_kind
+from lorabench.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
 from lorabench.utils import formats
 
 QUERIES_AND_VALUES = frozenset(
@@ -247,8 +248,8 @@ def check_unembedding(config: TrainingConfig, known: Knowledge) -> list[Finding]
             f"{_listed(saved)}{size} {'are' if len(saved) > 1 else 'is'} trained whole at LoRA's learning rate{at}; "
             "full matrices do best at about a tenth of it, and trainable_token_indices trains new tokens alone"
         )
-        source = "the paper's ratio of learning rates; PEFT"
-        sure = "the ratio is 14.7 [3.71, 58.5] over 6 sources, for whole models; for these matrices it is not measured"
+        source = "optima of 6 sources, docs/other-runs.md; PEFT"
+        sure = f"the ratio is {RATIO:g} [{RATIO_LOW:g}, {RATIO_HIGH:g}] for whole models, and not known for these"
         findings.append(Finding("unembedding", "note", message, source, sure, line=config.line("saved_modules")))
     return findings
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
+import pandas as pd
 import pytest
 
 from lorabench.audit.checks import FOLDER_CHECKS, RUN_CHECKS
@@ -12,6 +13,9 @@ from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.models import facts
 from lorabench.audit.settings import (
+    RATIO,
+    RATIO_HIGH,
+    RATIO_LOW,
     check_alpha_lr,
     check_batch,
     check_lr_differs,
@@ -30,6 +34,9 @@ from lorabench.audit.structure import (
     trained_parameters,
 )
 
+from ..conftest import REPOSITORY
+
+PUBLISHED = REPOSITORY / "paper_figures/published"
 NOTHING = Knowledge()
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -238,6 +245,27 @@ def test_learning_rates_of_the_same_setting_far_apart() -> None:
     assert check_lr_differs([LLAMA, replace(LLAMA, lr=1e-3)], NOTHING) == []
     # A reward model and DPO are both preference training.
     assert check_lr_differs([replace(low, task="preference"), replace(high, task="preference")], NOTHING) == []
+
+
+def test_measured_numbers_are_those_that_are_published() -> None:
+    summary = pd.read_csv(PUBLISHED / "evidence/summary.csv").set_index("measure")
+    pooled = summary[summary["attribute"].isna()]
+    ratio = pooled.loc["lr_ratio"]
+    assert [math.exp(ratio[end]) for end in ("mean", "low", "high")] == pytest.approx(
+        [RATIO, RATIO_LOW, RATIO_HIGH], 0.1
+    )
+    growth = pooled.loc["gap_growth"]
+    assert [growth[end] for end in ("mean", "low", "high")] == pytest.approx([-0.002, -0.075, 0.070], abs=0.003)
+    assert "-0.002 nats [-0.075, 0.070]" in check_batch(replace(LLAMA, global_batch=512), NOTHING)[0].sure
+    attention = check_attention_only(replace(LLAMA, targets=ATTENTION), NOTHING)[0].sure
+    short = check_short_run(replace(LLAMA, steps=60.0), NOTHING)[0].sure
+    said = {"laptop": ("{:.3f} [{:.3f}, {:.3f}]", "{:.2g} [{:.2g}, {:.2g}]")}
+    said |= {"overnight": ("{:.3f} nats [{:.3f}, {:.3f}]", "{:.2g} [{:.2g}, {:.2g}]")}
+    for preset, (of_e1, of_b9) in said.items():
+        claims = pd.read_csv(PUBLISHED / preset / "claims.csv").set_index("claim_id")
+        ends = claims[["estimate", "ci_low", "ci_high"]]
+        assert of_e1.format(*ends.loc["E1"]) in attention
+        assert of_b9.format(*ends.loc["B9"]) in short
 
 
 def test_no_value_stops_the_checks() -> None:
