@@ -6,6 +6,7 @@ Merging is right in this type if the merged model's logits are not much further 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from lorabench.audit.finding import Finding
 from lorabench.check.adapter import listed
 from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
 from lorabench.errors import UserError
-from lorabench.models.base import model_location
 from lorabench.models.lora import lora_layers
 
 if TYPE_CHECKING:
@@ -122,28 +122,29 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
 
 
 def _four_bit(probe: Probe) -> str:
-    """Say how far base and adapter are off on 4-bit weights, on which QLoRA trains, if bitsandbytes computes here."""
+    """Say how far base and adapter are off on dequantized 4-bit weights, as QLoRA trains, if bitsandbytes runs."""
     untried = "not compared with 4-bit weights, on which QLoRA trains"
     if importlib.util.find_spec("bitsandbytes") is None:
         return f"{untried}: bitsandbytes is not installed"
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantized = in_dtype(probe.base, torch.float32)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            model_location(probe.model.spec), quantization_config=nf4, dtype=torch.float32, local_files_only=True
-        ).eval()
-        base_logits = logits(base, probe.ids)
-        adapter_logits = logits(PeftModel.from_pretrained(base, str(probe.adapter)).eval(), probe.ids)
+        functional = importlib.import_module("bitsandbytes.functional")
+        for module in quantized.modules():
+            # As in transformers, the unembedding is not quantized.
+            if isinstance(module, torch.nn.Linear) and module is not quantized.get_output_embeddings():
+                packed, state = functional.quantize_4bit(module.weight.data, quant_type="nf4")
+                module.weight.data = functional.dequantize_4bit(packed, state).to(module.weight.dtype)
     except (RuntimeError, ValueError, ImportError, OSError, AttributeError, NotImplementedError) as error:
         return f"{untried}: bitsandbytes does not compute here ({str(error).strip().splitlines()[0]})"
+    base_logits = logits(quantized, probe.ids)
+    with adapted(quantized, probe.adapter, torch.float32) as (unmerged, _):
+        adapter_logits = logits(unmerged, probe.ids)
     nlls = [float(token_nlls(computed, probe.ids).mean()) for computed in (base_logits, adapter_logits)]
     off = [_difference(probe.base_logits, base_logits), _difference(probe.adapter_logits, adapter_logits)]
     means = ["not finite" if gap is None else f"{gap.mean:.2g}" for gap in off]
     return (
-        f"on 4-bit weights (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} for the "
-        f"adapter, and their logits differ from those above in fp32 by {means[0]} and {means[1]} on average"
+        f"on dequantized 4-bit weights (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} "
+        f"for the adapter, and their logits differ from those above in fp32 by {means[0]} and {means[1]} on average"
     )
 
 
