@@ -132,8 +132,10 @@ def _four_bit(probe: Probe) -> str:
         for module in quantized.modules():
             # As in transformers, the unembedding is not quantized.
             if isinstance(module, torch.nn.Linear) and module is not quantized.get_output_embeddings():
-                packed, state = functional.quantize_4bit(module.weight.data, quant_type="nf4")
-                module.weight.data = functional.dequantize_4bit(packed, state).to(module.weight.dtype)
+                weight = module.weight.data
+                # Blocks of 64 weights share a scale; one a row, since on a CPU rows with half a block come out wrong.
+                packed, state = functional.quantize_4bit(weight.reshape(-1, 64), blocksize=64, quant_type="nf4")
+                module.weight.data = functional.dequantize_4bit(packed, state).to(weight.dtype).reshape(weight.shape)
     except (RuntimeError, ValueError, ImportError, OSError, AttributeError, NotImplementedError) as error:
         return f"{untried}: bitsandbytes does not compute here ({str(error).strip().splitlines()[0]})"
     base_logits = logits(quantized, probe.ids)
