@@ -10,8 +10,10 @@ from functools import cache
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from lorabench.audit.checks import audit
 from lorabench.audit.files import read_paths
@@ -23,7 +25,7 @@ from lorabench.custom.trainer_configs import write_config
 from lorabench.data.chat import file_messages
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.base import load_tokenizer
+from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.specs import ARCHITECTURES
 from lorabench.training import reference
 
@@ -281,3 +283,23 @@ def test_trl_trains_as_the_reference_does(tmp_path, base, full, monkeypatch):
     expected, _ = reference.train_sft(base, examples, 4, 8, settings["learning_rate"], rank, 32.0, seed=0)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0] - 2
+
+
+@pytest.mark.slow
+def test_trl_trains_experts_and_scores_the_last_turn_of_any_template(tmp_path):
+    data = write_rows(tmp_path / "own.jsonl", 8)
+    settings, text, _ = written("trl", tmp_path / "trl", "moe-128", data, batch_size=8)
+    [loss], _ = trained_by_trl(tmp_path / "trl", text)
+    spec = find_model("moe-128").spec
+    tokenizer, model = load_tokenizer(spec), load_model(spec)
+    examples = [encode_chat(tokenizer, file_messages(row, "prompt/completion")) for row in rows(8)]
+    with torch.no_grad():
+        assert loss == pytest.approx(reference.nll(model, examples).item(), rel=1e-4)
+    adapter = load_file(tmp_path / "trl" / "out" / "adapter_model.safetensors")
+    sizes = {name: len(value) for name, value in adapter.items() if "lora_A" in name}
+    experts = [name for name in sizes if "experts" in name]
+    # Beside the experts of the three layers it is on attention, and not on the router.
+    assert (len(experts), len(sizes) - len(experts)) == (2 * 3, 4 * 3)
+    # A stack has the rank for each of its eight experts.
+    assert {sizes[name] for name in experts} == {8 * settings["lora_r"]}
+    assert all(value.abs().max() > 0 for value in adapter.values())
