@@ -9,8 +9,8 @@ from importlib.metadata import packages_distributions, requires
 
 from .conftest import REPOSITORY
 
-# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and the engine of the extra `vllm`.
-BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
+# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and what the extras `vllm` and `track` install.
+BROUGHT = {"langdetect", "nltk", "sympy", "trackio", "vllm"}
 
 
 def test_every_imported_package_is_a_dependency():
