@@ -60,6 +60,8 @@ _UNDECIDED = (
     "the paper found it on 8B and 30B models without intervals; measured here: 0.040 nats [-0.006, 0.113] at 0.13B and "
     "0.008 [0.000, 0.016] at 0.8M parameters, both undecided"
 )
+_FUSED = {"qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}), "gate_up_proj": frozenset({"gate_proj", "up_proj"})}
+"""Layers that are one in some families, by their parts."""
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 _EXPERT_PARAMETERS = frozenset({"gate_up_proj", "down_proj", "up_proj", "gate_proj", "w1", "w2", "w3"})
 
@@ -205,11 +207,35 @@ def _how_to_reach(config: TrainingConfig, model: ModelFacts) -> str:
     return f"; {option} with experts.{first} and experts.down_proj would train them"
 
 
+def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return whether LoRA is put on parts of layers that are one layer in the model, which PEFT does not find."""
+    model = _known(config)
+    lora = adapted(config, model)
+    # unsloth's copies have the layers apart, and a finished adapter was trained.
+    if model is None or lora is None or config.format not in _PEFT or config.format == "peft":
+        return []
+    if model.mixture or lora.all_linear or "unsloth" in model.name.lower():
+        return []
+    fused = [name for name in _FUSED if name in model.linear and name not in lora.names]
+    missed = sorted(part for name in fused for part in _FUSED[name] & lora.names)
+    if not missed:
+        return []
+    trained = lora.names & set(model.linear)
+    level: Level = "warning" if trained else "error"
+    happens = f"trains {_listed(trained)} alone" if trained else "stops with an error"
+    right = " and ".join(name for name in fused if _FUSED[name] & lora.names)
+    message = f"{_listed(missed)} match nothing in {model.name}, where they are {right}, and PEFT {happens}"
+    sure = "certain for the class of transformers; copies such as unsloth's have them apart"
+    return [Finding("no-effect", level, message, _MODULES, sure, line=config.line("targets"))]
+
+
 def check_attention_only(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether a dense model has LoRA on attention alone."""
     model = _known(config)
     lora = adapted(config, model)
     if lora is None or not lora.attention_alone or (model is not None and model.mixture):
+        return []
+    if check_fused(config, known):
         return []
     which = "attention alone"
     if lora.names == {"q_proj", "v_proj"}:

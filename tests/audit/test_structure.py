@@ -29,6 +29,7 @@ from lorabench.audit.structure import (
     check_attention_only,
     check_capacity,
     check_experts,
+    check_fused,
     check_parameters,
     check_unembedding,
     trained_parameters,
@@ -121,6 +122,22 @@ def test_attention_alone() -> None:
     assert check_attention_only(replace(LLAMA, method="fullft", targets=ATTENTION), NOTHING) == []
     # Whether the framework's own default is attention alone is not known.
     assert check_attention_only(replace(LLAMA, format="verl", targets=None), NOTHING) == []
+
+
+def test_parts_of_fused_layers() -> None:
+    phi = replace(LLAMA, model="microsoft/Phi-3-mini-4k-instruct", format="trl")
+    finding = only(check_fused(replace(phi, targets=("q_proj", "o_proj", "up_proj", "down_proj")), NOTHING))
+    assert (finding.code, finding.level) == ("no-effect", "warning")
+    assert "q_proj and up_proj match nothing" in finding.message
+    assert "qkv_proj and gate_up_proj, and PEFT trains down_proj and o_proj alone" in finding.message
+    assert only(check_fused(replace(phi, targets=("q_proj", "v_proj")), NOTHING)).level == "error"
+    for other in (
+        replace(phi, targets=("all-linear",)),
+        replace(phi, targets=("qkv_proj", "q_proj")),
+        replace(phi, targets=ATTENTION, model="unsloth/Phi-3-mini-4k-instruct"),
+        replace(LLAMA, targets=ATTENTION),
+    ):
+        assert check_fused(other, NOTHING) == []
 
 
 def test_a_regular_expression_names_layers() -> None:

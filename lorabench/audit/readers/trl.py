@@ -39,6 +39,8 @@ _CLASSES = {
 """By the word that says the task."""
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 """A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
+_MODEL = ("model_name_or_path", "model_name")
+"""Python's command lines take the beginning of an option for it, and other programs have the shorter name."""
 _TRAINING = (
     "learning_rate",
     "per_device_train_batch_size",
@@ -256,17 +258,17 @@ def _config(
                 )
             )
     targets = options.names("lora_target_modules") if method != "fullft" else None
-    if kind == "script" and targets is not None:  # another program may take them as one text
-        targets = tuple(name for target in targets for name in target.split(",") if name)
+    if kind == "script" and targets is not None and len(targets) == 1:  # another program may take them as one text
+        targets = tuple(name for name in targets[0].split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
         findings.append(
             Finding(
                 code="no-effect",
-                level="error",
+                level="warning" if kind == "script" else "error",
                 message=f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module "
                 "is called so; a command line separates names by spaces",
                 source="the file alone",
-                sure="certain",
+                sure="certain unless the program removes the commas" if kind == "script" else "certain",
                 line=options.lines.get("lora_target_modules"),
             )
         )
@@ -301,10 +303,10 @@ def _config(
         name=name,
         task=task,
         method=method,
-        model=options.text("model_name_or_path"),
+        model=options.text(*_MODEL),
         bits=bits,
         devices=_devices(path, options),
-        lines={**lines, **options.lines_of({"model": ("model_name_or_path",), "method": ("use_peft",)})},
+        lines={**lines, **options.lines_of({"model": _MODEL, "method": ("use_peft",)})},
         findings=tuple(findings),
         **fields,
     )
