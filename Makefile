@@ -25,7 +25,7 @@ slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 lint:  ## Check style, types, spelling, the floors of the packages, and the workflow.
 	ruff check .
 	ruff format --check .
-	snakefmt --check workflow
+	snakefmt --check Snakefile workflow
 	mypy
 	codespell
 	lint-imports
@@ -34,7 +34,7 @@ lint:  ## Check style, types, spelling, the floors of the packages, and the work
 format:  ## Format the code and the workflow.
 	ruff check --fix .
 	ruff format .
-	snakefmt workflow
+	snakefmt Snakefile workflow
 
 smoke:  ## Run every part at the smallest size, about a minute.
 	snakemake --cores all --config preset=smoke
