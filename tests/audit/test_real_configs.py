@@ -22,6 +22,7 @@ def _name(case):
 
 
 def _words(options, pattern):
+    """Yield the words of options on a command line."""
     for name, value in options.items():
         value = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
         yield pattern.format(name, value).rstrip()
@@ -42,13 +43,18 @@ def _python(facts):
     if not facts.get("inline"):
         lines.append(f"settings = {made}")
         arguments["args"] = "=settings"
+    lora_by = facts.get("lora_by", "")
+    unsloth = lora_by.startswith("FastLanguageModel")
     if "loaded" in facts:
         options = dict(facts["loaded"])
-        options = {"pretrained_model_name_or_path": options.pop("name"), **options}
-        lines.append(f"model = {_call('AutoModelForCausalLM.from_pretrained', options)}")
-    if "lora" in facts:
+        options = {"model_name" if unsloth else "pretrained_model_name_or_path": options.pop("name"), **options}
+        loader = "FastLanguageModel" if unsloth else "AutoModelForCausalLM"
+        lines.append(f"model{', tokenizer' if unsloth else ''} = {_call(f'{loader}.from_pretrained', options)}")
+    if unsloth:
+        lines.append(f"model = {_call(lora_by, {'model': '=model', **facts['lora']})}")
+    elif "lora" in facts:
         lines.append(f"lora = {_call('LoraConfig', facts['lora'])}")
-        if facts["lora_by"] == "peft_config":
+        if lora_by == "peft_config":
             arguments["peft_config"] = "=lora"
         else:
             lines.append("model = get_peft_model(model, lora)")
@@ -62,7 +68,10 @@ def write(case, folder):
         path, text = folder / "adapter_config.json", json.dumps(facts, indent=1)
     elif "command" in case:
         path, pattern = folder / "train.sh", COMMAND_WORDS[kind]
-        text = " \\\n  ".join([case["command"], *_words(facts, pattern)]) + "\n"
+        between = " \\\n  " + (f"{case['comment']} \\\n  " if "comment" in case else "")
+        text = between.join([case["command"], *_words(facts, pattern)]) + "\n"
+        if "within" in case:
+            text = f'COMMAND="{text}"\n{case["within"]} "$COMMAND"\n'
         if "cut" in case:
             text = text.rstrip() + " \\\n  # a comment\n  " + " \\\n  ".join(_words(case["cut"], pattern)) + "\n"
     elif "settings" in facts:

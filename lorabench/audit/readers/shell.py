@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorabench.audit.finding import Finding
@@ -260,8 +260,8 @@ class _Script:
     def _expansion(self) -> list[str]:
         if self.text[self.at] == "`":
             end = self.text.find("`", self.at + 1)
-            self._skip((len(self.text) if end < 0 else end + 1) - self.at)
-            return [UNKNOWN]
+            output = self._skip((len(self.text) if end < 0 else end + 1) - self.at)
+            return [] if output.startswith("`#") else [UNKNOWN]  # a comment between continued lines is written so
         self._skip(1)
         if self.text.startswith("((", self.at):
             return [self._arithmetic(self._balanced("(", ")")[1:-1])]
@@ -375,8 +375,20 @@ class _Script:
             for match in assignments:
                 assert match is not None
                 self._assign(match[1], [match[3]])
+        elif (within := _within(words)) is not None:
+            self.commands += [
+                [replace(word, line=within.line) for word in command] for command in read_commands(within.text)
+            ]
         else:
             self.commands.append(words)
+
+
+def _within(words: list[Word]) -> Word | None:
+    """Return the text of `bash -c TEXT`, which is a script of its own, after a launcher too."""
+    for shell, option, text in zip(words, words[1:], words[2:], strict=False):
+        if shell.text in ("bash", "sh") and re.fullmatch(r"-[a-z]*c", option.text):
+            return text
+    return None
 
 
 def _compare(words: list[Word]) -> bool | None:
