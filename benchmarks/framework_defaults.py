@@ -148,18 +148,18 @@ def _run(config: TrainingConfig, folder: Path, findings: Sequence[Finding]) -> d
 
 def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
     """Yield the lines of the page's tables."""
-    columns = ["framework", "commit", "runs", "LoRA, full", "learning rate judged"]
+    columns = ["framework, at its commit of", "runs", "LoRA, full", "learning rate judged"]
     columns += ["over the recommended one: median (range)", "with an error", "with a warning"]
     yield f"| {' | '.join(columns)} |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|"
     for framework in FRAMEWORKS:
         own = runs[runs["framework"] == framework.name]
         factors = own["factor"].dropna()
         spread = f"{factors.median():.2g} ({factors.min():.2g} to {factors.max():.2g})" if len(factors) else ""
         methods = ", ".join(str((own["method"] == method).sum()) for method in ("lora", "fullft"))
-        commit = f"[{framework.commit[:8]}](https://github.com/{framework.repository}/tree/{framework.commit})"
+        link = f"[{framework.name}](https://github.com/{framework.repository}/tree/{framework.commit})"
         numbers = [len(own), methods, len(factors), spread, (own["errors"] != "").sum(), (own["warnings"] != "").sum()]
-        yield f"| {framework.name} | {commit}, {framework.date} | {' | '.join(map(str, numbers))} |"
+        yield f"| {link}, {framework.date} | {' | '.join(map(str, numbers))} |"
     yield ""
     yield "| finding | " + " | ".join(framework.name for framework in FRAMEWORKS) + " |"
     yield "|---|" + "---|" * len(FRAMEWORKS)
