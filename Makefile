@@ -17,7 +17,7 @@ test:  ## Run the fast tests, at most 5 minutes on 2 cores.
 
 # The other folders do not compute with PyTorch.
 plain:  ## Run the fast tests that train, held to the instructions of a processor without AVX-512, AMX and bf16.
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, data evaluation faults models planning training workflow)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, models planning training)
 
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 	pytest -m 'slow and not long and not slurm and not gpu'

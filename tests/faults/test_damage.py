@@ -119,7 +119,7 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("damage", [cut, pytest.param(flip, marks=pytest.mark.long)])
 def test_the_run_of_a_damaged_checkpoint_starts_again(damage, half, unbroken):
     damage(half.checkpoint("sft", 1))
     output = half.train("sft")

@@ -26,7 +26,9 @@ KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "traina
 LOSSES = ["final_valid_nll", "final_test_nll"]
 
 
-@pytest.mark.parametrize(("method", "lrs"), [("fullft", [1e-3]), ("lora", [1e-3, 3e-3])])
+@pytest.mark.parametrize(
+    ("method", "lrs"), [pytest.param("fullft", [1e-3], marks=pytest.mark.long), ("lora", [1e-3, 3e-3])]
+)
 def test_two_processes_leave_the_numbers_and_the_ordinary_weights_of_one(method, lrs, ready):
     plan, layout = ready("sweep", {"keep_weights": "all"}, **{method: lrs})
     alone, _ = trained(plan, layout, method)

@@ -70,8 +70,13 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
     assert record(name)["parameters"] == model.num_parameters()
 
 
+LARGE = ("llama-256", "moe-128")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES]
+)
 def test_heldout_loss_is_as_recorded(name):
     nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)

@@ -196,6 +196,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_presets_share_a_converted_model(checkout):
     folder = converted_folder(Layout.of("overnight").preset.models["smollm2-135m"])
     target = str(folder / "model.safetensors")
