@@ -18,6 +18,8 @@ class Knowledge:
 
     completion_tokens: float | None = None
     """Mean number of scored tokens of an example."""
+    hub: bool = False
+    """Whether models that are not known here may be looked up on the hub."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adam
 
 def check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return what a run's learning rate would cost by the shipped evidence."""
-    return lr_findings(config, facts(config, Path(config.path).parent), shipped_evidence())
+    return lr_findings(config, facts(config, Path(config.path).parent, known.hub), shipped_evidence())
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:

@@ -2,7 +2,8 @@
 
 The sources, in this order: `config.json` in the model's folder or beside the file; the catalogue in
 `lorabench/models/architectures`; `public_models.csv`, with sizes that the model cards and torchtune's model builders
-state; and the size in the model's name, from which the width is estimated.
+state; if the user allows it, the model's `config.json` on the hub; and the size in the model's name, from which the
+width is estimated.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lorabench.audit.config import TrainingConfig
+from lorabench.errors import UserError
 from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions_of_config
+from lorabench.utils.hub import WantedRepository, look_up
 
 Kind = Literal["attention", "mlp", "experts", "router", "unembedding", "embedding"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 PUBLIC = Path(__file__).with_name("public_models.csv")
 
@@ -117,24 +122,30 @@ def module_kind(name: str) -> Kind | None:
     return "experts" if kind == "mlp" and any(part == "experts" for part in parts) else kind
 
 
-def facts(config: TrainingConfig, folder: Path | None = None) -> ModelFacts | None:
+def facts(config: TrainingConfig, folder: Path | None = None, hub: bool = False) -> ModelFacts | None:
     """Return what is known of a configuration's base model; None if nothing is.
 
     Args:
         config: the configuration.
         folder: the folder of the file, in which a `config.json` is looked for and from which a path may start.
+        hub: whether the hub is asked for a model of which nothing else but its name tells.
     """
-    return _facts(config.model, folder)
+    return _facts(config.model, folder, hub)
 
 
 @cache
-def _facts(name: str | None, folder: Path | None) -> ModelFacts | None:
+def _facts(name: str | None, folder: Path | None, hub: bool) -> ModelFacts | None:
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
         # It may be the configuration of something else.
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return _facts_of_config(json.loads((place / "config.json").read_text()), name or str(place))
-    return None if name is None else _facts_of_name(name)
+    listed = None if name is None else _facts_of_name(name)
+    if hub and name is not None and _HUB_ID.fullmatch(name) and (listed is None or listed.width_error):
+        with suppress(UserError, ValueError, KeyError, TypeError, AttributeError):
+            text = look_up(WantedRepository("model", name, "main"), "config.json")
+            return _facts_of_config(json.loads(text), name, "its config.json on the hub")
+    return listed
 
 
 def _facts_of_config(config: dict[str, Any], name: str, source: str = "its config.json") -> ModelFacts:

@@ -15,6 +15,7 @@ from lorabench.audit.finding import Finding, Level
 from lorabench.audit.models import Kind, ModelFacts, facts, module_kind
 from lorabench.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
 from lorabench.utils import formats
+from lorabench.utils.gpus import GB, GPUS
 
 QUERIES_AND_VALUES = frozenset(
     [
@@ -127,13 +128,17 @@ def _matching(pattern: str) -> list[str]:
         return []
 
 
-def _known(config: TrainingConfig) -> ModelFacts | None:
-    return facts(config, Path(config.path).parent)
+GPU = GPUS["H100-80GB"]
+"""The GPU whose hours are named."""
+
+
+def _known(config: TrainingConfig, known: Knowledge) -> ModelFacts | None:
+    return facts(config, Path(config.path).parent, known.hub)
 
 
 def check_experts(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether LoRA misses the experts of a mixture, or PEFT refuses to put it there."""
-    model = _known(config)
+    model = _known(config, known)
     lora = adapted(config, model)
     if model is None or not model.mixture or lora is None:
         return []
@@ -209,7 +214,7 @@ def _how_to_reach(config: TrainingConfig, model: ModelFacts) -> str:
 
 def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether LoRA is put on parts of layers that are one layer in the model, which PEFT does not find."""
-    model = _known(config)
+    model = _known(config, known)
     lora = adapted(config, model)
     # unsloth's copies have the layers apart, and a finished adapter was trained.
     if model is None or lora is None or config.format not in _PEFT or config.format == "peft":
@@ -231,7 +236,7 @@ def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
 
 def check_attention_only(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether a dense model has LoRA on attention alone."""
-    model = _known(config)
+    model = _known(config, known)
     lora = adapted(config, model)
     if lora is None or not lora.attention_alone or (model is not None and model.mixture):
         return []
@@ -250,7 +255,7 @@ def check_attention_only(config: TrainingConfig, known: Knowledge) -> list[Findi
 
 def check_unembedding(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return what is odd about training embedding and unembedding: ties, and whole matrices at LoRA's learning rate."""
-    model = _known(config)
+    model = _known(config, known)
     if config.method != "lora":
         return []
     findings = []
@@ -312,18 +317,42 @@ def trained_parameters(config: TrainingConfig, model: ModelFacts | None) -> dict
 
 
 def check_parameters(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return how many parameters LoRA trains, by the kind of layer."""
-    model = _known(config)
-    trained = trained_parameters(config, model)
-    if not trained or model is None or model.parameters is None:
+    """Return how many parameters are trained, LoRA's by the kind of layer, and the memory and hours that this takes."""
+    model = _known(config, known)
+    if model is None or model.parameters is None:
         return []
-    total, order = sum(trained.values()), ("attention", "mlp", "experts", "unembedding")
-    parts = [f"{formats.parameters(trained[kind])} in {_KINDS[kind]}" for kind in order if kind in trained]
-    message = (
-        f"LoRA of rank {config.rank} trains {formats.parameters(total)} parameters, {total / model.parameters:.2%} of "
-        f"the model's {formats.parameters(model.parameters)}: {', '.join(parts)}"
-    )
-    return [Finding("parameters", "note", message, f"counted; {model.source}", "certain", line=config.line("rank"))]
+    trained = {} if config.method == "fullft" else trained_parameters(config, model)
+    if trained is None or (config.method != "fullft" and not trained):
+        return []
+    total, order = sum(trained.values()) or model.parameters, ("attention", "mlp", "experts", "unembedding")
+    what = f"full fine-tuning trains {formats.parameters(total)} parameters"
+    if trained:
+        parts = [f"{formats.parameters(trained[kind])} in {_KINDS[kind]}" for kind in order if kind in trained]
+        what = (
+            f"LoRA of rank {config.rank} trains {formats.parameters(total)} parameters, {total / model.parameters:.2%} "
+            f"of the model's {formats.parameters(model.parameters)}: {', '.join(parts)}"
+        )
+    costs, sure = _costs(config, model, total if trained else None)
+    return [Finding("parameters", "note", f"{what}{costs}", f"counted; {model.source}", sure, line=config.line("rank"))]
+
+
+def _costs(config: TrainingConfig, model: ModelFacts, lora: int | None) -> tuple[str, str]:
+    """Return the memory of weights, gradients and Adam's moments and, if the tokens are bounded, hours of a GPU.
+
+    What is trained takes 8 bytes per parameter if all is in bf16, and 16 if all is in fp32. A token takes 6 FLOPs per
+    parameter, and 4 where the weights get no gradient.
+    """
+    assert model.parameters
+    frozen = model.parameters * (config.bits or 16) / 8 if lora else 0.0
+    low, high = (frozen + size * (lora or model.parameters) for size in (8, 16))
+    text = f"; weights, gradients and Adam's moments take {low / GB:.3g} to {high / GB:.3g} GB, and activations more"
+    steps, batch, length = config.steps, config.batch_size, config.max_length
+    if config.task != "sft" or not (steps and steps > 0 and batch and length) or model.mixture:
+        return text, "certain"
+    hours = (4 if lora else 6) * model.parameters * steps * batch * length / (GPU.efficiency * GPU.peak_flops) / 3600
+    each = " for each device" if config.devices is None and config.global_batch is None else ""
+    text += f"; {steps:g} steps take at most {hours:.2g} hours of an H100{each}"
+    return text, f"certain, but the hours, which are at {GPU.efficiency:.0%} of its peak"
 
 
 _KINDS = {"attention": "attention", "mlp": "the MLP", "experts": "experts", "unembedding": "the unembedding"}
@@ -331,7 +360,7 @@ _KINDS = {"attention": "attention", "mlp": "the MLP", "experts": "experts", "une
 
 def check_capacity(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether a supervised run has more scored tokens than LoRA has parameters."""
-    trained = trained_parameters(config, _known(config))
+    trained = trained_parameters(config, _known(config, known))
     if not trained or config.task != "sft":
         return []
     parameters = sum(trained.values())

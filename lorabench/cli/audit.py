@@ -21,6 +21,7 @@ def audit(
     completion_tokens: Annotated[
         float | None, Option(min=1, help="Mean number of scored tokens of an example, which no configuration says.")
     ] = None,
+    hub: Annotated[bool, Option("--hub", help="Look models up on the hub that are not known here.")] = False,
 ) -> None:
     """Say what is wrong in the configurations of other trainers, from the files alone.
 
@@ -32,7 +33,7 @@ def audit(
     from lorabench.audit.output import Report
 
     reading = read_paths(paths, file_format)
-    report = Report.of(reading, find(reading.configs, Knowledge(completion_tokens)))
+    report = Report.of(reading, find(reading.configs, Knowledge(completion_tokens, hub)))
     if sarif is not None:
         sarif.write_text(json.dumps(report.sarif(), indent=2) + "\n", encoding="utf-8")
     if as_json:

@@ -10,6 +10,8 @@ import pytest
 from lorabench.audit.config import TrainingConfig
 from lorabench.audit.models import facts, module_kind, public_models
 
+from ..hub.server import serving
+
 CONFIG = TrainingConfig(path="a.yaml", format="axolotl")
 
 
@@ -107,3 +109,22 @@ def test_a_model_of_images_has_its_sizes_in_a_part(tmp_path: Path) -> None:
 )
 def test_kinds_of_modules(module: str, kind: str | None) -> None:
     assert module_kind(module) == kind
+
+
+def test_the_hub_is_asked_only_if_the_user_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 128, "vocab_size": 1000}
+    folder = tmp_path / "models/x/own-7b"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    run = replace(CONFIG, model="x/own-7b")
+    with serving(tmp_path) as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert facts(run).width_error > 0
+        assert not hub.requests
+        asked = facts(run, hub=True)
+        assert facts(replace(CONFIG, model="x/other-7b"), hub=True).width_error > 0
+    assert (asked.width, asked.width_error, asked.source) == (96, 0.0, "its config.json on the hub")

@@ -179,10 +179,23 @@ def test_parameters_of_experts_are_those_of_peft() -> None:
     assert set(trained_parameters(missed, facts(missed))) == {"attention"}
 
 
-@pytest.mark.parametrize("change", [{"rank": None}, {"targets": ("w_q",)}, {"model": "x/y-7b"}, {"method": "fullft"}])
+@pytest.mark.parametrize("change", [{"rank": None}, {"targets": ("w_q",)}, {"model": "x/y-7b"}])
 def test_parameters_are_not_guessed(change: dict[str, object]) -> None:
     config = replace(LLAMA, **change)
     assert check_parameters(config, NOTHING) == []
+
+
+def test_memory_and_hours_are_bounds() -> None:
+    """8 and 16 bytes for each trained parameter; 6 FLOPs for a parameter and token, 4 with frozen weights."""
+    said = {"steps": 1000.0, "micro_batch": 8, "max_length": 4096}
+    full = only(check_parameters(replace(LLAMA, method="fullft", **said), NOTHING)).message
+    hours = 6 * 8.03e9 * 1000 * 8 * 4096 / (0.35 * 989.5e12) / 3600
+    assert f"take 64.2 to 128 GB, and activations more; 1000 steps take at most {hours:.2g} hours" in full
+    assert full.endswith("of an H100 for each device")
+    lora = replace(LLAMA, rank=256, targets=("all-linear", "lm_head"), bits=4, devices=2, **said)
+    small = only(check_parameters(lora, NOTHING)).message
+    assert f"take {8.03 / 2 + 0.705 * 8:.3g} to {8.03 / 2 + 0.705 * 16:.3g} GB" in small
+    assert small.endswith(f"at most {hours * 2 / 3 * 2:.2g} hours of an H100")
 
 
 def test_capacity() -> None:
