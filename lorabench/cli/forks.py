@@ -113,6 +113,9 @@ def run_in_fork() -> int | None:
         while connection not in select.select([connection, signals], [], [])[0]:
             for number in signals.recv(1 << 12):
                 os.kill(process, number)
+        # A repeated signal must not change the exit status.
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)
         if status := replies.readline():
             return int(status)
     with contextlib.suppress(ProcessLookupError):

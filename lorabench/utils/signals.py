@@ -3,7 +3,7 @@
 Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls
 `raise_stopped`, on which several processes that train one run must agree. Other work of a command ends at once by an
 exception, so that no half-written file is left. One request may arrive several times, from Slurm, from `srun` and from
-the launcher of a job's processes, so repetitions are ignored for a while.
+the launcher of a job's processes, so repetitions are ignored for a while, and while the process exits.
 """
 
 from __future__ import annotations
@@ -100,10 +100,15 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Hand
     outermost = not any(getattr(old, "__module__", None) == __name__ for old in before.values())
     for number in before:
         signal.signal(number, handler)
+    after = before
     try:
         yield before
+    except Stopped:
+        # The process ends now. Python gives up handlers of its own when it exits, but not that a signal is ignored.
+        after = dict.fromkeys(before, signal.SIG_IGN) if outermost else before
+        raise
     finally:
-        _restore(before)
+        _restore(after)
         if outermost:
             _received = None
 
