@@ -1,4 +1,4 @@
-"""What mkdocs adds to the pages in this folder: long tables, made from committed files, and links that fit the site.
+"""What mkdocs adds to the pages in this folder: long tables, made from code and committed files, and links that fit.
 
 The pages link to files of the repository, so that they can be read there as well. On the site, a link to a file that
 has a page of its own leads to that page, and a link to another file becomes plain text.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from lorabench.claims.claim import Claim
@@ -22,6 +23,7 @@ from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
+from lorabench.report.export import MEANINGS, type_name
 from lorabench.report.freeze import summary_of
 from lorabench.report.publish import (
     NOT_PUBLISHED,
@@ -36,16 +38,19 @@ from lorabench.report.publish import (
 )
 from lorabench.sources.measurements import read_held_out
 from lorabench.store.io import read_claims
+from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
 PAGES = {
     "lorabench/claims/judge.py": "claims.md",
+    "lorabench/store/schemas.py": "columns.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
     "docs/rule_changes.yaml": "rule-changes.md",
     f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
@@ -61,6 +66,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     texts = {
         "claims.md": claims_page(),
+        "columns.md": columns_page(),
         "all-calibration.md": calibration_page(),
         "rule-changes.md": rule_changes_page(read_rule_changes()),
         "all-evidence.md": evidence_page(),
@@ -72,20 +78,39 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn links to files of the repository into links of the site."""
+    return site_links(markdown, "../" * page.file.src_uri.count("/"))
+
+
+def site_links(markdown: str, to_docs: str = "") -> str:
+    """Turn links to files of the repository into links of the site, for a page from which `to_docs` leads to docs/."""
     for file, page in PAGES.items():
-        markdown = markdown.replace(f"](../{file})", f"]({page})")
-    markdown = markdown.replace(f"](../{PUBLISHED}/", "](published/")
-    return re.sub(r"\[([^]\[]*)]\(\.\./[^)]*\)", r"\1", markdown)
+        markdown = markdown.replace(f"]({to_docs}../{file})", f"]({to_docs}{page})")
+    markdown = markdown.replace(f"]({to_docs}../{PUBLISHED}/", f"]({to_docs}published/")
+    return re.sub(rf"\[([^]\[]*)]\({to_docs}\.\./[^)]*\)", r"\1", markdown)
 
 
 def claims_page() -> str:
     """Return the page of all claims: a section for each family, and in it one for each claim."""
     ordered = sorted(CLAIMS, key=lambda claim: (claim.id[0], int(claim.id[1:])))
+    linked = [(f"[{claim.id}](#{claim.id.lower()})", claim) for claim in ordered]
+    rows = [
+        [f"**{link}**" if claim.core else link, claim.statement, claim.paper_value, claim.kind]
+        for link, claim in linked
+    ]
     lines = [
-        "# Claims and their criteria",
+        f"# The {sum(claim.id[0] != 'P' for claim in CLAIMS)} claims and their criteria",
         "",
+        "Each claim is a testable statement of the paper; P1 to P7 are predictions of this project. Ids in bold are "
+        f"the {sum(claim.core for claim in CLAIMS)} core claims, on which the paper's main conclusions rest. [Kinds of "
+        "claims](verdicts.md#kinds-of-claims-and-how-they-are-counted) explains the last column.",
+        "",
+        *table(["", "claim", "in the paper", "kind"], rows),
+        "",
+        "## Criteria",
+        "",
+        "Where the paper leaves open what would confirm a statement, the criterion is this project's choice. "
         "The criteria use the [two decision rules](verdicts.md#the-two-decision-rules). *The margin* without a number "
         "is that of the preset: for losses 2% of the gain from the base to full fine-tuning, for accuracies 10% of "
         "the gain, for learning rates a factor of 1.6. Where the conditions are not met, the verdict is `setting not "
@@ -93,7 +118,7 @@ def claims_page() -> str:
         "",
     ]
     for family, members in groupby(ordered, key=lambda claim: claim.id[0]):
-        lines += [f"## {family}. {FAMILIES[family]}", ""]
+        lines += [f"### {family}. {FAMILIES[family]}", ""]
         for claim in members:
             lines += [*_section(claim), ""]
     return "\n".join(lines)
@@ -113,11 +138,36 @@ def _section(claim: Claim) -> list[str]:
         "Experiments": _listed(claim.experiments),
     }
     lines = [f"- **{name}**: {escaped(text)}" for name, text in entries.items() if text]
-    return [f"### {claim.id} {escaped(claim.statement)} {{ #{claim.id.lower()} }}", "", *lines]
+    return [f"#### {claim.id} {escaped(claim.statement)} {{ #{claim.id.lower()} }}", "", *lines]
 
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "none"
+
+
+def columns_page() -> str:
+    """Return the page of the columns of all tidy tables; neighbours with one meaning share a row."""
+    lines = [
+        "# Columns of the tables",
+        "",
+        "[Files and tables](tables.md) says where the tables lie, and what the metrics in `curves` are. Losses are in "
+        "nats per scored token, seconds are wall-clock seconds, sizes are bytes. A null means that the number does not "
+        "exist for that row.",
+    ]
+    for name, schema in SCHEMAS.items():
+        about = [(type_name(column.type), _meaning(column, name)) for column in schema]
+        rows = [
+            [", ".join(f"`{column.name}`" for column, _ in same), *shared]
+            for shared, same in groupby(zip(schema, about, strict=True), key=lambda pair: pair[1])
+        ]
+        lines += ["", f"## {name}", "", MEANINGS[name], "", *table(["column", "type", "meaning"], rows)]
+    return "\n".join(lines)
+
+
+def _meaning(column: pa.Field, name: str) -> str:
+    text = description(column)
+    shared = name != "runs" and column.name in RUNS.names and text == description(RUNS.field(column.name))
+    return "as in [`runs`](#runs)" if shared else text
 
 
 def results_page(folder: Path) -> str:
@@ -164,7 +214,7 @@ def evidence_page() -> str:
         "",
         "[Other people's runs](other-runs.md) says how to read this page.",
         "",
-        on_page_markdown(matrix_part(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
+        site_links(matrix_part(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
         "",
         "![What several sources measured](published/evidence/forest.svg)",
         "",

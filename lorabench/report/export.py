@@ -35,9 +35,8 @@ ABOUT = (
     "Runs of lorabench, which trains language models by LoRA and by full fine-tuning, at many learning rates each, and "
     'judges the claims of "LoRA Without Regret" (Schulman 2025) from these tables.'
 )
-_TITLE = "Runs that compare LoRA with full fine-tuning"
-_TAGS = ["lora", "peft", "fine-tuning", "learning-rate", "lorabench"]
-_MEANINGS = {
+
+MEANINGS = {
     "runs": "One row per run.",
     "curves": "One row per point of a learning curve.",
     "test_losses": "One row per run and example of its test split.",
@@ -46,6 +45,10 @@ _MEANINGS = {
     "evals": "Scores of lm-eval: one row per evaluated model, task, metric and filter.",
     "claims": "One row per claim of the paper.",
 }
+"""A sentence on each tidy table, by its name."""
+
+_TITLE = "Runs that compare LoRA with full fine-tuning"
+_TAGS = ["lora", "peft", "fine-tuning", "learning-rate", "lorabench"]
 _CROISSANT_TYPES = {
     pa.string(): "sc:Text",
     pa.bool_(): "sc:Boolean",
@@ -217,8 +220,8 @@ def card(names: Sequence[str], rows: Mapping[str, Mapping[str, int]], origins: M
         "test losses have no `group`. The column `host` is always null.",
     ]
     for name in names:
-        columns = [[f"`{column.name}`", _type_name(column.type), plain(column)] for column in _exported(name)]
-        lines += ["", f"## {name}", "", _MEANINGS[name], "", *table(["column", "type", "meaning"], columns)]
+        columns = [[f"`{column.name}`", type_name(column.type), plain(column)] for column in _exported(name)]
+        lines += ["", f"## {name}", "", MEANINGS[name], "", *table(["column", "type", "meaning"], columns)]
     about = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{about}---\n\n" + "\n".join(lines) + "\n"
 
@@ -232,10 +235,11 @@ def _feature(column: pa.Field) -> dict[str, str]:
     """Return a column as the head of a card has it."""
     if pa.types.is_list(column.type):
         return {"name": column.name, "list": "string"}
-    return {"name": column.name, "dtype": _type_name(column.type)}
+    return {"name": column.name, "dtype": type_name(column.type)}
 
 
-def _type_name(kind: pa.DataType) -> str:
+def type_name(kind: pa.DataType) -> str:
+    """Return the name of a column's type as pages and cards have it."""
     if pa.types.is_list(kind):
         return "list of strings"
     return {pa.float64(): "float64", pa.float32(): "float32"}.get(kind, str(kind))
@@ -281,7 +285,7 @@ def croissant(names: Sequence[str], out: Path, licence: str, url: str | None) ->
                 "@type": "cr:RecordSet",
                 "@id": name,
                 "name": name,
-                "description": _MEANINGS[name],
+                "description": MEANINGS[name],
                 "field": [_croissant_field(name, column) for column in _exported(name)],
             }
             for name in names

@@ -2,7 +2,8 @@
 
 The generated parts of the README and of the pages in `docs/` are written from the committed tables alone. A part stands
 between two marker lines that name it; the text around it is written by hand. Everything that is longer (all claims of
-all presets, all sources, criteria, optimal learning rates) is made when the documentation is built, by `docs/hooks.py`.
+all presets, all sources, criteria, columns, optimal learning rates) is made when the documentation is built, by
+`docs/hooks.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,14 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import yaml
 
 from lorabench.analysis.rules import DECIDED
-from lorabench.claims.judge import CLAIMS, CORE
+from lorabench.claims.judge import CORE
 from lorabench.config.loading import preset_path
 from lorabench.errors import UserError
 from lorabench.figures.evidence import draw_forest, draw_matrix
@@ -44,7 +43,6 @@ from lorabench.sources.measurements import (
 from lorabench.sources.studies import judge, read_studies, source_folders
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
-from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
 
@@ -224,8 +222,6 @@ def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path],
     return {
         (Path("README.md"), "matrix"): matrix_part,
         (_OTHER_RUNS, "evidence"): evidence_part,
-        (Path("docs/paper.md"), "claims"): claims_part,
-        **{(Path("docs/tables.md"), name): partial(columns_part, name=name) for name in SCHEMAS},
         **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
     }
 
@@ -346,28 +342,6 @@ def evidence_part(root: Path) -> str:
             f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}.",
         ]
     return "\n".join(lines)
-
-
-def claims_part(root: Path) -> str:
-    """Return the statements of all claims with the paper's values; those of the core claims are in bold."""
-    ordered = sorted(CLAIMS, key=lambda claim: (claim.id[0], int(claim.id[1:])))
-    rows = [
-        [f"**{claim.id}**" if claim.core else claim.id, claim.statement, claim.paper_value, claim.kind]
-        for claim in ordered
-    ]
-    return "\n".join(table(["", "claim", "in the paper", "kind"], rows))
-
-
-def columns_part(root: Path, name: str) -> str:
-    """Return the columns of a tidy table and what they mean; neighbours with one meaning share a row."""
-
-    def meaning(column: pa.Field) -> str:
-        text = description(column)
-        shared = name != "runs" and column.name in RUNS.names and text == description(RUNS.field(column.name))
-        return "as in [`runs`](#runs)" if shared else text
-
-    rows = [[", ".join(f"`{column.name}`" for column in same), text] for text, same in groupby(SCHEMAS[name], meaning)]
-    return "\n".join(table(["column", "meaning"], rows))
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

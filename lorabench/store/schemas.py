@@ -1,4 +1,4 @@
-"""The columns of the tidy tables, their types and meanings, from which the tables of docs/tables.md are written."""
+"""The columns of the tidy tables, their types and meanings; `docs/hooks.py` makes a page of them for the site."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DESCRIPTION = b"description"
 
 
 def description(column: pa.Field) -> str:
-    """Return what a column means; its links are those of docs/tables.md."""
+    """Return what a column means; its links are those of the pages in docs/."""
     return str(column.metadata[_DESCRIPTION].decode())
 
 
@@ -86,7 +86,7 @@ RUNS = _schema(
     int64 steps: optimizer steps
     int64 seed: seed of the data order, of sampling and of the initialization
     int64 n_seeds: number of seeds, where a row is their mean; null (in all own runs) for 1. See [means of several
-        seeds](#means-of-several-seeds)
+        seeds](tables.md#means-of-several-seeds)
     string status: `done`; `diverged` if the loss was not finite or exploded; in RL also `unrewarded` if no response of
         the first fifth of the steps was right, so that the run was stopped with the policy of the base, and `collapsed`
         if responses had been right but none was in 20 steps in a row, so that the run was

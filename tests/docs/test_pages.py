@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from lorabench.claims.judge import CLAIMS
+from lorabench.store.schemas import SCHEMAS
 
 from ..conftest import REPOSITORY
 
-PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+DOCS = REPOSITORY / "docs"
+PAGES = [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -74,10 +76,32 @@ def hooks():
 
 def test_links_to_files_with_a_page_lead_to_it_and_others_become_text(hooks):
     text = "[a](../paper_figures/published/laptop/claims.csv) [b](../CONTRIBUTING.md) [c](results.md)"
-    assert hooks.on_page_markdown(text) == "[a](all-laptop.md) b [c](results.md)"
+    assert hooks.site_links(text) == "[a](all-laptop.md) b [c](results.md)"
+    assert hooks.site_links("[a](../../lorabench/claims/judge.py)", "../") == "[a](../claims.md)"
     picture = "![v](../paper_figures/published/laptop/verdicts.svg)"
-    assert hooks.on_page_markdown(picture) == "![v](published/laptop/verdicts.svg)"
+    assert hooks.site_links(picture) == "![v](published/laptop/verdicts.svg)"
     assert [file for file in hooks.PAGES if not (REPOSITORY / file).is_file()] == []
+
+
+def test_the_navigation_is_short_hand_written_pages_too_and_every_page_is_reachable(hooks):
+    """People find a page among few, and read it to its end; generated pages may be longer."""
+    navigation = re.findall(r"^ +- .+: (\S+\.md)$|^  - .+: (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.M)
+    named = [first or second for first, second in navigation]
+    assert len(named) <= 20
+    written = sorted(
+        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"
+    )
+    assert [name for name in written if len((DOCS / name).read_text().splitlines()) > 250] == []
+    reached, next_ones = set(), set(named)
+    while next_ones:
+        reached |= next_ones
+        links = set()
+        for name in next_ones & set(written):
+            text = hooks.site_links((DOCS / name).read_text(), "../" * name.count("/"))
+            found = re.findall(r"\]\(([\w./-]+\.md)\b", text)
+            links |= {os.path.normpath(Path(name).parent / link) for link in found}
+        next_ones = links - reached
+    assert sorted({*written, *hooks.PAGES.values()} - reached) == []
 
 
 def test_changes_of_rules_have_every_field_in_order_and_say_which_verdicts_turned(hooks):
@@ -100,8 +124,13 @@ def test_changes_of_rules_have_every_field_in_order_and_say_which_verdicts_turne
 
 def test_pages_of_the_site_are_made_from_claims_and_committed_files(hooks):
     page = hooks.claims_page()
-    assert sorted(re.findall(r"^### ([A-Z]\d+) ", page, re.M)) == sorted(claim.id for claim in CLAIMS)
+    assert sorted(re.findall(r"^#### ([A-Z]\d+) ", page, re.M)) == sorted(claim.id for claim in CLAIMS)
     assert page.count("- **Criterion**: ") == len(CLAIMS)
+    columns = hooks.columns_page()
+    for name, schema in SCHEMAS.items():
+        _, _, section = columns.partition(f"\n## {name}\n")
+        first_cells = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.M)
+        assert re.findall(r"`(\w+)`", " ".join(first_cells)) == schema.names
     for folder in hooks.published_folders(REPOSITORY):
         assert hooks.results_page(folder).count("![") == len(list(folder.glob("*.svg")))
     assert "## nhckdvrl" in hooks.evidence_page()

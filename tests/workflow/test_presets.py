@@ -149,7 +149,7 @@ def test_the_readme_tells_what_they_cost(name, gpu):
 @pytest.mark.parametrize("sampler", ["own", "vllm"])
 @pytest.mark.parametrize("name", ["core", "paper"])
 def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
-    lines = (REPOSITORY / "docs/presets.md").read_text().splitlines()
+    lines = (REPOSITORY / "docs/costs.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
     shown = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(load_preset(name).with_execution(sampler=sampler))
