@@ -60,6 +60,10 @@ PAGES = {
 """The pages that are made for the site, by the file of the repository that they show."""
 
 
+# The beginning of a page whose tables have many columns: they take the room of the navigation.
+_WIDE = "---\nhide: [navigation, toc]\n---\n\n[All long tables](in-full.md)\n\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from committed files."""
     from mkdocs.structure.files import File
@@ -74,7 +78,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **{f"all-{folder.name}.md": results_page(folder) for folder in published_folders(ROOT)},
     }
     for name, text in texts.items():
-        files.append(File.generated(config, name, content=text))
+        wide = name not in ("claims.md", "columns.md")
+        files.append(File.generated(config, name, content=f"{_WIDE}{text}" if wide else text))
     return files
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from lorabench.claims.judge import judge_claims
+from lorabench.cli.commands import app
 from lorabench.custom.model import find_model
 from lorabench.models.base import load_model
 from lorabench.models.specs import shipped_folder
@@ -79,6 +81,23 @@ def test_every_command_is_run_here_or_named():
     assert all(any(line.startswith(start) for line in lines) for start in ELSEWHERE)
     programs = {shlex.split(line)[0] for line in lines if not line.startswith(tuple(ELSEWHERE))}
     assert programs == {"lorabench", "snakemake"}
+
+
+def test_commands_in_the_text_exist_with_their_options():
+    """Commands within sentences and in blocks of text, too; `run` and `step` pass options on."""
+    commands = get_command(app).commands
+    known = {name: {option for each in command.params for option in each.opts} for name, command in commands.items()}
+    wrong = []
+    for page in PAGES:
+        fence, text = r"^```\w*\n(.*?)^```", page.read_text()
+        lines = [line for block in re.findall(fence, text, re.M | re.S) for line in block.splitlines()]
+        inline = re.findall(r"`([^`]+)`", re.sub(fence, "", text, flags=re.M | re.S))
+        for line in [*lines, *(" ".join(code.split()) for code in inline)]:
+            for name, rest in re.findall(r"(?<![\w=])lorabench ([a-z-]+)([^#|]*)", line):
+                options = set() if name in ("run", "step") else set(re.findall(r"--[a-z-]+", rest))
+                if name not in known or options - known[name]:
+                    wrong.append(f"{page.name}: {line}")
+    assert wrong == []
 
 
 @pytest.mark.slow
