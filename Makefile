@@ -22,7 +22,7 @@ plain:  ## Run the fast tests that train, held to the instructions of a processo
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 	pytest -m 'slow and not long and not slurm and not gpu'
 
-lint:  ## Check style, types, spelling, the floors of the packages, and the workflow.
+lint:  ## Check style, types, spelling, the floors of the packages, the workflow, and the files of a release.
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow
@@ -30,6 +30,10 @@ lint:  ## Check style, types, spelling, the floors of the packages, and the work
 	codespell
 	lint-imports
 	snakemake --lint
+	hadolint workflow/envs/Dockerfile
+	check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 format:  ## Format the code and the workflow.
 	ruff check --fix .

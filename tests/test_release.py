@@ -1,13 +1,18 @@
-"""What has to agree before a version is tagged, and what the workflows of GitHub run."""
+"""What has to agree before a version is tagged, and what the workflows of GitHub and the recipes of images run."""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import requires
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from .conftest import REPOSITORY
+
+ENVIRONMENTS = REPOSITORY / "workflow/envs"
 
 
 def test_changelog_citation_and_fallback_name_the_same_version():
@@ -25,3 +30,81 @@ def test_actions_are_pinned_by_hash():
     ]
     assert len(used) > 5
     assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", action)] == []
+
+
+def pinned(name: str) -> dict[str, str]:
+    """The version of each package that a file of constraints pins."""
+    lines = re.findall(r"^([\w.-]+)==([^\s\\;]+)", (REPOSITORY / name).read_text(), re.MULTILINE)
+    return {canonicalize_name(package): version for package, version in lines}
+
+
+def test_hashes_are_those_of_the_versions_of_the_constraints():
+    text = (REPOSITORY / "constraints-hashes.txt").read_text()
+    hashed = pinned("constraints-hashes.txt")
+    assert hashed.items() <= pinned("constraints.txt").items()
+    entries = re.findall(r"^\S+==\S+(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", text, re.MULTILINE)
+    assert len(entries) == len(hashed) > 100
+    # Without a dependency that pip would then install unchecked.
+    needed, missing = ["lorabench"], set()
+    seen = {"torch"}
+    while needed:
+        for line in requires(needed.pop()) or []:
+            requirement = Requirement(line)
+            name = canonicalize_name(requirement.name)
+            if name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            seen.add(name)
+            needed.append(name)
+            missing |= {name} - set(hashed)
+    assert missing == set()
+
+
+def test_constraints_name_no_address_of_an_index():
+    for path in REPOSITORY.glob("constraints*.txt"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert [line for line in lines if "://" in line or re.match(r"-|\s+--(?!hash=)", line)] == [], path
+
+
+def test_both_recipes_of_images_do_the_same():
+    dockerfile, recipe = ((ENVIRONMENTS / name).read_text() for name in ("Dockerfile", "lorabench.def"))
+    instructions = {
+        instruction: re.sub(r"\s*\\\n\s*", " ", rest)
+        for instruction, rest in re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)", dockerfile, re.MULTILINE)
+    }
+    assert list(instructions) == ["FROM", "COPY", "RUN", "ENTRYPOINT"]
+    header, *parts = re.split(r"^%(\w+)\n", recipe, flags=re.MULTILINE)
+    sections = {
+        name: [line.strip() for line in body.splitlines() if line.strip()]
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert [line for line in header.splitlines() if line and not line.startswith("#")] == [
+        "Bootstrap: docker",
+        f"From: {instructions['FROM']}",
+    ]
+    *files, folder = instructions["COPY"].split()
+    assert sections == {
+        "files": [f"{file} {folder}" for file in files],
+        "post": instructions["RUN"].split(" && "),
+        "runscript": ['exec lorabench "$@"'],
+    }
+
+
+def test_the_conda_environment_has_the_python_of_the_images_and_the_versions_of_the_constraints():
+    dependencies = yaml.safe_load((ENVIRONMENTS / "lorabench.yaml").read_text())["dependencies"]
+    versions = dict(dependency.split("=") for dependency in dependencies if "=" in dependency)
+    assert f"FROM python:{versions.pop('python')}\n" in (ENVIRONMENTS / "Dockerfile").read_text()
+    assert versions.items() <= pinned("constraints.txt").items()
+
+
+def test_the_repository_has_what_the_catalogue_of_snakemake_asks_for():
+    """Its README has the rules for workflows of standardized usage; `make lint` has its checks of the code."""
+    assert {"snakemake", "workflow"} <= set(re.findall(r"\w+", (REPOSITORY / "README.md").read_text().lower()))
+    for name in ("workflow/Snakefile", "config/README.md"):
+        assert (REPOSITORY / name).is_file()
+    assert {path.suffix for path in (REPOSITORY / "workflow/rules").iterdir()} == {".smk"}
+    usage = yaml.safe_load((REPOSITORY / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert set(usage) <= {"mandatory-flags", "software-stack-deployment", "report"}
+    assert set(usage["mandatory-flags"]) == {"desc", "flags"}
+    deployment = usage["software-stack-deployment"]
+    assert set(deployment) == {"conda", "apptainer", "apptainer+conda"}
+    assert True in deployment.values()
