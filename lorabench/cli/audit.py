@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from lorabench import api
+
 
 def audit(
     paths: Annotated[list[Path], Argument(metavar="PATH...", help="Configurations, scripts, adapters, or folders.")],
@@ -27,13 +29,7 @@ def audit(
 
     Exits with status 1 if a finding is an error.
     """
-    from lorabench.audit.checks import audit as find
-    from lorabench.audit.config import Knowledge
-    from lorabench.audit.files import read_paths
-    from lorabench.audit.output import Report
-
-    reading = read_paths(paths, file_format)
-    report = Report.of(reading, find(reading.configs, Knowledge(completion_tokens, hub)))
+    report = api.audit(*paths, file_format=file_format, completion_tokens=completion_tokens, hub=hub)
     if sarif is not None:
         sarif.write_text(json.dumps(report.sarif(), indent=2) + "\n", encoding="utf-8")
     if as_json:

@@ -101,11 +101,24 @@ def read_margins(path: Path) -> Margins:
     if not path.is_file():
         raise PresetError(f"margins {str(path)!r}: there is no such file")
     raw = _mapping(path, f"margins are a mapping of {', '.join(Margins.model_fields)}")
+    return parse_margins(raw["margins"] if raw.keys() == {"margins"} else raw, f"{path}: ")
+
+
+def parse_margins(raw: Mapping[str, Any], place: str = "") -> Margins:
+    """Return the margins of plain data.
+
+    Args:
+        raw: the fields of the section `margins`.
+        place: what each error message begins with.
+
+    Raises:
+        PresetError: a field is wrong; one line per field.
+    """
     try:
-        return Margins.model_validate(raw["margins"] if raw.keys() == {"margins"} else raw)
+        return Margins.model_validate(raw)
     except ValidationError as error:
         sentences = (explain({**problem, "loc": ("margins", *problem["loc"])}) for problem in error.errors())
-        raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
+        raise PresetError("\n".join(f"{place}{sentence}" for sentence in sentences)) from error
 
 
 def _mapping(path: Path, needed: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -93,6 +94,21 @@ def find_model(name: str) -> UserModel:
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
 
 
+def model_of_config(config: Mapping[str, Any], folder: Path) -> UserModel:
+    """Return the model of a configuration alone, as transformers writes it; it is written into a folder.
+
+    Raises:
+        UserError: the configuration is not that of a causal language model of a known family.
+    """
+    text = json.dumps(dict(config))
+    name = str(config.get("_name_or_path") or "of this configuration")
+    checked = _config(text, name)
+    parameters = _sizes(checked, name).parameters
+    (folder / "config.json").write_text(text)
+    spec = PathModel(kind="path", path=str(folder), parameters=parameters, hidden_size=checked["hidden_size"])
+    return UserModel(name, spec, checked["model_type"], parameters, checked.get("max_position_embeddings"))
+
+
 def model_config(model: UserModel) -> dict[str, Any] | None:
     """Return the configuration of a model as transformers writes it; None of a GGUF file, which has none."""
     match model.spec:
@@ -119,8 +135,12 @@ def _hub_config(name: str) -> dict[str, Any]:
 def _hub(name: str) -> tuple[dict[str, Any], int]:
     """Return configuration and number of parameters of a model of the hub."""
     config = _hub_config(name)
+    return config, _sizes(config, name).parameters
+
+
+def _sizes(config: dict[str, Any], name: str) -> Dimensions:
     try:
-        return config, dimensions_of_config(config).parameters
+        return dimensions_of_config(config)
     except KeyError as error:
         raise UserError(
             f"model {name!r} is of the family {config['model_type']!r}, whose configuration has no {error.args[0]}; "

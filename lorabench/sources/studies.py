@@ -22,9 +22,10 @@ from lorabench.analysis.curves import curves_of
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.analysis.rewards import is_sick
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.claim import Claim
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
-from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_curves, check_table, is_rl, refuse_rows
 from lorabench.store.io import read_table, typed_columns
@@ -287,6 +288,19 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     return sorted(studies, key=lambda study: (study.about.parameters, study.name))
 
 
+def studies_of(folder: Path) -> list[Study]:
+    """Return the studies of one source, which may take its noise from a shipped one.
+
+    Raises:
+        UserError: see `read_studies`.
+    """
+    source = _source_file(folder / SOURCE_FILE)
+    noises = [source.noise, *(about.noise for about in source.models.values())]
+    others = {noise.other for noise in noises if noise is not None and noise.other is not None} - {folder.name}
+    shipped = [REFERENCE / name for name in sorted(others) if (REFERENCE / name / SOURCE_FILE).is_file()]
+    return [study for study in read_studies([folder, *shipped]) if study.source == folder.name]
+
+
 def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame], rl: bool) -> Noise:
     """Return the noise that a source states, or that of another source; in RL from deviations of mean accuracies."""
     if stated.sd is not None and stated.dof is not None and stated.source is not None:
@@ -305,9 +319,6 @@ def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame],
 
 
 BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are error rates"
-
-_OF_ACCURACY = DEFAULT_MARGINS.model_copy(update={"loss": DEFAULT_MARGINS.reward, "final_loss": 1.0})
-"""The margin of accuracies is a share of the gain, as in RL, however low the error rate."""
 
 
 def _error_rates_as_losses(tables: Tables) -> Tables:
@@ -343,8 +354,10 @@ def _up_to_swept_rank(tables: Tables) -> Tables:
     return replace(tables, runs=tables.runs[~above])
 
 
-def judge(study: Study) -> pd.DataFrame:
-    """Judge all claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
+def judge(study: Study, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
+    """Judge claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
+
+    Without margins, DEFAULT_MARGINS hold.
 
     Returns:
         The table `claims` with the columns source, model, scale, parameters and doubts before its own.
@@ -352,12 +365,15 @@ def judge(study: Study) -> pd.DataFrame:
     noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
     tables = _up_to_swept_rank(study.tables)
     if study.by_accuracy:
-        claims = judge_claims(_error_rates_as_losses(tables), margins=_OF_ACCURACY, noise=noise)
-        claims["unit"] = claims["unit"].replace("nats per token", "error rate")
+        # The margin of accuracies is a share of the gain, as in RL, however low the error rate.
+        stated = margins or DEFAULT_MARGINS
+        of_accuracy = stated.model_copy(update={"loss": stated.reward, "final_loss": 1.0})
+        judged = judge_claims(_error_rates_as_losses(tables), claims, of_accuracy, noise)
+        judged["unit"] = judged["unit"].replace("nats per token", "error rate")
         for column in ("reason", "margin_rule"):
-            claims[column] = claims[column].str.replace(r"\bnats\b", "in error rate", regex=True)
+            judged[column] = judged[column].str.replace(r"\bnats\b", "in error rate", regex=True)
     else:
-        claims = judge_claims(tables, noise=noise, reward_noise=reward_noise)
+        judged = judge_claims(tables, claims, margins, noise, reward_noise)
     about: dict[str, Any] = {
         "source": study.source,
         "model": study.model,
@@ -365,4 +381,4 @@ def judge(study: Study) -> pd.DataFrame:
         "parameters": study.about.parameters,
         "doubts": "; ".join(study.description.doubts),
     }
-    return claims.assign(**about)[[*about, *claims]]
+    return judged.assign(**about)[[*about, *judged]]

@@ -151,6 +151,11 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
+    return typed_frame(frame, name, path)
+
+
+def typed_frame(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
+    """Return the table `name` as `read_table` returns that of a file; `path` is for error messages."""
     older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
     return typed_columns(frame.assign(**older), name, path)
 

@@ -7,7 +7,7 @@ another loss in the place of one that is lacking, and the column REMARK says wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
-from lorabench.store.io import list_of_words, read_table, table_path, write_frame
+from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
 from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
 
 KEYS = {
@@ -84,6 +84,21 @@ class Tables:
             for name, frames in _read_all(folders).items()
         }
         return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
+
+    @classmethod
+    def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
+        """Return the tables of data frames by name, as `read` would return them of files.
+
+        Raises:
+            UserError: there is no table of that name, or a column holds a value of another type.
+        """
+        for name, frame in frames.items():
+            if name not in KEYS or not isinstance(frame, pd.DataFrame):
+                what = f"of the type {type(frame).__name__}" if name in KEYS else "not known"
+                raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
+        typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
+        tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
+        return cls(**tables | {"runs": with_stand_ins(tables["runs"])})
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:

@@ -1,0 +1,304 @@
+"""The functions for other programs: `judge`, `recommend`, `audit` and `fit_lr`.
+
+Their names, arguments and records are stable (docs/python.md). They are imported from here and not from `lorabench`,
+where `audit` is a package: `from lorabench.api import audit, fit_lr, judge, recommend`.
+
+Importing this module takes no time; each function imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from lorabench.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lorabench.analysis.loss_fit import Noise
+    from lorabench.audit.output import Report
+    from lorabench.custom.recommend import Recommendation
+
+__all__ = ["LrFit", "audit", "fit_lr", "judge", "recommend"]
+
+
+def judge(
+    tables: str | Path | Mapping[str, pd.DataFrame],
+    claims: Sequence[str] | None = None,
+    margins: Mapping[str, float] | None = None,
+    noise: Noise | None = None,
+) -> pd.DataFrame:
+    """Judge the paper's claims on tables of runs.
+
+    Args:
+        tables: data frames by the name of their table, of which `runs` is needed and `curves`, `test_losses`, `compute`
+            and `counts` are used; or a folder with such tables in parquet or CSV, as a finished or an exported preset
+            has them; or the folder of a source, which has a file `source.yaml`. Their columns are those of
+            docs/tables.md, losses in nats per token and accuracies as shares. A claim that lacks a column is not
+            tested, and its reason names the column.
+        claims: the ids of the claims to judge, such as `B1`; all by default.
+        margins: the smallest effects that matter, any of: `loss`, a share of the fall of the loss from the base to full
+            fine-tuning; `final_loss`, a share of the final loss of full fine-tuning, which holds where it is less;
+            `reward`, a share of the gain in accuracy; and `lr_factor`, the factor up to which two learning rates count
+            as the same. Those that are not given are those of the shipped presets: 0.02, 0.1, 0.1 and 1.6.
+        noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed. A source states
+            its own.
+
+    Returns:
+        A row for each claim with the columns `lorabench.store.schemas.CLAIMS`, such as `claim_id`, `verdict`,
+        `estimate`, `ci_low`, `ci_high`, `unit` and `reason`. For a source there is a row for each claim and model,
+        and the columns `source`, `model`, `scale`, `parameters` and `doubts` come first.
+
+    Raises:
+        UserError: a table, claim or margin does not exist or has a value that is not allowed.
+
+    Examples:
+        On published runs of somebody else, high-rank LoRA reaches the accuracy of full fine-tuning:
+
+        >>> from lorabench.utils.files import REFERENCE
+        >>> claims = judge(REFERENCE / "nayyirahsan", claims=["B2"])
+        >>> claims[["verdict", "estimate", "ci_low", "ci_high"]].round(2).to_dict("records")
+        [{'verdict': 'confirmed', 'estimate': 0.01, 'ci_low': -0.01, 'ci_high': 0.02}]
+    """
+    from lorabench.claims.judge import CLAIMS, judge_claims
+    from lorabench.config.loading import parse_margins
+    from lorabench.config.margins import DEFAULT_MARGINS
+    from lorabench.store.tables import Tables
+
+    by_id = {claim.id: claim for claim in CLAIMS}
+    if unknown := [name for name in claims or () if name not in by_id]:
+        raise UserError(f"claim {unknown[0]!r}: allowed: {', '.join(by_id)}")
+    chosen = CLAIMS if claims is None else [claim for claim in CLAIMS if claim.id in claims]
+    stated = None if margins is None else parse_margins(DEFAULT_MARGINS.model_dump() | dict(margins))
+    if isinstance(tables, Mapping):
+        return judge_claims(Tables.of(tables), chosen, stated, noise)
+    if (Path(tables) / "source.yaml").is_file():
+        import pandas as pd
+
+        from lorabench.sources import studies
+
+        if noise is not None:
+            raise UserError(f"noise: {Path(tables) / 'source.yaml'} states the noise of a source, so none can be given")
+        judged = [studies.judge(study, chosen, stated) for study in studies.studies_of(Path(tables))]
+        return pd.concat(judged, ignore_index=True)
+    return judge_claims(Tables.read(Path(tables)), chosen, stated, noise)
+
+
+def recommend(
+    model: str | Mapping[str, Any],
+    tokens: float | None = None,
+    data: str | Path | None = None,
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    gpu: str = "H100-80GB",
+    results: str | Path = "results",
+) -> Recommendation:
+    """Recommend rank, alpha, learning rates with their intervals, and batch size for a model, as `lorabench recommend`.
+
+    Args:
+        model: the id of a model on the Hugging Face hub, the path of a folder or a .gguf file, the name of a shipped
+            base such as `tiny`, or the content of a model's `config.json`. Ids of known architectures, such as Llama
+            3 and Qwen3, and configurations need no hub.
+        tokens: the number of scored tokens of the training data, which are the assistant's.
+        data: in place of `tokens`, the training data, which are examined: a .jsonl, .json, .csv or .parquet file, or
+            the id of a dataset on the hub.
+        batch_size: examples per step, in place of the recommended number.
+        steps: the number of steps, in place of those of an epoch.
+        gpu: the GPU to estimate costs for, a name of lorabench/utils/gpus.py.
+        results: the folder of your own finished presets, whose optimal learning rates count too.
+
+    Returns:
+        A record whose `settings` hold, by name, a value, its source and, of a learning rate, the ends `low` and `high`
+        of its 80% interval. Among the names are `lora_lr`, `fullft_lr`, `rank`, `alpha`, `placement` and `batch_size`.
+        `notes` are sentences on what is known less well.
+
+    Raises:
+        UserError: the model, the data or the GPU is not known, the model's sizes can't be read, or both `tokens` and
+            `data` are given.
+
+    Examples:
+        >>> advice = recommend("meta-llama/Llama-3.1-8B", tokens=10_000_000)
+        >>> advice.settings["rank"].value, advice.settings["alpha"].value
+        (32, 32.0)
+        >>> lr = advice.settings["lora_lr"]
+        >>> lr.low < lr.value < lr.high
+        True
+    """
+    from lorabench.custom.data import examine
+    from lorabench.custom.model import find_model, model_of_config
+    from lorabench.custom.recommend import recommend as recommended
+
+    if tokens is not None and data is not None:
+        raise UserError("tokens and data: give one of them")
+    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("steps", steps)):
+        if value is not None and not 1 <= value < math.inf:
+            raise UserError(f"{name} {value}: allowed: numbers from 1 up")
+    with TemporaryDirectory() as folder:
+        described = find_model(model) if isinstance(model, str) else model_of_config(model, Path(folder))
+        examined = None if data is None else examine(described, str(data), None)[0]
+        count = examined.usable * examined.mean_completion_tokens if examined else tokens
+        return recommended(described, count, examined, gpu, Path(results), batch_size, steps)
+
+
+def audit(
+    *paths: str | Path, file_format: str | None = None, completion_tokens: float | None = None, hub: bool = False
+) -> Report:
+    """Say what is wrong in the configurations of other trainers and in adapters, from the files alone.
+
+    Args:
+        paths: files and folders.
+        file_format: read the files as this format, such as `axolotl`, in place of recognizing it.
+        completion_tokens: the mean number of scored tokens of an example, which no configuration says.
+        hub: whether models that are not known here may be looked up on the hub.
+
+    Returns:
+        A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
+        (`not_read`), and the number of findings by level (`counts`); docs/audit.schema.json describes it. A finding has
+        a `code`, a `level` (`error`, `warning` or `note`), a `message`, a `source`, how `sure` it is, and its place.
+
+    Raises:
+        UserError: no path is given, or a path or the format does not exist.
+
+    Examples:
+        >>> path = Path("sft.yaml")
+        >>> _ = path.write_text("base_model: Qwen/Qwen3-8B\\nadapter: lora\\nlora_r: 16\\nlora_alpha: 32\\n"
+        ...                     "lora_target_modules: [q_proj, v_proj]\\nlearning_rate: 2e-5\\ndatasets: []\\n")
+        >>> for finding in audit(path).findings:
+        ...     print(finding.line, finding.level, finding.code)
+        6 warning lr
+        5 warning attention-only
+        6 note lr-text
+        3 note parameters
+    """
+    from lorabench.audit.checks import audit as find
+    from lorabench.audit.config import Knowledge
+    from lorabench.audit.files import read_paths
+    from lorabench.audit.output import Report
+
+    if not paths:
+        raise UserError("audit: no path is given; a file or a folder is needed")
+    reading = read_paths([Path(path) for path in paths], file_format)
+    return Report.of(reading, find(reading.configs, Knowledge(completion_tokens, hub)))
+
+
+@dataclass(frozen=True)
+class LrFit:
+    """The optimal learning rate (LR) of one sweep by a fit, and the loss there; NaN where the runs do not tell."""
+
+    lr: float
+    """The LR at which the fitted loss is lowest."""
+    lr_low: float
+    """The lower end of its 95% interval."""
+    lr_high: float
+    loss: float
+    """The fitted loss at that LR, in the unit of the losses."""
+    loss_low: float
+    """The lower end of its 95% interval, from the noise of seeds alone."""
+    loss_high: float
+    inside: bool
+    """Whether the optimal LR lies between LRs of the sweep with a probability of 95% or more."""
+    problems: tuple[str, ...]
+    """What speaks against a conclusion from it, such as too few seeds; empty if nothing does."""
+    next_lr: float | None
+    """The LR to run next where a further one is needed."""
+
+
+def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
+    """Fit the optimal learning rate (LR) of one sweep, by the estimator that judges the claims.
+
+    The loss is a slightly asymmetric parabola in the logarithm of the LR. All runs of the table are of one method in
+    one setting, and differ in LR and seed alone.
+
+    Args:
+        runs: a row for each run, with the columns `lr`, `loss` (the final loss in nats per token; null or infinite of a
+            run that diverged) and `seed` (a whole number; without the column all runs have one seed).
+        noise: the noise of losses over seeds from elsewhere, for runs with one seed; without it one seed has no
+            intervals.
+
+    Raises:
+        UserError: a column is missing, a value is not allowed, or two runs have the same LR and seed.
+
+    Examples:
+        >>> import pandas as pd
+        >>> from math import log
+        >>> lrs, noise = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3), (0.003, -0.001, -0.002, 0.001)
+        >>> rows = [(lr, seed, 2 + 0.1 * log(lr / 2e-4) ** 2 + noise[(place + 2 * seed) % 4])
+        ...         for place, lr in enumerate(lrs) for seed in range(3)]
+        >>> fit = fit_lr(pd.DataFrame(rows, columns=["lr", "seed", "loss"]))
+        >>> print(f"{fit.lr:.1e} [{fit.lr_low:.1e}, {fit.lr_high:.1e}], loss {fit.loss:.2f}")
+        2.0e-04 [1.4e-04, 2.9e-04], loss 2.00
+        >>> fit.inside, fit.problems
+        (True, ())
+    """
+    import pandas as pd
+
+    from lorabench.analysis.arms import arm_label
+    from lorabench.analysis.comparison import Judging, comparisons
+    from lorabench.analysis.estimate import unknown
+
+    # The estimator sees no difference between methods; that of an arm without a rank is full fine-tuning.
+    arm = {"model": "model", "dataset": "dataset", "method": "fullft", "rank": None, "placement": None}
+    table = _checked_sweep(runs)
+    diverged = table["loss"].isna()
+    table = table.assign(
+        **arm,
+        run_id=table.index.map("row {}".format),
+        batch_size=1,
+        steps=1,
+        status=diverged.map({True: "diverged", False: "done"}),
+        final_valid_nll=table["loss"],
+        final_test_nll=table["loss"],
+    )
+    [sweep] = comparisons(table, pd.DataFrame(), Judging(noise=noise))
+    [fitted], label = sweep.arms, arm_label(arm)
+    optimum, minimum = (found.get(label, unknown()) for found in (sweep.fit.optima, sweep.fit.minima))
+    (low, high), (loss_low, loss_high) = optimum.interval(), minimum.interval()
+    problems = sweep.problems([fitted], resolved=True)
+    further = (lr for problem in problems if problem.remedy for _, lr in problem.remedy.lrs)
+    return LrFit(
+        lr=math.exp(optimum.value),
+        lr_low=math.exp(low),
+        lr_high=math.exp(high),
+        loss=minimum.value,
+        loss_low=loss_low,
+        loss_high=loss_high,
+        inside=sweep.fit.resolved.get(label, False),
+        problems=tuple(problem.text.removeprefix(f"{label}: ") for problem in problems),
+        next_lr=next(further, None),
+    )
+
+
+def _checked_sweep(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the LRs, seeds and losses of a sweep as numbers, numbered from row 0; a loss that is not finite is null.
+
+    Raises:
+        UserError: see `fit_lr`.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from lorabench.store.checks import refuse_rows
+
+    if missing := [name for name in ("lr", "loss") if name not in runs]:
+        raise UserError(f"the runs have no column {', '.join(missing)}; they have {', '.join(map(str, runs.columns))}")
+    if runs.empty:
+        raise UserError("the table of runs is empty")
+    runs = runs.assign(**({} if "seed" in runs else {"seed": 0})).reset_index(drop=True)
+    numbers = runs[["lr", "seed", "loss"]].apply(pd.to_numeric, errors="coerce").astype(float)
+    named = runs.assign(row=runs.index)
+    text = numbers["loss"].isna() & runs["loss"].notna()
+    refuse_rows(named, ~numbers["lr"].between(0, math.inf, "neither"), "row", "lr", "numbers above 0")
+    refuse_rows(named, ~numbers["seed"].mod(1).eq(0), "row", "seed", "whole numbers")
+    refuse_rows(named, text, "row", "loss", "numbers, and null or infinity of a run that diverged")
+    twice = numbers.duplicated(["lr", "seed"])
+    refuse_rows(named, twice, "row", "lr", "each once with a seed, since all runs are of one method in one setting")
+    checked: pd.DataFrame = numbers.assign(
+        seed=numbers["seed"].astype(int), loss=numbers["loss"].where(np.isfinite(numbers["loss"]))
+    )
+    return checked

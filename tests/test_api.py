@@ -1,0 +1,214 @@
+"""The functions for other programs, their examples, and the page that explains them."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import lorabench.audit.checks
+from lorabench import api
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.loss_fit import Noise
+from lorabench.claims.judge import judge_claims
+from lorabench.errors import UserError
+from lorabench.models.specs import ARCHITECTURES
+from lorabench.store.io import write_frame
+from lorabench.store.tables import Tables
+from lorabench.utils.files import REFERENCE
+
+from .conftest import MARGINS, REPOSITORY
+from .handmade import curves_of, make_sweep, runs_table
+
+PAGE = REPOSITORY / "docs/python.md"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """A working folder with the published tables and without results, which recommended learning rates rest on too."""
+    (tmp_path / "paper_figures").symlink_to(REPOSITORY / "paper_figures")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("function", ["judge", "recommend", "audit", "fit_lr"])
+def test_examples_of_docstrings_hold(elsewhere, function):
+    [example] = doctest.DocTestFinder().find(getattr(api, function), function, globs=vars(api).copy())
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_examples_of_the_page_hold_and_its_table_has_all_functions_and_arguments(elsewhere):
+    assert doctest.testfile(str(PAGE), module_relative=False).failed == 0
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", PAGE.read_text(), re.M)
+    stated = {name: re.findall(r"`(\w+)`", arguments) for name, arguments in rows}
+    functions = [name for name in api.__all__ if inspect.isfunction(getattr(api, name))]
+    assert stated == {name: list(inspect.signature(getattr(api, name)).parameters) for name in functions}
+
+
+def test_importing_it_imports_no_large_package():
+    code = "import sys, lorabench.api; print({'torch', 'pandas', 'numpy', 'pydantic'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_package_of_the_same_name_does_not_hide_the_function():
+    assert lorabench.audit.checks.audit is not api.audit
+    assert inspect.isfunction(api.audit)
+
+
+def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
+    runs = runs_table([row for rank in (None, 1, 16) for row in make_sweep(rank)])
+    curves = curves_of(runs)
+    write_frame(runs, "runs", tmp_path)
+    write_frame(curves, "curves", tmp_path)
+    whole = judge_claims(Tables.read(tmp_path)).set_index("claim_id")
+    # Plain columns, as a user's frame has them, and an index that is not in order.
+    plain = runs.astype({"seed": float, "rank": float})[::-1]
+    for tables in ({"runs": plain, "curves": curves}, tmp_path):
+        judged = api.judge(tables, claims=["B2", "B1"]).set_index("claim_id")
+        assert list(judged.index) == ["B1", "B2"]
+        columns = ["verdict", "estimate", "ci_low", "margin_high"]
+        pd.testing.assert_frame_equal(judged[columns], whole.loc[["B1", "B2"], columns])
+    assert whole.loc["B1", "verdict"] != "not tested"
+
+
+def test_a_margin_that_is_given_changes_only_itself():
+    source = REFERENCE / "nayyirahsan"
+    [as_shipped] = api.judge(source, claims=["B2"]).to_dict("records")
+    [strict] = api.judge(source, claims=["B2"], margins={"reward": 0.03}).to_dict("records")
+    assert (as_shipped["verdict"], strict["verdict"]) == ("confirmed", "inconclusive")
+    assert strict["margin_high"] == pytest.approx(0.3 * as_shipped["margin_high"])
+    stated = api.judge({"runs": runs_table(make_sweep(None))}, ["B1"], margins=MARGINS)
+    assert not stated["margin_rule"].str.startswith("default").any()
+
+
+def test_a_source_has_a_row_for_each_claim_and_model_and_its_own_noise():
+    judged = api.judge(REFERENCE / "orbit", claims=["F1", "B1"])
+    assert set(judged["source"]) == {"orbit"}
+    assert list(judged["claim_id"]) == ["B1", "F1"]
+    assert "gernim" in judged.set_index("claim_id").loc["F1", "reason"]
+    assert len(api.judge(REFERENCE / "apertus", claims=["B2"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: api.judge(REFERENCE / "orbit", claims=["Z9"]), "claim 'Z9': allowed: A1, .*"),
+        (lambda: api.judge({"run": pd.DataFrame()}), "table 'run' is not known; allowed: data frames of runs, .*"),
+        (lambda: api.judge({"runs": []}), "table 'runs' is of the type list; allowed: data frames of runs, .*"),
+        (lambda: api.judge({"runs": pd.DataFrame({"lr": ["x"]})}), "runs: column lr has 'x', which is not a number"),
+        (lambda: api.judge("nowhere"), "no table runs, .* in nowhere"),
+        (lambda: api.judge(REFERENCE / "orbit", margins={"loss": 2}), "margins.loss = 2: input should be less than 1"),
+        (lambda: api.judge(REFERENCE / "orbit", margins={"los": 0.1}), "margins: unknown key 'los'; allowed: .*"),
+        (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
+        (lambda: api.recommend("tiny", tokens=0), "tokens 0: allowed: numbers from 1 up"),
+        (lambda: api.recommend("tiny", tokens=9, data="a.jsonl"), "tokens and data: give one of them"),
+        (lambda: api.recommend({"model_type": "new"}), "config.json of model 'of this.*' has no hidden_size; .*"),
+        (lambda: api.audit(), "audit: no path is given; .*"),
+        (lambda: api.audit("nowhere"), "nowhere: there is no such file or folder"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_one_sentence(elsewhere, call, message):
+    with pytest.raises(UserError) as raised:
+        call()
+    assert re.fullmatch(message, str(raised.value))
+
+
+def test_a_configuration_stands_for_the_model_that_it_describes(elsewhere):
+    config = json.loads((ARCHITECTURES / "qwen3-8b.json").read_text())
+    by_name, by_config = (api.recommend(model, tokens=1e6, steps=200) for model in ("Qwen/Qwen3-8B", config))
+    assert by_config.settings == by_name.settings
+    assert by_config.model["parameters"] == by_name.model["parameters"] == 8_190_735_360
+
+
+@pytest.mark.slow
+def test_data_are_examined(elsewhere):
+    rows = [{"prompt": f"What is {n} + 1?", "completion": str(n + 1)} for n in range(60)]
+    Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert api.recommend("tiny", data=Path("my.jsonl"), steps=50).settings["batch_size"].value <= 60
+
+
+def test_audit_takes_several_paths(tmp_path):
+    config = "base_model: a/b\nadapter: lora\nlora_r: 8\nlora_alpha: 0\ndatasets: []\n"
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(config)
+    report = api.audit(tmp_path / "a.yaml", str(tmp_path / "b.yaml"), file_format="axolotl")
+    assert [Path(config.path).name for config in report.configs] == ["a.yaml", "b.yaml"]
+    assert report.counts["error"] == 2
+
+
+LRS = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
+NOISE = (0.003, -0.001, -0.002, 0.001)
+
+
+def sweep(best: float, seeds: int = 3, lrs: tuple[float, ...] = LRS) -> pd.DataFrame:
+    """A sweep whose loss is 2 at the best LR, and whose noise sums to 0 over seeds and LRs, nearly."""
+    rows = [
+        (lr, seed, 2 + 0.1 * math.log(lr / best) ** 2 + NOISE[(place + 2 * seed) % 4])
+        for place, lr in enumerate(lrs)
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame(rows, columns=["lr", "seed", "loss"])
+
+
+def test_the_fit_of_a_sweep_is_that_of_the_engine():
+    runs = sweep(2.3e-4)
+    table = runs_table([row for row in make_sweep(16, lrs=[*LRS]) if row["seed"] == 0])
+    table = pd.concat([table.assign(seed=seed) for seed in range(3)]).sort_values(["lr", "seed"], ignore_index=True)
+    table = table.assign(run_id=[f"r{n}" for n in range(15)], final_test_nll=runs["loss"], final_valid_nll=runs["loss"])
+    [comparison] = comparisons(table, pd.DataFrame())
+    fit, found = api.fit_lr(runs), comparison.fit
+    assert fit.lr == pytest.approx(math.exp(found.optima["LoRA r16"].value), rel=1e-9)
+    assert fit.loss == pytest.approx(found.minima["LoRA r16"].value, abs=1e-9)
+    assert fit.lr == pytest.approx(2.3e-4, rel=0.05)
+    assert fit.loss == pytest.approx(2.0, abs=0.005)
+    assert fit.lr_low < 2.3e-4 < fit.lr_high
+
+
+def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate():
+    at_the_edge = api.fit_lr(sweep(2e-3))
+    assert not at_the_edge.inside
+    assert at_the_edge.problems == ("best LR at the edge of its grid",)
+    assert at_the_edge.next_lr == pytest.approx(2.15e-3, rel=0.01)
+    # A run that diverged bounds the optimum from above.
+    diverged = pd.concat([sweep(8e-4), pd.DataFrame({"lr": 2.15e-3, "seed": 0, "loss": [math.inf]})])
+    assert "best LR at the edge of its grid" not in api.fit_lr(diverged).problems
+    few = api.fit_lr(sweep(1e-4, lrs=LRS[:2]))
+    assert math.isnan(few.lr) or few.problems
+
+
+def test_one_seed_has_intervals_only_with_noise_from_elsewhere():
+    runs = sweep(2e-4, seeds=1).drop(columns="seed")
+    alone, lent = api.fit_lr(runs), api.fit_lr(runs, Noise(0.002, 2, "elsewhere"))
+    assert alone.lr == pytest.approx(lent.lr, rel=0.05)
+    assert math.isnan(alone.lr_low)
+    assert alone.problems == ("1 paired seeds, 3 needed",)
+    assert lent.lr_low < lent.lr < lent.lr_high
+    assert not lent.problems
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": -1.0}, "row 0: lr = -1.0; allowed: numbers above 0"),
+        ({"lr": "high"}, "row 0: lr = 'high'; allowed: numbers above 0"),
+        ({"seed": 0.5}, "row 0: seed = 0.5; allowed: whole numbers"),
+        ({"loss": "low"}, "row 0: loss = 'low'; allowed: numbers, and null or infinity of a run that diverged"),
+        ({"seed": 1}, "row 1: lr = 4.64e-05; allowed: each once with a seed, .*"),
+    ],
+)
+def test_a_wrong_value_of_a_sweep_is_named(changed, message):
+    runs = sweep(2e-4).astype(object)
+    runs.loc[0, list(changed)] = list(changed.values())
+    with pytest.raises(UserError, match=message):
+        api.fit_lr(runs)
+    with pytest.raises(UserError, match="the runs have no column loss; they have lr"):
+        api.fit_lr(runs[["lr"]])
