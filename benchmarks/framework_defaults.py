@@ -179,7 +179,9 @@ def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield "|---|---|---|---|---|"
     flagged = runs[runs["errors"].str.contains(r"\b(?:rl-)?lr\b") | runs["warnings"].str.contains(r"\b(?:rl-)?lr\b")]
-    unlike = flagged.sort_values("share_low", ascending=False).drop_duplicates(["framework", "model", "method", "lr"])
+    unlike = flagged.sort_values("share_low", ascending=False, kind="stable").drop_duplicates(
+        ["framework", "model", "method", "lr"]
+    )
     for row in unlike.head(COSTLIEST).itertuples(index=False):
         link = f"https://github.com/{row.repository}/blob/{row.commit}/{row.path}"
         method = "LoRA" if row.method == "lora" else "full fine-tuning"

@@ -69,6 +69,8 @@ class TrainingConfig:
     dora: bool = False
     variant: str | None = None
     """An other variant or initialization, by its name in PEFT, such as `pissa` or `loraplus`."""
+    unsloth: bool = False
+    """Whether unsloth loads the model, which makes the fused layers of Phi-3 separate ones."""
     targets: tuple[str, ...] | None = None
     """Names of modules with LoRA; `("all-linear",)` for all but the unembedding. Null if the framework's default."""
     target_parameters: tuple[str, ...] = ()

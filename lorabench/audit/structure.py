@@ -8,14 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.models import Kind, ModelFacts, facts, module_kind
+from lorabench.audit.readers.options import THE_FILE
 from lorabench.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB, GPUS
+from lorabench.utils.patterns import PatternError, SlowPatternError, matching
 
 QUERIES_AND_VALUES = frozenset(
     [
@@ -100,8 +103,8 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
         if target == "all-linear":
             kinds |= {"attention", "mlp"}
             continue
-        modules = _matching(target) if re.search(r"[\\^$*+?()\[\]|{}]", target) else [target]
-        if not modules:
+        modules = _matching(target) if _is_pattern(target) else [target]
+        if not modules or isinstance(modules, SlowPatternError):
             return None
         names |= {module.rpartition(".")[2] for module in modules}
         kinds |= {module_kind(module) for module in modules}
@@ -117,15 +120,34 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
     return Adapted(frozenset(names), frozenset(kinds), "all-linear" in targets)
 
 
-def _matching(pattern: str) -> list[str]:
+def _is_pattern(target: str) -> bool:
+    return re.search(r"[\\^$*+?()\[\]|{}]", target) is not None
+
+
+@cache
+def _matching(pattern: str) -> list[str] | SlowPatternError:
     """Return those of the usual names of modules that a regular expression matches as a whole, as in PEFT."""
     parts = [f"self_attn.{name}_proj" for name in "qkvo"]
     parts += [f"mlp{place}.{name}_proj" for place in ("", ".experts") for name in ("gate", "up", "down")]
     before = ("model.layers.1.", "model.language_model.layers.1.", "language_model.model.layers.1.")
     try:
-        return [name for start in before for name in (start + part for part in parts) if re.fullmatch(pattern, name)]
-    except re.error:
+        [names] = matching([pattern], [start + part for start in before for part in parts])
+    except SlowPatternError as error:
+        return error
+    except PatternError:
         return []
+    return names
+
+
+def check_patterns(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return which targets are regular expressions that take too long."""
+    results = [_matching(target) for target in config.targets or () if _is_pattern(target)]
+    sure, line = "certain for PEFT, which matches them too", config.line("targets")
+    return [
+        Finding("not-read", "warning", f"{error}, so the layers with LoRA are not known", THE_FILE, sure, line=line)
+        for error in results
+        if isinstance(error, SlowPatternError)
+    ]
 
 
 GPU = GPUS["H100-80GB"]
@@ -216,21 +238,23 @@ def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether LoRA is put on parts of layers that are one layer in the model, which PEFT does not find."""
     model = _known(config, known)
     lora = adapted(config, model)
-    # unsloth's copies have the layers apart, and a finished adapter was trained.
+    # A finished adapter was trained.
     if model is None or lora is None or config.format not in _PEFT or config.format == "peft":
         return []
-    if model.mixture or lora.all_linear or "unsloth" in model.name.lower():
+    if model.mixture or lora.all_linear or config.unsloth or "unsloth" in model.name.lower():
         return []
     fused = [name for name in _FUSED if name in model.linear and name not in lora.names]
     missed = sorted(part for name in fused for part in _FUSED[name] & lora.names)
     if not missed:
         return []
     trained = lora.names & set(model.linear)
-    level: Level = "warning" if trained else "error"
+    # The name of a copy does not say whether the layers are apart in it, as in unsloth's.
+    original = model.name.startswith("microsoft/") or model.source.startswith("its config.json")
+    level: Level = "error" if original and not trained else "warning"
     happens = f"trains {_listed(trained)} alone" if trained else "stops with an error"
     right = " and ".join(name for name in fused if _FUSED[name] & lora.names)
     message = f"{_listed(missed)} match nothing in {model.name}, where they are {right}, and PEFT {happens}"
-    sure = "certain for the class of transformers; copies such as unsloth's have them apart"
+    sure = "certain" if original else "certain unless the copy has them apart, as unsloth's have"
     return [Finding("no-effect", level, message, _MODULES, sure, line=config.line("targets"))]
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorabench.audit.finding import Finding, Level
 from lorabench.errors import UserError
+from lorabench.utils.patterns import matching
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -50,28 +51,31 @@ class AdapterConfig:
     saved_modules: tuple[str, ...]
     layers: tuple[int, ...] | None
     """The numbers of the layers with LoRA; null for all."""
+    patterns: tuple[str, ...]
+    """All regular expressions that PEFT matches with names of modules."""
 
     def parameters_in(self, module: str) -> list[str]:
         """Return the names of the parameters of a module that carry LoRA without being modules."""
         names = [name for name in self.target_parameters if _ends(module, name.rpartition(".")[0])]
         return [f"{module}.{name.rpartition('.')[2]}" for name in names]
 
-    def names(self, module: str) -> bool:
-        """Return whether the configuration puts LoRA on a module."""
-        if isinstance(self.targets, str):
-            named = self.targets == "all-linear" or re.fullmatch(self.targets, module) is not None
+    def targeted(self, modules: Sequence[str]) -> set[str]:
+        """Return the modules on which the configuration puts LoRA."""
+        if not isinstance(self.targets, str):
+            named = [module for module in modules if any(_ends(module, name) for name in self.targets or ())]
+        elif self.targets == "all-linear":
+            named = list(modules)
         else:
-            named = any(_ends(module, name) for name in self.targets or ())
-        return named or bool(self.parameters_in(module))
+            [named] = matching([self.targets], modules)
+        return {*named, *filter(self.parameters_in, modules)}
 
-    def scale(self, module: str) -> tuple[int, float]:
-        """Return the rank and the scale of a module, as PEFT finds them."""
-        names = [*self.parameters_in(module), module]
-        rank, alpha = (
-            _of_pattern(self.rank_pattern, names, self.rank),
-            _of_pattern(self.alpha_pattern, names, self.alpha),
-        )
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+    def scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Return the rank and the scale of each module, as PEFT finds them."""
+        names = {module: [*self.parameters_in(module), module] for module in modules}
+        ranks = _of_patterns(self.rank_pattern, names, self.rank)
+        alphas = _of_patterns(self.alpha_pattern, names, self.alpha)
+        roots = {module: math.sqrt(rank) if self.rslora else rank for module, rank in ranks.items()}
+        return {module: (ranks[module], alphas[module] / roots[module]) for module in modules}
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ def read_config(folder: Path) -> AdapterConfig:
             tuple(sorted(raw.get("target_parameters") or ())),
             tuple(raw.get("modules_to_save") or ()),
             None if layers is None else tuple(layers) if isinstance(layers, list) else (int(layers),),
+            tuple(_patterns(raw)),
         )
     except FileNotFoundError:
         raise UserError(f"adapter folder {str(folder)!r} has no {CONFIG}, which PEFT writes") from None
@@ -190,6 +195,7 @@ def read_adapter(folder: Path) -> Adapter:
             elif "lora_" not in name:
                 whole[name] = math.prod(shape)
                 bad += [] if np.isfinite(tensors.read(key)).all() else [name]
+        scales = config.scales([*map(_plain, factors)])
         for module, keys in factors.items():
             if len(keys) == 2:
                 a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
@@ -197,7 +203,7 @@ def read_adapter(folder: Path) -> Adapter:
                     bad.append(module)
                     continue
                 embedding = "lora_embedding_" in keys["A"]
-                update = _update(module, a, b, config, embedding)
+                update = _update(module, a, b, config, scales[_plain(module)], embedding)
                 modules += [] if isinstance(update, Finding) else [update]
                 findings += [update] if isinstance(update, Finding) else []
     findings += _finding_bad(bad)
@@ -267,10 +273,10 @@ class _Tensors:
 
 
 def _update(
-    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, embedding: bool
+    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, rank_and_scale: tuple[int, float], embedding: bool
 ) -> ModuleUpdate | Finding:
     """Describe the update of a module by its factors, A (r, d_in) and B (d_out, r), or say why they can't be right."""
-    rank, scale = config.scale(_plain(module))
+    rank, scale = rank_and_scale
     experts = len(a) // rank if config.parameters_in(_plain(module)) else 1
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or len(a) != experts * rank:
         shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
@@ -325,9 +331,33 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _of_pattern(pattern: Mapping[str, Any], names: list[str], default: Any) -> Any:
-    found = (value for key, value in pattern.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
-    return next(found, default)
+def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:
+    """Return for each module the value of the first pattern that matches one of its names, or the default."""
+    every = [name for own in names.values() for name in own]
+    matched = matching([_after_any_path(pattern) for pattern in patterns], every)
+    found = [(value, set(matches)) for value, matches in zip(patterns.values(), matched, strict=True)]
+    return {
+        module: next((value for value, matches in found if matches.intersection(own)), default)
+        for module, own in names.items()
+    }
+
+
+def _after_any_path(pattern: str) -> str:
+    """Return the regular expression that PEFT makes of a key of `rank_pattern`."""
+    return rf"(.*\.)?({pattern})"
+
+
+def _patterns(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the regular expressions of a configuration as PEFT matches them."""
+    yield from (raw[key] for key in ("target_modules", "exclude_modules") if isinstance(raw.get(key), str))
+    for key, before, after in (
+        ("modules_to_save", r"(^|.*\.)", r"($|\..*)"),
+        ("layers_pattern", r"(?:^|.*?\.)", r"\.\d+\..*"),
+    ):
+        names = raw.get(key) or []
+        yield from (before + name + after for name in ([names] if isinstance(names, str) else names))
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from map(_after_any_path, raw.get(key) or {})
 
 
 def _finding(code: str, level: Level, message: str) -> Finding:
@@ -362,7 +392,8 @@ def _finding_keys(
         message += f": {listed(foreign)}"
         yield _finding("keys", "error", message)
     plain = {module: _plain(module) for module in factors}
-    unnamed = [module for module, name in plain.items() if not config.names(name)]
+    targeted = config.targeted([*plain.values()])
+    unnamed = [module for module, name in plain.items() if name not in targeted]
     if unnamed and (config.targets is not None or config.target_parameters):
         message = f"{len(unnamed)} modules in the file are not among the targets of {CONFIG}, so PEFT ignores them"
         yield _finding("keys", "error", f"{message}: {listed(unnamed)}")

@@ -6,12 +6,13 @@ the numbers follow from the model's dimensions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lorabench.audit.finding import Finding
-from lorabench.config.fields import Placement
+from lorabench.config.fields import ROUTERS, Placement, placement_of
 from lorabench.custom.model import UserModel, model_config
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommend import cost_plan
@@ -32,7 +33,6 @@ _PLACED: dict[Placement, tuple[Kind, ...]] = {
     "all": ("attention", "MLP", "experts"),
 }
 _PARTS: dict[str, Kind] = {"attn": "attention", "mlp": "MLP"}
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 _UNKNOWN, _VECTOR = "no known name", "vectors have no low-rank update"
 _TIED = "the same matrix as the embedding; LoRA here is lost or changes the embedding too when it is merged"
 
@@ -175,11 +175,14 @@ def _by_names(
     """Return the weights, the names of modules and stacks with LoRA, the rank of an expert, and what is wrong."""
     import torch
 
-    from lorabench.models.lora import expert_rank, in_expert, targets
+    from lorabench.models.lora import add_lora, expert_rank, in_expert, targets
 
     problem = ""
     try:
         modules, stacks = targets(model, placement, include_unembedding=True)
+        with torch.device("meta"):
+            # It refuses a model on which PEFT puts LoRA on other layers, as training does.
+            add_lora(copy.deepcopy(model), rank, placement, 32.0, include_unembedding=True, seed=0)
     except UserError as error:
         modules, stacks, problem = [], [], str(error)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -214,15 +217,14 @@ def _kind(name: str, dimensions: int) -> Kind:
         return "norms"
     if last == "bias" or last.endswith("_bias"):
         return "biases"
-    if owner in _ROUTERS:
+    if owner in ROUTERS:
         return "router"
     if "experts" in path:
         return "experts"
     if dimensions < 2:
         return "others"
-    if any("attn" in part or "attention" in part for part in path):
-        return "attention"
-    return "MLP" if any(word in part for part in path for word in ("mlp", "feed_forward", "ffn")) else "others"
+    placement = placement_of(name)
+    return "others" if placement is None else _PARTS[placement]
 
 
 def _why_not(kind: Kind, placement: Placement) -> str:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lorabench.audit.finding import Finding, Level
-from lorabench.check.adapter import listed
+from lorabench.check.adapter import listed, read_config
 from lorabench.config.inputs import GgufModel
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer
+from lorabench.utils.patterns import matching
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,6 +101,8 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
     """
     from peft import PeftModel
 
+    # PEFT would match the configuration's regular expressions without a limit of time.
+    matching(read_config(folder).patterns, [name for name, _ in base.named_modules()])
     with warnings.catch_warnings():
         # What they say of keys becomes findings.
         warnings.simplefilter("ignore")

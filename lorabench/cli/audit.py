@@ -10,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from lorabench import api
+from lorabench.utils.files import write_json
 
 
 def audit(
@@ -31,7 +32,7 @@ def audit(
     """
     report = api.audit(*paths, file_format=file_format, completion_tokens=completion_tokens, hub=hub)
     if sarif is not None:
-        sarif.write_text(json.dumps(report.sarif(), indent=2) + "\n", encoding="utf-8")
+        write_json(report.sarif(), sarif)
     if as_json:
         print(json.dumps(report.json(), indent=2, allow_nan=False))
     else:

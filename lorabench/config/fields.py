@@ -20,11 +20,29 @@ SamplerName = Literal["own", "vllm"]
 Placement = Literal["attn", "mlp", "all"]
 """The paper's placements of LoRA."""
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_ATTENTION = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    # DeepSeek's latent attention.
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    # The linear attention of Qwen3-Next and of Qwen3.5.
+    *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+)
 _MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 
 SUFFIXES: dict[Placement, tuple[str, ...]] = {"attn": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
-"""The names of layers that each placement has in the known families of decoders, experts included."""
+"""The ends of the names of layers that each placement has in the known families of decoders, experts included."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""The last parts of the names of layers that choose or weigh experts, which carry no LoRA."""
+
+
+def placement_of(name: str) -> Placement | None:
+    """Return whether a layer is of attention or of the MLP, judging by the path in its full name; None for neither."""
+    path = name.lower().split(".")[:-1]
+    if any("attn" in part or "attention" in part for part in path):
+        return "attn"
+    return "mlp" if any(word in part for part in path for word in ("mlp", "feed_forward", "ffn")) else None
+
 
 FileFormat = Literal[
     "messages",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lorabench.config.fields import SUFFIXES, Placement
+from lorabench.config.fields import Placement, placement_of
 from lorabench.models.lora import add_lora, in_expert, lora_layers
 from lorabench.models.specs import ARCHITECTURES
 
@@ -83,7 +83,7 @@ def _counts(model: PeftModel) -> pd.DataFrame:
         elif in_expert(name):
             part = "experts"
         else:
-            part = "attention" if name.rpartition(".")[2] in SUFFIXES["attn"] else "mlp"
+            part = "attention" if placement_of(name) == "attn" else "mlp"
         adapted = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
         lora = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
         rows.append((part, lora, adapted.numel()))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.config.fields import SUFFIXES, Placement
+from lorabench.config.fields import ROUTERS, SUFFIXES, Placement, placement_of
 from lorabench.errors import UserError
 from lorabench.models.specs import merging_is_cheaper
 
@@ -48,17 +48,26 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     """Return the full names of the layers that carry LoRA: linear layers, and parameters that are a stack of experts.
 
     Raises:
-        UserError: the model has no layer of that placement under a known name, or has experts that would silently get
-            no LoRA.
+        UserError: the model has no layer of that placement under a known name, or has layers or experts that would
+            silently get no LoRA.
     """
     known, head = SUFFIXES[placement], model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    modules = [name for name in linear if name.rpartition(".")[2] in known]
+    ends = tuple(f".{name}" for name in known)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    modules = [name for name in linear if name.endswith(ends)]
     weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
     stacks = [n for n, p in weights.items() if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
     if not modules and not stacks:
         names = ", ".join(known)
         raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
+    others = [name for name in linear if name not in modules and name.rpartition(".")[2] not in ROUTERS]
+    left_out = {name.rpartition(".")[2] for name in others if placement in ("all", placement_of(name))}
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        raise UserError(
+            f"{type(model).__name__} has layers that would get no LoRA, since placement {placement!r} does not know "
+            f"their names: {names}"
+        )
     if placement != "attn":
         covered = {*stacks, *(f"{name}.weight" for name in modules)}
         uncovered = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]

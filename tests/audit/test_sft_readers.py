@@ -72,6 +72,12 @@ def test_axolotl_without_effect(change, level):
     assert config.rank is None
 
 
+def test_axolotl_trains_on_plain_text():
+    text = AXOLOTL.replace("  - path: org/data\n", "  - path: org/data\n    type: completion\n")
+    assert read(axolotl, text).task == "pretraining"
+    assert read(axolotl, text.replace("adapter:", "  - path: org/chats\nadapter:")).task == "sft"
+
+
 def test_axolotl_grpo_counts_responses():
     text = AXOLOTL + "rl: grpo\ntrl:\n  num_generations: 4\n"
     config = read(axolotl, text)
@@ -179,6 +185,10 @@ def test_llamafactory_without_training():
     text = LLAMAFACTORY.replace("do_train: true", "do_predict: true")
     assert llamafactory.matches(Path("c.yaml"), text)
     assert llamafactory.read(Path("c.yaml"), "c.yaml", text) == []
+    # It writes the tokens of the data and ends, as in LLaMA-Factory's example qwen3_preprocess.yaml.
+    text = "model_name_or_path: m\nstage: sft\ndo_train: true\ncutoff_len: 2048\ntokenized_path: saves/tokens\n"
+    assert llamafactory.read(Path("c.yaml"), "c.yaml", text) == []
+    assert read(llamafactory, f"{text}learning_rate: 1.0e-4\n").lr == 1e-4
 
 
 TORCHTUNE = """

@@ -1,6 +1,7 @@
 """What the audit says of the layers that LoRA trains, and of settings, in one run and among several."""
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -31,6 +32,7 @@ from lorabench.audit.structure import (
     check_experts,
     check_fused,
     check_parameters,
+    check_patterns,
     check_unembedding,
     trained_parameters,
 )
@@ -131,8 +133,11 @@ def test_parts_of_fused_layers() -> None:
     assert "q_proj and up_proj match nothing" in finding.message
     assert "qkv_proj and gate_up_proj, and PEFT trains down_proj and o_proj alone" in finding.message
     assert only(check_fused(replace(phi, targets=("q_proj", "v_proj")), NOTHING)).level == "error"
+    copied = only(check_fused(replace(phi, targets=("q_proj", "v_proj"), model="me/Phi-3-mini-4k-own"), NOTHING))
+    assert (copied.level, copied.sure) == ("warning", "certain unless the copy has them apart, as unsloth's have")
     for other in (
         replace(phi, targets=("all-linear",)),
+        replace(phi, targets=ATTENTION, unsloth=True),
         replace(phi, targets=("qkv_proj", "q_proj")),
         replace(phi, targets=ATTENTION, model="unsloth/Phi-3-mini-4k-instruct"),
         replace(LLAMA, targets=ATTENTION),
@@ -146,6 +151,20 @@ def test_a_regular_expression_names_layers() -> None:
     assert adapted(replace(LLAMA, targets=(r".*self_attn.*_proj",)), None).attention_alone
     for unknown in ("*.layers.0.*.linear_qkv", r"vision\..*"):
         assert adapted(replace(LLAMA, targets=(unknown,)), None) is None
+        assert check_patterns(replace(LLAMA, targets=(unknown,)), NOTHING) == []
+
+
+def test_a_regular_expression_that_would_take_years_is_one_sentence() -> None:
+    hostile = replace(LLAMA, targets=("q_proj", r"(\w+\.?)+!"))
+    started = time.monotonic()
+    assert adapted(hostile, None) is None
+    finding = only(check_patterns(hostile, NOTHING))
+    assert time.monotonic() - started < 20
+    assert (finding.code, finding.level, finding.line) == ("not-read", "warning", 7)
+    assert finding.message == (
+        r"the regular expression '(\\w+\\.?)+!' takes longer than 1 s on 30 names of modules, "
+        "so the layers with LoRA are not known"
+    )
 
 
 def test_embedding_and_unembedding() -> None:

@@ -184,6 +184,7 @@ SFTTrainer(model=model, train_dataset=d)
 """
     (config,) = read(tmp_path, "b.py", text)
     assert (config.method, config.model, config.bits, config.rank, config.alpha) == ("lora", "unsloth/m", 4, 16, 16)
+    assert config.unsloth
     assert config.lr == 2e-5
     # Which of two adapters a switch chooses is not known.
     text = """

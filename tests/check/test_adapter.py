@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_names_are_compared_with_the_configuration(write: Write, changes, expect
     adapter = read_adapter(write(factors(), **changes))
     assert codes(adapter) == expected
     assert not words or words in adapter.findings[0].message
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
+def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write, key):
+    pattern = r"(\w+\.?)+!"
+    folder = write(factors(), **{key: pattern if key == "target_modules" else {pattern: 2}})
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on 4 names of modules$"):
+        read_adapter(folder)
+    assert time.monotonic() - started < 20
+    with pytest.raises(UserError, match=r"^the regular expression '\(q' is not valid: missing \), unterminated"):
+        read_adapter(write(factors(), target_modules="(q"))
 
 
 def test_modules_that_are_saved_whole_are_named(write: Write):

@@ -49,6 +49,15 @@ def test_a_merged_model_differs_by_rounding_alone(name, adapters, text):
     assert "within the rounding of bf16" in rounded.verdict
 
 
+def test_peft_gets_no_regular_expression_that_would_take_years(adapters, text, tmp_path):
+    folder = Path(shutil.copytree(adapters("llama-64"), tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": r"(\w+\.?)+!"}))
+    assert read_adapter(folder).findings == ()
+    with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on \d+ names of modules$"):
+        probe(find_model("llama-64"), folder, text)
+
+
 def test_the_numbers_are_those_of_the_definitions(adapters, text):
     probed = probe(find_model("llama-64"), adapters("llama-64"), text)
     with torch.no_grad():

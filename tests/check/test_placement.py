@@ -43,16 +43,37 @@ def test_a_model_of_the_hub_is_described_without_its_weights():
     assert covered.memory["lora"].gigabytes < covered.memory["fullft"].gigabytes
 
 
-def test_layers_of_unknown_names_are_an_error(tmp_path: Path):
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
+HYBRID = {"num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+HYBRID |= {"num_experts": 4, "shared_expert_intermediate_size": 24, "linear_num_value_heads": 4}
+HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "model_type": "qwen3_next"}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 99, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "placement", "message"),
+    [
+        (GPT2, "all", "GPT2LMHeadModel has no layer for placement 'all'"),
+        (SIZES | {"model_type": "phi"}, "attn", "no LoRA, since placement 'attn' does not know their names: dense"),
+        # PEFT takes the names of the shared experts for those of the fused ones.
+        (SIZES | HYBRID, "all", "PEFT did not put LoRA on the requested layers of Qwen3NextForCausalLM"),
+        (SIZES | HYBRID, "attn", None),
+    ],
+)
+def test_a_model_that_training_refuses_is_an_error(config, placement, message, tmp_path: Path):
     shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
-    path = tmp_path / "model/config.json"
-    about = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 99, "hidden_size": 64}
-    path.write_text(json.dumps(about))
-    result = CliRunner().invoke(app, ["check", str(tmp_path / "model"), "--json"])
-    assert result.exit_code == 1
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "model"), "--placement", placement, "--json"])
+    assert result.exit_code == (1 if message else 0)
     found = json.loads(result.stdout)["findings"]
-    assert [(finding["code"], finding["level"]) for finding in found][:1] == [("placement", "error")]
-    assert "(c_attn, c_fc, c_proj, lm_head)" in found[1]["message"]
+    errors = [(finding["code"], finding["message"]) for finding in found if finding["level"] == "error"]
+    if message is None:
+        assert errors == []
+        return
+    assert [code for code, _ in errors] == ["placement"]
+    assert message in errors[0][1]
+    if config is GPT2:
+        assert "(c_attn, c_fc, c_proj, lm_head)" in found[1]["message"]
 
 
 def test_transformers_may_not_know_a_model(tmp_path: Path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,6 +21,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -28,7 +31,7 @@ from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
 from lorabench.evaluation.pretraining import heldout_documents
 from lorabench.models.base import config_of, load_model, load_tokenizer
-from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
+from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
 
@@ -240,10 +243,58 @@ def test_experts_that_are_modules(text):
     assert all(p.grad is not None for p in trained_parameters(peft_model).values())
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": None}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, **LINEAR}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "attention"),
+    [
+        (
+            "deepseek_v3",
+            {"num_hidden_layers": 1, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, **LATENT, **EXPERTS},
+            ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"],
+        ),
+        (
+            "qwen3_next",
+            {"num_experts": 4, "shared_expert_intermediate_size": 24, **GROUPED, **EXPERTS},
+            ["in_proj_ba", "in_proj_qkvz", "k_proj", "o_proj", "out_proj", "q_proj", "v_proj"],
+        ),
+        (
+            "qwen3_5_text",
+            GROUPED,
+            [
+                *("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "k_proj", "o_proj", "out_proj"),
+                "q_proj",
+                "v_proj",
+            ],
+        ),
+    ],
+)
+def test_every_layer_of_latent_and_linear_attention_is_trained(family, config, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **config))
+    ids = torch.arange(2, 22).view(2, 10)
+    peft_model = add_lora(model, 2, "attn", 32.0, False, seed=0)
+    use_fast_products(peft_model)
+    layers = dict(lora_layers(peft_model))
+    assert sorted({name.rpartition(".")[2] for name in layers}) == attention
+    peft_model(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.abs().max() > 0 for layer in layers.values())
+
+
 def test_layers_that_are_unknown_or_not_the_requested_ones_are_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match="GPT2LMHeadModel has no layer for placement 'all'; known names: q_proj"):
         targets(model, "all", True)
+    model = PhiForCausalLM(PhiConfig(**SMALL, num_hidden_layers=1))
+    for placement, names in (("attn", "dense"), ("all", "dense, fc1, fc2")):
+        message = f"would get no LoRA, since placement '{placement}' does not know their names: {names}$"
+        with pytest.raises(UserError, match=f"^PhiForCausalLM has layers that {message}"):
+            targets(model, placement, True)
     model, unadapted = small_moe(), "has expert weights that would get no LoRA, such as model.layers.1.mlp.experts.w2"
     model.model.layers[1].mlp.experts.w2 = torch.nn.Parameter(torch.zeros(8, 4, 4))
     with pytest.raises(UserError, match=unadapted):

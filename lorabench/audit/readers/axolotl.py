@@ -130,7 +130,13 @@ def _task(data: Mapping[str, Any]) -> Task | None:
         return "preference"
     if objective is not None or flag(data.get("process_reward_model")):
         return None
-    return "pretraining" if data.get("pretraining_dataset") else "sft"
+    return "pretraining" if data.get("pretraining_dataset") or _plain_text(data.get("datasets")) else "sft"
+
+
+def _plain_text(datasets: Any) -> bool:
+    """Return whether all datasets are plain texts, of which every token is scored."""
+    given = datasets if isinstance(datasets, list) else []
+    return bool(given) and all(options.at(dataset, "type") == "completion" for dataset in given)
 
 
 def _precision(data: Mapping[str, Any]) -> str | None:

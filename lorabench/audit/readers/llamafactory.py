@@ -68,6 +68,8 @@ _STAGES: dict[str, Task] = {
     "kto": "preference",
     "ppo": "rl",
 }
+_TRAINING = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps")
+"""Options of which a file has none if it only writes the tokens of datasets into the folder `tokenized_path`."""
 # Of an optimizer that an option of its own chooses.
 _OPTIMIZERS = ("galore", "apollo", "badam", "adam_mini", "muon")
 
@@ -126,6 +128,8 @@ def _run(
     first = "model_name_or_path" in data
     # Without do_train, and without training data, it is an evaluation, an export or a chat.
     if not flag(data.get("do_train")) if first else not data.get("train_dataset"):
+        return []
+    if first and data.get("tokenized_path") and not any(key in data for key in _TRAINING):
         return []
     said, findings = _first(data, lines) if first else (_second(data), [])
     places = options.lines_of(_KEYS if first else _KEYS_V1, lines)

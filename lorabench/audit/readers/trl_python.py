@@ -176,7 +176,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
     task, _ = task_of(*[_name(one) for one in (trainer, call) if one is not None])
     if all(keyword.arg for keyword in call.keywords) and (call is trainer or not call.args):
         set_defaults(options, re.sub(r"(?<=.)Trainer$", "Config", _name(call)))
-    model, bits = _model(module, trainer)
+    model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
     fields, lines = plain_fields(options, task)
     if lora is not None:
@@ -212,26 +212,28 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         method=method,
         model=model,
         bits=bits,
+        unsloth=unsloth,
         lines=lines,
         findings=tuple(_unused_lora(module, trainer)),
         **fields,
     )
 
 
-def _model(module: _Module, trainer: ast.Call | None) -> tuple[str | None, int | None]:
-    """Return the id of the base model of a trainer, and the bits that it is loaded with."""
+def _model(module: _Module, trainer: ast.Call | None) -> tuple[str | None, int | None, bool]:
+    """Return the id of a trainer's base model, the bits that it is loaded with, and whether unsloth loads it."""
     node = _argument(trainer, "model", 0) if trainer is not None else None
     literal = module.literal(node)
     if isinstance(literal, str):
-        return literal, _bits(module, [call for call in module.calls if _name(call) == "BitsAndBytesConfig"])
+        return literal, _bits(module, [call for call in module.calls if _name(call) == "BitsAndBytesConfig"]), False
     for value in module.resolve(node):
         if isinstance(value, ast.Call) and _name(value) == "from_pretrained":
             name = module.literal(
                 _argument(value, "pretrained_model_name_or_path", 0) or _argument(value, "model_name", 0)
             )
             quantization = module.resolve(_argument(value, "quantization_config", 99))
-            return (name if isinstance(name, str) else None), _bits(module, [value, *quantization])
-    return None, None
+            unsloth = isinstance(value.func, ast.Attribute) and ast.unparse(value.func.value).startswith("Fast")
+            return (name if isinstance(name, str) else None), _bits(module, [value, *quantization]), unsloth
+    return None, None, False
 
 
 def _bits(module: _Module, nodes: list[Any]) -> int | None:
