@@ -8,6 +8,7 @@ counts are counted apart.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_args
@@ -42,25 +43,37 @@ COUNTING = (
 _EXACT = 1e-12
 """An effect below this is the rounding of an exact number."""
 
+_FOUND = {
+    "confirmed": "It holds",
+    "right sign, below the margin": "The sign is right, but the effect is too small",
+    "contradicted": "It does not hold",
+    "not seen here": "It does not hold for models this small",
+}
+"""What a verdict says that is decided."""
+
 _SHORT_UNITS = {"nats per token": "nats", "ratio": ""}
 
 
 def margin(claim: Claim) -> str:
     """Return the values that confirm a claim, such as `±0.012 nats`, `at least 0.012 nats` or `6.25 to 16`."""
+    band = _band(claim)
+    return _with_unit(band, claim) if band else formats.DASH
+
+
+def _band(claim: Claim) -> str:
+    """Return the values that confirm a claim without their unit, empty if there are none."""
     low, high = claim["margin_low"], claim["margin_high"]
     if formats.missing(low) or formats.missing(high) or (math.isinf(low) and math.isinf(high)):
-        return formats.DASH
+        return ""
     if math.isinf(high):
-        band = f"at least {_short(low)}"
-    elif math.isinf(low):
-        band = f"at most {_short(high)}"
-    elif math.isclose(low, high, abs_tol=_EXACT):
-        band = f"exactly {_short(low)}"
-    elif math.isclose(low, -high):
-        band = f"±{_short(high)}"
-    else:
-        band = f"{_short(low)} to {_short(high)}"
-    return _with_unit(band, claim)
+        return f"at least {_short(low)}"
+    if math.isinf(low):
+        return f"at most {_short(high)}"
+    if math.isclose(low, high, abs_tol=_EXACT):
+        return f"exactly {_short(low)}"
+    if math.isclose(low, -high):
+        return f"±{_short(high)}"
+    return f"{_short(low)} to {_short(high)}"
 
 
 def estimate(claim: Claim) -> str:
@@ -109,6 +122,26 @@ def remark(claim: Claim) -> str:
     return ""
 
 
+def sentence(claim: Claim) -> str:
+    """Return what the verdict on a claim says, in plain words: what was measured, and what would have confirmed it."""
+    if claim["verdict"] == "not tested":
+        return "This preset has no runs about it."
+    if claim["verdict"] == "setting not met":
+        if formats.missing(claim["missing"]):
+            return "These runs cannot say."
+        # Which presets meet the setting is said where the claim is opened.
+        return f"These runs cannot say: the claim is about {re.sub(r'; the presets? [^;)]*', '', claim['missing'])}."
+    if claim["verdict"] == "inconclusive":
+        decides = claim["would_decide"]
+        return "These runs cannot say." if formats.missing(decides) else f"To decide, it would take {decides}."
+    found, band = _FOUND[claim["verdict"]], _band(claim)
+    if not band or formats.missing(claim["estimate"]):
+        return f"{found}."
+    if band.startswith("±"):
+        return f"{found}: the difference is {estimate(claim)}, and up to {band[1:]} counts as none."
+    return f"{found}: {estimate(claim)} was measured, and {band} was asked for."
+
+
 def _with_unit(text: str, claim: Claim) -> str:
     unit = "" if formats.missing(claim["unit"]) else str(claim["unit"])
     return f"{text} {_SHORT_UNITS.get(unit, unit)}".strip()
@@ -136,28 +169,29 @@ def facts(claims: pd.DataFrame) -> pd.DataFrame:
     return stated.agg(verdict=("verdict", partial(max, key=SEVERITY.index)), claim_ids=("claim_id", tuple))
 
 
-def tally(claims: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each group of facts that occurs, its verdicts: `verdict`, and `facts`, each the ids of its claims."""
+def tally(claims: pd.DataFrame) -> dict[str, dict[str, list[tuple[str, ...]]]]:
+    """Return, by verdict and then by group, the facts with this verdict, each as the ids of its claims."""
     stated = facts(claims)
-    ids = stated.groupby(["group", "verdict"])["claim_ids"].agg(list).to_dict()
+    ids = stated.groupby(["verdict", "group"])["claim_ids"].agg(list).to_dict()
     return {
-        group: [{"verdict": verdict, "facts": ids.get((group, verdict), [])} for verdict in VERDICTS]
-        for group in _GROUPS
-        if group in set(stated["group"])
+        verdict: {group: ids[verdict, group] for group in _GROUPS if (verdict, group) in ids}
+        for verdict in VERDICTS
+        if verdict in set(stated["verdict"])
     }
 
 
 def headline(claims: pd.DataFrame) -> str:
     """Return the verdicts on all facts in a sentence without a full stop, such as `3 empirical claims: 3 confirmed`."""
-    parts = []
-    for group, verdicts in tally(claims).items():
-        n_facts = sum(len(row["facts"]) for row in verdicts)
-        n_claims = sum(len(ids) for row in verdicts for ids in row["facts"])
+    parts, counted = [], tally(claims)
+    for group in _GROUPS:
+        by_verdict = {verdict: groups[group] for verdict, groups in counted.items() if group in groups}
+        n_facts = sum(map(len, by_verdict.values()))
+        n_claims = sum(len(ids) for stated in by_verdict.values() for ids in stated)
         subject = _counted(n_claims, group)
         if n_claims > n_facts:
             subject += f" about {_counted(n_facts, 'fact')}"
-        counts = ", ".join(f"{len(row['facts'])} {row['verdict']}" for row in verdicts if row["facts"])
-        parts.append(f"{subject}: {counts}")
+        if n_facts:
+            parts.append(f"{subject}: " + ", ".join(f"{len(ids)} {verdict}" for verdict, ids in by_verdict.items()))
     return "; ".join(parts)
 
 

@@ -91,7 +91,7 @@ function prepare() {
       clear();
       form.elements.claim.value = id;
       update();
-      document.getElementById("explorer").scrollIntoView();
+      reveal(document.getElementById("explorer"));
     });
     links[0].closest("details").after(button);
   }
@@ -323,13 +323,18 @@ function pointAt(event) {
   light(best.row ?? null, best.point);
 }
 
-// Go to the target of a link. If a filter hides it, all runs are shown again; if it is in closed details, these open.
+// Open all closed details that hold an element, and go to it.
+function reveal(element) {
+  for (let part = element.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
+  element.scrollIntoView();
+}
+
+// Go to the target of a link. If a filter hides it, all runs are shown again.
 function showTarget() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
   if (target.hidden && ticks.has(target)) clear();
-  for (let part = target.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
-  target.scrollIntoView();
+  reveal(target);
 }
 
 if (rows.length) {
@@ -340,6 +345,6 @@ if (rows.length) {
   chart.addEventListener("pointermove", pointAt);
   chart.addEventListener("pointerleave", () => light(null));
   new ResizeObserver(() => update()).observe(chart);
-  window.addEventListener("hashchange", showTarget);
-  showTarget();
 }
+window.addEventListener("hashchange", showTarget);
+showTarget();

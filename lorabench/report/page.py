@@ -55,18 +55,24 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         FileNotFoundError: a figure is missing.
         UserError: a table is missing, or the table claims is from another version.
     """
-    figures = [figure for figure in figures_of_preset(plan.preset) if evaluated or figure.table != "evals"]
+    # The lines of the claims show what the picture of all verdicts shows.
+    left_out = {"claims"} if evaluated else {"claims", "evals"}
+    figures = [figure for figure in figures_of_preset(plan.preset) if figure.table not in left_out]
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
     listed = runs.head(ROWS)
     judged = read_claims(tables)
+    # The page of a shipped preset reruns the paper; that of a user's own asks a question, and names what was tested.
+    question = not (PRESETS / f"{split_name(layout.name)[0]}.yaml").is_file()
+    judged = judged[judged["verdict"] != "not tested"] if question else judged
     claims = summary.claims(judged, runs, set(listed["run_id"]))
-    shown = [(figure, _figure(figure, layout, source, all_runs)) for figure in figures]
+    tested = [claim for claim in claims if claim["verdict"] != "not tested"]
     all_curves = read_table(tables, "curves")
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
     curves = curves_to_draw(listed, all_curves)
     advised, settings = summary.first_settings(all_runs, summary.RECIPE_SETTINGS)
+    recipe = measured_recipe(advised, all_curves, judging)
     trained = plan.preset.experiments.trained()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -79,7 +85,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     environment.tests["missing"] = formats.missing
     page = environment.get_template("page.html.j2").render(
         name=layout.name,
-        question=not (PRESETS / f"{split_name(layout.name)[0]}.yaml").is_file(),
+        question=question,
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),
@@ -87,10 +93,10 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         counting=claim_text.COUNTING,
         tally=claim_text.tally(judged),
         statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
-        claims=claims,
-        verdicts=next(drawn for figure, drawn in shown if figure.table == "claims"),
-        sections=arrange([drawn for figure, drawn in shown if figure.table != "claims"], claims),
-        recipe=measured_recipe(advised, all_curves, judging),
+        sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
+        untested=[claim for claim in claims if claim not in tested],
+        recipe=recipe,
+        costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
         recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},
         environment=summary.environment(runs),
         rules=sorted(set(judged["rules"].dropna())),
@@ -296,7 +302,7 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, parametrization, anchor),
-        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
+        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.verdict, claim_text.sentence),
     )
 }
 """The functions that the templates use as filters, by name."""

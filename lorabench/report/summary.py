@@ -13,9 +13,11 @@ from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
+from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
 from lorabench.figures.grid import optimum
+from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan
 from lorabench.report.claim_text import facts, in_order
@@ -60,19 +62,40 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame, listed: Collection[str]) -> 
 
     Of many runs, the first CLAIM_RUNS in the order of `runs` are taken; `listed` holds the ids of those that the page
     lists, to which it can link. A long reason is cut, and `cut` says so. `same_fact` holds the ids of the other claims
-    that state the same fact, and `first` says whether the claim is the first of them.
+    that state the same fact, and `bar` the claim's numbers in units of its margin, as places on an axis.
     """
     known = runs[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
     stating = {claim_id: ids for ids in facts(table)["claim_ids"] for claim_id in ids}
+    placed = in_margins(table).set_index("claim_id")[["x", "x_low", "x_high", "holds_from", "holds_to"]]
     shown = in_order(table).to_dict("records")
     for claim in shown:
-        claim_id, ids = claim["claim_id"], stating[claim["claim_id"]]
+        claim_id = claim["claim_id"]
         behind = known[known["run_id"].isin(list_of_words(claim["run_ids"]))].head(CLAIM_RUNS)
         claim["runs"] = [run | {"listed": run["run_id"] in listed} for run in behind.to_dict("records")]
         reason = "" if pd.isna(claim["reason"]) else claim["reason"]
         claim |= {"reason": reason[:REASON], "cut": len(reason) > REASON}
-        claim |= {"same_fact": [other for other in ids if other != claim_id], "first": ids[0] == claim_id}
+        claim["same_fact"] = [other for other in stating[claim_id] if other != claim_id]
+        numbers = placed.loc[claim_id]
+        claim["bar"] = None if numbers.isna().any() else {name: _place(value) for name, value in numbers.items()}
     return shown
+
+
+def _place(value: float) -> float:
+    """Return the place of a number of margins on an axis from 0 to 100, which is logarithmic beyond LINEAR margins."""
+    size = min(abs(value), END)
+    length = size if size <= LINEAR else LINEAR + math.log10(size / LINEAR)
+    return round(50 + math.copysign(length, value) / (LINEAR + math.log10(END / LINEAR)) * 50, 1)
+
+
+def costs(runs: pd.DataFrame, recommendation: RankRecommendation) -> dict[str, Any]:
+    """Return the median seconds and bytes of memory of a finished run of the recommended arm and of full fine-tuning.
+
+    Each of `wall_s` and `peak_mem_bytes` is a pair; the second is that of full fine-tuning.
+    """
+    place = {name: recommendation.setting[name] for name in _PLACE}
+    own = runs[(runs[_PLACE] == pd.Series(place)).all(axis=1) & (runs["status"] == "done")]
+    arms = [own[own["label"] == choice.label] for choice in (recommendation.use, recommendation.fullft)]
+    return {name: [arm[name].median() for arm in arms] for name in ("wall_s", "peak_mem_bytes")}
 
 
 def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import yaml
 from lorabench.claims.judge import judge_claims
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
+from lorabench.report import page
 from lorabench.report.page import build
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
@@ -63,6 +64,12 @@ class Page(HTMLParser):
         return Page(self.source.split("<header>")[1].split("</header>")[0])
 
     @property
+    def claims(self) -> dict[str, Page]:
+        """The claims by the ends of their ids, as they are when opened."""
+        begins = re.split(r'<details class="claim" id="claim-', self.source)[1:]
+        return {begin.partition('"')[0]: Page(begin.split("</dl>")[0]) for begin in begins}
+
+    @property
     def rows(self) -> list[str]:
         """The texts of the rows of the page's first table."""
         body = self.source.split("<tbody>")[1]
@@ -95,7 +102,8 @@ def built() -> dict[str, Path]:
 def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
     """Return a function that builds the report of runs in a folder and enters it; equal runs are built once.
 
-    Texts of claims and curves are changed by functions of these tables.
+    Texts of claims and curves are changed by functions of these tables. With `shipped` the page is that of a preset
+    that is shipped, which reruns the paper.
     """
 
     def make(
@@ -103,9 +111,10 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
         evals: list[dict[str, Any]] | None = None,
         claims: Change | None = None,
         curves: Change | None = None,
+        shipped: bool = False,
         **changes: Any,
     ) -> Page:
-        key = repr((rows, evals, claims, curves, changes))
+        key = repr((rows, evals, claims, curves, shipped, changes))
         if key not in built:
             built[key] = tmp_path_factory.mktemp("report")
             monkeypatch.chdir(built[key])
@@ -122,7 +131,10 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
                 picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
                 (layout.figures / f"{name}.svg").write_text(picture)
                 (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
-            build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
+            with monkeypatch.context() as patched:
+                # The folder in which shipped presets are looked for holds this preset too.
+                patched.setattr(page, "PRESETS", Path() if shipped else page.PRESETS)
+                build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
         monkeypatch.chdir(built[key])
         return Page(Layout.of("mine.yaml").report.read_text())
 

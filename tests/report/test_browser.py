@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from lorabench.planning.plan import make_plan
+from lorabench.report.page import build
+from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED
+from lorabench.store.io import read_claims, write_frame
 from lorabench.store.layout import Layout
 
-from ..handmade import make_eval, make_run, make_sweep
+from ..handmade import curves_of, make_eval, make_run, make_sweep, runs_table
 from .conftest import EVALUATION, hostile_report
 
 pytestmark = pytest.mark.slow
@@ -58,13 +62,24 @@ def page(browser, report, rows):
     return lambda **how: show(browser, **how)
 
 
-def show(browser: Any, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen") -> None:
+def show(
+    browser: Any,
+    width: int = WIDE,
+    fragment: str = "",
+    scheme: str = "light",
+    media: str = "screen",
+    opened: bool = True,
+    preset: str = "mine.yaml",
+) -> None:
+    """Open the page, and all that is closed on it."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     browser.get("about:blank")
-    browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
+    browser.get(Layout.of(preset).report.absolute().as_uri() + fragment)
+    if opened:
+        browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
 
 
 def visible(browser: Any) -> list[str]:
@@ -90,7 +105,6 @@ def matching(browser: Any) -> str:
 @pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (WIDE, "screen"), (A4, "print")])
 def test_the_page_does_not_scroll_sideways(browser, page, width, media):
     page(width=width, media=media)
-    browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
     across, shown = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert shown == width
     assert across <= width
@@ -216,8 +230,39 @@ def test_a_claim_and_a_link_lead_to_their_runs(browser, page, rows):
     claim.find_element("tag name", "button").click()
     assert {f"#run-{run}" for run in visible(browser)} == set(behind)
     assert curves(browser) == len(behind) > 5
-    page(fragment=f"#run-{hidden}")
+    page(fragment=f"#run-{hidden}", opened=False)
     assert hidden in visible(browser)
+    assert browser.find_element("id", f"run-{hidden}").is_displayed()
+
+
+def test_a_link_opens_its_claim_and_paper_has_all_that_is_closed(browser, page):
+    page(opened=False)
+    criterion = browser.find_element("css selector", "#claim-A7 dl")
+    assert not criterion.is_displayed()
+    browser.execute_script("location.hash = '#claim-A7'")
+    assert criterion.is_displayed()
+    page(media="print", opened=False)
+    closed = (
+        "return [...document.querySelectorAll('#claim-A7 dl, #cost ~ *, details table')].filter((e) => !e.offsetHeight)"
+    )
+    assert browser.execute_script(closed) == []
+
+
+def test_the_published_page_of_laptop_is_short_before_anything_is_opened(browser, tmp_path, monkeypatch):
+    published = (PUBLISHED / "laptop").absolute()
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("laptop")
+    shutil.copytree(published, layout.figures)
+    # The claims are the published ones; runs are only in parts that are closed.
+    claims = read_claims(published, without=NOT_PUBLISHED)
+    runs = runs_table(make_sweep(None) + make_sweep(16))
+    tables = {"runs": runs, "curves": curves_of(runs), "claims": claims.assign(run_ids=[[] for _ in claims.index])}
+    for name, table in tables.items():
+        write_frame(table, name, layout.tables())
+    build(make_plan(layout.preset), layout, "laptop", layout.report)
+    for width, limit in ((WIDE, 9000), (PHONE, 12_500)):
+        show(browser, width, opened=False, preset="laptop")
+        assert browser.execute_script("return document.documentElement.scrollHeight") <= limit
 
 
 def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):

@@ -49,6 +49,22 @@ def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so()
     assert {claim_text.verdict(claim) for claim in others} == {"confirmed"}
 
 
+def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
+    at_least = {"margin_low": 0.01, "margin_high": math.inf, "estimate": 0.03}
+    equal = "It holds: the difference is 0.00200 nats, and up to 0.01 counts as none."
+    assert claim_text.sentence(make_claim("B1")) == equal
+    assert claim_text.sentence(make_claim("B1", "not tested")) == "This preset has no runs about it."
+    assert claim_text.sentence(make_claim("B1", "inconclusive")) == "To decide, it would take 6 seeds (now 3)."
+    found = "It does not hold for models this small: 0.0300 nats was measured, and at least 0.01 was asked for."
+    assert claim_text.sentence(make_claim("B1", "not seen here", **at_least)) == found
+    assert claim_text.sentence(make_claim("B1", margin_low=None, margin_high=None)) == "It holds."
+    assert claim_text.sentence(make_claim("B1", "inconclusive", would_decide=None)) == "These runs cannot say."
+    # Which presets have the setting is for the reader who opens the claim.
+    missing = "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
+    about = "These runs cannot say: the claim is about runs of 1,000 steps or more (here at most 50 steps)."
+    assert claim_text.sentence(make_claim("B1", "setting not met", missing=missing)) == about
+
+
 def test_texts_of_the_page():
     assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
     assert page.text([0.9, 0.95]) == "0.9, 0.95"

@@ -31,13 +31,13 @@ def runs() -> pd.DataFrame:
 def test_each_figure_and_each_claim_has_one_place():
     placed = [name for section in SECTIONS for name in section["figures"]]
     assert sorted([*placed, "verdicts"]) == sorted(FIGURES)
-    section_of = {claim: section["short"] for section in SECTIONS for claim in section["claims"]}
     assert sorted(claim for section in SECTIONS for claim in section["claims"]) == sorted(claim.id for claim in CLAIMS)
-    numbered = {claim.id: claim.figure[0] for claim in CLAIMS if claim.figure[0].isdigit()}
+    # A claim on a figure of the paper is where the figure is.
+    numbered = {claim.id: f"fig{claim.figure[0]}_" for claim in CLAIMS if claim.figure[0].isdigit()}
     assert numbered
-    assert {claim: section_of[claim] for claim in numbered} == {
-        claim: f"Fig. {number}" for claim, number in numbered.items()
-    }
+    for section in SECTIONS:
+        for claim in numbered.keys() & set(section["claims"]):
+            assert any(name.startswith(numbered[claim]) for name in section["figures"]), claim
     ids = [section["id"] for section in SECTIONS]
     assert len({*ids, *FIGURES}) == len(ids) + len(FIGURES)
 
