@@ -193,7 +193,7 @@ def results_page(folder: Path) -> str:
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
-        f"{claim_text.headline(judged)}. {claim_text.COUNTING} They were computed from {provenance['runs']} runs on "
+        f"{claim_text.headline(judged)}. {claim_text.COUNTING} The verdicts were computed from {provenance['runs']} runs on "
         f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}, "
         f"and judged by the rules {', '.join(rules) or 'of an older version'}.",
         *([] if again is None else ["", f"{summary_of(again)}."]),
