@@ -165,7 +165,7 @@ def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
     yield "|---|" + "---|" * len(FRAMEWORKS)
     for (level, code), rows in sorted(findings.groupby(["level", "code"])):
         counts = [str((rows["framework"] == framework.name).sum() or "") for framework in FRAMEWORKS]
-        yield f"| [{code}](audit.md#{code}), {level} | {' | '.join(counts)} |"
+        yield f"| [{code}](audit-codes.md#{code}), {level} | {' | '.join(counts)} |"
     yield ""
     yield f"The {COSTLIEST} runs that are expected to lose most, one of each model, method and learning rate:"
     yield ""

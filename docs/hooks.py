@@ -193,9 +193,10 @@ def results_page(folder: Path) -> str:
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
-        f"{claim_text.headline(judged)}. {claim_text.COUNTING} The verdicts were computed from {provenance['runs']} runs on "
-        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}, "
-        f"and judged by the rules {', '.join(rules) or 'of an older version'}.",
+        f"{claim_text.headline(judged)}. {claim_text.COUNTING} The verdicts were computed from {provenance['runs']} "
+        f"runs on {' and '.join(provenance['devices'])} at commit "
+        f"{', '.join(commit[:7] for commit in provenance['commits'])}, and judged by "
+        f"the rules {', '.join(rules) or 'of an older version'}.",
         *([] if again is None else ["", f"{summary_of(again)}."]),
         "",
         *table(header, rows),

@@ -127,7 +127,7 @@ def _verdict(config: TrainingConfig, place: Place, evidence: LrEvidence) -> Verd
 
 
 def level(verdict: Verdict) -> Level:
-    """Return the level of a finding; docs/audit.md has how often each is right."""
+    """Return the level of a finding; docs/audit-codes.md has how often each is right."""
     if verdict.outside_95 and verdict.share.low > verdict.margin:
         return "error"
     costs = verdict.outside_80 and verdict.p_margin > SURE
