@@ -6,8 +6,6 @@ Merging is right in this type if the merged model's logits are not much further 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,13 @@ _LOST = 0.2
 """A merged model may lack this share of the adapter's effect."""
 _FP32 = 2e-5
 """The rounding of fp32 as a share of the logits' root mean square, by which the order of sums moves them."""
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The levels of 4-bit NormalFloat (Dettmers et al., 2023, appendix E), in units of a block's largest absolute value."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +126,22 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     return Merging(*about, tokens, base_nll, adapter_nll, effect, tuple(rows), _four_bit(probe), tuple(findings))
 
 
+def nf4(weight: Tensor) -> Tensor:
+    """Return a weight as QLoRA holds it: in 4 bits (NF4), where each block of 64 numbers has a scale."""
+    blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(_NF4, dtype=weight.dtype, device=weight.device)
+    nearest = torch.bucketize(blocks / scales.clamp(min=torch.finfo(weight.dtype).tiny), (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * scales).flatten()[: weight.numel()].view_as(weight)
+
+
 def _four_bit(probe: Probe) -> str:
-    """Say how far base and adapter are off on dequantized 4-bit weights, as QLoRA trains, if bitsandbytes runs."""
-    untried = "not compared with 4-bit weights, on which QLoRA trains"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return f"{untried}: bitsandbytes is not installed"
+    """Say how far base and adapter are off on 4-bit weights, on which QLoRA trains."""
     quantized = in_dtype(probe.base, torch.float32)
-    try:
-        functional = importlib.import_module("bitsandbytes.functional")
-        for module in quantized.modules():
-            # As in transformers, the unembedding is not quantized.
-            if isinstance(module, torch.nn.Linear) and module is not quantized.get_output_embeddings():
-                weight = module.weight.data
-                # Blocks of 64 weights share a scale; one a row, since on a CPU rows with half a block come out wrong.
-                packed, state = functional.quantize_4bit(weight.reshape(-1, 64), blocksize=64, quant_type="nf4")
-                module.weight.data = functional.dequantize_4bit(packed, state).to(weight.dtype).reshape(weight.shape)
-    except (RuntimeError, ValueError, ImportError, OSError, AttributeError, NotImplementedError) as error:
-        return f"{untried}: bitsandbytes does not compute here ({str(error).strip().splitlines()[0]})"
+    for module in quantized.modules():
+        # As in transformers, the unembedding is not quantized.
+        if isinstance(module, torch.nn.Linear) and module is not quantized.get_output_embeddings():
+            module.weight.data = nf4(module.weight.data)
     base_logits = logits(quantized, probe.ids)
     with adapted(quantized, probe.adapter, torch.float32) as (unmerged, _):
         adapter_logits = logits(unmerged, probe.ids)
@@ -145,7 +149,7 @@ def _four_bit(probe: Probe) -> str:
     off = [_difference(probe.base_logits, base_logits), _difference(probe.adapter_logits, adapter_logits)]
     means = ["not finite" if gap is None else f"{gap.mean:.2g}" for gap in off]
     return (
-        f"on dequantized 4-bit weights (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} "
+        f"on weights of 4 bits (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} "
         f"for the adapter, and their logits differ from those above in fp32 by {means[0]} and {means[1]} on average"
     )
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from lorabench.check.adapter import read_adapter
-from lorabench.check.merging import check_merging
+from lorabench.check.merging import check_merging, nf4
 from lorabench.check.probe import probe
 from lorabench.cli.commands import app
 from lorabench.custom.model import find_model
@@ -56,6 +56,15 @@ def test_peft_gets_no_regular_expression_that_would_take_years(adapters, text, t
     assert read_adapter(folder).findings == ()
     with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on \d+ names of modules$"):
         probe(find_model("llama-64"), folder, text)
+
+
+def test_weights_of_4_bits_are_those_of_bitsandbytes():
+    """The numbers are what bitsandbytes 0.50.2 computes, with one block a row; the second block has 6 weights."""
+    weight = torch.cat([torch.linspace(-2, 1, 64), torch.tensor([0.5, 0.1, -0.1, 0.02, 0.0, -0.4])]).view(10, 7)
+    rounded = nf4(weight).flatten()
+    levels = [-2.0, -1.392386, -1.050146, -0.789835, -0.568883, -0.369547, -0.1821, 0.0, 0.159161, 0.32186, 0.492225]
+    assert rounded[:64].unique().tolist() == pytest.approx([*levels, 0.67583, 0.88142], abs=1e-6)
+    assert rounded[64:].tolist() == pytest.approx([0.5, 0.080465, -0.092387, 0.03979, 0.0, -0.348096], abs=1e-6)
 
 
 def test_the_numbers_are_those_of_the_definitions(adapters, text):
@@ -173,7 +182,7 @@ def test_the_command_prints_all_of_it(adapters, text):
     assert [row["dtype"] for row in json.loads(result.stdout)["merged"]] == ["fp32"]
     shown = CliRunner().invoke(app, [*arguments, "--dtypes", "fp32,bf16"])
     assert "the merged model in bf16 is the same as the adapter" in shown.stdout
-    assert "not compared with 4-bit weights" in shown.stdout
+    assert "on weights of 4 bits (NF4, as QLoRA trains) the NLL is" in shown.stdout
     refused = CliRunner().invoke(app, [*arguments, "--dtypes", "int8"])
     assert refused.exit_code == 2
 
