@@ -7,7 +7,7 @@ their correlation.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
 evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
-docs/verdicts.md says how precise they are.
+docs/estimates.md says how precise they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One fit per comparison: the loss of each arm as a parabola in log LR, with its own optimum and its own minimum.
 
-The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/verdicts.md,
+The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/estimates.md,
 
     loss = m_a + c_a ((ln LR - x_a)^2 + d (ln LR - x_a)^3) + u_s + v_as + e,
 
