@@ -283,6 +283,19 @@ def counts(out: Annotated[Path, Option(help="Folder for the table.")]) -> None:
     write_frame(counts_table(), "counts", out)
 
 
+@steps.command("verdicts-by-margin")
+def verdicts_by_margin(preset: PresetOption = "laptop") -> None:
+    """Judge the claims of a preset by other margins than its own, for the table `verdicts_by_margin`."""
+    from lorabench.report.other_margins import verdicts_by_margin as judge_by_margins
+    from lorabench.store.io import read_claims, write_frame
+    from lorabench.store.tables import Tables
+
+    planned, layout = plan_and_layout(preset)
+    tables, stated = layout.tables(), planned.preset
+    judged = judge_by_margins(Tables.read(tables), read_claims(tables), stated.margins, stated.judged_predictions)
+    write_frame(judged, "verdicts_by_margin", tables)
+
+
 @steps.command()
 def report(
     preset: PresetOption = "laptop",

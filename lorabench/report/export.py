@@ -44,6 +44,7 @@ MEANINGS = {
     "counts": "LoRA's parameters on published architectures, counted on models without weights.",
     "evals": "Scores of lm-eval: one row per evaluated model, task, metric and filter.",
     "claims": "One row per claim of the paper.",
+    "verdicts_by_margin": "One row per tested claim and size of the margins: what they would decide.",
 }
 """A sentence on each tidy table, by its name."""
 

@@ -289,6 +289,18 @@ CLAIMS = _schema(
     """
 )
 
+VERDICTS_BY_MARGIN = _schema(
+    """
+    string claim_id
+    float64 factor: how many times as large as those of the preset the margins are; those of learning rates are on a
+        logarithmic scale
+    string verdict: the verdict that these margins give; claims that are `setting not met` or `not tested` are left out
+    float64 margin_low margin_high
+    float64 estimate ci_low ci_high
+    """,
+    like=CLAIMS,
+)
+
 PRESET = _schema(
     "string preset: the preset of the row; `@` and a number after its name: on held-out seeds from that one"
 )
@@ -311,6 +323,7 @@ SCHEMAS = {
     "counts": COUNTS,
     "evals": EVALS,
     "claims": CLAIMS,
+    "verdicts_by_margin": VERDICTS_BY_MARGIN,
 }
 """The columns of each tidy table, by its name."""
 

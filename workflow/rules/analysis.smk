@@ -4,6 +4,7 @@ localrules:
     tables,
     counts,
     claims,
+    verdicts_by_margin,
 
 
 rule plan:
@@ -111,3 +112,21 @@ rule claims:
     shell:
         "HF_HUB_OFFLINE=1 lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
         "2> >(tee {log:q} >&2)"
+
+
+# What smaller and larger margins than the preset's would decide, for the report.
+rule verdicts_by_margin:
+    input:
+        claims_tables(),
+        claims=LAYOUT.tables() / "claims.parquet",
+    output:
+        LAYOUT.tables() / "verdicts_by_margin.parquet",
+        LAYOUT.tables() / "verdicts_by_margin.csv",
+    log:
+        LAYOUT.root / "logs/verdicts_by_margin.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "HF_HUB_OFFLINE=1 lorabench step verdicts-by-margin --preset {params.preset:q} 2> >(tee {log:q} >&2)"

@@ -10,6 +10,7 @@ rule report_without_evaluation:
         runs=LAYOUT.tables() / "runs.parquet",
         curves=LAYOUT.tables() / "curves.parquet",
         claims=LAYOUT.tables() / "claims.parquet",
+        by_margin=LAYOUT.tables() / "verdicts_by_margin.parquet",
         figures=figure_files(
             name for name in FIGURE_NAMES if FIGURES[name].table != "evals"
         ),

@@ -1,0 +1,67 @@
+"""The verdicts by other margins are those that the engine gives with these margins, on tables whose answer is known."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lorabench.analysis.comparison import Comparison
+from lorabench.claims.judge import CLAIMS, judge_claims
+from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.report.other_margins import FACTORS, UNTESTED, scaled, verdicts_by_margin
+from lorabench.store.schemas import VERDICTS_BY_MARGIN
+from lorabench.store.tables import Tables
+
+from ..claims import test_batch_size as batches
+from ..claims import test_reinforcement as rl
+from ..handmade.sft import arm, tables
+
+ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for rank in (4, 64)}}
+"""LoRA ends 0.02 nats above full fine-tuning, where the margin is 0.058, and its optimal LR is 8.25 times as high."""
+
+
+def chosen(*ids):
+    return [claim for claim in CLAIMS if claim.id in ids]
+
+
+def test_a_claim_turns_where_its_margin_passes_the_difference(monkeypatch):
+    fits, fit = [], Comparison.__dict__["fit"].func
+    monkeypatch.setattr(Comparison.__dict__["fit"], "func", lambda self: fits.append(self.label) or fit(self))
+    given = Tables(*tables(arm(rank, **settings) for rank, settings in ARMS.items()))
+    judged = judge_claims(given, chosen("A7", "B1", "B3", "F1"), DEFAULT_MARGINS)
+    fits.clear()
+    found = verdicts_by_margin(given, judged, DEFAULT_MARGINS)
+    # Whatever the number of margins, there is one fit.
+    assert len(fits) == 1
+    assert list(found.columns) == VERDICTS_BY_MARGIN.names
+    verdicts = found.pivot(index="claim_id", columns="factor", values="verdict")
+    assert list(verdicts.columns) == sorted([1.0, *FACTORS])
+    own = judged.set_index("claim_id")["verdict"]
+    assert verdicts[1.0].to_dict() == own[~own.isin(UNTESTED)].to_dict()
+    assert verdicts.loc["A7"].tolist() == ["contradicted", *["confirmed"] * 4]
+    margins = found[found["claim_id"] == "A7"]["margin_high"].tolist()
+    assert margins == pytest.approx([0.058 * factor for factor in (0.25, 0.5, 1, 2, 4)], rel=0.01)
+    # 8.25 is 10 within a factor of 1.27, and not within 1.13.
+    assert verdicts.loc["B1"].tolist() == ["contradicted", *["confirmed"] * 4]
+    assert verdicts.loc["B3"].tolist() == ["confirmed"] * 5
+
+
+def test_they_are_those_of_the_engine_with_these_margins():
+    worlds = [
+        batches.world(),
+        rl.world({rl.RANK_8: {"peak": 0.7}}),
+    ]
+    given = Tables(*(pd.concat(parts, ignore_index=True) for parts in zip(*worlds, strict=True)))
+    claims = chosen("D1", "D3", "F1", "F3", "F4")
+    judged = judge_claims(given, claims, DEFAULT_MARGINS)
+    found = verdicts_by_margin(given, judged, DEFAULT_MARGINS, factors=(8.0,))
+    own = found[found["factor"] == 8].set_index("claim_id").drop(columns="factor")
+    again = judge_claims(given, claims, scaled(DEFAULT_MARGINS, 8)).set_index("claim_id")
+    pd.testing.assert_frame_equal(own, again[own.columns])
+    turned = found.groupby("claim_id")["verdict"].nunique().gt(1)
+    assert {"D", "F"} <= {claim_id[0] for claim_id in turned.index[turned]}
+
+
+def test_margins_that_a_preset_could_not_state_are_left_out():
+    assert scaled(DEFAULT_MARGINS, 4)
+    assert scaled(DEFAULT_MARGINS.model_copy(update={"reward": 0.3}), 4) is None
