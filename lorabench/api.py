@@ -196,11 +196,13 @@ class LrFit:
     lr_low: float
     """The lower end of its 95% interval."""
     lr_high: float
+    """The upper end."""
     loss: float
     """The fitted loss at that LR, in the unit of the losses."""
     loss_low: float
     """The lower end of its 95% interval, from the noise of seeds alone."""
     loss_high: float
+    """The upper end."""
     inside: bool
     """Whether the optimal LR lies between LRs of the sweep with a probability of 95% or more."""
     problems: tuple[str, ...]
@@ -213,7 +215,9 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
     """Fit the optimal learning rate (LR) of one sweep, by the estimator that judges the claims.
 
     The loss is a slightly asymmetric parabola in the logarithm of the LR. All runs of the table are of one method in
-    one setting, and differ in LR and seed alone.
+    one setting, and differ in LR and seed alone. Such runs tell the noise of seeds that all LRs share from that of the
+    method no better with more seeds, so the error counts with one degree of freedom and intervals are wide; `judge`
+    fits several methods together.
 
     Args:
         runs: a row for each run, with the columns `lr`, `loss` (the final loss in nats per token; null or infinite of a
