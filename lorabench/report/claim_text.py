@@ -104,13 +104,10 @@ def power(claim: Claim) -> str:
 
 
 def verdict(claim: Claim) -> str:
-    """Return the verdict, and whether it is borderline."""
-    return f"{claim['verdict']}, borderline" if borderline(claim) else str(claim["verdict"])
-
-
-def borderline(claim: Claim) -> bool:
-    """Return whether a verdict is borderline; one whose probability to come out again is not known is not."""
-    return not formats.missing(claim.get("p_again")) and bool(claim["p_again"] < BORDERLINE)
+    """Return the verdict, and whether it is borderline, as far as its probability to come out again is known."""
+    again: Any = claim.get("p_again")
+    borderline = not formats.missing(again) and again < BORDERLINE
+    return f"{claim['verdict']}, borderline" if borderline else str(claim["verdict"])
 
 
 def remark(claim: Claim) -> str:

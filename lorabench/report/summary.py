@@ -115,7 +115,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
         return None
     compared = comparisons(pd.concat(tuned), pd.DataFrame(), judging)
     noise = fitted_noise(compared).to_dict("records")
-    arms, ratios = [], []
+    arms = []
     for comparison in compared:
         for arm in comparison.arms:
             label = arm_label(arm)
@@ -127,17 +127,17 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
             # A low error is a high accuracy.
             best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
             row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
-            n_diverged = int((grid["status"] == "diverged").sum())
-            arms.append(row | {"label": label, "n_runs": len(grid), "n_diverged": n_diverged})
+            row |= {"label": label, "n_runs": len(grid), "n_diverged": int((grid["status"] == "diverged").sum())}
+            row |= {"ratio": math.nan, "ratio_resolved": False}
             if comparison.fullft and arm["method"] == "lora":
                 ratio = comparison.fit.log_ratio(label, "FullFT")
-                low, high = (None if math.isnan(end) else math.exp(end) for end in ratio.interval())
-                resolved = all(comparison.fit.resolved.get(fitted, False) for fitted in (label, "FullFT"))
-                numbers = {"ratio": math.exp(ratio.value), "low": low, "high": high, "resolved": resolved}
-                ratios.append({place: arm[place] for place in _PLACE} | {"label": label} | numbers)
+                row |= {"ratio": math.exp(ratio.value)}
+                row |= dict(zip(("ratio_low", "ratio_high"), map(math.exp, ratio.interval()), strict=True))
+                row["ratio_resolved"] = all(comparison.fit.resolved.get(each, False) for each in (label, "FullFT"))
+            arms.append(row)
         comparison.forget()
     result = "accuracy" if rewarded else "NLL"
-    return {"name": name, "result": result, "settings": settings, "noise": noise, "arms": arms, "ratios": ratios}
+    return {"name": name, "result": result, "settings": settings, "noise": noise, "arms": arms}
 
 
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_the_optimum_of_a_row_is_that_of_the_fit():
         assert row["resolved"]
     [noise] = summary["noise"]
     assert noise["sigma"] == comparison.fit.sigma
-    [ratio] = summary["ratios"]
+    ratio = summary["arms"][1]
+    assert ratio["ratio_resolved"]
     assert ratio["ratio"] == pytest.approx(math.exp(comparison.fit.log_ratio("LoRA r8", "FullFT").value))
 
 
