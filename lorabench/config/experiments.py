@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lorabench.config.fields import Placement, Positive, PositiveFloat, Strict
+from lorabench.config.fields import METHOD_NAMES, Placement, Positive, PositiveFloat, Strict, Variant
 
 
 class Protocol(Strict):
@@ -143,6 +143,32 @@ def _at_best(value: Any) -> Any:
     return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
 
 
+_NOT_TRAINED = {
+    "qlora": (
+        "on a CPU, bitsandbytes 0.50 keeps weights in another order after a pass in evaluation mode, so that losses of "
+        "training after it were up to 1.2 nats off"
+    ),
+    "eva": "it starts from activations of the training data, which no run reads before its first step",
+    "corda": "it starts from activations of the training data, which no run reads before its first step",
+}
+"""Variants that people may look for, and why they are left out."""
+
+
+def _trainable(value: Any) -> Any:
+    if isinstance(value, str) and value in _NOT_TRAINED:
+        raise ValueError(f"{value!r} is not trained here: {_NOT_TRAINED[value]}")
+    return value
+
+
+_SET_BY_VARIANT: dict[Variant, tuple[str, ...]] = {
+    "rslora": ("alpha_power",),
+    "lora_plus": ("lr_ratios", "transforms"),
+    "pissa": ("inits_a", "transforms"),
+    "olora": ("inits_a", "transforms"),
+}
+"""The fields of a block that each variant sets itself, where there are any."""
+
+
 class Block(Strict):
     """A block of an experiment: models and the arms (LoRA and FullFT) that are trained on them, with LRs and seeds."""
 
@@ -159,6 +185,11 @@ class Block(Strict):
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
+    variants: Annotated[
+        list[Annotated[Variant, BeforeValidator(_trainable, json_schema_input_type=Variant)]], Field(min_length=1)
+    ] = ["lora"]
+    """Variants of LoRA, each trained at every rank, alpha and LR (docs/variants.md). `rslora` is `alpha_power: 0.5` and
+    `lora_plus` is `lr_ratios: [16]`; the others are allowed in the experiments `variants` and `variants_rl`."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
     """LoRA's alpha, in place of the protocol's."""
     alpha_power: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -188,6 +219,18 @@ class Block(Strict):
             raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
         if self.seeds.every > 1 and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
             raise ValueError(f"seeds.every = {self.seeds.every}: allowed with fixed LRs, not with lrs: auto")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_leave_other_fields(self) -> Self:
+        for variant in self.variants:
+            for name in _SET_BY_VARIANT.get(variant, ()):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"variants has {variant!r}, which sets {name} itself; leave {name} out of the block"
+                    )
+        if self.variants != ["lora"] and not self.ranks:
+            raise ValueError(f"variants {self.variants} need ranks, and the block has none")
         return self
 
 
@@ -283,6 +326,8 @@ class Experiments(Strict):
     """Alpha, and initial scales and LRs of A and B: which are redundant, and the effect of the factor 1/r."""
     capacity: SftBlocks | None = None
     """The point where an adapter runs out of capacity, on longer data and on facts to memorize."""
+    variants: SftBlocks | None = None
+    """Variants of LoRA beside LoRA and full fine-tuning, each at its best LR (not in the paper)."""
     rl_arithmetic: RlBlocks | None = None
     """RL on problems of reasoning-gym: ranks against full fine-tuning over an LR sweep (figures 6 to 8)."""
     rl_gsm8k: RlBlocks | None = None
@@ -295,8 +340,21 @@ class Experiments(Strict):
     """RL on problems of your own: ranks against full fine-tuning over an LR sweep (figure 6)."""
     placement_rl: RlBlocks | None = None
     """RL with LoRA on attention, MLP, or all layers (figure 5)."""
+    variants_rl: RlBlocks | None = None
+    """RL with variants of LoRA beside LoRA and full fine-tuning (not in the paper)."""
     compute: ComputeExperiment | None = None
     """FLOPs, time and memory of a training step."""
+
+    @model_validator(mode="after")
+    def _variants_have_experiments_of_their_own(self) -> Self:
+        for name, blocks in self.trained().items():
+            for variant in (variant for block in blocks for variant in block.variants):
+                if variant in METHOD_NAMES and variant != "lora" and name not in ("variants", "variants_rl"):
+                    raise ValueError(
+                        f"experiment {name} has the variant {variant!r}, which the claims on {name} are not about; "
+                        "allowed in variants and variants_rl"
+                    )
+        return self
 
     def chosen(self) -> list[str]:
         """The names of the preset's experiments, in the order of the fields here."""

@@ -20,6 +20,26 @@ SamplerName = Literal["own", "vllm"]
 Placement = Literal["attn", "mlp", "all"]
 """The paper's placements of LoRA."""
 
+Method = Literal["fullft", "lora", "dora", "pissa", "olora"]
+"""What is trained: all weights, or an adapter of PEFT's. rsLoRA and LoRA+ are `lora` with another alpha or LR of B."""
+
+METHOD_NAMES: dict[Method, str] = {
+    "fullft": "FullFT",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+}
+
+CHANGES_BASE: tuple[Method, ...] = ("pissa", "olora")
+"""Methods that move a part of the base's weights into the adapter before training."""
+
+Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora"]
+"""The variants of LoRA that a block of an experiment can compare (docs/variants.md)."""
+
+LORA_PLUS_RATIO = 16.0
+"""LR of B over LR of A in LoRA+, by its authors' recommendation."""
+
 _ATTENTION = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
     # DeepSeek's latent attention.

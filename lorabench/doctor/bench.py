@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lorabench.config.fields import CHANGES_BASE, METHOD_NAMES
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.record import Check, judged
@@ -84,14 +85,16 @@ class Subject:
     def title(self) -> str:
         """The method and the model, for names of checks."""
         condition = self.condition
-        method = "FullFT" if condition.method == "fullft" else f"LoRA r{condition.rank} {condition.placement}"
+        name = METHOD_NAMES[condition.method]
+        method = name if condition.rank is None else f"{name} r{condition.rank} {condition.placement}"
         return f"{method}, {condition.model}"
 
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
         preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
         tokens = self.rows * self.length
-        return step_memory(preset, self.sizes, condition.rank, condition.placement, tokens, self.length).total
+        arm = condition.rank, condition.placement
+        return step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method).total
 
     def flops(self, preset: Preset) -> float:
         """Return the FLOPs of a training step as the plan counts them."""
@@ -201,12 +204,13 @@ def random_model(
         recompute_activations(model, max(0, sizes.layers - recomputed))
     if condition.rank is None:
         return model
-    if preset.protocol.precision == "bf16" and not plain:
+    if preset.protocol.precision == "bf16" and not plain and condition.method not in CHANGES_BASE:
         hold_in_bf16(model)
     assert condition.placement
     assert condition.alpha
     head = preset.protocol.include_unembedding
-    adapted: Any = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed=0)
+    arm = condition.rank, condition.placement, condition.alpha
+    adapted: Any = add_lora(model, *arm, head, seed=0, method=condition.method)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

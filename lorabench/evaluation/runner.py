@@ -150,7 +150,7 @@ def _trained_model(spec: ModelSpec, record: dict[str, Any] | None, layout: Layou
     if record is None:
         return spec, None
     folder, outcome = str(RunFolder(layout.runs, record["run_id"]).weights), record["outcome"]
-    if record["spec"]["method"] == "lora":
+    if record["spec"]["method"] != "fullft":
         return spec, folder
     # The folder of a full fine-tuning has no tokenizer.
     size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}

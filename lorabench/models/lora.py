@@ -9,11 +9,14 @@ experts, at least 1 (the paper, "Layers where LoRA is applied"), and whose scali
 has none. Where a model keeps its experts fused in one parameter (gate and up as one matrix, all experts stacked), gate
 and up share an A, so that there are fewer LoRA parameters than with separate matrices.
 
+Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLoRA take a part of each weight out of the
+base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was.
+
 PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers. The products
 with A and B are added to the base's result in place, and the backward pass is explicit, so that no product of the size
 of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
 fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts and sharded models keep
-PEFT's own forward pass.
+PEFT's own forward pass. DoRA's norms are computed in fp32 from merged weights, in each pass.
 
 Weights that were published in bf16 need no more than that under autocast: `hold_in_bf16` stores them so.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +34,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.config.fields import ROUTERS, SUFFIXES, Placement, placement_of
+from lorabench.config.fields import CHANGES_BASE, ROUTERS, SUFFIXES, Method, Placement, placement_of
 from lorabench.errors import UserError
 from lorabench.models.specs import merging_is_cheaper
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+_OPTIONS: dict[Method, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+"""What PEFT's LoraConfig is told of each variant beyond LoRA's own options."""
 
 
 def in_expert(name: str) -> bool:
@@ -94,8 +106,12 @@ def add_lora(
     include_unembedding: bool,
     seed: int,
     init_a: float = 1.0,
+    method: Method = "lora",
 ) -> PeftModel:
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
+
+    PiSSA and OLoRA change the base's weights, which `.unload()` leaves changed, and give a tied unembedding weights of
+    its own.
 
     Args:
         model: the base model.
@@ -105,6 +121,7 @@ def add_lora(
         include_unembedding: whether the unembedding carries LoRA too.
         seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
+        method: LoRA or one of its variants.
 
     Raises:
         UserError: the model has no such layers, or PEFT put LoRA on other layers.
@@ -116,6 +133,11 @@ def add_lora(
     tqdm.monitor_interval = 0
     modules, stacks = targets(model, placement, include_unembedding)
     names = {*modules, *stacks}
+    head: Any = model.get_output_embeddings()
+    changes_base = method in CHANGES_BASE
+    if changes_base and include_unembedding and head.weight is model.get_input_embeddings().weight:
+        # The embedding would change with it.
+        head.weight = nn.Parameter(head.weight.detach().clone())
     config = LoraConfig(
         r=rank,
         # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
@@ -126,6 +148,7 @@ def add_lora(
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        **_OPTIONS[method],
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -146,8 +169,36 @@ def add_lora(
         raise UserError(f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {different[0]}")
     with torch.no_grad():
         for layer in layers.values():
-            layer.lora_A["default"].weight.mul_(init_a)
+            factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+            factors[0].mul_(init_a)
+            if changes_base:
+                layer.initial_factors = [factor.detach().clone() for factor in factors]
     return peft_model
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save a trained adapter for the base model as it was before training.
+
+    PiSSA and OLoRA have W' = W + s (B A - B0 A0), where s is the scaling and B0 A0 what was taken out of the base. They
+    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself
+    (`path_initial_model_for_weight_conversion`).
+
+    Args:
+        model: a model with the adapter `default`, which is not used after this.
+        folder: where PEFT's files are written.
+        state: the trained weights by name, where the model is sharded.
+    """
+    doubled = {name: layer for name, layer in model.named_modules() if hasattr(layer, "initial_factors")}
+    if doubled:
+        state = {}
+        for name, layer in doubled.items():
+            for factor, initial, sign, dim in zip("AB", layer.initial_factors, (1, -1), (0, 1), strict=True):
+                trained = getattr(layer, f"lora_{factor}")["default"].weight.detach()
+                state[f"{name}.lora_{factor}.default.weight"] = torch.cat([trained, sign * initial], dim=dim)
+        config: Any = model.peft_config["default"]
+        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+    # PEFT would else add a copy of an adapted unembedding.
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -249,7 +300,14 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     # multiplications. Only fp32 is merged: in 16 bits small updates of W would be lost to rounding.
     saved = len(flat) * (3 * rank * (d_in + d_out) - d_in * d_out) - 4 * rank * d_in * d_out
     product = _Merged if x.dtype == torch.float32 and merging_is_cheaper(rank, d_in, d_out) and saved > 0 else _Added
-    y: Tensor = product.apply(flat, weight, bias, a, b, layer.scaling["default"])  # type: ignore[no-untyped-call]
+    scaling, is_dora = layer.scaling["default"], layer.use_dora["default"]
+    y: Tensor = product.apply(flat, weight, None if is_dora else bias, a, b, scaling)  # type: ignore[no-untyped-call]
+    if is_dora:
+        # The norm of each row of the weights has no gradient, as in the paper on DoRA.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            norms = torch.linalg.vector_norm(torch.addmm(base.weight.float(), b, a, alpha=scaling), dim=1)
+        y = (y * (layer.lora_magnitude_vector["default"].weight / norms)).to(y.dtype)
+        y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -161,7 +161,7 @@ class Dimensions:
     def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
         """Return the number of LoRA's parameters, and of those that a token passes."""
         total = active = 0
-        for m in self._adapted(placement, include_unembedding):
+        for m in self.adapted(placement, include_unembedding):
             # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
             own = max(1, rank // self.active_experts) if m.part == "experts" else rank
             total += m.count * own * (m.d_in + m.d_out)
@@ -170,15 +170,20 @@ class Dimensions:
 
     def carrying(self, placement: Placement, include_unembedding: bool) -> int:
         """Return the number of parameters of the linear layers with LoRA, without experts."""
-        adapted = self._adapted(placement, include_unembedding)
+        adapted = self.adapted(placement, include_unembedding)
         return sum(m.parameters for m in adapted if m.part != "experts")
+
+    def smallest(self, placement: Placement, include_unembedding: bool) -> int:
+        """Return the smallest dimension of the linear layers with LoRA."""
+        return min(min(m.d_in, m.d_out) for m in self.adapted(placement, include_unembedding))
 
     def held_in_bf16(self) -> int:
         """Return the number of frozen parameters that `lorabench.models.lora.hold_in_bf16` stores in bf16."""
         parts = {"attn", "mlp"} | (set() if self.tied else {"unembedding"})
         return sum(matrix.parameters for matrix in self.matrices if matrix.part in parts) if self.in_bf16 else 0
 
-    def _adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
+    def adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
+        """Return the linear layers with LoRA."""
         parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
         parts |= {"unembedding"} if include_unembedding else set()
         return [matrix for matrix in self.matrices if matrix.part in parts]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
@@ -167,10 +168,12 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         trained = sizes.parameters if condition.rank is None else lora
         peak = max(peak, peak_bytes(preset, sweep, gpus))
         kept = sweep.most_runs if keeps_all else sweep.seeds.best
-        disk += _WEIGHT * kept * trained
+        # PiSSA and OLoRA are saved as LoRA of twice the rank.
+        saved = (2 if condition.method in CHANGES_BASE else 1) * trained
+        disk += _WEIGHT * kept * saved
         # Besides the weights of all runs there are two checkpoints of a run while one replaces the other.
         at_once = max(sweep.expected_waves()) if is_split else 1
-        working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE * at_once) * trained)
+        working = max(working, _WEIGHT * (sweep.most_runs - kept) * saved + 2 * _STATE * at_once * trained)
         # The job is asked to stop when it has time for a step and for its checkpoint.
         step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
         saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)

@@ -16,7 +16,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from lorabench.config.fields import Placement
+from lorabench.config.fields import CHANGES_BASE, METHOD_NAMES, Method, Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
@@ -74,7 +74,9 @@ class Memory:
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
-def bf16_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> tuple[int, int]:
+def bf16_parameters(
+    preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int, method: Method = "lora"
+) -> tuple[int, int]:
     """Return the number of frozen parameters that are held in bf16 alone, and of those that have a bf16 copy for speed.
 
     Both are 0 for sharded models. The others that carry LoRA have copies. Where activations are recomputed, memory
@@ -83,7 +85,8 @@ def bf16_parameters(preset: Preset, sizes: Dimensions, placement: Placement | No
     if placement is None or preset.protocol.precision != "bf16" or gpus > 1:
         return 0, 0
     head = preset.protocol.include_unembedding
-    if not sizes.in_bf16:
+    # What PiSSA and OLoRA leave of a weight is not exact in bf16.
+    if not sizes.in_bf16 or method in CHANGES_BASE:
         return 0, sizes.carrying(placement, head)
     return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
@@ -97,12 +100,12 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, condition.batch_size * longest))
     row = row_limit(longest, execution.max_batch_tokens) if is_rl else longest
-    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
+    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl, condition.method)
     if uses_engine(preset, condition):
         return replace(step, engine=sum(engine_memory(preset, condition.model, condition)))
     # Where training does not keep the bf16 copies of weights that carry LoRA, passes without gradients do.
     again = execution.recomputed_layers(sizes.layers) > 0
-    cast = 2 * bf16_parameters(preset, sizes, condition.placement, gpus)[1] if again else 0
+    cast = 2 * bf16_parameters(preset, sizes, condition.placement, gpus, condition.method)[1] if again else 0
     if not is_rl:
         return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
@@ -127,6 +130,7 @@ def step_memory(
     row: int,
     gpus: int = 1,
     is_rl: bool = False,
+    method: Method = "lora",
 ) -> Memory:
     """Estimate the memory of a training step on micro-batches whose tokens are all scored.
 
@@ -138,6 +142,7 @@ def step_memory(
         row: tokens of a row, of RL the most in a row with several responses.
         gpus: number of GPUs among which the model is split.
         is_rl: whether the loss is that of RL, which also measures the entropy.
+        method: which variant of LoRA has the rank.
 
     Returns:
         The bytes on each GPU, without those of sampling.
@@ -145,14 +150,24 @@ def step_memory(
     bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
     trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
-    layer = _layer_bytes(sizes, rank, bf16, gpus)
+    layer, extra = _layer_bytes(sizes, rank, bf16, gpus), 0
+    if method == "dora":
+        # Magnitudes; the outputs that they scale; and the largest weight with LoRA added, for its norms.
+        adapted = sizes.adapted(placement or "all", preset.protocol.include_unembedding)
+        trained += sum(matrix.count * matrix.d_out for matrix in adapted)
+        outputs = sum(matrix.count * matrix.d_out for matrix in adapted if matrix.part != "unembedding")
+        layer += outputs // sizes.layers * (2 if bf16 else 4)
+        extra = 8 * max(matrix.d_in * matrix.d_out for matrix in adapted)
+    elif method in CHANGES_BASE:
+        # The initial factors, and an unembedding of its own where the base's is tied.
+        extra = 4 * (trained + sizes.tied * preset.protocol.include_unembedding * sizes.vocabulary * sizes.hidden)
     if on_cpu and not is_rl:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # The first layers may keep only their inputs; their other activations exist for one layer at a time.
     keeping = sizes.layers - recomputed
     kept = recomputed * 4 * sizes.hidden + keeping * layer
     # Logits and their gradient in fp32; in RL also what the entropy takes.
-    logit = 16 if is_rl else 12
+    logit = (16 if is_rl else 12) + (4 if method == "dora" and preset.protocol.include_unembedding else 0)
     logits = tokens * sizes.vocabulary * logit
     at_once = LOGITS_AT_ONCE["cpu" if on_cpu else "gpu"]
     if tokens * sizes.vocabulary > at_once:
@@ -168,7 +183,7 @@ def step_memory(
         # embedding waits for the end of the pass; that of another unembedding takes the place of the embedding, which
         # is not gathered then.
         backward += 0 if rank else 4 * (2 * sizes.layer_parameters + sizes.tied * sizes.vocabulary * sizes.hidden)
-    held, copied = bf16_parameters(preset, sizes, placement, gpus)
+    held, copied = bf16_parameters(preset, sizes, placement, gpus, method)
     cast = 0 if recomputed else copied
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. Of recomputed layers there is one layer's copy at a time, unless an unsharded model is fully
@@ -181,7 +196,7 @@ def step_memory(
         # PEFT adds LoRA to the weights of fused experts, in fp32.
         copies += 4 * experts
     return Memory(
-        weights=4 * (sizes.parameters + trained if rank else trained) / gpus - 2 * held + 2 * cast + gathered,
+        weights=4 * (sizes.parameters + trained if rank else trained) / gpus - 2 * held + 2 * cast + gathered + extra,
         gradients=4 * trained / gpus,
         moments=8 * trained / gpus,
         copies=copies * share,
@@ -200,7 +215,8 @@ def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
 
 def title(condition: Condition) -> str:
     """Return the method, model and data of a condition in words."""
-    method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
+    name = METHOD_NAMES[condition.method]
+    method = "full fine-tuning" if condition.rank is None else f"{name} r{condition.rank} {condition.placement}"
     return f"{method} of {condition.model} on {condition.dataset}"
 
 
@@ -216,10 +232,13 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
         return 0
     if (gpus := _least_gpus(preset, sweep)) is not None:
         return gpus
-    most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
+    most, available = 2 ** int(math.log2(most_gpus(preset, condition))), USABLE * GPUS[execution.gpu].memory
     needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
     also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
-    more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
+    if most_gpus(preset, condition) < execution.max_gpus:
+        more = "train LoRA or all weights, which several GPUs can share, "
+    else:
+        more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
     message = (
         f"{title(condition)} needs {needed / GB:.0f} GB on each of "
         f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
@@ -229,12 +248,18 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     raise TooLargeError(message, needed, undivided, available)
 
 
+def most_gpus(preset: Preset, condition: Condition) -> int:
+    """Return the most GPUs that a condition's jobs may have: 1 for variants of LoRA, which need a layer's weights whole
+    where they start."""
+    return preset.execution.max_gpus if condition.method in ("fullft", "lora") else 1
+
+
 def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
     gpus = 1
     while not fits(preset, sweep, gpus):
         gpus *= 2
-        if gpus > preset.execution.max_gpus:
+        if gpus > most_gpus(preset, sweep.condition):
             return None
     return gpus
 

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
+from lorabench.config.fields import CHANGES_BASE, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
 from lorabench.config.inputs import curve_examples
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
@@ -35,6 +36,15 @@ _FULLFT, _LORA_OVER_FULLFT, _WIDTH, _EXPONENT = 5e-5, 10.0, 2000.0, 0.781
 # In RL tinker-cookbook takes 4e-5 and 8e-5 for LoRA on GSM8K with 8B parameters, about a quarter of the law's 2.9e-4;
 # the tiny bases need as much less.
 _RL_SHARE = 0.25
+# A variant's method, the power of the rank by which alpha is multiplied, and the LR of B over that of A.
+_VARIANTS: dict[Variant, tuple[Method, float, float]] = {
+    "lora": ("lora", 0.0, 1.0),
+    "rslora": ("lora", 0.5, 1.0),
+    "lora_plus": ("lora", 0.0, LORA_PLUS_RATIO),
+    "dora": ("dora", 0.0, 1.0),
+    "pissa": ("pissa", 0.0, 1.0),
+    "olora": ("olora", 0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
     best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
     for common, (arm, grid, scale) in product(_conditions(preset, block), _arms(block, preset.protocol)):
         condition = Condition(**common, **arm, eps=preset.protocol.eps if block.eps is None else block.eps)
+        _check_variant(preset, condition)
         lattice = None
         if isinstance(grid, AutoLrs):
             start = grid.start or starting_lr(dimensions(preset.models[condition.model]).hidden, condition.task)
@@ -193,16 +204,39 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
     # The first transform is the identity: p = q = 1.
     transforms = [[1.0, 1.0], *block.transforms]
     for placement, ranks in block.ranks.items():
-        for rank, alpha, init_a, ratio, (p, q) in product(ranks, alphas, block.inits_a, block.lr_ratios, transforms):
+        settings = product(block.variants, ranks, alphas, block.inits_a, block.lr_ratios, transforms)
+        for variant, rank, alpha, init_a, ratio, (p, q) in settings:
+            method, more_power, more_ratio = _VARIANTS[variant]
             arm = {
-                "method": "lora",
+                "method": method,
                 "rank": rank,
                 "placement": placement,
-                "alpha": alpha * rank**block.alpha_power / (p * q),
+                "alpha": alpha * rank ** (block.alpha_power + more_power) / (p * q),
                 "init_a": init_a * p,
-                "lr_ratio": ratio * q / p,
+                "lr_ratio": ratio * more_ratio * q / p,
             }
             yield arm, block.lrs.lora, p
+
+
+def _check_variant(preset: Preset, condition: Condition) -> None:
+    """Check that a condition's variant of LoRA can be trained.
+
+    Raises:
+        UserError: it can't be combined with the preset's model, rank or sampler.
+    """
+    if condition.rank is None or condition.placement is None or condition.method == "lora":
+        return
+    sizes, name = dimensions(preset.models[condition.model]), METHOD_NAMES[condition.method]
+    if sizes.experts:
+        raise UserError(f"{name} of {condition.model}: a mixture of experts can only have LoRA; allowed: dense models")
+    if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
+        raise UserError(f"{name} of {condition.model}: execution.sampler = vllm takes plain LoRA only; allowed: own")
+    smallest = sizes.smallest(condition.placement, preset.protocol.include_unembedding)
+    if condition.method in CHANGES_BASE and condition.rank > smallest:
+        raise UserError(
+            f"{name} of {condition.model}: rank {condition.rank} is more than the smallest dimension of a layer, "
+            f"{smallest}, and the adapter starts with that many directions of each weight"
+        )
 
 
 def starting_lr(hidden_size: int, task: Literal["sft", "rl"]) -> float:

@@ -8,6 +8,7 @@ from math import ceil, inf, log
 from random import Random
 
 from lorabench.config.execution import Execution
+from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_batch, engine_seconds, engine_start_seconds, handover_seconds, uses_engine
@@ -19,7 +20,7 @@ from lorabench.planning.flops import (
     run_work,
     unembedding_flops_per_token,
 )
-from lorabench.planning.memory import bf16_parameters, decided, fits, gpus_needed
+from lorabench.planning.memory import bf16_parameters, decided, fits, gpus_needed, most_gpus
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -178,8 +179,8 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
         return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
     # Autocast copies frozen weights for every position and trained weights once; those that are held or kept in bf16,
     # and the copy from which processes of a sharded model sample, are read.
-    cast = sum(bf16_parameters(preset, sizes, condition.placement, gpus))
-    weights = 2 * cast + (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
+    cast = sum(bf16_parameters(preset, sizes, condition.placement, gpus, condition.method))
+    weights = 2 * cast + (8 if condition.method != "fullft" and gpus == 1 else 2) * (sizes.parameters - cast)
     # Keys and values are read, repeated for all heads, and read again.
     cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth
@@ -209,8 +210,8 @@ def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> floa
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
     """Estimate the wall-clock seconds of some runs of a sweep, one after the other, without the start of their job."""
     seconds = runs * sum(run_seconds(preset, sweep, gpus))
-    # On GPUs full fine-tuning loads the base again for each run.
-    loads = (runs if sweep.condition.method == "fullft" else 1) if gpus else 0
+    # On GPUs the base is loaded again for each run that changes it.
+    loads = (runs if sweep.condition.method in ("fullft", *CHANGES_BASE) else 1) if gpus else 0
     return seconds + loads * 4 * dimensions(preset.models[sweep.condition.model]).parameters / _READING
 
 
@@ -225,7 +226,7 @@ def gpus_used(preset: Preset, sweep: Sweep) -> int:
         TooLargeError: a job fits on no number of GPUs that the preset allows.
     """
     gpus, execution = gpus_needed(preset, sweep), preset.execution
-    while 0 < 2 * gpus <= execution.max_gpus and is_split(preset, sweep, gpus):
+    while 0 < 2 * gpus <= most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
         hours, waves = run_job_seconds(preset, sweep, gpus) / 3600, len(sweep.expected_waves())
         in_time = hours <= execution.job_hours and waves * hours <= (execution.path_hours or inf)
         # The weights of a sharded model are in fp32, so that more GPUs may not hold what one does.

@@ -74,7 +74,16 @@ class Frozen(Strict):
 
 def preset_sha256(preset: Preset) -> str:
     """Return the SHA-256, in hexadecimal, of all fields of a preset."""
-    return digest(preset.model_dump(mode="json"), 64)
+    stated = preset.model_dump(mode="json")
+    # Presets keep the hashes that they had before there were variants.
+    for name in ("variants", "variants_rl"):
+        if stated["experiments"][name] is None:
+            del stated["experiments"][name]
+    for blocks in stated["experiments"].values():
+        for block in blocks if isinstance(blocks, list) else ():
+            if block["variants"] == ["lora"]:
+                del block["variants"]
+    return digest(stated, 64)
 
 
 def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:

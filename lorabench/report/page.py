@@ -271,7 +271,8 @@ def text(value: Any) -> str:
 
 def parametrization(block: Block) -> str:
     """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
-    parts = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
+    parts = [f"variants {', '.join(block.variants)}"] if block.variants != ["lora"] else []
+    parts += [f"alpha {_listed(block.alphas)}"] if block.alphas else []
     if block.alpha_power:
         parts.append(f"alpha times rank^{block.alpha_power:g}")
     if block.inits_a != [1.0]:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.errors import UserError
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
@@ -83,18 +84,19 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     known = runs.notna()
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
     finite = number.abs().lt(np.inf)
-    lora, fullft, rl = runs["method"].isin(["lora"]), runs["method"].isin(["fullft"]), is_rl(runs)
+    adapters = [method for method in METHOD_NAMES if method != "fullft"]
+    lora, fullft, rl = runs["method"].isin(adapters), runs["method"].isin(["fullft"]), is_rl(runs)
     done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
     ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | (not whole)
     rules = [
         ("task", ~known["task"] | runs["task"].isin(["sft", "rl"]), "sft, rl"),
-        ("method", lora | fullft, "fullft, lora"),
+        ("method", lora | fullft, ", ".join(METHOD_NAMES)),
         (
             "status",
             done | stopped | runs["status"].isin(["diverged"]),
             "done, diverged, and in RL unrewarded and collapsed",
         ),
-        ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
+        ("rank", ranked, "whole numbers from 1 up for lora and its variants, none for fullft"),
         ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
         ("seed", known["seed"], "whole numbers"),
         ("n_seeds", ~known["n_seeds"] | number["n_seeds"].ge(1), "whole numbers from 1 up"),

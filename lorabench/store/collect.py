@@ -151,7 +151,7 @@ def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
     In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
     of things that the preset names; they are left as they are without a preset.
     """
-    lora, rows = pc.equal(table["method"], "lora"), len(table)
+    lora, rows = pc.not_equal(table["method"], "fullft"), len(table)
     unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table["protocol"].to_pylist()]
     columns: dict[str, Any] = {
         "alpha_convention": pc.if_else(lora, "alpha/r", None),

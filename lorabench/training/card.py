@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel
 from lorabench.store.schemas import ExampleLoss
 
-_TITLES = {"lora": "LoRA adapter", "fullft": "Full fine-tuning"}
 _SCHEDULES = {"constant": "constant", "linear": "falling linearly to zero"}
 
 
@@ -29,7 +29,7 @@ def model_card(
         groups: the group of each test example; None where examples are independent.
     """
     spec, outcome, environment = record["spec"], record["outcome"], record["environment"]
-    lora = spec["method"] == "lora"
+    lora, method = spec["method"] != "fullft", METHOD_NAMES[spec["method"]]
     name, exact = _base(base)
     head = {
         "base_model": name,
@@ -45,7 +45,7 @@ def model_card(
     rows = {
         "base model": exact,
         "task": {"sft": "supervised fine-tuning", "rl": "reinforcement learning"}[spec["task"]],
-        "method": "LoRA" if lora else "full fine-tuning",
+        "method": method if lora else "full fine-tuning",
         "learning rate": f"{spec['lr']:g}, {_SCHEDULES[spec['protocol']['schedule']]}",
     }
     if lora:
@@ -70,9 +70,10 @@ def model_card(
         "commit of lorabench": commit + (", with local changes" if environment["git_dirty_patch"] else ""),
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
+    title = f"{method} adapter" if lora else "Full fine-tuning"
     about = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return (
-        f"---\n{about}---\n\n# {_TITLES[spec['method']]} of {name}\n\n"
+        f"---\n{about}---\n\n# {title} of {name}\n\n"
         f"| setting | value |\n|---|---|\n{table}\n\nTrained and judged by lorabench.\n"
     )
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.inputs import FactsDataset, curve_examples
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
-from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
+from lorabench.models.lora import add_lora, hold_in_bf16, save_adapter, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import decided
@@ -117,19 +118,22 @@ class SweepContext:
             "environment": environment,
         }
         keep = outcome.status != "diverged"
-        # PEFT would else add a copy of an adapted unembedding to the adapter.
-        options: dict[str, Any] = {"save_embedding_layers": False} if condition.method == "lora" else {}
+        saved: Any = model
+        state: dict[str, torch.Tensor] | None = None
         if keep and processes.sharded:
             # Every process takes part in gathering; the first one keeps the tensors.
             whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
-            options["state_dict"] = {name: weight.cpu() for name, weight in whole if processes.first}
+            state = {name: weight.cpu() for name, weight in whole if processes.first}
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
                 if keep:
-                    model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
+                    if condition.method == "fullft":
+                        saved.save_pretrained(staged.weights, state_dict=state)
+                    else:
+                        save_adapter(saved, staged.weights, state)
                     base = self.layout.model(condition.model)
                     card = model_card(record, base, outcome.test_losses, self._test_groups)
                     (staged.weights / "README.md").write_text(card, encoding="utf-8")
@@ -140,8 +144,8 @@ class SweepContext:
 class Base:
     """The base model of a job's sweeps.
 
-    It is loaded once for LoRA, which does not change it, and again after each full fine-tuning. A model that is sharded
-    is loaded again for each run, since LoRA must be added before.
+    It is loaded once for LoRA, which does not change it, and again after each run that does: of full fine-tuning, PiSSA
+    and OLoRA. A model that is sharded is loaded again for each run, since LoRA must be added before.
     """
 
     def __init__(self) -> None:
@@ -160,7 +164,8 @@ class Base:
             if recomputed:
                 recompute_activations(self._model, keeping)
         if not processes.sharded:
-            if context.sweep.condition.method == "lora" and context.machine.autocast == torch.bfloat16:
+            frozen = context.sweep.condition.method not in ("fullft", *CHANGES_BASE)
+            if frozen and context.machine.autocast == torch.bfloat16:
                 hold_in_bf16(self._model)
             else:
                 # A sweep of LoRA may have used it before.
@@ -189,8 +194,11 @@ class Base:
         try:
             yield adapted
         finally:
-            self._model = adapted.unload()
-            self._model.requires_grad_(True)
+            if run.condition.method in CHANGES_BASE:
+                self._model = None
+            else:
+                self._model = adapted.unload()
+                self._model.requires_grad_(True)
 
 
 def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
@@ -201,7 +209,8 @@ def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any
     assert condition.alpha
     head = context.plan.preset.protocol.include_unembedding
     init_a = condition.init_a or 1.0
-    return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a)
+    arguments = condition.rank, condition.placement, condition.alpha, head, run.seed, init_a, condition.method
+    return add_lora(model, *arguments)
 
 
 def now() -> str:

@@ -189,6 +189,59 @@ def test_variants_are_a_factorial(raw_preset):
     assert (fullft.alpha, fullft.init_a, fullft.lr_ratio, fullft.eps) == (None, None, None, 1e-12)
 
 
+def variants(raw, names, preset=None, **changes):
+    """Return a plan of some variants of LoRA, with changed fields of the block and sections of the preset."""
+    block = raw["experiments"]["rank"][0] | {"variants": names, "ranks": {"all": [4]}} | changes
+    return planned(raw | {"experiments": {"variants": [block]}} | (preset or {}))
+
+
+def test_variants_of_lora_are_arms(raw_preset):
+    """Those that other fields can say are the runs of these fields, and plain LoRA has the ids that it always had."""
+    plain, *others = (variants(raw_preset, [name]) for name in ("lora", "rslora", "lora_plus", "dora", "pissa"))
+    assert run_ids(plain) == run_ids(changed_block(copy.deepcopy(raw_preset), ranks={"all": [4]}))
+    assert run_ids(others[0]) == run_ids(variants(raw_preset, ["lora"], alpha_power=0.5))
+    assert run_ids(others[1]) == run_ids(variants(raw_preset, ["lora"], lr_ratios=[16.0]))
+    together = variants(raw_preset, ["lora", "rslora", "lora_plus", "dora", "pissa"])
+    assert run_ids(together) == run_ids(plain).union(*map(run_ids, others))
+    assert {sweep.condition.method for sweep in together.sweeps} == {"fullft", "lora", "dora", "pissa"}
+
+
+@pytest.mark.parametrize(
+    ("names", "preset", "changes", "message"),
+    [
+        (["rslora"], {}, {"alpha_power": 0.5}, "'rslora', which sets alpha_power itself"),
+        (["lora_plus"], {}, {"lr_ratios": [4.0]}, "'lora_plus', which sets lr_ratios itself"),
+        (["olora"], {}, {"inits_a": [0.5]}, "'olora', which sets inits_a itself"),
+        (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
+        (["qlora"], {}, {}, "'qlora' is not trained here: on a CPU, bitsandbytes"),
+        (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),
+        (["dora"], {"models": {"tiny": {"kind": "tiny", "name": "moe-128"}}}, {}, "a mixture of experts can only"),
+        (["dora"], {"experiments": {}}, {}, "experiment rank has the variant 'dora'"),
+    ],
+)
+def test_what_a_variant_cannot_be_combined_with_is_refused(raw_preset, names, preset, changes, message):
+    if "experiments" in preset:
+        raw_preset["experiments"]["rank"][0]["variants"] = names
+        preset = {"experiments": raw_preset["experiments"]}
+    with pytest.raises((UserError, ValueError), match=message):
+        variants(raw_preset, names, preset, **changes)
+
+
+def test_a_variant_has_one_gpu_and_this_projects_sampler(raw_preset, raw_rl_preset):
+    execution = {"gpu": "H100-80GB", "max_gpus": 8, "job_hours": 0.001, "path_hours": 0.001}
+    gpus = {
+        name: max(
+            variants(raw_preset, [name], {"execution": execution}, lrs={"fullft": [], "lora": [1e-3]}).gpus.values()
+        )
+        for name in ("lora", "dora")
+    }
+    assert gpus == {"lora": 8, "dora": 1}
+    block = raw_rl_preset["experiments"]["rl_arithmetic"][0] | {"variants": ["dora"]}
+    raw_rl_preset["experiments"] = {"variants_rl": [block]}
+    with pytest.raises(UserError, match="execution.sampler = vllm takes plain LoRA only"):
+        planned(raw_rl_preset | {"execution": {"gflops": 20.0, "sampler": "vllm"}})
+
+
 def test_a_transform_keeps_what_the_paper_says_it_keeps(raw_preset):
     plan = changed_block(raw_preset, ranks={"all": [4]}, transforms=[[2.0, 1.0], [1.0, 2.0], [3.0, 5.0]])
     runs = [run for sweep in plan.sweeps if sweep.condition.method == "lora" for run in sweep.grid()]

@@ -94,7 +94,7 @@ def short_data(tmp_path_factory):
 
 
 def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:
-    placement, alpha = ("all", 32.0) if method == "lora" else (None, None)
+    placement, alpha = (None, None) if method == "fullft" else ("all", 32.0)
     return Condition("sft", "tiny", "data", method, rank, placement, alpha, batch_size, steps, identity="test")
 
 
@@ -124,9 +124,10 @@ def train(
     model = model or (load_model(spec) if processes.first else skeleton(spec))
     if keeping is not None:
         recompute_activations(model, keeping)
-    if condition.method == "lora":
+    if condition.method != "fullft":
         head, init_a = protocol.include_unembedding, condition.init_a or 1.0
-        model = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed, init_a)
+        arm = condition.rank, condition.placement, condition.alpha
+        model = add_lora(model, *arm, head, seed, init_a, condition.method)
         if not processes.sharded:
             use_fast_products(model)
     model = processes.shard(model)

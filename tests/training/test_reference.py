@@ -25,11 +25,11 @@ EPS = 1e-4
 """Adam's epsilon. With a smaller one an update depends on the rounding of gradients that are nearly zero."""
 
 
-def assert_same_weights(model, expected):
+def assert_same_weights(model, expected, atol=1e-6):
     ours, theirs = trained_parameters(model), trained_parameters(expected)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def examples_of(split):

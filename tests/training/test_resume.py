@@ -17,7 +17,7 @@ from lorabench.training.loss import scored_by_example
 from .conftest import BrokenError, children, command, condition_of, sweep_of, train, trained, wait_for
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4)])
+@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("dora", 4), ("pissa", 4)])
 def test_resumed_equals_unbroken(method, rank, data, tmp_path):
     """The 20 steps of 4 are an epoch, so the description length is among the numbers."""
     condition = condition_of(method, rank, steps=20, batch_size=4)

@@ -126,7 +126,7 @@ class RlTrainer:
             settings = engine_settings(context, longest, bool(stop.texts))
         elif machine.processes.sharded:
             blank: Any = skeleton(context.layout.model(condition.model))
-            if condition.method == "lora":
+            if condition.method != "fullft":
                 blank = with_adapter(blank, context, run)
             replica = replica_of(model, blank, machine)
 

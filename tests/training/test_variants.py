@@ -1,0 +1,134 @@
+"""Variants of LoRA train as in a plain loop with PEFT, start from the base, and are saved for the base as it was."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+
+from lorabench.config.experiments import Protocol
+from lorabench.config.fields import LORA_PLUS_RATIO
+from lorabench.config.inputs import PathModel
+from lorabench.data.tokens import cache_key, read_tokens
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import add_lora, save_adapter, use_fast_products
+from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import shipped_folder
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
+from lorabench.training import reference
+from lorabench.training.job import run_job
+from lorabench.training.loss import example_nlls
+from lorabench.training.run import Machine
+
+from .conftest import TINY, condition_of, series, train, write_tied
+from .test_reference import assert_same_weights, examples_of
+
+STEPS, RANK, LR, EPS = 20, 8, 2e-4, 1e-4
+
+
+def loraplus(model, lr, eps):
+    options = {"loraplus_lr_ratio": LORA_PLUS_RATIO, "betas": (0.9, 0.95), "eps": eps, "weight_decay": 0.0}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"method": "dora"}, {"use_dora": True}),
+        # This rank is computed with merged weights.
+        ({"method": "dora", "rank": 64}, {"use_dora": True}),
+        ({"method": "pissa"}, {"init_lora_weights": "pissa"}),
+        ({"method": "olora"}, {"init_lora_weights": "olora"}),
+        ({"alpha": 32.0 * math.sqrt(RANK)}, {"use_rslora": True}),
+        ({"lr_ratio": LORA_PLUS_RATIO}, {}),
+    ],
+)
+def test_twenty_steps_are_those_of_a_plain_loop(changes, options, short_data, tmp_path, monkeypatch):
+    """Among the runs of the plan, rsLoRA is LoRA with another alpha, and LoRA+ is LoRA with another LR of B."""
+    condition = replace(condition_of("lora", RANK, STEPS, batch_size=2), eps=EPS, **changes)
+    outcome, model = train(condition, short_data, tmp_path, LR, protocol=Protocol(curve_points=2))
+    monkeypatch.setattr(reference, "LoraConfig", partial(LoraConfig, **options))
+    if condition.lr_ratio:
+        monkeypatch.setattr(reference, "adam", loraplus)
+    folder, examples = shipped_folder("llama-128"), examples_of(short_data["train"])
+    losses, expected = reference.train_sft(folder, examples, STEPS, 2, LR, condition.rank, eps=EPS)
+    np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-5)
+    assert outcome.final_valid_nll < outcome.curve[0].value - 0.05
+    assert_same_weights(model, expected, atol=5e-6)
+
+
+def changed(spec, method, folder):
+    """Return a base with an adapter that is not the initial one, which is saved in a folder."""
+    model = add_lora(load_model(spec), RANK, "all", 32.0, True, 0, method=method)
+    use_fast_products(model)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(("method", "is_tied"), [("dora", False), ("pissa", True), ("olora", False)])
+def test_an_adapter_starts_from_the_base_and_is_saved_for_it(method, is_tied, tmp_path):
+    """PEFT's own conversion, from the adapter as it was before training, gives the same factors."""
+    spec, initial = TINY, tmp_path / "initial"
+    if is_tied:
+        write_tied(tmp_path / "tied")
+        spec = PathModel(kind="path", path=str(tmp_path / "tied"), parameters=1, hidden_size=128)
+    ids = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    model, again = changed(spec, method, initial), changed(spec, method, initial)
+    with torch.no_grad():
+        before, after = load_model(spec)(input_ids=ids).logits, model(input_ids=ids).logits
+        untrained = add_lora(load_model(spec), RANK, "all", 32.0, True, 0, method=method)
+        use_fast_products(untrained)
+        torch.testing.assert_close(untrained(input_ids=ids).logits, before, atol=1e-4, rtol=1e-5)
+        save_adapter(model, tmp_path / "ours")
+        loaded = PeftModel.from_pretrained(load_model(spec), tmp_path / "ours")
+        torch.testing.assert_close(loaded(input_ids=ids).logits, after, atol=1e-3, rtol=1e-4)
+    assert (after - before).abs().max() > 1
+    if method != "dora":
+        options = {"path_initial_model_for_weight_conversion": str(initial), "save_embedding_layers": False}
+        again.save_pretrained(tmp_path / "theirs", **options)
+        ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        configs = [LoraConfig.from_pretrained(tmp_path / name) for name in ("ours", "theirs")]
+        assert [(c.r, c.lora_alpha, c.init_lora_weights) for c in configs] == [(2 * RANK, 64.0, True)] * 2
+
+
+def test_a_sweep_starts_each_run_from_the_base_as_it_was(raw_preset, built, tmp_path, monkeypatch):
+    """PiSSA changes the base's weights, so that the second run would else start from what the first one left."""
+    block = raw_preset["experiments"]["rank"][0]
+    block |= {"ranks": {"all": [RANK]}, "variants": ["pissa"], "lrs": {"fullft": [], "lora": [1e-3, 2e-3]}, "seeds": 1}
+    raw_preset["experiments"] = {"variants": [block | {"steps": 3}]}
+    raw_preset["execution"]["keep_weights"] = "all"
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
+    layout = Layout.of("mine.yaml")
+    built(layout)
+    plan = make_plan(layout.preset)
+    [sweep] = plan.sweeps
+    run_job(plan, Job((sweep,)), layout, lambda line: None)
+    data = read_tokens(layout.tokens("tiny", "instruct"), cache_key(load_tokenizer(TINY), layout.dataset("instruct")))
+    for run in sweep.grid():
+        folder = RunFolder(layout.runs, run.run_id)
+        record = folder.read_record()
+        assert record["spec"]["method"] == "pissa"
+        loaded = PeftModel.from_pretrained(load_model(TINY), folder.weights)
+        nats = example_nlls(loaded, data["test"], Machine(torch.device("cpu"), 4096)).sum()
+        outcome = record["outcome"]
+        assert nats / outcome["test_scored_tokens"] == pytest.approx(outcome["final_test_nll"], rel=1e-5)
+    assert "# PiSSA adapter of llama-128" in (folder.weights / "README.md").read_text()
