@@ -81,8 +81,7 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     opened = [attributes for tag, attributes in page.tags if tag == "details" and "open" in attributes]
     assert len(opened) == 1
     assert page.ids.index("answer") < page.ids.index("recipe") < page.ids.index("verdicts")
-    # What it costs: LoRA of rank 16 and full fine-tuning.
-    cost = "0.22M of 0.83M parameters are trained, in 41.5 s ( 41.5 s ) and 900 MB (900 MB) of memory"
+    cost = "LoRA r16 trains 0.22M of 0.83M parameters; a run takes 41.5 s and 900 MB of memory"
     assert cost in page.header.text
     assert cost in page.section("recipe").text
 
@@ -244,6 +243,12 @@ def test_recipe_says_what_to_use_or_that_nothing_matches_or_can_be_compared(repo
     assert [row.split()[1] for row in section.rows] == ["r1", "r64"]
     page = report([row for rank in (None, 1) for row in make_sweep(rank)])
     assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in page.header.text
+    two = [row for name in ("instruct", "worked") for rank in (None, 1) for row in make_sweep(rank, dataset=name)]
+    header = report(two).header.text
+    assert "no in 2 of 2 comparisons." in header
+    assert re.search(
+        r"no tiny on worked, batch 16, 150 steps : LoRA r1 at \S+, \+0\.3\d+ nats \[.*\], margin 0\.", header
+    )
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
