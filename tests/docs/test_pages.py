@@ -91,7 +91,9 @@ def test_the_navigation_is_short_hand_written_pages_too_and_every_page_is_reacha
     written = sorted(
         path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"
     )
-    assert [name for name in written if len((DOCS / name).read_text().splitlines()) > 250] == []
+    generated = re.compile(r"<!-- (\w+): written by .*?<!-- end of \1 -->", re.S)
+    by_hand = {name: generated.sub("", (DOCS / name).read_text()).count("\n") for name in written}
+    assert {name: lines for name, lines in by_hand.items() if lines > 250} == {}
     reached, next_ones = set(), set(named)
     while next_ones:
         reached |= next_ones
