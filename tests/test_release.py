@@ -15,9 +15,10 @@ from .conftest import REPOSITORY
 ENVIRONMENTS = REPOSITORY / "workflow/envs"
 
 
-def test_changelog_citation_and_fallback_name_the_same_version():
-    [version, *_] = re.findall(r"^## (\d\S*)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == version
+def test_changelog_citation_and_fallback_name_the_same_version_and_date():
+    [(version, date), *_] = re.findall(r"^## (\d\S*) \((.*)\)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["version"], str(citation["date-released"])) == (version, date)
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
     assert settings["fallback_version"] == f"{version}.dev0"
 
