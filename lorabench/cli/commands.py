@@ -39,6 +39,24 @@ DataFormat = Annotated[
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"lorabench {version('lorabench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options that stand before a command."""
+
+
 app.add_typer(steps, name="step", hidden=True)
 app.command()(audit)
 app.command()(check_command)

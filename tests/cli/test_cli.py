@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import metadata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,6 +66,11 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback():
     assert result.returncode == 2
     assert result.stderr.startswith(f"lorabench: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"lorabench {metadata.version('lorabench')}\n")
 
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval"}
