@@ -71,6 +71,36 @@ def verdicts_by_margin(
     return ordered.reindex(columns=VERDICTS_BY_MARGIN.names)
 
 
+def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | None:
+    """Return which verdicts other margins turn, for the page.
+
+    Args:
+        by_margin: the table `verdicts_by_margin`, empty if there is none.
+        judged: the table `claims`.
+
+    Returns:
+        `factors`, ascending; `rows`, the claims whose verdict is not the same at all of them: each with `claim_id`,
+        `statement`, its `verdict` and `at`, its rows of the table in the order of the factors; and `stay`, the ids of
+        the other claims. None if there are no verdicts by other margins, or they belong to an earlier table `claims`.
+    """
+    if by_margin.empty:
+        return None
+    about = judged.set_index("claim_id")[["statement", "unit", "verdict"]]
+    own = by_margin[by_margin["factor"] == 1].set_index("claim_id")["verdict"]
+    if not own.equals(about["verdict"].reindex(own.index)):
+        return None
+    rows: list[dict[str, Any]] = []
+    stay = []
+    for claim_id, at in by_margin.groupby("claim_id", sort=False):
+        if at["verdict"].nunique() == 1:
+            stay.append(str(claim_id))
+            continue
+        claim = about.loc[claim_id]
+        by_factor = at.sort_values("factor").assign(unit=claim["unit"]).to_dict("records")
+        rows.append({"claim_id": claim_id, "at": by_factor} | {name: claim[name] for name in ("statement", "verdict")})
+    return {"factors": sorted(by_margin["factor"].unique()), "rows": rows, "stay": stay}
+
+
 def _by_margins(claim: Claim, factor: float, margins: Margins) -> Claim:
     """Return a claim that is judged by other margins, on the same parts of the evidence as the claim itself."""
     return replace(claim, id=f"{claim.id}@{factor:g}", judge=lambda part: claim.judge(_with_margins(part, margins)))

@@ -1,6 +1,7 @@
 "use strict";
 
-// This script sorts the page's tables, filters the runs and draws their learning curves.
+// This script sorts the page's tables, says which verdicts other margins turn, filters the runs and draws their learning
+// curves.
 // It inserts text from tables only as text (textContent, Option), never as markup.
 
 // ---- Tables that sort -------------------------------------------------------------------------------------------
@@ -43,6 +44,38 @@ for (const table of document.querySelectorAll("table.sorts")) {
     button.addEventListener("click", () => sortBy(table, header));
     header.append(button);
   }
+}
+
+// ---- Other margins ----------------------------------------------------------------------------------------------
+
+const margin = document.querySelector("#margin input");
+
+function showMargin() {
+  const table = document.querySelector("table.margins");
+  const [header, ...claims] = table.rows;
+  table.classList.add("picked");
+  const place = Number(margin.value) + 1;
+  for (const row of [header, ...claims]) {
+    for (const cell of row.cells) cell.classList.toggle("now", cell.cellIndex === place);
+  }
+  const turned = new Map();
+  for (const row of claims) {
+    const cell = row.cells[place];
+    if (cell.classList.contains("same")) continue;
+    turned.set(cell.dataset.verdict, [...(turned.get(cell.dataset.verdict) ?? []), row.dataset.claim]);
+  }
+  const texts = [...turned].map(([verdict, ids]) => `${ids.join(", ")} would be ${verdict}`);
+  const times = header.cells[place].textContent;
+  document.getElementById("at-margin").textContent =
+    header.cells[place].dataset.own !== undefined
+      ? `${times}: the preset's own margins`
+      : `${times}: ${texts.join("; ") || "all verdicts are as above"}`;
+}
+
+if (margin) {
+  document.getElementById("margin").hidden = false;
+  margin.addEventListener("input", showMargin);
+  showMargin();
 }
 
 // ---- Explorer of runs -------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from lorabench.figures.catalog import PaperFigure, drawn_runs, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
+from lorabench.report.other_margins import turned
 from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
@@ -94,6 +95,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         tally=claim_text.tally(judged),
         sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
         untested=[claim for claim in claims if claim not in tested],
+        margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
         recipe=recipe,
         costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
         recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},

@@ -18,6 +18,7 @@ from lorabench.claims.judge import judge_claims
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report import page
+from lorabench.report.other_margins import UNTESTED
 from lorabench.report.page import build
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
@@ -111,10 +112,11 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
         evals: list[dict[str, Any]] | None = None,
         claims: Change | None = None,
         curves: Change | None = None,
+        by_margin: Change | None = None,
         shipped: bool = False,
         **changes: Any,
     ) -> Page:
-        key = repr((rows, evals, claims, curves, shipped, changes))
+        key = repr((rows, evals, claims, curves, by_margin, shipped, changes))
         if key not in built:
             built[key] = tmp_path_factory.mktemp("report")
             monkeypatch.chdir(built[key])
@@ -123,6 +125,7 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
             runs, points, judged = _judged(rows, curves)
             written = {"runs": runs, "curves": points, "claims": claims(judged) if claims else judged}
             written |= {} if evals is None else {"evals": evals_table(evals)}
+            written |= {} if by_margin is None else {"verdicts_by_margin": by_margin(written["claims"])}
             for name, table in written.items():
                 write_frame(table, name, layout.tables())
             # The page embeds whatever lies there; drawing is tested with the figures.
@@ -164,6 +167,14 @@ _KEPT = {
 }
 
 
+def at_twice_the_margins(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return verdicts by margin in which those that are inconclusive are confirmed at twice the margins."""
+    rows = claims.loc[~claims["verdict"].isin(UNTESTED)]
+    rows = rows[["claim_id", "verdict", "margin_low", "margin_high", "estimate", "ci_low", "ci_high"]]
+    other = rows.assign(factor=2.0, verdict=rows["verdict"].replace("inconclusive", "confirmed"))
+    return pd.concat([rows.assign(factor=1.0), other])
+
+
 def columns(name: str) -> list[str]:
     """Return the text columns of a table that are made hostile and that the page shows."""
     schema = {"runs": RUNS, "curves": CURVES, "evals": EVALS, "claims": CLAIMS}[name]
@@ -196,6 +207,7 @@ def hostile_report(report: Any) -> Any:
         evals,
         claims=spoilt("claims"),
         curves=spoilt("curves"),
+        by_margin=at_twice_the_margins,
         evaluation=EVALUATION,
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],

@@ -16,7 +16,7 @@ from lorabench.store.io import read_claims, write_frame
 from lorabench.store.layout import Layout
 
 from ..handmade import curves_of, make_eval, make_run, make_sweep, runs_table
-from .conftest import EVALUATION, hostile_report
+from .conftest import EVALUATION, at_twice_the_margins, hostile_report
 
 pytestmark = pytest.mark.slow
 
@@ -276,3 +276,18 @@ def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):
         "return [...document.querySelectorAll('button, a, select, input, summary')].filter((e) => e.tabIndex < 0)"
     )
     assert browser.execute_script(out_of_reach) == []
+
+
+def test_the_margin_is_moved(browser, report, rows):
+    report(rows, by_margin=at_twice_the_margins)
+    show(browser, width=PHONE)
+    said = browser.find_element("id", "at-margin")
+    assert said.text.startswith("1 ")
+    move = "margin.value = 1; margin.dispatchEvent(new Event('input'))"
+    browser.execute_script(f"const margin = document.querySelector('#margin input'); {move}")
+    claims = browser.find_elements("css selector", "[data-claim]")
+    turned = ", ".join(claim.get_attribute("data-claim") for claim in claims)
+    assert said.text.startswith("2 ")
+    assert said.text.endswith(f": {turned} would be confirmed")
+    assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
+    assert browser.get_log("browser") == []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import Comparison
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.report.other_margins import FACTORS, UNTESTED, scaled, verdicts_by_margin
+from lorabench.report.other_margins import FACTORS, UNTESTED, scaled, turned, verdicts_by_margin
+from lorabench.store.layout import Layout
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
 
 from ..claims import test_batch_size as batches
 from ..claims import test_reinforcement as rl
+from ..handmade import claims_table, make_claim
 from ..handmade.sft import arm, tables
+from .conftest import at_twice_the_margins
 
 ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for rank in (4, 64)}}
 """LoRA ends 0.02 nats above full fine-tuning, where the margin is 0.058, and its optimal LR is 8.25 times as high."""
@@ -60,6 +65,33 @@ def test_they_are_those_of_the_engine_with_these_margins():
     pd.testing.assert_frame_equal(own, again[own.columns])
     turned = found.groupby("claim_id")["verdict"].nunique().gt(1)
     assert {"D", "F"} <= {claim_id[0] for claim_id in turned.index[turned]}
+
+
+def test_the_page_shows_what_turns_without_a_script(report, rows):
+    assert 'id="margins"' not in report(rows).source
+    page = report(rows, by_margin=at_twice_the_margins)
+    judged = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet").set_index("claim_id")["verdict"]
+    turns = judged.index[judged == "inconclusive"]
+    section = page.section("margins")
+    assert len(turns)
+    assert f"{len(turns)} of {(~judged.isin(UNTESTED)).sum()} verdicts turn" in section.text
+    shown = re.findall(r'<tr data-claim="(.+?)">(.+?)</tr>', section.source, re.DOTALL)
+    assert [claim_id for claim_id, _ in shown] == list(turns)
+    for _, row in shown:
+        assert re.findall(r'class="([^"]*)" data-times="(.).*?data-verdict="(.*?)"', row) == [
+            ("now same", "1", "inconclusive"),
+            ("", "2", "confirmed"),
+        ]
+    # The control works by a script only, which shows it.
+    assert re.search(r'id="margin" hidden>', section.source)
+
+
+def test_verdicts_of_an_earlier_table_are_not_shown():
+    judged = claims_table([make_claim("A7"), make_claim("B1")])
+    by_margin = at_twice_the_margins(judged)
+    assert turned(by_margin, judged)["stay"] == ["A7", "B1"]
+    assert turned(by_margin, judged.assign(verdict="inconclusive")) is None
+    assert turned(pd.DataFrame(), judged) is None
 
 
 def test_margins_that_a_preset_could_not_state_are_left_out():
