@@ -19,6 +19,7 @@ from lorabench.check.adapter import listed
 from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
 from lorabench.errors import UserError
 from lorabench.models.lora import lora_layers
+from lorabench.models.nf4 import round_to_nf4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +32,6 @@ _LOST = 0.2
 """A merged model may lack this share of the adapter's effect."""
 _FP32 = 2e-5
 """The rounding of fp32 as a share of the logits' root mean square, by which the order of sums moves them."""
-
-_NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
-    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""The levels of 4-bit NormalFloat (Dettmers et al., 2023, appendix E), in units of a block's largest absolute value."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +120,10 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     return Merging(*about, tokens, base_nll, adapter_nll, effect, tuple(rows), _four_bit(probe), tuple(findings))
 
 
-def nf4(weight: Tensor) -> Tensor:
-    """Return a weight as QLoRA holds it: in 4 bits (NF4), where each block of 64 numbers has a scale."""
-    blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
-    scales = blocks.abs().amax(1, keepdim=True)
-    levels = torch.tensor(_NF4, dtype=weight.dtype, device=weight.device)
-    nearest = torch.bucketize(blocks / scales.clamp(min=torch.finfo(weight.dtype).tiny), (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scales).flatten()[: weight.numel()].view_as(weight)
-
-
 def _four_bit(probe: Probe) -> str:
     """Say how far base and adapter are off on 4-bit weights, on which QLoRA trains."""
     quantized = in_dtype(probe.base, torch.float32)
-    for module in quantized.modules():
-        # As in transformers, the unembedding is not quantized.
-        if isinstance(module, torch.nn.Linear) and module is not quantized.get_output_embeddings():
-            module.weight.data = nf4(module.weight.data)
+    round_to_nf4(quantized)
     base_logits = logits(quantized, probe.ids)
     with adapted(quantized, probe.adapter, torch.float32) as (unmerged, _):
         adapter_logits = logits(unmerged, probe.ids)

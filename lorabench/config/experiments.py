@@ -144,10 +144,6 @@ def _at_best(value: Any) -> Any:
 
 
 _NOT_TRAINED = {
-    "qlora": (
-        "on a CPU, bitsandbytes 0.50 keeps weights in another order after a pass in evaluation mode, so that losses of "
-        "training after it were up to 1.2 nats off"
-    ),
     "eva": "it starts from activations of the training data, which no run reads before its first step",
     "corda": "it starts from activations of the training data, which no run reads before its first step",
 }

@@ -20,7 +20,7 @@ SamplerName = Literal["own", "vllm"]
 Placement = Literal["attn", "mlp", "all"]
 """The paper's placements of LoRA."""
 
-Method = Literal["fullft", "lora", "dora", "pissa", "olora"]
+Method = Literal["fullft", "lora", "dora", "pissa", "olora", "qlora"]
 """What is trained: all weights, or an adapter of PEFT's. rsLoRA and LoRA+ are `lora` with another alpha or LR of B."""
 
 METHOD_NAMES: dict[Method, str] = {
@@ -29,12 +29,16 @@ METHOD_NAMES: dict[Method, str] = {
     "dora": "DoRA",
     "pissa": "PiSSA",
     "olora": "OLoRA",
+    "qlora": "QLoRA",
 }
 
-CHANGES_BASE: tuple[Method, ...] = ("pissa", "olora")
-"""Methods that move a part of the base's weights into the adapter before training."""
+FROM_WEIGHTS: tuple[Method, ...] = ("pissa", "olora")
+"""Methods whose adapter starts with a part of the base's weights, which is taken out of them."""
 
-Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora"]
+CHANGES_BASE: tuple[Method, ...] = (*FROM_WEIGHTS, "qlora")
+"""Methods that change the base's weights before training."""
+
+Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlora"]
 """The variants of LoRA that a block of an experiment can compare (docs/variants.md)."""
 
 LORA_PLUS_RATIO = 16.0

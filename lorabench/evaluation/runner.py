@@ -172,10 +172,13 @@ def transformers_model(
     from peft import PeftModel
 
     from lorabench.models.lora import tie_beneath
+    from lorabench.models.nf4 import round_to_nf4
 
     source, adapter = _trained_model(spec, record, layout)
-    model: torch.nn.Module = load_model(source)
+    model: Any = load_model(source)
     if adapter is not None:
+        if record is not None and record["spec"]["method"] == "qlora":
+            round_to_nf4(model)
         # Not merged: where the unembedding is the embedding, its update would change both.
         model = PeftModel.from_pretrained(model, adapter)
     model.to(device)

@@ -10,7 +10,8 @@ has none. Where a model keeps its experts fused in one parameter (gate and up as
 and up share an A, so that there are fewer LoRA parameters than with separate matrices.
 
 Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLoRA take a part of each weight out of the
-base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was.
+base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was. QLoRA
+rounds the base to 4 bits.
 
 PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers. The products
 with A and B are added to the base's result in place, and the backward pass is explicit, so that no product of the size
@@ -34,8 +35,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.config.fields import CHANGES_BASE, ROUTERS, SUFFIXES, Method, Placement, placement_of
+from lorabench.config.fields import FROM_WEIGHTS, ROUTERS, SUFFIXES, Method, Placement, placement_of
 from lorabench.errors import UserError
+from lorabench.models.nf4 import round_to_nf4
 from lorabench.models.specs import merging_is_cheaper
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _OPTIONS: dict[Method, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
+    "qlora": {},
 }
 """What PEFT's LoraConfig is told of each variant beyond LoRA's own options."""
 
@@ -110,8 +113,8 @@ def add_lora(
 ) -> PeftModel:
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
-    PiSSA and OLoRA change the base's weights, which `.unload()` leaves changed, and give a tied unembedding weights of
-    its own.
+    PiSSA, OLoRA and QLoRA change the base's weights, which `.unload()` leaves changed, and the former two give a tied
+    unembedding weights of its own.
 
     Args:
         model: the base model.
@@ -134,8 +137,10 @@ def add_lora(
     modules, stacks = targets(model, placement, include_unembedding)
     names = {*modules, *stacks}
     head: Any = model.get_output_embeddings()
-    changes_base = method in CHANGES_BASE
-    if changes_base and include_unembedding and head.weight is model.get_input_embeddings().weight:
+    from_weights = method in FROM_WEIGHTS
+    if method == "qlora":
+        round_to_nf4(model)
+    if from_weights and include_unembedding and head.weight is model.get_input_embeddings().weight:
         # The embedding would change with it.
         head.weight = nn.Parameter(head.weight.detach().clone())
     config = LoraConfig(
@@ -171,7 +176,7 @@ def add_lora(
         for layer in layers.values():
             factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
             factors[0].mul_(init_a)
-            if changes_base:
+            if from_weights:
                 layer.initial_factors = [factor.detach().clone() for factor in factors]
     return peft_model
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from lorabench.config.fields import CHANGES_BASE
+from lorabench.config.fields import FROM_WEIGHTS
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
@@ -169,7 +169,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         peak = max(peak, peak_bytes(preset, sweep, gpus))
         kept = sweep.most_runs if keeps_all else sweep.seeds.best
         # PiSSA and OLoRA are saved as LoRA of twice the rank.
-        saved = (2 if condition.method in CHANGES_BASE else 1) * trained
+        saved = (2 if condition.method in FROM_WEIGHTS else 1) * trained
         disk += _WEIGHT * kept * saved
         # Besides the weights of all runs there are two checkpoints of a run while one replaces the other.
         at_once = max(sweep.expected_waves()) if is_split else 1

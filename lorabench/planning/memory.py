@@ -16,7 +16,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from lorabench.config.fields import CHANGES_BASE, METHOD_NAMES, Method, Placement
+from lorabench.config.fields import CHANGES_BASE, FROM_WEIGHTS, METHOD_NAMES, Method, Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
@@ -85,7 +85,7 @@ def bf16_parameters(
     if placement is None or preset.protocol.precision != "bf16" or gpus > 1:
         return 0, 0
     head = preset.protocol.include_unembedding
-    # What PiSSA and OLoRA leave of a weight is not exact in bf16.
+    # What PiSSA and OLoRA leave of a weight, and one of QLoRA in 4 bits, is not exact in bf16.
     if not sizes.in_bf16 or method in CHANGES_BASE:
         return 0, sizes.carrying(placement, head)
     return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
@@ -158,7 +158,7 @@ def step_memory(
         outputs = sum(matrix.count * matrix.d_out for matrix in adapted if matrix.part != "unembedding")
         layer += outputs // sizes.layers * (2 if bf16 else 4)
         extra = 8 * max(matrix.d_in * matrix.d_out for matrix in adapted)
-    elif method in CHANGES_BASE:
+    elif method in FROM_WEIGHTS:
         # The initial factors, and an unembedding of its own where the base's is tied.
         extra = 4 * (trained + sizes.tied * preset.protocol.include_unembedding * sizes.vocabulary * sizes.hidden)
     if on_cpu and not is_rl:

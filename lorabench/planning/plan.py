@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
-from lorabench.config.fields import CHANGES_BASE, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
+from lorabench.config.fields import FROM_WEIGHTS, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
 from lorabench.config.inputs import curve_examples
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
@@ -44,6 +44,7 @@ _VARIANTS: dict[Variant, tuple[Method, float, float]] = {
     "dora": ("dora", 0.0, 1.0),
     "pissa": ("pissa", 0.0, 1.0),
     "olora": ("olora", 0.0, 1.0),
+    "qlora": ("qlora", 0.0, 1.0),
 }
 
 
@@ -232,7 +233,7 @@ def _check_variant(preset: Preset, condition: Condition) -> None:
     if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
         raise UserError(f"{name} of {condition.model}: execution.sampler = vllm takes plain LoRA only; allowed: own")
     smallest = sizes.smallest(condition.placement, preset.protocol.include_unembedding)
-    if condition.method in CHANGES_BASE and condition.rank > smallest:
+    if condition.method in FROM_WEIGHTS and condition.rank > smallest:
         raise UserError(
             f"{name} of {condition.model}: rank {condition.rank} is more than the smallest dimension of a layer, "
             f"{smallest}, and the adapter starts with that many directions of each weight"

@@ -49,12 +49,14 @@ def model_card(
         "learning rate": f"{spec['lr']:g}, {_SCHEDULES[spec['protocol']['schedule']]}",
     }
     if lora:
+        quantized = spec["method"] == "qlora"
         rows |= {
             "rank": str(spec["rank"]),
             "alpha": f"{spec['alpha']:g}",
             "learning rate of B over that of A": f"{spec['lr_ratio'] or 1:g}",
             "initial scale of A": f"{spec['init_a'] or 1:g}",
             "layers with LoRA": {"all": "all", "attn": "attention", "mlp": "MLP"}[spec["placement"]],
+            **({"base weights": "rounded to 4 bits (NF4), but for embedding and unembedding"} if quantized else {}),
             "LoRA on the unembedding": "yes" if spec["protocol"]["include_unembedding"] else "no",
         }
     rows |= {

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from lorabench.check.adapter import read_adapter
-from lorabench.check.merging import check_merging, nf4
+from lorabench.check.merging import check_merging
 from lorabench.check.probe import probe
 from lorabench.cli.commands import app
 from lorabench.custom.model import find_model
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.nf4 import nf4
 from lorabench.models.specs import shipped_folder
 
 from .conftest import save_adapter

@@ -16,11 +16,13 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.fields import LORA_PLUS_RATIO
+from lorabench.config.fields import LORA_PLUS_RATIO, METHOD_NAMES
 from lorabench.config.inputs import PathModel
 from lorabench.data.tokens import cache_key, read_tokens
+from lorabench.evaluation.runner import transformers_model
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora, save_adapter, use_fast_products
+from lorabench.models.nf4 import round_to_nf4
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
@@ -32,6 +34,7 @@ from lorabench.training.job import run_job
 from lorabench.training.loss import example_nlls
 from lorabench.training.run import Machine
 
+from ..conftest import slow_but
 from .conftest import TINY, condition_of, series, train, write_tied
 from .test_reference import assert_same_weights, examples_of
 
@@ -51,6 +54,7 @@ def loraplus(model, lr, eps):
         ({"method": "dora", "rank": 64}, {"use_dora": True}),
         ({"method": "pissa"}, {"init_lora_weights": "pissa"}),
         ({"method": "olora"}, {"init_lora_weights": "olora"}),
+        ({"method": "qlora"}, {}),
         ({"alpha": 32.0 * math.sqrt(RANK)}, {"use_rslora": True}),
         ({"lr_ratio": LORA_PLUS_RATIO}, {}),
     ],
@@ -63,6 +67,10 @@ def test_twenty_steps_are_those_of_a_plain_loop(changes, options, short_data, tm
     if condition.lr_ratio:
         monkeypatch.setattr(reference, "adam", loraplus)
     folder, examples = shipped_folder("llama-128"), examples_of(short_data["train"])
+    if condition.method == "qlora":
+        rounded, folder = load_model(TINY), tmp_path / "rounded"
+        round_to_nf4(rounded)
+        rounded.save_pretrained(folder)
     losses, expected = reference.train_sft(folder, examples, STEPS, 2, LR, condition.rank, eps=EPS)
     np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-5)
     assert outcome.final_valid_nll < outcome.curve[0].value - 0.05
@@ -109,10 +117,11 @@ def test_an_adapter_starts_from_the_base_and_is_saved_for_it(method, is_tied, tm
         assert [(c.r, c.lora_alpha, c.init_lora_weights) for c in configs] == [(2 * RANK, 64.0, True)] * 2
 
 
-def test_a_sweep_starts_each_run_from_the_base_as_it_was(raw_preset, built, tmp_path, monkeypatch):
-    """PiSSA changes the base's weights, so that the second run would else start from what the first one left."""
+@pytest.mark.parametrize("method", slow_but("pissa", ["pissa", "qlora"]))
+def test_a_sweep_starts_each_run_from_the_base_as_it_was(method, raw_preset, built, tmp_path, monkeypatch):
+    """Both change the base's weights, so that the second run would else start from what the first one left."""
     block = raw_preset["experiments"]["rank"][0]
-    block |= {"ranks": {"all": [RANK]}, "variants": ["pissa"], "lrs": {"fullft": [], "lora": [1e-3, 2e-3]}, "seeds": 1}
+    block |= {"ranks": {"all": [RANK]}, "variants": [method], "lrs": {"fullft": [], "lora": [1e-3, 2e-3]}, "seeds": 1}
     raw_preset["experiments"] = {"variants": [block | {"steps": 3}]}
     raw_preset["execution"]["keep_weights"] = "all"
     monkeypatch.chdir(tmp_path)
@@ -126,9 +135,12 @@ def test_a_sweep_starts_each_run_from_the_base_as_it_was(raw_preset, built, tmp_
     for run in sweep.grid():
         folder = RunFolder(layout.runs, run.run_id)
         record = folder.read_record()
-        assert record["spec"]["method"] == "pissa"
+        assert record["spec"]["method"] == method
         loaded = PeftModel.from_pretrained(load_model(TINY), folder.weights)
+        if method == "qlora":
+            machine = None, torch.device("cpu")
+            loaded = transformers_model(TINY, record, layout, load_tokenizer(TINY), 4, *machine).model
         nats = example_nlls(loaded, data["test"], Machine(torch.device("cpu"), 4096)).sum()
         outcome = record["outcome"]
         assert nats / outcome["test_scored_tokens"] == pytest.approx(outcome["final_test_nll"], rel=1e-5)
-    assert "# PiSSA adapter of llama-128" in (folder.weights / "README.md").read_text()
+    assert f"# {METHOD_NAMES[method]} adapter of llama-128" in (folder.weights / "README.md").read_text()
