@@ -220,7 +220,7 @@ def evidence_page() -> str:
         "",
         "[Other people's runs](other-runs.md) says how to read this page.",
         "",
-        site_links(matrix_part(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
+        matrix_part(ROOT),
         "",
         "![What several sources measured](published/evidence/forest.svg)",
         "",

@@ -1,19 +1,22 @@
-"""What several sources measured: a forest plot with a random-effects summary, and a matrix of verdicts by scale."""
+"""What several sources measured: a forest plot with a random-effects summary, and answers by the size of the model."""
 
 from __future__ import annotations
 
 import math
-import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
+from lorabench.analysis.finding import SEVERITY
+from lorabench.analysis.rules import DECIDED
 from lorabench.figures import style
-from lorabench.figures.verdicts import LOOKS, SHORT_NAMES
-from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, holds_again, range_text, share_text
+from lorabench.sources.answers import ANSWERS, QUESTIONS, borderline
+from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, holds_again
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
 _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
@@ -103,58 +106,81 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
 
 
-_CELL_HEIGHT, _CELL_WIDTH, _NAMES_WIDTH = 0.5, 1.02, 2.75  # inches, of the matrix
+# Inches. At a width of 360 pixels, as on a phone, letters have 10 pixels.
+_QUESTIONS, _COLUMN, _ROW_HEIGHT, _HEAD, _KEY = 2.45, 0.78, 0.52, 0.66, 1.08
+_LETTERS: dict[str, Any] = {"fontsize": 11.5, "va": "center", "linespacing": 1.15, "color": "0.1"}
+_BETWEEN_COLUMNS = (1e7, 5e8, 5e9)  # parameters
+# By answer: what a cell says, and its colour. Blue and orange differ for colour-blind readers too.
+_YES, _NO, _OPEN = "#0b5394", "#b45309", "0.35"
+_WORDS = {
+    "yes": ("yes", _YES),
+    "yes, but by less than matters": ("slight", _YES),
+    "no": ("no", _NO),
+    "undecided": ("?", _OPEN),
+}
 
 
 @style.applied()
 def draw_matrix(cells: pd.DataFrame) -> Figure:
-    """Draw the cells of a `lorabench.sources.measurements.matrix`."""
-    sizes = list(dict.fromkeys(cells.sort_values("parameters", kind="stable")["scale"]))
-    scales = ["paper", *sizes]
-    claims = list(dict.fromkeys(cells["claim_id"]))
-    paper = cells.drop_duplicates("claim_id").set_index("claim_id")["paper_value"]
-    width, height = _NAMES_WIDTH + _CELL_WIDTH * len(scales) + 0.1, _CELL_HEIGHT * (len(claims) + 1) + 0.55
+    """Draw the answers to the questions, from a `lorabench.sources.measurements.matrix`."""
+    ordered = cells.sort_values("parameters", kind="stable")
+    columns = list(ordered.groupby(np.searchsorted(_BETWEEN_COLUMNS, ordered["parameters"], side="right")))
+    width, height = _QUESTIONS + _COLUMN * len(columns) + 0.08, _HEAD + _ROW_HEIGHT * len(QUESTIONS) + _KEY
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((_NAMES_WIDTH / width, 0.5 / height, _CELL_WIDTH * len(scales) / width, 1 - 0.52 / height))
-    axes.set(xlim=(-0.5, len(scales) - 0.5), ylim=(len(claims) - 0.5, -1.5), xticks=[], yticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    middle: dict[str, Any] = {"ha": "center", "va": "center"}
-    for column, scale in enumerate(scales):
-        axes.text(column, -0.95, scale, weight="bold", fontsize=10, **middle)
-    axes.axhline(-0.5, color="0.4", linewidth=0.8)
-    left = -0.5 - _NAMES_WIDTH / _CELL_WIDTH + 0.06
-    at = {(cell["claim_id"], cell["scale"]): cell for cell in cells.to_dict("records")}
-    for row, claim_id in enumerate(claims):
-        axes.text(left, row, claim_id, weight="bold", va="center", color="0.1")
-        axes.text(left + 0.36, row, SHORT_NAMES[claim_id], va="center", color="0.1", fontsize=8)
-        if row:
-            axes.axhline(row - 0.5, color="0.9", linewidth=0.6)
-        # The paper's number or statement, in at most three short lines.
-        said = str(paper[claim_id]).partition(";")[0].partition(" (")[0]
-        said = "says so" if said in ("no number", "lower", "wider") else said
-        said = "\n".join(textwrap.wrap(textwrap.shorten(said, 42, placeholder="..."), 17))
-        axes.text(0, row, said, fontsize=6.5, color="0.25", **middle)
-        for column, scale in enumerate(sizes, start=1):
-            cell = at.get((claim_id, scale))
-            if cell is None or cell["verdict"] == "not tested":
-                axes.text(column, row, "\N{EN DASH}", color="0.7", **middle)
-                continue
-            colour, mark, face = LOOKS[str(cell["verdict"])]
-            texts = [text for text in (share_text(cell), range_text(cell)) if text and range_text(cell)]
-            axes.plot(column, row - 0.15 * len(texts), mark, color=colour, markersize=7, markerfacecolor=face)
-            if holds_again(cell):
-                axes.plot(column, row - 0.15 * len(texts), mark, color=colour, markersize=11, markerfacecolor="none")
-            for line, text in enumerate(texts):
-                place = row + (0.26 if len(texts) == 1 else 0.1 + 0.25 * line)
-                axes.text(column, place, text, color=colour, fontsize=6.5, **middle)
-    handles = [
-        style.mark(verdict, mark, color=colour, markerfacecolor=face)
-        for verdict, (colour, mark, face) in LOOKS.items()
-        if verdict != "not tested"
+    # One unit is one inch, from the upper left corner.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(0.08, _HEAD / 2, "Parameters of the model\nWho trained it", **_LETTERS)
+    for place, (_, of_size) in enumerate(columns):
+        across = _QUESTIONS + _COLUMN * (place + 0.5)
+        trained = {"us" if own else "others" for own in of_size["source"].isna()}
+        head = f"{_sizes(list(of_size['scale']))}\n{'both' if len(trained) > 1 else trained.pop()}"
+        axes.text(across, _HEAD / 2, head, ha="center", **_LETTERS)
+        for row, question in enumerate(QUESTIONS):
+            asked = of_size[of_size["claim_id"] == question.claim_id].to_dict("records")
+            worst = max(asked, key=lambda cell: SEVERITY.index(cell["verdict"]), default={})
+            _draw_answer(axes, across, _HEAD + _ROW_HEIGHT * (row + 0.5), worst)
+    for row, question in enumerate(QUESTIONS):
+        axes.axhline(_HEAD + _ROW_HEIGHT * row, color="0.85", linewidth=0.7)
+        axes.text(0.08, _HEAD + _ROW_HEIGHT * (row + 0.5), question.short, **_LETTERS)
+    top = height - _KEY
+    axes.axhline(top, color="0.5", linewidth=0.7)
+    known: dict[str, Any] = {"verdict": "confirmed", "p_again": 1.0, "held_out": None}
+    keys: list[tuple[dict[str, Any], str]] = [
+        (known, "firm"),
+        (known | {"p_again": 0.0}, "a repeat may differ"),
+        (known | {"verdict": "inconclusive"}, "undecided"),
+        (known | {"held_out": "confirmed"}, "the same on new seeds"),
+        ({}, "no runs in the paper's setting"),
     ]
-    handles.append(
-        style.mark("with a ring: came out again on held-out seeds", "o", markersize=9, markerfacecolor="none")
-    )
-    figure.legend(handles=handles, loc="lower left", ncols=4, handletextpad=0.2, columnspacing=1.0, borderaxespad=0.3)
+    for place, (cell, meaning) in enumerate(keys):
+        across, down = (0.43, 2.6)[place % 2], top + 0.24 + 0.31 * (place // 2)
+        _draw_answer(axes, across, down, cell)
+        axes.text(across + 0.42, down, meaning, **_LETTERS)
     return figure
+
+
+def _draw_answer(axes: Axes, across: float, down: float, cell: Mapping[Any, Any]) -> None:
+    """Draw the answer of a cell of the matrix: pale if it is borderline, in a ring if it came out again."""
+    answer = ANSWERS.get(cell.get("verdict", "not tested"))
+    if answer is None:
+        axes.text(across, down, "\N{EN DASH}", ha="center", **_LETTERS | {"color": "0.6"})
+        return
+    word, colour = _WORDS[answer]
+    solid = cell["verdict"] in DECIDED and not borderline(cell)
+    look: dict[str, Any] = {"linewidth": 1.2, "edgecolor": colour, "transform": axes.transData}
+    if answer != "undecided":
+        for size, shown in ((0.0, True), (0.05, holds_again(cell))):
+            box = (across - 0.3 - size, down - 0.12 - size), 0.6 + 2 * size, 0.24 + 2 * size
+            rounded = f"round,pad=0,rounding_size={0.1 + size}"
+            face = colour if solid and not size else "none"
+            if shown:
+                axes.add_patch(FancyBboxPatch(*box, boxstyle=rounded, facecolor=face, **look))
+    look = {"color": "white" if solid else colour, "va": "center_baseline"}
+    axes.text(across, down, word, ha="center", weight="bold", **_LETTERS | look)
+
+
+def _sizes(scales: Sequence[str]) -> str:
+    """Return a scale, or the first and the last of several, such as `0.6-3B`."""
+    first, last = scales[0], scales[-1]
+    return first if first == last else f"{first.removesuffix(last[-1])}\N{EN DASH}{last}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from lorabench.figures.style import write_figure
 from lorabench.report import claim_text, summary
 from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, summary_of
 from lorabench.runs import PROTOCOL_VERSION
+from lorabench.sources.answers import QUESTIONS, answer, count_of_core
 from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.measurements import (
     HELD_OUT,
@@ -220,7 +222,8 @@ def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path],
     """Return what makes each part, by its page and name; presets may be named that were not published before."""
     names = {*presets, *(folder.name for folder in published_folders(root))}
     return {
-        (Path("README.md"), "matrix"): matrix_part,
+        **{(page, "answers"): partial(answers_part, page=page) for page in (Path("README.md"), Path("docs/index.md"))},
+        (_RESULTS, "matrix"): matrix_part,
         (_OTHER_RUNS, "evidence"): evidence_part,
         **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
     }
@@ -241,13 +244,44 @@ def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str
     return texts
 
 
+def answers_part(root: Path, page: Path) -> str:
+    """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
+    folder = root / PUBLISHED / "evidence"
+    cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
+    lines = [count_of_core(cells), ""]
+    for question in QUESTIONS:
+        text = answer(question, cells)
+        if question.claim_id == "B1":
+            text += (
+                f"{_mean_ratio(summarized)} [What the ratio depends on]({_link('docs/lr-ratio.md', page)}); `lorabench "
+                "recommend` estimates a learning rate for your model."
+            )
+        lines.append(f"- {text}")
+    picture = _link(PUBLISHED / "evidence/matrix.svg", page)
+    return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
+
+
+def _mean_ratio(summarized: pd.DataFrame) -> str:
+    """Return a sentence with the mean ratio of optimal learning rates; empty if fewer than two sources measured it."""
+    [*rows] = summarized[summarized["measure"].eq("lr_ratio") & summarized["attribute"].isna()].to_dict("records")
+    if not rows or not rows[0]["k"] > 1:
+        return ""
+    mean, low, high = (f"{math.exp(rows[0][name]):.1f}" for name in ("mean", "low", "high"))
+    return f" Over {rows[0]['k']} sources the mean is {mean} times [{low}, {high}]."
+
+
+def _link(file: Path | str, page: Path) -> str:
+    """Return the path to a file from the folder of a page; both are paths from the root."""
+    return os.path.relpath(file, page.parent)
+
+
 def matrix_part(root: Path) -> str:
-    """Return the core claims by the size of the model, as a picture and a table whose cells link to the runs."""
+    """Return the claims of the matrix by the size of the model, as a table whose cells link to the runs."""
     cells = pd.read_csv(root / PUBLISHED / "evidence/matrix.csv")
     texts = []
     for cell in cells.to_dict("records"):
         page = _RESULTS if pd.isna(cell["source"]) else _OTHER_RUNS
-        linked = f"[{claim_text.verdict(cell)}]({page}#{cell['origin']})"
+        linked = f"[{claim_text.verdict(cell)}]({page.name}#{cell['origin']})"
         again = "" if pd.isna(cell["p_again"]) else f" {cell['p_again']:.0%}"
         marks = []
         if number := range_text(cell):
@@ -262,11 +296,10 @@ def matrix_part(root: Path) -> str:
     by_scale = cells.assign(text=texts).pivot(index="claim_id", columns="scale", values="text")[scales]
     statements = cells.drop_duplicates("claim_id")[["claim_id", "statement"]]
     rows = statements.join(by_scale, on="claim_id").fillna(formats.DASH).to_numpy()
-    picture = f"![Core claims by the size of the model]({PUBLISHED}/evidence/matrix.svg)"
-    return "\n".join([picture, "", reproduced(root), "", *table(["", "claim", *scales], rows)])
+    return "\n".join(table(["", "claim", *scales], rows))
 
 
-def reproduced(root: Path) -> str:
+def reproduced(root: Path, page: Path) -> str:
     """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
     numbers = {
         folder.name: (int((again["again"] == "yes").sum()), int(again["again"].notna().sum()))
@@ -274,7 +307,9 @@ def reproduced(root: Path) -> str:
         if (again := read_held_out(folder)) is not None
     }
     yes, every = (sum(column) for column in zip(*numbers.values(), strict=True)) if numbers else (0, 0)
-    each = ", ".join(f"[{name}]({_RESULTS}#{name}) {again} of {of}" for name, (again, of) in numbers.items())
+    each = ", ".join(
+        f"[{name}]({_link(_RESULTS, page)}#{name}) {again} of {of}" for name, (again, of) in numbers.items()
+    )
     return f"**On held-out seeds {yes} of {every} decided verdicts came out again**{f': {each}' if each else ''}."
 
 

@@ -32,7 +32,7 @@ from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.pooled_lr import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
-from lorabench.claims.judge import CORE
+from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.io import read_claims
@@ -46,6 +46,9 @@ TINY, BELOW = "tiny", 1e7
 """The scale of all models with fewer parameters."""
 
 _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+_CLAIMS = tuple(claim.id for claim in CLAIMS if claim.core or claim.id == "A8")
+"""The claims of the matrix: the core claims, and A8, which says whether a low rank is too small."""
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
@@ -140,7 +143,7 @@ def _scale(scope: object) -> tuple[str | None, float]:
 
 
 def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Return the matrix as a tidy table, one row for each core claim and scale, by claim and ascending size.
+    """Return the matrix as a tidy table, one row for each of its claims and scale, by claim and ascending size.
 
     Where several sources are of one scale, the worst verdict decides the cell, as within a verdict over several
     comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`.
@@ -150,13 +153,13 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
         own: presets of one's own, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
-    every = every[every["claim_id"].isin(CORE) & every["scale"].notna()].copy()
+    every = every[every["claim_id"].isin(_CLAIMS) & every["scale"].notna()].copy()
     every.loc[every["n_runs"].fillna(0).eq(0), "verdict"] = "not tested"
     # Models of nearly one size share a column, whose place is that of the smallest.
     every["parameters"] = every.groupby("scale")["parameters"].transform("min")
     # Of equal verdicts, one with a number is shown.
     order = every.assign(
-        claim=every["claim_id"].map(CORE.index),
+        claim=every["claim_id"].map(_CLAIMS.index),
         rank=-every["verdict"].map(SEVERITY.index),
         unknown=every["estimate"].isna(),
     )

@@ -16,7 +16,6 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.report.freeze import freeze, write_frozen
 from lorabench.report.publish import (
@@ -40,7 +39,12 @@ from lorabench.utils.files import LR_OPTIMA
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim
 
-PAGES = {"README.md": ["matrix"], "docs/other-runs.md": ["evidence"], "docs/results.md": ["laptop", "overnight"]}
+PAGES = {
+    "README.md": ["answers"],
+    "docs/index.md": ["answers"],
+    "docs/other-runs.md": ["evidence"],
+    "docs/results.md": ["matrix", "laptop", "overnight"],
+}
 """The pages, with their generated parts."""
 
 EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
@@ -205,21 +209,18 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     committed = {path.name for path in EVIDENCE.iterdir() if not path.name.startswith(others)}
     assert {path.name for path in written.iterdir()} == committed
     assert (
-        "[inconclusive](docs/other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
-        in (root / "README.md").read_text()
+        "[inconclusive](other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
+        in (root / "docs/results.md").read_text()
     )
+    readme, index = (root / "README.md").read_text(), (root / "docs/index.md").read_text()
+    assert "Undecided at 0.6B (35.5 to 58.0 times), at 8B and at 70B. Over 6 sources the mean is 14.1 times" in readme
+    for link in ("docs/lr-ratio.md", "docs/results.md#laptop", "paper_figures/published/evidence/matrix.svg"):
+        assert f"]({link})" in readme
+        assert f"]({link.removeprefix('docs/') if link.startswith('docs/') else f'../{link}'})" in index
     page = (root / "docs/other-runs.md").read_text()
     for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
         assert f"\n#### {first['source']}\n" in page
         assert first["doubts"] in page
-
-
-def test_the_figure_has_a_dash_where_there_are_no_runs():
-    cells = pd.read_csv(EVIDENCE / "matrix.csv")
-    judged = cells[cells["verdict"] != "not tested"].drop_duplicates(["claim_id", "scale"])
-    texts = [text.get_text() for text in draw_matrix(cells).axes[0].texts]
-    empty = cells["claim_id"].nunique() * cells["scale"].nunique() - len(judged)
-    assert texts.count("\N{EN DASH}") == empty > 0
 
 
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):

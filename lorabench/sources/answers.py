@@ -1,0 +1,216 @@
+"""What was found, as answers to plain questions: each is read from the cells of one claim in the matrix.
+
+The picture of the matrix, the README and the first page of the documentation show the same questions. A sentence names
+a verdict, the sizes of models at which it was reached, and what was measured there, so that it stays true whatever the
+verdicts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from lorabench.analysis.finding import BORDERLINE
+from lorabench.analysis.rules import DECIDED
+from lorabench.claims.judge import CORE
+from lorabench.sources.measurements import TINY, holds_again
+from lorabench.utils import formats
+
+
+class Question(NamedTuple):
+    """A question that a claim answers with yes."""
+
+    claim_id: str
+    short: str
+    """The question in two lines of at most 28 characters, for the picture."""
+    text: str
+    unit: str
+    """The unit of the numbers; a cell with another unit is shown without its numbers."""
+    measured: str
+    """What was measured, with a place for its number."""
+    form: str
+    """The format of the number."""
+    if_yes: str
+    """What to do where the largest models with a decision say yes."""
+    if_no: str
+    if_open: str
+    """What to do where nothing is decided."""
+    factor: float = 1.0
+    """By what the numbers of the table are multiplied."""
+
+
+_NATS = "nats per token"
+
+QUESTIONS = (
+    Question(
+        "B2",
+        "LoRA's loss as low as\nfull fine-tuning's?",
+        "Does LoRA of a high rank reach the loss of full fine-tuning, each at its best learning rate?",
+        *(_NATS, "gap {} nats", "z.3f"),
+        if_yes="Expect LoRA of a high rank to match full fine-tuning.",
+        if_no="Do not count on LoRA to match full fine-tuning.",
+        if_open="Measure on your own data whether LoRA is enough.",
+    ),
+    Question(
+        "A1",
+        "LoRA as fast all along\na long run?",
+        "Does LoRA of a high rank learn as fast as full fine-tuning all along a long run?",
+        *(_NATS, "gap of up to {} nats", "z.3f"),
+        if_yes="Long runs need no special care.",
+        if_no="In a long run, watch whether LoRA falls behind.",
+        if_open="In a long run, watch whether LoRA falls behind.",
+    ),
+    Question(
+        "B1",
+        "LoRA's best LR ten times\nfull fine-tuning's?",
+        "Is LoRA's best learning rate ten times that of full fine-tuning?",
+        *("ratio", "{} times", "z.1f"),
+        if_yes="Start at ten times the learning rate of full fine-tuning.",
+        if_no="Search for LoRA's own learning rate.",
+        if_open="Search for LoRA's own learning rate.",
+    ),
+    Question(
+        "B3",
+        "One best LR for all\nranks from 4 up?",
+        "Is LoRA's best learning rate the same at all ranks from 4 up?",
+        *("ratio", "a factor of {} between ranks", "z.2f"),
+        if_yes="Keep the learning rate when you change the rank.",
+        if_no="Search for the learning rate of each rank.",
+        if_open="Search again when you change the rank.",
+    ),
+    Question(
+        "A8",
+        "Rank 1 too small where\nmuch is to learn?",
+        "Where there is much to learn, does rank 1 run out of capacity?",
+        *(_NATS, "rank 1 behind by {} nats", "z.3f"),
+        if_yes="Do not take the lowest rank in supervised fine-tuning.",
+        if_no="In supervised fine-tuning a low rank may do.",
+        if_open="Compare a low rank with a high one.",
+    ),
+    Question(
+        "E1",
+        "LoRA on attention alone\nworse than on the MLP?",
+        "With equally many parameters, is LoRA on attention alone worse than on the MLP alone?",
+        *(_NATS, "by {} nats", "z.3f"),
+        if_yes="Do not put LoRA on attention alone.",
+        if_no="LoRA on attention alone may do.",
+        if_open="Put LoRA on all layers until more is known.",
+    ),
+    Question(
+        "D1",
+        "LoRA harmed more by\nlarge batches?",
+        "Do large batches harm LoRA more than full fine-tuning?",
+        *(_NATS, "the gap grows by {} nats", "z.3f"),
+        if_yes="Keep batches small.",
+        if_no="Choose the batch size as for full fine-tuning.",
+        if_open="Compare two batch sizes.",
+    ),
+    Question(
+        "F1",
+        "Rank 1 enough in\nreinforcement learning?",
+        "Does rank 1 reach the accuracy of full fine-tuning?",
+        *("error rate", "a difference of {} percentage points", "z.1f"),
+        if_yes="In reinforcement learning, begin with a low rank.",
+        if_no="In reinforcement learning, do not rely on rank 1.",
+        if_open="In reinforcement learning, compare rank 1 with a higher one.",
+        factor=-100,
+    ),
+)
+
+ANSWERS = {
+    "confirmed": "yes",
+    "right sign, below the margin": "yes, but by less than matters",
+    "contradicted": "no",
+    "not seen here": "no",
+    "inconclusive": "undecided",
+}
+"""The answer by verdict. Without runs in the setting of the claim there is none."""
+
+
+def answer(question: Question, cells: pd.DataFrame) -> str:
+    """Return what to do and the answers, by the size of the model in ascending order.
+
+    Args:
+        question: what is asked.
+        cells: the table `matrix`.
+    """
+    own = cells[cells["claim_id"].eq(question.claim_id) & cells["verdict"].isin(list(ANSWERS))]
+    rows = own.sort_values("parameters", kind="stable").to_dict("records")
+    decided = [ANSWERS[row["verdict"]] for row in rows if row["verdict"] in DECIDED]
+    advice = question.if_open if not decided else question.if_yes if decided[-1] == "yes" else question.if_no
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        places.setdefault(ANSWERS[row["verdict"]], []).append(_place(question, row))
+    answers = [f"{word.capitalize()} {_listed(where)}." for word, where in places.items()]
+    return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting say."])])
+
+
+def _place(question: Question, cell: Mapping[Any, Any]) -> str:
+    """Return the size of a cell's models, and in brackets what was measured there and how sure the verdict is."""
+    remarks = [_measured(question, cell)]
+    if cell["verdict"] in DECIDED:
+        remarks.append("borderline" if borderline(cell) else "")
+        if holds_again(cell):
+            remarks.append("the same on held-out seeds")
+        elif not formats.missing(cell["held_out"]):
+            remarks.append(f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds")
+    remark = "; ".join(filter(None, remarks))
+    return at_size(cell["scale"]) + (f" ({remark})" if remark else "")
+
+
+def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
+    """Return the range of several comparisons, or the number of one, with its 95% interval if it is decided."""
+
+    def known(*names: str) -> list[str]:
+        values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
+        return [format(value, question.form) for value in sorted(values)]
+
+    estimate, ends, interval = known("estimate"), known("part_low", "part_high"), known("ci_low", "ci_high")
+    if cell["unit"] != question.unit or not estimate:
+        return ""
+    if cell["n_parts"] > 1 and len(set(ends)) == 2:
+        return question.measured.format(" to ".join(ends))
+    with_interval = cell["verdict"] in DECIDED and len(interval) == 2
+    return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if with_interval else "")
+
+
+def borderline(cell: Mapping[Any, Any]) -> bool:
+    """Return whether a repeat would reach the verdict of a cell with a probability that is known to be too small."""
+    return not formats.missing(cell["p_again"]) and bool(cell["p_again"] < BORDERLINE)
+
+
+def count_of_core(cells: pd.DataFrame) -> str:
+    """Return a sentence or two on how many of the core claims hold at each size, as far as they are decided.
+
+    Args:
+        cells: the table `matrix`.
+    """
+    core = cells[cells["claim_id"].isin(CORE)].sort_values("parameters", kind="stable")
+    counted, above = [], []
+    for scale, verdicts in core.groupby("scale", sort=False)["verdict"]:
+        answers = verdicts.map(ANSWERS)
+        yes, no, slight = ((answers == word).sum() for word in ("yes", "no", ANSWERS["right sign, below the margin"]))
+        if not yes + no + slight:
+            above.append(str(scale))
+            continue
+        above = []
+        counts = [f"{yes} {'holds' if yes == 1 else 'hold'}"] if yes else []
+        counts += [f"{slight} {'holds' if slight == 1 else 'hold'} by less than matters"] if slight else []
+        counts += [f"{no} {'does' if no == 1 else 'do'} not"] if no else []
+        counted.append(f"{_listed(counts)} {at_size(str(scale))}")
+    if not counted:
+        return f"None of the paper's {len(CORE)} core claims is decided at any size."
+    rest = f", and **none is decided {at_size(above[0])} or above**" if above else ""
+    return f"Of the paper's {len(CORE)} core claims {'; '.join(counted)}. The others are undecided or not tested{rest}."
+
+
+def at_size(scale: str) -> str:
+    """Return where something was found, such as `at 8B`."""
+    return "on tiny models" if scale == TINY else f"at {scale}"
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
