@@ -130,13 +130,32 @@ def sentence(claim: Claim) -> str:
         return f"These runs cannot say: the claim is about {re.sub(r'; the presets? [^;)]*', '', claim['missing'])}."
     if claim["verdict"] == "inconclusive":
         decides = claim["would_decide"]
-        return "These runs cannot say." if formats.missing(decides) else f"To decide, it would take {decides}."
-    found, band = _FOUND[claim["verdict"]], _band(claim)
-    if not band or formats.missing(claim["estimate"]):
+        return "These runs cannot say." + ("" if formats.missing(decides) else f" To decide: {decides}.")
+    found, band, value = _FOUND[claim["verdict"]], _band(claim), formats.number(claim["estimate"])
+    if not band or value == formats.DASH:
         return f"{found}."
     if band.startswith("±"):
-        return f"{found}: the difference is {estimate(claim)}, and up to {band[1:]} counts as none."
-    return f"{found}: {estimate(claim)} was measured, and {band} was asked for."
+        return f"{found}: the difference is {value}, and up to {band[1:]} counts as none."
+    return f"{found}: {value} was measured, and {band} was asked for."
+
+
+def details(claim: Claim) -> dict[str, str]:
+    """Return what else is known of how a claim was judged, by its name on the page."""
+    known = {name: value for name, value in claim.items() if not formats.missing(value)}
+    rule = f" ({known['margin_rule']})" if "margin_rule" in known else ""
+    chosen = f"; the best learning rates are those of the {known.get('lr_chosen_on')} split"
+    seen, again = power(claim), known.get("p_again")
+    rows = {
+        "Needs": known.get("missing") if claim["verdict"] == "setting not met" else "",
+        "Margin": f"{margin(claim)}{rule}" if _band(claim) else "",
+        "Power": "" if seen == formats.DASH else f"{seen} would have been seen with a probability of 80%",
+        "Measured on": known.get("scope"),
+        "Seeds": f"{known['n_seeds']:.0f}{chosen if 'lr_chosen_on' in known else ''}" if "n_seeds" in known else "",
+        "Again": "" if again is None else f"a new run decides the same with a probability of {again:.0%}",
+        "Published": known.get("published"),
+        "Kind": claim["kind"],
+    }
+    return {name: str(text) for name, text in rows.items() if text}
 
 
 def _with_unit(text: str, claim: Claim) -> str:

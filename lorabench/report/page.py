@@ -303,7 +303,7 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, parametrization, anchor),
-        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.verdict, claim_text.sentence),
+        *(claim_text.margin, claim_text.estimate, claim_text.verdict, claim_text.sentence, claim_text.details),
     )
 }
 """The functions that the templates use as filters, by name."""

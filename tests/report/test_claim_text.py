@@ -51,11 +51,11 @@ def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so()
 
 def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
     at_least = {"margin_low": 0.01, "margin_high": math.inf, "estimate": 0.03}
-    equal = "It holds: the difference is 0.00200 nats, and up to 0.01 counts as none."
+    equal = "It holds: the difference is 0.00200, and up to 0.01 counts as none."
     assert claim_text.sentence(make_claim("B1")) == equal
     assert claim_text.sentence(make_claim("B1", "not tested")) == "This preset has no runs about it."
-    assert claim_text.sentence(make_claim("B1", "inconclusive")) == "To decide, it would take 6 seeds (now 3)."
-    found = "It does not hold for models this small: 0.0300 nats was measured, and at least 0.01 was asked for."
+    assert claim_text.sentence(make_claim("B1", "inconclusive")) == "These runs cannot say. To decide: 6 seeds (now 3)."
+    found = "It does not hold for models this small: 0.0300 was measured, and at least 0.01 was asked for."
     assert claim_text.sentence(make_claim("B1", "not seen here", **at_least)) == found
     assert claim_text.sentence(make_claim("B1", margin_low=None, margin_high=None)) == "It holds."
     assert claim_text.sentence(make_claim("B1", "inconclusive", would_decide=None)) == "These runs cannot say."

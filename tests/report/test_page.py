@@ -132,10 +132,10 @@ def test_a_claim_is_a_line_with_what_it_says_its_verdict_and_number_and_a_senten
     }
     number = "0.00200 nats [-0.00400, 0.00800]"
     assert lines["B1"] == (
-        "B1 statement of B1 It holds: the difference is 0.00200 nats, and up to 0.01 counts as none. "
+        "B1 statement of B1 It holds: the difference is 0.00200, and up to 0.01 counts as none. "
         f"\N{CHECK MARK} confirmed {number}"
     )
-    assert lines["B3"].endswith(f"To decide, it would take 6 seeds (now 3). ? inconclusive {number}")
+    assert lines["B3"].endswith(f"These runs cannot say. To decide: 6 seeds (now 3). ? inconclusive {number}")
     assert "the claim is about runs of 1,000 steps or more (here at most" in lines["D1"]
     assert lines["G1"].endswith("\N{EN DASH} not tested")
     # A claim without the setting that it needs is closed below the others, and claims of one fact name each other.
