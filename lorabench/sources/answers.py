@@ -143,8 +143,8 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
     places: dict[str, list[str]] = {}
     for row in rows:
         places.setdefault(ANSWERS[row["verdict"]], []).append(_place(question, row))
-    answers = [f"{word.capitalize()} {_listed(where)}." for word, where in places.items()]
-    return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting say."])])
+    answers = [f"*{word.capitalize()}* {_listed(where)}." for word, where in places.items()]
+    return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting answer this."])])
 
 
 def _place(question: Question, cell: Mapping[Any, Any]) -> str:

@@ -33,13 +33,13 @@ def batches(*cells: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("verdict", "advice", "answered"),
     [
-        ("confirmed", "Keep batches small.", f"Yes on tiny models ({GROWS})."),
-        ("right sign, below the margin", AS_ALWAYS, f"Yes, but by less than matters on tiny models ({GROWS})."),
-        ("contradicted", AS_ALWAYS, f"No on tiny models ({GROWS})."),
-        ("not seen here", AS_ALWAYS, f"No on tiny models ({GROWS})."),
-        ("inconclusive", "Compare two batch sizes.", "Undecided on tiny models (the gap grows by 0.050 nats)."),
-        ("setting not met", "Compare two batch sizes.", "No runs in the paper's setting say."),
-        ("not tested", "Compare two batch sizes.", "No runs in the paper's setting say."),
+        ("confirmed", "Keep batches small.", f"*Yes* on tiny models ({GROWS})."),
+        ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
+        ("contradicted", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
+        ("not seen here", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
+        ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models (the gap grows by 0.050 nats)."),
+        ("setting not met", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
+        ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
     ],
 )
 def test_the_verdict_decides_the_sentence(verdict, advice, answered):
@@ -55,15 +55,15 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
     ]
     text = batches(*reversed(cells), cell("setting not met", "0.13B"))
     assert text == (
-        f"**Keep batches small.** {ASKED} No on tiny models ({GROWS}; borderline; the same on held-out seeds) and at "
-        "3B. Yes at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out "
+        f"**Keep batches small.** {ASKED} *No* on tiny models ({GROWS}; borderline; the same on held-out seeds) and at "
+        "3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out "
         "seeds) and at 8B (not tested on held-out seeds)."
     )
 
 
 def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
     worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
-    expected = "No on tiny models (a difference of -12.0 percentage points [-15.0, -10.0])."
+    expected = "*No* on tiny models (a difference of -12.0 percentage points [-15.0, -10.0])."
     assert answer(ACCURACY, pd.DataFrame([worse])).endswith(expected)
 
 
