@@ -513,6 +513,21 @@ def export(
 
 
 @app.command()
+def index(
+    results: Annotated[Path, Option(help="The folder of all results.")] = Path("results"),
+) -> None:
+    """Write the page that lists all reports, the published presets, and what the runs of others say.
+
+    Each report that is made writes it too.
+    """
+    from lorabench.report.index import write_index
+
+    if not results.is_dir():
+        raise UserError(f"--results {results}: there is no such folder")
+    print(write_index(results))
+
+
+@app.command()
 def track(preset: PresetOption = "laptop") -> None:
     """Log the finished runs of a preset to trackio, if it is installed; runs that it has are left as they are."""
     from lorabench.report.track import track as log_runs

@@ -75,57 +75,66 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     advised, settings = summary.first_settings(all_runs, summary.RECIPE_SETTINGS)
     recipe = measured_recipe(advised, all_curves, judging)
     trained = plan.preset.experiments.trained()
-    environment = jinja2.Environment(
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            name=layout.name,
+            question=question,
+            preset=plan.preset,
+            style=inline("page.css"),
+            script=inline("page.js"),
+            headline=claim_text.headline(judged),
+            counting=claim_text.COUNTING,
+            tally=claim_text.tally(judged),
+            sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
+            untested=[claim for claim in claims if claim not in tested],
+            margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
+            recipe=recipe,
+            costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
+            recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},
+            environment=summary.environment(runs),
+            rules=sorted(set(judged["rules"].dropna())),
+            experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
+            sampler=summary.sampler(plan, runs, all_curves),
+            evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
+            evaluated=evaluated,
+            work=summary.work(plan, runs),
+            runs=listed.to_dict("records"),
+            listed=set(listed["run_id"]),
+            inputs=summary.inputs(runs),
+            rows=ROWS,
+            settings=summary.SETTINGS,
+            datasets=summary.dataset_origins(layout),
+            doctor=record_for(plan.preset.execution),
+            # As JSON for the page's script, escaped so that no text in it can end its HTML element.
+            curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
+            points=curves["points"],
+            downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
+            tables=tables,
+            figures_folder=layout.figures,
+            command=_command(source, out),
+        )
+    )
+    with atomic_path(out) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def environment() -> jinja2.Environment:
+    """Return what renders the templates of pages; it escapes whatever is put into them."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
-    environment.tests["missing"] = formats.missing
-    page = environment.get_template("page.html.j2").render(
-        name=layout.name,
-        question=question,
-        preset=plan.preset,
-        style=_inline("page.css"),
-        script=_inline("page.js"),
-        headline=claim_text.headline(judged),
-        counting=claim_text.COUNTING,
-        tally=claim_text.tally(judged),
-        sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
-        untested=[claim for claim in claims if claim not in tested],
-        margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
-        recipe=recipe,
-        costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
-        recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},
-        environment=summary.environment(runs),
-        rules=sorted(set(judged["rules"].dropna())),
-        experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
-        sampler=summary.sampler(plan, runs, all_curves),
-        evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
-        evaluated=evaluated,
-        work=summary.work(plan, runs),
-        runs=listed.to_dict("records"),
-        listed=set(listed["run_id"]),
-        inputs=summary.inputs(runs),
-        rows=ROWS,
-        settings=summary.SETTINGS,
-        datasets=summary.dataset_origins(layout),
-        doctor=record_for(plan.preset.execution),
-        # As JSON for the page's script, escaped so that no text in it can end its HTML element.
-        curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
-        points=curves["points"],
-        downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
-        tables=tables,
-        figures_folder=layout.figures,
-        command=_command(source, out),
-    )
-    with atomic_path(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+    made.filters.update(FILTERS)
+    made.tests["missing"] = formats.missing
+    return made
 
 
-def _inline(name: str) -> dict[str, str]:
+def inline(name: str) -> dict[str, str]:
     """Return a file of this package to embed, and its hash for the page's content security policy.
 
     The policy lets a browser run and apply only what has one of these hashes.

@@ -41,6 +41,7 @@ MISTAKES = {
         ("claims", "--tables", ".", "--out", ".", "--noise-sd", "0.004", "--noise-dof", "4"),
         "--noise-sd needs --noise-dof and --noise-source",
     ),
+    "results": (("index", "--results", "/nowhere"), "--results /nowhere: there is no such folder"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
         "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",

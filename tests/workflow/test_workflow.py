@@ -132,6 +132,7 @@ def test_smoke_runs_to_the_report(smoke):
     # Claims that need no runs are judged in the smallest preset too.
     assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
+    assert "smoke/report/index.html" in (checkout / "results/index.html").read_text()
     drawn = {figure.name for figure in figures_of_preset(layout.preset)}
     assert {"fig1_envelopes", "fig4_placement", "early", "fig6_rl_lr", "compute", "learned_forgotten"} <= drawn
     for name in drawn:

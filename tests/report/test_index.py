@@ -1,0 +1,119 @@
+"""The index of a folder of results: what lies there is listed, whatever else is damaged or written at the same time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.cli.commands import app
+from lorabench.report.index import write_index
+from lorabench.store.io import write_frame
+
+from ..conftest import REPOSITORY
+from ..handmade import claims_table, make_claim, make_sweep, runs_table
+from .conftest import HOSTILE, Page, hostile_report
+
+CLAIMS = [
+    make_claim("A7", verdict="contradicted"),
+    make_claim("B2", verdict="inconclusive"),
+    make_claim("F1", verdict="confirmed", fact="rank 1"),
+    make_claim("C1", verdict="confirmed"),
+    make_claim("B1", verdict="not tested"),
+    make_claim("D1", verdict="contradicted"),
+]
+
+
+def finish(name: str, day: int = 1, claims=CLAIMS) -> Path:
+    """Make a preset with a report, in which nothing but the head is; return the folder of its tables."""
+    folder = Path("results") / name
+    (folder / "report").mkdir(parents=True)
+    head = f'<title>Question {name}</title><meta name="description" content="About {name} &amp; more">'
+    (folder / "report/index.html").write_text(f"<!doctype html><head>{head}<p>text</p>")
+    write_frame(runs_table(make_sweep(16, started=f"2026-01-{day:02}T03:04:05+00:00")), "runs", folder / "tables")
+    write_frame(claims_table(claims), "claims", folder / "tables")
+    return folder / "tables"
+
+
+def entries(page: str) -> dict[str, Page]:
+    found = re.findall(r'<article class="entry">(.*?)</article>', page, re.DOTALL)
+    return {Page(entry.split("</h3>")[0]).text: Page(entry) for entry in found}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_reports_are_listed_with_runs_verdicts_and_core_claims(folder):
+    for name, day in (("mine", 1), ("laptop", 2), ("laptop@100", 3)):
+        finish(name, day)
+    (folder / "results/unfinished/tables").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["index"])
+    assert (result.exit_code, result.output.split()) == (0, ["results/index.html"])
+    page = Path("results/index.html").read_text()
+    assert re.findall(r"<h2.*?>(.*?)</h2>", page) == ["Your own models and data", "Presets of the paper, run here"]
+    shown = entries(page)
+    # The newest comes first, and a shipped preset goes by its name.
+    assert list(shown) == ["Question mine", "laptop@100", "laptop"]
+    mine = shown["Question mine"]
+    assert set(mine.all("a", "href")) == {"mine/report/index.html"}
+    for text in ("About mine & more", "7 runs tiny 2026-01-01", "2 confirmed ✗ 2 contradicted ? 1 inconclusive"):
+        assert text in mine.text
+    # Of the core claims, decided ones come first; A7 is none of them.
+    assert re.findall(r'<span class="id">(.*?)</span>', mine.source) == ["C1", "D1", "F1"]
+    assert "laptop%40100/report/index.html" in shown["laptop@100"].all("a", "href")
+    assert not Path("results/index.lock").exists()
+
+
+def test_published_presets_and_runs_of_others_are_listed_where_they_are(folder):
+    (folder / "results").mkdir()
+    (folder / "paper_figures").symlink_to(REPOSITORY / "paper_figures")
+    page = write_index(Path("results")).read_text()
+    shown = entries(page)
+    assert {"laptop", "overnight", "Runs of others"} <= set(shown)
+    assert "came out again on held-out seeds" in shown["laptop"].text
+    assert "sources" in shown["Runs of others"].text
+    links = [link for entry in shown.values() for link in entry.all("a", "href")]
+    assert links
+    assert all(Path("results", unquote(link)).is_file() for link in links)
+
+
+def test_a_damaged_table_keeps_no_other_report_from_being_listed():
+    finish("mine")
+    (finish("other") / "claims.parquet").write_bytes(b"PAR1")
+    shown = entries(write_index(Path("results")).read_text())
+    assert "C1" in shown["Question mine"].text
+    assert "can't be read as a table" in shown["Question other"].text
+
+
+def test_reports_that_are_finished_at_the_same_time_do_not_lose_one_another():
+    names = [f"preset-{place}" for place in range(4)]
+
+    def make(name: str) -> None:
+        finish(name)
+        write_index(Path("results"))
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(make, names))
+    assert len(entries(Path("results/index.html").read_text())) == len(names)
+
+
+def test_text_from_outside_stays_text_and_nothing_is_fetched_or_run(folder, report):
+    hostile_report(report)
+    shutil.copytree("results", folder / "results")
+    os.chdir(folder)
+    page = Page(write_index(Path("results")).read_text())
+    assert " ".join(f"description{HOSTILE}".split()) in page.text
+    assert not {"script", "x-evil", "img", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    [policy] = [value for value in page.all("meta", "content") if "default-src" in value]
+    assert "default-src 'none'" in policy
+    assert "script-src" not in policy
