@@ -395,12 +395,13 @@ def evidence(
         Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
     ] = None,
     publish: Annotated[
-        Path | None, Option(help="The repository's root: write the matrix into its README and docs too.")
+        Path | None, Option(help="The repository's root: write the answers into its README and docs too.")
     ] = None,
 ) -> None:
     """Judge all published runs by the paper's claims.
 
-    Writes the verdicts, the matrix of claims by scale, the forest plot, and the known optimal learning rates.
+    Writes the verdicts, those on core claims by scale with a picture, the forest plot, and the known optimal learning
+    rates.
     """
     from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
     from lorabench.sources.measurements import read_own
@@ -416,7 +417,7 @@ def evidence(
     if publish is not None:
         publish_evidence(gathered, publish)
     models = len(gathered["claims"].drop_duplicates(["source", "model"]))
-    print(f"{models} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+    print(f"{models} models of public sources judged; their answers are in {out / 'matrix.svg'}")
 
 
 @app.command()
