@@ -81,6 +81,10 @@ def init(
         str | None,
         Option(help="For RL on questions: `number` grades a response by its last number, `boxed` by \\boxed{}."),
     ] = None,
+    variants: Annotated[
+        list[str] | None,
+        Option("--variant", help="A variant of LoRA to train beside it, such as dora; may be repeated."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
     """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
@@ -88,7 +92,7 @@ def init(
     from lorabench.custom.preset import Choices, init_preset
     from lorabench.planning.plan import make_plan
 
-    choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
+    choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader, tuple(variants or ()))
     written = init_preset(out, model, data, data_format, choices, force, say=print)
     plan_table(make_plan(written), os.cpu_count() or 1)
     print(f"wrote {out}; next: lorabench run {out}")

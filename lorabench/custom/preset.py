@@ -90,6 +90,8 @@ class Choices:
     """The GPU to train on; None for a CPU."""
     grader: str | None = None
     """The grader of problems for reinforcement learning; None for supervised fine-tuning."""
+    variants: tuple[str, ...] = ()
+    """Variants of LoRA that are trained beside it."""
 
 
 def init_preset(
@@ -190,6 +192,7 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
         ranks=list(ranks),
         start=formats.lr(starting_lr(model.sizes.hidden, "sft" if sft else "rl"), 2),
         seeds=choices.seeds,
+        variants=list(dict.fromkeys(("lora", *choices.variants))) if choices.variants else [],
         **settings,
     )
 

@@ -38,6 +38,8 @@ _LAYER_SECONDS = 0.8e-3
 _SHARDED = 0.8
 # Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
 _TF32 = 2.0
+# Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (docs/variants.md).
+_OVER_LORA: dict[str, float] = {"dora": 1.2}
 # Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
 # sum written; backward the gradient of the sum is written, and read for both factors.
 _ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
@@ -75,6 +77,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     if execution.gpu is None or not gpus:
         # Padding and tokens that are not scored are in the speed, which is measured on finished runs.
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
+        flops *= _OVER_LORA.get(condition.method, 1.0)
         return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
     padded = padding(preset, condition, gpus)
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.models.specs import model_id
+from lorabench.planning.plan import make_plan
 
 from .conftest import write_rows
 
@@ -54,6 +56,22 @@ def test_what_a_user_chooses_counts(tmp_path):
     assert (preset.datasets["own"].train, preset.datasets["own"].test) == (36, 12)
     assert (preset.protocol.precision, preset.execution.gpu) == ("bf16", "A10")
     assert "runs have 27 steps; below 100" in said
+
+
+@pytest.mark.parametrize("grader", [None, "number"])
+def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
+    columns = ("question", "answer") if grader else ("prompt", "completion")
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps(dict.fromkeys(columns, str(n))) + "\n" for n in range(60)))
+    choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora"))
+    preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
+    main, beside = list(preset.experiments.trained().values())
+    assert [block.model_copy(update={"variants": ["lora"]}) for block in beside] == main
+    assert beside[0].variants == ["lora", "dora", "rslora"]
+    shared = [sweep.experiments for sweep in make_plan(preset).sweeps]
+    assert sorted(map(len, shared)) == [1, 1, 2, 2]
+    with pytest.raises(UserError, match="variants.*'adalora'.*'lora', 'rslora'"):
+        init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 
 
 def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_it(tmp_path, base):
