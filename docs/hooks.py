@@ -31,7 +31,6 @@ from lorabench.report.publish import (
     SOURCES,
     escaped,
     held_out,
-    matrix_part,
     published_folders,
     table,
     verdict_columns,
@@ -60,10 +59,6 @@ PAGES = {
 """The pages that are made for the site, by the file of the repository that they show."""
 
 
-# The beginning of a page whose tables have many columns: they take the room of the navigation.
-_WIDE = "---\nhide: [navigation, toc]\n---\n\n[All long tables](in-full.md)\n\n"
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from committed files."""
     from mkdocs.structure.files import File
@@ -78,14 +73,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **{f"all-{folder.name}.md": results_page(folder) for folder in published_folders(ROOT)},
     }
     for name, text in texts.items():
-        wide = name not in ("claims.md", "columns.md")
-        files.append(File.generated(config, name, content=f"{_WIDE}{text}" if wide else text))
+        files.append(File.generated(config, name, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Turn links to files of the repository into links of the site."""
-    return site_links(markdown, "../" * page.file.src_uri.count("/"))
+    """Turn links to files of the repository into links of the site; make room for tables of many columns."""
+    name, text = page.file.src_uri, site_links(markdown, "../" * page.file.src_uri.count("/"))
+    if name == "results.md":
+        page.meta["hide"] = ["toc"]
+    elif name.startswith("all-") or name == "rule-changes.md":
+        page.meta["hide"], text = ["navigation", "toc"], f"[All long tables](in-full.md)\n\n{text}"
+    return text
 
 
 def site_links(markdown: str, to_docs: str = "") -> str:
@@ -218,9 +217,8 @@ def evidence_page() -> str:
     lines = [
         "# All verdicts on published runs",
         "",
-        "[Other people's runs](other-runs.md) says how to read this page.",
-        "",
-        matrix_part(ROOT),
+        "[Other people's runs](other-runs.md) says how to read this page. "
+        "[The core claims by the size of the model](results.md#by-the-size-of-the-model) are among the results.",
         "",
         "![What several sources measured](published/evidence/forest.svg)",
         "",
