@@ -212,6 +212,7 @@ def test_text_from_outside_stays_text(report):
         for column in columns(table):
             assert " ".join(f"{column}{HOSTILE}".split()) in page.text, f"{table}.{column}"
     assert f"description{HOSTILE}".split()[0] in page.text
+    assert f"description{HOSTILE}" in page.all("meta", "content")
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
     assert "x-evil" not in {tag for tag, _ in page.tags}
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
