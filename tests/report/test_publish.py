@@ -202,6 +202,7 @@ def evidence() -> dict[str, pd.DataFrame]:
 def test_evidence_is_published_with_its_pages(evidence, root: Path):
     shutil.rmtree(root / PUBLISHED / "evidence")
     shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
+    shutil.copytree(REPOSITORY / PUBLISHED / "laptop", root / PUBLISHED / "laptop")
     publish_evidence(evidence, root)
     written = root / PUBLISHED / "evidence"
     # These are written by benchmarks.
