@@ -14,7 +14,6 @@ from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
 from lorabench.claims.recipe import RankRecommendation
-from lorabench.config.fields import METHOD_NAMES
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
 from lorabench.figures.grid import optimum
@@ -41,9 +40,7 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """
     order = [*_PLACE, "method", "rank", "placement", "lr", "seed"]
     ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
-    named = zip(arm_labels(ordered), ordered["method"], strict=True)
-    labels = [label.replace("LoRA", METHOD_NAMES[method], 1) for label, method in named]
-    return ordered.assign(label=labels, software=ordered["versions"].rank(method="dense"))
+    return ordered.assign(label=arm_labels(ordered), software=ordered["versions"].rank(method="dense"))
 
 
 SETTINGS, RECIPE_SETTINGS = 50, 200
@@ -109,8 +106,6 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
     Of many combinations of model, dataset, batch size and length, the first SETTINGS are taken, and `settings` is the
     number of all. Returns None if the experiment has no LR-tuned arm.
     """
-    # Names of arms do not tell variants of LoRA from LoRA.
-    runs = runs[runs["method"].isin(["fullft", "lora"])]
     runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
     runs, settings = first_settings(runs, SETTINGS)
     rewarded = bool(is_rl(runs).any())

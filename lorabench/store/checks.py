@@ -96,7 +96,7 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
             done | stopped | runs["status"].isin(["diverged"]),
             "done, diverged, and in RL unrewarded and collapsed",
         ),
-        ("rank", ranked, "whole numbers from 1 up for lora and its variants, none for fullft"),
+        ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
         ("seed", known["seed"], "whole numbers"),
         ("n_seeds", ~known["n_seeds"] | number["n_seeds"].ge(1), "whole numbers from 1 up"),

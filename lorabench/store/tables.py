@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
@@ -74,7 +75,8 @@ class Tables:
     def read(cls, *folders: Path) -> Tables:
         """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
-        Another loss stands in for one that the runs lack (see `with_stand_ins`).
+        Another loss stands in for one that the runs lack (see `with_stand_ins`). Runs of variants of LoRA are left out:
+        no claim or figure is about them yet, and arms are told apart by rank, not by variant.
 
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
@@ -83,7 +85,10 @@ class Tables:
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
             for name, frames in _read_all(folders).items()
         }
-        return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
+        runs = with_stand_ins(merged["runs"])
+        if "method" in runs:
+            runs = runs[~runs["method"].isin(METHOD_NAMES.keys() - {"fullft", "lora"})]
+        return cls(**merged | {"runs": runs})
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:

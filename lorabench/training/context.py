@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench.config.fields import CHANGES_BASE
+from lorabench.config.fields import CHANGES_BASE, METHOD_NAMES
 from lorabench.config.inputs import FactsDataset, curve_examples
+from lorabench.errors import UserError
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
 from lorabench.models.lora import add_lora, hold_in_bf16, save_adapter, use_fast_products
@@ -184,6 +185,9 @@ class Base:
     def trainable(self, context: SweepContext, run: Run) -> Iterator[torch.nn.Module]:
         """Provide the model of a run: the base model itself, or with a new adapter, sharded if there are processes."""
         model, processes = self.untrained(context), context.machine.processes
+        if processes.sharded and run.condition.method not in ("fullft", "lora"):
+            name = METHOD_NAMES[run.condition.method]
+            raise UserError(f"{name} needs whole layers where it starts: --processes = {processes.count}; allowed: 1")
         if run.condition.method == "fullft" or processes.sharded:
             self._model = None
             yield processes.shard(model if run.condition.method == "fullft" else with_adapter(model, context, run))
