@@ -57,6 +57,8 @@ class Entry:
     title: str
     about: str
     """A sentence without a full stop."""
+    answer: str
+    """Whether LoRA matches full fine-tuning, in a sentence; empty where that is not known."""
     links: list[tuple[str, str]]
     """Texts and relative addresses, the most important one first."""
     size: list[str]
@@ -113,7 +115,13 @@ def _reports(results: Path) -> Iterator[Entry]:
         head, name = _Head(report), folder.name
         links = [("Report", _address(report, results))]
         title = name if _shipped(name) else head.title or name
-        about = (name, title, head.description or _description(name), links)
+        about = (
+            name,
+            title,
+            head.named.get("description") or _description(name),
+            head.named.get("abstract", ""),
+            links,
+        )
         # A damaged table of one preset keeps no other report from being listed.
         try:
             runs = read_rows(folder / "tables", "runs", ["model", "started"])
@@ -128,19 +136,19 @@ def _reports(results: Path) -> Iterator[Entry]:
 
 
 class _Head(HTMLParser):
-    """The title and the description in the head of a report."""
+    """The title, the description and the answer in the head of a report."""
 
     def __init__(self, report: Path) -> None:
         super().__init__()
-        self.title, self.description, self._in_title = "", "", False
+        self.title, self.named, self._in_title = "", dict[str, str](), False
         with report.open("rb") as file:
             self.feed(file.read(_HEAD).decode(errors="replace"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_title = tag == "title"
-        named = dict(attrs)
-        if tag == "meta" and named.get("name") == "description":
-            self.description = named.get("content") or ""
+        values = {name: value or "" for name, value in attrs}
+        if tag == "meta" and "name" in values:
+            self.named[values["name"]] = values.get("content", "")
 
     def handle_endtag(self, tag: str) -> None:
         self._in_title = False
@@ -161,7 +169,9 @@ def _published(folder: Path, results: Path) -> Entry:
     note = f"{summary_of(pd.read_csv(again))}." if again.is_file() else ""
     started = made["first_started"], made["last_started"]
     size = _size(made["runs"], models, [started[0]], [started[1]])
-    return Entry(folder.name, folder.name, _description(folder.name), links, size, started[1], verdicts, lines, note)
+    return Entry(
+        folder.name, folder.name, _description(folder.name), "", links, size, started[1], verdicts, lines, note
+    )
 
 
 def _evidence(results: Path, root: Path) -> list[Entry]:
@@ -182,7 +192,7 @@ def _evidence(results: Path, root: Path) -> list[Entry]:
         badges = [(verdict, f"{verdict} on {number} model{'' if number == 1 else 's'}") for verdict, number in counts]
         lines.append(Line(claim["claim_id"], claim["statement"], badges))
     title, about = "Runs of others", "The same claims, judged on runs that others have published, model by model"
-    return [Entry(EVIDENCE, title, about, links, size, "", _counts(judged["verdict"]), lines)]
+    return [Entry(EVIDENCE, title, about, "", links, size, "", _counts(judged["verdict"]), lines)]
 
 
 def _judged(claims: pd.DataFrame) -> tuple[list[tuple[str, int]], list[Line]]:

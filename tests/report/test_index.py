@@ -34,6 +34,7 @@ def finish(name: str, day: int = 1, claims=CLAIMS, about: str = "About it &amp; 
     folder = Path("results") / name
     (folder / "report").mkdir(parents=True)
     head = f'<title>Question {name}</title><meta name="description" content="{about}">'
+    head += '<meta name="abstract" content="It matches.">'
     (folder / "report/index.html").write_text(f"<!doctype html><head>{head}<p>text</p>")
     write_frame(runs_table(make_sweep(16, started=f"2026-01-{day:02}T03:04:05+00:00")), "runs", folder / "tables")
     write_frame(claims_table(claims), "claims", folder / "tables")
@@ -64,7 +65,7 @@ def test_reports_are_listed_with_runs_verdicts_and_core_claims(folder):
     assert list(shown) == ["Question mine", "laptop@100", "laptop"]
     mine = shown["Question mine"]
     assert set(mine.all("a", "href")) == {"mine/report/index.html"}
-    for text in ("About it & more", "7 runs tiny 2026-01-01", "2 confirmed ✗ 2 contradicted ? 1 inconclusive"):
+    for text in ("About it & more It matches. 7 runs tiny 2026-01-01", "2 confirmed ✗ 2 contradicted ? 1 inconclusive"):
         assert text in mine.text
     # Of the core claims, decided ones come first; A7 is none of them.
     assert re.findall(r'<span class="id">(.*?)</span>', mine.source) == ["C1", "D1", "F1"]

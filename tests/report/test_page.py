@@ -84,6 +84,10 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     cost = "LoRA r16 trains 0.22M of 0.83M parameters; a run takes 41.5 s and 900 MB of memory"
     assert cost in page.header.text
     assert cost in page.section("recipe").text
+    # The index of all reports reads the answer in the head.
+    [answer] = [attributes["content"] for _, attributes in page.tags if attributes.get("name") == "abstract"]
+    assert answer.startswith("These runs cannot decide. LoRA r16 - FullFT = 0.0154 nats")
+    assert answer in page.header.text
 
 
 def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, monkeypatch):
