@@ -144,7 +144,7 @@ def _at_best(value: Any) -> Any:
 
 
 _NOT_TRAINED = {
-    "eva": "it starts from activations of the training data, which no run reads before its first step",
+    "eva": "its start from activations of the training data took PEFT 89 s at rank 64 of a base whose runs take 4 s",
     "corda": "it starts from activations of the training data, which no run reads before its first step",
 }
 """Variants that people may look for, and why they are left out."""

@@ -106,6 +106,9 @@ def test_an_adapter_starts_from_the_base_and_is_saved_for_it(method, is_tied, tm
         save_adapter(model, tmp_path / "ours")
         loaded = PeftModel.from_pretrained(load_model(spec), tmp_path / "ours")
         torch.testing.assert_close(loaded(input_ids=ids).logits, after, atol=1e-3, rtol=1e-4)
+        if not is_tied:
+            merged = loaded.merge_and_unload()
+            torch.testing.assert_close(merged(input_ids=ids).logits, after, atol=1e-3, rtol=1e-4)
     assert (after - before).abs().max() > 1
     if method != "dora":
         options = {"path_initial_model_for_weight_conversion": str(initial), "save_embedding_layers": False}
