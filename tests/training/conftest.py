@@ -207,7 +207,7 @@ def trained(plan, layout, method, processes=1):
     if processes == 1:
         run_job(plan, Job((sweep,)), layout, lines.append)
     else:
-        together = command(sweep, "--processes", str(processes))
+        together = command(sweep.sweep_id, "--processes", str(processes))
         done = subprocess.run(together, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
@@ -223,9 +223,9 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def command(sweep, *options: str) -> list[str]:
-    """Return the command that trains a sweep of the preset of `ready`."""
-    return [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml", *options]
+def command(job_id: str, *options: str) -> list[str]:
+    """Return the command that trains a job, or a sweep by its id, of the preset `mine.yaml`."""
+    return [sys.executable, "-m", "lorabench.cli", "step", "train", job_id, "--preset", "mine.yaml", *options]
 
 
 def children(pid: int) -> list[int]:

@@ -52,17 +52,14 @@ CASES = {
     "rank-1": Case("lora", 1, breaks_after=4),
     # One process has two sequences and the other has one, so that the latter computes a part without any sequence.
     "odd-batch": Case("fullft", batch_size=3),
-    "moe-lora": Case("lora", 4, base=MOE),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, keeping=0),
     "moe-fullft": Case("fullft", base=MOE),
     # The unembedding shares the embedding's weights, as in small Llama models.
     "tied-fullft": Case("fullft", base="tied"),
-    "tied-lora": Case("lora", 4, base="tied"),
     "bf16-fullft": Case("fullft", precision="bf16"),
     "bf16-lora": Case("lora", 4, precision="bf16"),
-    "recompute-fullft": Case("fullft", keeping=1),
-    "recompute-moe-lora": Case("lora", 4, base=MOE, keeping=0),
     # The logits of 16 tokens at once; the processes have different numbers of pieces.
-    "pieces-fullft": Case("fullft", max_logits=1 << 14),
+    "pieces-fullft": Case("fullft", max_logits=1 << 14, keeping=1),
     "pieces-tied-lora": Case("lora", 4, base="tied", max_logits=1 << 14, keeping=0),
     "diverges": Case("fullft", lr=1e3),
 }

@@ -69,7 +69,7 @@ def test_an_error_ends_all_processes_and_is_shown_once(ready):
     # Both processes find the error when they read the tokens.
     layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
     sweep = sweep_of(plan, "lora")
-    done = subprocess.run(command(sweep, "--processes", "2"), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(sweep.sweep_id, "--processes", "2"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
     assert len(errors) == 1
@@ -175,7 +175,7 @@ def test_processes_start_again_without_deterministic_kernels_where_an_operation_
 def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
-    process = subprocess.Popen(command(sweep, "--processes", "2"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(sweep.sweep_id, "--processes", "2"), stderr=subprocess.PIPE, text=True)
     run = sweep.grid()[0]
     wait_for(layout.progress(run), process)
     # As Slurm does, to all processes and several times.

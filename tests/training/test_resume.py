@@ -49,7 +49,7 @@ def numbers(runs) -> list[dict]:
 def kill_at(checkpoint, sweep, processes=1) -> None:
     """Train a sweep in processes, which are killed when a run has its first checkpoint."""
     options = ["--processes", str(processes)] if processes > 1 else []
-    process = subprocess.Popen(command(sweep, *options), stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(command(sweep.sweep_id, *options), stderr=subprocess.PIPE, start_new_session=True)
     wait_for(checkpoint, process)
     for pid in children(process.pid) if processes > 1 else [process.pid]:
         os.kill(pid, signal.SIGKILL)

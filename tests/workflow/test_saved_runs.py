@@ -20,6 +20,7 @@ TABLES = "results/mine/tables/runs.parquet"
 @pytest.mark.slow
 def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(raw_preset, tmp_path, monkeypatch):
     clone = fresh_clone(tmp_path / "clone")
+    raw_preset["datasets"]["instruct"]["train"] = 32
     # One job per sweep.
     (clone / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"execution": {"gflops": 0.01}}))
     monkeypatch.chdir(clone)

@@ -71,6 +71,7 @@ def test_plan_and_init_work_in_an_empty_folder(commands, folder):
 def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder, raw_preset):
     package = Path(shell("python -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
+    raw_preset["experiments"]["rank"][0] |= {"ranks": {"all": [4]}, "seeds": 1}
     (folder / "few.yaml").write_text(yaml.safe_dump(raw_preset))
     shell("lorabench run few.yaml --cores 2", folder, commands)
     assert "<title>" in (folder / "results/few/report/index.html").read_text()

@@ -75,10 +75,22 @@ def stop(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def engine():
+def home(tmp_path_factory):
+    """An empty home directory, in which caches would be."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        for name in ("HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+            patch.delenv(name, raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def engine(home):
     """The engine of the tests, which is started again where one needs other settings."""
     with PolicyEngine(SINGLE_PROCESS) as opened:
         yield opened
+    assert not opened._caches.exists()
 
 
 def move(model, scale, seed=0):
@@ -148,17 +160,6 @@ def test_layers_that_carry_no_adapter_have_no_room_for_one(placement, engine, pr
         move(model, 0.02, step)
 
 
-def test_nothing_is_written_into_the_home_directory(tmp_path, monkeypatch, prompts, stop):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-    with PolicyEngine(SINGLE_PROCESS) as own:
-        own.draw(adapted(BASE, 1), settings(max_rank=1), requested(prompts), stop)
-        assert any(own._caches.rglob("*"))
-    assert list(tmp_path.rglob("*")) == []
-    assert not own._caches.exists()
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_weights_are_the_learners_after_updates(tied, engine, prompts, stop):
     model = load_model(BASE)
@@ -182,6 +183,12 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
     assert same_tokens(drawn, own)
     assert [response.truncated for response in drawn] == [response.truncated for response in own]
     assert len(drawn[0].tokens) == 4
+
+
+def test_nothing_is_written_into_the_home_directory(engine, home, prompts, stop):
+    engine.draw(load_model(BASE), settings(tokenizes=True), requested(prompts), stop)
+    assert any(engine._caches.rglob("*"))
+    assert list(home.rglob("*")) == []
 
 
 def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
