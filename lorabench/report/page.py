@@ -64,9 +64,9 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     runs = summary.labelled(all_runs)
     listed = runs.head(ROWS)
     judged = read_claims(tables)
-    # The page of a shipped preset reruns the paper; that of a user's own asks a question, and names what was tested.
+    # A shipped preset reruns the paper. A user's own asks a question, and its page has only claims that it can test.
     question = not (PRESETS / f"{split_name(layout.name)[0]}.yaml").is_file()
-    judged = judged[judged["verdict"] != "not tested"] if question else judged
+    judged = judged[~judged["verdict"].isin(["not tested", "setting not met"])] if question else judged
     claims = summary.claims(judged, runs, set(listed["run_id"]))
     tested = [claim for claim in claims if claim["verdict"] != "not tested"]
     all_curves = read_table(tables, "curves")

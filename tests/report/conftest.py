@@ -211,4 +211,5 @@ def hostile_report(report: Any) -> Any:
         evaluation=EVALUATION,
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],
+        shipped=True,
     )
