@@ -72,7 +72,8 @@ PRELOADED = {
         *("lorabench.figures.catalog", "lorabench.figures.by_lr", "lorabench.figures.curves", "lorabench.figures.rl"),
         *("matplotlib.backends.backend_svg", "matplotlib.style", "pyarrow.dataset", "scipy.stats"),
     ),
-    "report": ("lorabench.report.page", "pyarrow.dataset", "scipy.stats"),
+    "verdicts-by-margin": ("lorabench.report.other_margins", "pyarrow.dataset", "scipy.stats"),
+    "report": ("lorabench.report.index", "pyarrow.dataset", "scipy.stats"),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
 
