@@ -20,7 +20,7 @@ from lorabench.store.schemas import SCHEMAS
 from ..conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-PAGES = [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]
+PAGES = [*REPOSITORY.glob("*.md"), REPOSITORY / "config/README.md", *DOCS.glob("*.md")]
 
 
 def anchors(page: Path) -> set[str]:
