@@ -1,8 +1,8 @@
 """How judged claims are written: the numbers of a claim, what is missing for a verdict, and the count of all verdicts.
 
 Several claims may state one fact, such as the ratio of optimal LRs in long runs and on several models. A headline that
-counted claims would count such a fact several times, so facts are counted. Claims that runs can refute, derivations and
-counts are counted apart.
+counted claims would count such a fact several times, so facts are counted. The page lists every claim with its own
+verdict. Claims that runs can refute, derivations and counts are counted apart.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _GROUPS = {
 
 COUNTING = (
     "Empirical claims are those that runs can refute, among them the authors' opinions and predictions. A derivation "
-    "can only be illustrated by runs, and a count follows from numbers of parameters, bits or operations. Claims that "
-    "state one fact count once, with the worst of their verdicts."
+    "can only be illustrated by runs, and a count follows from numbers of parameters, bits or operations, mostly those "
+    "of the paper's models."
 )
-"""How the headline counts, for its reader."""
+"""What the kinds of claims are, for the reader of their verdicts."""
 
 _EXACT = 1e-12
 """An effect below this is the rounding of an exact number."""
@@ -53,6 +53,24 @@ _FOUND = {
 
 _SHORT_UNITS = {"nats per token": "nats", "ratio": ""}
 
+_IN_HUNDREDTHS = {
+    "error rate": " points of error rate",
+    "accuracy": " points of accuracy",
+    "train reward": " points of train reward",
+    "share of accuracy": "% of the accuracy",
+}
+"""The units of differences that are written in hundredths, and how."""
+
+_EXACT_COUNTS = {
+    "parameters": "no difference from the counts",
+    "relative difference from the formula": "no difference from the formula",
+    "gradient norm": "a gradient of 0",
+}
+"""How a 0 of these units is written."""
+
+_PROBLEMS = re.compile("MATH|GSM8K|DeepMath|AIME")
+"""The problems that the paper's claims on RL name."""
+
 
 def margin(claim: Claim) -> str:
     """Return the values that confirm a claim, such as `±0.012 nats`, `at least 0.012 nats` or `6.25 to 16`."""
@@ -63,30 +81,51 @@ def margin(claim: Claim) -> str:
 def _band(claim: Claim) -> str:
     """Return the values that confirm a claim without their unit, empty if there are none."""
     low, high = claim["margin_low"], claim["margin_high"]
+    written = partial(_short, claim=claim)
     if formats.missing(low) or formats.missing(high) or (math.isinf(low) and math.isinf(high)):
         return ""
     if math.isinf(high):
-        return f"at least {_short(low)}"
+        return f"at least {written(low)}"
     if math.isinf(low):
-        return f"at most {_short(high)}"
+        return f"at most {written(high)}"
     if math.isclose(low, high, abs_tol=_EXACT):
-        return f"exactly {_short(low)}"
+        return f"exactly {written(low)}"
     if math.isclose(low, -high):
-        return f"±{_short(high)}"
-    return f"{_short(low)} to {_short(high)}"
+        return f"±{written(high)}"
+    return f"{written(low)} to {written(high)}"
 
 
 def estimate(claim: Claim) -> str:
     """Return the estimate of a claim with its unit."""
-    value = claim["estimate"]
-    return formats.DASH if formats.missing(value) else _with_unit(formats.number(value), claim)
+    value, unit = claim["estimate"], _unit(claim)
+    if formats.missing(value):
+        return formats.DASH
+    if value == 0 and unit in _EXACT_COUNTS:
+        return _EXACT_COUNTS[unit]
+    return _with_unit(f"{100 * value:+.1f}" if unit in _IN_HUNDREDTHS else formats.number(value), claim)
+
+
+def spread(claim: Claim) -> str:
+    """Return the 95% interval of a claim, empty if it has none or the number is exact."""
+    low, high = claim["ci_low"], claim["ci_high"]
+    if formats.missing(low) or formats.missing(high) or low == high:
+        return ""
+    if _unit(claim) in _IN_HUNDREDTHS:
+        return formats.fixed_interval(100 * low, 100 * high, 1)
+    return formats.interval(low, high)
 
 
 def measured(claim: Claim) -> str:
     """Return the estimate of a claim with its unit and its 95% interval."""
-    if formats.missing(claim["ci_low"]) or formats.missing(claim["ci_high"]):
-        return estimate(claim)
-    return f"{estimate(claim)} {formats.interval(claim['ci_low'], claim['ci_high'])}"
+    return f"{estimate(claim)} {spread(claim)}".strip()
+
+
+def remarks(claim: Claim) -> str:
+    """Return what a reader has to know of a claim beside its statement: its kind, and the problems of RL it is of."""
+    parts = [] if claim["kind"] == "empirical" else [str(claim["kind"])]
+    if not formats.missing(claim["scope"]) and _PROBLEMS.search(claim["statement"]):
+        parts.append(f"here {str(claim['scope']).rpartition(', ')[2]}")
+    return "; ".join(parts)
 
 
 def power(claim: Claim) -> str:
@@ -99,8 +138,8 @@ def power(claim: Claim) -> str:
     if formats.missing(value) or math.isinf(value) or value < _EXACT:
         return formats.DASH
     if str(claim["unit"]).startswith("ratio") and value >= 1:
-        return f"a factor of {_short(value)}"
-    return _with_unit(_short(value), claim)
+        return f"a factor of {_short(value, claim)}"
+    return _with_unit(_short(value, claim), claim)
 
 
 def verdict(claim: Claim) -> str:
@@ -131,9 +170,12 @@ def sentence(claim: Claim) -> str:
     if claim["verdict"] == "inconclusive":
         decides = claim["would_decide"]
         return "These runs cannot say." + ("" if formats.missing(decides) else f" To decide: {decides}.")
-    found, band, value = _FOUND[claim["verdict"]], _band(claim), formats.number(claim["estimate"])
-    if not band or value == formats.DASH:
+    found, band, value = _FOUND[claim["verdict"]], _band(claim), estimate(claim)
+    if value == formats.DASH:
         return f"{found}."
+    value = f"a ratio of {value}" if _unit(claim) == "ratio" else value
+    if not band:
+        return f"{found}: {value} was measured."
     if band.startswith("±"):
         return f"{found}: the difference is {value}, and up to {band[1:]} counts as none."
     return f"{found}: {value} was measured, and {band} was asked for."
@@ -143,14 +185,18 @@ def details(claim: Claim) -> dict[str, str]:
     """Return what else is known of how a claim was judged, by its name on the page."""
     known = {name: value for name, value in claim.items() if not formats.missing(value)}
     rule = f" ({known['margin_rule']})" if "margin_rule" in known else ""
-    chosen = f"; the best learning rates are those of the {known.get('lr_chosen_on')} split"
+    # Where the test split is named, no learning rate was picked by it: the results are themselves fitted minima.
+    fitted = "the optimum of every arm is fitted alike, to its results on the"
+    picked = "the best learning rates are those of the"
+    split = known.get("lr_chosen_on")
+    chosen = f"; {fitted if split == 'test' else picked} {split} split" if split else ""
     seen, again = power(claim), known.get("p_again")
     rows = {
         "Needs": known.get("missing") if claim["verdict"] == "setting not met" else "",
         "Margin": f"{margin(claim)}{rule}" if _band(claim) else "",
         "Power": "" if seen == formats.DASH else f"{seen} would have been seen with a probability of 80%",
         "Measured on": known.get("scope"),
-        "Seeds": f"{known['n_seeds']:.0f}{chosen if 'lr_chosen_on' in known else ''}" if "n_seeds" in known else "",
+        "Seeds": f"at most {known['n_seeds']:.0f} of an arm{chosen}" if "n_seeds" in known else "",
         "Again": "" if again is None else f"a new run decides the same with a probability of {again:.0%}",
         "Published": known.get("published"),
         "Kind": claim["kind"],
@@ -159,12 +205,21 @@ def details(claim: Claim) -> dict[str, str]:
 
 
 def _with_unit(text: str, claim: Claim) -> str:
-    unit = "" if formats.missing(claim["unit"]) else str(claim["unit"])
-    return f"{text} {_SHORT_UNITS.get(unit, unit)}".strip()
+    unit = _unit(claim)
+    return text + _IN_HUNDREDTHS[unit] if unit in _IN_HUNDREDTHS else f"{text} {_SHORT_UNITS.get(unit, unit)}".strip()
 
 
-def _short(value: float) -> str:
-    """Write a number to three digits, without zeros at its end."""
+def _unit(claim: Claim) -> str:
+    # The rewards of training, of which this claim is, have the unit accuracy in the table.
+    if claim["claim_id"] == "F3":
+        return "train reward"
+    return "" if formats.missing(claim["unit"]) else str(claim["unit"])
+
+
+def _short(value: float, claim: Claim) -> str:
+    """Write a number to three digits, without zeros at its end, or in hundredths."""
+    if _unit(claim) in _IN_HUNDREDTHS:
+        return f"{100 * value:.1f}"
     text = formats.number(value)
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
@@ -179,35 +234,38 @@ def facts(claims: pd.DataFrame) -> pd.DataFrame:
         `group` (what the headline counts apart), `fact`, `verdict` (the worst of its claims by SEVERITY) and
         `claim_ids`, a tuple.
     """
-    group_of = {kind: group for group, kinds in _GROUPS.items() for kind in kinds}
-    grouped = claims.assign(group=claims["kind"].map(group_of).fillna("empirical claim"))
-    stated = grouped.groupby(["group", "fact"], sort=False, as_index=False)
+    stated = _grouped(claims).groupby(["group", "fact"], sort=False, as_index=False)
     return stated.agg(verdict=("verdict", partial(max, key=SEVERITY.index)), claim_ids=("claim_id", tuple))
 
 
+def _grouped(claims: pd.DataFrame) -> pd.DataFrame:
+    group_of = {kind: group for group, kinds in _GROUPS.items() for kind in kinds}
+    return claims.assign(group=claims["kind"].map(group_of).fillna("empirical claim"))
+
+
 def tally(claims: pd.DataFrame) -> dict[str, dict[str, list[tuple[str, ...]]]]:
-    """Return, by verdict and then by group, the facts with this verdict, each as the ids of its claims."""
-    stated = facts(claims)
-    ids = stated.groupby(["verdict", "group"])["claim_ids"].agg(list).to_dict()
+    """Return, by verdict and then by group, the ids of the claims with this verdict, those of one fact together."""
+    stated = _grouped(claims).groupby(["verdict", "group", "fact"], sort=False)["claim_id"].agg(tuple)
+    ids = stated.groupby(level=["verdict", "group"]).agg(list).to_dict()
     return {
         verdict: {group: ids[verdict, group] for group in _GROUPS if (verdict, group) in ids}
         for verdict in VERDICTS
-        if verdict in set(stated["verdict"])
+        if verdict in set(claims["verdict"])
     }
 
 
 def headline(claims: pd.DataFrame) -> str:
     """Return the verdicts on all facts in a sentence without a full stop, such as `3 empirical claims: 3 confirmed`."""
-    parts, counted = [], tally(claims)
+    parts, stated = [], facts(claims)
     for group in _GROUPS:
-        by_verdict = {verdict: groups[group] for verdict, groups in counted.items() if group in groups}
-        n_facts = sum(map(len, by_verdict.values()))
-        n_claims = sum(len(ids) for stated in by_verdict.values() for ids in stated)
+        its = stated[stated["group"] == group]
+        n_facts, n_claims = len(its), sum(map(len, its["claim_ids"]))
         subject = _counted(n_claims, group)
         if n_claims > n_facts:
             subject += f" about {_counted(n_facts, 'fact')}"
         if n_facts:
-            parts.append(f"{subject}: " + ", ".join(f"{len(ids)} {verdict}" for verdict, ids in by_verdict.items()))
+            counts = {verdict: (its["verdict"] == verdict).sum() for verdict in VERDICTS}
+            parts.append(f"{subject}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))
     return "; ".join(parts)
 
 

@@ -66,7 +66,7 @@ class Entry:
     last: str
     """The time at which the last run was started, as text in ISO 8601, by which entries are ordered."""
     verdicts: list[tuple[str, int]]
-    """Each verdict with the number of facts that have it."""
+    """Each verdict with the number of claims that have it."""
     lines: list[Line]
     """The most important claims that were tested."""
     note: str = ""
@@ -166,7 +166,7 @@ def _published(folder: Path, results: Path) -> Entry:
     files = {"Verdicts": folder / "verdicts.svg", "All claims": folder / "claims.csv"}
     links = [(text, _address(path, results)) for text, path in files.items() if path.is_file()]
     again = folder / HELD_OUT / "came_out_again.csv"
-    note = f"{summary_of(pd.read_csv(again))}." if again.is_file() else ""
+    note = f"Of the claims that seeds can change, {summary_of(pd.read_csv(again))}." if again.is_file() else ""
     started = made["first_started"], made["last_started"]
     size = _size(made["runs"], models, [started[0]], [started[1]])
     return Entry(
@@ -196,7 +196,7 @@ def _evidence(results: Path, root: Path) -> list[Entry]:
 
 
 def _judged(claims: pd.DataFrame) -> tuple[list[tuple[str, int]], list[Line]]:
-    """Return the number of facts by verdict, and the most important claims."""
+    """Return the number of claims by verdict, and the most important claims."""
     lines = [
         Line(
             claim["claim_id"],
@@ -206,7 +206,7 @@ def _judged(claims: pd.DataFrame) -> tuple[list[tuple[str, int]], list[Line]]:
         )
         for claim in _most_important(claims)
     ]
-    return _counts(claim_text.facts(claims)["verdict"]), lines
+    return _counts(claims["verdict"]), lines
 
 
 def _counts(verdicts: pd.Series[str]) -> list[tuple[str, int]]:

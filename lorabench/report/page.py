@@ -84,7 +84,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             preset=plan.preset,
             style=inline("page.css"),
             script=inline("page.js"),
-            headline=claim_text.headline(judged),
             counting=claim_text.COUNTING,
             tally=claim_text.tally(judged),
             sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
@@ -312,7 +311,8 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, parametrization, anchor),
-        *(claim_text.margin, claim_text.estimate, claim_text.verdict, claim_text.sentence, claim_text.details),
+        *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured, claim_text.verdict),
+        *(claim_text.sentence, claim_text.details, claim_text.remarks),
     )
 }
 """The functions that the templates use as filters, by name."""

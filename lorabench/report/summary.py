@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.rewards import sampler_mismatch, with_error_rates
+from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rates
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
@@ -123,6 +123,9 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
             names = ("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high")
             row: dict[str, Any] = arm | dict.fromkeys(names, math.nan)
             row |= {"resolved": False, "at_edge": False, "n_seeds": 0} | (optimum(comparison, arm) or {})
+            if label in comparison.fit.optima:
+                # At the edge of a grid too, it is the optimum of which the ratio and the recipe are.
+                row["lr"] = math.exp(comparison.fit.optima[label].value)
             best = [row[name] for name in ("nll", "nll_low", "nll_high")]
             # A low error is a high accuracy.
             best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
@@ -226,6 +229,8 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
         "spent": {"runs": len(runs), "tokens": tokens, "flops": flops, "seconds": seconds},
         "jobs": planned.jobs,
         **by_status,
+        # Runs of RL that finished and count as diverged.
+        "broken": int((is_rl(runs) & (runs["status"] == "done") & is_sick(runs)).sum()),
     }
 
 

@@ -15,7 +15,7 @@ from ..handmade import claims_table, make_claim
 def test_margin():
     written = {
         (-0.012, 0.012, "nats per token"): "±0.012 nats",
-        (0.012, math.inf, "error rate"): "at least 0.012 error rate",
+        (0.012, math.inf, "error rate"): "at least 1.2 points of error rate",
         (-math.inf, 0.012, "nats per token"): "at most 0.012 nats",
         (6.25, 16.0, "ratio"): "6.25 to 16",
         (0.0, 0.0, "parameters"): "exactly 0 parameters",
@@ -51,18 +51,42 @@ def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so()
 
 def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
     at_least = {"margin_low": 0.01, "margin_high": math.inf, "estimate": 0.03}
-    equal = "It holds: the difference is 0.00200, and up to 0.01 counts as none."
+    equal = "It holds: the difference is 0.00200 nats, and up to 0.01 counts as none."
     assert claim_text.sentence(make_claim("B1")) == equal
     assert claim_text.sentence(make_claim("B1", "not tested")) == "This preset has no runs about it."
     assert claim_text.sentence(make_claim("B1", "inconclusive")) == "These runs cannot say. To decide: 6 seeds (now 3)."
-    found = "It does not hold for models this small: 0.0300 was measured, and at least 0.01 was asked for."
+    found = "It does not hold for models this small: 0.0300 nats was measured, and at least 0.01 was asked for."
     assert claim_text.sentence(make_claim("B1", "not seen here", **at_least)) == found
-    assert claim_text.sentence(make_claim("B1", margin_low=None, margin_high=None)) == "It holds."
+    assert (
+        claim_text.sentence(make_claim("B1", margin_low=None, margin_high=None))
+        == "It holds: 0.00200 nats was measured."
+    )
     assert claim_text.sentence(make_claim("B1", "inconclusive", would_decide=None)) == "These runs cannot say."
     # Which presets have the setting is for the reader who opens the claim.
     missing = "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
     about = "These runs cannot say: the claim is about runs of 1,000 steps or more (here at most 50 steps)."
     assert claim_text.sentence(make_claim("B1", "setting not met", missing=missing)) == about
+
+
+def test_numbers_have_units_that_a_reader_knows_and_exact_ones_no_interval():
+    written = {
+        ("F1", "error rate", -0.0024, -0.09, 0.067): "-0.2 points of error rate [-9.0, 6.7]",
+        ("F3", "accuracy", 0.1025, 0.089, 0.116): "+10.2 points of train reward [8.9, 11.6]",
+        ("F6", "ratio", 8.192, 8.192, 8.192): "8.19",
+        ("E6", "parameters", 0.0, None, None): "no difference from the counts",
+    }
+    for (name, unit, value, low, high), text in written.items():
+        claim = make_claim(name, unit=unit, estimate=value, ci_low=low, ci_high=high)
+        assert claim_text.measured(claim) == text
+    ratio = make_claim("B3", unit="ratio", estimate=1.14, margin_low=0.673, margin_high=1.49)
+    assert "a ratio of 1.14 was measured, and 0.673 to 1.49 was asked for" in claim_text.sentence(ratio)
+
+
+def test_a_claim_names_its_kind_and_the_problems_that_stand_for_those_of_the_paper():
+    named = {"statement": "In RL on MATH, rank 1 is enough", "scope": "0.27M parameters, 40 steps, RL on sums"}
+    assert claim_text.remarks(make_claim("F1", **named)) == "here RL on sums"
+    assert claim_text.remarks(make_claim("F6", kind="count", **named | {"scope": None})) == "count"
+    assert claim_text.remarks(make_claim("B1")) == ""
 
 
 def test_texts_of_the_page():
@@ -95,6 +119,8 @@ def test_a_fact_counts_once_with_its_worst_verdict_and_the_headline_counts_kinds
     ]
     order = ["B1", "B5", "B9", "B3", "B10", "F2", "C4", "C5", "B11"]
     assert list(claim_text.in_order(claims)["claim_id"]) == order
+    # The page lists each claim with its own verdict.
+    assert claim_text.tally(claims)["confirmed"] == {"empirical claim": [("B1",), ("F2",)], "count": [("B11",)]}
     assert claim_text.headline(claims) == (
         "6 empirical claims about 3 facts: 1 confirmed, 1 contradicted, 1 not tested; "
         "2 derivations: 1 inconclusive, 1 setting not met; 1 count: 1 confirmed"

@@ -61,7 +61,7 @@ def test_results_of_rl_are_accuracies():
 def test_an_arm_at_the_edge_has_the_best_lr_and_an_arm_that_diverged_has_nothing():
     edge = described([arm(optimum=1.0), arm(8, optimum=3e-3)])[0]["arms"][0]
     assert edge["at_edge"]
-    assert edge["lr"] == edge["lr_best"]
+    assert edge["lr"] == pytest.approx(edge["lr_best"])
     assert math.isnan(edge["lr_low"])
     lost = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
     diverged = described([arm(8, optimum=3e-3)], **lost)[0]["arms"][0]
