@@ -19,7 +19,7 @@ test:  ## Run the fast tests, at most 5 minutes on 2 cores.
 plain:  ## Run the fast tests that train, held to the instructions of a processor without AVX-512, AMX and bf16.
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, models planning training)
 
-# Reading only the files that have such tests saves half a minute.
+# It takes half as long to read only the files that have such tests.
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 	pytest -m 'slow and not long and not slurm and not gpu' $$(grep -rlE 'mark\.slow|slow_but' tests --include='test_*.py')
 

@@ -6,7 +6,6 @@ Tests that run jobs are marked slow.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import re
 import resource
@@ -30,16 +29,12 @@ from lorabench.planning.plan import Plan, make_plan
 from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["lorabench.cli", "lorabench.training.sft", "lorabench.training.rl.trainer", "peft", "pyarrow.dataset"]
-)
+from ..forks import FORKS, redirect_output
 
 PRESET: dict[str, Any] = {
     "description": "faults",
     "models": {"tiny": {"kind": "tiny"}},
-    "datasets": {"instruct": {"kind": "instruct", "train": 48, "validation": 8, "test": 8, "max_chars": 200}},
+    "datasets": {"instruct": {"kind": "instruct", "train": 32, "validation": 8, "test": 8, "max_chars": 200}},
     "problems": {
         "gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 32, "validation": 8, "test": 8}
     },
@@ -66,7 +61,7 @@ PRESET: dict[str, Any] = {
                 "max_new_tokens": 4,
                 "mean_response_tokens": 2,
                 "evaluations": 2,
-                "lrs": {"fullft": [], "lora": [1e-3, 3e-3, 9e-3]},
+                "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
             }
         ],
     },
@@ -205,9 +200,7 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
     os.chdir(folder)
     # A shell starts background processes with Ctrl-C ignored, and their children inherit that; a terminal's are not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    redirect_output(output)
     if memory is not None:
         limit_memory(memory)
     if file_size is not None:

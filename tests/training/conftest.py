@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,11 @@ def trained(plan, layout, method, processes=1):
     return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, is_running: Callable[[], bool]) -> None:
     """Wait until a training process has written a file."""
     deadline = time.monotonic() + 240
     while not path.exists():
-        assert process.poll() is None, "the sweep ended before it could be interrupted"
+        assert is_running(), "the sweep ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lorabench.runs import Job, Run
 from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
 
+from ..forks import start_forked
 from .conftest import BrokenError, children, command, condition_of, sweep_of, train, trained, wait_for
 
 
@@ -48,10 +50,17 @@ def numbers(runs) -> list[dict]:
 
 def kill_at(checkpoint, sweep, processes=1) -> None:
     """Train a sweep in processes, which are killed when a run has its first checkpoint."""
-    options = ["--processes", str(processes)] if processes > 1 else []
-    process = subprocess.Popen(command(sweep.sweep_id, *options), stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(checkpoint, process)
-    for pid in children(process.pid) if processes > 1 else [process.pid]:
+    if processes == 1:
+        alone = ["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
+        fork = start_forked(alone, Path.cwd(), "output")
+        wait_for(checkpoint, fork.is_alive)
+        fork.kill()
+        fork.join()
+        return
+    together = command(sweep.sweep_id, "--processes", str(processes))
+    process = subprocess.Popen(together, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for(checkpoint, lambda: process.poll() is None)
+    for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode != 0
@@ -59,7 +68,9 @@ def kill_at(checkpoint, sweep, processes=1) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "processes"), [("lora", 1), ("fullft", 1), pytest.param("lora", 2, marks=pytest.mark.long)]
+    # tests/faults kills jobs of LoRA in one process.
+    ("method", "processes"),
+    [("fullft", 1), *(pytest.param("lora", processes, marks=pytest.mark.long) for processes in (1, 2))],
 )
 def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, processes, ready):
     execution = {"checkpoint_minutes": 0.0, "keep_weights": "all"}

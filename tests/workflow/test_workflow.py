@@ -214,6 +214,8 @@ BAD_TASKS = [
 
 @pytest.mark.slow
 def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scores(checkout, raw_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    block |= {"ranks": {"all": [1]}, "lrs": {"fullft": [1e-3], "lora": [1e-3]}, "seeds": 1}
     evaluation = {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4}
     (checkout / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"evaluation": evaluation}))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
