@@ -248,7 +248,7 @@ def answers_part(root: Path, page: Path) -> str:
     """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
     folder = root / PUBLISHED / "evidence"
     cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
-    lines = [count_of_core(cells), ""]
+    lines = [f"{count_of_core(cells)} What matters most in use, as questions:", ""]
     for question in QUESTIONS:
         text = answer(question, cells)
         if question.claim_id == "B1":
@@ -301,16 +301,19 @@ def matrix_part(root: Path) -> str:
 
 def reproduced(root: Path, page: Path) -> str:
     """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
-    numbers = {
-        folder.name: (int((again["again"] == "yes").sum()), int(again["again"].notna().sum()))
-        for folder in published_folders(root)
-        if (again := read_held_out(folder)) is not None
-    }
-    yes, every = (sum(column) for column in zip(*numbers.values(), strict=True)) if numbers else (0, 0)
-    each = ", ".join(
-        f"[{name}]({_link(_RESULTS, page)}#{name}) {again} of {of}" for name, (again, of) in numbers.items()
-    )
-    return f"**On held-out seeds {yes} of {every} decided verdicts came out again**{f': {each}' if each else ''}."
+    yes = every = 0
+    each = []
+    for folder in published_folders(root):
+        if (again := read_held_out(folder)) is None:
+            continue
+        decided = again.dropna(subset="again")
+        failed = decided.loc[decided["again"] != "yes", "claim_id"]
+        yes, every = yes + len(decided) - len(failed), every + len(decided)
+        without = f" (not {', '.join(failed)})" if len(failed) else ""
+        link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
+        each.append(f"{link} {len(decided) - len(failed)} of {len(decided)}{without}")
+    sentence = f"**On held-out seeds {yes} of {every} verdicts of yes or no came out again**"
+    return f"{sentence}, on these and other claims: {'; '.join(each)}." if each else f"{sentence}."
 
 
 def results_part(root: Path, preset: str) -> str:

@@ -55,8 +55,8 @@ QUESTIONS = (
     ),
     Question(
         "A1",
-        "LoRA as fast all along\na long run?",
-        "Does LoRA of a high rank learn as fast as full fine-tuning all along a long run?",
+        "LoRA keeps up all along\na long run?",
+        "Does LoRA of a high rank keep up with full fine-tuning all along a long run?",
         *(_NATS, "gap of up to {} nats", "z.3f"),
         if_yes="Long runs need no special care.",
         if_no="In a long run, watch whether LoRA falls behind.",
@@ -82,7 +82,7 @@ QUESTIONS = (
     ),
     Question(
         "A8",
-        "Rank 1 too small where\nmuch is to learn?",
+        "Rank 1 too small where\ndata are many?",
         "Where there is much to learn, does rank 1 run out of capacity?",
         *(_NATS, "rank 1 behind by {} nats", "z.3f"),
         if_yes="Do not take the lowest rank in supervised fine-tuning.",
@@ -93,7 +93,7 @@ QUESTIONS = (
         "E1",
         "LoRA on attention alone\nworse than on the MLP?",
         "With equally many parameters, is LoRA on attention alone worse than on the MLP alone?",
-        *(_NATS, "by {} nats", "z.3f"),
+        *(_NATS, "attention worse by {} nats", "z.3f"),
         if_yes="Do not put LoRA on attention alone.",
         if_no="LoRA on attention alone may do.",
         if_open="Put LoRA on all layers until more is known.",
@@ -111,7 +111,7 @@ QUESTIONS = (
         "F1",
         "Rank 1 enough in\nreinforcement learning?",
         "Does rank 1 reach the accuracy of full fine-tuning?",
-        *("error rate", "a difference of {} percentage points", "z.1f"),
+        *("error rate", "rank 1 minus full fine-tuning: {} percentage points", "z.1f"),
         if_yes="In reinforcement learning, begin with a low rank.",
         if_no="In reinforcement learning, do not rely on rank 1.",
         if_open="In reinforcement learning, compare rank 1 with a higher one.",
@@ -149,19 +149,24 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
 
 def _place(question: Question, cell: Mapping[Any, Any]) -> str:
     """Return the size of a cell's models, and in brackets what was measured there and how sure the verdict is."""
-    remarks = [_measured(question, cell)]
-    if cell["verdict"] in DECIDED:
-        remarks.append("borderline" if borderline(cell) else "")
-        if holds_again(cell):
-            remarks.append("the same on held-out seeds")
-        elif not formats.missing(cell["held_out"]):
-            remarks.append(f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds")
-    remark = "; ".join(filter(None, remarks))
+    # A number beside "undecided" would look like an answer.
+    remark = _remark(question, cell) if cell["verdict"] in DECIDED else ""
     return at_size(cell["scale"]) + (f" ({remark})" if remark else "")
 
 
+def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
+    again = ""
+    if holds_again(cell):
+        again = "the same on held-out seeds"
+    elif not formats.missing(cell["held_out"]):
+        again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
+    if borderline(cell):
+        again = f"borderline, but {again}" if holds_again(cell) else ", ".join(filter(None, ["borderline", again]))
+    return "; ".join(filter(None, [_measured(question, cell), again]))
+
+
 def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
-    """Return the range of several comparisons, or the number of one, with its 95% interval if it is decided."""
+    """Return the range of several comparisons, or the number of one with its 95% interval."""
 
     def known(*names: str) -> list[str]:
         values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
@@ -172,8 +177,7 @@ def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
         return ""
     if cell["n_parts"] > 1 and len(set(ends)) == 2:
         return question.measured.format(" to ".join(ends))
-    with_interval = cell["verdict"] in DECIDED and len(interval) == 2
-    return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if with_interval else "")
+    return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if len(interval) == 2 else "")
 
 
 def borderline(cell: Mapping[Any, Any]) -> bool:
@@ -201,9 +205,10 @@ def count_of_core(cells: pd.DataFrame) -> str:
         counts += [f"{no} {'does' if no == 1 else 'do'} not"] if no else []
         counted.append(f"{_listed(counts)} {at_size(str(scale))}")
     if not counted:
-        return f"None of the paper's {len(CORE)} core claims is decided at any size."
+        return f"None of the {len(CORE)} claims that carry the paper is decided at any size."
     rest = f", and **none is decided {at_size(above[0])} or above**" if above else ""
-    return f"Of the paper's {len(CORE)} core claims {'; '.join(counted)}. The others are undecided or not tested{rest}."
+    said = f"Of the {len(CORE)} claims that carry the paper {'; '.join(counted)}."
+    return f"{said} The others are undecided or not tested{rest}."
 
 
 def at_size(scale: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.lr_ratio import fitted
+from benchmarks.lr_ratio import factors, fitted
 from lorabench.analysis.lr_ratio import Setting, predicted
 from lorabench.config.margins import LrRatioPredictions, MovementTheory
+
+from ..conftest import REPOSITORY
 
 
 def test_constants_are_found_again():
@@ -28,3 +31,15 @@ def test_constants_are_found_again():
     found = fitted(pd.DataFrame(rows))
     assert found.movement.model_dump() == pytest.approx({"c": 2.0, "u0": 3e-3, "k": 0.7}, rel=0.01)
     assert found.mu_a.c > 0
+
+
+def test_the_factors_on_the_pages_are_those_of_the_theory():
+    table = factors()
+    page = (REPOSITORY / "docs/lr-ratio.md").read_text()
+    for width, row in table.iterrows():
+        [cells] = re.findall(rf"^\| {width:,} \(.*?\) \| (.*) \|$", page, re.MULTILINE)
+        expected = [row[f"rank {rank}, {steps} steps"] for steps in (100, 1000, 10_000) for rank in (32, 1)]
+        assert [float(number) for number in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, rel=0.07)
+    said = re.search(r"by (\d+) \(0\.6B\), (\d+) \(1B\) or (\d+) \(8B\)", (REPOSITORY / "README.md").read_text())
+    expected = [table.loc[width, "rank 32, 1000 steps"] for width in (1024, 2048, 4096)]
+    assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.07)

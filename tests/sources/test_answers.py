@@ -37,7 +37,7 @@ def batches(*cells: dict[str, Any]) -> str:
         ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
         ("contradicted", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
         ("not seen here", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
-        ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models (the gap grows by 0.050 nats)."),
+        ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models."),
         ("setting not met", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
         ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
     ],
@@ -55,15 +55,15 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
     ]
     text = batches(*reversed(cells), cell("setting not met", "0.13B"))
     assert text == (
-        f"**Keep batches small.** {ASKED} *No* on tiny models ({GROWS}; borderline; the same on held-out seeds) and at "
-        "3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out "
-        "seeds) and at 8B (not tested on held-out seeds)."
+        f"**Keep batches small.** {ASKED} *No* on tiny models ({GROWS}; borderline, but the same on held-out seeds) "
+        "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
+        "and at 8B (not tested on held-out seeds)."
     )
 
 
 def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
     worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
-    expected = "*No* on tiny models (a difference of -12.0 percentage points [-15.0, -10.0])."
+    expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
     assert answer(ACCURACY, pd.DataFrame([worse])).endswith(expected)
 
 
@@ -72,14 +72,14 @@ def test_core_claims_are_counted_by_size():
         ids = zip(CORE, verdicts, strict=False)
         return count_of_core(pd.DataFrame([cell(*verdict) | {"claim_id": claim_id} for claim_id, verdict in ids]))
 
-    assert counted(("inconclusive", "tiny")) == "None of the paper's 15 core claims is decided at any size."
+    assert counted(("inconclusive", "tiny")) == "None of the 15 claims that carry the paper is decided at any size."
     assert counted(("confirmed", "1B"), ("not seen here", "tiny"), ("contradicted", "tiny"), ("confirmed", "tiny")) == (
-        "Of the paper's 15 core claims 1 holds and 2 do not on tiny models; 1 holds at 1B. The others are undecided or "
-        "not tested."
+        "Of the 15 claims that carry the paper 1 holds and 2 do not on tiny models; 1 holds at 1B. The others are "
+        "undecided or not tested."
     )
     assert counted(("right sign, below the margin", "tiny"), ("not tested", "1B"), ("inconclusive", "8B")) == (
-        "Of the paper's 15 core claims 1 holds by less than matters on tiny models. The others are undecided or not "
-        "tested, and **none is decided at 1B or above**."
+        "Of the 15 claims that carry the paper 1 holds by less than matters on tiny models. The others are undecided "
+        "or not tested, and **none is decided at 1B or above**."
     )
 
 
