@@ -69,6 +69,8 @@ class Entry:
     """Each verdict with the number of claims that have it."""
     lines: list[Line]
     """The most important claims that were tested."""
+    report: str = ""
+    """The relative address of the report, in which each claim has its place."""
     note: str = ""
     """A sentence on held-out seeds, or why there are no verdicts."""
 
@@ -113,26 +115,26 @@ def _reports(results: Path) -> Iterator[Entry]:
         if report is None:
             continue
         head, name = _Head(report), folder.name
-        links = [("Report", _address(report, results))]
+        address = _address(report, results)
         title = name if _shipped(name) else head.title or name
         about = (
             name,
             title,
             head.named.get("description") or _description(name),
             head.named.get("abstract", ""),
-            links,
+            [("Report", address)],
         )
         # A damaged table of one preset keeps no other report from being listed.
         try:
             runs = read_rows(folder / "tables", "runs", ["model", "started"])
             verdicts, lines = _judged(read_claims(folder / "tables"))
         except UserError as error:
-            yield Entry(*about, [], "", [], [], f"Its tables can't be read: {error}.")
+            yield Entry(*about, [], "", [], [], note=f"Its tables can't be read: {error}.")
             continue
         started = sorted(row["started"] for row in runs if row["started"])
         models = sorted({row["model"] for row in runs})
         size = _size(len(runs), models, started[:1], started[-1:])
-        yield Entry(*about, size, started[-1] if started else "", verdicts, lines)
+        yield Entry(*about, size, started[-1] if started else "", verdicts, lines, address)
 
 
 class _Head(HTMLParser):
@@ -170,7 +172,7 @@ def _published(folder: Path, results: Path) -> Entry:
     started = made["first_started"], made["last_started"]
     size = _size(made["runs"], models, [started[0]], [started[1]])
     return Entry(
-        folder.name, folder.name, _description(folder.name), "", links, size, started[1], verdicts, lines, note
+        folder.name, folder.name, _description(folder.name), "", links, size, started[1], verdicts, lines, note=note
     )
 
 

@@ -64,11 +64,13 @@ def test_reports_are_listed_with_runs_verdicts_and_core_claims(folder):
     # The newest comes first, and a shipped preset goes by its name.
     assert list(shown) == ["Question mine", "laptop@100", "laptop"]
     mine = shown["Question mine"]
-    assert set(mine.all("a", "href")) == {"mine/report/index.html"}
+    assert {link.split("#")[0] for link in mine.all("a", "href")} == {"mine/report/index.html"}
     for text in ("About it & more It matches. 7 runs tiny 2026-01-01", "2 confirmed ✗ 2 contradicted ? 1 inconclusive"):
         assert text in mine.text
     # Of the core claims, decided ones come first; A7 is none of them.
-    assert re.findall(r'<span class="id">(.*?)</span>', mine.source) == ["C1", "D1", "F1"]
+    assert re.findall(r'<span class="id"><a href="(.*?)">', mine.source) == [
+        f"mine/report/index.html#claim-{claim_id}" for claim_id in ("C1", "D1", "F1")
+    ]
     assert "laptop%40100/report/index.html" in shown["laptop@100"].all("a", "href")
     assert not Path("results/index.lock").exists()
 
