@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorabench.planning.plan import make_plan
+from lorabench.report.index import write_index
 from lorabench.report.page import build
 from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED
 from lorabench.store.io import read_claims, write_frame
@@ -290,4 +292,16 @@ def test_the_margin_is_moved(browser, report, rows):
     assert said.text.startswith("2 ")
     assert said.text.endswith(f": {turned} would be confirmed")
     assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
+    assert browser.get_log("browser") == []
+
+
+def test_the_index_fits_a_phone_and_leads_to_the_claims_of_a_report(browser, report, rows):
+    report(rows)
+    show(browser, width=PHONE)
+    index = write_index(Path("results")).absolute().as_uri()
+    browser.get(index)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
+    browser.find_element("css selector", ".entry .id a").click()
+    claim = browser.find_element("id", browser.current_url.partition("#")[2])
+    assert claim.get_attribute("open")
     assert browser.get_log("browser") == []
