@@ -170,7 +170,7 @@ def test_processes_start_again_without_deterministic_kernels_where_an_operation_
     assert norms[0] == norms[1]
 
 
-def test_processes_that_get_a_signal_save_together(ready):
+def test_processes_that_get_a_signal_save_together(ready, caplog):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep.sweep_id, "--processes", "2"), stderr=subprocess.PIPE, text=True)
@@ -188,5 +188,7 @@ def test_processes_that_get_a_signal_save_together(ready):
     assert "Traceback" not in said
     assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
     assert not layout.lock(run).exists()
-    _, lines = trained(plan, layout, "lora", processes=2)
-    assert "\n".join(lines).count("goes on after step") == 1
+    # test_distributed.py goes on in several processes.
+    with caplog.at_level("INFO"):
+        trained(plan, layout, "lora")
+    assert caplog.text.count("goes on after step") == 1

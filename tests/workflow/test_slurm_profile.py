@@ -11,15 +11,23 @@ from lorabench.planning.costs import evaluation_cost, job_cost
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
-from .checkout import adapt_profile, fresh_clone, snakemake
+from ..forks import run_forked
+from .checkout import adapt_profile, fresh_clone, git, snakemake
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def checkout(tmp_path):
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
     """A fresh clone."""
-    return fresh_clone(tmp_path)
+    return fresh_clone(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture
+def checkout(clone):
+    """The clone, whose profile is restored afterwards."""
+    yield clone
+    git(clone, "checkout", "-q", ".")
 
 
 def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
@@ -50,7 +58,10 @@ def partition(tmp_path_factory, monkeypatch):
 
 
 def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
-    return snakemake(checkout, "--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
+    options = ["--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}"]
+    status, output = run_forked(["snakemake", "--cores", "2", *options], checkout)
+    assert status == 0, output
+    return output
 
 
 def test_every_job_requests_the_resources_of_the_plan(checkout):
@@ -90,7 +101,7 @@ def test_a_preset_for_cpus_requests_no_gpu_and_the_check_of_a_machine_one(checko
 def test_a_site_names_its_gpus_or_takes_gres_only(checkout):
     plan = make_plan(Layout.of("paper").preset)
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
-    named = dry_run(checkout)
+    named = dry_run(checkout, preset="core")
     assert {resources["gpu_model"] for resources in requested(named, "train").values()} == {"h100"}
     adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
     gres = dry_run(checkout)
@@ -102,12 +113,12 @@ def test_a_site_names_its_gpus_or_takes_gres_only(checkout):
 
 
 def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
-    plan = make_plan(Layout.of("paper").preset)
+    plan = make_plan(Layout.of("core").preset)
     partition("1-00:00:00")
     for setting, limit in (("", 1440), ("  slurm_partition: main,short", 720), ("  max_runtime: 600", 600)):
         if setting:
             adapt_profile(checkout, "\ndefault-resources:\n", f"\ndefault-resources:\n{setting}\n")
-        output = dry_run(checkout)
+        output = dry_run(checkout, preset="core")
         trained = requested(output, "train") | requested(output, "train_run")
         minutes = {name: int(resources["runtime"]) for name, resources in trained.items()}
         assert minutes == {job.job_id: min(limit, job_cost(plan, job).minutes) for job in plan.jobs}
@@ -116,13 +127,13 @@ def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
 
 def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(checkout, partition):
     partition("n/a")
-    output = snakemake(checkout, "--profile", "slurm", "--config", "preset=paper", fails=True)
+    output = snakemake(checkout, "--profile", "slurm", "--config", "preset=core", fails=True)
     sentence = "sinfo does not say how long the partition lets a job run: set max_runtime in the profile"
     assert sentence in output
     assert "Traceback" not in output
-    assert not (checkout / "results/paper").exists()
+    assert not (checkout / "results/core").exists()
     # A dry run submits nothing, so it only says so.
-    assert sentence in dry_run(checkout)
+    assert sentence in dry_run(checkout, preset="core")
     # Its longest job takes eight hours.
     assert requested(dry_run(checkout, preset="smollm2"), "train")
 
