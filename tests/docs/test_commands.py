@@ -95,7 +95,7 @@ def test_commands_in_the_text_exist_with_their_options():
         lines = [line for block in re.findall(fence, text, re.M | re.S) for line in block.splitlines()]
         inline = re.findall(r"`([^`]+)`", re.sub(fence, "", text, flags=re.M | re.S))
         for line in [*lines, *(" ".join(code.split()) for code in inline)]:
-            for name, rest in re.findall(r"(?<![\w=])lorabench ([a-z-]+)([^#|]*)", line):
+            for name, rest in re.findall(r"^lorabench ([a-z-]+)([^#|]*)", line):
                 options = set() if name in ("run", "step") else set(re.findall(r"--[a-z-]+", rest))
                 if name not in known or options - known[name]:
                     wrong.append(f"{page.name}: {line}")
