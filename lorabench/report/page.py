@@ -113,7 +113,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             tables=tables,
             figures_folder=layout.figures,
             command=_command(source, out),
-            overview=Path(os.path.relpath(layout.tables().parent.parent / "index.html", out.parent)).as_posix(),
         )
     )
     with atomic_path(out) as partial:
