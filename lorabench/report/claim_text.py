@@ -197,7 +197,9 @@ def details(claim: Claim) -> dict[str, str]:
         "Power": "" if seen == formats.DASH else f"{seen} would have been seen with a probability of 80%",
         "Measured on": known.get("scope"),
         "Seeds": f"at most {known['n_seeds']:.0f} of an arm{chosen}" if "n_seeds" in known else "",
-        "Again": "" if again is None else f"a new run decides the same with a probability of {again:.0%}",
+        "Again": ""
+        if again is None
+        else f"a new run decides the same, in all parts of the criterion, with a probability of {again:.0%}",
         "Published": known.get("published"),
         "Kind": claim["kind"],
     }

@@ -86,6 +86,12 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             script=inline("page.js"),
             counting=claim_text.COUNTING,
             tally=claim_text.tally(judged),
+            statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
+            bases=summary.bases(runs),
+            # The data of a user stay out of the page.
+            examples={
+                name: None if question else summary.example(layout.dataset(name)) for name in plan.preset.sources
+            },
             sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -18,7 +20,7 @@ from lorabench.data.files import tally_of
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
 from lorabench.models.base import load_tokenizer
-from lorabench.report.summary import dataset_origins, experiment
+from lorabench.report.summary import dataset_origins, example, experiment
 from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
@@ -67,6 +69,15 @@ def test_an_arm_at_the_edge_has_the_best_lr_and_an_arm_that_diverged_has_nothing
     diverged = described([arm(8, optimum=3e-3)], **lost)[0]["arms"][0]
     assert math.isnan(diverged["lr"])
     assert diverged["n_diverged"] == diverged["n_runs"]
+
+
+def test_the_example_of_a_dataset_is_its_first_question_with_the_answer(tmp_path):
+    turns = {"system": "Be brief.", "user": "1+1", "assistant": "2"}
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+    for name, row in (("chats", chat), ("problems", {"question": "1+1", "answer": "2"})):
+        pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / name)
+        assert example(tmp_path / name) == ("1+1", "2")
+    assert example(tmp_path / "absent") is None
 
 
 @pytest.fixture
