@@ -149,6 +149,12 @@ def verdict(claim: Claim) -> str:
     return f"{claim['verdict']}, borderline" if borderline else str(claim["verdict"])
 
 
+def verdict_again(claim: Claim) -> str:
+    """Return the verdict, and of a borderline one the probability that it comes out again."""
+    named = verdict(claim)
+    return named if named == claim["verdict"] else f"{claim['verdict']}, {claim['p_again']:.0%} again"
+
+
 def remark(claim: Claim) -> str:
     """Return what the runs lack for a verdict, or what would decide an inconclusive claim; empty if not known."""
     if claim["verdict"] == "setting not met" and not formats.missing(claim["missing"]):

@@ -44,9 +44,12 @@ def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so()
     assert claim_text.remark(make_claim("B1", "inconclusive", would_decide=None)) == ""
     assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
     assert claim_text.verdict(make_claim("B1", p_again=0.7)) == "confirmed, borderline"
+    assert claim_text.verdict_again(make_claim("B1", p_again=0.7)) == "confirmed, 70% again"
     # A claim of an older table is not known to be borderline.
     others = [make_claim("B1"), *(make_claim("B1", p_again=value) for value in (0.9, None, math.nan, pd.NA))]
-    assert {claim_text.verdict(claim) for claim in others} == {"confirmed"}
+    assert {written(claim) for claim in others for written in (claim_text.verdict, claim_text.verdict_again)} == {
+        "confirmed"
+    }
 
 
 def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
