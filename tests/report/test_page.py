@@ -27,7 +27,7 @@ from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
 from tests.cli.test_speeds import record
 
-from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
+from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep, rl
 from .conftest import EVALUATION, HOSTILE, Page, columns, hostile_report
 
 
@@ -266,6 +266,16 @@ def test_recipe_says_what_to_use_or_that_nothing_matches_or_can_be_compared(repo
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
+
+
+def test_the_recipe_of_rl_speaks_of_error_rates_in_points(report):
+    arms = [rl.arm(None, optimum=1e-4), rl.arm(1, optimum=1e-3)]
+    page = report([make_run(run["rank"], run["lr"]) | run for runs, _ in arms for run in runs])
+    assert "its error rate is within the margin of 7.0 points of that of full fine-tuning" in page.header.text
+    written = (
+        r"Error rate minus that of full fine-tuning [+-]0\.0 points of error rate \[.*\]; the margin is 7\.0 points"
+    )
+    assert re.search(written, page.section("recipe").text)
 
 
 def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(report, raw_rl_preset):
