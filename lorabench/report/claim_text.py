@@ -192,7 +192,7 @@ def details(claim: Claim) -> dict[str, str]:
     known = {name: value for name, value in claim.items() if not formats.missing(value)}
     rule = f" ({known['margin_rule']})" if "margin_rule" in known else ""
     # Where the test split is named, no learning rate was picked by it: the results are themselves fitted minima.
-    fitted = "the optimum of every arm is fitted alike, to its results on the"
+    fitted = "optima of all arms are fitted alike, to their results on the"
     picked = "the best learning rates are those of the"
     split = known.get("lr_chosen_on")
     chosen = f"; {fitted if split == 'test' else picked} {split} split" if split else ""
