@@ -248,7 +248,7 @@ def answers_part(root: Path, page: Path) -> str:
     """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
     folder = root / PUBLISHED / "evidence"
     cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
-    lines = [f"{count_of_core(cells)} What matters most in use, as questions:", ""]
+    lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     for question in QUESTIONS:
         text = answer(question, cells)
         if question.claim_id == "B1":
@@ -307,13 +307,13 @@ def reproduced(root: Path, page: Path) -> str:
         if (again := read_held_out(folder)) is None:
             continue
         decided = again.dropna(subset="again")
-        failed = decided.loc[decided["again"] != "yes", "claim_id"]
+        failed = decided.loc[decided["again"] != "yes", "statement"]
         yes, every = yes + len(decided) - len(failed), every + len(decided)
-        without = f" (not {', '.join(failed)})" if len(failed) else ""
+        without = f" (not: {'; '.join(failed)})" if len(failed) else ""
         link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
         each.append(f"{link} {len(decided) - len(failed)} of {len(decided)}{without}")
-    sentence = f"**On held-out seeds {yes} of {every} verdicts of yes or no came out again**"
-    return f"{sentence}, on these and other claims: {'; '.join(each)}." if each else f"{sentence}."
+    sentence = f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**"
+    return f"{sentence}: {', '.join(each)}." if each else f"{sentence}."
 
 
 def results_part(root: Path, preset: str) -> str:
