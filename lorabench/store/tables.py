@@ -85,10 +85,7 @@ class Tables:
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
             for name, frames in _read_all(folders).items()
         }
-        runs = with_stand_ins(merged["runs"])
-        if "method" in runs:
-            runs = runs[~runs["method"].isin(METHOD_NAMES.keys() - {"fullft", "lora"})]
-        return cls(**merged | {"runs": runs})
+        return cls(**merged | {"runs": _usable(merged["runs"])})
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
@@ -103,7 +100,15 @@ class Tables:
                 raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
         typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
         tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
-        return cls(**tables | {"runs": with_stand_ins(tables["runs"])})
+        return cls(**tables | {"runs": _usable(tables["runs"])})
+
+
+def _usable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that claims and figures read, with stand-ins for losses that they lack."""
+    runs = with_stand_ins(runs)
+    if "method" not in runs:
+        return runs
+    return runs[~runs["method"].isin(METHOD_NAMES.keys() - {"fullft", "lora"})]
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:

@@ -218,4 +218,5 @@ def test_no_claim_or_figure_takes_a_variant_for_lora(tmp_path: Path):
     dora = lora.assign(method="dora", run_id=lora["run_id"] + "-dora")
     folder = write(tmp_path / "both", pd.concat([RUNS, dora]))
     assert list(read_table(folder, "runs")["method"]).count("dora") == len(dora)
+    assert set(Tables.of({"runs": pd.concat([RUNS, dora])}).runs["run_id"]) == set(RUNS["run_id"])
     assert list(Tables.read(folder).runs["run_id"]) == list(RUNS["run_id"])
