@@ -30,15 +30,13 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
-from lorabench.config.fields import Placement, SamplerName
+from lorabench.config.fields import Method, Placement, SamplerName
 from lorabench.utils import formats
 from lorabench.utils.files import digest
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
 # when that may be the case.
 PROTOCOL_VERSION = 2
-
-Method = Literal["fullft", "lora"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Condition:
     @property
     def label(self) -> str:
         """A readable name for files and progress, which is never parsed."""
-        method = self.method if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
+        method = self.method if self.method == "fullft" else f"{self.method}-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
     @cached_property

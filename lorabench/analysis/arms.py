@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.errors import UserError
 from lorabench.store.checks import listed
 from lorabench.store.io import list_of_words
@@ -51,7 +52,7 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
     """Return the short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn alpha 8`; standard values are omitted."""
     if arm["method"] == "fullft":
         return "FullFT"
-    words = [f"LoRA r{int(arm['rank'])}"]
+    words = [f"{METHOD_NAMES[arm['method']]} r{int(arm['rank'])}"]
     if not pd.isna(arm["placement"]) and arm["placement"] != "all":
         words.append(str(arm["placement"]))
     for name, template in (("alpha", "alpha {:g}"), ("init_a", "init x{:g}"), ("lr_ratio", "LR_B/LR_A {:g}")):
@@ -70,7 +71,8 @@ def arm_labels(rows: pd.DataFrame) -> list[str]:
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
     numbers = runs.reindex(columns=list(STANDARD)).astype(float)
-    return (numbers.isna() | numbers.eq(pd.Series(STANDARD))).all(axis=1) | (runs["method"] == "fullft")
+    standard = (numbers.isna() | numbers.eq(pd.Series(STANDARD))).all(axis=1) & (runs["method"] == "lora")
+    return standard | (runs["method"] == "fullft")
 
 
 def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorabench.config.fields import METHOD_NAMES
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
@@ -75,8 +74,7 @@ class Tables:
     def read(cls, *folders: Path) -> Tables:
         """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
-        Another loss stands in for one that the runs lack (see `with_stand_ins`). Runs of variants of LoRA are left out:
-        no claim or figure is about them yet, and arms are told apart by rank, not by variant.
+        Another loss stands in for one that the runs lack (see `with_stand_ins`).
 
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
@@ -85,7 +83,7 @@ class Tables:
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
             for name, frames in _read_all(folders).items()
         }
-        return cls(**merged | {"runs": _usable(merged["runs"])})
+        return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
@@ -100,15 +98,7 @@ class Tables:
                 raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
         typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
         tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
-        return cls(**tables | {"runs": _usable(tables["runs"])})
-
-
-def _usable(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that claims and figures read, with stand-ins for losses that they lack."""
-    runs = with_stand_ins(runs)
-    if "method" not in runs:
-        return runs
-    return runs[~runs["method"].isin(METHOD_NAMES.keys() - {"fullft", "lora"})]
+        return cls(**tables | {"runs": with_stand_ins(tables["runs"])})
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorabench.config.experiments import Protocol
+from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.inputs import curve_examples
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
@@ -127,7 +128,8 @@ def train_sft(
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
     # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
-    probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
+    # The weights of DoRA and full fine-tuning are no base plus a product of two factors.
+    probe = AdapterProbe(adapter_pairs(model)) if condition.method in ("lora", *CHANGES_BASE) else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
     probe_at = validate_at | (_spaced(condition.steps, protocol.probe_points) if protocol.probe_points else set())

@@ -211,12 +211,3 @@ def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_pa
         assert evals["task"].tolist() == ["lorabench_instruct", "aime24"] * 3
         assert evals["rank"].tolist() == [pd.NA] * 4 + [8, 8]
         assert evals["higher_is_better"].all()
-
-
-def test_no_claim_or_figure_takes_a_variant_for_lora(tmp_path: Path):
-    lora = RUNS[RUNS["method"] == "lora"]
-    dora = lora.assign(method="dora", run_id=lora["run_id"] + "-dora")
-    folder = write(tmp_path / "both", pd.concat([RUNS, dora]))
-    assert list(read_table(folder, "runs")["method"]).count("dora") == len(dora)
-    assert set(Tables.of({"runs": pd.concat([RUNS, dora])}).runs["run_id"]) == set(RUNS["run_id"])
-    assert list(Tables.read(folder).runs["run_id"]) == list(RUNS["run_id"])

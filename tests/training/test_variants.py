@@ -75,6 +75,8 @@ def test_twenty_steps_are_those_of_a_plain_loop(changes, options, short_data, tm
     np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-5)
     assert outcome.final_valid_nll < outcome.curve[0].value - 0.05
     assert_same_weights(model, expected, atol=5e-6)
+    # The change of DoRA's weights is not that of a product of two factors.
+    assert bool(series(outcome, "update_norm")) == (condition.method != "dora")
 
 
 def changed(spec, method, folder):
