@@ -200,7 +200,7 @@ class LrFit:
     loss: float
     """The fitted loss at that LR, in the unit of the losses."""
     loss_low: float
-    """The lower end of its 95% interval, from the noise of seeds alone."""
+    """The lower end of its 95% interval, for the mean over new seeds; test examples have no part in it."""
     loss_high: float
     """The upper end."""
     inside: bool
@@ -215,9 +215,9 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
     """Fit the optimal learning rate (LR) of one sweep, by the estimator that judges the claims.
 
     The loss is a slightly asymmetric parabola in the logarithm of the LR. All runs of the table are of one method in
-    one setting, and differ in LR and seed alone. Such runs tell the noise of seeds that all LRs share from that of the
-    method no better with more seeds, so the error counts with one degree of freedom and intervals are wide; `judge`
-    fits several methods together.
+    one setting, and differ in LR and seed alone. The interval of the optimal LR has the noise within seeds, and that of
+    the loss, which is the mean over new seeds, also what each seed does to all LRs; `judge` fits several methods
+    together, in which this cancels.
 
     Args:
         runs: a row for each run, with the columns `lr`, `loss` (the final loss in nats per token; null or infinite of a
@@ -236,7 +236,7 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
         ...         for place, lr in enumerate(lrs) for seed in range(3)]
         >>> fit = fit_lr(pd.DataFrame(rows, columns=["lr", "seed", "loss"]))
         >>> print(f"{fit.lr:.1e} [{fit.lr_low:.1e}, {fit.lr_high:.1e}], loss {fit.loss:.2f}")
-        2.0e-04 [1.4e-04, 2.9e-04], loss 2.00
+        2.0e-04 [1.7e-04, 2.5e-04], loss 2.00
         >>> fit.inside, fit.problems
         (True, ())
     """

@@ -33,7 +33,7 @@ from lorabench.analysis.rules import (
     cheapest,
     student_shape,
 )
-from lorabench.utils.formats import fixed_interval
+from lorabench.utils.formats import with_interval
 
 MIN_SEEDS = 3
 """The number of seeds that a verdict on a difference needs."""
@@ -298,12 +298,12 @@ def together(findings: Sequence[Finding]) -> Finding:
 
 def nats(estimate: Estimate) -> str:
     """Format a difference of losses, in nats per token."""
-    return f"{estimate.value:.4f} nats {fixed_interval(*estimate.interval(), 4)}"
+    return with_interval(estimate.value, *estimate.interval(), 4, unit=" nats")
 
 
 def error_rate(estimate: Estimate) -> str:
     """Format a difference of error rates."""
-    return f"{estimate.value:+.4f} in error rate {fixed_interval(*estimate.interval(), 4)}"
+    return with_interval(estimate.value, *estimate.interval(), 4, "+", " in error rate")
 
 
 Unit = Callable[[float], float]

@@ -114,22 +114,23 @@ class ByArm(Mapping[str, Value]):
 class _Errors:
     """What draws of the errors of a fit's coefficients are made from; those of all at once take much memory."""
 
-    covariance: np.ndarray | None
-    """That of the error from seeds of the coefficients `order`; None where the error is not known."""
+    seed_parts: tuple[tuple[np.ndarray, int, str], ...]
+    """Of each independent part of the error from seeds: the covariance of the coefficients `order`, its degrees of
+    freedom, and a name for its draws; empty where the error is not known."""
     order: tuple[int, ...]
     """The places of these coefficients."""
-    seeds_name: str
     influences: np.ndarray | None
     """What groups of test examples do to each coefficient, (coefficients, groups); None where this is not known."""
     test_split: str
     n_examples: int
     n_groups: int
 
-    def by_seed(self, places: list[int], dof: int) -> np.ndarray:
+    def by_seed(self, places: list[int]) -> np.ndarray:
         """Return draws of some coefficients' error from seeds, (N_DRAWS, places)."""
-        if self.covariance is None:
+        if not self.seed_parts:
             return np.full((N_DRAWS, len(places)), math.nan)
-        return multivariate_student(self.covariance, dof, self.seeds_name, [self.order.index(at) for at in places])
+        chosen = [self.order.index(at) for at in places]
+        return np.asarray(sum(multivariate_student(*part, chosen) for part in self.seed_parts))
 
     def by_example(self, places: list[int]) -> np.ndarray | None:
         """Return draws of some coefficients' error from test examples, (N_DRAWS, places), if it is known."""
@@ -244,7 +245,8 @@ def fit_losses(
         return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", no_arm)
     solution, places_by_arm, bends = fitted
     sigma, dof, known = _seed_noise(counted, solution, noise)
-    errors = _errors(counted, solution, places_by_arm, known, examples or ExampleLosses(), name, test_split)
+    examples = examples or ExampleLosses()
+    errors = _errors(counted, solution, places_by_arm, dof if known else 0, examples, name, test_split)
     losses = _without_seeds(counted, solution, places_by_arm)
     lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
@@ -261,7 +263,7 @@ def fit_losses(
         grid, places, ends, bend = grids[label], places_by_arm[label], counted.ends[label], bends.get(label)
         own = solution.coefficients[places]
         value = _vertex(own, ends, bend)
-        by_seed, drawn = _vertex(own + errors.by_seed(places, dof), ends, bend), errors.by_example(places)
+        by_seed, drawn = _vertex(own + errors.by_seed(places), ends, bend), errors.by_example(places)
         by_example = None if drawn is None else _vertex(own + drawn, ends, bend)
         position, minimum = (
             Estimate(
@@ -393,12 +395,12 @@ def _errors(
     rows: FitRows,
     solution: Solution,
     places: Places,
-    known: bool,
+    dof: int,
     examples: ExampleLosses,
     name: str,
     test_split: str,
 ) -> _Errors:
-    """Return what draws of the coefficients' errors are made from; `known` says whether that from seeds is.
+    """Return what draws of the errors of coefficients are made from; with 0 as `dof`, that from seeds is unknown.
 
     No number of an arm depends on the contrasts of seeds, so their errors are left out.
     """
@@ -406,14 +408,34 @@ def _errors(
     # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
     order = tuple(place for kind in reversed(by_kind) for place in kind)
-    covariance = solution.variance * solution.unscaled[np.ix_(order, order)] if known else None
+    seed_parts = _seed_parts(rows, solution, order, dof, f"seeds of {name}") if dof else ()
     run_ids = rows.runs["run_id"].tolist()
     on_runs, influences, n_examples, n_groups = examples.influences(run_ids), None, 0, 0
     if on_runs is not None:
         weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
         influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
         n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
-    return _Errors(covariance, order, f"seeds of {name}", influences, test_split, n_examples, n_groups)
+    return _Errors(seed_parts, order, influences, test_split, n_examples, n_groups)
+
+
+def _seed_parts(
+    rows: FitRows, solution: Solution, order: tuple[int, ...], dof: int, name: str
+) -> tuple[tuple[np.ndarray, int, str], ...]:
+    """Return the independent parts of the error from seeds; see `_Errors`.
+
+    The contrasts of seeds hold all that seeds do to one arm alone. Its optimum then has the error of the noise within
+    seeds. Its minimum is that over new seeds: it has, in addition, the error of the mean of the seeds' effects.
+    """
+    covariance, seeds = solution.variance * solution.unscaled[np.ix_(order, order)], len(rows.seeds)
+    if len(rows.in_arm) > 1 or seeds < 2:
+        return ((covariance, dof, name),)
+    # The effect of a seed moves the intercept alone, and by its share in the mean, unless rows differ in weight.
+    in_seed = rows.cells[:, None] == np.unique(rows.cells)
+    weighted, moved = ((hat @ in_seed)[list(order)] for hat in (solution.hat / rows.weights, solution.hat))
+    within = covariance - solution.variance * solution.ratio * weighted @ weighted.T
+    effects = solution.coefficients[3 : 2 + seeds]
+    variance = float(effects @ effects + effects.sum() ** 2) / (seeds - 1)
+    return (within, solution.dof, f"runs, {name}"), (variance * moved @ moved.T, seeds - 1, name)
 
 
 def _vertex(

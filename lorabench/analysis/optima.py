@@ -23,7 +23,7 @@ from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rules import LEVEL, Problem, Remedy, Rule
 from lorabench.errors import UserError
 from lorabench.store.checks import is_rl
-from lorabench.utils.formats import fixed_interval
+from lorabench.utils.formats import with_interval
 
 PAPER_RATIO = 10.0
 """The ratio of optimal LRs, LoRA over FullFT, that the paper gives."""
@@ -313,7 +313,7 @@ def ratio_interval(log_ratio: Estimate) -> tuple[float, float]:
 
 def in_words(log_ratio: Estimate) -> str:
     """Return a ratio with its 95% interval as text, from the estimate of its logarithm."""
-    return f"{exponential(log_ratio.value):.2f} {fixed_interval(*ratio_interval(log_ratio), 2)}"
+    return with_interval(exponential(log_ratio.value), *ratio_interval(log_ratio), 2)
 
 
 def ratio_text(comparison: Comparison, arm: Arm, other: Arm) -> str:

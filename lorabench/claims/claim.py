@@ -17,7 +17,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, togeth
 from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import DECIDED, Margin, Problem, Remedy, Verdict
-from lorabench.utils.formats import fixed_interval
+from lorabench.utils.formats import with_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
 """How the paper supports a statement.
@@ -238,4 +238,4 @@ def margin_problems(margin: Margin) -> list[Problem]:
 
 def number(estimate: Estimate, digits: int = 2, sign: str = "") -> str:
     """Format a number with its 95% interval; with the sign `+`, the number is never without a sign."""
-    return f"{estimate.value:{sign}.{digits}f} {fixed_interval(*estimate.interval(), digits)}"
+    return with_interval(estimate.value, *estimate.interval(), digits, sign)

@@ -71,7 +71,8 @@ def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
         times = ", ".join(f"r{row['rank']} {row['step_ratio']:.2f}" for row in timed)
         text = f"{setting}: FLOPs of LoRA / FullFT {ratios or 'not known'}; step time {times or 'not measured'}"
         dearer = ", ".join(f"r{rank}" for rank in rows.loc[rows["flops_ratio"] > 1, "rank"])
-        text += f"; more FLOPs than FullFT at {dearer}" if dearer else ""
+        if dearer:
+            text += f"; more FLOPs than FullFT at {dearer}, as the formula says, so there not slightly more than 2/3"
         uncounted = ", ".join(f"r{rank}" for rank in rows.loc[apart.isna(), "rank"])
         problems = [Problem(f"no count of FullFT or LoRA for {uncounted}")] if uncounted else []
         verdict: Verdict = "confirmed" if abs(furthest) <= TOLERANCE else "contradicted"

@@ -133,7 +133,7 @@ def _same_curve(comparison: Comparison) -> Finding:
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
         problems = [*problems, *margin_problems(margin)]
         findings.append(decide(rule, gap, text, ids, problems, margin.rule, reopened))
-        by_window.append(f"{gap.value:+.4f} from {low}")
+        by_window.append(f"{'unknown' if math.isnan(gap.value) else f'{gap.value:+.4f}'} from {low}")
     agree: int | str = "none"
     for window in [] if margin.problem else reversed([*early, *windows]):
         gap, problems, _ = envelope_gap(*window)

@@ -192,7 +192,7 @@ def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[
 )
 @rl_claim(
     id="E5",
-    statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
+    statement="In RL, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
     criterion=(
         "On the test error rate at the evaluation that is best on validation, on every model and problem set: "
@@ -205,6 +205,7 @@ def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[
         "at one rank, each with an LR grid whose best LR is not at its edge; "
         f"{MIN_SEEDS} seeds at the LRs around each optimum"
     ),
+    paper_value="the same on MATH as in SFT; no number",
     unit="error rate",
     experiments=("placement_rl",),
     over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),

@@ -189,7 +189,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
 
 @rl_claim(
     id="F1",
-    statement="In RL on MATH and GSM8K, LoRA of rank 1 reaches the peak of full fine-tuning",
+    statement="In RL, LoRA of rank 1 reaches the peak of full fine-tuning",
     figure="6",
     criterion=(
         "On every problem set, the test error rate of rank 1 after the last step is the same as FullFT's within the "
@@ -200,7 +200,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
         f"paired by seed, at each arm's best LR among those with most seeds. {LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("rank 1"),
-    paper_value="the same peak; no number",
+    paper_value="the same peak on MATH and GSM8K; no number",
     unit="error rate",
     experiments=("rl_math", "rl_gsm8k", "rl_arithmetic", "rl"),
     core=True,

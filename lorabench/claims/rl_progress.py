@@ -88,7 +88,7 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
 
 @rl.rl_claim(
     id="F3",
-    statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
+    statement="In RL, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
         "At the LRs nearest to the fitted optima, the train reward of every LoRA rank is the same as FullFT's within "
@@ -98,8 +98,8 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
         f"{rl.LEARNED.format('FullFT')}"
     ),
     needs=rl.RL_RUNS.format("LoRA") + ", with train rewards",
-    paper_value="almost identical; no number",
-    unit="accuracy",
+    paper_value="almost identical on DeepMath; no number",
+    unit="train reward",
     experiments=DEEPMATH_EXPERIMENTS,
 )
 @rl.each_rank("fullft")
@@ -158,7 +158,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
 
 @rl.rl_claim(
     id="F4",
-    statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
+    statement="In RL, all ranks and full fine-tuning progress alike on further held-out problems too",
     figure="8",
     criterion=(
         "On every AIME set, or on every other further set where there is no AIME set, for every LoRA rank and every "
@@ -168,6 +168,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
         f"cautious. {rl.HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
     ),
     needs=rl.RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
+    paper_value="the same as on DeepMath, on AIME 2024 and 2025; no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
 )

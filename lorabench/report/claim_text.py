@@ -68,9 +68,6 @@ _EXACT_COUNTS = {
 }
 """How a 0 of these units is written."""
 
-_PROBLEMS = re.compile("MATH|GSM8K|DeepMath|AIME")
-"""The problems that the paper's claims on RL name."""
-
 
 def margin(claim: Claim) -> str:
     """Return the values that confirm a claim, such as `±0.012 nats`, `at least 0.012 nats` or `6.25 to 16`."""
@@ -118,14 +115,6 @@ def spread(claim: Claim) -> str:
 def measured(claim: Claim) -> str:
     """Return the estimate of a claim with its unit and its 95% interval."""
     return f"{estimate(claim)} {spread(claim)}".strip()
-
-
-def remarks(claim: Claim) -> str:
-    """Return what a reader has to know of a claim beside its statement: its kind, and the problems of RL it is of."""
-    parts = [] if claim["kind"] == "empirical" else [str(claim["kind"])]
-    if not formats.missing(claim["scope"]) and _PROBLEMS.search(claim["statement"]):
-        parts.append(f"here {str(claim['scope']).rpartition(', ')[2]}")
-    return "; ".join(parts)
 
 
 def power(claim: Claim) -> str:
@@ -218,7 +207,7 @@ def _with_unit(text: str, claim: Claim) -> str:
 
 
 def _unit(claim: Claim) -> str:
-    # The rewards of training, of which this claim is, have the unit accuracy in the table.
+    # Published tables of earlier rules give the train rewards of this claim the unit accuracy.
     if claim["claim_id"] == "F3":
         return "train reward"
     return "" if formats.missing(claim["unit"]) else str(claim["unit"])

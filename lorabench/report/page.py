@@ -318,7 +318,7 @@ FILTERS = {
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, parametrization, anchor),
         *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured, claim_text.verdict),
-        *(claim_text.sentence, claim_text.details, claim_text.remarks, claim_text.verdict_again),
+        *(claim_text.sentence, claim_text.details, claim_text.verdict_again),
     )
 }
 """The functions that the templates use as filters, by name."""

@@ -117,6 +117,17 @@ def fixed_interval(low: float, high: float, decimals: int) -> str:
     return "(no interval)" if math.isnan(low + high) else f"[{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
+def with_interval(value: float, low: float, high: float, decimals: int, sign: str = "", unit: str = "") -> str:
+    """Write an estimate with its interval in a sentence; with the sign `+`, it is never without a sign.
+
+    >>> with_interval(0.5, 0.25, 0.75, 2, "+", " nats"), with_interval(math.nan, math.nan, math.nan, 2)
+    ('+0.50 nats [0.25, 0.75]', 'unknown')
+    """
+    if math.isnan(value):
+        return "unknown"
+    return f"{value:{sign}.{decimals}f}{unit} {fixed_interval(low, high, decimals)}"
+
+
 def amount(value: Any, unit: str = "") -> str:
     """Write a large quantity to three significant digits, with a metric prefix (steps of 1000, also for bytes).
 

@@ -245,6 +245,34 @@ def test_new_runs_lose_their_optimum_as_often_as_is_predicted(resolved, monkeypa
     assert np.mean(np.array(realised)[high]) > np.mean(np.array(realised)[~high])
 
 
+@pytest.mark.parametrize(("seeds", "lrs"), [(3, 3), (6, 5)])
+def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_minimum_over_new_ones(seeds, lrs):
+    random, held, resolved = np.random.default_rng(seeds), [], []
+    steps = range(-(lrs // 2), lrs // 2 + 1)
+    for number in range(40):
+        luck, optimum = random.normal(0, 0.02, seeds), random.uniform(-0.4, 0.4)
+        rises = {
+            step: CURVATURE * ((step - optimum) ** 2 + random.normal(0.1, 0.1) * (step - optimum) ** 3)
+            for step in steps
+        }
+        losses = {
+            (step, seed): 2 + rises[step] + random.normal(0, 0.004) for step, seed in product(steps, range(seeds))
+        }
+        fits = []
+        for shared in (luck, 10 * luck):
+            rows = [row("FullFT", math.exp(step), seed, loss + shared[seed]) for (step, seed), loss in losses.items()]
+            fits.append(fit_losses(pd.DataFrame(rows), name=str(number)))
+        fit, other = fits
+        position, minimum = fit.optima["FullFT"].interval(), fit.minima["FullFT"].interval()
+        held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1]))
+        resolved.append(fit.resolved["FullFT"])
+        # Effects of seeds, however large, do not move the optimum.
+        assert other.optima["FullFT"].interval() == pytest.approx(position)
+    # Two binomial standard errors below 95%.
+    assert (np.mean(held, axis=0) >= 0.88).all()
+    assert np.mean(resolved) >= 0.9
+
+
 def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     runs = world(seeds=1)
     alone = fit_losses(runs)

@@ -86,7 +86,8 @@ def test_g1_is_confirmed_where_every_count_is_the_formula():
     assert claim["ci_low"] == claim["ci_high"] == claim["estimate"]
     assert claim["reason"] == (
         "tiny: FLOPs of LoRA / FullFT r1 0.6800 (formula 0.6800), r8 0.7733 (formula 0.7733), "
-        "r64 1.5200 (formula 1.5200); step time r1 0.90, r8 0.90, r64 0.90; more FLOPs than FullFT at r64"
+        "r64 1.5200 (formula 1.5200); step time r1 0.90, r8 0.90, r64 0.90; more FLOPs than FullFT at r64, "
+        "as the formula says, so there not slightly more than 2/3"
     )
     # Time is reported but not judged.
     assert judged("G1", compute=compute_table(step_s=[1.0, 5.0, 5.0, 5.0]))["verdict"] == "confirmed"

@@ -85,13 +85,6 @@ def test_numbers_have_units_that_a_reader_knows_and_exact_ones_no_interval():
     assert "a ratio of 1.14 was measured, and 0.673 to 1.49 was asked for" in claim_text.sentence(ratio)
 
 
-def test_a_claim_names_its_kind_and_the_problems_that_stand_for_those_of_the_paper():
-    named = {"statement": "In RL on MATH, rank 1 is enough", "scope": "0.27M parameters, 40 steps, RL on sums"}
-    assert claim_text.remarks(make_claim("F1", **named)) == "here RL on sums"
-    assert claim_text.remarks(make_claim("F6", kind="count", **named | {"scope": None})) == "count"
-    assert claim_text.remarks(make_claim("B1")) == ""
-
-
 def test_texts_of_the_page():
     assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
     assert page.text([0.9, 0.95]) == "0.9, 0.95"
