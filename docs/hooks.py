@@ -104,11 +104,11 @@ def claims_page() -> str:
         for link, claim in linked
     ]
     lines = [
-        f"# The {sum(claim.id[0] != 'P' for claim in CLAIMS)} claims and their criteria",
+        f"# The {sum(claim.kind != 'own prediction' for claim in CLAIMS)} claims and their criteria",
         "",
-        "Each claim is a testable statement of the paper; P1 to P7 are predictions of this project. Ids in bold are "
-        f"the {sum(claim.core for claim in CLAIMS)} core claims, on which the paper's main conclusions rest. [Kinds of "
-        "claims](verdicts.md#kinds-of-claims-and-how-they-are-counted) explains the last column.",
+        "Each claim is a testable statement of the paper; P1 to P7 and X1 to X7 are predictions of this project. Ids "
+        f"in bold are the {sum(claim.core for claim in CLAIMS)} core claims, on which the paper's main conclusions "
+        "rest. [Kinds of claims](verdicts.md#kinds-of-claims-and-how-they-are-counted) explains the last column.",
         "",
         *table(["", "claim", "in the paper", "kind"], rows),
         "",

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lorabench.analysis.arms import STANDARD
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.arms import STANDARD, arm_label, with_losses
+from lorabench.analysis.comparison import Arm, Comparison
+from lorabench.analysis.curves import train_curves
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
+from lorabench.analysis.lr_ratio import Setting, converted_lr
 from lorabench.config.fields import LORA_PLUS_RATIO, Variant
+from lorabench.config.margins import MovementTheory
 
 NAMES: dict[Variant, str] = {
     "lora": "LoRA",
@@ -45,3 +54,106 @@ def variant_of(arm: Mapping[str, Any]) -> Variant | None:
     if standard_alpha:
         return "lora"
     return "rslora" if math.isclose(alpha, STANDARD["alpha"] * math.sqrt(arm["rank"])) else None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """An arm of a variant beside LoRA of the same rank, layers and data."""
+
+    comparison: Comparison
+    variant: Variant
+    arm: Arm
+    lora: Arm
+
+    @property
+    def name(self) -> str:
+        return f"{NAMES[self.variant]} r{self.arm['rank']}"
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [self.arm, self.lora]
+
+    @property
+    def log_ratio(self) -> Estimate:
+        """The natural logarithm of the variant's best LR over LoRA's; in LoRA+ the LR is that of A."""
+        return self.comparison.fit.log_ratio(arm_label(self.arm), arm_label(self.lora))
+
+    def ratio_by_movement(self, theory: MovementTheory) -> float:
+        """Return the ratio that the theory `movement` predicts from LoRA's fitted optimum and the size of the model.
+
+        By it the LR times the size of A times alpha is the same. LoRA+ has `LORA_PLUS_RATIO` times the LR of B, for
+        which the size of A counts, so that for the LR of A it is LoRA of as many times the alpha. NaN if the width or
+        the number of steps is not known.
+        """
+        optimum = self.comparison.fit.optima.get(arm_label(self.lora))
+        width = self.comparison.runs.get("hidden_size", pd.Series(dtype=float)).astype(float).mean()
+        if optimum is None or math.isnan(width) or not self.lora["steps"]:
+            return math.nan
+        more = LORA_PLUS_RATIO if self.variant == "lora_plus" else self.arm["alpha"] / STANDARD["alpha"]
+        here, there = (
+            Setting(width, self.lora["steps"], self.lora["batch_size"], alpha, rank=self.lora["rank"])
+            for alpha in (STANDARD["alpha"], STANDARD["alpha"] * more)
+        )
+        lr = math.exp(optimum.value)
+        return converted_lr(lr, here, there, theory) / lr
+
+    def ratio_by_first_update(self) -> float:
+        """Return the ratio by which both first updates of the weights have one size; NaN if they are not known.
+
+        The size is the norm of the change of all weights by the first step, over the LR: with Adam each entry of A and
+        B changes by about the LR, so that the size follows from the initial factors. In PiSSA these are the largest
+        singular directions of the weights, and both factors are not 0.
+        """
+        sizes = [self._first_update(arm) for arm in self.arms]
+        return sizes[1] / sizes[0]
+
+    def _first_update(self, arm: Arm) -> float:
+        runs = self.comparison.rows[arm_label(arm)]
+        norms = train_curves(runs, self.comparison.curves, "update_norm")
+        first = norms[norms["step"] == 1]
+        sizes = first["value"].astype(float) / first["lr"].astype(float)
+        return float(np.exp(np.log(sizes).mean())) if len(sizes) else math.nan
+
+    def log_width_ratio(self) -> Estimate:
+        """Return the natural logarithm of the width of the variant's range of good LRs over that of LoRA's.
+
+        A loss that rises by c (ln LR - x)^2 is within a margin m of the lowest over a range of ln LR that is
+        2 sqrt(m/c) wide, so the ratio of two widths is the root of the inverse ratio of the curvatures c, whatever the
+        margin. Curvatures are means over the seeds that have the best LR of the grid and both of its neighbours.
+        """
+        curvatures = [self._curvature(arm) for arm in self.arms]
+        return combined(lambda own, lora: 0.5 * np.log(np.maximum(lora, _FLAT) / np.maximum(own, _FLAT)), *curvatures)
+
+    def _curvature(self, arm: Arm) -> Estimate:
+        label = arm_label(arm)
+        name = f"curvature {self.comparison.label} {label}"
+        grid, rows = self.comparison.fit.grids.get(label), self.comparison.rows[label]
+        if grid is None or not 0 < grid.centre < len(grid.lrs) - 1:
+            return mean_over_seeds([], name)
+        lrs = grid.lrs[grid.centre - 1 : grid.centre + 2]
+        done = with_losses(rows[rows["status"] == "done"])
+        losses = done[done["lr"].isin(lrs)].pivot(index="seed", columns="lr", values="test_loss")
+        if len(losses.columns) < len(lrs):
+            return mean_over_seeds([], name)
+        below, best, above = (losses[lr].astype(float) for lr in lrs)
+        step_below, step_above = np.diff(np.log(lrs))
+        slopes = (best - below) / step_below, (above - best) / step_above
+        return mean_over_seeds(((slopes[1] - slopes[0]) / (step_below + step_above)).dropna(), name)
+
+
+_FLAT = 1e-9
+"""The least curvature that is told from 0, in units of the loss per square of ln LR."""
+
+
+def switches(comparison: Comparison, *variants: Variant) -> list[Switch]:
+    """Return the arms of some variants, each beside LoRA of the same rank, layers and epsilon, where there is one.
+
+    At rank 1 rsLoRA is LoRA, and is left out.
+    """
+    same = ["rank", "placement", "eps"]
+    found = {(variant_of(arm), *(arm[name] for name in same)): arm for arm in comparison.arms if variant_of(arm)}
+    return [
+        Switch(comparison, variant, arm, found["lora", *setting])
+        for (variant, *setting), arm in found.items()
+        if variant in variants and ("lora", *setting) in found
+    ]

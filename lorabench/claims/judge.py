@@ -22,6 +22,7 @@ from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.lr_law import SweptMethods
 from lorabench.analysis.published import estimates_by_claim
+from lorabench.analysis.variants import Switch
 from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     across_models,
     batch_size,
@@ -34,6 +35,7 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     placement,
     reinforcement,
     rl_progress,
+    variants,
 )
 from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
@@ -47,8 +49,12 @@ from lorabench.utils.formats import count, parameters
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
-    # All claims on RL belong to family F.
-    return "ANBCDEMFGP".index("F" if claim.task == "rl" else claim.id[0]), claim.id[0], int(claim.id[1:])
+    # All claims of the paper on RL belong to family F.
+    return (
+        "ANBCDEMFGPX".index("F" if claim.task == "rl" and claim.id[0] != "X" else claim.id[0]),
+        claim.id[0],
+        int(claim.id[1:]),
+    )
 
 
 CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
@@ -280,7 +286,7 @@ def _compared_in(part: Any) -> list[Comparison]:
     """Return the comparisons that a part of the evidence is about."""
     if isinstance(part, Comparison):
         return [part]
-    if isinstance(part, SweptMethods):
+    if isinstance(part, SweptMethods | Switch):
         return [part.comparison]
     if isinstance(part, BatchSizes):
         return list(part.by_size.values())

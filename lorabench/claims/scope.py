@@ -14,6 +14,7 @@ from lorabench.analysis.invariances import with_scales
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rewards import CONTROLS, LEAD, beyond_controls, leads, with_error_rates
 from lorabench.claims.claim import Condition, Evidence, condition, unjudged_if
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.runs import lowest
 
 Named = list[tuple[str, Comparison]]
@@ -177,7 +178,7 @@ def widths(smallest: int, number: int, presets: tuple[str, ...], family: str = "
     return Condition(text, instead, presets)
 
 
-RL_PRESETS = ("laptop", "first_gpu", "core", "paper")
+RL_PRESETS = ("laptop", "variants", "first_gpu", "core", "paper")
 """The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
 
 MIN_LRS = 6
@@ -190,11 +191,11 @@ MIN_LRS = 6
 def swept(evidence: Evidence) -> str | None:
     # FullFT and LoRA are each swept until an optimum is known.
     lacking = []
-    for method, runs in evidence.runs.groupby("method"):
+    for _, runs in evidence.runs.groupby("method"):
         arms = [rows for _, rows in runs.groupby(["model", "dataset", "rank", "placement"], dropna=False)]
         if not any(rows["lr"].nunique() >= MIN_LRS or _is_bracketed(rows) for rows in arms):
             most = max(rows["lr"].nunique() for rows in arms)
-            lacking.append(f"at most {most} LRs of {'FullFT' if method == 'fullft' else 'LoRA'}")
+            lacking.append(f"at most {most} LRs of {METHOD_NAMES[runs['method'].iloc[0]]}")
     return ", ".join([*lacking, "no best LR between two others with these seeds"]) if lacking else None
 
 
@@ -225,7 +226,7 @@ def beats_controls(evidence: Evidence) -> str | None:
     if lead["lead"].isna().all():
         return "the accuracies of the controls are not known"
     worst = lead.sort_values("lead").to_dict("records")[0]
-    name = "FullFT" if worst["method"] == "fullft" else "LoRA"
+    name = METHOD_NAMES[worst["method"]]
     controls = ", ".join(f"{text} {worst[column]:.3f}" for column, text in CONTROLS.items())
     return f"{worst['model']}/{worst['dataset']}: {name} {worst['accuracy']:.3f}, {controls}"
 
