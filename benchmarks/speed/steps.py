@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
 from benchmarks.speed.table import Row, say
+from lorabench.config.fields import METHOD_NAMES, Method
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
@@ -33,10 +34,14 @@ MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 WARM_UP = 1
 
 CPU = torch.device("cpu")
-Method = Literal["peft", "lora", "fullft"]
 
-ARMS: dict[str, Method] = {"PEFT": "peft", "LoRA": "lora", "FullFT": "fullft"}
+ARMS: dict[str, Method | Literal["peft"]] = {"PEFT": "peft", "LoRA": "lora", "FullFT": "fullft"}
 """The way of making a step by its name; the arm without this project comes first."""
+
+VARIANTS: dict[str, Method | Literal["peft"]] = {
+    METHOD_NAMES[name]: name for name in ("dora", "pissa", "olora", "qlora")
+}
+"""Variants of LoRA, which are measured beside the arms where a setting says so."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Setting:
     precision: Precision = "fp32"
     scored: float = 1.0
     """Share of a row's tokens that are scored, from its end."""
+    variants: bool = False
+    """Whether variants of LoRA are measured, too."""
 
     @property
     def case(self) -> str:
@@ -60,7 +67,8 @@ class Setting:
 
 SETTINGS = [
     Setting(),
-    *(Setting(rank=rank) for rank in (1, 4, 64)),
+    Setting(rank=1),
+    *(Setting(rank=rank, variants=True) for rank in (4, 64)),
     *(Setting(length=length) for length in (64, 256)),
     Setting(precision="bf16"),
     Setting(model="llama-64"),
@@ -104,19 +112,22 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-def training_step(setting: Setting, method: Method, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
+def training_step(
+    setting: Setting, method: Method | Literal["peft"], device: torch.device = CPU
+) -> tuple[Callable[[], None], int]:
     """Return a function that makes one optimizer step, and the step's FLOPs as the paper counts them."""
     model: Any = loaded(setting.model, device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
-        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0)
+        variant = "lora" if method == "peft" else method
+        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, method=variant)
     flops = setting.batch * setting.length * train_flops_per_token(model)
     if method == "peft":
         # PEFT is measured without this project's attention.
         model.set_attn_implementation("sdpa")
         return _peft_step(model, ids.to(device), setting.precision), flops
-    if method == "lora":
+    if method != "fullft":
         use_fast_products(model)
     parameters = list(trained_parameters(model).values())
     optimizer = _adam(parameters)
@@ -191,10 +202,11 @@ def measure(
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
-        made = {name: training_step(setting, arm, device) for name, arm in ARMS.items()}
+        arms = ARMS | (VARIANTS if setting.variants else {})
+        made = {name: training_step(setting, arm, device) for name, arm in arms.items()}
         seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)
         say(f"step: {setting.case}: {len(made)} arms")
-        for name in ARMS:
+        for name in arms:
             speed = made[name][1] / seconds[name]
             share = speed / peaks[setting.precision]
             yield Row("step", setting.case, name, threads, 1, seconds[name], gflops=speed / 1e9, share_of_peak=share)
