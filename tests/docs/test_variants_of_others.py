@@ -31,7 +31,7 @@ def scientific(lr: float) -> str:
 
 
 def test_accuracies_over_the_learning_rate(accuracies):
-    grids = dict(list(accuracies[accuracies["source"] == "lr-matters"].groupby("method")))
+    grids = dict(list(accuracies[accuracies["model"] == "Qwen3-0.6B-Base"].groupby("method")))
     span, middle = {}, {}
     for method in ("lora", "dora", "pissa"):
         best = grids[method].loc[grids[method]["accuracy"].idxmax()]
@@ -48,6 +48,16 @@ def test_accuracies_over_the_learning_rate(accuracies):
     lora = grids["lora"].set_index("lr")["accuracy"]
     costs = [lora.max() - np.interp(np.log(lora.idxmax() * by), np.log(lora.index), lora) for by in (0.5, 2)]
     assert "costs LoRA {:.1f} or {:.1f} points".format(*(cost * 100 for cost in costs)) in PAGE
+
+
+def test_best_accuracies_by_rank(accuracies):
+    best = accuracies.pivot_table("accuracy", ["model", "rank"], "method").loc[["gemma-3-1b", "Llama-2-7B"]] * 100
+    dora, pissa = best["dora"] - best["lora"], best["pissa"] - best["lora"]
+    (gemma, llama), others = dora.groupby("model", sort=False).mean(), pissa.groupby("model", sort=False).mean()
+    span = f"({dora['gemma-3-1b'].min():.1f} to {dora['gemma-3-1b'].max():.1f}, three runs each)"
+    assert f"DoRA minus LoRA is {gemma:.1f} points in the mean of seven ranks of Gemma-3-1B {span}" in PAGE
+    assert f"and {llama:.1f} of three ranks of Llama-2-7B" in PAGE
+    assert "PiSSA minus LoRA is {:.1f} and {:.1f}.".format(*others) in PAGE
 
 
 def test_accuracies_at_one_learning_rate(accuracies):
