@@ -267,7 +267,7 @@ def _prediction(run: dict[str, Any], known: LrEvidence) -> dict[str, Any]:
     numbers = [math.nan if pd.isna(run[name]) else float(run[name]) for name in ("batch_size", "steps")]
     place = Place(run["family"] or "", float(run["width"]), method, rl, *numbers)
     alpha, rank = (None if pd.isna(run[name]) else int(run[name]) for name in ("alpha", "rank"))
-    shift = known.shift(alpha, rank, rslora=False) if method == "lora" else (0.0, 0.0)
+    shift = known.shift(alpha, rank) if method == "lora" else (0.0, 0.0)
     verdict = known.verdict(math.log(run["lr"]), place, *shift)
     row = run | {"level": level(verdict), "factor": math.exp(verdict.log_factor)}
     row |= {"outside_80": verdict.outside_80, "outside_95": verdict.outside_95, "p_margin": verdict.p_margin}

@@ -76,7 +76,7 @@ FRAMEWORKS = (
 SAID = (
     *("task", "method", "model", "bits", "lr", "schedule", "optimizer"),
     *("micro_batch", "accumulation", "devices", "global_batch", "group_size", "steps", "epochs", "examples"),
-    *("rank", "alpha", "rslora", "dora", "variant"),
+    *("rank", "alpha", "rslora", "dora", "lr_ratio", "variant"),
 )
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
 

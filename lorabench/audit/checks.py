@@ -15,6 +15,7 @@ from lorabench.audit.settings import (
     check_same_lr,
     check_scale,
     check_short_run,
+    check_variants,
 )
 from lorabench.audit.structure import (
     check_attention_only,
@@ -35,7 +36,7 @@ def _check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
 
 RUN_CHECKS: tuple[Callable[[TrainingConfig, Knowledge], list[Finding]], ...] = (
     *(_check_lr, check_patterns, check_experts, check_fused, check_attention_only, check_unembedding, check_parameters),
-    *(check_capacity, check_scale, check_short_run, check_batch, check_precision),
+    *(check_capacity, check_scale, check_variants, check_short_run, check_batch, check_precision),
 )
 """Checks of one run. A finding without a path gets that of its run. What they need is imported when they are called."""
 FOLDER_CHECKS: tuple[Callable[[Sequence[TrainingConfig], Knowledge], list[Finding]], ...] = (

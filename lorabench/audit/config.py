@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lorabench.audit.finding import Finding
+from lorabench.config.fields import Variant
 
 Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]
@@ -67,8 +69,10 @@ class TrainingConfig:
     dropout: float | None = None
     rslora: bool = False
     dora: bool = False
+    lr_ratio: float | None = None
+    """The learning rate of B over that of A in LoRA+, where `lr` is that of A."""
     variant: str | None = None
-    """An other variant or initialization, by its name in PEFT, such as `pissa` or `loraplus`."""
+    """An other variant or initialization, by its name in PEFT, such as `pissa`."""
     unsloth: bool = False
     """Whether unsloth loads the model, which makes the fused layers of Phi-3 separate ones."""
     targets: tuple[str, ...] | None = None
@@ -94,6 +98,29 @@ class TrainingConfig:
         if self.micro_batch is not None:
             return self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
         return None
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants of LoRA that the run combines, of those whose best learning rate is known here."""
+        if self.method != "lora":
+            return ()
+        # `pissa_niter_4` is PiSSA with an approximate decomposition.
+        start = (self.variant or "").partition("_niter_")[0]
+        used: dict[Variant, bool] = {
+            "rslora": self.rslora,
+            "lora_plus": (self.lr_ratio or 1.0) != 1.0,
+            "dora": self.dora,
+            "pissa": start == "pissa",
+            "olora": start == "olora",
+            "qlora": self.bits == 4,
+        }
+        return tuple(variant for variant, is_used in used.items() if is_used)
+
+    @property
+    def alpha_factor(self) -> float:
+        """The factor by which alpha counts more than in LoRA: the root of the rank in rsLoRA, `lr_ratio` in LoRA+."""
+        root = math.sqrt(self.rank or 1) if "rslora" in self.variants else 1.0
+        return root * (self.lr_ratio or 1.0)
 
     @property
     def where(self) -> str:

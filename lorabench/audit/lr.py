@@ -10,6 +10,8 @@ from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.models import ModelFacts, facts
 from lorabench.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
+from lorabench.config.fields import VARIANT_NAMES
+from lorabench.custom.variants import lr_factors
 
 SURE = 0.9
 """An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability."""
@@ -44,7 +46,7 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         message = f"nothing is said about the learning rate, since {judged}"
         return [Finding("lr-unknown", "note", message, "the shipped optimal learning rates", "certain", line=line)]
     verdict, place = judged
-    code, message = "lr", _message(config, verdict)
+    code, message = "lr", _message(config, verdict, math.exp(_variant_factor(config, evidence)[0]))
     if place.rl and verdict.outside_80 and verdict.log_factor > 0:
         sft = place._replace(rl=False, batch_size=math.nan, steps=math.nan)
         if not _verdict(config, sft, evidence).outside_80:
@@ -95,7 +97,9 @@ def _not_covered(config: TrainingConfig) -> str:
         return "the file does not say whether this is LoRA or full fine-tuning"
     if _ADAM not in optimizer or any(word in optimizer for word in _NO_ADAM):
         return f"all sources are of Adam, and the optimizer is {config.optimizer}"
-    if config.variant:
+    if config.rslora and not config.rank:
+        return "the file does not say the rank, on which the learning rate of rsLoRA depends"
+    if config.variant and not {"pissa", "olora"} & {*config.variants}:
         return f"no source has measured learning rates of the variant {config.variant}"
     return ""
 
@@ -122,8 +126,20 @@ def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Pl
 
 
 def _verdict(config: TrainingConfig, place: Place, evidence: LrEvidence) -> Verdict:
-    shift = (0.0, 0.0) if place.method == "fullft" else evidence.shift(config.alpha, config.rank, config.rslora)
-    return evidence.verdict(math.log(config.lr or math.nan), place, *shift)
+    shift, error = (0.0, 0.0) if place.method == "fullft" else evidence.shift(config.alpha, config.rank)
+    log_factor, factor_error = _variant_factor(config, evidence)
+    return evidence.verdict(math.log(config.lr or math.nan), place, shift - log_factor, math.hypot(error, factor_error))
+
+
+def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float, float]:
+    """Return the natural logarithm of the optimal LR of a run's variants over that of LoRA, and its standard error."""
+    log_factor, error = evidence.alpha_exponent * math.log(config.alpha_factor), 0.0
+    for variant in config.variants:
+        # The other two are LoRA with another alpha.
+        if variant not in ("rslora", "lora_plus"):
+            factor = lr_factors()[variant]
+            log_factor, error = log_factor + math.log(factor.value), math.hypot(error, factor.log_error)
+    return log_factor, error
 
 
 def level(verdict: Verdict) -> Level:
@@ -134,15 +150,19 @@ def level(verdict: Verdict) -> Level:
     return "warning" if verdict.outside_95 or costs else "note"
 
 
-def _message(config: TrainingConfig, verdict: Verdict) -> str:
+def _message(config: TrainingConfig, verdict: Verdict, variant_factor: float) -> str:
     factor = math.exp(abs(verdict.log_factor))
     size = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
     distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than" if factor > 1.05 else "about"
     share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
     unit = _UNITS[config.task == "rl"]
     comparison = f" (the recommended one {verdict.recommended_share:.0%})" if factor > 1.05 else ""
+    method, recommended = _METHODS[config.method or ""], f"{verdict.recommended.mean:.2g}"
+    if config.variants:
+        method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
+        recommended += f", which is {variant_factor:.2g} times LoRA's"
     return (
-        f"the learning rate {config.lr:g} of {_METHODS[config.method or '']} is {distance} the recommended "
-        f"{verdict.recommended.mean:.2g}; it is expected to lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] "
-        f"of what training gains{comparison}, or {loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
+        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {recommended}; it is expected to "
+        f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "
+        f"{loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
     )

@@ -104,6 +104,8 @@ class LrEvidence:
     def __init__(self, pooled: Mapping[str, Any]) -> None:
         """Take the content of the file of evidence, as `benchmarks.audit_regret.evidence` makes it."""
         self._pooled = pooled
+        self.alpha_exponent = float(pooled["alpha_exponent"])
+        """The optimal LR of LoRA goes as alpha to this power."""
         self._optima: dict[tuple[Place, float], tuple[np.ndarray, float]] = {}
         self._curvatures = {
             (task, column): np.exp(log + spread * _NORMAL)
@@ -126,17 +128,15 @@ class LrEvidence:
             if math.isfinite(value) and min(abs(math.log(other / value)) for other in measured[field]) > math.log(NEAR)
         ]
 
-    def shift(self, alpha: float | None, rank: int | None, rslora: bool) -> tuple[float, float]:
+    def shift(self, alpha: float | None, rank: int | None) -> tuple[float, float]:
         """Return what states a log LR of LoRA at the optima's alpha and a high rank, and the standard error of that.
 
-        By the theory `movement`, alpha times 1 + k / rank takes the place of alpha. The scale of rsLoRA is alpha over
-        the square root of the rank.
+        By the theory `movement`, alpha times 1 + k / rank takes the place of alpha.
         """
-        exponent = self._pooled["alpha_exponent"]
-        if alpha is None or alpha <= 0 or (rslora and not rank):
-            return 0.0, abs(exponent) * math.log(2)
-        scale = alpha / self._pooled["alpha"] * (math.sqrt(rank) if rslora and rank else 1.0)
-        return -exponent * math.log(scale * (1 + self._pooled["rank_constant"] / rank if rank else 1.0)), 0.0
+        if alpha is None or alpha <= 0:
+            return 0.0, abs(self.alpha_exponent) * math.log(2)
+        scale = alpha / self._pooled["alpha"]
+        return -self.alpha_exponent * math.log(scale * (1 + self._pooled["rank_constant"] / rank if rank else 1.0)), 0.0
 
     def verdict(self, log_lr: float, place: Place, shift: float = 0.0, error: float = 0.0) -> Verdict:
         """Return what an LR would cost.

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
+from lorabench.config.fields import VARIANT_NAMES
+from lorabench.custom.variants import lr_factors
 from lorabench.utils import formats
 
 ALPHA = 32.0
@@ -57,36 +59,54 @@ def _moved(alpha: float, to: float) -> str:
 
 
 def check_scale(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return what is odd about LoRA's scale: none at all, an extreme alpha, rsLoRA, DoRA."""
+    """Return what is odd about LoRA's scale: none at all, or an extreme alpha."""
     if config.method != "lora":
         return []
-    line, findings = config.line("alpha", "rank"), []
+    line = config.line("alpha", "rank")
     if config.alpha == 0 or config.rank == 0:
         what = "alpha" if config.alpha == 0 else "rank"
-        findings.append(
+        return [
             Finding("scale", "error", f"with {what} 0 LoRA changes nothing", "the file alone", "certain", line=line)
-        )
-        return findings
+        ]
     alpha = effective_alpha(config)
-    if config.rslora and config.alpha and alpha:
-        message = (
-            f"rsLoRA divides alpha {config.alpha:g} by the square root of rank {config.rank}, which is as alpha "
-            f"{formats.number(alpha)} without it: the optimal learning rate is {_moved(config.alpha, alpha)}"
-        )
-        sure = "the scale is certain; the factor is between two theories"
-        findings.append(Finding("rslora", "note", message, _THEORY, sure, line=config.line("rslora", "alpha")))
-    elif alpha and not ALPHAS[0] <= alpha <= ALPHAS[1]:
-        message = (
-            f"alpha {alpha:g} is far from the paper's 32, for which learning rates are recommended: the optimal one is "
-            f"{_moved(ALPHA, alpha)}"
-        )
-        findings.append(Finding("scale", "note", message, _THEORY, "far beyond all values measured", line=line))
-    if config.dora:
-        message = (
-            "DoRA's optimal learning rate is measured by no source here: it trains magnitudes beside LoRA, so that a "
-            "learning rate that is good for LoRA has to be tried"
-        )
-        findings.append(Finding("dora", "note", message, "no source", "not known", line=config.line("dora")))
+    if not alpha or config.rslora or ALPHAS[0] <= alpha <= ALPHAS[1]:
+        return []
+    message = (
+        f"alpha {alpha:g} is far from the paper's 32, for which learning rates are recommended: the optimal one is "
+        f"{_moved(ALPHA, alpha)}"
+    )
+    return [Finding("scale", "note", message, _THEORY, "far beyond all values measured", line=line)]
+
+
+def check_variants(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return what is known of the best learning rate of each variant of LoRA that a run with a learning rate uses."""
+    findings = []
+    for variant in config.variants if config.lr else ():
+        name, source, sure = VARIANT_NAMES[variant], _THEORY, "the scale is certain; the factor is between two theories"
+        alpha, scale = config.alpha, effective_alpha(config)
+        if variant == "rslora":
+            if not alpha or not scale:
+                continue
+            message = (
+                f"rsLoRA divides alpha {alpha:g} by the square root of rank {config.rank}, which is as alpha "
+                f"{formats.number(scale)} without it: the optimal learning rate is {_moved(alpha, scale)}"
+            )
+        elif variant == "lora_plus":
+            ratio = config.lr_ratio or 1.0
+            message = (
+                f"LoRA+ gives B {ratio:g} times the learning rate of A, which is as {ratio:g} times the alpha: the "
+                f"optimal learning rate of A is {_moved(1.0, ratio)} than that of LoRA"
+            )
+        elif variant == "qlora":
+            # Its best learning rate is that of LoRA.
+            continue
+        else:
+            factor = lr_factors()[variant]
+            advice = "LoRA's can be kept" if factor.value == 1 else "it depends on the weights, so try lower and higher"
+            message = f"the best learning rate of {name} was {factor}; {advice}"
+            source, sure = "measured, docs/variants.md", "measured on small models"
+        place = {"lora_plus": "lr_ratio", "pissa": "variant", "olora": "variant"}.get(variant, variant)
+        findings.append(Finding("variant", "note", message, source, sure, line=config.line(place)))
     return findings
 
 
@@ -153,6 +173,9 @@ def check_same_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[F
         other = full.get((config.format, _model(config), config.task, config.lr))
         if config.method != "lora" or other is None:
             continue
+        if any(lr_factors()[variant].value != 1 for variant in config.variants):
+            # The best learning rate of such a variant may be near that of full fine-tuning.
+            continue
         level: Level = "warning" if config.task == "sft" else "note"
         ratio, sure = f"{RATIO:g} times as high", f"95% interval {RATIO_LOW:g} to {RATIO_HIGH:g}"
         if config.task == "rl":
@@ -168,7 +191,7 @@ def check_same_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[F
 def check_alpha_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
     """Return LoRA runs that are alike but for alpha, at the same learning rate."""
     findings = []
-    for group in _alike(configs, "lr", "steps", "epochs", "bits", "targets", "dora"):
+    for group in _alike(configs, "lr", "steps", "epochs", "bits", "targets", "dora", "lr_ratio", "variant"):
         first, *others = sorted(group, key=lambda config: effective_alpha(config) or 0)
         alpha = effective_alpha(first)
         for other in others:
@@ -188,7 +211,7 @@ def check_alpha_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[
 def check_lr_differs(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
     """Return runs that are alike and have learning rates a factor of ten or more apart."""
     findings = []
-    for group in _alike(configs, "rank", "alpha", "rslora", "dora"):
+    for group in _alike(configs, "rank", "alpha", "rslora", "dora", "lr_ratio", "variant"):
         low, high = (pick(group, key=lambda config: config.lr or 0) for pick in (min, max))
         if low.lr and high.lr and high.lr / low.lr >= FAR:
             message = (

@@ -41,6 +41,16 @@ CHANGES_BASE: tuple[Method, ...] = (*FROM_WEIGHTS, "qlora")
 Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlora"]
 """The variants of LoRA that a block of an experiment can compare (docs/variants.md)."""
 
+VARIANT_NAMES: dict[Variant, str] = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "lora_plus": "LoRA+",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "qlora": "QLoRA",
+}
+
 LORA_PLUS_RATIO = 16.0
 """LR of B over LR of A in LoRA+, by its authors' recommendation."""
 

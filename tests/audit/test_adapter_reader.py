@@ -100,6 +100,12 @@ def test_an_adapter_of_this_project(tmp_path: Path) -> None:
     config = read(tmp_path / "weights")
     assert (config.task, config.lr, config.schedule, config.precision) == ("rl", 1e-3, "constant", "bf16")
     assert (config.batch_size, config.steps, config.rank) == (32, 100, 16)
+    variants = {"olora": (8, 32, ("olora",)), "qlora": (16, 32, ("qlora",)), "lora": (16, 32, ("lora_plus",))}
+    for method, expected in variants.items():
+        more = {"method": method, "rank": 8, "alpha": 32, "lr_ratio": 16.0 if method == "lora" else None}
+        (tmp_path / "record.json").write_text(json.dumps({"run_id": "a", "spec": spec | more}))
+        config = read(tmp_path / "weights", use_rslora=False, init_lora_weights=True)
+        assert (config.rank, config.alpha, config.variants) == expected
 
 
 def test_what_is_not_plain_lora_is_said(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lorabench.audit.config import TrainingConfig
 from lorabench.audit.lr import lr_findings
 from lorabench.audit.models import ModelFacts
 from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature, regret, shipped_evidence
+from lorabench.custom.variants import lr_factors
 from lorabench.sources.lr_optima import LrOptimum
 
 MODEL = ModelFacts("m", "llama", 2000, "made up")
@@ -124,17 +125,52 @@ def test_a_number_of_devices_that_is_not_said_may_explain_the_learning_rate():
     assert float(unsaid.message.split(" times")[0].split()[-1]) < float(said.message.split(" times")[0].split()[-1])
 
 
-def test_alpha_rank_and_rslora_move_the_recommendation():
+def test_alpha_and_rank_move_the_recommendation():
     shift = evidence().shift
-    assert shift(32, None, False) == (0.0, 0.0)
-    assert shift(64, 10**6, False)[0] == pytest.approx(0.75 * math.log(2), abs=1e-4)
-    assert shift(32, 1, False)[0] == pytest.approx(0.75 * math.log(2.2))
-    # rsLoRA's alpha / sqrt(r) is the usual scale with sqrt(r) times the alpha.
-    assert shift(8, 16, True) == shift(32, 16, False)
-    assert shift(None, 16, False) == (0.0, pytest.approx(0.75 * math.log(2)))
+    assert shift(32, None) == (0.0, 0.0)
+    assert shift(64, 10**6)[0] == pytest.approx(0.75 * math.log(2), abs=1e-4)
+    assert shift(32, 1)[0] == pytest.approx(0.75 * math.log(2.2))
+    assert shift(None, 16) == (0.0, pytest.approx(0.75 * math.log(2)))
     assert found(lr=BEST / 2**0.75, alpha=64).message.startswith("the learning rate 0.000297302 of LoRA is about")
     # Alpha is no matter of full fine-tuning.
     assert "is about" in found(lr=BEST / 10, alpha=64, method="fullft").message
+
+
+PISSA = lr_factors()["pissa"].value
+VARIANTS = {
+    # rsLoRA's alpha / sqrt(r) is the usual scale with sqrt(r) times the alpha.
+    "rsLoRA": ({"rslora": True}, 12**-0.75),
+    "LoRA+": ({"lr_ratio": 10.0}, 10**-0.75),
+    "DoRA": ({"dora": True}, 1.0),
+    "QLoRA": ({"bits": 4}, 1.0),
+    "PiSSA": ({"variant": "pissa_niter_4"}, PISSA),
+    "OLoRA": ({"variant": "olora"}, lr_factors()["olora"].value),
+    "rsLoRA and LoRA+ and PiSSA and QLoRA": (
+        {"rslora": True, "lr_ratio": 4.0, "variant": "pissa", "bits": 4},
+        48**-0.75 * PISSA,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
+    changes, factor = VARIANTS[name]
+    plain = found(rank=144)
+    variant = found(rank=144, lr=BEST * factor, **changes)
+    assert variant.message.startswith(f"the learning rate {BEST * factor:g} of {name} is about the recommended")
+    assert f", which is {factor:.2g} times LoRA's; it is" in variant.message
+
+    def ends(finding):
+        words = finding.sure.split()
+        return [float(words[-3]), float(words[-1])]
+
+    low, high = ends(plain)
+    own_low, own_high = ends(variant)
+    # What depends on the weights is known less well.
+    if {"pissa", "olora"} & {*str(changes.get("variant")).split("_")}:
+        assert own_high / own_low > 1.2 * high / low
+    else:
+        assert [own_low, own_high] == pytest.approx([low * factor, high * factor], rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +180,8 @@ def test_alpha_rank_and_rslora_move_the_recommendation():
         ({"task": None}, "does not say"),
         ({"method": None}, "does not say"),
         ({"optimizer": "lion_8bit"}, "lion_8bit"),
-        ({"variant": "loraplus"}, "loraplus"),
+        ({"variant": "eva"}, "of the variant eva"),
+        ({"rslora": True, "rank": None}, "does not say the rank"),
         ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
         ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
     ],

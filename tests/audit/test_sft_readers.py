@@ -72,6 +72,19 @@ def test_axolotl_without_effect(change, level):
     assert config.rank is None
 
 
+def test_variants_may_be_combined():
+    text = f"{AXOLOTL}loraplus_lr_ratio: 16\npeft_init_lora_weights: pissa_niter_4\n"
+    config = read(axolotl, text)
+    assert config.variants == ("rslora", "lora_plus", "pissa", "qlora")
+    assert config.alpha_factor == pytest.approx(16 * 32**0.5)
+    assert text.splitlines()[config.lines["lr_ratio"] - 1] == "loraplus_lr_ratio: 16"
+    config = read(llamafactory, f"{LLAMAFACTORY}pissa_init: true\nloraplus_lr_ratio: 8.0\n")
+    assert (config.variants, config.alpha_factor) == (("lora_plus", "pissa", "qlora"), 8)
+    # Full fine-tuning has none, and a ratio of 1 is LoRA.
+    assert read(axolotl, text.replace("adapter: qlora", "adapter:")).variants == ()
+    assert read(axolotl, AXOLOTL + "loraplus_lr_ratio: 1.0\n").variants == ("rslora", "qlora")
+
+
 def test_axolotl_trains_on_plain_text():
     text = AXOLOTL.replace("  - path: org/data\n", "  - path: org/data\n    type: completion\n")
     assert read(axolotl, text).task == "pretraining"

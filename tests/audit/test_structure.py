@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -24,6 +25,7 @@ from lorabench.audit.settings import (
     check_same_lr,
     check_scale,
     check_short_run,
+    check_variants,
 )
 from lorabench.audit.structure import (
     adapted,
@@ -232,13 +234,23 @@ def test_capacity() -> None:
 def test_scale() -> None:
     assert check_scale(LLAMA, NOTHING) == []
     assert only(check_scale(replace(LLAMA, alpha=0.0), NOTHING)).level == "error"
-    rslora = only(check_scale(replace(LLAMA, rank=64, alpha=16.0, rslora=True), NOTHING))
-    # As alpha 128: the factor is the square root of the rank, to the powers 3/4, 1/2 and 1.
-    assert rslora.code == "rslora"
-    assert "as alpha 128 without it: the optimal learning rate is 4.8 (2.8 to 8) times lower" in rslora.message
     assert only(check_scale(replace(LLAMA, alpha=1.0), NOTHING)).code == "scale"
-    assert only(check_scale(replace(LLAMA, dora=True), NOTHING)).code == "dora"
-    assert check_scale(replace(LLAMA, method="fullft", alpha=0.0, dora=True), NOTHING) == []
+    assert check_scale(replace(LLAMA, method="fullft", alpha=0.0), NOTHING) == []
+
+
+def test_what_is_known_of_a_variant_is_said_where_it_helps() -> None:
+    def said(**changes: Any) -> str:
+        return only(check_variants(replace(LLAMA, **changes), NOTHING)).message
+
+    # As alpha 128: the factor is the square root of the rank, to the powers 3/4, 1/2 and 1.
+    rslora = said(rank=64, alpha=16.0, rslora=True)
+    assert "as alpha 128 without it: the optimal learning rate is 4.8 (2.8 to 8) times lower" in rslora
+    assert "of A is 8 (4 to 16) times lower than that of LoRA" in said(lr_ratio=16.0)
+    assert "DoRA was 1 times LoRA's at ranks 4 to 128 and widths 128 to 1,024; LoRA's can be kept" in said(dora=True)
+    assert "PiSSA was 0.22 to 0.42 times LoRA's" in said(variant="pissa")
+    # Nothing follows from 4 bits, and nothing can be done without a learning rate or without LoRA.
+    for changes in ({"bits": 4}, {"dora": True, "lr": None}, {"dora": True, "method": "fullft"}, {"variant": "eva"}):
+        assert check_variants(replace(LLAMA, **changes), NOTHING) == []
 
 
 def test_short_runs_and_large_batches() -> None:
@@ -328,6 +340,9 @@ def test_no_value_stops_the_checks() -> None:
         "steps": (0.0, 1e-300, math.inf, math.nan, None),
         "global_batch": (0, 10**9, None),
         "rslora": (True, False),
+        "dora": (True, False),
+        "lr_ratio": (16.0, None),
+        "variant": ("pissa", "", "eva", None),
         "method": ("lora", "fullft"),
         "task": ("sft", "rl"),
         "format": ("axolotl", "trl", "llamafactory", "torchtune"),

@@ -169,6 +169,12 @@ def test_calls_in_python(tmp_path: Path) -> None:
     assert dpo.method is None
 
 
+def test_the_optimizer_of_lora_plus_has_the_learning_rates(tmp_path: Path) -> None:
+    made = "create_loraplus_optimizer(model=model, optimizer_cls=AdamW, lr=5e-5, loraplus_lr_ratio=16)"
+    *_, sft, _, _ = read(tmp_path, "train.py", PYTHON.replace("args = ", f"optimizer = {made}\nargs = "))
+    assert (sft.lr, sft.lr_ratio, sft.lines["lr"], sft.lines["lr_ratio"]) == (5e-5, 16, 13, 13)
+
+
 def test_ways_to_make_a_lora_model_in_python(tmp_path: Path) -> None:
     text = """
 model = AutoModelForCausalLM.from_pretrained("m")

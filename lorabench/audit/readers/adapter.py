@@ -18,6 +18,7 @@ from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.options import CERTAIN, THE_FILE
 from lorabench.audit.readers.trl_options import plain_fields, task_of
 from lorabench.audit.yaml_lines import load
+from lorabench.config.fields import FROM_WEIGHTS
 from lorabench.errors import UserError
 
 _NAME = "adapter_config.json"
@@ -143,8 +144,13 @@ def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a run of this project, whose learning rate is constant."""
     options = Options(spec)
     task: Task = "rl" if spec.get("task") == "rl" else "sft"
-    protocol = spec.get("protocol")
-    return {
+    protocol, method, variant = spec.get("protocol"), options.text("method"), dict[str, Any]()
+    if method in FROM_WEIGHTS:
+        # They are saved as LoRA of twice the rank.
+        variant = {"variant": method, "rank": options.count("rank"), "alpha": options.number("alpha")}
+    return variant | {
+        "bits": 4 if method == "qlora" else None,
+        "lr_ratio": options.number("lr_ratio"),
         "task": task,
         "lr": options.number("lr"),
         "schedule": "constant",

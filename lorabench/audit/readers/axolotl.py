@@ -33,6 +33,8 @@ _KEYS = {
     "dropout": "lora_dropout",
     "rslora": "peft_use_rslora",
     "dora": "peft_use_dora",
+    "lr_ratio": "loraplus_lr_ratio",
+    "variant": "peft_init_lora_weights",
     "targets": "lora_target_modules",
     "target_parameters": "lora_target_parameters",
     "saved_modules": "lora_modules_to_save",
@@ -167,6 +169,7 @@ def _lora(data: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": number(data.get("lora_dropout")) or 0.0,
         "rslora": flag(data.get("peft_use_rslora")),
         "dora": flag(data.get("peft_use_dora")),
+        "lr_ratio": number(data.get("loraplus_lr_ratio")),
         "target_parameters": names(data.get("lora_target_parameters")) or (),
         "saved_modules": names(data.get("lora_modules_to_save")) or (),
     }
@@ -183,8 +186,6 @@ def _lora(data: Mapping[str, Any]) -> dict[str, Any]:
         said["variant"] = initialization
     elif options.at(data, "peft.loftq_config"):
         said["variant"] = "loftq"
-    elif number(data.get("loraplus_lr_ratio")) is not None:
-        said["variant"] = "loraplus"
     elif flag(data.get("relora")):
         said["variant"] = "relora"
     return said

@@ -37,6 +37,8 @@ _KEYS = {
     "dropout": "lora_dropout",
     "rslora": "use_rslora",
     "dora": "use_dora",
+    "lr_ratio": "loraplus_lr_ratio",
+    "variant": "pissa_init",
     "targets": "lora_target",
     "saved_modules": "additional_target",
 }
@@ -171,6 +173,7 @@ def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str,
             "dropout": number(data.get("lora_dropout", 0.0)),
             "rslora": flag(data.get("use_rslora")),
             "dora": flag(data.get("use_dora")),
+            "lr_ratio": number(data.get("loraplus_lr_ratio")),
             # KTransformers holds the experts itself; which of its layers have LoRA is not said.
             "targets": None if flag(data.get("use_kt")) else _targets(data.get("lora_target", "all")),
             "saved_modules": names(data.get("additional_target")) or (),
@@ -227,8 +230,6 @@ def _targets(value: Any) -> tuple[str, ...] | None:
 def _variant(data: Mapping[str, Any]) -> str | None:
     if flag(data.get("pissa_init")):
         return "pissa"
-    if number(data.get("loraplus_lr_ratio")) is not None:
-        return "loraplus"
     return "llama_pro" if flag(data.get("use_llama_pro")) else None
 
 

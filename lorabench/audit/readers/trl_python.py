@@ -202,8 +202,14 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
                 "dropout": ("lora_dropout",),
                 "targets": ("target_modules",),
                 "rslora": ("use_rslora",),
+                "dora": ("use_dora",),
+                "variant": ("init_lora_weights",),
             }
         )
+    for optimizer in (call for call in module.calls if _name(call) == "create_loraplus_optimizer"):
+        of_optimizer = module.options(optimizer)
+        fields |= {"lr": of_optimizer.number("lr"), "lr_ratio": of_optimizer.number("loraplus_lr_ratio")}
+        lines |= of_optimizer.lines_of({"lr": ("lr",), "lr_ratio": ("loraplus_lr_ratio",)})
     return TrainingConfig(
         path=shown,
         format="trl",

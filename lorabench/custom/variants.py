@@ -1,0 +1,64 @@
+"""By how much the best learning rate (LR) moves when somebody switches from LoRA to a variant of it.
+
+By the theory `movement` (docs/lr-ratio.md) rsLoRA is LoRA with alpha times the square root of the rank, and LoRA+, for
+the LR of A, LoRA with alpha times the LR of B over that of A. For the others it was measured: `variant_lrs.csv` has the
+best LR of a variant over that of LoRA, by rank, width of the model, and data. Its source is `pilot` for a first look
+with one seed, `variants` for the published runs of that preset, or the name of a source in docs/variants.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from lorabench.config.margins import DEFAULT_MARGINS
+
+TABLE = Path(__file__).with_name("variant_lrs.csv")
+
+
+@dataclass(frozen=True)
+class LrFactor:
+    """The best LR of a variant over that of LoRA."""
+
+    value: float
+    """The middle of the measured range; 1 if all of it is within the factor up to which two LRs count as the same."""
+    low: float
+    """The ends of the measured range."""
+    high: float
+    where: str
+    """The ranks and widths of the measurements."""
+
+    @property
+    def log_error(self) -> float:
+        """Half the measured range of the logarithm; 0 where the LR is LoRA's."""
+        return 0.0 if self.value == 1 else math.log(self.high / self.low) / 2
+
+    def __str__(self) -> str:
+        ends = dict.fromkeys(f"{end:.2g}" for end in (self.low, self.high))
+        return f"{' to '.join(ends)} times LoRA's {self.where}"
+
+
+@cache
+def lr_factors() -> dict[str, LrFactor]:
+    """Return by variant what was measured of its best LR."""
+    rows = defaultdict(list)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            rows[row["variant"]].append((float(row["lr_ratio"]), int(row["rank"]), int(row["width"])))
+    factors = {}
+    for variant, measured in rows.items():
+        ratios, ranks, widths = zip(*measured, strict=True)
+        low, high = min(ratios), max(ratios)
+        same = max(high, 1 / low) <= DEFAULT_MARGINS.lr_factor
+        where = f"at {_range('rank', ranks)} and {_range('width', widths)}"
+        factors[variant] = LrFactor(1.0 if same else math.sqrt(low * high), low, high, where)
+    return factors
+
+
+def _range(noun: str, values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return f"{noun} {low:,}" if low == high else f"{noun}s {low:,} to {high:,}"

@@ -1,0 +1,45 @@
+"""The best learning rates of variants over that of LoRA, as they are packaged and as the page has them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+
+import pytest
+
+from lorabench.config.fields import VARIANT_NAMES
+from lorabench.custom.variants import TABLE, lr_factors
+from lorabench.report.publish import PUBLISHED
+
+from ..conftest import REPOSITORY
+
+
+def test_a_range_around_one_counts_as_the_learning_rate_of_lora(tmp_path, monkeypatch):
+    table = tmp_path / "table.csv"
+    rows = ["dora,4,64,0.8", "dora,64,128,1.5", "pissa,4,64,0.1", "pissa,4,64,0.4", "pissa,4,64,0.3"]
+    table.write_text("\n".join(["variant,rank,width,lr_ratio", *rows]))
+    monkeypatch.setattr("lorabench.custom.variants.TABLE", table)
+    dora, pissa = (lr_factors.__wrapped__()[variant] for variant in ("dora", "pissa"))
+    assert (dora.value, dora.log_error) == (1.0, 0.0)
+    assert str(dora) == "0.8 to 1.5 times LoRA's at ranks 4 to 64 and widths 64 to 128"
+    assert (pissa.value, pissa.log_error) == (pytest.approx(0.2), pytest.approx(math.log(2)))
+    assert str(pissa) == "0.1 to 0.4 times LoRA's at rank 4 and width 64"
+
+
+def test_every_variant_has_a_factor_and_the_page_has_those_that_are_measured():
+    factors = lr_factors()
+    assert factors.keys() == VARIANT_NAMES.keys() - {"lora"}
+    page = (REPOSITORY / "docs/variants.md").read_text(encoding="utf-8")
+    for variant in ("pissa", "olora"):
+        factor = factors[variant]
+        row = rf"\| `{variant}` \| {factor.value:.2g}; .* measured {factor.low:.2g} to {factor.high:.2g};"
+        assert re.search(row, page), row
+
+
+def test_the_first_look_is_in_the_table_until_the_preset_is_published():
+    """Then its rows become those of the published runs, with the source `variants`."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        sources = {row["source"] for row in csv.DictReader(file)}
+    own = "variants" if (REPOSITORY / PUBLISHED / "variants").exists() else "pilot"
+    assert sources == {own, "lr-matters"}
