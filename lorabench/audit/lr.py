@@ -11,7 +11,7 @@ from lorabench.audit.finding import Finding, Level
 from lorabench.audit.models import ModelFacts, facts
 from lorabench.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
 from lorabench.config.fields import VARIANT_NAMES
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import measured_factor
 
 SURE = 0.9
 """An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability."""
@@ -135,10 +135,8 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
     """Return the natural logarithm of the optimal LR of a run's variants over that of LoRA, and its standard error."""
     log_factor, error = evidence.alpha_exponent * math.log(config.alpha_factor), 0.0
     for variant in config.variants:
-        # The other two are LoRA with another alpha.
-        if variant not in ("rslora", "lora_plus"):
-            factor = lr_factors()[variant]
-            log_factor, error = log_factor + math.log(factor.value), math.hypot(error, factor.log_error)
+        factor = measured_factor(variant)
+        log_factor, error = log_factor + math.log(factor.value), math.hypot(error, factor.log_error)
     return log_factor, error
 
 

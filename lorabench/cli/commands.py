@@ -232,14 +232,22 @@ def recommend(
     steps: Annotated[int | None, Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
     from_lr: Annotated[
         float | None,
-        Option(help="A LoRA learning rate to convert to these settings; what is not said of it is as here."),
+        Option(help="A learning rate to convert to these settings; what is not said of it is as here."),
     ] = None,
     from_alpha: Annotated[float | None, Option(help="The alpha of --from-lr.")] = None,
     from_rank: Annotated[int | None, Option(min=1, help="The rank of --from-lr.")] = None,
     from_steps: Annotated[int | None, Option(min=1, help="The number of steps of --from-lr.")] = None,
     from_batch_size: Annotated[int | None, Option(min=1, help="The examples per step of --from-lr.")] = None,
+    from_variant: Annotated[str, Option(help="The variant of LoRA of --from-lr, as for --variant.")] = "lora",
     alpha: Annotated[float, Option(help="The alpha to convert --from-lr to.")] = 32.0,
     rank: Annotated[int | None, Option(min=1, help="The rank to convert --from-lr to.")] = None,
+    variant: Annotated[
+        str,
+        Option(
+            help="The variant to convert --from-lr to, by default LoRA's recommended learning rate: "
+            "rslora, lora_plus, dora, pissa, olora or qlora."
+        ),
+    ] = "lora",
     gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     trainer: Annotated[
@@ -254,13 +262,23 @@ def recommend(
     from lorabench.custom.model import find_model
     from lorabench.custom.recommend import KnownLr, recommendation_table
     from lorabench.custom.recommend import recommend as recommend_settings
+    from lorabench.custom.variants import checked_variant
 
     for name, value in (("--from-lr", from_lr), ("--from-alpha", from_alpha), ("--alpha", alpha)):
         if value is not None and not value > 0:
             raise UserError(f"{name} {value:g}: must be above 0")
-    if from_lr is None and any((from_alpha, from_rank, from_steps, from_batch_size, rank, alpha != 32.0)):
-        raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size, --alpha and --rank need --from-lr")
-    known = KnownLr(from_lr, from_alpha, from_rank, from_steps, from_batch_size, alpha, rank) if from_lr else None
+    to_variant, of_variant = checked_variant(variant), checked_variant(from_variant)
+    if from_lr is None and (from_alpha or from_rank or from_steps or from_batch_size or of_variant != "lora"):
+        raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size and --from-variant need --from-lr")
+    if from_lr is None and to_variant == "lora" and (rank or alpha != 32.0):
+        raise UserError("--alpha and --rank need --from-lr or --variant")
+    if to_variant != "lora" and trainer is not None:
+        raise UserError("--variant and --for: give one of them; the folder of --for trains LoRA")
+    known = None
+    if from_lr is not None or to_variant != "lora":
+        known = KnownLr(
+            from_lr, from_alpha, from_rank, from_steps, from_batch_size, alpha, rank, of_variant, to_variant
+        )
     if dataset_tokens is not None and data is not None:
         raise UserError("--dataset-tokens and --data: give one of them")
     if as_json and trainer is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from typing import Any
 import jinja2
 import yaml
 
+from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
+from lorabench.custom.variants import lr_factors
 from lorabench.errors import UserError
 from lorabench.planning.plan import starting_lr
+from lorabench.runs import Lattice
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
@@ -175,6 +178,7 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = yaml_text
     sft = isinstance(data, UserData)
+    start = starting_lr(model.sizes.hidden, "sft" if sft else "rl")
     return environment.from_string(Path(__file__).with_name("preset.yaml.j2").read_text(encoding="utf-8")).render(
         # A comment must not leave its line.
         path=" ".join(str(path).split()),
@@ -190,11 +194,21 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
         gflops=_GFLOPS_PER_CORE * threads,
         margins=DEFAULT_MARGINS.model_dump(),
         ranks=list(ranks),
-        start=formats.lr(starting_lr(model.sizes.hidden, "sft" if sft else "rl"), 2),
+        start=formats.lr(start, 2),
         seeds=choices.seeds,
-        variants=list(dict.fromkeys(("lora", *choices.variants))) if choices.variants else [],
+        variants=_variants_by_start(choices.variants, start) if choices.variants else {},
         **settings,
     )
+
+
+def _variants_by_start(variants: Sequence[str], start: float) -> dict[float, list[str]]:
+    """Return LoRA and its variants by the learning rate at which their sweeps start, first those that start as LoRA."""
+    lattice, groups = Lattice(AutoLrs().per_decade, 0), dict[float, list[str]]()
+    for variant in dict.fromkeys(("lora", *variants)):
+        factor = lr_factors()[variant].value if variant in lr_factors() else 1.0
+        _, nearest, _ = lattice.around(start * factor)
+        groups.setdefault(nearest, []).append(variant)
+    return groups
 
 
 def splits(usable: int, share: float) -> dict[str, int]:

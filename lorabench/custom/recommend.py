@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +17,7 @@ from lorabench.analysis import lr_ratio
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.claims.learning_rate import SHORT_RATIO
-from lorabench.config.fields import Placement
+from lorabench.config.fields import VARIANT_NAMES, Placement, Variant
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
 from lorabench.custom.data import UserData
@@ -41,6 +41,7 @@ from lorabench.custom.preset import (
     recommended_batch,
     recommended_rank,
 )
+from lorabench.custom.variants import alpha_factor, lr_rule, measured_factor
 from lorabench.errors import UserError
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
@@ -80,9 +81,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class KnownLr:
-    """A LoRA learning rate that is known to be good elsewhere; what is null there is as here."""
+    """A learning rate that is known to be good elsewhere; what is null there is as here."""
 
-    lr: float
+    lr: float | None = None
+    """Null for the recommended one of LoRA."""
     alpha: float | None = None
     rank: int | None = None
     steps: int | None = None
@@ -91,6 +93,8 @@ class KnownLr:
     """Alpha here."""
     to_rank: int | None = None
     """The rank here; null for that of the known learning rate, or else the recommended one."""
+    variant: Variant = "lora"
+    to_variant: Variant = "lora"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def recommend(
         results: the folder of finished presets.
         batch_size: the number of examples per step; None for the recommended one.
         steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
-        known: a learning rate to convert to these settings.
+        known: a learning rate to convert to these settings, also of another variant of LoRA.
 
     Raises:
         UserError: the GPU is not known, the batch size is larger than the data, or a learning rate is to be converted
@@ -154,6 +158,8 @@ def recommend(
         rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, low, high)
     settings |= rl_settings
     if known:
+        if known.lr is None:
+            known = replace(known, lr=float(settings["lora_lr"].value), alpha=ALPHA, rank=rank)
         settings["converted_lr"] = _converted(known, optima, model, rank, batch, length)
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
@@ -180,7 +186,12 @@ def recommend(
 def _converted(
     known: KnownLr, optima: Sequence[LrOptimum], model: UserModel, rank: int, batch: int, steps: float
 ) -> Setting:
-    """Convert a known LR by the theory `movement`, and to other steps and batch sizes with FullFT's pooled LRs."""
+    """Convert a known LR to other settings and another variant.
+
+    The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
+    LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
+    """
+    assert known.lr
     if math.isnan(steps):
         raise UserError(f"the learning rate {known.lr:g} can't be converted without a number of steps: give --steps")
     hidden, to_rank = model.sizes.hidden, known.to_rank or known.rank or rank
@@ -193,13 +204,21 @@ def _converted(
     )
     movement = DEFAULT_PREDICTIONS.lr_ratio.movement
     assert movement
-    lr = lr_ratio.converted_lr(known.lr, here, there, movement, after / before)
-    places = [
-        f"alpha {place.alpha:g}, rank {place.rank:g}, {place.steps:g} steps of {place.batch_size:g} examples"
-        for place in (here, there)
+    variants = ((known.variant, here), (known.to_variant, there))
+    as_lora = [replace(place, alpha=place.alpha * alpha_factor(variant, place.rank)) for variant, place in variants]
+    factor, to_factor = (measured_factor(variant) for variant, _ in variants)
+    lora_lr = lr_ratio.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
+    lr, error = lora_lr * to_factor.value, factor.log_error + to_factor.log_error
+    ends = [float(f"{lr * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
+    stated = [
+        f"{VARIANT_NAMES[variant]} at alpha {place.alpha:g}, rank {place.rank:g}, {place.steps:g} steps of "
+        f"{place.batch_size:g} examples"
+        for variant, place in variants
     ]
-    why = f"by the theory `movement` (docs/lr-ratio.md) from {known.lr:g} at {places[0]} to {places[1]}"
-    return Setting("LoRA learning rate, converted", float(f"{lr:.2g}"), why)
+    why = f"by the theory `movement` (docs/lr-ratio.md) from {known.lr:g} of {stated[0]} to {stated[1]}"
+    rules = [lr_rule(variant) for variant in dict.fromkeys((known.variant, known.to_variant)) if variant != "lora"]
+    name = VARIANT_NAMES[known.to_variant]
+    return Setting(f"{name} learning rate, converted", float(f"{lr:.2g}"), "; ".join([why, *rules]), *ends)
 
 
 def cost_plan(

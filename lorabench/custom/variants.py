@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
 from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.errors import UserError
+
+_LAWS: dict[Variant, str] = {
+    "rslora": "rsLoRA counts as LoRA with alpha times the square root of the rank; ",
+    "lora_plus": f"LoRA+ counts, for the LR of A, as LoRA with {LORA_PLUS_RATIO:g} times the alpha, and B has "
+    f"{LORA_PLUS_RATIO:g} times that LR; ",
+}
 
 TABLE = Path(__file__).with_name("variant_lrs.csv")
 
@@ -57,6 +65,30 @@ def lr_factors() -> dict[str, LrFactor]:
         where = f"at {_range('rank', ranks)} and {_range('width', widths)}"
         factors[variant] = LrFactor(1.0 if same else math.sqrt(low * high), low, high, where)
     return factors
+
+
+def checked_variant(name: str) -> Variant:
+    """Return the name of a variant, or raise UserError if it is not known."""
+    for variant in VARIANT_NAMES:
+        if variant == name:
+            return variant
+    raise UserError(f"variant {name!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
+
+
+def measured_factor(variant: Variant) -> LrFactor:
+    """Return what a variant's best LR is multiplied by; 1 for LoRA, and for those that are LoRA with another alpha."""
+    return LrFactor(1, 1, 1, "") if variant in ("lora", *_LAWS) else lr_factors()[variant]
+
+
+def alpha_factor(variant: Variant, rank: float) -> float:
+    """Return the factor on alpha that makes LoRA of rsLoRA, or of LoRA+ for the LR of A."""
+    return {"rslora": math.sqrt(rank), "lora_plus": LORA_PLUS_RATIO}.get(variant, 1.0)
+
+
+def lr_rule(variant: Variant) -> str:
+    """Return in words by which rule the best LR of a variant follows from that of LoRA, and what was measured."""
+    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factors()[variant]} (docs/variants.md)"
+    return f"{_LAWS.get(variant, '')}{measured}"
 
 
 def _range(noun: str, values: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,14 @@ from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
+from lorabench.custom.variants import lr_factors
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.models.specs import model_id
-from lorabench.planning.plan import make_plan
+from lorabench.planning.plan import make_plan, starting_lr
 
 from .conftest import write_rows
 
@@ -63,13 +65,23 @@ def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     columns = ("question", "answer") if grader else ("prompt", "completion")
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(dict.fromkeys(columns, str(n))) + "\n" for n in range(60)))
-    choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora"))
+    choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora", "olora", "qlora"))
     preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
-    assert [block.model_copy(update={"variants": ["lora"]}) for block in beside] == main
-    assert beside[0].variants == ["lora", "dora", "rslora"]
-    shared = [sweep.experiments for sweep in make_plan(preset).sweeps]
-    assert sorted(map(len, shared)) == [1, 1, 2, 2]
+    assert [block.variants for block in beside] == [["lora", "dora", "qlora"], ["rslora"], ["olora"]]
+    alike = {"variants": ["lora"], "lrs": main[0].lrs}
+    assert [block.model_copy(update=alike) for block in beside] == 3 * main
+    assert beside[0].lrs == main[0].lrs
+    sweeps = make_plan(preset).sweeps
+    assert sorted(len(sweep.experiments) for sweep in sweeps) == [1, 1, 1, 1, 2, 2]
+    # Sweeps of variants start where LoRA's would, times what was measured, on the nearest point of a third of a decade.
+    start = starting_lr(128, "rl" if grader else "sft")
+    factors = lr_factors()
+    for sweep in sweeps:
+        condition = sweep.condition
+        variant = "rslora" if condition.alpha == pytest.approx(32 * 2**0.5) else condition.method
+        expected = start * (factors[variant].value if variant in factors else 1.0)
+        assert abs(math.log10(sweep.lrs[1] / expected)) < 1 / 6 + 1e-3
     with pytest.raises(UserError, match="variants.*'adalora'.*'lora', 'rslora'"):
         init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 

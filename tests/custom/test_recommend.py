@@ -14,6 +14,7 @@ from lorabench.cli.commands import app
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import KnownLr, recommend
+from lorabench.custom.variants import lr_factors
 from lorabench.errors import UserError
 from lorabench.models.specs import ARCHITECTURES
 from lorabench.planning.memory import USABLE
@@ -87,7 +88,7 @@ def test_a_known_learning_rate_is_converted(tmp_path):
 
     settings = converted()
     assert settings["converted_lr"].value == 1e-4
-    assert "from 0.0001 at alpha 32, rank 32, 1000 steps of 32 examples" in settings["converted_lr"].source
+    assert "from 0.0001 of LoRA at alpha 32, rank 32, 1000 steps of 32 examples" in settings["converted_lr"].source
     # Between no movement of A and nothing but its movement, an eighth of alpha asks for 1/8 to 1/sqrt(8) of the LR.
     eighth = converted(alpha=4.0)["converted_lr"].value
     assert 1e-4 / 8 <= eighth < 1e-4 / math.sqrt(8)
@@ -96,6 +97,29 @@ def test_a_known_learning_rate_is_converted(tmp_path):
     assert converted(batch_size=8)["converted_lr"].value > 1.1e-4
     with pytest.raises(UserError, match="can't be converted without a number of steps"):
         recommended(LLAMA, tmp_path, known=KnownLr(1e-4, alpha=16.0))
+
+
+def test_a_learning_rate_is_converted_to_a_variant(tmp_path):
+    def converted(lr=2e-4, **known):
+        known = KnownLr(lr, **{"rank": 16, "to_alpha": 16.0} | known)
+        return recommended(LLAMA, tmp_path, batch_size=32, steps=1000, known=known).settings["converted_lr"]
+
+    # rsLoRA is LoRA with 4 times the alpha at rank 16, and LoRA+ with 16 times.
+    for variant, alpha in (("rslora", 64.0), ("lora_plus", 256.0)):
+        lr = converted(to_variant=variant)
+        assert (lr.value, lr.low) == (converted(to_alpha=alpha, alpha=16.0).value, None)
+        assert converted(lr.value, variant=variant).value == pytest.approx(2e-4, rel=0.03)
+    assert "from 0.0002 of LoRA at alpha 16, rank 16," in lr.source
+    assert "LoRA+ counts, for the LR of A, as LoRA with 16 times the alpha" in lr.source
+    assert converted(to_variant="dora").value == converted(variant="qlora").value == 2e-4
+    pissa, factor = converted(to_variant="pissa"), lr_factors()["pissa"]
+    expected = [2e-4 * ratio for ratio in (factor.low, factor.value, factor.high)]
+    assert [pissa.low, pissa.value, pissa.high] == pytest.approx(expected, rel=0.05)
+    assert "to PiSSA at alpha 16" in pissa.source
+    assert f"PiSSA was measured as {factor}" in pissa.source
+    # Without a learning rate, the recommended one is converted.
+    settings = recommended(LLAMA, tmp_path, batch_size=32, steps=1000, known=KnownLr(to_variant="qlora")).settings
+    assert settings["converted_lr"].value == pytest.approx(settings["lora_lr"].value, rel=0.03)
 
 
 def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
@@ -151,6 +175,21 @@ def test_a_mixture_of_experts_fits_where_activations_are_recomputed(tmp_path):
 def lorabench(*arguments, cwd):
     with contextlib.chdir(cwd):
         return CliRunner().invoke(app, ["recommend", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("--variant eva", "variant 'eva' is not known; allowed: lora, rslora"),
+        ("--variant dora --for trl", "--variant and --for"),
+        ("--from-variant dora", "need --from-lr"),
+        ("--rank 4", "--alpha and --rank need --from-lr or --variant"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, error):
+    result = lorabench("--model", "tiny", *options.split(), cwd=tmp_path)
+    assert result.exit_code == 2
+    assert error in result.stderr
 
 
 def test_what_does_not_fit_is_said_and_the_settings_are_given(tmp_path, monkeypatch):
