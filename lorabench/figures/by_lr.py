@@ -18,7 +18,6 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 from lorabench.analysis.arms import ARM, with_losses
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.published import sweep_of
-from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, compared, only
 from lorabench.store.checks import is_rl
@@ -66,7 +65,7 @@ def draw(tables: Tables) -> style.Drawn:
     a panel's model and dataset, in the place that `source` names; their data order, chat template and schedule may
     differ.
     """
-    plotted, marks = result_rows(tables), []
+    plotted, marks = result_rows(tables, compared(tables)), []
     if "nll" in plotted:
         for _, panel in plotted[PANEL].drop_duplicates().iterrows():
             sweep = sweep_of(panel["model"], panel["dataset"]).assign(**dict(panel))
@@ -79,25 +78,25 @@ def draw(tables: Tables) -> style.Drawn:
 
 def draw_placement(tables: Tables) -> style.Drawn:
     """Draw figure 4, or a part of figure 5; return it, and what it plots as one tidy table: `result_rows` with best."""
-    plotted = result_rows(tables, with_best=True)
+    plotted = result_rows(tables, compared(tables), with_best=True)
     marks = [*lr_marks(plotted), ("margin_band", style.shade("within the margin of the best"))]
     return grid.draw(plotted, [draw_lr_panel, _draw_by_count], marks, STRIP), plotted
 
 
-def result_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
-    """Return what the panels plot: losses, with the columns LR_COLUMNS, or accuracies, with ACCURACY_COLUMNS.
+def result_rows(tables: Tables, comparisons: Sequence[Comparison], with_best: bool = False) -> pd.DataFrame:
+    """Return what the panels plot of the comparisons of some tables.
 
-    The column `element` says what a row of losses is, see `lr_rows`. With `with_best` there are further columns, and
-    rows `best` (an arm's fitted minimum of the test NLL with its 95% interval, the count `trainable_params`, and in
-    `parameters` the same as text) and `margin_band` (from the lowest of these up by the margin).
+    These are losses, with the columns LR_COLUMNS, or accuracies, with ACCURACY_COLUMNS. The column `element` says what
+    a row of losses is, see `lr_rows`. With `with_best` there are further columns, and rows `best` (an arm's fitted
+    minimum of the test NLL with its 95% interval, the count `trainable_params`, and in `parameters` the same as text)
+    and `margin_band` (from the lowest of these up by the margin).
 
     In RL, `accuracy` takes the place of `loss`, and the band lies below the highest accuracy. Further rows are
     `unrewarded` (a run that never got a reward; the means count it with the accuracy of the base model), `base` (the
     model before training), `constant` (the most frequent answer to all problems) and `rule` (the best cheap rule, see
     `lorabench.data.problems`). Accuracies are of greedy answers to the test split, from 0 to 1.
     """
-    runs, rewarded = tables.runs, is_rl(tables.runs).any()
-    comparisons = compared(tables, with_error_rates(runs) if rewarded else runs)
+    runs = tables.runs
     columns = [*LR_COLUMNS, *(_BEST_COLUMNS if with_best else [])]
     losses = [lr_rows(comparisons)]
     for comparison in comparisons if with_best else []:
@@ -107,7 +106,7 @@ def result_rows(tables: Tables, with_best: bool = False) -> pd.DataFrame:
         best["parameters"] = best["trainable_params"].map(formats.parameters, na_action="ignore")
         losses.append(grid.tidy({"best": best, "margin_band": grid.margin_band(comparison, best)}, columns))
     rows = grid.tidy({}, columns, *losses)
-    if not rewarded:
+    if not is_rl(runs).any():
         return rows
     # An accuracy is 1 minus the error rate, with the ends of its interval exchanged.
     names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}

@@ -17,8 +17,10 @@ from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure, ratio_interval
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
 from lorabench.figures.style import SIGMA, ArmStyle
+from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
 PANEL = ["model", "dataset", "batch_size", "steps"]
@@ -58,9 +60,14 @@ def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
-    """Return the comparisons of a figure's runs, or of other runs, with the losses by test example."""
+    """Return the comparisons of a figure's runs, or of other runs, with the losses by test example.
+
+    Runs of RL have error rates as losses.
+    """
+    runs = tables.runs if runs is None else runs
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-    return comparisons(with_arm_columns(tables.runs if runs is None else runs), tables.curves, judging)
+    runs = with_error_rates(runs) if is_rl(runs).any() else runs
+    return comparisons(with_arm_columns(runs), tables.curves, judging)
 
 
 def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:

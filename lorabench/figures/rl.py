@@ -44,7 +44,7 @@ def draw_accuracy(tables: Tables) -> style.Drawn:
     """
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
-    plotted = grid.tidy({"curve": curves}, columns, result_rows(tables))
+    plotted = grid.tidy({"curve": curves}, columns, result_rows(tables, grid.compared(tables)))
     return grid.draw(plotted, [_draw_accuracies, draw_lr_panel], lr_marks(plotted), STRIP), plotted
 
 
