@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label, with_losses
-from lorabench.analysis.comparison import Arm, Comparison
+from lorabench.analysis.comparison import Arm, Comparison, kept
 from lorabench.analysis.curves import train_curves
-from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
+from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.analysis.lr_ratio import Setting, converted_lr
 from lorabench.config.fields import LORA_PLUS_RATIO, Variant
 from lorabench.config.margins import MovementTheory
@@ -119,27 +119,57 @@ class Switch:
 
         A loss that rises by c (ln LR - x)^2 is within a margin m of the lowest over a range of ln LR that is
         2 sqrt(m/c) wide, so the ratio of two widths is the root of the inverse ratio of the curvatures c, whatever the
-        margin. Curvatures are means over the seeds that have the best LR of the grid and both of its neighbours.
+        margin. Ratios beyond `WIDEST` count as that, since a curvature may be 0.
         """
-        curvatures = [self._curvature(arm) for arm in self.arms]
-        return combined(lambda own, lora: 0.5 * np.log(np.maximum(lora, _FLAT) / np.maximum(own, _FLAT)), *curvatures)
+        known = curvatures(self.comparison)
+        own, lora = (known.get(arm_label(arm), unknown()) for arm in self.arms)
 
-    def _curvature(self, arm: Arm) -> Estimate:
-        label = arm_label(arm)
-        name = f"curvature {self.comparison.label} {label}"
-        grid, rows = self.comparison.fit.grids.get(label), self.comparison.rows[label]
-        if grid is None or not 0 < grid.centre < len(grid.lrs) - 1:
-            return mean_over_seeds([], name)
-        lrs = grid.lrs[grid.centre - 1 : grid.centre + 2]
-        done = with_losses(rows[rows["status"] == "done"])
-        losses = done[done["lr"].isin(lrs)].pivot(index="seed", columns="lr", values="test_loss")
-        if len(losses.columns) < len(lrs):
-            return mean_over_seeds([], name)
-        below, best, above = (losses[lr].astype(float) for lr in lrs)
-        step_below, step_above = np.diff(np.log(lrs))
-        slopes = (best - below) / step_below, (above - best) / step_above
-        return mean_over_seeds(((slopes[1] - slopes[0]) / (step_below + step_above)).dropna(), name)
+        def log_ratio(curvature: np.ndarray, of_lora: np.ndarray) -> np.ndarray:
+            ratio = np.maximum(of_lora, _FLAT) / np.maximum(curvature, _FLAT)
+            return np.asarray(np.clip(0.5 * np.log(ratio), -math.log(WIDEST), math.log(WIDEST)))
 
+        ratio = combined(log_ratio, own, lora)
+        return replace(ratio, n_seeds=min(own.n_seeds, lora.n_seeds))
+
+
+@kept
+def curvatures(comparison: Comparison) -> dict[str, Estimate]:
+    """Return the curvature of the loss in ln LR of each arm, by its label, around the best LR of its grid.
+
+    It is the mean over the seeds that have this LR and both of its neighbours. The variance over seeds is pooled over
+    the arms, as that of losses is, since three seeds hardly tell it.
+    """
+    by_seed = {label: _curvatures_by_seed(comparison, label) for label in comparison.rows}
+    several = [values for values in by_seed.values() if len(values) > 1]
+    dof = sum(len(values) - 1 for values in several)
+    variance = sum(float(((values - values.mean()) ** 2).sum()) for values in several) / max(dof, 1)
+    return {
+        label: student(
+            float(values.mean()),
+            math.sqrt(variance / len(values)),
+            dof,
+            f"curvature {comparison.label} {label}",
+            len(values),
+        )
+        for label, values in by_seed.items()
+        if len(values)
+    }
+
+
+def _curvatures_by_seed(comparison: Comparison, label: str) -> np.ndarray:
+    """Return the curvature of a parabola through the losses at three neighbouring LRs, for each seed that has them."""
+    grid, rows = comparison.fit.grids.get(label), comparison.rows[label]
+    if grid is None or not 0 < grid.centre < len(grid.lrs) - 1:
+        return np.empty(0)
+    lrs = grid.lrs[grid.centre - 1 : grid.centre + 2]
+    done = with_losses(rows[rows["status"].eq("done") & rows["lr"].isin(lrs)])
+    losses = done.pivot(index="seed", columns="lr", values="test_loss").astype(float).dropna()
+    slopes = np.diff(losses.to_numpy()) / np.diff(np.log(lrs))
+    return np.asarray(np.diff(slopes)[:, 0] / math.log(lrs[2] / lrs[0]))
+
+
+WIDEST = 10.0
+"""The largest ratio of the widths of two ranges of good LRs that is told."""
 
 _FLAT = 1e-9
 """The least curvature that is told from 0, in units of the loss per square of ln LR."""

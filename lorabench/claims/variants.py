@@ -155,8 +155,8 @@ def _as_predicted(switch: Switch, predicted: float) -> Finding:
     criterion=(
         "The range of LRs whose loss is within a margin of the lowest is as wide as the root of the margin over the "
         "curvature of the loss in ln LR, which is taken from the best LR of the grid and its two neighbours, as a mean "
-        "over the seeds that have all three. In every comparison the variant's range is at most wider than LoRA's by a "
-        f"factor that is {_FACTOR}"
+        "over the seeds that have all three; its error is pooled over the arms. In every comparison the variant's "
+        f"range is at most wider than LoRA's by a factor that is {_FACTOR}"
     ),
     unit="ratio",
 )
