@@ -68,9 +68,10 @@ def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora", "olora", "qlora"))
     preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
-    assert [block.variants for block in beside] == [["lora", "dora", "qlora"], ["rslora"], ["olora"]]
+    assert beside[0].variants == ["lora", "dora", "qlora"]
+    assert sorted(variant for block in beside[1:] for variant in block.variants) == ["olora", "rslora"]
     alike = {"variants": ["lora"], "lrs": main[0].lrs}
-    assert [block.model_copy(update=alike) for block in beside] == 3 * main
+    assert [block.model_copy(update=alike) for block in beside] == len(beside) * main
     assert beside[0].lrs == main[0].lrs
     sweeps = make_plan(preset).sweeps
     assert sorted(len(sweep.experiments) for sweep in sweeps) == [1, 1, 1, 1, 2, 2]
