@@ -104,11 +104,13 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     columns = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
     runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", columns)}
     plans, gpu = [plan], plan.preset.execution.gpu
-    # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU.
+    # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU. Runs in another
+    # precision tell nothing: on a CPU the speeds may be a hundred times apart.
     for name in dict.fromkeys(folder.resolve().parent.name for folder in tables):
         if (PRESETS / f"{split_name(name)[0]}.yaml").is_file():
             preset = load_preset(name)
-            if (preset.execution.gpu is None) == (gpu is None):
+            alike = preset.protocol.precision == plan.preset.protocol.precision
+            if alike and (preset.execution.gpu is None) == (gpu is None):
                 plans.append(make_plan(on_gpu(preset, gpu) if gpu else preset))
     # Every run that a plan may contain, whichever LRs prove the best.
     sweeps = {

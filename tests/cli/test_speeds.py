@@ -180,5 +180,10 @@ def test_tables_are_found_and_must_hold_something(smoke, tmp_path):
     table(smoke, 10.0, "somewhere else").to_csv(folder / "runs.csv", index=False)
     assert speed_of_runs(smoke, []) is None, "another processor's runs are not this machine's"
     assert "runs on somewhere else" in speed_of_runs(smoke, [folder])[1]
+    in_bf16 = smoke.preset.model_copy(
+        update={"protocol": smoke.preset.protocol.model_copy(update={"precision": "bf16"})}
+    )
+    with pytest.raises(UserError, match="no finished run of this preset was made on a CPU"):
+        speed_of_runs(make_plan(in_bf16), [folder])
     with pytest.raises(UserError, match="no finished run of this preset was made on H100-80GB"):
         speed_of_runs(make_plan(load_preset("core")), [folder])
