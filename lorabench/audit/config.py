@@ -108,7 +108,7 @@ class TrainingConfig:
         start = (self.variant or "").partition("_niter_")[0]
         used: dict[Variant, bool] = {
             "rslora": self.rslora,
-            "lora_plus": (self.lr_ratio or 1.0) != 1.0,
+            "lora_plus": (self.lr_ratio or 0.0) > 0 and self.lr_ratio != 1,
             "dora": self.dora,
             "pissa": start == "pissa",
             "olora": start == "olora",
@@ -119,8 +119,8 @@ class TrainingConfig:
     @property
     def alpha_factor(self) -> float:
         """The factor by which alpha counts more than in LoRA: the root of the rank in rsLoRA, `lr_ratio` in LoRA+."""
-        root = math.sqrt(self.rank or 1) if "rslora" in self.variants else 1.0
-        return root * (self.lr_ratio or 1.0)
+        root = math.sqrt(max(1, self.rank or 1)) if "rslora" in self.variants else 1.0
+        return root * (self.lr_ratio or 1.0) if "lora_plus" in self.variants else root
 
     @property
     def where(self) -> str:

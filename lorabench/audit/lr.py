@@ -97,7 +97,7 @@ def _not_covered(config: TrainingConfig) -> str:
         return "the file does not say whether this is LoRA or full fine-tuning"
     if _ADAM not in optimizer or any(word in optimizer for word in _NO_ADAM):
         return f"all sources are of Adam, and the optimizer is {config.optimizer}"
-    if config.rslora and not config.rank:
+    if config.rslora and (config.rank or 0) < 1:
         return "the file does not say the rank, on which the learning rate of rsLoRA depends"
     if config.variant and not {"pissa", "olora"} & {*config.variants}:
         return f"no source has measured learning rates of the variant {config.variant}"
@@ -158,7 +158,7 @@ def _message(config: TrainingConfig, verdict: Verdict, variant_factor: float) ->
     method, recommended = _METHODS[config.method or ""], f"{verdict.recommended.mean:.2g}"
     if config.variants:
         method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
-        recommended += f", which is {variant_factor:.2g} times LoRA's"
+        recommended += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
     return (
         f"the learning rate {config.lr:g} of {method} is {distance} the recommended {recommended}; it is expected to "
         f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "

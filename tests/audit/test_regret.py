@@ -158,7 +158,8 @@ def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
     plain = found(rank=144)
     variant = found(rank=144, lr=BEST * factor, **changes)
     assert variant.message.startswith(f"the learning rate {BEST * factor:g} of {name} is about the recommended")
-    assert f", which is {factor:.2g} times LoRA's; it is" in variant.message
+    clause = "as for LoRA" if factor == 1 else f"which is {factor:.2g} times LoRA's"
+    assert f", {clause}; it is" in variant.message
 
     def ends(finding):
         words = finding.sure.split()
@@ -182,6 +183,7 @@ def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
         ({"optimizer": "lion_8bit"}, "lion_8bit"),
         ({"variant": "eva"}, "of the variant eva"),
         ({"rslora": True, "rank": None}, "does not say the rank"),
+        ({"rslora": True, "rank": -1}, "does not say the rank"),
         ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
         ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
     ],

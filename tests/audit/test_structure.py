@@ -342,7 +342,7 @@ def test_no_value_stops_the_checks() -> None:
         "global_batch": (0, 10**9, None),
         "rslora": (True, False),
         "dora": (True, False),
-        "lr_ratio": (16.0, None),
+        "lr_ratio": (16.0, 0.0, -1.0, None),
         "variant": ("pissa", "", "eva", None),
         "method": ("lora", "fullft"),
         "task": ("sft", "rl"),
