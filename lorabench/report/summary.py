@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed
+from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed, is_standard
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rates
@@ -134,7 +134,8 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
             row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
             row |= {"label": label, "n_runs": len(grid), "n_diverged": int((grid["status"] == "diverged").sum())}
             row |= {"ratio": math.nan, "ratio_resolved": False}
-            if comparison.fullft and arm["method"] == "lora":
+            row["standard"] = bool(is_standard(comparison.rows[label]).all())
+            if comparison.fullft and arm["method"] != "fullft":
                 ratio = comparison.fit.log_ratio(label, "FullFT")
                 row |= {"ratio": math.exp(ratio.value)}
                 row |= dict(zip(("ratio_low", "ratio_high"), map(math.exp, ratio.interval()), strict=True))
