@@ -5,6 +5,7 @@
     python -m benchmarks.lr_ratio --lora results/lr_ratio/tables results/lr_ratio@100/tables
     python -m benchmarks.lr_ratio --factors
     python -m benchmarks.lr_ratio --falling results/lr_decay/tables
+    python -m benchmarks.lr_ratio --variants results/variants@100/tables
 
 Reads `predictions.csv` of finished presets, and prints the section `predictions` of the theories that have constants to
 fit: `movement` in two halves, c and k by the conditions in which A is frozen, and then u0 by those in which it is
@@ -23,6 +24,9 @@ number of steps and rank, at alpha 32 and a batch size of 32.
 
 With `--falling`, it prints what `movement` says of runs whose LR falls linearly to zero, by the highest and by the mean
 LR of full fine-tuning.
+
+With `--variants`, it prints what theories say of the best LRs of rsLoRA and LoRA+ over LoRA's own, with no constant
+fitted to them, and how far they are off.
 """
 
 from __future__ import annotations
@@ -37,9 +41,11 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import Judging
+from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_ratio import BATCH_SIZE, STEPS, Setting, measured_ratios, predicted, rms_factors
+from lorabench.analysis.variants import switches
+from lorabench.config.fields import LORA_PLUS_RATIO
 from lorabench.config.margins import (
     DEFAULT_MARGINS,
     DEFAULT_PREDICTIONS,
@@ -50,6 +56,7 @@ from lorabench.config.margins import (
 )
 from lorabench.custom.learning_rates import recommended_lr
 from lorabench.sources.lr_optima import optima_of_table
+from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 from lorabench.utils.files import LR_OPTIMA
 
@@ -154,6 +161,30 @@ def falling(table: pd.DataFrame) -> pd.DataFrame:
     return own[measured].assign(by_highest=own["predicted"], by_mean=by_mean)
 
 
+def variants(tables: Tables) -> pd.DataFrame:
+    """Return the ratio of best LRs of rsLoRA and LoRA+ to LoRA, with what theories predict, one row per condition.
+
+    For the LR of A both are LoRA with `more` times the alpha, by which the best LR falls as 1/more while A stands still
+    (`still`), and as its root by `mu_a`; the root of the mean of squared logs, as a factor, is the last row.
+    """
+    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
+    assert movement is not None, "a default prediction"
+    judging = Judging(DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses))
+    runs = tables.runs[in_experiments(tables.runs, ("variants",)) & ~is_rl(tables.runs)]
+    rows = []
+    for comparison in comparisons(runs, tables.curves, judging):
+        for switch in switches(comparison, "rslora", "lora_plus"):
+            more = LORA_PLUS_RATIO if switch.variant == "lora_plus" else math.sqrt(switch.arm["rank"])
+            low, high = map(math.exp, switch.log_ratio.interval())
+            measured = {"ratio": math.exp(switch.log_ratio.value), "ratio_low": low, "ratio_high": high}
+            theories = {"movement": switch.ratio_by_movement(movement), "still": 1 / more, "mu_a": 1 / math.sqrt(more)}
+            rows.append({"condition": f"{comparison.label} {switch.name}"} | measured | theories)
+    table = pd.DataFrame(rows)
+    off = {name: np.log(table["ratio"] / table[name]) for name in ("movement", "still", "mu_a")}
+    factors = {name: math.exp(math.sqrt((logs**2).mean())) for name, logs in off.items()}
+    return pd.concat([table, pd.DataFrame([{"condition": "off by, root mean square"} | factors])], ignore_index=True)
+
+
 def factors() -> pd.DataFrame:
     """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
     optima = optima_of_table(pd.read_csv(LR_OPTIMA))
@@ -178,10 +209,15 @@ def main() -> None:
     parser.add_argument("--regret", action="store_true", help="print what learning rates by 10, 15 and a theory cost")
     parser.add_argument("--lora", action="store_true", help="print how far theories are off LoRA's own optimal LRs")
     parser.add_argument("--falling", action="store_true", help="print predictions for runs whose LR falls to zero")
+    parser.add_argument("--variants", action="store_true", help="print how far theories are off rsLoRA and LoRA+")
     parser.add_argument("--factors", action="store_true", help="print the ratios that a theory predicts of Llamas")
     given = parser.parse_args()
     if given.factors:
         print(factors().to_string(float_format="{:.2g}".format))
+        return
+    if given.variants:
+        for folder in given.tables:
+            print(variants(Tables.read(folder)).to_string(index=False, float_format="{:.3g}".format))
         return
     if given.regret:
         for folder in given.tables:

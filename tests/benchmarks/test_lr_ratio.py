@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.lr_ratio import factors, fitted
+from benchmarks.lr_ratio import factors, fitted, variants
 from lorabench.analysis.lr_ratio import Setting, predicted
 from lorabench.config.margins import LrRatioPredictions, MovementTheory
+from lorabench.store.tables import Tables
 
+from ..claims.test_variants import PREDICTED, world
 from ..conftest import REPOSITORY
 
 
@@ -43,3 +45,13 @@ def test_the_factors_on_the_pages_are_those_of_the_theory():
     said = re.search(r"by (\d+) \(0\.6B\), (\d+) \(1B\) or (\d+) \(8B\)", (REPOSITORY / "README.md").read_text())
     expected = [table.loc[width, "rank 32, 1000 steps"] for width in (1024, 2048, 4096)]
     assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.07)
+
+
+def test_theories_are_told_apart_by_variants():
+    """In this world rsLoRA and LoRA+ have the best LRs that `movement` predicts."""
+    off = variants(Tables(*world())).iloc[-1]
+    assert off["movement"] == pytest.approx(1.0, abs=0.05)
+    # By the others the ratios are 1/2 and 1/16, or the roots of these.
+    for theory, power in (("still", 1.0), ("mu_a", 0.5)):
+        logs = [math.log(PREDICTED[variant] * more**power) for variant, more in (("rslora", 2), ("lora_plus", 16))]
+        assert off[theory] == pytest.approx(math.exp(math.hypot(*logs) / math.sqrt(2)), rel=0.05)
