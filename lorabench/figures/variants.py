@@ -15,7 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.variants import NAMES, switches, variant_of
+from lorabench.analysis.variants import NAMES, Switch, switches, variant_of
+from lorabench.config.fields import FROM_WEIGHTS
+from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import STRIP, draw_lr_panel, lr_marks, result_rows
 from lorabench.figures.grid import PANEL, Styles, only, seeds_text
@@ -37,9 +39,10 @@ _LOOKS = {
 }
 _GAPS = [
     *("variant", "gap", "gap_low", "gap_high", "margin", "comparable"),
-    *("lr_ratio", "lr_ratio_low", "lr_ratio_high", "resolved", "n_seeds"),
+    *("lr_ratio", "lr_ratio_low", "lr_ratio_high", "lr_ratio_predicted", "resolved", "n_seeds"),
 ]
 _TYPES = {"rank": "Int64", "n_seeds": "Int64", "comparable": "boolean", "resolved": "boolean"}
+_PREDICTED: dict[str, Any] = {"marker": "|", "ls": "none", "color": "black", "ms": 13, "mew": 1.5, "zorder": 2.5}
 # The heights in inches of a row of panels by LR, and of the panels of gaps: without their rows, and each row.
 _BY_LR, _GAP_PANELS, _GAP = 2.9, 1.0, 0.21
 _SPACE = 0.6  # the space between two variants, in rows
@@ -53,8 +56,8 @@ def draw(tables: Tables) -> style.Drawn:
     each LoRA, whose rank and placement it has. `gap` is the fitted minimum of the test loss (nats per scored token; in
     RL that of the error rate) minus LoRA's, with its 95% interval, `margin` the smallest difference that matters, and
     `comparable` whether nothing speaks against a verdict on the gap. `lr_ratio` is the optimal LR (of A) over LoRA's,
-    with its 95% interval, `resolved` whether nothing speaks against a verdict on this ratio, and `n_seeds` the number
-    of seeds that both have.
+    with its 95% interval, `lr_ratio_predicted` what the claims X2, X4 and X5 predict of it, `resolved` whether nothing
+    speaks against a verdict on this ratio, and `n_seeds` the number of seeds that both have.
     """
     parts = [rows for arm, rows in each_arm(tables.runs) if _variant(arm)]
     if not parts:
@@ -86,7 +89,8 @@ def draw(tables: Tables) -> style.Drawn:
     marks = [
         *lr_marks(plotted),
         (known["margin"].notna().any(), style.shade("within the margin of LoRA")),
-        (not known["comparable"].astype(bool).all(), style.mark("gap, no verdict", "o", mfc="white", mew=1.2)),
+        (known["lr_ratio_predicted"].notna().any(), style.line("predicted ratio", **_PREDICTED)),
+        (not known[["comparable", "resolved"]].all(axis=None), style.mark("no verdict", "o", mfc="white", mew=1.2)),
     ]
     style.legends(figure, {name: _look(name) for name in _NAMES if name in variants.values()}, marks)
     return figure, plotted
@@ -105,12 +109,12 @@ def _look(variant: str) -> ArmStyle:
 def _gap_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return the rows `gap` of a comparison, in the order of variants, placements and ranks."""
     others = [variant for variant in NAMES if variant != "lora"]
-    pairs: list[tuple[str, Arm, Arm]]
-    pairs = [(switch.variant, switch.arm, switch.lora) for switch in switches(comparison, *others)]
+    pairs: list[tuple[str, Arm, Arm, float]]
+    pairs = [(switch.variant, switch.arm, switch.lora, _predicted(switch)) for switch in switches(comparison, *others)]
     if (fullft := comparison.fullft) is not None:
-        pairs += [("fullft", fullft, arm) for arm in comparison.arms if variant_of(arm) == "lora"]
+        pairs += [("fullft", fullft, arm, math.nan) for arm in comparison.arms if variant_of(arm) == "lora"]
     rows = []
-    for variant, arm, lora in pairs:
+    for variant, arm, lora, predicted in pairs:
         gap, ratio = comparison.gap(arm, lora), comparison.fit.log_ratio(arm_label(arm), arm_label(lora))
         rows.append(
             {name: arm[name] for name in (*PANEL, "method")}
@@ -118,9 +122,19 @@ def _gap_rows(comparison: Comparison) -> list[dict[str, Any]]:
             | grid.with_interval("gap", gap)
             | {"margin": comparison.margin.value, "comparable": not comparison.problems([arm, lora])}
             | {f"lr_{name}": value for name, value in grid.lr_ratio(ratio).items()}
+            | {"lr_ratio_predicted": predicted}
             | {"resolved": not comparison.problems([arm, lora], resolved=True), "n_seeds": gap.n_seeds}
         )
     return sorted(rows, key=lambda row: (list(_NAMES).index(row["variant"]), row["placement"], row["rank"]))
+
+
+def _predicted(switch: Switch) -> float:
+    """Return the ratio of LRs that claim X2, X4 or X5 predicts, as by default; NaN if none does, or it is not known."""
+    if switch.comparison.is_rl:
+        return math.nan
+    if switch.variant in ("rslora", "lora_plus") and (movement := DEFAULT_PREDICTIONS.lr_ratio.movement):
+        return switch.ratio_by_movement(movement)
+    return switch.ratio_by_first_update() if switch.variant in FROM_WEIGHTS else math.nan
 
 
 def _known_gaps(rows: pd.DataFrame) -> pd.DataFrame:
@@ -168,6 +182,7 @@ def _draw_gaps(place: SubFigure, rows: pd.DataFrame, loss: str) -> None:
             face = look.colour if row[filled] else "white"
             axes.plot(row[value], height, look.marker, ms=5, mfc=face, mec=look.colour, mew=1.1, zorder=3)
         axes.grid(visible=False, axis="y")
+    right.plot(rows["lr_ratio_predicted"], places, **_PREDICTED)
     style.log_axes(right, "optimal learning rate / LoRA's")
     style.log_ticks(right.xaxis)
     right.tick_params(axis="y", length=0, labelleft=False)

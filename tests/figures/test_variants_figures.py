@@ -11,7 +11,6 @@ from ..handmade.sft import arm, tables
 from .layout import draw, legend, lines, only, texts, titles
 
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
-GAP = ["gap", "lr_ratio"]
 
 
 def method(name, made):
@@ -35,14 +34,20 @@ def adapters(rank, **columns):
 
 
 def test_gaps_and_ratios_are_to_lora_of_the_same_rank():
-    figure, plotted = draw("variants_of_lora", *tables([arm(optimum=4e-4), *adapters(4), *adapters(16)]))
+    size = {"hidden_size": 128, "steps": 50}
+    figure, plotted = draw(
+        "variants_of_lora", *tables([arm(optimum=4e-4, **size), *adapters(4, **size), *adapters(16, **size)])
+    )
     gaps = only(plotted, "gap")
     assert list(zip(gaps["variant"], gaps["rank"], strict=True)) == [
         (variant, rank) for variant in ("fullft", "rslora", "pissa") for rank in (4, 16)
     ]
     assert gaps["gap"].tolist() == pytest.approx([0.0, 0.0, -0.1, -0.1, 0.1, 0.1], abs=1e-6)
     assert gaps["lr_ratio"].tolist() == pytest.approx([0.2, 0.2, 1 / 2, 1 / 4, 0.25, 0.25])
-    for value in GAP:
+    # LR sqrt(1 + (LR / 1.69e-3)^2) is 3.10e-3 for LoRA, and half of it at 1.247e-3, for rsLoRA at rank 4.
+    assert gaps["lr_ratio_predicted"].notna().tolist() == [False, False, True, True, False, False]
+    assert gaps["lr_ratio_predicted"].iloc[2] == pytest.approx(1.247 / 2, rel=1e-3)
+    for value in ("gap", "lr_ratio"):
         assert (gaps[f"{value}_low"] <= gaps[value] + 1e-9).all()
         assert (gaps[f"{value}_high"] >= gaps[value] - 1e-9).all()
     # 2% of the gain from the base's 5 nats to the validation loss of full fine-tuning.
@@ -74,7 +79,7 @@ def test_a_gap_of_one_seed_has_an_open_mark_and_no_interval():
     assert faces == ["white"] * 2
     assert titles(figure)[0] == "rank 4, attn"
     assert "1 seed" in texts(figure, 1)
-    assert legend(figure)[-1] == "gap, no verdict"
+    assert legend(figure)[-1] == "no verdict"
 
 
 def test_in_rl_gaps_are_of_error_rates():
