@@ -17,7 +17,9 @@ from lorabench.report.publish import PUBLISHED
 
 from ..conftest import REPOSITORY
 
-FIGURE = REPOSITORY / PUBLISHED / "variants/variants_of_lora.csv"
+PUBLISHED_FIGURE = REPOSITORY / PUBLISHED / "variants/variants_of_lora.csv"
+OWN = "variants"
+"""The source of the rows that are of this project's runs."""
 
 
 def test_a_range_around_one_counts_as_the_learning_rate_of_lora(tmp_path, monkeypatch):
@@ -43,36 +45,34 @@ def test_every_variant_has_a_factor_and_the_page_has_those_that_are_measured():
 
 
 def published_rows() -> list[dict[str, str]]:
-    """Return the rows of the table that are of published runs; before they are published, none."""
-    if not FIGURE.exists():
-        return []
+    """Return the rows of the table that are of published runs whose ratio is resolved."""
     models = load_preset("variants").models
-    figure = pd.read_csv(FIGURE)
-    chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & (figure["resolved"] == True)]  # noqa: E712
+    figure = pd.read_csv(PUBLISHED_FIGURE)
+    chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & figure["resolved"].eq(True)]
     return [
         {"variant": row["variant"], "rank": f"{row['rank']:.0f}", "width": str(dimensions(models[row["model"]]).hidden)}
-        | {"dataset": row["dataset"], "lr_ratio": f"{row['lr_ratio']:.3g}", "source": "variants"}
+        | {"dataset": row["dataset"], "lr_ratio": f"{row['lr_ratio']:.3g}", "source": OWN}
         for row in chosen.to_dict("records")
     ]
 
 
-def test_the_first_look_is_in_the_table_until_the_preset_is_published():
-    """Then `python -m tests.custom.test_variants` puts the published numbers in its place."""
+def table_rows() -> list[dict[str, str]]:
     with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    published = published_rows()
-    assert [row for row in rows if row["source"] == "variants"] == published
-    assert any(row["source"] == "pilot" for row in rows) != bool(published)
+        return list(csv.DictReader(file))
+
+
+def test_own_rows_are_those_of_the_published_figure():
+    own = [row for row in table_rows() if row["source"] == OWN]
+    assert own == published_rows(), "run: python -m tests.custom.test_variants, and correct docs/variants.md"
 
 
 def write() -> None:
-    """Write the table with the rows of the published runs in place of those of the first look."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        others = [row for row in csv.DictReader(file) if row["source"] not in ("pilot", "variants")]
+    """Write the table with the rows of the published runs in place of earlier ones."""
+    rows = [*published_rows(), *(row for row in table_rows() if row["source"] != OWN)]
     with TABLE.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
+        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         table.writeheader()
-        table.writerows([*published_rows(), *others])
+        table.writerows(rows)
 
 
 if __name__ == "__main__":
