@@ -102,8 +102,8 @@ def test_all_figures_can_be_drawn_but_without_rl_those_of_rl(name, missing):
 
 def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
     chosen = set(preset.experiments.chosen())
-    limited = re.findall(r"\b[A-P]\d+\b", " ".join(preset.limits))
-    ranges = re.findall(r"\b([A-P])(\d+) to [A-P](\d+)\b", " ".join(preset.limits))
+    limited = re.findall(r"\b[A-PX]\d+\b", " ".join(preset.limits))
+    ranges = re.findall(r"\b([A-PX])(\d+) to [A-PX](\d+)\b", " ".join(preset.limits))
     limited += [f"{letter}{number}" for letter, first, last in ranges for number in range(int(first), int(last) + 1)]
     for claim in CLAIMS:
         assert not claim.experiments or chosen & set(claim.experiments) or claim.id in limited, claim.id
