@@ -83,7 +83,8 @@ def _band(claim: Claim) -> str:
         return ""
     if math.isinf(high):
         return f"at least {written(low)}"
-    if math.isinf(low):
+    # A ratio is above 0 anyway.
+    if math.isinf(low) or (low == 0 and _unit(claim) == "ratio"):
         return f"at most {written(high)}"
     if math.isclose(low, high, abs_tol=_EXACT):
         return f"exactly {written(low)}"

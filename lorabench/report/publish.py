@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 from lorabench.analysis.rules import DECIDED
-from lorabench.claims.judge import CORE
+from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.config.loading import preset_path
 from lorabench.errors import UserError
 from lorabench.figures.evidence import draw_forest, draw_matrix
@@ -294,7 +294,7 @@ def matrix_part(root: Path) -> str:
         texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
     scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
     by_scale = cells.assign(text=texts).pivot(index="claim_id", columns="scale", values="text")[scales]
-    statements = cells.drop_duplicates("claim_id")[["claim_id", "statement"]]
+    statements = _as_stated_now(cells.drop_duplicates("claim_id"))[["claim_id", "statement"]]
     rows = statements.join(by_scale, on="claim_id").fillna(formats.DASH).to_numpy()
     return "\n".join(table(["", "claim", *scales], rows))
 
@@ -306,7 +306,7 @@ def reproduced(root: Path, page: Path) -> str:
     for folder in published_folders(root):
         if (again := read_held_out(folder)) is None:
             continue
-        decided = again.dropna(subset="again")
+        decided = _as_stated_now(again.dropna(subset="again"))
         failed = decided.loc[decided["again"] != "yes", "statement"]
         yes, every = yes + len(decided) - len(failed), every + len(decided)
         without = f" (not: {'; '.join(failed)})" if len(failed) else ""
@@ -316,13 +316,21 @@ def reproduced(root: Path, page: Path) -> str:
     return f"{sentence}: {', '.join(each)}." if each else f"{sentence}."
 
 
+def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return claims in the words that they have now; a published table keeps those of its time."""
+    words = {claim.id: claim.statement for claim in CLAIMS}
+    return claims.assign(statement=claims["claim_id"].map(words).fillna(claims["statement"]))
+
+
 def results_part(root: Path, preset: str) -> str:
-    """Return what a preset says in short: the count of its verdicts, its core claims, and the claims it decides."""
+    """Return what a preset says in short: the count of its verdicts, its core claims, this project's own predictions,
+    and the claims that it decides."""
     folder = root / PUBLISHED / preset
-    judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
+    judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
     provenance, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
-    shown = judged[judged["verdict"].ne("not tested") & (decided | judged["claim_id"].isin(CORE))]
+    always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
+    shown = judged[judged["verdict"].ne("not tested") & (decided | always)]
     picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
     rows = []
     for claim in shown.to_dict("records"):

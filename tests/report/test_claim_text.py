@@ -18,6 +18,7 @@ def test_margin():
         (0.012, math.inf, "error rate"): "at least 1.2 points of error rate",
         (-math.inf, 0.012, "nats per token"): "at most 0.012 nats",
         (6.25, 16.0, "ratio"): "6.25 to 16",
+        (0.0, 1.6, "ratio"): "at most 1.6",
         (0.0, 0.0, "parameters"): "exactly 0 parameters",
         (-math.inf, math.inf, "slope"): DASH,
         (None, None, "slope"): DASH,
