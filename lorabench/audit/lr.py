@@ -135,7 +135,7 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
     """Return the natural logarithm of the optimal LR of a run's variants over that of LoRA, and its standard error."""
     log_factor, error = evidence.alpha_exponent * math.log(config.alpha_factor), 0.0
     for variant in config.variants:
-        factor = measured_factor(variant)
+        factor = measured_factor(variant, config.rank)
         log_factor, error = log_factor + math.log(factor.value), math.hypot(error, factor.log_error)
     return log_factor, error
 

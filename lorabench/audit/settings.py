@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.config.fields import VARIANT_NAMES
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import lr_factor
 from lorabench.utils import formats
 
 ALPHA = 32.0
@@ -101,7 +101,7 @@ def check_variants(config: TrainingConfig, known: Knowledge) -> list[Finding]:
             # Its best learning rate is that of LoRA.
             continue
         else:
-            factor = lr_factors()[variant]
+            factor = lr_factor(variant, config.rank)
             advice = "LoRA's can be kept" if factor.value == 1 else "it depends on the weights, so try lower and higher"
             message = f"the best learning rate of {name} was {factor}; {advice}"
             source, sure = "measured, docs/variants.md", "measured on small models"
@@ -173,7 +173,7 @@ def check_same_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[F
         other = full.get((config.format, _model(config), config.task, config.lr))
         if config.method != "lora" or other is None:
             continue
-        if any(lr_factors()[variant].value != 1 for variant in config.variants):
+        if any(lr_factor(variant, config.rank).value != 1 for variant in config.variants):
             # The best learning rate of such a variant may be near that of full fine-tuning.
             continue
         level: Level = "warning" if config.task == "sft" else "note"

@@ -24,7 +24,7 @@ from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import checked_variant, lr_factor
 from lorabench.errors import UserError
 from lorabench.planning.plan import starting_lr
 from lorabench.runs import Lattice
@@ -196,16 +196,16 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
         ranks=list(ranks),
         start=formats.lr(start, 2),
         seeds=choices.seeds,
-        variants=_variants_by_start(choices.variants, start) if choices.variants else {},
+        variants=_variants_by_start(choices.variants, start, max(ranks)) if choices.variants else {},
         **settings,
     )
 
 
-def _variants_by_start(variants: Sequence[str], start: float) -> dict[float, list[str]]:
+def _variants_by_start(variants: Sequence[str], start: float, rank: int) -> dict[float, list[str]]:
     """Return LoRA and its variants by the learning rate at which their sweeps start, first those that start as LoRA."""
     lattice, groups = Lattice(AutoLrs().per_decade, 0), dict[float, list[str]]()
     for variant in dict.fromkeys(("lora", *variants)):
-        factor = lr_factors()[variant].value if variant in lr_factors() else 1.0
+        factor = 1.0 if variant == "lora" else lr_factor(checked_variant(variant), rank).value
         _, nearest, _ = lattice.around(start * factor)
         groups.setdefault(nearest, []).append(variant)
     return groups

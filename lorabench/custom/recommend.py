@@ -206,7 +206,7 @@ def _converted(
     assert movement
     variants = ((known.variant, here), (known.to_variant, there))
     as_lora = [replace(place, alpha=place.alpha * alpha_factor(variant, place.rank)) for variant, place in variants]
-    factor, to_factor = (measured_factor(variant) for variant, _ in variants)
+    factor, to_factor = (measured_factor(variant, place.rank) for variant, place in variants)
     lora_lr = lr_ratio.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
     lr, error = lora_lr * to_factor.value, factor.log_error + to_factor.log_error
     ends = [float(f"{lr * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]

@@ -34,9 +34,10 @@ class LrFactor:
     """The best LR of a variant over that of LoRA."""
 
     value: float
-    """The middle of the measured range; 1 if all of it is within the factor up to which two LRs count as the same."""
+    """The middle of what was measured at the nearest rank; 1 if all that was measured is within the factor up to which
+    two LRs count as the same."""
     low: float
-    """The ends of the measured range."""
+    """The ends of what was measured at any rank."""
     high: float
     where: str
     """The ranks and widths of the measurements."""
@@ -52,20 +53,26 @@ class LrFactor:
 
 
 @cache
-def lr_factors() -> dict[str, LrFactor]:
-    """Return by variant what was measured of its best LR."""
+def _measured() -> dict[str, list[tuple[float, int, int]]]:
+    """Return by variant the measured ratios, each with its rank and the width of the model."""
     rows = defaultdict(list)
     with TABLE.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             rows[row["variant"]].append((float(row["lr_ratio"]), int(row["rank"]), int(row["width"])))
-    factors = {}
-    for variant, measured in rows.items():
-        ratios, ranks, widths = zip(*measured, strict=True)
-        low, high = min(ratios), max(ratios)
-        same = max(high, 1 / low) <= DEFAULT_MARGINS.lr_factor
-        where = f"at {_range('rank', ranks)} and {_range('width', widths)}"
-        factors[variant] = LrFactor(1.0 if same else math.sqrt(low * high), low, high, where)
-    return factors
+    return rows
+
+
+def lr_factor(variant: Variant, rank: float | None) -> LrFactor:
+    """Return what was measured of the best LR of a variant of LoRA at the rank nearest to one; None counts as 32."""
+    ratios, ranks, widths = zip(*_measured()[variant], strict=True)
+    low, high = min(ratios), max(ratios)
+    same = max(high, 1 / low) <= DEFAULT_MARGINS.lr_factor
+    # A configuration may state a rank that is no rank.
+    wanted = rank if rank and rank > 0 else 32
+    distances = [abs(math.log(measured / wanted)) for measured in ranks]
+    near = [ratio for ratio, distance in zip(ratios, distances, strict=True) if math.isclose(distance, min(distances))]
+    where = f"at {_range('rank', ranks)} and {_range('width', widths)}"
+    return LrFactor(1.0 if same else math.sqrt(min(near) * max(near)), low, high, where)
 
 
 def checked_variant(name: str) -> Variant:
@@ -76,9 +83,9 @@ def checked_variant(name: str) -> Variant:
     raise UserError(f"variant {name!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
 
 
-def measured_factor(variant: Variant) -> LrFactor:
+def measured_factor(variant: Variant, rank: float | None) -> LrFactor:
     """Return what a variant's best LR is multiplied by; 1 for LoRA, and for those that are LoRA with another alpha."""
-    return LrFactor(1, 1, 1, "") if variant in ("lora", *_LAWS) else lr_factors()[variant]
+    return LrFactor(1, 1, 1, "") if variant in ("lora", *_LAWS) else lr_factor(variant, rank)
 
 
 def alpha_factor(variant: Variant, rank: float) -> float:
@@ -88,7 +95,7 @@ def alpha_factor(variant: Variant, rank: float) -> float:
 
 def lr_rule(variant: Variant) -> str:
     """Return in words by which rule the best LR of a variant follows from that of LoRA, and what was measured."""
-    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factors()[variant]} (docs/variants.md)"
+    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)} (docs/variants.md)"
     return f"{_LAWS.get(variant, '')}{measured}"
 
 

@@ -101,9 +101,9 @@ def publish(layout: Layout, root: Path) -> None:
 
 
 def publish_held_out(path: Path, root: Path) -> str:
-    """Copy the claims and provenance of runs on held-out seeds to where the repository shows them; write its pages.
+    """Copy the claims, provenance and figures' tables of runs on held-out seeds to where the repository shows them.
 
-    They lie in the folder `held_out` of the published preset, with the table `came_out_again`.
+    They lie in the folder `held_out` of the published preset, with the table `came_out_again`; the pages are written.
 
     Args:
         path: the file that `lorabench freeze` wrote before the runs.
@@ -122,6 +122,9 @@ def publish_held_out(path: Path, root: Path) -> str:
     commit = check_kept(frozen, path, layout, runs, claims)
     _filled(root, dict.fromkeys(_parts(root), ""))
     again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem / HELD_OUT
+    for table in sorted(layout.figures.glob("*.csv")):
+        with atomic_path(folder / table.name) as unfinished:
+            shutil.copyfile(table, unfinished)
     write_csv(again, folder / "came_out_again.csv")
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
     frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}

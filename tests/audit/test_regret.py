@@ -15,7 +15,7 @@ from lorabench.audit.config import TrainingConfig
 from lorabench.audit.lr import lr_findings
 from lorabench.audit.models import ModelFacts
 from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature, regret, shipped_evidence
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import lr_factor
 from lorabench.sources.lr_optima import LrOptimum
 
 MODEL = ModelFacts("m", "llama", 2000, "made up")
@@ -136,7 +136,7 @@ def test_alpha_and_rank_move_the_recommendation():
     assert "is about" in found(lr=BEST / 10, alpha=64, method="fullft").message
 
 
-PISSA = lr_factors()["pissa"].value
+PISSA = lr_factor("pissa", 144).value
 VARIANTS = {
     # rsLoRA's alpha / sqrt(r) is the usual scale with sqrt(r) times the alpha.
     "rsLoRA": ({"rslora": True}, 12**-0.75),
@@ -144,7 +144,7 @@ VARIANTS = {
     "DoRA": ({"dora": True}, 1.0),
     "QLoRA": ({"bits": 4}, 1.0),
     "PiSSA": ({"variant": "pissa_niter_4"}, PISSA),
-    "OLoRA": ({"variant": "olora"}, lr_factors()["olora"].value),
+    "OLoRA": ({"variant": "olora"}, lr_factor("olora", 144).value),
     "rsLoRA and LoRA+ and PiSSA and QLoRA": (
         {"rslora": True, "lr_ratio": 4.0, "variant": "pissa", "bits": 4},
         48**-0.75 * PISSA,

@@ -38,7 +38,7 @@ from lorabench.audit.structure import (
     check_unembedding,
     trained_parameters,
 )
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import lr_factor
 
 from ..conftest import REPOSITORY
 
@@ -247,8 +247,8 @@ def test_what_is_known_of_a_variant_is_said_where_it_helps() -> None:
     rslora = said(rank=64, alpha=16.0, rslora=True)
     assert "as alpha 128 without it: the optimal learning rate is 4.8 (2.8 to 8) times lower" in rslora
     assert "of A is 8 (4 to 16) times lower than that of LoRA" in said(lr_ratio=16.0)
-    assert f"DoRA was {lr_factors()['dora']}; LoRA's can be kept" in said(dora=True)
-    assert f"PiSSA was {lr_factors()['pissa']}; it depends on the weights" in said(variant="pissa")
+    assert f"DoRA was {lr_factor('dora', 16)}; LoRA's can be kept" in said(dora=True)
+    assert f"PiSSA was {lr_factor('pissa', 16)}; it depends on the weights" in said(variant="pissa")
     # Nothing follows from 4 bits, and nothing can be done without a learning rate or without LoRA.
     for changes in ({"bits": 4}, {"dora": True, "lr": None}, {"dora": True, "method": "fullft"}, {"variant": "eva"}):
         assert check_variants(replace(LLAMA, **changes), NOTHING) == []

@@ -14,7 +14,7 @@ from lorabench.cli.commands import app
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import KnownLr, recommend
-from lorabench.custom.variants import lr_factors
+from lorabench.custom.variants import lr_factor
 from lorabench.errors import UserError
 from lorabench.models.specs import ARCHITECTURES
 from lorabench.planning.memory import USABLE
@@ -112,7 +112,7 @@ def test_a_learning_rate_is_converted_to_a_variant(tmp_path):
     assert "from 0.0002 of LoRA at alpha 16, rank 16," in lr.source
     assert "LoRA+ counts, for the LR of A, as LoRA with 16 times the alpha" in lr.source
     assert converted(to_variant="dora").value == converted(variant="qlora").value == 2e-4
-    pissa, factor = converted(to_variant="pissa"), lr_factors()["pissa"]
+    pissa, factor = converted(to_variant="pissa"), lr_factor("pissa", 16)
     expected = [2e-4 * ratio for ratio in (factor.low, factor.value, factor.high)]
     assert [pissa.low, pissa.value, pissa.high] == pytest.approx(expected, rel=0.05)
     assert "to PiSSA at alpha 16" in pissa.source
