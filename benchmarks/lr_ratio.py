@@ -55,6 +55,7 @@ from lorabench.config.margins import (
     ScaleTheory,
 )
 from lorabench.custom.learning_rates import recommended_lr
+from lorabench.errors import UserError
 from lorabench.sources.lr_optima import optima_of_table
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
@@ -179,6 +180,8 @@ def variants(tables: Tables) -> pd.DataFrame:
             measured = {"ratio": math.exp(switch.log_ratio.value), "ratio_low": low, "ratio_high": high}
             theories = {"movement": switch.ratio_by_movement(movement), "still": 1 / more, "mu_a": 1 / math.sqrt(more)}
             rows.append({"condition": f"{comparison.label} {switch.name}"} | measured | theories)
+    if not rows:
+        raise UserError("the tables have no runs of rsLoRA or LoRA+ beside LoRA of the experiment variants")
     table = pd.DataFrame(rows)
     off = {name: np.log(table["ratio"] / table[name]) for name in ("movement", "still", "mu_a")}
     factors = {name: math.exp(math.sqrt((logs**2).mean())) for name, logs in off.items()}

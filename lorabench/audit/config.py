@@ -105,9 +105,10 @@ class TrainingConfig:
         if self.method != "lora":
             return ()
         # `pissa_niter_4` is PiSSA with an approximate decomposition.
-        start = (self.variant or "").partition("_niter_")[0]
+        start = (self.variant or "").lower().partition("_niter_")[0]
         used: dict[Variant, bool] = {
-            "rslora": self.rslora,
+            # At rank 1 rsLoRA is LoRA.
+            "rslora": self.rslora and self.rank != 1,
             "lora_plus": (self.lr_ratio or 0.0) > 0 and self.lr_ratio != 1,
             "dora": self.dora,
             "pissa": start == "pissa",

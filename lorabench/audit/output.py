@@ -129,7 +129,7 @@ def heading(config: TrainingConfig) -> str:
             parts.append(f"{name} not said" if value is None else f"{name} {value:g}{_default(config, name)}")
         parts.append(f"on {_targets(config)}")
         parts += [word for word, on in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if on]
-        parts += [f"LoRA+ with ratio {config.lr_ratio:g}"] if config.lr_ratio else []
+        parts += [f"LoRA+ with ratio {config.lr_ratio:g}"] if "lora_plus" in config.variants else []
         parts += [config.variant] if config.variant else []
     if config.optimizer is not None and "adam" not in config.optimizer.lower():
         parts.append(config.optimizer)

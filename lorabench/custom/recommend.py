@@ -158,9 +158,14 @@ def recommend(
         rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, low, high)
     settings |= rl_settings
     if known:
+        log_error = 0.0
         if known.lr is None:
-            known = replace(known, lr=float(settings["lora_lr"].value), alpha=ALPHA, rank=rank)
-        settings["converted_lr"] = _converted(known, optima, model, rank, batch, length)
+            if math.isnan(length):
+                raise UserError("the learning rate of a variant can't be given without a number of steps: give --steps")
+            pooled = settings["lora_lr"]
+            log_error = math.log(pooled.high / pooled.low) / 2 if pooled.low and pooled.high else 0.0
+            known = replace(known, lr=float(pooled.value), alpha=ALPHA, rank=rank)
+        settings["converted_lr"] = _converted(known, optima, model, rank, batch, length, log_error)
     settings["rank"] = Setting("LoRA rank", rank, DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
     why = f"{PAPER}: attention alone is worse"
@@ -184,12 +189,19 @@ def recommend(
 
 
 def _converted(
-    known: KnownLr, optima: Sequence[LrOptimum], model: UserModel, rank: int, batch: int, steps: float
+    known: KnownLr,
+    optima: Sequence[LrOptimum],
+    model: UserModel,
+    rank: int,
+    batch: int,
+    steps: float,
+    log_error: float = 0.0,
 ) -> Setting:
     """Convert a known LR to other settings and another variant.
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
+    `log_error` is half the interval of the logarithm of the known LR.
     """
     assert known.lr
     if math.isnan(steps):
@@ -208,7 +220,10 @@ def _converted(
     as_lora = [replace(place, alpha=place.alpha * alpha_factor(variant, place.rank)) for variant, place in variants]
     factor, to_factor = (measured_factor(variant, place.rank) for variant, place in variants)
     lora_lr = lr_ratio.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
-    lr, error = lora_lr * to_factor.value, factor.log_error + to_factor.log_error
+    lr = lora_lr * to_factor.value
+    # Between settings of one variant its factor cancels.
+    factors = [0.0] if known.variant == known.to_variant else [factor.log_error, to_factor.log_error]
+    error = math.hypot(log_error, *factors)
     ends = [float(f"{lr * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
     stated = [
         f"{VARIANT_NAMES[variant]} at alpha {place.alpha:g}, rank {place.rank:g}, {place.steps:g} steps of "

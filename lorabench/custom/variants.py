@@ -48,7 +48,7 @@ class LrFactor:
         return 0.0 if self.value == 1 else math.log(self.high / self.low) / 2
 
     def __str__(self) -> str:
-        ends = dict.fromkeys(f"{end:.2g}" for end in (self.low, self.high))
+        ends = dict.fromkeys(f"{end:.2f}" if end >= 0.1 else f"{end:.2g}" for end in (self.low, self.high))
         return f"{' to '.join(ends)} times LoRA's {self.where}"
 
 

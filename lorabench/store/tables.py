@@ -83,7 +83,7 @@ class Tables:
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
             for name, frames in _read_all(folders).items()
         }
-        return cls(**merged | {"runs": with_stand_ins(merged["runs"])})
+        return cls(**merged | {"runs": _usable(merged["runs"])})
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
@@ -98,7 +98,24 @@ class Tables:
                 raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
         typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
         tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
-        return cls(**tables | {"runs": with_stand_ins(tables["runs"])})
+        return cls(**tables | {"runs": _usable(tables["runs"])})
+
+
+def _usable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs with stand-ins for losses that they lack; variants that name no experiment are of those on variants.
+
+    A run without experiments belongs to all others, whose claims and figures would take a variant for LoRA.
+    """
+    runs = with_stand_ins(runs)
+    if "method" not in runs:
+        return runs
+    variant = runs["method"].notna() & ~runs["method"].isin(["fullft", "lora"])
+    named = runs["experiments"].map(list_of_words) if "experiments" in runs else pd.Series([[]] * len(runs), runs.index)
+    unnamed = variant & named.map(len).eq(0)
+    if not unnamed.any():
+        return runs
+    own = is_rl(runs).map({True: ["variants_rl"], False: ["variants"]})
+    return runs.assign(experiments=named.where(~unnamed, own))
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.audit.config import TrainingConfig
+from lorabench.audit.output import heading
 from lorabench.audit.readers import adapter
 from lorabench.errors import UserError
 
@@ -106,6 +107,12 @@ def test_an_adapter_of_this_project(tmp_path: Path) -> None:
         (tmp_path / "record.json").write_text(json.dumps({"run_id": "a", "spec": spec | more}))
         config = read(tmp_path / "weights", use_rslora=False, init_lora_weights=True)
         assert (config.rank, config.alpha, config.variants) == expected
+    # With one learning rate for A and B, and at rank 1 with rsLoRA, it is LoRA.
+    more = {"method": "lora", "rank": 8, "alpha": 32, "lr_ratio": 1.0}
+    (tmp_path / "record.json").write_text(json.dumps({"run_id": "a", "spec": spec | more}))
+    config = read(tmp_path / "weights", use_rslora=True, r=1, init_lora_weights=True)
+    assert config.variants == ()
+    assert "LoRA+" not in heading(config)
 
 
 def test_what_is_not_plain_lora_is_said(tmp_path: Path) -> None:

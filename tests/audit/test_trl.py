@@ -173,6 +173,14 @@ def test_the_optimizer_of_lora_plus_has_the_learning_rates(tmp_path: Path) -> No
     made = "create_loraplus_optimizer(model=model, optimizer_cls=AdamW, lr=5e-5, loraplus_lr_ratio=16)"
     *_, sft, _, _ = read(tmp_path, "train.py", PYTHON.replace("args = ", f"optimizer = {made}\nargs = "))
     assert (sft.lr, sft.lr_ratio, sft.lines["lr"], sft.lines["lr_ratio"]) == (5e-5, 16, 13, 13)
+    # Where a trainer says that it is its own, it is not that of another one.
+    text = f"""
+optimizer = {made}
+SFTTrainer(model="m", args=SFTConfig(learning_rate=1e-4), peft_config=LoraConfig(r=4), optimizers=(optimizer, None))
+GRPOTrainer(model="m", args=GRPOConfig(learning_rate=1e-6), peft_config=LoraConfig(r=4))
+"""
+    sft, grpo = read(tmp_path, "two.py", text)
+    assert [(run.lr, run.lr_ratio) for run in (sft, grpo)] == [(5e-5, 16), (1e-6, None)]
 
 
 def test_ways_to_make_a_lora_model_in_python(tmp_path: Path) -> None:

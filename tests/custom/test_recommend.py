@@ -117,9 +117,16 @@ def test_a_learning_rate_is_converted_to_a_variant(tmp_path):
     assert [pissa.low, pissa.value, pissa.high] == pytest.approx(expected, rel=0.05)
     assert "to PiSSA at alpha 16" in pissa.source
     assert f"PiSSA was measured as {factor}" in pissa.source
-    # Without a learning rate, the recommended one is converted.
+    # Between settings of one variant nothing is uncertain that was measured of it.
+    same = converted(variant="pissa", to_variant="pissa")
+    assert (same.value, same.low, same.high) == (2e-4, None, None)
+    # Without a learning rate, the recommended one is converted with its interval.
     settings = recommended(LLAMA, tmp_path, batch_size=32, steps=1000, known=KnownLr(to_variant="qlora")).settings
-    assert settings["converted_lr"].value == pytest.approx(settings["lora_lr"].value, rel=0.03)
+    lora, qlora = settings["lora_lr"], settings["converted_lr"]
+    assert qlora.value == pytest.approx(lora.value, rel=0.03)
+    assert qlora.high / qlora.low == pytest.approx(lora.high / lora.low, rel=0.1)
+    with pytest.raises(UserError, match="without a number of steps: give --steps"):
+        recommended(LLAMA, tmp_path, known=KnownLr(to_variant="qlora"))
 
 
 def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):

@@ -31,9 +31,9 @@ def test_a_range_around_one_counts_as_the_learning_rate_of_lora(tmp_path, monkey
     _measured.cache_clear()
     dora, pissa = (lr_factor(variant, 4) for variant in ("dora", "pissa"))
     assert (dora.value, dora.log_error) == (1.0, 0.0)
-    assert str(dora) == "0.8 to 1.5 times LoRA's at ranks 4 to 64 and widths 64 to 128"
+    assert str(dora) == "0.80 to 1.50 times LoRA's at ranks 4 to 64 and widths 64 to 128"
     assert (pissa.value, pissa.log_error) == (pytest.approx(0.2), pytest.approx(math.log(2)))
-    assert str(pissa) == "0.1 to 0.4 times LoRA's at ranks 4 to 64 and width 64"
+    assert str(pissa) == "0.10 to 0.40 times LoRA's at ranks 4 to 64 and width 64"
     # What was measured at the nearest rank counts; ranks 4 and 64 are as far from 16.
     assert [lr_factor("pissa", rank).value for rank in (1, 16, 32, None)] == pytest.approx([0.2, 0.2, 0.3, 0.3])
     _measured.cache_clear()

@@ -165,8 +165,12 @@ def _name(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
+def _keyword(call: ast.Call, name: str) -> ast.expr | None:
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
 def _argument(call: ast.Call, name: str, position: int) -> ast.expr | None:
-    keyword = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    keyword = _keyword(call, name)
     if keyword is None and len(call.args) > position:
         return call.args[position]
     return keyword
@@ -206,7 +210,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
                 "variant": ("init_lora_weights",),
             }
         )
-    for optimizer in (call for call in module.calls if _name(call) == "create_loraplus_optimizer"):
+    if (optimizer := _loraplus(module, trainer)) is not None:
         of_optimizer = module.options(optimizer)
         fields |= {"lr": of_optimizer.number("lr"), "lr_ratio": of_optimizer.number("loraplus_lr_ratio")}
         lines |= of_optimizer.lines_of({"lr": ("lr",), "lr_ratio": ("loraplus_lr_ratio",)})
@@ -223,6 +227,19 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         findings=tuple(_unused_lora(module, trainer)),
         **fields,
     )
+
+
+def _loraplus(module: _Module, trainer: ast.Call | None) -> ast.Call | None:
+    """Return the call that makes a trainer's LoRA+ optimizer: the last one where no trainer of the file says which."""
+    made = [call for call in module.calls if _name(call) == "create_loraplus_optimizer"]
+    given = None if trainer is None else _keyword(trainer, "optimizers")
+    if given is None:
+        said = any(_keyword(call, "optimizers") is not None for call in module.calls)
+        return made[-1] if made and not said else None
+    pairs = module.resolve(given)
+    first = [pair.elts[0] if isinstance(pair, ast.Tuple | ast.List) and pair.elts else pair for pair in pairs]
+    values = [value for node in first for value in module.resolve(node)]
+    return next((call for call in made if call in values), None)
 
 
 def _model(module: _Module, trainer: ast.Call | None) -> tuple[str | None, int | None, bool]:
