@@ -18,19 +18,8 @@ from lorabench.analysis.comparison import Arm, Comparison, kept
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.analysis.lr_ratio import Setting, converted_lr
-from lorabench.config.fields import LORA_PLUS_RATIO, Variant
+from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
 from lorabench.config.margins import MovementTheory
-
-NAMES: dict[Variant, str] = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "lora_plus": "LoRA+",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "qlora": "QLoRA",
-}
-"""The names of the variants, in the order in which they are shown."""
 
 
 def variant_of(arm: Mapping[str, Any]) -> Variant | None:
@@ -45,8 +34,8 @@ def variant_of(arm: Mapping[str, Any]) -> Variant | None:
         return None
     standard_alpha = alpha == STANDARD["alpha"]
     if arm["method"] != "lora":
-        same = [variant for variant in NAMES if variant == arm["method"]]
-        return same[0] if standard_alpha and ratio == STANDARD["lr_ratio"] else None
+        same = next((variant for variant in VARIANT_NAMES if variant == arm["method"]), None)
+        return same if standard_alpha and ratio == STANDARD["lr_ratio"] else None
     if ratio == LORA_PLUS_RATIO:
         return "lora_plus" if standard_alpha else None
     if ratio != STANDARD["lr_ratio"]:
@@ -67,7 +56,7 @@ class Switch:
 
     @property
     def name(self) -> str:
-        return f"{NAMES[self.variant]} r{self.arm['rank']}"
+        return f"{VARIANT_NAMES[self.variant]} r{self.arm['rank']}"
 
     @property
     def arms(self) -> list[Arm]:
@@ -112,7 +101,7 @@ class Switch:
         norms = train_curves(runs, self.comparison.curves, "update_norm")
         first = norms[norms["step"] == 1]
         sizes = first["value"].astype(float) / first["lr"].astype(float)
-        return float(np.exp(np.log(sizes).mean())) if len(sizes) else math.nan
+        return float(np.exp(np.log(sizes).mean())) if len(sizes) and (sizes > 0).all() else math.nan
 
     def log_width_ratio(self) -> Estimate:
         """Return the natural logarithm of the width of the variant's range of good LRs over that of LoRA's.
@@ -176,11 +165,11 @@ _FLAT = 1e-9
 
 
 def switches(comparison: Comparison, *variants: Variant) -> list[Switch]:
-    """Return the arms of some variants, each beside LoRA of the same rank, layers and epsilon, where there is one.
+    """Return the arms of some variants, each beside LoRA of the same rank and layers, where there is one.
 
     At rank 1 rsLoRA is LoRA, and is left out.
     """
-    same = ["rank", "placement", "eps"]
+    same = ["rank", "placement"]
     found = {(variant_of(arm), *(arm[name] for name in same)): arm for arm in comparison.arms if variant_of(arm)}
     return [
         Switch(comparison, variant, arm, found["lora", *setting])

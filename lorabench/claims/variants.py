@@ -12,13 +12,13 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together
 from lorabench.analysis.optima import as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Within
-from lorabench.analysis.variants import NAMES, Switch, switches
+from lorabench.analysis.variants import Switch, switches
 from lorabench.claims.claim import Evidence, claim, few_seeds, rewarded_errors, unjudged_if
 from lorabench.claims.reinforcement import CONDITIONS, LEARNED, RL_RUNS, at_one_peak, if_learned
 from lorabench.claims.scope import Named
-from lorabench.config.fields import LORA_PLUS_RATIO, Variant
+from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
 
-OTHERS = tuple(variant for variant in NAMES if variant != "lora")
+OTHERS = tuple(variant for variant in VARIANT_NAMES if variant != "lora")
 """All variants but LoRA itself."""
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
@@ -47,7 +47,7 @@ def beside_lora(*variants: Variant) -> Callable[[Evidence], list[tuple[str, Swit
             for comparison in _compared(evidence)
             for switch in switches(comparison, *variants)
         ]
-        names = ", ".join(NAMES[variant] for variant in variants)
+        names = ", ".join(VARIANT_NAMES[variant] for variant in variants)
         unjudged_if(not named, f"no runs of {names} beside LoRA of the same rank and layers")
         return named
 
@@ -196,7 +196,9 @@ def _rewarded(evidence: Evidence) -> Named:
 )
 def _dora_no_better(comparison: Comparison) -> Finding:
     pairs = switches(comparison, "dora")
-    _, fullft = require(("DoRA", next((pair.arm for pair in pairs), None)), ("FullFT", comparison.fullft))
+    _, fullft = require(
+        ("DoRA beside LoRA of its rank", next((pair.arm for pair in pairs), None)), ("FullFT", comparison.fullft)
+    )
     findings = []
     for pair in pairs:
         for other in (pair.lora, fullft):

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.variants import NAMES, Switch, switches, variant_of
-from lorabench.config.fields import FROM_WEIGHTS
+from lorabench.analysis.variants import Switch, switches, variant_of
+from lorabench.config.fields import FROM_WEIGHTS, VARIANT_NAMES
 from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import STRIP, draw_lr_panel, lr_marks, result_rows
@@ -25,7 +25,7 @@ from lorabench.figures.style import ArmStyle
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
-_NAMES: dict[str, str] = {"fullft": "FullFT"} | {str(variant): name for variant, name in NAMES.items()}
+_NAMES: dict[str, str] = {"fullft": "FullFT"} | {str(variant): name for variant, name in VARIANT_NAMES.items()}
 # Readers with any colour vision can tell the colours apart, and lines and marks differ, too.
 _LOOKS = {
     "fullft": (style.FULLFT_COLOUR, "-", "s"),
@@ -108,7 +108,7 @@ def _look(variant: str) -> ArmStyle:
 
 def _gap_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return the rows `gap` of a comparison, in the order of variants, placements and ranks."""
-    others = [variant for variant in NAMES if variant != "lora"]
+    others = [variant for variant in VARIANT_NAMES if variant != "lora"]
     pairs: list[tuple[str, Arm, Arm, float]]
     pairs = [(switch.variant, switch.arm, switch.lora, _predicted(switch)) for switch in switches(comparison, *others)]
     if (fullft := comparison.fullft) is not None:
