@@ -17,10 +17,12 @@ import numpy as np
 from benchmarks.calibration.made import Curve, MadeArm, MadeRl, MadeSweep, Metric
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.worlds import grid
+from lorabench.analysis.arms import ALPHA
+from lorabench.analysis.lr_ratio import Setting, converted_lr
 from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
 from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SHORT_RATIO, same_factor
 from lorabench.claims.parametrization import HALF, MAJORITY
-from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
 
 Scene = Callable[[float, NoiseLevels, np.random.Generator], list[MadeSweep] | MadeRl]
 """Makes sweeps with an effect of so many margins."""
@@ -32,7 +34,14 @@ LR_MARGIN = math.log(DEFAULT_MARGINS.lr_factor)
 
 TEN = math.log(10.0)
 
-RUN = {"model": "made-up", "dataset": "worked", "batch_size": 8, "steps": 1000, "family": "llama", "hidden_size": 128}
+RUN: dict[str, Any] = {
+    "model": "made-up",
+    "dataset": "worked",
+    "batch_size": 8,
+    "steps": 1000,
+    "family": "llama",
+    "hidden_size": 128,
+}
 
 
 def lora(rank: int, placement: str = "all", **columns: Any) -> dict[str, Any]:
@@ -188,6 +197,47 @@ def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[
         columns = lora(16, alpha=alpha, lr_ratio=ratio)
         arms.append(made_arm(columns, optimum + shift, noise.loss + gap * margin, random))
     return [MadeSweep(arms, RUN)]
+
+
+def _beside_lora(
+    random: np.random.Generator, noise: NoiseLevels, dora: Mapping[str, float], rslora_off: float = 0.0, **sweep: Any
+) -> list[MadeSweep]:
+    """Return a sweep of FullFT, LoRA, rsLoRA and DoRA, with three seeds at the three LRs around the best one.
+
+    Args:
+        dora: what DoRA has that LoRA has not: `lr`, how far ln of its optimal LR lies above that of LoRA; `loss`, how
+            far its lowest loss lies above; and `curvature`, over that of LoRA.
+        rslora_off: how far ln of rsLoRA's optimal LR lies above what `movement` predicts.
+        sweep: further fields of the sweep.
+    """
+    optimum, movement = an_optimum(random), DEFAULT_PREDICTIONS.lr_ratio.movement
+    assert movement is not None, "a default prediction"
+    lr, setting = math.exp(optimum + TEN), Setting(RUN["hidden_size"], RUN["steps"], RUN["batch_size"], ALPHA, rank=16)
+    at_rslora = math.log(converted_lr(lr, setting, replace(setting, alpha=4 * ALPHA), movement)) + rslora_off
+    arms = [
+        made_arm(FULLFT, optimum, noise.loss, random),
+        made_arm(lora(16), optimum + TEN, noise.loss, random),
+        made_arm(lora(16, alpha=4 * ALPHA), at_rslora, noise.loss, random),
+        made_arm(
+            {**lora(16), "method": "dora"},
+            optimum + TEN + dora.get("lr", 0.0),
+            noise.loss + dora.get("loss", 0.0),
+            random,
+        ),
+    ]
+    arms[-1] = replace(arms[-1], curvature=dora.get("curvature", 1.0))
+    return [MadeSweep([replace(arm, repeats="around") for arm in arms], RUN, **sweep)]
+
+
+def beside_lora(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return variants of LoRA: DoRA is better by k margins, and its optimal LR and rsLoRA's are k margins off."""
+    dora = {"loss": -k * noise.margin, "lr": sign(random) * k * LR_MARGIN}
+    return _beside_lora(random, noise, dora, sign(random) * k * LR_MARGIN)
+
+
+def wider(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return variants of LoRA of which DoRA has a range of good LRs that is wider by k margins."""
+    return _beside_lora(random, noise, {"curvature": math.exp(-2 * k * LR_MARGIN)}, without=("curvatures", "asymmetry"))
 
 
 def lengths(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:

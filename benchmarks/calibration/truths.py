@@ -84,6 +84,8 @@ SCENES: dict[str, scenes.Scene] = {
     "models": scenes.models,
     "law": scenes.law,
     "variants": scenes.variants,
+    "beside LoRA": scenes.beside_lora,
+    "wider": scenes.wider,
     "batch sizes": scenes.batch_sizes,
     "placements": scenes.placements,
     "MLP alone": scenes.mlp_alone,
@@ -140,5 +142,9 @@ COVERED = (
     Covered("F4", "RL", "equality", "the accuracy of rank 1 on a held-out set below that of FullFT"),
     Covered("F5", "RL", "equality", "the length of the responses of rank 1 over that of FullFT"),
     Covered("G2", "equal FLOPs", "difference", "the lead of LoRA at equal FLOPs, late in training"),
+    Covered("X1", "beside LoRA", "equality", "the loss of DoRA below that of LoRA"),
+    Covered("X2", "beside LoRA", "equality", "the optimal LR of rsLoRA against the predicted one"),
+    Covered("X3", "beside LoRA", "equality", "the optimal LR of DoRA against that of LoRA"),
+    Covered("X6", "wider", "equality", "the width of DoRA's range of good LRs over that of LoRA's"),
 )
 """The claims that calibration covers, in the order of their ids."""
