@@ -27,7 +27,12 @@ from lorabench.training.rl.loop import Environment, Grade, ProblemTexts, Sampler
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
 from lorabench.training.run import Machine
 from lorabench.utils import signals
+from lorabench.utils.exhaustion import need_room
 from lorabench.utils.files import file_sha256
+
+# Bytes that the threads of sampling and grading take at least. Where they can't have them, libraries in C and Rust end
+# the process by a signal.
+_LEAST_ROOM = 32 << 20
 
 
 class RlTrainer:
@@ -58,6 +63,7 @@ class RlTrainer:
                 for them.
             Stopped: a signal asked the job to end, and the run is saved.
         """
+        need_room(_LEAST_ROOM)
         condition, machine, rollouts = run.condition, context.machine, run.condition.rollouts
         assert rollouts
         if rollouts.sampler == "vllm":
