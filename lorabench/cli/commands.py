@@ -274,6 +274,10 @@ def recommend(
         raise UserError("--alpha and --rank need --from-lr or --variant")
     if to_variant != "lora" and trainer is not None:
         raise UserError("--variant and --for: give one of them; the folder of --for trains LoRA")
+    if from_lr is not None and trainer is not None and (full or grader is not None):
+        raise UserError(
+            "--from-lr is of LoRA in supervised fine-tuning: a folder of --for with it can't have --full or --grader"
+        )
     known = None
     if from_lr is not None or to_variant != "lora":
         known = KnownLr(

@@ -46,9 +46,11 @@ class TinyModel(Strict):
 
     kind: Literal["tiny"]
     name: Literal[
-        "llama-128", "llama-64", "llama-256", "qwen-128", "qwen-64", "moe-128", "llama-64-sums", "llama-64-long-sums"
-    ] = "llama-128"
-    """The base's family and width; those with `sums` are pretrained further on worked sums."""
+        "llama-128", "llama-64", "llama-256", "qwen-128", "qwen-64", "moe-128", "llama-64-sums", "llama-64-long-sums",
+        "llama-64-tenth", "llama-128-tenth",
+    ] = "llama-128"  # fmt: skip
+    """The base's family and width; those with `sums` are pretrained further on worked sums, and those with `tenth` have
+    a tenth of the pretraining."""
 
 
 class ForeignModel(Strict):

@@ -142,7 +142,9 @@ def recommend(
         raise UserError(f"batch size {batch} is more than the {examples} training examples")
     examples = max(examples, batch)
     length = float(steps or (max(1, examples // batch) if data or completion_tokens else math.nan))
-    hidden, rank = model.sizes.hidden, recommended_rank(model, completion_tokens)
+    chosen_rank = (known.to_rank or known.rank) if known else None
+    hidden, rank = model.sizes.hidden, chosen_rank or recommended_rank(model, completion_tokens)
+    alpha = known.to_alpha if known else ALPHA
     seen, own = measured_optima(model, results)
     optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
     settings, sources_of_lr, rl_settings = {}, {}, {}
@@ -166,11 +168,11 @@ def recommend(
             log_error = math.log(pooled.high / pooled.low) / 2 if pooled.low and pooled.high else 0.0
             known = replace(known, lr=float(pooled.value), alpha=ALPHA, rank=rank)
         settings["converted_lr"] = _converted(known, optima, model, rank, batch, length, log_error)
-    settings["rank"] = Setting("LoRA rank", rank, DOCS)
+    settings["rank"] = Setting("LoRA rank", rank, "your choice" if chosen_rank else DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
     why = f"{PAPER}: attention alone is worse"
     settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
-    settings["alpha"] = Setting("alpha, at every rank", ALPHA, PAPER)
+    settings["alpha"] = Setting("alpha, at every rank", alpha, PAPER if alpha == ALPHA else "your choice")
     settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", PAPER)
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     settings["batch_size"] = Setting("batch size", batch, why)
@@ -201,15 +203,15 @@ def _converted(
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-    `log_error` is half the interval of the logarithm of the known LR.
+    `rank` is the rank to convert to, and `log_error` half the interval of the logarithm of the known LR.
     """
     assert known.lr
     if math.isnan(steps):
         raise UserError(f"the learning rate {known.lr:g} can't be converted without a number of steps: give --steps")
-    hidden, to_rank = model.sizes.hidden, known.to_rank or known.rank or rank
-    from_alpha, from_rank = known.alpha or known.to_alpha, known.rank or to_rank
+    hidden = model.sizes.hidden
+    from_alpha, from_rank = known.alpha or known.to_alpha, known.rank or rank
     here = lr_ratio.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
-    there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=to_rank)
+    there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=rank)
     before, after = (
         recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps)[0][0]
         for place in (here, there)

@@ -177,11 +177,12 @@ def _write(path: Path, text: str) -> None:
 def _values(model: UserModel, recommendation: Recommendation, full: bool, rl: bool) -> dict[str, Any]:
     """Return what templates are filled with that is the same for every trainer, with the reasons."""
     settings, sizes = recommendation.settings, model.sizes
-    lr = settings[f"{'rl_' if rl else ''}{'fullft' if full else 'lora'}_lr"]
-    rank, alpha, batch = (int(settings[name].value) for name in ("rank", "alpha", "batch_size"))
+    recommended = settings[f"{'rl_' if rl else ''}{'fullft' if full else 'lora'}_lr"]
+    lr = settings.get("converted_lr", recommended)
+    rank, batch = (int(settings[name].value) for name in ("rank", "batch_size"))
     micro = math.gcd(batch, _MICRO_BATCH)
     why = {
-        "lr": f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
+        "lr": f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}" if lr.low else lr.source,
         "schedule": settings["schedule"].source,
         "ours": "as in the runs of this project; the paper says nothing of it",
         "micro_batch": "examples at once on a GPU: raise it, and lower the next, where memory allows",
@@ -202,7 +203,7 @@ def _values(model: UserModel, recommendation: Recommendation, full: bool, rl: bo
         "full": full,
         "lr": lr.value,
         "rank": rank,
-        "alpha": alpha,
+        "alpha": f"{settings['alpha'].value:g}",
         "micro_batch": micro,
         "accumulation": batch // micro,
         "length": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),

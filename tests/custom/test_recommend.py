@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import re
+from itertools import chain
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
@@ -191,12 +193,25 @@ def lorabench(*arguments, cwd):
         ("--variant dora --for trl", "--variant and --for"),
         ("--from-variant dora", "need --from-lr"),
         ("--rank 4", "--alpha and --rank need --from-lr or --variant"),
+        ("--from-lr 1e-4 --steps 50 --for trl --full", "--from-lr is of LoRA"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, error):
     result = lorabench("--model", "tiny", *options.split(), cwd=tmp_path)
     assert result.exit_code == 2
     assert error in result.stderr
+
+
+def test_a_folder_to_train_from_has_the_converted_learning_rate_with_its_alpha_and_rank(tmp_path):
+    old, new = {"--from-lr": "2e-4", "--from-alpha": "16", "--from-rank": "8"}, {"--alpha": "64", "--rank": "4"}
+    options = ["--model", "tiny", "--steps", "100", *chain(*(old | new).items())]
+    settings = json.loads(lorabench(*options, "--json", cwd=tmp_path).stdout)["settings"]
+    assert (settings["rank"]["value"], settings["alpha"]["value"]) == (4, 64)
+    assert settings["converted_lr"]["value"] != settings["lora_lr"]["value"]
+    assert lorabench(*options, "--for", "llamafactory", cwd=tmp_path).exit_code == 0
+    written = yaml.safe_load((tmp_path / "finetune-llamafactory" / "llamafactory.yaml").read_text())
+    assert float(written["learning_rate"]) == settings["converted_lr"]["value"]
+    assert (written["lora_rank"], written["lora_alpha"]) == (4, 64)
 
 
 def test_what_does_not_fit_is_said_and_the_settings_are_given(tmp_path, monkeypatch):

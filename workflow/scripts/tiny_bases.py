@@ -112,6 +112,9 @@ RECIPES: dict[str, PretrainingRecipe] = {
     "llama-64": PretrainingRecipe(**_OTHERS, **_NARROW),
     "qwen-128": PretrainingRecipe(**_OTHERS, family="qwen3"),
     "qwen-64": PretrainingRecipe(**_OTHERS, **_NARROW, family="qwen3"),
+    # A tenth of the pretraining.
+    "llama-64-tenth": PretrainingRecipe(**_OTHERS | _NARROW | {"train_tokens": 800_000, "warmup_steps": 10}),
+    "llama-128-tenth": PretrainingRecipe(tokenizer="llama-128", train_tokens=1_600_000, warmup_steps=10),
     # A wider model wants a lower learning rate.
     "llama-256": PretrainingRecipe(**_OTHERS, hidden_size=256, intermediate_size=640, lr=2e-3),
     "moe-128": PretrainingRecipe(**_OTHERS, **_EXPERTS, family="qwen3_moe"),
