@@ -24,13 +24,13 @@ from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
 from lorabench.report.export import MEANINGS, type_name
-from lorabench.report.freeze import summary_of
 from lorabench.report.publish import (
     NOT_PUBLISHED,
     PUBLISHED,
     SOURCES,
     escaped,
     held_out,
+    held_out_lines,
     published_folders,
     table,
     verdict_columns,
@@ -187,8 +187,8 @@ def results_page(folder: Path) -> str:
         for claim in tested.to_dict("records")
     ]  # fmt: skip
     untested = judged.loc[judged["verdict"] == "not tested", "claim_id"]
-    header = ["", "claim", *verdict_columns(again), "needs, or what would decide", "margin", "measured, 95% interval",
-              "power", "scope", "paper"]  # fmt: skip
+    header = ["", "claim", *verdict_columns(provenance, again), "needs, or what would decide", "margin",
+              "measured, 95% interval", "power", "scope", "paper"]  # fmt: skip
     lines = [
         f"# All claims and figures of {folder.name}",
         "",
@@ -196,7 +196,7 @@ def results_page(folder: Path) -> str:
         f"runs on {' and '.join(provenance['devices'])} at commit "
         f"{', '.join(commit[:7] for commit in provenance['commits'])}, and judged by "
         f"the rules {', '.join(rules) or 'of an older version'}.",
-        *([] if again is None else ["", f"{summary_of(again)}."]),
+        *held_out_lines(provenance, again),
         "",
         *table(header, rows),
         "",

@@ -71,9 +71,9 @@ def exportable() -> list[str]:
     names = []
     for path in sorted(PRESETS.glob("*.yaml")):
         layout = Layout.of(path.stem)
-        published = layout.published / HELD_OUT / "provenance.json"
-        held_out = [json.loads(published.read_text())["preset"]] if published.is_file() else []
-        names += [name for name in (path.stem, *held_out) if _published(Layout.of(name)) or _has_runs(Layout.of(name))]
+        published = (layout.published / "provenance.json", layout.published / HELD_OUT / "provenance.json")
+        named = {path.stem, *(json.loads(made.read_text())["preset"] for made in published if made.is_file())}
+        names += [name for name in sorted(named) if _published(Layout.of(name)) or _has_runs(Layout.of(name))]
     return names
 
 
@@ -129,10 +129,11 @@ def _has_runs(layout: Layout) -> bool:
 
 def _published(layout: Layout) -> Path | None:
     """Return the folder of a preset's published verdicts, or of those on its held-out seeds; None if there are none."""
-    explored, first_seed = split_name(layout.name)
-    folder = layout.published if first_seed is None else layout.published.with_name(explored) / HELD_OUT
-    path = folder / "provenance.json"
-    return folder if path.is_file() and json.loads(path.read_text())["preset"] == layout.name else None
+    folder = layout.published.with_name(split_name(layout.name)[0])
+    for path in (folder / "provenance.json", folder / HELD_OUT / "provenance.json"):
+        if path.is_file() and json.loads(path.read_text())["preset"] == layout.name:
+            return path.parent
+    return None
 
 
 def _tables(layout: Layout, folder: Path) -> tuple[dict[str, Iterable[pa.Table]], str]:

@@ -85,25 +85,38 @@ def publish(layout: Layout, root: Path) -> None:
             "that `lorabench freeze` wrote"
         )
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
+    drawn = _drawn(layout)
+    # Nothing is written before every part is known to have its place.
+    _filled(root, dict.fromkeys(_parts(root, layout.name), ""))
+    _copy(drawn, claims, provenance(layout, runs), layout.published)
+    _write_pages(root)
+
+
+def _drawn(layout: Layout) -> list[Path]:
+    """Return the files of a finished preset's figures."""
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
-    # Nothing is written before every part is known to have its place.
-    _filled(root, dict.fromkeys(_parts(root, layout.name), ""))
-    for path in drawn:
-        with atomic_path(layout.published / path.name) as unfinished:
+    return drawn
+
+
+def _copy(figures: Iterable[Path], claims: pd.DataFrame, made: Mapping[str, Any], folder: Path) -> None:
+    """Make a folder's files those of a preset: its figures, claims and provenance."""
+    kept = {folder / path.name for path in figures}
+    for path in figures:
+        with atomic_path(folder / path.name) as unfinished:
             shutil.copyfile(path, unfinished)
-    for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
+    for path in set(folder.glob("*.*")) - kept:
         path.unlink()
-    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), layout.published / "claims.csv")
-    write_json(provenance(layout, runs), layout.published / "provenance.json")
-    _write_pages(root)
+    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    write_json(made, folder / "provenance.json")
 
 
 def publish_held_out(path: Path, root: Path) -> str:
     """Copy the claims, provenance and figures' tables of runs on held-out seeds to where the repository shows them.
 
-    They lie in the folder `held_out` of the published preset, with the table `came_out_again`; the pages are written.
+    They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
+    explored is published itself, with its pictures. The pages are written.
 
     Args:
         path: the file that `lorabench freeze` wrote before the runs.
@@ -120,15 +133,17 @@ def publish_held_out(path: Path, root: Path) -> str:
     layout = Layout.of(frozen.preset)
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     commit = check_kept(frozen, path, layout, runs, claims)
-    _filled(root, dict.fromkeys(_parts(root), ""))
-    again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem / HELD_OUT
-    for table in sorted(layout.figures.glob("*.csv")):
-        with atomic_path(folder / table.name) as unfinished:
-            shutil.copyfile(table, unfinished)
-    write_csv(again, folder / "came_out_again.csv")
-    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem
     frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}
-    write_json(provenance(layout, runs) | {"frozen": frozen_in}, folder / "provenance.json")
+    made = provenance(layout, runs) | {"frozen": frozen_in}
+    if frozen.expected:
+        _filled(root, dict.fromkeys(_parts(root), ""))
+        _copy(sorted(layout.figures.glob("*.csv")), claims, made, folder / HELD_OUT)
+        write_csv(again, folder / HELD_OUT / "came_out_again.csv")
+    else:
+        drawn = _drawn(layout)
+        _filled(root, dict.fromkeys(_parts(root, folder.name), ""))
+        _copy(drawn, claims, made, folder)
     _write_pages(root)
     return summary_of(again)
 
@@ -292,7 +307,7 @@ def matrix_part(root: Path) -> str:
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
             marks = [share_text(cell), number, seeds + chosen]
         if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
-            marks.append("came out again" if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
+            marks.append("holds on held-out seeds" if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
         text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
         texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
     scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
@@ -330,7 +345,7 @@ def results_part(root: Path, preset: str) -> str:
     and the claims that it decides."""
     folder = root / PUBLISHED / preset
     judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
-    provenance, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
+    made, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
     shown = judged[judged["verdict"].ne("not tested") & (decided | always)]
@@ -343,20 +358,39 @@ def results_part(root: Path, preset: str) -> str:
     lines = [
         f"![Verdicts of the preset {preset}]({picture})",
         "",
-        f"{claim_text.headline(judged)}. {provenance['runs']} runs, "
-        f"{formats.duration(provenance['run_seconds'])} of one core on {' and '.join(provenance['devices'])}, "
-        f"from {provenance['first_started'][:10]}. "
+        f"{claim_text.headline(judged)}. {made['runs']} runs, "
+        f"{formats.duration(made['run_seconds'])} of one core on {' and '.join(made['devices'])}, "
+        f"from {made['first_started'][:10]}. "
         f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
-        *([] if again is None else ["", f"{summary_of(again)}."]),
+        *held_out_lines(made, again),
         "",
-        *table(["", "claim", *verdict_columns(again), "margin", "measured, 95% interval"], rows),
+        *table(["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"], rows),
     ]
     return "\n".join(lines)
 
 
-def verdict_columns(again: pd.DataFrame | None) -> list[str]:
-    """Return the names of the columns of verdicts; `again` is as from `read_held_out`."""
-    return ["verdict"] if again is None else ["explored", "held out"]
+def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return lines that say what of a published preset is held out; the arguments are those of `verdict_columns`."""
+    if again is not None:
+        return ["", f"{summary_of(again)}."]
+    if frozen := made.get("frozen"):
+        return [
+            "",
+            f"All seeds are held out: margins, rules and data were frozen in {frozen['commit'][:7]}, before any run.",
+        ]
+    return []
+
+
+def verdict_columns(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return the names of the columns of verdicts.
+
+    Args:
+        made: the published preset's provenance.
+        again: its table `came_out_again`, as from `read_held_out`.
+    """
+    if again is not None:
+        return ["explored", "held out"]
+    return ["held out"] if "frozen" in made else ["verdict"]
 
 
 def held_out(claim: Mapping[Any, Any], again: pd.DataFrame | None) -> list[str]:

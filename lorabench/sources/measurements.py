@@ -17,6 +17,7 @@ claims. A measurement without an error, or with an optimum at the edge of its gr
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -99,16 +100,18 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
 
     Returns:
         The claims without run_ids, and the columns origin (the preset's name), held_out (the verdict on held-out
-        seeds, null without them), scale (as `8B`) and parameters, which are those at the start of the claim's scope;
-        null for a claim that was judged on no models.
+        seeds, null without them; the verdict itself where all seeds are held out), scale (as `8B`) and parameters,
+        which are those at the start of the claim's scope; null for a claim that was judged on no models.
 
     Raises:
         UserError: there is no such table, or it is from another version.
     """
     claims = read_claims(folder, without=("run_ids",))
     scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
-    again = read_held_out(folder)
+    again, made = read_held_out(folder), folder / "provenance.json"
     held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
+    if made.is_file() and "frozen" in json.loads(made.read_text()):
+        held_out = claims["verdict"]
     return claims.join(scales).assign(origin=name, held_out=held_out)
 
 

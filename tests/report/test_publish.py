@@ -17,6 +17,7 @@ from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
 from lorabench.report.claim_text import VERDICTS, headline
+from lorabench.report.export import exportable
 from lorabench.report.freeze import freeze, write_frozen
 from lorabench.report.publish import (
     PUBLISHED,
@@ -168,6 +169,29 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     publish(finished, Path())
     assert (folder / "came_out_again.csv").is_file()
     assert [path.name for path in published_folders(root)] == ["laptop"]
+
+
+def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held_out(
+    finished: Layout, judged: pd.DataFrame, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_frozen(freeze("laptop@100", None), root / "frozen.yaml")
+    held_out = Layout.of("laptop@100")
+    shutil.copytree(finished.tables(), held_out.tables())
+    monkeypatch.setattr("lorabench.report.publish.check_kept", lambda *_: "0123456789")
+    with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop@100 first"):
+        publish_held_out(root / "frozen.yaml", Path())
+    shutil.copytree(finished.figures, held_out.figures)
+    publish_held_out(root / "frozen.yaml", Path())
+    part = (root / "docs/results.md").read_text()
+    assert "All seeds are held out: margins, rules and data were frozen in 0123456, before any run." in part
+    assert "|  | claim | held out | margin |" in part
+    assert (finished.published / "verdicts.svg").is_file()
+    own = read_own(finished.published, "laptop")
+    assert own["held_out"].tolist() == judged["verdict"].tolist()
+    assert read_own(held_out.tables(), "laptop")["held_out"].isna().all()
+    shutil.rmtree(finished.tables())
+    shutil.rmtree(held_out.tables())
+    assert exportable() == ["laptop@100"]
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_written(
