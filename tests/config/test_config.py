@@ -185,8 +185,8 @@ def test_several_mistakes_are_all_named(raw_preset, write_preset):
 
 def test_a_file_that_is_not_there_or_no_mapping(write_preset):
     allowed = (
-        "core, first_gpu, laptop, laptop_more, long_runs, lr_decay, lr_pretraining, lr_ratio, lr_smollm2, overnight, "
-        "paper, smoke, smollm2, variants, variants_overnight, or"
+        "core, first_gpu, laptop, laptop_more, long_runs, lr_decay, lr_pretraining, lr_ratio, lr_smollm2, "
+        "lr_subspace, overnight, paper, smoke, smollm2, variants, variants_overnight, or"
     )
     with pytest.raises(PresetError, match=rf"preset 'lpatop': .*allowed: {allowed}"):
         load_preset("lpatop")
