@@ -218,7 +218,7 @@ def _draw_factors(axes: Axes, factors: pd.DataFrame) -> None:
     for place, row in zip(places, ordered.to_dict("records"), strict=True):
         text = f"{row['rms_factor']:.2f} in {row['conditions']}"
         axes.annotate(text, (row["rms_factor"], place), (6, -3), textcoords="offset points", fontsize=7.5)
-    style.log_axes(axes, "root mean square of measured / predicted")
+    style.log_axes(axes, "measured / predicted,\nroot mean square")
     style.log_ticks(axes.xaxis, subs=(1.0, 2.0, 5.0))
     axes.set(xlim=(1, 1.8 * float(ordered["rms_factor"].max())), yticks=places, ylim=(-0.6, len(ordered) - 0.4))
     axes.set_yticklabels([_THEORIES[name] for name in ordered["theory"]])
