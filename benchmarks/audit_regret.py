@@ -39,7 +39,7 @@ from lorabench.analysis.published import published_sweeps
 from lorabench.audit.lr import level
 from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS
-from lorabench.report.publish import PUBLISHED, published_folders
+from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
@@ -307,7 +307,7 @@ def alarms(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     """Write the curvatures, and what the audit would have said of each run."""
-    studies, presets = read_studies(source_folders()), published_folders(Path())
+    studies, presets = read_studies(source_folders()), evidence_folders(Path())
     runs, optima = measured_runs(studies, presets), known_optima(studies, presets)
     rows = held_to(runs, optima)
     out = Path() / PUBLISHED / "evidence"

@@ -35,7 +35,7 @@ from lorabench.analysis.lr_ratio import Setting, predicted
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
 from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, published_folders
+from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import read_studies, source_folders
@@ -317,7 +317,7 @@ def draw_left_out(sources: pd.DataFrame) -> Figure:
 
 def main() -> None:
     """Predict the optima of all shipped sources and published presets, and write what came out."""
-    optima = known_optima(read_studies(source_folders()), published_folders(Path()))
+    optima = known_optima(read_studies(source_folders()), evidence_folders(Path()))
     rows = left_out(optima)
     sources = by_source(rows)
     out = Path() / PUBLISHED / "evidence"

@@ -27,7 +27,7 @@ from benchmarks.lr_left_out import condition_of, left_out, loss_above_best, move
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.report.publish import PUBLISHED, published_folders
+from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
@@ -124,7 +124,7 @@ def losses_before_training(studies: Sequence[Study], presets: Sequence[Path]) ->
 
 def main() -> None:
     """Write and print the costs in all shipped sources and published presets."""
-    studies, presets = read_studies(source_folders()), published_folders(Path())
+    studies, presets = read_studies(source_folders()), evidence_folders(Path())
     table = regrets(known_optima(studies, presets), losses_before_training(studies, presets))
     write_csv(table, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
     print(table.to_string(index=False, float_format="{:.3g}".format))

@@ -429,10 +429,10 @@ def evidence(
     Writes the verdicts, those on core claims by scale with a picture, the forest plot, and the known optimal learning
     rates.
     """
-    from lorabench.report.publish import evidence_tables, publish_evidence, published_folders, write_evidence
+    from lorabench.report.publish import evidence_folders, evidence_tables, publish_evidence, write_evidence
     from lorabench.sources.measurements import read_own
 
-    folders = published_folders(publish or Path())
+    folders = evidence_folders(publish or Path())
     own = {folder.name: read_own(folder, folder.name) for folder in folders}
     for folder in tables or []:
         # A finished preset stands for what was published of it.

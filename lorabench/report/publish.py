@@ -58,6 +58,9 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 
+CONTROLS = ("lr_pretraining", "lr_subspace")
+"""The presets that test a theory on bases and arms that nobody would use."""
+
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
 
@@ -70,6 +73,11 @@ _RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
 def published_folders(root: Path) -> list[Path]:
     """Return the folders of the presets whose verdicts a repository has published."""
     return sorted(path.parent for path in (root / PUBLISHED).glob("*/provenance.json"))
+
+
+def evidence_folders(root: Path) -> list[Path]:
+    """Return the published folders of the presets that are evidence on the claims and on learning rates."""
+    return [folder for folder in published_folders(root) if folder.name not in CONTROLS]
 
 
 def publish(layout: Layout, root: Path) -> None:

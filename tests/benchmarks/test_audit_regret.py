@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
 from lorabench.audit.regret import LrEvidence, Place
-from lorabench.report.publish import published_folders
+from lorabench.report.publish import evidence_folders
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.utils.files import LR_EVIDENCE
@@ -20,7 +20,7 @@ EVIDENCE = REPOSITORY / "paper_figures/published/evidence"
 
 @pytest.fixture(scope="module")
 def published():
-    return read_studies(source_folders()), published_folders(REPOSITORY)
+    return read_studies(source_folders()), evidence_folders(REPOSITORY)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from lorabench.report.freeze import freeze, write_frozen
 from lorabench.report.publish import (
     PUBLISHED,
     SOURCES,
+    evidence_folders,
     evidence_tables,
     pages,
     publish,
@@ -222,7 +223,7 @@ def test_the_committed_pages_say_what_the_committed_files_say():
 
 @pytest.fixture(scope="module")
 def evidence() -> dict[str, pd.DataFrame]:
-    folders = published_folders(REPOSITORY)
+    folders = evidence_folders(REPOSITORY)
     return evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
 
 
