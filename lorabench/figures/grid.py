@@ -170,12 +170,18 @@ def departure_rows(parts: Sequence[Comparison], envelope: pd.DataFrame, columns:
 
 
 def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others."""
+    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others.
+
+    Of a model's id on the hub it has the part after the owner, unless that is the same for two models.
+    """
+    short = {model: str(model).rpartition("/")[2] for model in frame["model"].unique()}
+    if len({*short.values()}) < len(short):
+        short = {model: str(model) for model in short}
     several_batch_sizes = frame["batch_size"].nunique() > 1
     several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
     titles = []
     for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, dropna=False):
-        title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
+        title = f"{short[model]} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
         titles.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
     return titles
 

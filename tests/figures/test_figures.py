@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, RANKS, drawable_figures, drawn_runs, save_figure
+from lorabench.figures.grid import titled
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.tables import Tables
 
@@ -193,3 +194,15 @@ def test_colours_darken_with_rank_and_fullft_is_black():
     grey = [np.dot((0.3, 0.59, 0.11), to_rgb(colour)) for colour in colours]
     assert len(grey) == 5
     assert min(a - b for a, b in itertools.pairwise(grey)) > 10 / 255
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["meta-llama/Llama-3.1-8B", "tiny"], ["Llama-3.1-8B · d", "tiny · d"]),
+        (["a/Llama", "b/Llama"], ["a/Llama · d", "b/Llama · d"]),
+    ],
+)
+def test_a_panel_is_titled_by_the_model_without_its_owner_where_that_tells_models_apart(models, names):
+    frame = pd.DataFrame({"model": models, "dataset": "d", "batch_size": 8, "steps": 50})
+    assert [title for title, _ in titled(frame)] == names
