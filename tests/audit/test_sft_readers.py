@@ -80,7 +80,8 @@ def test_variants_may_be_combined():
     assert text.splitlines()[config.lines["lr_ratio"] - 1] == "loraplus_lr_ratio: 16"
     config = read(llamafactory, f"{LLAMAFACTORY}pissa_init: true\nloraplus_lr_ratio: 8.0\n")
     assert (config.variants, config.alpha_factor) == (("lora_plus", "pissa", "qlora"), 8)
-    # Full fine-tuning has none, and a ratio of 1 is LoRA.
+    # Full fine-tuning has none, and a ratio of 1 is LoRA, as which `gaussian` counts too.
+    assert read(axolotl, text.replace("pissa_niter_4", "gaussian")).variant is None
     assert read(axolotl, text.replace("adapter: qlora", "adapter:")).variants == ()
     assert read(axolotl, AXOLOTL + "loraplus_lr_ratio: 1.0\n").variants == ("rslora", "qlora")
 

@@ -15,7 +15,7 @@ from typing import Any
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import CERTAIN, THE_FILE
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, variant_of
 from lorabench.audit.readers.trl_options import plain_fields, task_of
 from lorabench.audit.yaml_lines import load
 from lorabench.config.fields import FROM_WEIGHTS
@@ -115,7 +115,7 @@ def _lora(options: Options) -> dict[str, Any]:
         "saved_modules": options.names("modules_to_save") or (),
         "rslora": bool(options.flag("use_rslora")),
         "dora": bool(options.flag("use_dora")),
-        "variant": None if initialization == "gaussian" else initialization,
+        "variant": variant_of(initialization),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding, Level
 from lorabench.audit.readers import options
-from lorabench.audit.readers.options import count, flag, names, number, text
+from lorabench.audit.readers.options import count, flag, names, number, text, variant_of
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
@@ -183,7 +183,7 @@ def _lora(data: Mapping[str, Any]) -> dict[str, Any]:
         said["targets"] = ()
     initialization = data.get("peft_init_lora_weights")
     if isinstance(initialization, str):
-        said["variant"] = initialization
+        said["variant"] = variant_of(initialization)
     elif options.at(data, "peft.loftq_config"):
         said["variant"] = "loftq"
     elif flag(data.get("relora")):

@@ -54,6 +54,14 @@ def text(value: Any) -> str | None:
     return said if said and said.isprintable() and not any(mark in said for mark in ("${", "{{", "$(")) else None
 
 
+def variant_of(initialization: str | None) -> str | None:
+    """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
+
+    A then starts larger, which by the theory `movement` matters in short runs alone (docs/audit-codes.md, lr).
+    """
+    return None if initialization == "gaussian" else initialization
+
+
 def flag(value: Any) -> bool:
     """Return whether an option is on; words count as YAML and command lines write them."""
     if isinstance(value, str):

@@ -16,6 +16,7 @@ from typing import Any, cast
 from lorabench.audit.config import Method, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
+from lorabench.audit.readers.options import variant_of
 from lorabench.audit.readers.trl_options import DEFAULT_LRS, LORA_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.errors import UserError
 
@@ -197,7 +198,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
             "saved_modules": settings.names("modules_to_save") or (),
             "rslora": bool(settings.flag("use_rslora")),
             "dora": bool(settings.flag("use_dora")),
-            "variant": None if initialization == "gaussian" else initialization,
+            "variant": variant_of(initialization),
         }
         lines |= settings.lines_of(
             {
