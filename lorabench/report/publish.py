@@ -58,7 +58,7 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 
-CONTROLS = ("lr_pretraining", "lr_subspace")
+CONTROLS = ("lr_noise", "lr_pretraining", "lr_subspace")
 """The presets that test a theory on bases and arms that nobody would use."""
 
 NOT_PUBLISHED = ("run_ids",)
