@@ -70,12 +70,12 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
     assert record(name)["parameters"] == model.num_parameters()
 
 
-LARGE = ("llama-256", "moe-128")
+LONG = ("llama-256", "moe-128", "llama-64-tenth", "llama-128-tenth")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RECIPES]
 )
 def test_heldout_loss_is_as_recorded(name):
     nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
