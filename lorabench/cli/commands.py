@@ -457,7 +457,7 @@ def freeze(
         ),
     ] = None,
     unexplored: Annotated[
-        bool, Option("--unexplored", help="The preset was never run; no verdicts are expected.")
+        bool, Option("--unexplored", help="The preset was never run in this design; no verdicts are expected.")
     ] = False,
     power: Annotated[
         Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
@@ -469,7 +469,7 @@ def freeze(
 
     from lorabench.config.loading import split_name
     from lorabench.report.freeze import freeze as fix
-    from lorabench.report.freeze import write_frozen
+    from lorabench.report.freeze import is_of_this_design, write_frozen
     from lorabench.report.publish import NOT_PUBLISHED
     from lorabench.store.io import read_claims, table_path
     from lorabench.store.layout import Layout
@@ -481,7 +481,9 @@ def freeze(
     places = (explored.tables(), explored.published)
     claims = claims or next((folder for folder in places if table_path(folder, "claims")), None)
     if unexplored and claims is not None:
-        raise UserError(f"--unexplored: the preset {explored.name} has verdicts in {claims}")
+        if claims != explored.published or is_of_this_design(explored):
+            raise UserError(f"--unexplored: the preset {explored.name} has verdicts in {claims}")
+        claims = None
     if not unexplored and claims is None:
         raise UserError(
             f"there are no verdicts of the preset {explored.name} in {' or '.join(map(str, places))}: run it first, "

@@ -7,6 +7,7 @@ the frozen ones. `came_out_again` sets the expected verdicts beside those of the
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -86,6 +87,12 @@ def preset_sha256(preset: Preset) -> str:
     return digest(stated, 64)
 
 
+def is_of_this_design(layout: Layout) -> bool:
+    """Return whether the published verdicts of a preset are of what it states today, and not of an earlier design."""
+    made = json.loads((layout.published / "provenance.json").read_text(encoding="utf-8"))
+    return bool(made["preset_sha256"] == preset_sha256(layout.preset))
+
+
 def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
     """Return what is fixed of a preset, whose first seed is above those that were explored.
 
@@ -127,7 +134,7 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     }
     notes = [] if power is not None else ["The power was not computed."]
     if claims is None:
-        notes.append("The preset had never been run, so that no verdicts are expected.")
+        notes.append("The preset had never been run in this design, so that no verdicts are expected.")
     if same := [name for name, about in data.items() if about.test == _SAME]:
         notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
     return Frozen(

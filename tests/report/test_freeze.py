@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,19 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report import freeze as freezing
-from lorabench.report.freeze import came_out_again, check_kept, freeze, read_frozen, summary_of, write_frozen
+from lorabench.report.freeze import (
+    came_out_again,
+    check_kept,
+    freeze,
+    preset_sha256,
+    read_frozen,
+    summary_of,
+    write_frozen,
+)
 from lorabench.runs import finished_losses
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
+from lorabench.utils.files import write_json
 
 from ..handmade import claims_table, make_claim, make_run, runs_table
 
@@ -109,6 +119,13 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
     command(f"{kept.preset}@300", "--out", "other.yaml")
     assert read_frozen(Path("other.yaml")).preset == f"{kept.preset}@300"
     assert "has the first seed 0, which was explored" in command(f"{kept.preset}@0")
+    # Published verdicts of an earlier design do not count as explored.
+    explored = Layout.of(kept.preset)
+    shutil.rmtree(explored.tables())
+    write_frame(kept.claims, "claims", explored.published)
+    for sha256, refused in ((preset_sha256(explored.preset), True), ("abc", False)):
+        write_json({"preset_sha256": sha256}, explored.published / "provenance.json")
+        assert ("has verdicts in" in command(kept.preset, "--unexplored")) == refused
 
 
 def test_runs_that_came_after_the_freeze_and_kept_to_it_pass(kept: SimpleNamespace):
