@@ -69,21 +69,22 @@ def test_saved_runs_and_published_verdicts_are_exported_together(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paper_figures").symlink_to(REPOSITORY / "paper_figures")
     assert {"laptop", "laptop@100", "lr_ratio", "overnight"} <= set(exportable())
-    layout = Layout.of("overnight")
-    saved = pa.concat_tables(pq.read_table(path) for path in layout.saved_runs.glob("*.parquet"))
     out = tmp_path / "dataset"
-    rows = export(["overnight", "laptop@100"], out, "cc-by-4.0")
-    assert rows["overnight"]["runs"] == len(saved)
-    runs = read_table(out / "overnight", "runs").set_index("run_id")
-    for record in map(json.loads, saved["record"].to_pylist()):
-        row = runs.loc[record["run_id"]]
-        assert row["lr"] == record["spec"]["lr"]
-        for name in ("final_test_nll", "final_reward"):
-            value = record["outcome"].get(name)
-            assert row[name] == value or (pd.isna(row[name]) and value is None)
-    assert {"docstrings", "sums", "worked"} == set(runs["data_kind"])
-    points = sum(map(len, saved["curve"].to_pylist()))
-    assert points == rows["overnight"]["curves"] == pq.read_metadata(out / "overnight/curves.parquet").num_rows
+    kinds = {"overnight": {"docstrings", "worked"}, "rl_smollm2": {"sums"}}
+    rows = export([*kinds, "laptop@100"], out, "cc-by-4.0")
+    for preset in kinds:
+        saved = pa.concat_tables(pq.read_table(path) for path in Layout.of(preset).saved_runs.glob("*.parquet"))
+        assert rows[preset]["runs"] == len(saved)
+        runs = read_table(out / preset, "runs").set_index("run_id")
+        for record in map(json.loads, saved["record"].to_pylist()):
+            row = runs.loc[record["run_id"]]
+            assert row["lr"] == record["spec"]["lr"]
+            for name in ("final_test_nll", "final_reward"):
+                value = record["outcome"].get(name)
+                assert row[name] == value or (pd.isna(row[name]) and value is None)
+        assert kinds[preset] == set(runs["data_kind"])
+        points = sum(map(len, saved["curve"].to_pylist()))
+        assert points == rows[preset]["curves"] == pq.read_metadata(out / preset / "curves.parquet").num_rows
     held_out = read_table(out / "laptop-from-seed-100", "claims")
     published = pd.read_csv(PUBLISHED / "laptop/held_out/claims.csv")
     assert held_out["verdict"].tolist() == published["verdict"].tolist()

@@ -48,7 +48,8 @@ def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
 
 def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layout = Layout.of("overnight")
+    (tmp_path / "both.yaml").write_text("extends: [overnight, rl_smollm2]\n")
+    layout = Layout.of("both.yaml")
     plan = make_plan(layout.preset)
     paths = []
     for dataset, n in {"docstrings": 192, "sums": 400}.items():
