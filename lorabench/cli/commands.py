@@ -459,6 +459,9 @@ def freeze(
     unexplored: Annotated[
         bool, Option("--unexplored", help="The preset was never run in this design; no verdicts are expected.")
     ] = False,
+    redesigned: Annotated[
+        bool, Option("--redesigned", help="With --unexplored: published verdicts are of an earlier design.")
+    ] = False,
     power: Annotated[
         Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
     ] = None,
@@ -469,7 +472,7 @@ def freeze(
 
     from lorabench.config.loading import split_name
     from lorabench.report.freeze import freeze as fix
-    from lorabench.report.freeze import is_of_this_design, write_frozen
+    from lorabench.report.freeze import write_frozen
     from lorabench.report.publish import NOT_PUBLISHED
     from lorabench.store.io import read_claims, table_path
     from lorabench.store.layout import Layout
@@ -481,8 +484,11 @@ def freeze(
     places = (explored.tables(), explored.published)
     claims = claims or next((folder for folder in places if table_path(folder, "claims")), None)
     if unexplored and claims is not None:
-        if claims != explored.published or is_of_this_design(explored):
-            raise UserError(f"--unexplored: the preset {explored.name} has verdicts in {claims}")
+        if claims != explored.published or not redesigned:
+            raise UserError(
+                f"--unexplored: the preset {explored.name} has verdicts in {claims}; if they are published and of an "
+                "earlier design of it, say --redesigned too"
+            )
         claims = None
     if not unexplored and claims is None:
         raise UserError(

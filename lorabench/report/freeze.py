@@ -7,7 +7,6 @@ the frozen ones. `came_out_again` sets the expected verdicts beside those of the
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -85,12 +84,6 @@ def preset_sha256(preset: Preset) -> str:
             if block["variants"] == ["lora"]:
                 del block["variants"]
     return digest(stated, 64)
-
-
-def is_of_this_design(layout: Layout) -> bool:
-    """Return whether the published verdicts of a preset are of what it states today, and not of an earlier design."""
-    made = json.loads((layout.published / "provenance.json").read_text(encoding="utf-8"))
-    return bool(made["preset_sha256"] == preset_sha256(layout.preset))
 
 
 def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
