@@ -35,7 +35,7 @@ from lorabench.audit.models import facts
 from lorabench.audit.regret import shipped_evidence
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED
+from lorabench.report.publish import PUBLISHED, with_part
 from lorabench.store.io import write_csv
 from lorabench.utils.files import atomic_path
 
@@ -244,12 +244,9 @@ def main() -> None:
     write_csv(findings, out / "framework_findings.csv")
     for kind in ("png", "svg"):
         style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
-    begin, end = "<!-- tables: written by `python -m benchmarks.framework_defaults` -->", "<!-- end of tables -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise UserError(f"{PAGE} has no place for the tables, between {begin} and {end}")
-    text = "\n".join((before + begin, *page_parts(runs, findings), end + after))
+    part = "\n".join(page_parts(runs, findings))
+    writer = "`python -m benchmarks.framework_defaults`"
+    text = with_part(PAGE.read_text(encoding="utf-8"), PAGE, "tables", writer, part)
     with atomic_path(PAGE) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

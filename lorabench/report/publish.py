@@ -260,14 +260,30 @@ def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str
     texts: dict[Path, str] = {}
     for (page, name), part in parts.items():
         text = texts.get(page) or ((root / page).read_text(encoding="utf-8") if (root / page).is_file() else "")
-        start = f"<!-- {name}: written by `lorabench publish` and `lorabench evidence`, never by hand -->"
-        end = f"<!-- end of {name} -->"
-        before, start_in_text, rest = text.partition(start)
-        _, end_in_text, after = rest.partition(end)
-        if not (start_in_text and end_in_text):
-            raise UserError(f"{page} has no place for its generated part: it needs the two lines {start} and {end}")
-        texts[page] = f"{before}{start}\n{part}\n{end}{after}"
+        writer = "`lorabench publish` and `lorabench evidence`, never by hand"
+        texts[page] = with_part(text, page, name, writer, part)
     return texts
+
+
+def with_part(text: str, page: Path, name: str, writer: str, part: str) -> str:
+    """Return the text of a page with another text between the markers of one of its parts.
+
+    Args:
+        text: the page's.
+        page: the file, for the message of an error.
+        name: the part's.
+        writer: what writes the part, as the first marker says it.
+        part: the new text.
+
+    Raises:
+        UserError: the page has no place for the part.
+    """
+    start, end = f"<!-- {name}: written by {writer} -->", f"<!-- end of {name} -->"
+    before, start_in_text, rest = text.partition(start)
+    _, end_in_text, after = rest.partition(end)
+    if not (start_in_text and end_in_text):
+        raise UserError(f"{page} has no place for its generated part: it needs the two lines {start} and {end}")
+    return f"{before}{start}\n{part}\n{end}{after}"
 
 
 def answers_part(root: Path, page: Path) -> str:
