@@ -36,7 +36,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
-from lorabench.runs import Run, Seeds, Sweep
+from lorabench.report.publish import table as markdown_table
+from lorabench.report.publish import with_part
+from lorabench.runs import Condition, Run, Seeds
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
@@ -44,8 +46,10 @@ from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
+from lorabench.utils.files import atomic_path
 
-TABLE = Path("benchmarks/bf16_weights.csv")
+TABLE, PAGE = Path("benchmarks/bf16_weights.csv"), Path("docs/lr-ratio.md")
+COMMAND = "python -m benchmarks.bf16_weights"
 
 
 def kept(weights: Sequence[torch.Tensor], lr: float) -> float:
@@ -65,55 +69,74 @@ def round_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
             weight.data.copy_(weight.data.bfloat16())
 
 
-def results(layout: Layout, folder: Path, sweep: Sweep, weights: str) -> list[dict[str, Any]]:
-    """Return a row for each run of a sweep that a folder of runs holds."""
-    condition, rows = sweep.condition, []
-    for lr in sweep.lrs:
-        for seed in sweep.seeds.leading(sweep.seeds.best):
-            run = RunFolder(folder, Run(condition, lr, seed).run_id)
-            if run.done():
-                outcome = run.read_record()["outcome"]
-                value = outcome["final_reward" if condition.task == "rl" else "final_test_nll"]
-                row: dict[str, Any] = {"preset": layout.name, "model": condition.model, "dataset": condition.dataset}
-                row |= {"weights": weights, "lr": lr, "seed": seed, "status": outcome["status"]}
-                rows.append(row | {"accuracy" if condition.task == "rl" else "nll": value})
+def results(layout: Layout, runs: Path, condition: Condition, weights: str) -> list[dict[str, Any]]:
+    """Return a row for each finished run of a condition in a folder of runs."""
+    rows, rl = [], condition.task == "rl"
+    for path in sorted(runs.iterdir()):
+        folder = RunFolder(runs, path.name)
+        if not folder.done():
+            continue
+        record = folder.read_record()
+        lr, seed, outcome = record["spec"]["lr"], record["spec"]["seed"], record["outcome"]
+        if Run(condition, lr, seed).run_id == path.name:
+            row = {"preset": layout.name, "model": condition.model, "dataset": condition.dataset, "weights": weights}
+            row |= {"lr": lr, "seed": seed, "status": outcome["status"]}
+            rows.append(row | {"accuracy" if rl else "nll": outcome["final_reward" if rl else "final_test_nll"]})
     return rows
 
 
+def page_part(table: pd.DataFrame) -> str:
+    """Return the table for the page: a row for each LR with runs in bf16, with the mean over seeds."""
+    lines = []
+    for (model, dataset, _), rows in table.groupby(["model", "dataset", "lr"]):
+        rounded, exact = rows[rows["weights"] == "bf16"], rows[rows["weights"] == "fp32"]
+        if len(rounded):
+            share, lr = float(rounded["kept"].iloc[0]), float(rounded["lr"].iloc[0])
+            measure = "accuracy" if rounded["accuracy"].notna().any() else "nll"
+            means = [
+                f"{float(runs[measure].mean()):.3f} ({len(runs)})" if len(runs) else "" for runs in (rounded, exact)
+            ]
+            lines.append([model, dataset, measure, f"{lr:.2g}", f"{share:.1%}", f"{share * lr:.2g}", *means])
+    header = ["model", "dataset", "measure", "LR", "kept", "LR times kept", "in bf16 (seeds)", "in fp32 (seeds)"]
+    return "\n".join(["", *markdown_table(header, lines), ""])
+
+
 def main() -> None:
-    """Train the runs, and add them to the table."""
+    """Train the runs, add them to the table, and show it on the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("preset", help="a preset whose full fine-tuning is finished in results/")
     parser.add_argument("dataset", help="one of its datasets or problem sets")
-    parser.add_argument("lrs", type=float, nargs="*", help="learning rates; without any, only what is kept is printed")
+    parser.add_argument("lrs", type=float, nargs="*", help="learning rates; without any, nothing is trained")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds, from the preset's first on")
     given = parser.parse_args()
     layout = Layout.of(given.preset)
     plan = make_plan(layout.preset)
     own = [s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.dataset == given.dataset]
-    # The runs of one condition may be planned as several sweeps.
     condition = own[0].condition
-    lrs = tuple(given.lrs)
     weights = [weight.detach() for weight in load_model(layout.model(condition.model)).parameters()]
-    for lr in lrs or (1e-6, 1e-5, 1e-4, 1e-3):
+    for lr in given.lrs:
         print(f"{condition.model}: at {lr:g}, {kept(weights, lr):.3f} of a step is kept in bf16")
-    del weights
-    seeds = Seeds(given.seeds, given=tuple((lr, given.seeds) for lr in lrs), first=layout.preset.first_seed)
-    sweep = replace(own[0], lrs=lrs, seeds=seeds, lattice=None)
     fp32, layout.runs = layout.runs, layout.root / "bf16_weights"
-    if lrs:
+    if given.lrs:
+        seeds = Seeds(given.seeds, given=tuple((lr, given.seeds) for lr in given.lrs), first=layout.preset.first_seed)
+        sweep = replace(own[0], lrs=tuple(given.lrs), seeds=seeds, lattice=None)
         register_optimizer_step_post_hook(round_weights)
         with RlTrainer() if condition.task == "rl" else nullcontext(SftTrainer()) as train:
             train_sweep(plan, sweep, layout, train, print, SINGLE_PROCESS)
-    every = replace(sweep, lrs=tuple(sorted({*lrs, *(lr for s in own for lr in s.lrs)})), seeds=replace(seeds, best=16))
-    rows = results(layout, layout.runs, every, "bf16") + results(layout, fp32, every, "fp32")
-    table = pd.DataFrame(rows)
+    rounded = pd.DataFrame(results(layout, layout.runs, condition, "bf16"))
+    shares = {lr: kept(weights, lr) for lr in rounded["lr"].unique()}
+    exact = pd.DataFrame(results(layout, fp32, condition, "fp32"))
+    table = pd.concat([rounded.assign(kept=rounded["lr"].map(shares)), exact.assign(kept=1.0)])
     if TABLE.is_file():
         table = pd.concat([pd.read_csv(TABLE), table])
     names = ["preset", "model", "dataset", "weights", "lr", "seed"]
     table = table.drop_duplicates(names, keep="last").sort_values(names)
+    table = table.reindex(columns=[*names, "status", "kept", "accuracy", "nll"])
     write_csv(table, TABLE)
-    print(table.groupby(names[:-1])[["accuracy", "nll"]].mean(numeric_only=True))
+    text = with_part(PAGE.read_text(encoding="utf-8"), PAGE, "bf16", f"`{COMMAND}`", page_part(table))
+    with atomic_path(PAGE) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    print(page_part(table))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class TrainingConfig:
     """Bits of a quantized base, 4 or 8 (QLoRA)."""
     precision: str | None = None
     """`bf16`, `fp16` or `fp32`, of weights or autocast."""
+    rounded: bool = False
+    """Whether full fine-tuning holds its weights in bf16 and in nothing finer, so that each step is rounded."""
     lr: float | None = None
     schedule: str | None = None
     """The framework's own word, such as `cosine`."""

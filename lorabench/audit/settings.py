@@ -6,6 +6,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from statistics import NormalDist
+
+import numpy as np
 
 from lorabench.audit.config import Knowledge, TrainingConfig
 from lorabench.audit.finding import Finding, Level
@@ -38,9 +41,22 @@ RATIO, RATIO_LOW, RATIO_HIGH = 14, 3.4, 60
 
 _THEORY = "the theory of the ratio, docs/lr-ratio.md"
 _RATIO = "optima of 6 sources, docs/other-runs.md"
-# In bf16, which keeps 8 bits of a number, a step of less than this share of a weight is always rounded away.
-_LOST = 2.0**-9
+_MOST, _FEW = 0.8, 0.05
+"""The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
 _TYPICAL_WEIGHT = 0.02
+"""The standard deviation of the weights of large language models, roughly."""
+
+
+def kept_in_bf16(lr: float, size: float = _TYPICAL_WEIGHT) -> float:
+    """Return the share of steps of size `lr` that is left if weights are rounded to bf16, which has 8 significant bits.
+
+    Args:
+        lr: the learning rate; a step of Adam is about as large.
+        size: the standard deviation of the weights, which are taken to be normal.
+    """
+    weights = np.array([NormalDist(0, size).inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
+    spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
+    return float(np.mean(np.round(lr / spacing) * spacing) / lr)
 
 
 def effective_alpha(config: TrainingConfig) -> float | None:
@@ -148,18 +164,19 @@ def check_precision(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         message = f"weights quantized to {config.bits} bits can't be trained; full fine-tuning needs bf16 or fp32"
         source = "transformers, whose Trainer stops with an error"
         return [Finding("precision", "error", message, source, "certain", line=line)]
-    # Of the formats that are read, torchtune's alone says the precision of the weights, not that of the products.
-    if config.format != "torchtune" or config.precision != "bf16" or config.lr is None:
+    if not config.rounded or not config.lr:
         return []
-    if config.lr >= _TYPICAL_WEIGHT * _LOST:
+    kept = kept_in_bf16(config.lr)
+    if kept >= _MOST:
         return []
     message = (
-        f"weights are held in bf16, in which Adam's step of about {config.lr:g} is rounded away from weights above "
-        f"{config.lr / _LOST:.1g}, as many are; fp32 weights or an optimizer with stochastic rounding keep it"
+        f"weights are held in bf16, which keeps {kept:.0%} of steps of {config.lr:g} if weights are of size "
+        f"{_TYPICAL_WEIGHT:g}; weights in fp32, or an optimizer with stochastic rounding, keep all"
     )
-    source = "the spacing of bf16; Zamirai et al. 2020, arXiv 2010.06192"
-    sure = "the rounding is certain; what it costs here is not measured"
-    return [Finding("precision", "note", message, source, sure, line=line)]
+    source = "SmolLM2-135M with weights in bf16 and in fp32, docs/lr-ratio.md; Zamirai et al. 2020, arXiv 2010.06192"
+    sure = "certain that it is rounded; there, the best learning rate was 8 times as high in RL and X in SFT"
+    level: Level = "warning" if kept < _FEW else "note"
+    return [Finding("precision", level, message, source, sure, line=line)]
 
 
 def check_same_lr(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:

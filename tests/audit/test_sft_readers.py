@@ -243,6 +243,19 @@ def test_torchtune():
     assert (config.lines["lr"], config.findings) == (19, ())
 
 
+def test_where_weights_are_held_in_bf16_alone():
+    assert read(axolotl, AXOLOTL).rounded
+    # DeepSpeed and FSDP hold what is trained in fp32, and optimi's optimizers keep what rounding loses.
+    for more in ("deepspeed: zero3.json\n", "fsdp_version: 2\nfsdp_config:\n  offload_params: false\n"):
+        assert not read(axolotl, AXOLOTL + more).rounded
+    assert not read(axolotl, AXOLOTL.replace("adamw_bnb_8bit", "optimi_adamw")).rounded
+    # Where it is of the products, LLaMA-Factory holds what is trained in fp32.
+    assert not read(llamafactory, LLAMAFACTORY).rounded
+    assert read(llamafactory, f"{LLAMAFACTORY}pure_bf16: true\n").rounded
+    assert read(torchtune, f"{TORCHTUNE.replace('dtype: bf16', '')}dtype: bf16\n").rounded
+    assert not read(torchtune, f"{TORCHTUNE.replace('dtype: bf16', '')}dtype: fp32\n").rounded
+
+
 def test_torchtune_full_fine_tuning_by_grpo():
     text = TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1").replace("LinearCrossEntropyLoss", "GRPOSimpleLoss")
     config = read(torchtune, f"{text}grpo_samples: 16\nnum_steps: 200\n")

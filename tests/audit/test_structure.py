@@ -269,11 +269,13 @@ def test_precision() -> None:
     full = replace(LLAMA, method="fullft", rank=None, alpha=None, targets=None)
     assert only(check_precision(replace(full, bits=4), NOTHING)).level == "error"
     assert check_precision(replace(LLAMA, bits=4), NOTHING) == []
-    pure = replace(full, format="torchtune", precision="bf16", lr=2e-5)
-    assert "from weights above 0.01" in only(check_precision(pure, NOTHING)).message
+    pure = replace(full, precision="bf16", rounded=True, lr=2e-5)
+    note = only(check_precision(pure, NOTHING))
+    assert (note.level, "keeps 37% of steps of 2e-05" in note.message) == ("note", True)
+    assert only(check_precision(replace(pure, lr=1e-6), NOTHING)).level == "warning"
     assert check_precision(replace(pure, lr=1e-4), NOTHING) == []
-    # Elsewhere bf16 may be that of autocast, with weights in fp32.
-    assert check_precision(replace(pure, format="axolotl"), NOTHING) == []
+    # Products in bf16 lose nothing of a step.
+    assert check_precision(replace(pure, rounded=False), NOTHING) == []
 
 
 def test_the_same_learning_rate_for_both_methods() -> None:

@@ -114,6 +114,9 @@ num_train_epochs: 1
     assert (config.batch_size, config.group_size, config.max_length) == (8, 16, 1536)
     assert (config.steps, config.epochs) == (None, 1)
     assert config.lines["lr"] == 6
+    assert not config.rounded
+    (config,) = read(tmp_path, "recipes/demo.yaml", f"{recipe}dtype: bfloat16\n")
+    assert config.rounded
     command = "accelerate launch --config_file zero3.yaml src/grpo.py --config recipes/demo.yaml --learning_rate 1e-5\n"
     (tmp_path / "zero3.yaml").write_text("num_processes: 4\n")
     path = tmp_path / "run.sh"

@@ -109,6 +109,11 @@ def _said(data: Mapping[str, Any]) -> dict[str, Any]:
         if flag(data.get("load_in_8bit"))
         else None,
         "precision": _precision(data),
+        # The model is loaded in bf16. DeepSpeed keeps an fp32 copy, FSDP in accelerate holds what is trained in fp32,
+        # and optimi's optimizers add what rounding loses to the next step.
+        "rounded": _precision(data) == "bf16"
+        and not any(data.get(key) for key in ("deepspeed", "fsdp", "fsdp_config"))
+        and not (text(data.get("optimizer")) or "").startswith("optimi"),
         "lr": number(data.get("learning_rate")),
         "schedule": text(data.get("lr_scheduler")) or "cosine",
         "warmup": number(data.get("warmup_steps")) or number(data.get("warmup_ratio")),

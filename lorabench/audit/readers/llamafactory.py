@@ -153,6 +153,7 @@ def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str,
         "model": text(data.get("model_name_or_path")),
         "bits": count(data.get("quantization_bit")),
         "precision": _precision(data),
+        "rounded": flag(data.get("pure_bf16")) and not data.get("deepspeed"),
         # Where nothing is said, these are the defaults of transformers.
         "lr": number(data.get("learning_rate", 5e-5)),
         "schedule": text(data.get("lr_scheduler_type", "linear")),

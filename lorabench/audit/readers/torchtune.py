@@ -85,6 +85,7 @@ def _said(data: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
         "model": _model(builder, data),
         "bits": 4 if builder.startswith("qlora_") or flag(model.get("quantize_base")) else None,
         "precision": text(data.get("dtype")),
+        "rounded": text(data.get("dtype")) == "bf16",
         "lr": number(options.at(data, "optimizer.lr")),
         "schedule": schedule,
         "warmup": number(options.at(data, "lr_scheduler.num_warmup_steps")),

@@ -99,6 +99,7 @@ def plain_fields(options: Options, task: Task | None) -> tuple[dict[str, Any], d
         "max_length": length,
         "packing": options.flag("packing"),
         "precision": _precision(options),
+        "rounded": options.text("dtype", "torch_dtype") == "bfloat16",
     }
     lines = options.lines_of(FIELDS)
     return fields, {name: line for name, line in lines.items() if fields[name] is not None}
