@@ -96,7 +96,7 @@ def page_part(table: pd.DataFrame) -> str:
             means = [
                 f"{float(runs[measure].mean()):.3f} ({len(runs)})" if len(runs) else "" for runs in (rounded, exact)
             ]
-            lines.append([model, dataset, measure, f"{lr:.2g}", f"{share:.1%}", f"{share * lr:.2g}", *means])
+            lines.append([model, dataset, measure, f"{lr:.3g}", f"{share:.1%}", f"{share * lr:.2g}", *means])
     header = ["model", "dataset", "measure", "LR", "kept", "LR times kept", "in bf16 (seeds)", "in fp32 (seeds)"]
     return "\n".join(["", *markdown_table(header, lines), ""])
 
