@@ -164,7 +164,7 @@ def check_precision(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         message = f"weights quantized to {config.bits} bits can't be trained; full fine-tuning needs bf16 or fp32"
         source = "transformers, whose Trainer stops with an error"
         return [Finding("precision", "error", message, source, "certain", line=line)]
-    if not config.rounded or not config.lr:
+    if not config.rounded or config.lr is None or not 0 < config.lr < _TYPICAL_WEIGHT:
         return []
     kept = kept_in_bf16(config.lr)
     if kept >= _MOST:

@@ -273,7 +273,8 @@ def test_precision() -> None:
     note = only(check_precision(pure, NOTHING))
     assert (note.level, "keeps 37% of steps of 2e-05" in note.message) == ("note", True)
     assert only(check_precision(replace(pure, lr=1e-6), NOTHING)).level == "warning"
-    assert check_precision(replace(pure, lr=1e-4), NOTHING) == []
+    for lr in (1e-4, 0.0, -1e-5, math.inf, math.nan):
+        assert check_precision(replace(pure, lr=lr), NOTHING) == []
     # Products in bf16 lose nothing of a step.
     assert check_precision(replace(pure, rounded=False), NOTHING) == []
 
