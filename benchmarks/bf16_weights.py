@@ -12,7 +12,7 @@ The command trains full fine-tuning on one of a preset's datasets at the given L
 each step and nothing else. The losses of these runs, in RL accuracies, are added to benchmarks/bf16_weights.csv beside
 those of the preset's own runs, which hold weights in fp32 and have the same data and order.
 
-Written down before any of these runs, with steps of a whole LR, where Adam's are smaller and more is lost:
+Written down before the first result of these runs, with steps of a whole LR, where Adam's are smaller and more is lost:
 
 - SmolLM2-135M, RL on sums (the base solves 26% of the problems; fp32 is best at 1.25e-5, with 87%): the optimum in bf16
   is at least 6e-5. At 1e-5, where 2% is kept, bf16 ends below 50%, where fp32 has 87%; at 1e-4 above 50%, where fp32
@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
 from lorabench.report.publish import table as markdown_table
-from lorabench.report.publish import with_part
+from lorabench.report.publish import write_part
 from lorabench.runs import Condition, Run, Seeds
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
@@ -46,10 +46,8 @@ from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
-from lorabench.utils.files import atomic_path
 
 TABLE, PAGE = Path("benchmarks/bf16_weights.csv"), Path("docs/lr-ratio.md")
-COMMAND = "python -m benchmarks.bf16_weights"
 
 
 def kept(weights: Sequence[torch.Tensor], lr: float) -> float:
@@ -112,6 +110,8 @@ def main() -> None:
     layout = Layout.of(given.preset)
     plan = make_plan(layout.preset)
     own = [s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.dataset == given.dataset]
+    if not own:
+        parser.error(f"preset {given.preset} has no full fine-tuning on {given.dataset!r}")
     condition = own[0].condition
     weights = [weight.detach() for weight in load_model(layout.model(condition.model)).parameters()]
     for lr in given.lrs:
@@ -133,9 +133,7 @@ def main() -> None:
     table = table.drop_duplicates(names, keep="last").sort_values(names)
     table = table.reindex(columns=[*names, "status", "kept", "accuracy", "nll"])
     write_csv(table, TABLE)
-    text = with_part(PAGE.read_text(encoding="utf-8"), PAGE, "bf16", f"`{COMMAND}`", page_part(table))
-    with atomic_path(PAGE) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_part(PAGE, "bf16", "`python -m benchmarks.bf16_weights`", page_part(table))
     print(page_part(table))
 
 

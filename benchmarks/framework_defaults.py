@@ -35,9 +35,8 @@ from lorabench.audit.models import facts
 from lorabench.audit.regret import shipped_evidence
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, with_part
+from lorabench.report.publish import PUBLISHED, write_part
 from lorabench.store.io import write_csv
-from lorabench.utils.files import atomic_path
 
 
 class Framework(NamedTuple):
@@ -244,11 +243,7 @@ def main() -> None:
     write_csv(findings, out / "framework_findings.csv")
     for kind in ("png", "svg"):
         style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
-    part = "\n".join(page_parts(runs, findings))
-    writer = "`python -m benchmarks.framework_defaults`"
-    text = with_part(PAGE.read_text(encoding="utf-8"), PAGE, "tables", writer, part)
-    with atomic_path(PAGE) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_part(PAGE, "tables", "`python -m benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings)))
 
 
 if __name__ == "__main__":

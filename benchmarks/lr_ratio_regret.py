@@ -28,15 +28,13 @@ from benchmarks.lr_left_out import condition_of, left_out, loss_above_best, move
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.report.publish import PUBLISHED, evidence_folders, table, with_part
+from lorabench.report.publish import PUBLISHED, evidence_folders, table, write_part
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
-from lorabench.utils.files import atomic_path
 
 PAGE = Path("docs/lr-ratio.md")
-COMMAND = "python -m benchmarks.lr_ratio_regret"
 
 Base = tuple[str, str, str]
 """A source, a model and a dataset."""
@@ -149,9 +147,7 @@ def main() -> None:
     studies, presets = read_studies(source_folders()), evidence_folders(Path())
     costs = regrets(known_optima(studies, presets), losses_before_training(studies, presets))
     write_csv(costs, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
-    text = with_part(PAGE.read_text(encoding="utf-8"), PAGE, "regret", f"`{COMMAND}`", page_part(costs))
-    with atomic_path(PAGE) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_part(PAGE, "regret", "`python -m benchmarks.lr_ratio_regret`", page_part(costs))
     print(costs.to_string(index=False, float_format="{:.3g}".format))
 
 

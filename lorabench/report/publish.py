@@ -261,23 +261,22 @@ def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str
     for (page, name), part in parts.items():
         text = texts.get(page) or ((root / page).read_text(encoding="utf-8") if (root / page).is_file() else "")
         writer = "`lorabench publish` and `lorabench evidence`, never by hand"
-        texts[page] = with_part(text, page, name, writer, part)
+        texts[page] = _with_part(text, page, name, writer, part)
     return texts
 
 
-def with_part(text: str, page: Path, name: str, writer: str, part: str) -> str:
-    """Return the text of a page with another text between the markers of one of its parts.
-
-    Args:
-        text: the page's.
-        page: the file, for the message of an error.
-        name: the part's.
-        writer: what writes the part, as the first marker says it.
-        part: the new text.
+def write_part(page: Path, name: str, writer: str, part: str) -> None:
+    """Write a text between the markers of a part of a page; `writer` is what writes it, as the first marker says.
 
     Raises:
         UserError: the page has no place for the part.
     """
+    text = _with_part(page.read_text(encoding="utf-8"), page, name, writer, part)
+    with atomic_path(page) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _with_part(text: str, page: Path, name: str, writer: str, part: str) -> str:
     start, end = f"<!-- {name}: written by {writer} -->", f"<!-- end of {name} -->"
     before, start_in_text, rest = text.partition(start)
     _, end_in_text, after = rest.partition(end)
