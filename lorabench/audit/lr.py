@@ -62,6 +62,11 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         assumed.append(f"the number of devices is not said, and 1 to {MOST_DEVICES} are allowed for")
     if math.isnan(place.steps):
         assumed.append("the number of steps is not said")
+    # The others are LoRA with another alpha.
+    measured = [variant for variant in config.variants if measured_factor(variant, config.rank).where]
+    if place.rl and measured:
+        names = " and ".join(VARIANT_NAMES[variant] for variant in measured)
+        assumed.append(f"the learning rate of {names} over LoRA's was measured in {_TASKS[False]}")
     recommended = verdict.recommended
     sure = f"95% interval of the optimal learning rate {recommended.low:.2g} to {recommended.high:.2g}"
     source = f"optimal learning rates of {evidence.sources(place)} sources (docs/other-runs.md)"

@@ -218,6 +218,10 @@ def test_reinforcement_learning_at_a_learning_rate_of_supervised_fine_tuning():
     assert "usual in supervised" in finding.message
     assert found(lr=BEST / 100, **rl).code == "lr"
     assert found(lr=BEST * 100, **rl).code == "lr"
+    # rsLoRA is LoRA with another alpha; of PiSSA nothing is known but in supervised fine-tuning.
+    both = {"rslora": True, "variant": "pissa"}
+    assert "the learning rate of PiSSA over LoRA's was measured in supervised fine-tuning" in found(**rl, **both).sure
+    assert "PiSSA" not in found(**both).sure
 
 
 def test_the_shipped_evidence_on_an_ordinary_configuration():
