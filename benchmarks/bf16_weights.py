@@ -35,10 +35,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorabench.models.base import load_model
-from lorabench.planning.plan import make_plan
+from lorabench.planning.plan import Plan, make_plan
 from lorabench.report.publish import table as markdown_table
 from lorabench.report.publish import write_part
-from lorabench.runs import Condition, Run, Seeds
+from lorabench.runs import Condition, Run, Seeds, Sweep
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
@@ -65,6 +65,15 @@ def round_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.data.copy_(weight.data.bfloat16())
+
+
+def train_at(lrs: Sequence[float], seeds: int, plan: Plan, sweep: Sweep, layout: Layout) -> None:
+    """Train a sweep's condition at each of some LRs, with the preset's first seeds."""
+    given = tuple((lr, seeds) for lr in lrs)
+    seeds_of = Seeds(seeds, given=given, first=layout.preset.first_seed)
+    with RlTrainer() if sweep.condition.task == "rl" else nullcontext(SftTrainer()) as train:
+        changed = replace(sweep, lrs=tuple(lrs), seeds=seeds_of, lattice=None)
+        train_sweep(plan, changed, layout, train, print, SINGLE_PROCESS)
 
 
 def results(layout: Layout, runs: Path, condition: Condition, weights: str) -> list[dict[str, Any]]:
@@ -118,11 +127,8 @@ def main() -> None:
         print(f"{condition.model}: at {lr:g}, {kept(weights, lr):.3f} of a step is kept in bf16")
     fp32, layout.runs = layout.runs, layout.root / "bf16_weights"
     if given.lrs:
-        seeds = Seeds(given.seeds, given=tuple((lr, given.seeds) for lr in given.lrs), first=layout.preset.first_seed)
-        sweep = replace(own[0], lrs=tuple(given.lrs), seeds=seeds, lattice=None)
         register_optimizer_step_post_hook(round_weights)
-        with RlTrainer() if condition.task == "rl" else nullcontext(SftTrainer()) as train:
-            train_sweep(plan, sweep, layout, train, print, SINGLE_PROCESS)
+        train_at(given.lrs, given.seeds, plan, own[0], layout)
     rounded = pd.DataFrame(results(layout, layout.runs, condition, "bf16"))
     shares = {lr: kept(weights, lr) for lr in rounded["lr"].unique()}
     exact = pd.DataFrame(results(layout, fp32, condition, "fp32"))
