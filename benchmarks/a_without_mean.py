@@ -10,8 +10,8 @@ rows of A are made orthogonal to the mean input of their layer (of 32 training e
 is changed. `python -m benchmarks.lr_first_step` says by how much.
 
 The command trains these runs at the given LRs of A, which is frozen since B's LR is 1000 times as high, and writes
-their losses into benchmarks/a_without_mean.csv beside those of the preset's own runs on the same examples in the same
-order.
+their losses by the LR of B into benchmarks/a_without_mean.csv, beside those of the preset's own runs on the same
+examples in the same order.
 
 Written down before the first of these runs, for SmolLM2-135M on docstrings, where A as it is has the ratio 14 by
 parabolas, 18.1 by the line search of the first step, and 33 by `movement`:
@@ -25,6 +25,7 @@ parabolas, 18.1 by the line search of the first step, and 33 by `movement`:
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ import pandas as pd
 
 from benchmarks.bf16_weights import results, train_at
 from benchmarks.lr_first_step import input_means, lowest, without
+from lorabench.analysis.arms import ALPHA
 from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.models.base import load_tokenizer
 from lorabench.models.lora import lora_layers
@@ -44,8 +46,9 @@ from lorabench.training import context
 from lorabench.training.run import machine_of
 
 TABLE = Path("benchmarks/a_without_mean.csv")
-FROZEN = 1000.0
-"""The ratio of B's to A's LR from which on A counts as frozen."""
+RANK = 16
+LABELS = {1.0: "trained A", 1000.0: "frozen A"}
+"""The arms of LoRA, by the ratio of B's to A's LR."""
 
 
 def main() -> None:
@@ -54,16 +57,18 @@ def main() -> None:
     parser.add_argument("preset", help="a preset that is finished in results/, with a frozen A")
     parser.add_argument("dataset", help="one of its datasets")
     parser.add_argument("lrs", type=float, nargs="*", help="learning rates of A; without any, nothing is trained")
+    parser.add_argument("--arm", choices=LABELS.values(), default=LABELS[1000.0])
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds, from the preset's first on")
     given = parser.parse_args()
     layout = Layout.of(given.preset)
     plan = make_plan(layout.preset)
     sweeps = [sweep for sweep in plan.sweeps if sweep.condition.dataset == given.dataset]
-    frozen = [sweep for sweep in sweeps if sweep.condition.lr_ratio == FROZEN]
     fullft = [sweep for sweep in sweeps if sweep.condition.method == "fullft"]
-    if not (frozen and fullft):
-        parser.error(f"preset {given.preset} has no frozen A or no full fine-tuning on {given.dataset!r}")
-    condition = frozen[0].condition
+    lora = [sweep for sweep in sweeps if (sweep.condition.rank, sweep.condition.alpha) == (RANK, ALPHA)]
+    arms = {str(LABELS.get(sweep.condition.lr_ratio or 0.0)): sweep for sweep in lora}
+    if not (fullft and {*LABELS.values()} <= {*arms}):
+        parser.error(f"preset {given.preset} lacks full fine-tuning, LoRA or a frozen A on {given.dataset!r}")
+    condition = arms[given.arm].condition
     spec = layout.model(condition.model)
     key = cache_key(load_tokenizer(spec), layout.dataset(given.dataset))
     train = read_tokens(layout.tokens(condition.model, given.dataset), key)["train"].chosen(np.arange(32))
@@ -82,17 +87,19 @@ def main() -> None:
     own, layout.runs = layout.runs, layout.root / "a_without_mean"
     if given.lrs:
         with mock.patch.object(context, "with_adapter", changed):
-            train_at(given.lrs, given.seeds, plan, frozen[0], layout)
-    rows = [
-        *results(layout, own, fullft[0].condition, "full fine-tuning"),
-        *results(layout, own, condition, "A"),
-        *results(layout, layout.runs, condition, "A without the mean"),
-    ]
-    table = pd.DataFrame(rows).rename(columns={"weights": "trained"}).sort_values(["trained", "lr", "seed"])
+            train_at(given.lrs, given.seeds, plan, arms[given.arm], layout)
+    rows = results(layout, own, fullft[0].condition, "full fine-tuning")
+    for name, sweep in arms.items():
+        rows += results(layout, own, sweep.condition, name)
+        rows += results(layout, layout.runs, sweep.condition, f"{name} without the mean")
+    table = pd.DataFrame(rows).rename(columns={"weights": "trained"})
+    table["lr"] *= np.where(table["trained"].str.startswith(LABELS[1000.0]), 1000.0, 1.0)
+    table = table.sort_values(["trained", "lr", "seed"])
     write_csv(table, TABLE)
     best = {str(name): lowest(dict(arm.groupby("lr")["nll"].mean())) for name, arm in table.groupby("trained")}
     for name, lr in best.items():
-        print(f"{name}: best LR {lr:.3g}, {FROZEN * lr / best['full fine-tuning']:.3g} times as B's LR")
+        times = f"{lr:.3g}, {lr / best['full fine-tuning']:.3g} times that of full fine-tuning"
+        print(f"{name}: the best LR is {'at an edge' if math.isnan(lr) else times}")
 
 
 if __name__ == "__main__":

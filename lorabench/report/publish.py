@@ -58,8 +58,8 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 
-CONTROLS = ("lr_noise", "lr_pretraining", "lr_subspace")
-"""The presets that test a theory on bases and arms that nobody would use."""
+CONTROLS = ("lr_noise", "lr_pretraining", "lr_smollm2", "lr_subspace")
+"""The presets that test a theory alone, on bases and arms that nobody would use or with runs that `overnight` has too."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
