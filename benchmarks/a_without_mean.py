@@ -11,7 +11,7 @@ is changed. `python -m benchmarks.lr_first_step` says by how much.
 
 The command trains these runs at the given LRs of A, which is frozen since B's LR is 1000 times as high, and writes
 their losses by the LR of B into benchmarks/a_without_mean.csv, beside those of the preset's own runs on the same
-examples in the same order.
+examples in the same order. It also writes the table of that preset's ratios into docs/lr-ratio.md.
 
 Written down before the first of these runs, for SmolLM2-135M on docstrings, where A as it is has the ratio 14 by
 parabolas, 18.1 by the line search of the first step, and 33 by `movement`:
@@ -40,15 +40,35 @@ from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.models.base import load_tokenizer
 from lorabench.models.lora import lora_layers
 from lorabench.planning.plan import make_plan
+from lorabench.report.publish import PUBLISHED, write_part
+from lorabench.report.publish import table as markdown_table
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.training import context
 from lorabench.training.run import machine_of
 
 TABLE = Path("benchmarks/a_without_mean.csv")
+PUBLISHED_RATIOS, PAGE = PUBLISHED / "lr_smollm2/lr_ratio.csv", Path("docs/lr-ratio.md")
 RANK = 16
 LABELS = {1.0: "trained A", 1000.0: "frozen A"}
 """The arms of LoRA, by the ratio of B's to A's LR."""
+SHOWN = ("movement", "mu_a", "scale", "still", "constant")
+"""The theories that the page shows."""
+
+
+def page_part(ratios: pd.DataFrame) -> str:
+    """Return the table of the page: the ratios that a published preset measured, and what theories say of them."""
+    own = ratios[ratios["element"].eq("condition") & ratios["runs"].eq("own")]
+    names, lines = ["frozen", "dataset", "rank", "alpha"], []
+    for (frozen, dataset, rank, alpha), rows in own.sort_values(names, ascending=[True, True, False, True]).groupby(
+        names, sort=False
+    ):
+        said, first = rows.set_index("theory")["predicted"], rows.iloc[0]
+        measured = f"{first['ratio']:.1f} [{first['ratio_low']:.1f}, {first['ratio_high']:.1f}]"
+        arm = f"rank {rank:.0f}, alpha {alpha:.0f}{', A frozen' if frozen else ''}"
+        lines.append([dataset, arm, measured, *(f"{said[name]:.1f}" if name in said else "" for name in SHOWN)])
+    header = ["dataset", "LoRA", "measured", *(f"`{name}`" for name in SHOWN)]
+    return "\n".join(["", *markdown_table(header, lines), ""])
 
 
 def main() -> None:
@@ -96,6 +116,7 @@ def main() -> None:
     table["lr"] *= np.where(table["trained"].str.startswith(LABELS[1000.0]), 1000.0, 1.0)
     table = table.sort_values(["trained", "lr", "seed"])
     write_csv(table, TABLE)
+    write_part(PAGE, "smollm2", "`python -m benchmarks.a_without_mean`", page_part(pd.read_csv(PUBLISHED_RATIOS)))
     best = {str(name): lowest(dict(arm.groupby("lr")["nll"].mean())) for name, arm in table.groupby("trained")}
     for name, lr in best.items():
         times = f"{lr:.3g}, {lr / best['full fine-tuning']:.3g} times that of full fine-tuning"

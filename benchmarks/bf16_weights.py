@@ -47,7 +47,7 @@ from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
 
-TABLE, PAGE = Path("benchmarks/bf16_weights.csv"), Path("docs/lr-ratio.md")
+TABLE, PAGE = Path("benchmarks/bf16_weights.csv"), Path("docs/bf16.md")
 
 
 def kept(weights: Sequence[torch.Tensor], lr: float) -> float:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from benchmarks.a_without_mean import TABLE
+from benchmarks.a_without_mean import PAGE, PUBLISHED_RATIOS, TABLE, page_part
 
 from ..conftest import REPOSITORY
 
@@ -15,9 +15,13 @@ ARMS = ("frozen A", "frozen A without the mean")
 SEEDS = (100, 101)
 
 
+def test_the_table_of_the_page_is_that_of_the_published_preset():
+    assert page_part(pd.read_csv(REPOSITORY / PUBLISHED_RATIOS)) in (REPOSITORY / PAGE).read_text(encoding="utf-8")
+
+
 def test_the_page_states_what_the_runs_say():
     runs = pd.read_csv(REPOSITORY / TABLE)
-    page = " ".join((REPOSITORY / "docs/lr-ratio.md").read_text(encoding="utf-8").split())
+    page = " ".join((REPOSITORY / PAGE).read_text(encoding="utf-8").split())
 
     def lowest(trained: str, *seeds: int) -> tuple[float, float]:
         """Return the best LR and its loss, by a parabola through the means at the three LRs that all arms have."""
