@@ -59,7 +59,7 @@ SOURCES = Path("paper_figures/reference")
 
 
 CONTROLS = ("lr_noise", "lr_pretraining", "lr_smollm2", "lr_subspace")
-"""The presets that test a theory alone, on bases and arms that nobody would use or with runs that `overnight` has too."""
+"""The presets that test a theory alone, on bases and arms that nobody would use or with runs of `overnight`."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
