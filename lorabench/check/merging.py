@@ -1,7 +1,7 @@
 """Whether a model with an adapter merged into its weights computes the same as the model with the adapter beside it.
 
-The measure is the rounding of the base: how far its logits move when its weights and products are rounded to a type.
-Merging is right in this type if the merged model's logits are not much further from those of the unmerged adapter.
+The measure is the rounding of the unmerged model: how far its logits move when weights and products are rounded to a
+type. Merging is right in this type if it moves them not much further.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROUNDINGS = 2.0
-"""A merged model may be off by so many times the base's rounding: the adapter makes logits larger, and merging rounds
-twice."""
+"""A merged model may be off by so many times the rounding of the unmerged one, since merging rounds twice."""
 _LOST = 0.2
 """A merged model may lack this share of the adapter's effect."""
 _FP32 = 2e-5
@@ -55,7 +54,7 @@ class Merged:
     nll: float | None
     difference: Difference | None
     rounding: Difference | None
-    """The base in this type against the base in fp32."""
+    """The unmerged adapter in this type against that in fp32."""
     kept: float | None
     """The share of the adapter's effect on the logits that is left: 1 if all is, 0 if the model is the base."""
     same: bool
@@ -97,7 +96,7 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     findings, rows = [*probe.findings], []
     for name in dtypes:
         with adapted(probe.base, probe.adapter, DTYPES[name]) as (unmerged, _):
-            targets = _targets(unmerged)
+            targets, apart = _targets(unmerged), logits(unmerged, probe.ids)
             try:
                 merged = unmerged.merge_and_unload()
             except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -105,12 +104,15 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
                 findings.append(finding("merged", "error", f"PEFT can't merge the adapter in {name}: {reason}"))
                 continue
             findings += _changes(probe.base, merged, targets, name)
-            row = _row(probe, "merged", name, logits(merged, probe.ids))
+            row = _row(probe, "merged", name, logits(merged, probe.ids), apart)
         rows.append(row)
         if not row.same:
             findings.append(finding("merged", "error" if name == "fp32" else "warning", row.verdict))
     if own is not None:
-        row = _row(probe, str(own), *_own_logits(own, probe))
+        dtype, computed = _own_logits(own, probe)
+        with adapted(probe.base, probe.adapter, DTYPES[dtype]) as (unmerged, _):
+            apart = logits(unmerged, probe.ids)
+        row = _row(probe, str(own), dtype, computed, apart)
         rows.append(row)
         findings += [] if row.same else [finding("merged", "error", row.verdict)]
     base_nll, adapter_nll = (
@@ -155,24 +157,27 @@ def effect_share(base: Tensor, full: Tensor, other: Tensor, other_base: Tensor) 
     return float((other - other_base).double().flatten() @ direction) / squared if squared else None
 
 
-def _row(probe: Probe, name: str, dtype: str, computed: Tensor) -> Merged:
+def _row(probe: Probe, name: str, dtype: str, computed: Tensor, apart: Tensor) -> Merged:
+    """Compare a merged model's logits with those of the unmerged adapter in fp32 and, as `apart`, in its own type."""
     in_type = probe.base_logits if dtype == "fp32" else logits(in_dtype(probe.base, DTYPES[dtype]), probe.ids)
-    rounding, off = _difference(probe.base_logits, in_type), _difference(probe.adapter_logits, computed)
+    rounding, off = (_difference(probe.adapter_logits, other) for other in (apart, computed))
     what = f"the merged model in {dtype}" if name == "merged" else f"the model in {name} ({dtype})"
     if off is None:
-        also = "" if rounding else ", and so does the base"
+        also = "" if rounding else ", and so does the unmerged adapter"
         sentence = f"{what} computes logits that are not finite{also}: this type has too small a range for it"
         return Merged(name, dtype, None, None, rounding, None, False, sentence)
     scale = float(probe.adapter_logits.square().mean().sqrt())
     allowed = _ROUNDINGS * (rounding.mean if rounding else 0.0) + _FP32 * scale
-    kept = effect_share(probe.base_logits, probe.adapter_logits, computed, in_type) if rounding else None
+    finite = bool(torch.isfinite(in_type).all())
+    kept = effect_share(probe.base_logits, probe.adapter_logits, computed, in_type) if finite else None
     far, lost = off.mean > allowed, kept is not None and abs(kept - 1) > _LOST
     if far or not lost:
         sentence = f"{what} is {'NOT ' if far else ''}the same as the adapter within the rounding of {dtype}"
     else:
         sentence = f"{what} has NOT the adapter's effect, which is smaller than the rounding of {dtype}"
     sentence += f": its logits differ by {off.mean:.2g} on average"
-    sentence += f", those of the base by {rounding.mean:.2g} from rounding alone" if rounding and rounding.mean else ""
+    if rounding and rounding.mean:
+        sentence += f", those of the unmerged adapter by {rounding.mean:.2g} from rounding alone"
     sentence += "" if kept is None else f"; {kept:.1%} of the adapter's effect is left"
     same = not far and not lost
     return Merged(name, dtype, float(token_nlls(computed, probe.ids).mean()), off, rounding, kept, same, sentence)

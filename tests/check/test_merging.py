@@ -43,7 +43,8 @@ def test_a_merged_model_differs_by_rounding_alone(name, adapters, text):
     assert exact.difference.largest < 1e-4
     assert exact.difference.mean < 1e-5
     assert exact.kept == pytest.approx(1, abs=1e-5)
-    assert 100 * exact.difference.mean < rounded.difference.mean < 2 * rounded.rounding.mean
+    # Logits of the mixture of experts move twice as far as those of its base, merged or not.
+    assert 100 * exact.difference.mean < rounded.difference.mean < 1.5 * rounded.rounding.mean
     assert exact.same
     assert rounded.same
     assert rounded.nll == pytest.approx(result.adapter_nll, abs=0.05)
