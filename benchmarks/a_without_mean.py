@@ -114,8 +114,10 @@ def main() -> None:
         rows += results(layout, layout.runs, sweep.condition, f"{name} without the mean")
     table = pd.DataFrame(rows).rename(columns={"weights": "trained"})
     table["lr"] *= np.where(table["trained"].str.startswith(LABELS[1000.0]), 1000.0, 1.0)
-    table = table.sort_values(["trained", "lr", "seed"])
-    write_csv(table, TABLE)
+    names = ["preset", "model", "dataset", "trained", "lr", "seed"]
+    earlier = [pd.read_csv(TABLE)] if TABLE.is_file() else []
+    whole = pd.concat([*earlier, table]).round({"lr": 9}).drop_duplicates(names, keep="last")
+    write_csv(whole.sort_values(names), TABLE)
     write_part(PAGE, "smollm2", "`python -m benchmarks.a_without_mean`", page_part(pd.read_csv(PUBLISHED_RATIOS)))
     best = {str(name): lowest(dict(arm.groupby("lr")["nll"].mean())) for name, arm in table.groupby("trained")}
     for name, lr in best.items():

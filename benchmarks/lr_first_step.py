@@ -39,8 +39,8 @@ from lorabench.training.loss import batch_gradient, mean_nll
 from lorabench.training.run import Machine, data_order, machine_of
 
 BATCHES = 4
-START, STEP = 1e-4, 2.0
-"""The first LR of a line search, and the factor between its LRs."""
+START, STEP, MOST = 1e-4, 2.0, 20
+"""The first LR of a line search, the factor between its LRs, and their largest number."""
 
 
 def first_ratio(total: float, gradients: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> float:
@@ -70,9 +70,12 @@ def lowest(losses: Mapping[float, float]) -> float:
 
 
 def best_lr(loss: Callable[[float], float], start: float) -> float:
-    """Return the LR with the lowest loss, from a walk by factors of STEP that begins at an LR."""
+    """Return the LR with the lowest loss, from a walk by factors of STEP that begins at an LR.
+
+    It is NaN if MOST LRs do not bracket a lowest loss, as where a step raises the loss of other examples at any LR.
+    """
     losses = {start: loss(start)}
-    while math.isnan(found := lowest(losses)):
+    while math.isnan(found := lowest(losses)) and len(losses) < MOST:
         # Up first, and then on towards the lower end.
         down = min(losses, key=lambda lr: losses[lr]) == min(losses) and len(losses) > 1
         lr = min(losses) / STEP if down else max(losses) * STEP
@@ -154,6 +157,7 @@ def ratios(preset: str, ranks: Sequence[int], without_mean: bool) -> Iterator[di
         for rank in ranks:
             steps = first_steps(load_model(spec), train, batch_size, rank, without_mean, machine_of(plan))
             logs = np.log(steps)
+            # Where a line search found nothing, the mean is NaN.
             (gradient, searched), errors = np.exp(logs.mean(0)), logs.std(0, ddof=1) / math.sqrt(len(logs))
             row = {"model": name, "dataset": dataset, "batch_size": batch_size, "rank": rank}
             yield row | {"gradient": gradient, "line search": searched, "log error": errors[1]}

@@ -42,6 +42,8 @@ def test_the_walk_finds_the_lowest_loss_from_either_side(start: float):
 
 
 def test_a_lowest_loss_at_an_edge_is_none():
+    # A step that raises the loss at any LR ends the walk too.
+    assert math.isnan(best_lr(lambda lr: lr, 1e-4))
     assert math.isnan(lowest({1.0: 0.0, 2.0: 1.0, 4.0: 2.0}))
     assert lowest({4.0: 1.0, 1.0: 1.0, 2.0: 0.0}) == pytest.approx(2)
 
