@@ -85,8 +85,8 @@ def main() -> None:
     sweeps = [sweep for sweep in plan.sweeps if sweep.condition.dataset == given.dataset]
     fullft = [sweep for sweep in sweeps if sweep.condition.method == "fullft"]
     lora = [sweep for sweep in sweeps if (sweep.condition.rank, sweep.condition.alpha) == (RANK, ALPHA)]
-    arms = {str(LABELS.get(sweep.condition.lr_ratio or 0.0)): sweep for sweep in lora}
-    if not (fullft and {*LABELS.values()} <= {*arms}):
+    arms = {LABELS[ratio]: sweep for sweep in lora if (ratio := sweep.condition.lr_ratio) in LABELS}
+    if not (fullft and len(arms) == len(LABELS)):
         parser.error(f"preset {given.preset} lacks full fine-tuning, LoRA or a frozen A on {given.dataset!r}")
     condition = arms[given.arm].condition
     spec = layout.model(condition.model)
