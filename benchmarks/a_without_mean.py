@@ -98,7 +98,7 @@ def main() -> None:
         model = with_adapter(*arguments)
         layers = dict(lora_layers(model))
         # LoRA changes nothing yet, so that these are the inputs in the base.
-        means = input_means(model, layers, train, machine_of(plan))
+        means, _ = input_means(model, layers, train, machine_of(plan))
         for name, layer in layers.items():
             a = layer.lora_A["default"].weight
             a.data.copy_(without(a.data, means[name]))

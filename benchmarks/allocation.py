@@ -1,16 +1,19 @@
-"""A training step with freed memory kept (`lorabench.utils.exhaustion`), against the C library's default.
+"""A training step with freed memory kept (`lorabench.utils.exhaustion`), by default, and with another allocator.
 
     python -m benchmarks.allocation
+    python -m benchmarks.allocation --preload /usr/lib/x86_64-linux-gnu/libjemalloc.so.2
 
-Each turn trains in two new processes, one with and one without the setting, in alternating order. The program prints
-the CPU milliseconds of a step (user and system) and the peak memory of both, and the median ratio over the turns, and
-appends a row for each shape to `benchmarks/allocation.csv`.
+In each turn new processes train, one for each allocator, in alternating order. The program prints the CPU milliseconds
+of a step (user and system) and the peak memory of each, and the median over the turns of the time by default over that
+of the allocator, and appends a row for each shape and allocator to `benchmarks/allocation.csv`. A shape with examples
+of different lengths allocates blocks of many sizes, among which glibc searches.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -19,76 +22,129 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 
-from lorabench.config.inputs import TinyModel
-from lorabench.models.base import load_model, package_versions
-from lorabench.training.run import machine_state
+from benchmarks.speed.models import SMOLLM2, is_there, loaded
+from lorabench.analysis.arms import ALPHA
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.base import package_versions
+from lorabench.models.bf16_products import choose_faster
+from lorabench.models.lora import add_lora, use_fast_products
+from lorabench.models.passes import trained_parameters
+from lorabench.store.io import write_csv
+from lorabench.training.loss import batch_gradient
+from lorabench.training.run import Machine, machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")
-TURNS, STEPS = 5, 30
-# Model, number of sequences, tokens per sequence.
-SHAPES = [("llama-64", 8, 128), ("llama-128", 8, 128), ("llama-128", 32, 200)]
+TURNS, STEPS, WARM_UP, MAX_TOKENS = 3, 20, 5, 4096
+
+Allocator = Literal["default", "kept", "preloaded"]
 
 
-def one_process(kept: bool, name: str, sequences: int, length: int) -> tuple[float, int]:
+class Shape(NamedTuple):
+    """What is trained: a model, its rank of LoRA (0 for full fine-tuning), and a batch."""
+
+    model: str
+    rank: int
+    sequences: int
+    shortest: int
+    longest: int
+
+    def __str__(self) -> str:
+        lengths = f"{self.shortest}" + (f" to {self.longest}" if self.longest > self.shortest else "")
+        return f"{self.model} {f'r{self.rank}' if self.rank else 'fullft'}: {self.sequences} x {lengths} tokens"
+
+
+SHAPES = (
+    Shape("llama-64", 0, 8, 128, 128),
+    Shape("llama-128", 0, 32, 200, 200),
+    Shape("llama-128", 16, 8, 40, 200),
+    Shape(SMOLLM2, 0, 8, 40, 200),
+    Shape(SMOLLM2, 64, 8, 40, 200),
+)
+
+
+def one_process(shape: Shape, kept: bool) -> tuple[float, int]:
     """Return the median CPU milliseconds of a step in this process, and its peak memory in MB."""
     torch.set_num_threads(1)
     if kept and not keep_freed_memory():
         sys.exit("this C library has no such setting: nothing to compare")
-    model = load_model(TinyModel(kind="tiny", name=name))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
+    bf16 = choose_faster() if shape.model == SMOLLM2 else None
+    machine = Machine(torch.device("cpu"), MAX_TOKENS, autocast=torch.bfloat16 if bf16 else None)
+    model = loaded(shape.model, machine.device)
+    if shape.rank:
+        model = add_lora(model, shape.rank, "all", ALPHA, include_unembedding=False, seed=0)
+        use_fast_products(model)
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=0.0, fused=True)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(shape.shortest, shape.longest + 1, STEPS * shape.sequences)
+    ids = generator.integers(model.config.vocab_size, size=lengths.sum()).astype(np.int32)
+    split = TokenizedSplit(ids, np.ones(len(ids), bool), np.concatenate([[0], lengths.cumsum()]))
     steps = []
-    for _ in range(STEPS):
+    for batch in np.arange(len(lengths)).reshape(STEPS, -1):
         started = time.process_time()
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
         optimizer.zero_grad()
+        batch_gradient(model, split, batch, machine)
+        optimizer.step()
         steps.append(1000 * (time.process_time() - started))
-    # The first steps warm up.
-    return statistics.median(steps[5:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return statistics.median(steps[WARM_UP:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def measure(shape: tuple[str, int, int]) -> dict[bool, list[tuple[float, int]]]:
-    """Return the results of `one_process` of each turn, by whether freed memory is kept."""
-    results: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+def measure(shape: Shape, library: Path | None) -> pd.DataFrame:
+    """Return the median milliseconds, ratio and peak memory of each allocator; a library is that which is preloaded."""
+    allocators: list[Allocator] = ["default", "kept", *(["preloaded"] if library else [])]
+    results: dict[Allocator, list[tuple[float, int]]] = {allocator: [] for allocator in allocators}
     for turn in range(TURNS):
-        for kept in (turn % 2 == 0, turn % 2 == 1):
-            command = [sys.executable, "-m", "benchmarks.allocation", json.dumps([kept, *shape])]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            results[kept].append(tuple(json.loads(output)))
-    return results
+        for allocator in allocators if turn % 2 else allocators[::-1]:
+            command = [sys.executable, "-m", "benchmarks.allocation", "--one", json.dumps([shape, allocator == "kept"])]
+            preloaded = {"LD_PRELOAD": str(library)} if allocator == "preloaded" else {}
+            output = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | preloaded
+            ).stdout
+            results[allocator].append(tuple(json.loads(output)))
+    return pd.DataFrame(
+        {
+            "shape": str(shape),
+            "allocator": library.name.partition(".")[0] if library and allocator == "preloaded" else allocator,
+            "step_ms": round(statistics.median(ms for ms, _ in turns), 1),
+            "ratio": round(statistics.median(a[0] / b[0] for a, b in zip(results["default"], turns, strict=True)), 3),
+            "peak_mb": round(statistics.median(mb for _, mb in turns)),
+        }
+        for allocator, turns in results.items()
+    )
 
 
 def main() -> None:
     """Measure each shape and append the results."""
-    torch.set_num_threads(1)
-    machine, versions = machine_state(torch.device("cpu")), package_versions()
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            columns = ["date", "device", "threads", "python", "libc", "torch", "shape"]
-            writer.writerow([*columns, "step_ms", "default_step_ms", "ratio", "peak_mb", "default_peak_mb"])
-        for name, sequences, length in SHAPES:
-            results = measure((name, sequences, length))
-            ratio = statistics.median(b[0] / a[0] for a, b in zip(results[True], results[False], strict=True))
-            kept, default = (
-                [statistics.median(column) for column in zip(*results[key], strict=True)] for key in results
-            )
-            shape = f"{name}: {sequences} x {length} tokens"
-            numbers = [round(kept[0], 1), round(default[0], 1), round(ratio, 3), round(kept[1]), round(default[1])]
-            print("{}: {} ms, by default {} ms, ratio {}; peak {} MB, {} MB".format(shape, *numbers))
-            facts = [machine["device"], 1, platform.python_version(), " ".join(platform.libc_ver())]
-            writer.writerow([f"{datetime.now(UTC):%Y-%m-%d}", *facts, versions["torch"], shape, *numbers])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--preload", type=Path, help="the file of another allocator's library, to be measured too")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one_process(Shape(*given.one[0]), given.one[1])))
+        return
+    if given.preload and not given.preload.is_file():
+        parser.error(f"--preload: there is no file {given.preload}")
+    facts = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "device": machine_state(torch.device("cpu"))["device"],
+        "libc": " ".join(platform.libc_ver()),
+        "torch": package_versions()["torch"],
+    }
+    for shape in SHAPES:
+        if not is_there(shape.model):
+            print(f"{shape}: left out, since the model is not here; `lorabench step convert {shape.model}` gets it")
+            continue
+        measured = measure(shape, given.preload)
+        print(measured.to_string(index=False), flush=True)
+        earlier = [pd.read_csv(RESULTS)] if RESULTS.is_file() else []
+        write_csv(pd.concat([*earlier, measured.assign(**facts)[[*facts, *measured.columns]]]), RESULTS)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(one_process(*json.loads(sys.argv[1]))))
-    else:
-        main()
+    main()

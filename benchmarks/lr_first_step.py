@@ -14,7 +14,8 @@ carry LoRA, which are all linear ones but the unembedding. Two ratios LR_L / LR_
 
 They are printed for each base, dataset and batch size of the preset's experiment `lr_ratio`, at alpha 32, as geometric
 means over batches and random A, with the standard error of the mean (docs/lr-ratio.md). With `--without-mean` the rows
-of A are made orthogonal to the mean input of their layer.
+of A are made orthogonal to the mean input of their layer. `mean share` is the share of this mean in the mean square of
+the inputs, as a mean over layers.
 """
 
 from __future__ import annotations
@@ -85,18 +86,29 @@ def best_lr(loss: Callable[[float], float], start: float) -> float:
 
 def input_means(
     model: nn.Module, layers: Mapping[str, nn.Module], split: TokenizedSplit, machine: Machine
-) -> dict[str, Tensor]:
-    """Return the mean input of each of a model's layers, (d_in,), over the tokens of a split."""
+) -> tuple[dict[str, Tensor], float]:
+    """Return the mean input of each of a model's layers, (d_in,), over the tokens of a split, and its share.
+
+    The share is that of the mean in the mean square of the inputs, as a mean over layers. What fills the rows of a pass
+    counts as tokens.
+    """
     means: dict[str, list[Tensor]] = {name: [] for name in layers}
+    squares: dict[str, list[float]] = {name: [] for name in layers}
 
     def add(name: str) -> Callable[[Any, tuple[Tensor]], None]:
-        return lambda _, inputs: means[name].append(inputs[0].float().flatten(0, -2).mean(0))
+        def of_pass(_: Any, inputs: tuple[Tensor]) -> None:
+            rows = inputs[0].float().flatten(0, -2)
+            means[name].append(rows.mean(0))
+            squares[name].append(rows.square().sum(1).mean().item())
+
+        return of_pass
 
     hooks = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
     mean_nll(model, split, machine)
     for hook in hooks:
         hook.remove()
-    return {name: torch.stack(of_passes).mean(0) for name, of_passes in means.items()}
+    found = {name: torch.stack(of_passes).mean(0) for name, of_passes in means.items()}
+    return found, float(np.mean([(mean @ mean).item() / np.mean(squares[name]) for name, mean in found.items()]))
 
 
 def without(factor: Tensor, mean: Tensor) -> Tensor:
@@ -106,12 +118,15 @@ def without(factor: Tensor, mean: Tensor) -> Tensor:
 
 def first_steps(
     model: nn.Module, train: TokenizedSplit, batch_size: int, rank: int, without_mean: bool, machine: Machine
-) -> list[tuple[float, float]]:
-    """Return both ratios for each of BATCHES batches of a dataset; the model's weights stay as they are."""
+) -> tuple[list[tuple[float, float]], float]:
+    """Return both ratios for each of BATCHES batches of a dataset, and the share of the mean input.
+
+    The model's weights stay as they are.
+    """
     layers, _ = targets(model, "all", include_unembedding=False)
     batches = list(data_order(len(train), BATCHES, batch_size, seed=0))
     modules = {layer: model.get_submodule(layer) for layer in layers}
-    means = input_means(model, modules, train.chosen(np.arange(32)), machine) if without_mean else {}
+    means, share = input_means(model, modules, train.chosen(np.arange(32)), machine)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -142,7 +157,7 @@ def first_steps(
         fullft = best({name: gradient.sign() for name, gradient in gradients.items()}, START)
         lora = {name: ALPHA / rank * (gradients[name] @ a.T).sign() @ a for name, a in factors.items()}
         found.append((first, best(lora, fullft * first) / fullft))
-    return found
+    return found, share
 
 
 def ratios(preset: str, ranks: Sequence[int], without_mean: bool) -> Iterator[dict[str, object]]:
@@ -155,11 +170,11 @@ def ratios(preset: str, ranks: Sequence[int], without_mean: bool) -> Iterator[di
         key = cache_key(load_tokenizer(spec), layout.dataset(dataset))
         train = read_tokens(layout.tokens(name, dataset), key)["train"]
         for rank in ranks:
-            steps = first_steps(load_model(spec), train, batch_size, rank, without_mean, machine_of(plan))
+            steps, share = first_steps(load_model(spec), train, batch_size, rank, without_mean, machine_of(plan))
             logs = np.log(steps)
             # Where a line search found nothing, the mean is NaN.
             (gradient, searched), errors = np.exp(logs.mean(0)), logs.std(0, ddof=1) / math.sqrt(len(logs))
-            row = {"model": name, "dataset": dataset, "batch_size": batch_size, "rank": rank}
+            row = {"model": name, "dataset": dataset, "batch_size": batch_size, "rank": rank, "mean share": share}
             yield row | {"gradient": gradient, "line search": searched, "log error": errors[1]}
 
 

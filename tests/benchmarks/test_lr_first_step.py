@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.lr_first_step import best_lr, first_ratio, lowest, without
+from benchmarks.lr_first_step import best_lr, first_ratio, input_means, lowest, without
+from lorabench.config.inputs import TinyModel
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.base import load_model
+from lorabench.models.lora import targets
+from lorabench.training.run import Machine
 
 
 def uniform(rank: int, d_in: int = 256) -> torch.Tensor:
@@ -55,3 +61,23 @@ def test_a_without_the_mean_input_does_not_see_it():
     other = torch.randn(8)
     other -= mean * (other @ mean) / (mean @ mean)
     assert torch.allclose(changed @ other, a @ other, atol=1e-5)
+
+
+def test_the_mean_input_is_all_of_equal_inputs_and_nothing_of_opposite_ones():
+    model = load_model(TinyModel(kind="tiny", name="llama-64"))
+    layers = {name: model.get_submodule(name) for name in targets(model, "all", include_unembedding=False)[0]}
+    # The last of these is no input.
+    ids = np.arange(65, dtype=np.int32) % 16
+    split = TokenizedSplit(ids=ids, scored=np.ones(65, bool), offsets=np.array([0, 65]))
+    machine = Machine(torch.device("cpu"), 4096)
+    _, share = input_means(model, layers, split, machine)
+    assert 0.05 < share < 0.5
+    embedding = model.get_input_embeddings().weight.data
+    embedding[:] = embedding[3]
+    means, share = input_means(model, layers, split, machine)
+    assert share == pytest.approx(1, abs=1e-4)
+    first = "model.layers.0.self_attn.q_proj"
+    assert torch.allclose(means[first], model.model.layers[0].input_layernorm(embedding[3]), atol=1e-5)
+    embedding[1::2] *= -1
+    means, share = input_means(model, {first: layers[first]}, split, machine)
+    assert share == pytest.approx(0, abs=1e-6)
