@@ -58,8 +58,9 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 
-CONTROLS = ("lr_noise", "lr_pretraining", "lr_smollm2", "lr_subspace")
-"""The presets that test a theory alone, on bases and arms that nobody would use or with runs of `overnight`."""
+CONTROLS = ("lr_decay", "lr_noise", "lr_pretraining", "lr_smollm2", "lr_subspace")
+"""The presets that test a theory alone, on schedules, bases and arms that are not the paper's or with runs of
+`overnight`."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
