@@ -1,7 +1,7 @@
 """A training step with freed memory kept (`lorabench.utils.exhaustion`), by default, and with another allocator.
 
     python -m benchmarks.allocation
-    python -m benchmarks.allocation --preload /usr/lib/x86_64-linux-gnu/libjemalloc.so.2
+    python -m benchmarks.allocation --preload path/to/libjemalloc.so.2
 
 In each turn new processes train, one for each allocator, in alternating order. The program prints the CPU milliseconds
 of a step (user and system) and the peak memory of each, and the median over the turns of the time by default over that
@@ -22,7 +22,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -42,8 +42,6 @@ from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")
 TURNS, STEPS, WARM_UP, MAX_TOKENS = 3, 20, 5, 4096
-
-Allocator = Literal["default", "kept", "preloaded"]
 
 
 class Shape(NamedTuple):
@@ -96,21 +94,21 @@ def one_process(shape: Shape, kept: bool) -> tuple[float, int]:
 
 
 def measure(shape: Shape, library: Path | None) -> pd.DataFrame:
-    """Return the median milliseconds, ratio and peak memory of each allocator; a library is that which is preloaded."""
-    allocators: list[Allocator] = ["default", "kept", *(["preloaded"] if library else [])]
-    results: dict[Allocator, list[tuple[float, int]]] = {allocator: [] for allocator in allocators}
+    """Return the median milliseconds, ratio and peak memory of each allocator; a library is one to preload."""
+    preloaded: dict[str, dict[str, str]] = {"default": {}, "kept": {}}
+    if library:
+        preloaded[library.name.partition(".")[0]] = {"LD_PRELOAD": str(library)}
+    results: dict[str, list[tuple[float, int]]] = {allocator: [] for allocator in preloaded}
     for turn in range(TURNS):
-        for allocator in allocators if turn % 2 else allocators[::-1]:
+        for allocator in sorted(preloaded, reverse=turn % 2 == 1):
             command = [sys.executable, "-m", "benchmarks.allocation", "--one", json.dumps([shape, allocator == "kept"])]
-            preloaded = {"LD_PRELOAD": str(library)} if allocator == "preloaded" else {}
-            output = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | preloaded
-            ).stdout
-            results[allocator].append(tuple(json.loads(output)))
+            environment = os.environ | preloaded[allocator]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+            results[allocator].append(tuple(json.loads(done.stdout)))
     return pd.DataFrame(
         {
             "shape": str(shape),
-            "allocator": library.name.partition(".")[0] if library and allocator == "preloaded" else allocator,
+            "allocator": allocator,
             "step_ms": round(statistics.median(ms for ms, _ in turns), 1),
             "ratio": round(statistics.median(a[0] / b[0] for a, b in zip(results["default"], turns, strict=True)), 3),
             "peak_mb": round(statistics.median(mb for _, mb in turns)),
@@ -133,6 +131,7 @@ def main() -> None:
     facts = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "device": machine_state(torch.device("cpu"))["device"],
+        "python": platform.python_version(),
         "libc": " ".join(platform.libc_ver()),
         "torch": package_versions()["torch"],
     }
