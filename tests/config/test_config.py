@@ -24,8 +24,10 @@ def test_what_is_shipped_is_valid_and_the_schema_is_current():
         load_preset(path.stem)
     assert SCHEMA.read_text() == json_schema(), "run: lorabench step schema > workflow/presets/schema.json"
     schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
     for path in PRESETS.rglob("*.yaml"):
-        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+        validator.validate(yaml.safe_load(path.read_text()))
     for spec in yaml.safe_load(MODELS.read_text()).values():
         TypeAdapter(ModelSpec).validate_python(spec)
 
