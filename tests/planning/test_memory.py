@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 
-from lorabench.config.experiments import ComputeExperiment, Protocol
+from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
@@ -29,21 +29,39 @@ def laptop(precision, again=False):
     return preset.with_execution(activation_checkpointing=again)
 
 
+@pytest.mark.parametrize("rank", [None, 8, 64])
 @pytest.mark.parametrize(
-    ("name", "lora", "precision", "batch", "length"),
-    [("llama-128", 64, "fp32", 3, 400), ("qwen-64", 8, "bf16", 8, 128)],
+    ("name", "precision", "batch", "length"), [("llama-128", "fp32", 3, 400), ("qwen-64", "bf16", 8, 128)]
 )
-def test_memory_is_what_a_step_takes(name, lora, precision, batch, length):
-    from lorabench.training.step_cost import measure_compute
-
+def test_memory_is_what_a_step_takes(name, precision, batch, length, rank):
     spec, preset = TinyModel(kind="tiny", name=name), laptop(precision)
-    size = {"batch_size": batch, "sequence_length": length, "repeats": 1}
-    experiment = ComputeExperiment(models=["tiny"], ranks=[lora], **size)
-    table = measure_compute("tiny", spec, experiment, 1, preset.protocol)
-    for rank, peak in zip((None, lora), table["peak_mem_bytes"], strict=True):
-        estimate = step_memory(preset, dimensions(spec), rank, rank and "all", batch * length, length).total
-        # An upper bound: the last gradients come when the first activations are gone.
-        assert 1.0 <= estimate / peak < 1.1
+    peak = peak_of_step(spec, rank, preset, (batch, length))
+    estimate = step_memory(preset, dimensions(spec), rank, rank and "all", batch * length, length).total
+    # An upper bound: the last gradients come when the first activations are gone.
+    assert 1.0 <= estimate / peak < 1.1
+
+
+def peak_of_step(spec, rank, preset, shape):
+    """Return the peak of the memory of a training step, on examples and tokens of some shape; no rank is FullFT."""
+    import torch
+
+    from lorabench.models.base import load_model
+    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
+    from lorabench.models.passes import recompute_activations
+    from lorabench.training import step_cost
+    from lorabench.training.loss import Batch
+
+    model, layers = load_model(spec), dimensions(spec).layers
+    if rank:
+        if preset.protocol.precision == "bf16":
+            hold_in_bf16(model)
+        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
+        use_fast_products(model)
+    if recomputed := preset.execution.recomputed_layers(layers):
+        recompute_activations(model, layers - recomputed)
+    tokens = torch.randint(1024, (2, *shape))
+    step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
+    return step_cost.peak_memory(model, optimizer, step)
 
 
 @pytest.mark.parametrize(
@@ -59,29 +77,12 @@ def test_memory_is_what_a_step_takes(name, lora, precision, batch, length):
     ],
 )
 def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank, precision, again, monkeypatch):
-    import torch
-
-    from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
-    from lorabench.models.passes import recompute_activations
     from lorabench.training import step_cost
-    from lorabench.training.loss import Batch
 
     pieces, spec, preset = 1 << 18, TinyModel(kind="tiny", name=name), laptop(precision, again)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
     monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
-    model = load_model(spec)
-    if rank:
-        if precision == "bf16":
-            hold_in_bf16(model)
-        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0)
-        use_fast_products(model)
-    if again:
-        layers = dimensions(spec).layers
-        recompute_activations(model, layers - preset.execution.recomputed_layers(layers))
-    tokens = torch.randint(1024, (2, 16, 128))
-    step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
-    peak = step_cost.peak_memory(model, optimizer, step)
+    peak = peak_of_step(spec, rank, preset, (16, 128))
     estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
     # Recomputed layers are bounded more coarsely.
     assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)
