@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +26,6 @@ settings.load_profile("lorabench")
 def slow_but(fast: str, names: Iterable[str]) -> list[Any]:
     """Return names as parameters of a test, all but one of them marked as slow."""
     return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-FAST_SECONDS = 5.0
-"""The longest time of a fast test in CI. Elsewhere nothing fails for it, since a machine may be slow or busy."""
-
-_NOT_FAST = ("slow", "long", "gpu", "slurm")
-_CPU_SECONDS = pytest.StashKey[float]()
-# Where other work takes the cores, a test takes longer by the clock than on them; this is the most by the clock.
-_BUSY = 3.0
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Measure the CPU seconds of a test and of the processes that it waited for."""
-    before = os.times()[:4]
-    try:
-        return (yield)
-    finally:
-        item.stash[_CPU_SECONDS] = sum(os.times()[:4]) - sum(before)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Let a fast test that takes long fail in CI."""
-    report = yield
-    if "CI" not in os.environ or not (report.when == "call" and report.passed):
-        return report
-    seconds = max(min(call.duration, item.stash[_CPU_SECONDS]), call.duration / _BUSY)
-    if seconds > FAST_SECONDS and not any(item.get_closest_marker(mark) for mark in _NOT_FAST):
-        report.outcome = "failed"
-        report.longrepr = (
-            f"{item.nodeid} took {seconds:.1f} s, and a fast test takes at most {FAST_SECONDS:g} s: "
-            "make it faster, or mark it slow"
-        )
-    return report
 
 
 @pytest.fixture
