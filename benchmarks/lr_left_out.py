@@ -101,7 +101,7 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
     reference = PIVOT, REFERENCE["steps"], REFERENCE["batch_size"], ALPHA
     known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
     width, steps, batch_size, alpha = known
-    setting = Setting(width, steps, batch_size, alpha, rank=optimum.rank or Setting.rank)
+    setting = Setting(width, steps, batch_size, alpha, rank=optimum.rank or Setting.rank, mean_lr=optimum.mean_lr)
     theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"]
     return math.exp(float(theory(np.asarray(log_fullft))))
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ LEAST_ERROR = 0.1
 
 def settings_of(table: pd.DataFrame) -> list[Setting]:
     """Return the setting of each row."""
-    names = ["width", "steps", "batch_size", "alpha", "init_a", "frozen", "rank"]
+    names = [field.name for field in fields(Setting)]
     return [Setting(*row) for row in table[names].itertuples(index=False, name=None)]
 
 
@@ -155,11 +156,12 @@ def falling(table: pd.DataFrame) -> pd.DataFrame:
         table: rows of `predictions.csv` of runs whose LR falls linearly to zero.
     """
     own = table[table["runs"].eq("own") & table["theory"].eq("movement")]
-    theories = (predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"] for setting in settings_of(own))
-    means = np.log(own["fullft_lr"] / 2)
-    by_mean = [math.exp(theory(np.asarray(mean))) for theory, mean in zip(theories, means, strict=True)]
+    constant = (replace(setting, mean_lr=1.0) for setting in settings_of(own))
+    theories = (predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"] for setting in constant)
+    logs = np.log(own["fullft_lr"])
+    by_highest = [math.exp(theory(np.asarray(lr))) for theory, lr in zip(theories, logs, strict=True)]
     measured = ["dataset", "steps", "fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high"]
-    return own[measured].assign(by_highest=own["predicted"], by_mean=by_mean)
+    return own[measured].assign(by_highest=by_highest, by_mean=own["predicted"])
 
 
 def variants(tables: Tables) -> pd.DataFrame:

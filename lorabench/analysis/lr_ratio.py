@@ -47,6 +47,8 @@ class Setting:
     """Whether A stays at its initial values; the ratio is then that of B's optimal LR."""
     rank: float = 16
     """LoRA's rank; 16 stands for any high rank, where a published source does not give it."""
+    mean_lr: float = 1.0
+    """The mean LR of a run over its highest (see `mean_lr`)."""
 
 
 LogRatio = Callable[[np.ndarray], np.ndarray]
@@ -60,9 +62,9 @@ def predicted(predictions: LrRatioPredictions, setting: Setting) -> dict[str, Lo
 
     - `movement`: R sqrt(s^2 + (R LR_F / u*)^2) = c d / alpha / (1 + k/r), where LR_F is FullFT's optimal LR and u* = u0
       (128/d) sqrt(50/T) the LR at which A moves by as much as its initial size at s = 1, into a direction that has
-      nothing to do with it. u* falls with the width, and the net movement grows as that of a random walk. While A is
-      frozen, R = c d / (s alpha) / (1 + k/r) at rank r: the sizes of A's r products with an input differ by layer and
-      input, most at rank 1, and the largest limit the LR.
+      nothing to do with it. u* falls with the width, and the net movement grows as that of a random walk; it goes by
+      the mean LR of a run where the LR falls. While A is frozen, R = c d / (s alpha) / (1 + k/r) at rank r: the sizes
+      of A's r products with an input differ by layer and input, most at rank 1, and the largest limit the LR.
     - `still`: R = c d / (s alpha), as if A never moved.
     - `mu_a`: c sqrt(d / alpha), the maximal-update theory of LoRA (Chen, Villar and Hayou, arXiv 2602.06204), by which
       LoRA's optimal LR goes as 1/sqrt(alpha d) and that of FullFT as 1/d. It speaks of A that is trained, and its
@@ -138,8 +140,8 @@ def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheor
 
 
 def _unit(theory: MovementTheory, setting: Setting) -> float:
-    """Return u*, the LR of LoRA at which A moves by as much as its initial size, in units of 1/sqrt(d_in)."""
-    return theory.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps)
+    """Return u*, the highest LR of LoRA at which A moves by as much as its initial size, in units of 1/sqrt(d_in)."""
+    return theory.u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps) / setting.mean_lr
 
 
 def _positive_root(constant: float, factor: np.ndarray, target: float) -> np.ndarray:
@@ -149,6 +151,14 @@ def _positive_root(constant: float, factor: np.ndarray, target: float) -> np.nda
 
 def _fixed(ratio: float) -> LogRatio:
     return lambda log_fullft: np.full(np.shape(log_fullft), math.log(ratio))
+
+
+def mean_lr(schedule: object) -> float:
+    """Return the mean LR of a run over its highest, by the name of its schedule; 1 where that says nothing.
+
+    It is a half where the LR falls to zero on a line or a cosine.
+    """
+    return 0.5 if str(schedule).startswith(("linear", "cosine")) else 1.0
 
 
 OFF_BY = 1.6
@@ -161,7 +171,7 @@ FROZEN = 100.0
 """The LR of B over that of A from which A counts as frozen."""
 
 COLUMNS = [
-    *("model", "dataset", "width", "steps", "batch_size", "alpha", "init_a", "frozen", "rank", "runs"),
+    *("model", "dataset", "width", "steps", "batch_size", "alpha", "init_a", "frozen", "rank", "mean_lr", "runs"),
     *("fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high", "resolved"),
     *("theory", "predicted", "off_by", "off_by_low", "off_by_high", "verdict"),
 ]
@@ -330,11 +340,15 @@ def _ratios(comparison: Comparison, kind: Literal["own", "prefix"]) -> list[Meas
     if fullft is None or fullft["steps"] is None:
         return []
     size = float(comparison.runs["hidden_size"].astype(float).median()), fullft["steps"], fullft["batch_size"]
+    mean = mean_lr(comparison.runs["schedule"].iloc[0]) if "schedule" in comparison.runs else 1.0
+    if kind == "prefix" and mean < 1:
+        # Where the LR falls over a run, its beginning is no shorter run.
+        return []
     found = []
     for arm in comparison.arms:
         if arm["method"] == "lora":
             frozen = (arm["lr_ratio"] or 1.0) >= FROZEN
-            setting = Setting(*size, arm["alpha"] or ALPHA, arm["init_a"] or 1.0, frozen, arm["rank"])
+            setting = Setting(*size, arm["alpha"] or ALPHA, arm["init_a"] or 1.0, frozen, arm["rank"], mean)
             found.append(MeasuredRatio(comparison, fullft, arm, kind, setting))
     return found
 
@@ -348,7 +362,7 @@ def prediction_table(ratios: Sequence[MeasuredRatio], predictions: LrRatioPredic
     for ratio in ratios:
         low, high = ratio_interval(ratio.log_ratio)
         about = {name: ratio.lora[name] for name in ("model", "dataset", "steps", "batch_size", "rank")}
-        about |= {name: getattr(ratio.setting, name) for name in ("alpha", "init_a", "frozen")}
+        about |= {name: getattr(ratio.setting, name) for name in ("alpha", "init_a", "frozen", "mean_lr")}
         about |= {"width": int(ratio.setting.width), "runs": ratio.kind}
         about |= {f"{method}_lr": math.exp(ratio.log_optimum(method).value) for method in METHODS}
         about |= {"ratio": math.exp(ratio.log_ratio.value), "ratio_low": low, "ratio_high": high}

@@ -23,6 +23,7 @@ from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
+from lorabench.analysis.lr_ratio import mean_lr
 from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps, vertex
 from lorabench.config.inputs import HubModel, TinyModel
@@ -44,7 +45,7 @@ _LAW_WIDTHS = {"llama": (2048, 4096, 8192), "qwen": (1024, 2560, 4096)}
 """Widths of the models that the law was fitted to."""
 
 _CONDITION = ["model", "dataset", "batch_size", "steps"]
-_NUMBERS = ("width", "batch_size", "steps", "alpha", "lr", "error")
+_NUMBERS = ("width", "batch_size", "steps", "alpha", "mean_lr", "lr", "error")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class LrOptimum:
     """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
     counts: bool = False
     remark: str = ""
+    mean_lr: float = 1.0
+    """The mean LR of a run over its highest."""
     log_lrs: tuple[float, ...] = field(default=(), repr=False)
     """The grid where it is known: ln LR in ascending order."""
     losses: tuple[float, ...] = field(default=(), repr=False)
@@ -125,9 +128,11 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
 
 def _study_optima(study: Study) -> list[LrOptimum]:
     """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
-    about = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
+    attributes = study.description.attributes
+    about: dict[str, Any] = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
+    about["mean_lr"] = mean_lr(attributes.schedule)
     # An alpha may also be a rule, in place of a number.
-    alpha = pd.to_numeric(study.description.attributes.alpha, errors="coerce")
+    alpha = pd.to_numeric(attributes.alpha, errors="coerce")
     optima = []
     for runs in study.conditions():
         first = {name: runs[name].iloc[0] for name in _CONDITION} | about | {"rl": study.is_rl}

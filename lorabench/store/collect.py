@@ -152,12 +152,13 @@ def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
     of things that the preset names; they are left as they are without a preset.
     """
     lora, rows = pc.not_equal(table["method"], "fullft"), len(table)
-    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in table["protocol"].to_pylist()]
+    protocols = [json.loads(text or "{}") for text in table["protocol"].to_pylist()]
+    unembedding = [protocol.get("include_unembedding") for protocol in protocols]
     columns: dict[str, Any] = {
         "alpha_convention": pc.if_else(lora, "alpha/r", None),
         "unembedding": pc.if_else(lora, pa.array(unembedding, pa.bool_()), None),
         "precision": pa.repeat("fp32", rows),
-        "schedule": pa.repeat("constant", rows),
+        "schedule": pa.array([protocol.get("schedule", "constant") for protocol in protocols], pa.string()),
     }
     if preset is not None:
         # The preset that runs were saved from may have named other data and models since.

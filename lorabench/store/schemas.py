@@ -80,9 +80,9 @@ RUNS = _schema(
     bool unembedding: whether LoRA is on the unembedding too; null for `fullft`
     string precision: number format of the weights that are trained (of their master copy, if there is one): `fp32` in
         own runs, also where autocast computes in bf16 (see `protocol`)
-    string schedule: schedule of the learning rate: `constant` in own runs
+    string schedule: schedule of the learning rate: in own runs `constant`, or `linear` for one that falls to zero
     float64 eps: Adam's epsilon
-    float64 lr: the constant learning rate (of A; that of B is `lr` times `lr_ratio`)
+    float64 lr: the learning rate, the highest if it falls (of A; that of B is `lr` times `lr_ratio`)
     int64 batch_size: examples per optimizer step; in RL responses per step, which is problems times group size
     int64 steps: optimizer steps
     int64 seed: seed of the data order, of sampling and of the initialization

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -27,9 +28,8 @@ def test_constants_are_found_again():
     ):
         setting, lr = Setting(width, steps, 8, 32.0, init_a, frozen, rank), 0.05 / width
         ratio = float(np.exp(predicted(theory, setting)["movement"](np.asarray(math.log(lr)))))
-        about = {"width": width, "steps": steps, "batch_size": 8, "alpha": 32.0, "init_a": init_a, "frozen": frozen}
         ends = {"ratio": ratio, "ratio_low": 0.8 * ratio, "ratio_high": 1.25 * ratio}
-        rows.append(about | {"rank": rank, "fullft_lr": lr} | ends)
+        rows.append(asdict(setting) | {"fullft_lr": lr} | ends)
     found = fitted(pd.DataFrame(rows))
     assert found.movement.model_dump() == pytest.approx({"c": 2.0, "u0": 3e-3, "k": 0.7}, rel=0.01)
     assert found.mu_a.c > 0

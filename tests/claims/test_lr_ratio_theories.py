@@ -100,6 +100,17 @@ def test_predictions_are_written_beside_the_claims_with_the_beginnings_of_long_r
     assert "prefix" not in judged("P1", runs, curves)["reason"]
 
 
+def test_where_the_lr_falls_a_moves_by_the_mean_and_beginnings_do_not_count(tmp_path):
+    condition = (64, 400, 8, 32.0)
+    by_mean = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(*condition))["movement"](np.log([FULLFT_LR / 2]))
+    runs, curves = world(lambda setting: float(np.exp(by_mean[0])), [condition], schedule="linear")
+    curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
+    write_predictions(Tables(runs, curves), None, None, tmp_path)
+    [row] = pd.read_csv(tmp_path / "predictions.csv").query("theory == 'movement'").to_dict("records")
+    assert (row["runs"], row["mean_lr"]) == ("own", 0.5)
+    assert row["off_by"] == pytest.approx(1.0, rel=0.01)
+
+
 def test_with_a_frozen_a_the_lr_is_that_of_b(tmp_path):
     about = {"model": "llama-64", "hidden_size": 64, "steps": 50, "batch_size": 8, "experiments": "lr_ratio"}
     theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(64, 50, 8, 32.0, frozen=True))["movement"]

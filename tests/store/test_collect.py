@@ -31,18 +31,19 @@ def write_job(rows, path):
     write_table(pa.Table.from_pylist(rows, schema=JOB), path)
 
 
-def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_runs_have_the_columns_in_which_sources_differ(tmp_path, schedule):
     plan = make_plan(load_preset("smoke"))
     job = next(job for job in plan.jobs if job.sweeps[0].condition.dataset == "instruct")
-    protocol = json.dumps(plan.preset.protocol.model_dump())
+    protocol = json.dumps(plan.preset.protocol.model_dump() | {"schedule": schedule})
     rows = [dict.fromkeys(RUNS.names) | make_run(rank, 1e-3, protocol=protocol) for rank in (None, 8)]
     path = tmp_path / f"{job.job_id}.parquet"
     write_job([row | {"curve": [], "test_losses": [{"loss": 2.5, "tokens": 4}]} for row in rows], path)
     collect([path], tmp_path / "tables", plan)
     runs = read_table(tmp_path / "tables", "runs").set_index("method")
     names = ["data_kind", "base_kind", "precision", "schedule", "alpha_convention", "unembedding"]
-    assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", "constant", "alpha/r", True]
-    assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", "constant", None]
+    assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", schedule, "alpha/r", True]
+    assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", schedule, None]
     assert read_table(tmp_path / "tables", "test_losses")["loss"].tolist() == [2.5, 2.5]
 
 
