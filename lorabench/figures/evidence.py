@@ -150,7 +150,7 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         (known, "firm"),
         (known | {"p_again": 0.0}, "a repeat may differ"),
         (known | {"verdict": "inconclusive"}, "undecided"),
-        (known | {"held_out": "confirmed"}, "the same on new seeds"),
+        (known | {"held_out": "confirmed"}, "holds on held-out seeds"),
         ({}, "no runs in the paper's setting"),
     ]
     for place, (cell, meaning) in enumerate(keys):

@@ -331,7 +331,8 @@ def matrix_part(root: Path) -> str:
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
             marks = [share_text(cell), number, seeds + chosen]
         if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
-            marks.append("holds on held-out seeds" if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
+            again_text = "holds on held-out seeds" if cell["explored"] else "all seeds held out"
+            marks.append(again_text if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
         text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
         texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
     scales = cells.sort_values("parameters", kind="stable")["scale"].unique()

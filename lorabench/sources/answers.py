@@ -155,13 +155,15 @@ def _place(question: Question, cell: Mapping[Any, Any]) -> str:
 
 
 def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
-    again = ""
-    if holds_again(cell):
+    again, same = "", holds_again(cell) and cell["explored"]
+    if same:
         again = "the same on held-out seeds"
+    elif holds_again(cell):
+        again = "all seeds held out"
     elif not formats.missing(cell["held_out"]):
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
     if borderline(cell):
-        again = f"borderline, but {again}" if holds_again(cell) else ", ".join(filter(None, ["borderline", again]))
+        again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
     return "; ".join(filter(None, [_measured(question, cell), again]))
 
 

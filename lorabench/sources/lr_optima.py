@@ -226,6 +226,7 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
     them, and so are those with a frozen A or another initial scale of it.
     """
     models, optima = load_preset(folder.name).models, []
+    arms, grids = [*_CONDITION, "arm"], pd.DataFrame()
     for figure, value in (("fig2_lr_by_rank", "nll"), ("fig6_rl_lr", "accuracy"), ("lr_ratio", ""), ("lr_law", "")):
         path = folder / f"{figure}.csv"
         if not path.is_file():
@@ -240,18 +241,22 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
             own = conditions.sort_values("rank", kind="stable").drop_duplicates(_CONDITION, keep="last").sort_index()
             # The two optima share the error of their ratio.
             own = own.assign(error=np.log(own["ratio_high"] / own["ratio_low"]) / (2 * Z) / math.sqrt(2))
-            fullft = own.assign(method="fullft", lr=own["fullft_lr"], rank=None)
-            fitted = pd.concat([fullft, own.assign(method="lora", lr=own["lora_lr"])]).sort_index(kind="stable")
+            fullft = own.assign(method="fullft", lr=own["fullft_lr"], rank=None, arm="FullFT")
+            lora = own.assign(method="lora", lr=own["lora_lr"], arm=[f"LoRA r{rank:g}" for rank in own["rank"]])
+            fitted = pd.concat([fullft, lora]).sort_index(kind="stable")
         else:
             fitted = table[(table["element"] == "optimum") & table["lr_low"].notna()]
             fitted = fitted.assign(error=np.log(fitted["lr_high"] / fitted["lr_low"]) / (2 * Z))
         if value:
-            fitted = fitted.sort_values([*_CONDITION, "method", "rank"]).groupby([*_CONDITION, "method"]).tail(1)
+            # Rank 1, whose optimum is lower, does not stand for LoRA.
+            fitted = fitted[~fitted["rank"].eq(1)].sort_values([*_CONDITION, "method", "rank"])
+            fitted = fitted.groupby([*_CONDITION, "method"]).tail(1)
             points = table[(table["element"] == ("loss" if value == "nll" else value)) & np.isfinite(table[value])]
             losses = points[value] if value == "nll" else 1 - points[value]
             points = points.assign(log_lrs=np.log(points["lr"]), losses=losses).sort_values("lr")
-            arms = [*_CONDITION, "arm"]
-            fitted = fitted.join(points.groupby(arms)[["log_lrs", "losses"]].agg(tuple), on=arms)
+            grids = pd.concat([grids, points.groupby(arms)[["log_lrs", "losses"]].agg(tuple)])
+        if figure != "lr_law" and len(grids):
+            fitted = fitted.join(grids, on=arms)
         for row in fitted.to_dict("records"):
             spec = models.get(row["model"])
             if spec is None:

@@ -53,12 +53,13 @@ _CLAIMS = tuple(claim.id for claim in CLAIMS if claim.core or claim.id == "A8")
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
-    *("held_out", "p_again", "n_hold", "n_parts", "part_low", "part_high"),
+    *("explored", "held_out", "p_again", "n_hold", "n_parts", "part_low", "part_high"),
     *("estimate", "ci_low", "ci_high", "scope", "n_runs", "n_seeds", "lr_chosen_on", "reason", "others"),
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, `held_out` its
-verdict on held-out seeds if it was run on them, and `others` says what others of the same scale find. The numbers of
-comparisons are those of all, and the range of their estimates that of all with the cell's unit."""
+verdict on held-out seeds if it was run on them, `explored` whether it was run on others before, and `others` says what
+others of the same scale find. The numbers of comparisons are those of all, and the range of their estimates that of all
+with the cell's unit."""
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -99,9 +100,10 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     """Read the table `claims` of a preset, finished or published.
 
     Returns:
-        The claims without run_ids, and the columns origin (the preset's name), held_out (the verdict on held-out
-        seeds, null without them; the verdict itself where all seeds are held out), scale (as `8B`) and parameters,
-        which are those at the start of the claim's scope; null for a claim that was judged on no models.
+        The claims without run_ids, and the columns origin (the preset's name), explored (False where all seeds are
+        held out), held_out (the verdict on held-out seeds, null without them; the verdict itself where all seeds are),
+        scale (as `8B`) and parameters, which are those at the start of the claim's scope; null for a claim that was
+        judged on no models.
 
     Raises:
         UserError: there is no such table, or it is from another version.
@@ -110,9 +112,10 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
     again, made = read_held_out(folder), folder / "provenance.json"
     held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
-    if made.is_file() and "frozen" in json.loads(made.read_text()):
+    explored = not (made.is_file() and "frozen" in json.loads(made.read_text()))
+    if not explored:
         held_out = claims["verdict"]
-    return claims.join(scales).assign(origin=name, held_out=held_out)
+    return claims.join(scales).assign(origin=name, explored=explored, held_out=held_out)
 
 
 HELD_OUT = "held_out"
@@ -126,7 +129,7 @@ def read_held_out(folder: Path) -> pd.DataFrame | None:
 
 
 def holds_again(cell: Mapping[Any, Any]) -> bool:
-    """Return whether a decided verdict of a cell of the matrix came out again on held-out seeds."""
+    """Return whether a decided verdict of a cell of the matrix was reached on held-out seeds, alone or again."""
     return cell["verdict"] in DECIDED and cell["held_out"] == cell["verdict"]
 
 

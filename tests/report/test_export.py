@@ -68,14 +68,15 @@ def test_own_tables_come_back_from_the_files_and_from_datasets(own: Path, tmp_pa
 def test_saved_runs_and_published_verdicts_are_exported_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paper_figures").symlink_to(REPOSITORY / "paper_figures")
-    assert {"laptop", "laptop@100", "lr_ratio", "overnight"} <= set(exportable())
+    assert {"laptop", "laptop@100", "lr_ratio", "overnight@100"} <= set(exportable())
     out = tmp_path / "dataset"
-    kinds = {"overnight": {"docstrings", "worked"}, "rl_smollm2": {"sums"}}
+    kinds = {"overnight@100": {"docstrings", "documentation"}, "rl_smollm2": {"sums"}}
     rows = export([*kinds, "laptop@100"], out, "cc-by-4.0")
     for preset in kinds:
         saved = pa.concat_tables(pq.read_table(path) for path in Layout.of(preset).saved_runs.glob("*.parquet"))
         assert rows[preset]["runs"] == len(saved)
-        runs = read_table(out / preset, "runs").set_index("run_id")
+        folder = out / preset.replace("@", "-from-seed-")
+        runs = read_table(folder, "runs").set_index("run_id")
         for record in map(json.loads, saved["record"].to_pylist()):
             row = runs.loc[record["run_id"]]
             assert row["lr"] == record["spec"]["lr"]
@@ -84,7 +85,7 @@ def test_saved_runs_and_published_verdicts_are_exported_together(tmp_path: Path,
                 assert row[name] == value or (pd.isna(row[name]) and value is None)
         assert kinds[preset] == set(runs["data_kind"])
         points = sum(map(len, saved["curve"].to_pylist()))
-        assert points == rows[preset]["curves"] == pq.read_metadata(out / preset / "curves.parquet").num_rows
+        assert points == rows[preset]["curves"] == pq.read_metadata(folder / "curves.parquet").num_rows
     held_out = read_table(out / "laptop-from-seed-100", "claims")
     published = pd.read_csv(PUBLISHED / "laptop/held_out/claims.csv")
     assert held_out["verdict"].tolist() == published["verdict"].tolist()

@@ -22,7 +22,8 @@ SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
 def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
     """Make a cell of the matrix with one comparison, whose numbers are those of claim D1."""
     found = {"claim_id": "D1", "scale": scale, "parameters": SIZES[scale], "unit": "nats per token", "verdict": verdict}
-    found |= {"held_out": None, "p_again": None, "n_parts": 1, "part_low": 0.05, "part_high": 0.05, "source": None}
+    found |= {"explored": True, "held_out": None, "p_again": None, "source": None}
+    found |= {"n_parts": 1, "part_low": 0.05, "part_high": 0.05}
     return found | {"estimate": 0.05, "ci_low": 0.04, "ci_high": 0.06} | columns
 
 
@@ -59,6 +60,11 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
         "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
         "and at 8B (not tested on held-out seeds)."
     )
+
+
+def test_a_verdict_without_explored_seeds_did_not_come_out_again():
+    once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
+    assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
 
 
 def test_a_difference_of_accuracies_has_the_sign_of_rank_1():

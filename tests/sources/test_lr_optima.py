@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
@@ -55,3 +56,25 @@ def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
     (folder / "lr_law.csv").write_text(text.replace("llama-64,", "llama-9,"))
     with pytest.raises(UserError, match="model 'llama-9' is none of the preset lr_ratio: "):
         known_optima([], [folder])
+
+
+def test_rank_1_does_not_stand_for_lora(tmp_path):
+    """Where ranks 16 and up have no interval in the figure of ranks, rank 16 of the figure of the ratio counts."""
+    shared = {"model": "smollm2-135m", "dataset": "docstrings", "batch_size": 8, "steps": 50}
+    arms = {"FullFT": ("fullft", None), "LoRA r1": ("lora", 1), "LoRA r16": ("lora", 16)}
+    ranks: list[dict[str, object]] = []
+    for arm, (method, rank) in arms.items():
+        about = shared | {"arm": arm, "method": method, "rank": rank}
+        ranks += [about | {"element": "loss", "lr": lr, "nll": nll} for lr, nll in ((1e-4, 2.1), (2e-4, 2.0))]
+        interval = {} if arm == "LoRA r16" else {"lr_low": 1e-4, "lr_high": 4e-4}
+        ranks.append(about | interval | {"element": "optimum", "lr": 2e-4, "resolved": True})
+    condition = shared | {"element": "condition", "runs": "own", "resolved": False}
+    condition |= {"width": 576, "alpha": 32, "rank": 16}
+    condition |= {"fullft_lr": 5e-5, "lora_lr": 6e-4, "ratio_low": 7.0, "ratio_high": 20.0}
+    folder = tmp_path / "overnight"
+    folder.mkdir()
+    pd.DataFrame(ranks).to_csv(folder / "fig2_lr_by_rank.csv")
+    pd.DataFrame([condition]).to_csv(folder / "lr_ratio.csv")
+    own = {optimum.method: optimum for optimum in known_optima([], [folder]) if optimum.source == "lorabench"}
+    assert (own["fullft"].lr, own["lora"].lr, own["lora"].rank) == (2e-4, 6e-4, 16)
+    assert own["lora"].losses == (2.1, 2.0)
