@@ -107,7 +107,7 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
 
 
 # Inches. At a width of 360 pixels, as on a phone, letters have 10 pixels.
-_QUESTIONS, _COLUMN, _ROW_HEIGHT, _HEAD, _KEY = 2.45, 0.78, 0.52, 0.66, 1.08
+_QUESTIONS, _COLUMN, _ROW_HEIGHT, _HEAD, _KEY = 2.45, 0.78, 0.52, 0.66, 1.2
 _LETTERS: dict[str, Any] = {"fontsize": 11.5, "va": "center", "linespacing": 1.15, "color": "0.1"}
 _BETWEEN_COLUMNS = (1e7, 5e8, 5e9)  # parameters
 # By answer: what a cell says, and its colour. Blue and orange differ for colour-blind readers too.
@@ -154,7 +154,7 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         ({}, "no runs in the paper's setting"),
     ]
     for place, (cell, meaning) in enumerate(keys):
-        across, down = (0.43, 2.6)[place % 2], top + 0.24 + 0.31 * (place // 2)
+        across, down = (0.43, 2.6)[place % 2], top + 0.24 + 0.36 * (place // 2)
         _draw_answer(axes, across, down, cell)
         axes.text(across + 0.42, down, meaning, **_LETTERS)
     return figure
