@@ -62,7 +62,7 @@ _MODULES = "the names of modules in transformers 5"
 _PLACEMENT = "the paper, figure 4; claims E1, E2 and E5 of docs/results.md"
 _MEASURED = (
     "the paper found it on 8B and 30B models without intervals; measured here: 0.020 nats [0.004, 0.037] at 0.13B, "
-    "and 0.008 [0.000, 0.016] at 0.8M parameters, which is undecided"
+    "which is borderline, and 0.008 [0.000, 0.016] at 0.8M parameters, which is undecided"
 )
 _FUSED = {"qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}), "gate_up_proj": frozenset({"gate_proj", "up_proj"})}
 """Layers that are one in some families, by their parts."""
