@@ -68,11 +68,10 @@ def test_constraints_name_no_address_of_an_index():
 
 def test_both_recipes_of_images_do_the_same():
     dockerfile, recipe = ((ENVIRONMENTS / name).read_text() for name in ("Dockerfile", "lorabench.def"))
-    instructions = {
-        instruction: re.sub(r"\s*\\\n\s*", " ", rest)
-        for instruction, rest in re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)", dockerfile, re.MULTILINE)
-    }
-    assert list(instructions) == ["FROM", "COPY", "RUN", "ENTRYPOINT"]
+    lines = re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)", dockerfile, re.MULTILINE)
+    # The image of Docker runs as a user; Apptainer runs as the user who starts it.
+    assert [name for name, _ in lines] == ["FROM", "COPY", "RUN", "RUN", "USER", "WORKDIR", "ENTRYPOINT"]
+    instructions = {name: re.sub(r"\s*\\\n\s*", " ", rest) for name, rest in reversed(lines)}
     header, *parts = re.split(r"^%(\w+)\n", recipe, flags=re.MULTILINE)
     sections = {
         name: [line.strip() for line in body.splitlines() if line.strip()]

@@ -169,7 +169,7 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
         parts += ["--cores", "all"]
     # Snakemake takes the last --config only, and all words that follow it.
     parts += ["--config", f"preset={preset}", *known.config]
-    return [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), *parts]
+    return [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(SNAKEFILE), *parts]
 
 
 @app.command()

@@ -27,6 +27,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from lorabench.utils.signals import HANDLED
+
 ADDRESS = "LORABENCH_FORKS"
 """The environment variable with the path of the server's socket."""
 
@@ -45,8 +47,6 @@ _MAY_DIFFER = {
 
 _status: object = None
 """The exit status of a forked process that has come to its end."""
-
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 PRELOADED = {
     "plan": ("lorabench.store.io",),
@@ -88,15 +88,14 @@ def _identity(environment: dict[str, str]) -> list[Any]:
 def run_in_fork() -> int | None:
     """Run this process's command in a fork of the server that the environment names, and return its exit status.
 
-    None is returned, and nothing is done, where there is no server or it does not suit the command.
+    None is returned, and nothing is done, where there is no server or it does not suit the command. The caller has
+    blocked the signals HANDLED, which wait until the process is known that they are passed on to.
     """
     if ADDRESS not in os.environ:
         return None
     environment = dict(os.environ)
     request = {"argv": sys.argv, "cwd": os.getcwd(), "environment": environment, "identity": _identity(environment)}
     message = json.dumps(request).encode() + b"\n"
-    # Signals wait until the process is known that they are passed on to.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as replies:
         try:
             connection.connect(environment[ADDRESS])
@@ -106,16 +105,15 @@ def run_in_fork() -> int | None:
         except OSError:
             process = 0
         if not process:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
             return None
         # A shell starts background jobs with SIGINT ignored, which must stay so.
-        signals = _wake_on(*(number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        signals, _ = _wake_on(*(number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         while connection not in select.select([connection, signals], [], [])[0]:
             for number in signals.recv(1 << 12):
                 os.kill(process, number)
         # A repeated signal must not change the exit status.
-        for number in _PASSED_ON:
+        for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)
         if status := replies.readline():
             return int(status)
@@ -125,15 +123,18 @@ def run_in_fork() -> int | None:
     return 1
 
 
-def _wake_on(*numbers: int) -> socket.socket:
-    """Return a socket from which the numbers of arriving signals can be read; they have no other effect."""
+def _wake_on(*numbers: int) -> tuple[socket.socket, socket.socket]:
+    """Return a socket from which the numbers of arriving signals can be read, and the one that they are written to.
+
+    The signals have no other effect.
+    """
     reader, writer = socket.socketpair()
     for end in (reader, writer):
         end.setblocking(False)
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    return reader
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    return reader, writer
 
 
 def start() -> None:
@@ -177,7 +178,7 @@ class _Request:
 def serve(listener: int) -> None:
     """Fork a process for each command that arrives, until the standard input and the last command have ended.
 
-    In the forked processes this function runs the command.
+    In the forked processes this function runs the command; the signals HANDLED are blocked there until it handles them.
 
     Args:
         listener: the file number of the socket.
@@ -223,8 +224,8 @@ def _next_request(listener: socket.socket) -> _Request:
     for module in _ALWAYS:
         importlib.import_module(module)
     # A signal to the whole process group must not end this process before those that it has forked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    children = _wake_on(signal.SIGCHLD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    children, woken = _wake_on(signal.SIGCHLD)
     selector, running = selectors.DefaultSelector(), dict[int, socket.socket]()
     for source in (sys.stdin, listener, children):
         selector.register(source, selectors.EVENT_READ)
@@ -232,6 +233,8 @@ def _next_request(listener: socket.socket) -> _Request:
     while serving or running:
         for key, _ in selector.select():
             if key.fileobj is listener:
+                if not serving:  # It was closed in this round; the command runs by itself.
+                    continue
                 connection = listener.accept()[0]
                 request = _receive(connection, identity)
                 if request is None:
@@ -245,11 +248,10 @@ def _next_request(listener: socket.socket) -> _Request:
                     process = -1
                 if process == 0:
                     gc.enable()
-                    os.close(signal.set_wakeup_fd(-1))
+                    signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
                     selector.close()
-                    for other in (listener, children, connection, *running.values()):
+                    for other in (listener, children, woken, connection, *running.values()):
                         other.close()
                     return request
                 for file in request.files:

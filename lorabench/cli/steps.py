@@ -19,6 +19,9 @@ from lorabench.utils.exhaustion import memory_for
 
 steps = typer.Typer(no_args_is_help=True, help="The steps that the workflow's rules call; each can be run by hand.")
 
+_AGAIN = ("-P", "-m", "lorabench.cli")
+"""The options of Python that run this command line; -P keeps it from importing files of the current folder."""
+
 
 def _fix_hashes() -> None:
     """Start this command again with fixed hashes of text, if they are random.
@@ -27,7 +30,7 @@ def _fix_hashes() -> None:
     """
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "lorabench.cli", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *_AGAIN, *sys.argv[1:]])
 
 
 @steps.command()
@@ -137,7 +140,7 @@ def train(
         if not is_worker():
             contexts.enter_context(own_gpus(planned, processes))
             if processes > 1:
-                launch(processes, ["-m", "lorabench.cli", *sys.argv[1:]])
+                launch(processes, [*_AGAIN, *sys.argv[1:]])
                 return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:

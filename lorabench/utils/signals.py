@@ -21,6 +21,9 @@ GRACE = 3600
 _IGNORED = {signal.SIGTERM: GRACE, signal.SIGINT: 2}
 """Seconds after the first signal in which another one is taken for a repetition; a later one ends the job at once."""
 
+HANDLED = tuple(_IGNORED)
+"""A command blocks these signals when it starts, until it handles them: they would end it with a traceback."""
+
 _received: tuple[int, float] | None = None
 """The first signal since the outermost context began, and its time."""
 
@@ -100,6 +103,7 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Hand
     outermost = not any(getattr(old, "__module__", None) == __name__ for old in before.values())
     for number in before:
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     after = before
     try:
         yield before

@@ -150,6 +150,33 @@ def test_a_killed_server_takes_its_commands_along(other):
     assert ALONE in other.run("mistake")[1]
 
 
+def test_a_command_that_arrives_as_the_starter_dies_is_turned_away(other):
+    other.run("pass")
+    other.process.send_signal(signal.SIGSTOP)
+    other.process.stdin.close()
+    with socket.socket(socket.AF_UNIX) as command:
+        command.connect(other.address)
+        other.process.send_signal(signal.SIGCONT)
+        with pytest.raises(ConnectionResetError):
+            command.recv(1)
+    assert other.process.wait(20) == 0
+
+
+def test_a_signal_while_a_command_starts_ends_it_in_a_sentence():
+    start = """
+import os, signal, sys
+from lorabench import cli
+
+cli.run_in_fork = lambda: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["lorabench", "plan", "--preset", "smoke"]
+cli.app()
+"""
+    result = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.startswith("lorabench: stopped by SIGINT; ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_command_in_another_environment_runs_by_itself(server):
     assert ALONE in server.run("mistake", env={"HF_HUB_OFFLINE": "0"})[1]
     assert server.run("print('on')", env={"SHLVL": "7"})[0] == "on\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -21,6 +24,8 @@ from lorabench.store.layout import Layout
 
 from ..conftest import REPOSITORY
 from .checkout import fresh_clone, git, snakemake
+
+FAILURES = REPOSITORY / "docs/failures.md"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +199,57 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     text = (checkout / "snakemake_report.html").read_text()
     for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
         assert part in text
+
+
+# Of about 50 steps; those of which the killed Snakemake knew nothing are done again.
+MOMENTS = [r"(local)?rule tokens:", *[r"3 of \d+ steps"] * 9]
+"""Beginnings of lines of Snakemake at which it is killed, one after the other."""
+
+
+def kill_at(checkout: Path, line: str) -> None:
+    """Start the smoke preset, and kill Snakemake alone as it prints a line; what it has started goes on."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "preset=smoke"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    printed = checkout / "printed"
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=file, stderr=file)
+        while not re.search(f"^{line}", printed.read_text(), re.MULTILINE):
+            assert process.poll() is None, printed.read_text()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_after_kills_the_documented_commands_end_in_the_report(smoke, tmp_path):
+    documented = re.search(r"```text\n(snakemake --unlock\n.*?)```", FAILURES.read_text(), re.DOTALL)
+    unlock, again = (line.split()[1:] for line in documented[1].splitlines())
+    checkout = fresh_clone(tmp_path / "clone")
+    for line in MOMENTS:
+        kill_at(checkout, line)
+        snakemake(checkout, *unlock, "--config", "preset=smoke")
+    snakemake(checkout, *again, "--config", "preset=smoke")
+    assert (checkout / "results/smoke/report/index.html").is_file()
+    for name in ("test_losses", "curves", "claims", "evals"):
+        killed, undisturbed = (
+            pq.read_table(folder / f"results/smoke/tables/{name}.parquet").to_pandas()
+            for folder in (checkout, smoke[0])
+        )
+        pd.testing.assert_frame_equal(killed, undisturbed, obj=name)
+
+
+@pytest.mark.slow
+def test_what_snakemake_leaves_out_is_said(smoke):
+    """It leaves out what reads a file by `ancient` where the file is there and is made again."""
+    checkout, *_ = smoke
+    report = checkout / "results/smoke/report/index.html"
+    report.rename(report.with_name("away"))
+    try:
+        output = snakemake(checkout, "--config", "preset=smoke", "--forcerun", "eval_tasks", fails=True)
+    finally:
+        report.with_name("away").rename(report)
+    assert "results/smoke/report/index.html is not made yet: give the same command again" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
