@@ -1,0 +1,256 @@
+"""A thousand seeded mutations of foreign files and of a server's answers: commands end soon, in a result or a sentence.
+
+Inputs that once failed are cases of the tests of what reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lorabench.cli.commands import app
+from lorabench.errors import UserError
+from lorabench.models.specs import shipped_folder
+from lorabench.store.run_folder import RunFolder
+
+from ..audit.test_real_configs import CASES, write
+from ..check.conftest import factors
+from ..conftest import REPOSITORY
+from ..forks import FORKS
+from ..handmade import curves_of, make_sweep, runs_table
+
+SECONDS, BYTES = 10.0, 2**30
+"""What one command may take."""
+
+NONSENSE = [
+    *("", "null", "[]", "{}", "nan", ".inf", "-1", "0", "1e400", "1e-320", "true", "9" * 40, "9" * 5000, "x" * 5000),
+    *("'", '"', "{{", "}}", "[" * 2000, "{a: " * 2000, "-" * 3000, "${a}", "${A:-" * 50, "$((1+" * 50, "&a [*a, *a]"),
+    *(
+        "*a",
+        "<<: *a",
+        "!!python/name:os.system",
+        "\ufeff",
+        "\0",
+        "\x1b[2J",
+        "\n::error::",
+        "é",
+        "=",
+        "x=[x]",
+        "/" * 300,
+    ),
+]
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """Return content with one to three changes: of bytes, of parts, and of words or numbers by nonsense."""
+    for _ in range(chance.randint(1, 3)):
+        start = chance.randrange(len(content) + 1)
+        end = min(len(content), start + chance.randint(1, 200))
+        match chance.randrange(8):
+            case 0:
+                content = content[:start] + bytes([chance.randrange(256)]) + content[start + 1 :]
+            case 1:
+                content = content[:start] + content[end:] if chance.random() < 0.7 else content[:start]
+            case 2:
+                content = content[:end] + content[start:end] * chance.choice([1, 2, 300]) + content[end:]
+            case 3:
+                content = content[:start] + chance.choice(NONSENSE).encode() + content[start:]
+            case kind:
+                pattern = rb"[\w.+-]+" if kind < 6 else rb"(?<=[:=,]) ?[^\s:=,][^\n,=}\]]*"
+                words = list(re.finditer(pattern, content)) or [re.search(rb"", content)]
+                word = chance.choice(words)
+                content = content[: word.start()] + chance.choice(NONSENSE).encode() + content[word.end() :]
+    return content
+
+
+Run = Callable[[], int]
+
+
+def command(*words: object) -> Run:
+    """Return a function that runs a command, which may not end in a traceback, and returns its exit status."""
+
+    def run() -> int:
+        result = CliRunner().invoke(app, list(map(str, words)))
+        error = result.exception
+        if error is not None and not isinstance(error, SystemExit):
+            raise error
+        assert result.exit_code in (0, 1, 2), result.exit_code
+        assert "Traceback" not in result.output
+        if "--json" in words and result.exit_code < 2:
+            json.loads(result.stdout, parse_constant=pytest.fail)
+        return result.exit_code
+
+    return run
+
+
+def sentence(read: Callable[[], object]) -> Run:
+    """Return a function that returns 0 where something can be read, and 2 where one sentence says why it can't."""
+
+    def run() -> int:
+        try:
+            read()
+        except UserError:
+            return 2
+        return 0
+
+    return run
+
+
+def config(folder: Path, chance: random.Random) -> Run:
+    path = write(chance.choice(CASES), folder)
+    path.write_bytes(mutated(path.read_bytes(), chance))
+    return command("audit", path, "--json")
+
+
+def _write_adapter(folder: Path) -> list[Path]:
+    from safetensors.numpy import save_file
+
+    about = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "use_dora": False}
+    about |= {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}, "init_lora_weights": True}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    save_file(factors(), folder / "adapter_model.safetensors")
+    return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+
+
+def adapter(folder: Path, chance: random.Random) -> Run:
+    path = chance.choice(_write_adapter(folder))
+    path.write_bytes(mutated(path.read_bytes(), chance))
+    return command(chance.choice(["audit", "check"]), folder, "--json")
+
+
+def model(folder: Path, chance: random.Random) -> Run:
+    base = shipped_folder("llama-64")
+    (folder / "model.safetensors").symlink_to(base / "model.safetensors")
+    (folder / "config.json").write_bytes(mutated((base / "config.json").read_bytes(), chance))
+    if chance.random() < 0.5:
+        return command("recommend", "--model", folder, "--dataset-tokens", 10_000, "--json")
+    _write_adapter(folder)
+    return command("check", folder, "--model", folder, "--json")
+
+
+def preset(folder: Path, chance: random.Random) -> Run:
+    text = (REPOSITORY / "workflow/presets/smoke.yaml").read_bytes()
+    (folder / "mine.yaml").write_bytes(mutated(text, chance))
+    return command("plan", "--preset", folder / "mine.yaml", "--json")
+
+
+def table(folder: Path, chance: random.Random) -> Run:
+    runs = runs_table(make_sweep(None) + make_sweep(8))
+    runs.to_csv(folder / "runs.csv", index=False)
+    curves_of(runs).to_parquet(folder / "curves.parquet")
+    path = folder / chance.choice(["runs.csv", "runs.csv", "curves.parquet"])
+    path.write_bytes(mutated(path.read_bytes(), chance))
+    return command("claims", "--tables", folder, "--out", folder / "out")
+
+
+def record(folder: Path, chance: random.Random) -> Run:
+    source = next((REPOSITORY / "paper_figures/partial").glob("*/*.parquet"))
+    row = pq.read_table(source).slice(0, 1)
+    run = RunFolder(folder, row["run_id"][0].as_py())
+    run.final.mkdir()
+    given = row["record"][0].as_py().encode()
+    run.record.write_bytes(mutated(given, chance))
+    return sentence(run.read_record)
+
+
+def server(folder: Path, chance: random.Random) -> Run:
+    from lorabench.check.served import _nlls  # The probe of a model would take most of the time.
+
+    ids = list(range(8))
+    choice = {"logprobs": {"token_logprobs": [None, *[-0.5] * 8]}, "prompt_logprobs": [None]}
+    body = mutated(json.dumps({"choices": [choice], "data": [{"id": "a"}]}).encode(), chance)
+    start = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) + chance.choice([0, 0, 0, 5, -5]))
+    start = mutated(start, chance) if chance.random() < 0.4 else start
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            self.wfile.write(start + body)
+
+    def ask() -> None:
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as answering:
+            threading.Thread(target=answering.serve_forever, args=(0.01,), daemon=True).start()
+            try:
+                _nlls(f"http://127.0.0.1:{answering.server_port}", "a", ids, 2.0)
+            finally:
+                answering.shutdown()
+
+    return sentence(ask)
+
+
+CASES_OF = {config: 460, adapter: 120, model: 100, preset: 140, table: 60, record: 80, server: 40}
+"""How many mutations there are of each kind of input."""
+
+
+def _work(make: Callable[[Path, random.Random], Run], folder: Path, number: int, reply: Connection) -> None:
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + BYTES
+    understood = 0
+    for seed in range(number):
+        place = folder / str(seed)
+        place.mkdir()
+        run = make(place, random.Random(f"{make.__name__} {seed}"))
+        reply.send((seed, None))
+        started = time.monotonic()
+        try:
+            understood += run() < 2
+        except BaseException as error:  # Whatever it is, it is a fault that the test reports.
+            reply.send((seed, f"{type(error).__name__}: {error}"))
+        if time.monotonic() - started > SECONDS:
+            reply.send((seed, f"took {time.monotonic() - started:.0f} s"))
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > limit:
+            reply.send((seed, "took more than 1 GB"))
+            break
+    if understood < number / 20:
+        reply.send((seed, f"only {understood} of {number} inputs were understood, so the mutations test little"))
+    reply.send((None, None))
+
+
+def _faults(make: Callable[[Path, random.Random], Run], folder: Path) -> Iterator[str]:
+    ours, theirs = FORKS.Pipe()
+    worker = FORKS.Process(target=_work, args=(make, folder, CASES_OF[make], theirs))
+    worker.start()
+    theirs.close()
+    seed = -1
+    try:
+        while ours.poll(3 * SECONDS):
+            seed, fault = ours.recv()
+            if seed is None:
+                return
+            if fault:
+                yield f"{make.__name__} {seed}: {fault} ({folder / str(seed)})"
+        yield f"{make.__name__} {seed}: does not end"
+    except EOFError:
+        yield f"{make.__name__} {seed}: the process has died"
+    finally:
+        worker.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", CASES_OF, ids=lambda make: make.__name__)
+def test_mutated_input_ends_in_a_result_or_a_sentence(make, tmp_path):
+    assert list(_faults(make, tmp_path)) == []
+
+
+def test_there_are_a_thousand_mutations():
+    assert sum(CASES_OF.values()) == 1000
+
+
+def test_a_mutation_changes_its_input():
+    text = yaml.safe_dump({"r": 8, "lora_alpha": 16, "learning_rate": 2e-4}).encode()
+    changed = [mutated(text, random.Random(seed)) != text for seed in range(200)]
+    assert sum(changed) > 190
