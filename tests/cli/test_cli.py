@@ -120,7 +120,7 @@ def test_a_plan_reads_measured_runs_without_pandas(tmp_path):
     assert packages & HEAVY == {"numpy", "pyarrow"}
 
 
-START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+START = [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_options_are_passed_on(options, expected):
 def test_a_profile_of_the_folder_goes_before_the_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     profile = str(WORKFLOW / "profiles/slurm")
-    assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", profile]
-    assert snakemake_command("core", ["--profile=slurm"])[5:7] == ["--profile", profile]
+    assert snakemake_command("core", ["--profile", "slurm"])[6:8] == ["--profile", profile]
+    assert snakemake_command("core", ["--profile=slurm"])[6:8] == ["--profile", profile]
     (tmp_path / "slurm").mkdir()
-    assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", "slurm"]
+    assert snakemake_command("core", ["--profile", "slurm"])[6:8] == ["--profile", "slurm"]
 
 
 @pytest.mark.slow

@@ -35,8 +35,11 @@ def commands(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An empty folder."""
-    return tmp_path_factory.mktemp("empty")
+    """A folder with nothing in it but files that have names of Python's modules and must not be run."""
+    folder = tmp_path_factory.mktemp("empty")
+    for module in ("json", "random", "yaml"):
+        (folder / f"{module}.py").write_text(f"raise SystemExit('the {module}.py of the folder was run')\n")
+    return folder
 
 
 def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers(commands, folder):
@@ -47,7 +50,7 @@ def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers
         "print(json.dumps([packaged.__file__, files.shipped_names('*'), rules, len(paper_numbers()), "
         "len(published_sweeps())]))"
     )
-    place, presets, rules, numbers, sweeps = json.loads(shell(f'python -c "{script}"', folder, commands))
+    place, presets, rules, numbers, sweeps = json.loads(shell(f'python -P -c "{script}"', folder, commands))
     assert Path(place).is_relative_to(Path(commands).parent)
     assert presets == ", ".join(sorted(path.stem for path in (REPOSITORY / "workflow/presets").glob("*.yaml")))
     assert rules == sorted(path.name for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
@@ -65,8 +68,14 @@ def test_plan_and_init_work_in_an_empty_folder(commands, folder):
         assert "rule train:" in shell(f"lorabench run {arguments} --dry-run", folder, commands)
 
 
+def test_audit_reads_a_configuration(commands, folder):
+    facts = {"base_model": "Qwen/Qwen3-8B", "adapter": "lora", "lora_r": 8, "learning_rate": 1e-6, "datasets": []}
+    (folder / "axolotl.yaml").write_text(yaml.safe_dump(facts))
+    assert "axolotl.yaml" in shell("lorabench audit axolotl.yaml || [ $? = 1 ]", folder, commands)
+
+
 def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder, raw_preset):
-    package = Path(shell("python -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
+    package = Path(shell("python -P -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
     raw_preset["experiments"]["rank"][0] |= {"ranks": {"all": [4]}, "seeds": 1}
     (folder / "few.yaml").write_text(yaml.safe_dump(raw_preset))
