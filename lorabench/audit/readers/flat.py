@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench.audit.readers import options
+from lorabench.errors import UserError
+
+_MOST = 200_000
 
 
 @dataclass
@@ -71,12 +74,22 @@ class Options:
         return {field: self.lines[name] for field, name in found.items() if name in self.lines}
 
 
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name; a list is a value."""
+def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested mappings by dotted name; a list is a value.
+
+    Raises:
+        UserError: there are more than a file can name without aliases of aliases.
+    """
     flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+
+    def add(mapping: Mapping[str, Any], prefix: str) -> None:
+        for key, value in mapping.items():
+            if isinstance(value, Mapping):
+                add(value, f"{prefix}{key}.")
+            elif len(flat) == _MOST:
+                raise UserError(f"it has more than {_MOST:,} options")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    add(data, "")
     return flat

@@ -48,7 +48,7 @@ def matches(path: Path, text: str) -> bool:
     return (
         path.suffix in (".yml", ".yaml")
         and "_component_: torchtune." in text
-        and re.search(r"^\s*optimizer\s*:", text, re.MULTILINE) is not None
+        and re.search(r"^[ \t]*optimizer\s*:", text, re.MULTILINE) is not None
     )
 
 

@@ -144,7 +144,7 @@ def _notebook(text: str) -> tuple[str, list[int]]:
     try:
         cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(source) for source in cells]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError("it is not a notebook with cells") from error
     code, lines, at, number = "", list[int](), 0, 1
     for source in sources:

@@ -130,8 +130,10 @@ def parse(text: str) -> ast.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError) as error:
         raise UserError(f"it is not valid Python: {error}") from error
+    except (RecursionError, MemoryError) as error:  # Python's parser says so of what is nested too deeply
+        raise UserError("it is nested too deeply for Python") from error
 
 
 def _read_module(tree: ast.Module, lines: Sequence[int]) -> _Module:
