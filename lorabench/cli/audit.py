@@ -29,7 +29,7 @@ def audit(
     hub: Annotated[bool, Option("--hub", help="Look models up on the hub that are not known here.")] = False,
     skip_unknown: Annotated[
         bool,
-        Option("--skip-unknown", help="Pass over named files that state no training run, as over those in folders."),
+        Option("--skip-unknown", help="Pass over named files that state no training run of a known format."),
     ] = False,
 ) -> None:
     """Say what is wrong in the configurations of other trainers, from the files alone.

@@ -171,7 +171,7 @@ def test_the_command_imports_nothing_heavy(folder):
 
 def test_the_hook_calls_the_command():
     (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text())
-    assert (hook["id"], hook["entry"]) == ("lorabench-audit", "lorabench audit")
+    assert (hook["id"], hook["entry"]) == ("lorabench-audit", "lorabench audit --skip-unknown")
 
 
 def test_the_action_audits_the_paths(folder):

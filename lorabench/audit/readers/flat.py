@@ -66,6 +66,10 @@ class Options:
             return None
         return tuple(value)
 
+    def said(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Return the values of fields of a record as they are said, from the names under which a format has them."""
+        return {field: self.get(*names) for field, names in keys.items()}
+
     def lines_of(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
         """Return the lines of fields of a record, from the names under which a format has them."""
         found = {

@@ -134,11 +134,13 @@ def _run(
     if first and data.get("tokenized_path") and not any(key in data for key in _TRAINING):
         return []
     said, findings = _first(data, lines) if first else (_second(data), [])
-    places = options.lines_of(_KEYS if first else _KEYS_V1, lines)
+    keys = _KEYS if first else _KEYS_V1
+    places = options.lines_of(keys, lines)
     for key in ("warmup_ratio", "warmup_steps"):
         if data.get(key) is not None:
             places["warmup"] = lines[key]
-    return [TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)]
+    config = TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)
+    return [options.checked(config, {field: options.at(data, key) for field, key in keys.items()})]
 
 
 def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str, Any], list[Finding]]:

@@ -15,7 +15,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lorabench.audit.readers.options import CERTAIN, THE_FILE
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked
 from lorabench.audit.readers.shell import Word, find_file, is_script, read_commands
 from lorabench.errors import UserError
 
@@ -182,7 +182,7 @@ def _config(
         }
     else:
         findings = [*findings, *_without_effect(options, lora, other, bool(megatron), method)]
-    return TrainingConfig(
+    config = TrainingConfig(
         shown,
         "nemo-rl",
         name,
@@ -192,6 +192,7 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
+    return checked(config, options.said(keys))
 
 
 def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | None]:

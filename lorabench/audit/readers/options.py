@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lorabench.audit.config import TrainingConfig
 from lorabench.audit.finding import Finding, Level
 
 THE_FILE = "the file alone"
 CERTAIN = "certain"
 _LARGEST_DATA = 1 << 26
 """Bytes of data that can be counted in time from a slow disk."""
+
+
+class _Number(NamedTuple):
+    """What a number may be, in all frameworks."""
+
+    name: str
+    allowed: str
+    allows: Callable[[float], bool]
+    """False for NaN too."""
+    of_lora: bool = False
+
+
+_ABOVE_0 = ("numbers above 0", lambda value: 0 < value < math.inf)
+_COUNT = ("whole numbers from 1 to 1e9", lambda value: 1 <= value <= 1e9 and value == int(value))
+_NUMBERS = {
+    "lr": _Number("learning rate", *_ABOVE_0),
+    "micro_batch": _Number("batch size of a device", *_COUNT),
+    "accumulation": _Number("number of accumulated batches", *_COUNT),
+    "global_batch": _Number("batch size", *_COUNT),
+    "epochs": _Number("number of epochs", *_ABOVE_0),
+    "rank": _Number("rank", *_COUNT, of_lora=True),
+    # That alpha 0 has no effect is another finding.
+    "alpha": _Number("alpha", "numbers from 0 up", lambda value: 0 <= value < math.inf, of_lora=True),
+    "dropout": _Number("dropout", "numbers from 0 to 1", lambda value: 0 <= value <= 1, of_lora=True),
+}
+"""By the field of a record."""
 
 
 def at(data: Any, key: str) -> Any:
@@ -118,6 +146,32 @@ def lr_findings(value: Any, key: str, line: int | None, framework: str) -> list[
         f"number, and other programs may not: {dotted(number(value) or 0.0)} is a number to all of them"
     )
     return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]
+
+
+def checked(config: TrainingConfig, said: Mapping[str, Any]) -> TrainingConfig:
+    """Return a record in which numbers without meaning, such as rank 0, are findings and no values.
+
+    Args:
+        config: the record.
+        said: what the file says, by field.
+    """
+    findings, without = list[Finding](), dict[str, None]()
+    for field, meaning in _NUMBERS.items():
+        value = said.get(field)
+        unused = field == "epochs" and (config.steps or 0) > 0
+        if (meaning.of_lora and config.method != "lora") or unused or isinstance(value, bool):
+            continue
+        try:
+            allowed = meaning.allows(float(value))  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # it is no number at all, which is not said or another finding
+            continue
+        except OverflowError:
+            allowed = False
+        if not allowed:
+            message = f"the {meaning.name} is {value!s:.40}; allowed: {meaning.allowed}"
+            findings.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=config.line(field)))
+            without[field] = None
+    return replace(config, findings=(*config.findings, *findings), **without)  # type: ignore[arg-type]
 
 
 def dotted(value: float) -> str:

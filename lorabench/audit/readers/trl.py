@@ -21,9 +21,9 @@ from lorabench.audit.finding import Finding
 from lorabench.audit.readers import trl_python
 from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.options import at as value_at
-from lorabench.audit.readers.options import examples
+from lorabench.audit.readers.options import checked, examples
 from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.trl_options import FIELDS, MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
@@ -61,6 +61,14 @@ LORA_OPTIONS = (
     "use_rslora",
     "use_dora",
 )
+_LORA = {
+    "rank": ("lora_r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "targets": ("lora_target_modules",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+}
 _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("num_generations", "reward_funcs", "reward_weights")),
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
@@ -148,7 +156,7 @@ def _notebook(text: str) -> tuple[str, list[int]]:
         raise UserError("it is not a notebook with cells") from error
     code, lines, at, number = "", list[int](), 0, 1
     for source in sources:
-        plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+        plain = re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.MULTILINE)
         try:
             trl_python.parse(plain)
         except UserError:
@@ -278,14 +286,6 @@ def _config(
             options.fill(MODEL_CONFIG_DEFAULTS)
     fields, lines = plain_fields(options, task)
     if method != "fullft":
-        lora = {
-            "rank": ("lora_r",),
-            "alpha": ("lora_alpha",),
-            "dropout": ("lora_dropout",),
-            "targets": ("lora_target_modules",),
-            "rslora": ("use_rslora",),
-            "dora": ("use_dora",),
-        }
         fields |= {
             "rank": options.count("lora_r"),
             "alpha": options.number("lora_alpha"),
@@ -296,8 +296,8 @@ def _config(
             "rslora": bool(options.flag("use_rslora")),
             "dora": bool(options.flag("use_dora")),
         }
-        lines |= options.lines_of(lora)
-    return TrainingConfig(
+        lines |= options.lines_of(_LORA)
+    config = TrainingConfig(
         path=shown,
         format="trl",
         name=name,
@@ -310,3 +310,4 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
+    return checked(config, options.said(FIELDS | _LORA))

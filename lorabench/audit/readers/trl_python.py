@@ -16,8 +16,15 @@ from typing import Any, cast
 from lorabench.audit.config import Method, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import variant_of
-from lorabench.audit.readers.trl_options import DEFAULT_LRS, LORA_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.options import checked, variant_of
+from lorabench.audit.readers.trl_options import (
+    DEFAULT_LRS,
+    FIELDS,
+    LORA_CONFIG_DEFAULTS,
+    plain_fields,
+    set_defaults,
+    task_of,
+)
 from lorabench.errors import UserError
 
 CALL = re.compile(
@@ -27,6 +34,15 @@ CALL = re.compile(
 """A call of a class of settings or of a trainer of TRL, in a text; for a quick look."""
 
 _CLASS = re.compile(CALL.pattern.removesuffix(r"\("))
+_LORA = {
+    "rank": ("r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "targets": ("target_modules",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+    "variant": ("init_lora_weights",),
+}
 _NEW_LORA = ("get_peft_model", "add_adapter")
 _NOT_SAID = object()
 
@@ -186,6 +202,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
     model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
     fields, lines = plain_fields(options, task)
+    said = options.said(FIELDS)
     if lora is not None:
         settings = module.options(lora)
         if _is_lora(lora) and not lora.args and all(keyword.arg for keyword in lora.keywords):
@@ -202,22 +219,14 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
             "dora": bool(settings.flag("use_dora")),
             "variant": variant_of(initialization),
         }
-        lines |= settings.lines_of(
-            {
-                "rank": ("r",),
-                "alpha": ("lora_alpha",),
-                "dropout": ("lora_dropout",),
-                "targets": ("target_modules",),
-                "rslora": ("use_rslora",),
-                "dora": ("use_dora",),
-                "variant": ("init_lora_weights",),
-            }
-        )
+        lines |= settings.lines_of(_LORA)
+        said |= settings.said(_LORA)
     if (optimizer := _loraplus(module, trainer)) is not None:
         of_optimizer = module.options(optimizer)
         fields |= {"lr": of_optimizer.number("lr"), "lr_ratio": of_optimizer.number("loraplus_lr_ratio")}
         lines |= of_optimizer.lines_of({"lr": ("lr",), "lr_ratio": ("loraplus_lr_ratio",)})
-    return TrainingConfig(
+        said["lr"] = of_optimizer.get("lr")
+    config = TrainingConfig(
         path=shown,
         format="trl",
         name=f"line {module.lines[call.lineno - 1]}",
@@ -230,6 +239,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         findings=tuple(_unused_lora(module, trainer)),
         **fields,
     )
+    return checked(config, said)
 
 
 def _loraplus(module: _Module, trainer: ast.Call | None) -> ast.Call | None:
