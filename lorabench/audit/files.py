@@ -57,7 +57,7 @@ def read_paths(
     file_format: str | None = None,
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
-    seconds: int = SECONDS,
+    seconds: float = SECONDS,
 ) -> Reading:
     """Return the training runs that files state, in the order of the paths and then by name.
 

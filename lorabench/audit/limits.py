@@ -29,7 +29,7 @@ _LONGEST_REASON = 400
 _TOO_MUCH = f"it takes more than {MEMORY / 1e9:g} GB of memory to read"
 
 
-def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: int = SECONDS) -> list[Any]:
+def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: float = SECONDS) -> list[Any]:
     """Return for each item what `work` returns of it as plain data, or the UserError that says why there is nothing."""
     answers = list[Any]()
     while len(answers) < len(items):
@@ -37,7 +37,7 @@ def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: int = SECON
     return answers
 
 
-def _of_one_process(work: Callable[[T], Any], items: Sequence[T], seconds: int) -> list[Any]:
+def _of_one_process(work: Callable[[T], Any], items: Sequence[T], seconds: float) -> list[Any]:
     """Return the answers up to the item that ended the process, if one did."""
     reading, writing = os.pipe()
     process, status = os.fork(), 0
@@ -56,12 +56,13 @@ def _of_one_process(work: Callable[[T], Any], items: Sequence[T], seconds: int) 
             _, status = os.waitpid(process, 0)
     answers = [UserError(answer) if isinstance(answer, str) else answer for answer in map(json.loads, lines)]
     if len(answers) < len(items):
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        answers.append(UserError(f"it takes more than {seconds} s to read" if late else _TOO_MUCH))
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        reasons = {signal.SIGALRM: f"it takes more than {seconds:g} s to read", 0: _TOO_MUCH}
+        answers.append(UserError(reasons.get(number, f"reading it ended with {signal.strsignal(number)}")))
     return answers
 
 
-def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: int, writing: int) -> NoReturn:
+def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: float, writing: int) -> NoReturn:
     """Write a line of JSON for each item, a text where there is only a reason, and end this process."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends this process
@@ -71,9 +72,9 @@ def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: int, writing:
         _limit_memory()
         with open(writing, "wb") as pipe:
             for item in items:
-                signal.alarm(seconds)
+                signal.setitimer(signal.ITIMER_REAL, seconds)
                 line = _line(work, item)
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 pipe.write(line.encode() + b"\n")
                 pipe.flush()
     finally:

@@ -44,7 +44,7 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
     Raises:
         UserError: it is not YAML, has several documents, or uses tags or Jinja statements that need a program.
     """
-    text = re.sub(r"(.*?(?:^|[:-])[ \t]+)(\{\{.*)", _quoted_place, text, flags=re.MULTILINE)
+    text = re.sub(r"^.*\{\{.*$", _quoted_place, text, flags=re.MULTILINE)
     loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
     lines = Lines()
     try:
@@ -65,14 +65,16 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
         loader.dispose()
 
 
-def _quoted_place(match: re.Match[str]) -> str:
+def _quoted_place(line: re.Match[str]) -> str:
     """Return a line with its place to fill in as text, since an unquoted {{ name }} would be a mapping of a mapping."""
-    end = match[2].partition("'")[0].rfind("}}")
-    value = match[2][end:].partition("#")[0]
-    if end < 0 or "'" in value:
-        return match[0]
-    value = value.rstrip(" \t")
-    return f"{match[1]}'{match[2][:end]}{value}'{match[2][end + len(value) :]}"
+    before = re.search(r"(?:^|[:-])[ \t]+(?=\{\{)", line[0])
+    rest = line[0][before.end() :] if before else ""
+    end = rest.partition("'")[0].rfind("}}")
+    value = rest[end:].partition("#")[0].rstrip(" \t")
+    if before is None or end < 0 or "'" in value:
+        return line[0]
+    end += len(value)
+    return f"{line[0][: before.end()]}'{rest[:end]}'{rest[end:]}"
 
 
 def _note_keys(node: yaml.Node, prefix: str, seen: set[int], lines: Lines) -> None:

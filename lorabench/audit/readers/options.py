@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,24 +22,26 @@ class _Number(NamedTuple):
     """What a number may be, in all frameworks."""
 
     name: str
-    allowed: str
-    allows: Callable[[float], bool]
-    """False for NaN too."""
+    low: float
+    high: float
+    whole: bool = False
     of_lora: bool = False
 
+    @property
+    def allowed(self) -> str:
+        return f"{'whole ' if self.whole else ''}numbers from {self.low:g} to {self.high:g}"
 
-_ABOVE_0 = ("numbers above 0", lambda value: 0 < value < math.inf)
-_COUNT = ("whole numbers from 1 to 1e9", lambda value: 1 <= value <= 1e9 and value == int(value))
+
 _NUMBERS = {
-    "lr": _Number("learning rate", *_ABOVE_0),
-    "micro_batch": _Number("batch size of a device", *_COUNT),
-    "accumulation": _Number("number of accumulated batches", *_COUNT),
-    "global_batch": _Number("batch size", *_COUNT),
-    "epochs": _Number("number of epochs", *_ABOVE_0),
-    "rank": _Number("rank", *_COUNT, of_lora=True),
+    "lr": _Number("learning rate", 1e-20, 1000),
+    "micro_batch": _Number("batch size of a device", 1, 1e9, whole=True),
+    "accumulation": _Number("number of accumulated batches", 1, 1e9, whole=True),
+    "global_batch": _Number("batch size", 1, 1e9, whole=True),
+    "epochs": _Number("number of epochs", 1e-9, 1e9),
+    "rank": _Number("rank", 1, 1e9, whole=True, of_lora=True),
     # That alpha 0 has no effect is another finding.
-    "alpha": _Number("alpha", "numbers from 0 up", lambda value: 0 <= value < math.inf, of_lora=True),
-    "dropout": _Number("dropout", "numbers from 0 to 1", lambda value: 0 <= value <= 1, of_lora=True),
+    "alpha": _Number("alpha", 0, 1e9, of_lora=True),
+    "dropout": _Number("dropout", 0, 1, of_lora=True),
 }
 """By the field of a record."""
 
@@ -162,7 +164,8 @@ def checked(config: TrainingConfig, said: Mapping[str, Any]) -> TrainingConfig:
         if (meaning.of_lora and config.method != "lora") or unused or isinstance(value, bool):
             continue
         try:
-            allowed = meaning.allows(float(value))  # type: ignore[arg-type]
+            read = float(value)  # type: ignore[arg-type]
+            allowed = meaning.low <= read <= meaning.high and (read == int(read) or not meaning.whole)
         except (TypeError, ValueError):  # it is no number at all, which is not said or another finding
             continue
         except OverflowError:

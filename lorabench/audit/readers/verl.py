@@ -99,7 +99,7 @@ def _config(
     said_unknown = any(key in options and options.values[key] is None for key in keys["rank"])
     # Training may go on from an adapter, which has a rank of its own.
     continued = options.get(*keys["adapter"]) is not None
-    method: Method | None = "lora" if rank or continued else None if said_unknown else "fullft"
+    method: Method | None = "lora" if options.number(*keys["rank"]) or continued else None if said_unknown else "fullft"
     fields: dict[str, Any] = {
         field: options.text(*keys[field]) for field in ("model", "schedule", "optimizer") if field in keys
     }
