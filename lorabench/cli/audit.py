@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +46,8 @@ def audit(
     )
     if sarif is not None:
         write_json(report.sarif(), sarif)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal's encoding may lack letters of names
+        sys.stdout.reconfigure(errors="backslashreplace")
     if as_json:
         print(json.dumps(report.json(), indent=2, allow_nan=False))
     else:

@@ -40,7 +40,7 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "aliases.yaml": (f"l0: &l0 {{a: 1}}\n{ALIASES}{VERL}", "it has more than 200,000 options"),
     "list-of-itself.py": (PYTHON.format("[x]"), NESTED),
     "minus.py": (PYTHON.format("-y\ny = -x"), NESTED),
-    "dashes.py": (PYTHON.format("-" * 9000 + "1"), "it is nested too deeply for Python"),
+    "dashes.py": (PYTHON.format("-" * 9000 + "1"), "it is not valid Python: it is nested too deeply"),
     "deep.ipynb": (NOTEBOOK + '{"a":' * 5000 + "1" + "}" * 5001, "it is not a notebook"),
     "data/a.yaml": (LLAMA_FACTORY, None),
     "data/dataset_info.json": ("[" * 9000, ""),
@@ -116,7 +116,11 @@ def test_numbers_without_meaning_are_errors(tmp_path, key, said, value):
         ("a.sh", f"{TRL} --lora_alpha -16\n", "the alpha is -16; allowed: numbers from 0 to 1e+09"),
         ("a.sh", f"{TRL} --num_train_epochs nan\n", "the number of epochs is nan; allowed: "),
         ("a.py", PYTHON.format("-1e-4"), "the learning rate is -0.0001; allowed: "),
-        ("adapter_config.json", '{"peft_type": "LORA", "r": 8, "lora_alpha": -Infinity}', "the alpha is -inf; allowed: "),
+        (
+            "adapter_config.json",
+            '{"peft_type": "LORA", "r": 8, "lora_alpha": -Infinity}',
+            "the alpha is -inf; allowed: ",
+        ),
         ("adapter_config.json", '{"peft_type": "LORA", "r": 0, "lora_alpha": 8}', "the rank is 0; allowed: "),
     ],
 )

@@ -152,7 +152,11 @@ def test_sarif(folder):
 def test_a_named_file_that_is_not_read_ends_with_2_after_the_findings_of_the_others(folder):
     assert audit("bad.yml")[0] == 2
     status, printed = audit("wrong.yml", "bad.yml", "--sarif", "out.sarif")
-    assert (status, "error no-effect" in printed, "bad.yml: not read: it is not valid YAML" in printed) == (2, True, True)
+    assert (status, "error no-effect" in printed, "bad.yml: not read: it is not valid YAML" in printed) == (
+        2,
+        True,
+        True,
+    )
     assert "no-effect" in (folder / "out.sarif").read_text()
     # A hook names all files.
     (folder / "other.yml").write_text("a: 1")

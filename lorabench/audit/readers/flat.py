@@ -78,22 +78,14 @@ class Options:
         return {field: self.lines[name] for field, name in found.items() if name in self.lines}
 
 
-def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name; a list is a value.
-
-    Raises:
-        UserError: there are more than a file can name without aliases of aliases.
-    """
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted name; a list is a value."""
     flat: dict[str, Any] = {}
-
-    def add(mapping: Mapping[str, Any], prefix: str) -> None:
-        for key, value in mapping.items():
-            if isinstance(value, Mapping):
-                add(value, f"{prefix}{key}.")
-            elif len(flat) == _MOST:
-                raise UserError(f"it has more than {_MOST:,} options")
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    add(data, "")
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+        if len(flat) > _MOST:  # aliases of aliases
+            raise UserError(f"it has more than {_MOST:,} options")
     return flat

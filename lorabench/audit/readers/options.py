@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorabench.audit.config import TrainingConfig
 from lorabench.audit.finding import Finding, Level
@@ -18,32 +18,19 @@ _LARGEST_DATA = 1 << 26
 """Bytes of data that can be counted in time from a slow disk."""
 
 
-class _Number(NamedTuple):
-    """What a number may be, in all frameworks."""
-
-    name: str
-    low: float
-    high: float
-    whole: bool = False
-    of_lora: bool = False
-
-    @property
-    def allowed(self) -> str:
-        return f"{'whole ' if self.whole else ''}numbers from {self.low:g} to {self.high:g}"
-
-
+_COUNT = (1, 1e9, "whole numbers")
 _NUMBERS = {
-    "lr": _Number("learning rate", 1e-20, 1000),
-    "micro_batch": _Number("batch size of a device", 1, 1e9, whole=True),
-    "accumulation": _Number("number of accumulated batches", 1, 1e9, whole=True),
-    "global_batch": _Number("batch size", 1, 1e9, whole=True),
-    "epochs": _Number("number of epochs", 1e-9, 1e9),
-    "rank": _Number("rank", 1, 1e9, whole=True, of_lora=True),
+    "lr": ("learning rate", 1e-20, 1000, "numbers"),
+    "micro_batch": ("batch size of a device", *_COUNT),
+    "accumulation": ("number of accumulated batches", *_COUNT),
+    "global_batch": ("batch size", *_COUNT),
+    "epochs": ("number of epochs", 1e-9, 1e9, "numbers"),
+    "rank": ("rank", *_COUNT),
     # That alpha 0 has no effect is another finding.
-    "alpha": _Number("alpha", 0, 1e9, of_lora=True),
-    "dropout": _Number("dropout", 0, 1, of_lora=True),
+    "alpha": ("alpha", 0, 1e9, "numbers"),
+    "dropout": ("dropout", 0, 1, "numbers"),
 }
-"""By the field of a record."""
+"""What numbers may be in all frameworks, by the field of a record."""
 
 
 def at(data: Any, key: str) -> Any:
@@ -158,20 +145,20 @@ def checked(config: TrainingConfig, said: Mapping[str, Any]) -> TrainingConfig:
         said: what the file says, by field.
     """
     findings, without = list[Finding](), dict[str, None]()
-    for field, meaning in _NUMBERS.items():
+    unused = ["epochs"] if (config.steps or 0) > 0 else []
+    unused += ["rank", "alpha", "dropout"] if config.method != "lora" else []
+    for field, (name, low, high, kind) in _NUMBERS.items():
         value = said.get(field)
-        unused = field == "epochs" and (config.steps or 0) > 0
-        if (meaning.of_lora and config.method != "lora") or unused or isinstance(value, bool):
+        if field in unused or isinstance(value, bool):
             continue
         try:
-            read = float(value)  # type: ignore[arg-type]
-            allowed = meaning.low <= read <= meaning.high and (read == int(read) or not meaning.whole)
+            allowed = low <= float(value) <= high and (kind == "numbers" or float(value) % 1 == 0)  # type: ignore[arg-type]
         except (TypeError, ValueError):  # it is no number at all, which is not said or another finding
             continue
         except OverflowError:
             allowed = False
         if not allowed:
-            message = f"the {meaning.name} is {value!s:.40}; allowed: {meaning.allowed}"
+            message = f"the {name} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
             findings.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=config.line(field)))
             without[field] = None
     return replace(config, findings=(*config.findings, *findings), **without)  # type: ignore[arg-type]

@@ -23,7 +23,14 @@ from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.options import at as value_at
 from lorabench.audit.readers.options import checked, examples
 from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lorabench.audit.readers.trl_options import FIELDS, MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.trl_options import (
+    FIELDS,
+    MODEL_CONFIG_DEFAULTS,
+    lora_fields,
+    plain_fields,
+    set_defaults,
+    task_of,
+)
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
@@ -51,21 +58,13 @@ _TRAINING = (
 )
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-LORA_OPTIONS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
 _LORA = {
     "rank": ("lora_r",),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout",),
     "targets": ("lora_target_modules",),
+    "target_parameters": ("lora_target_parameters",),
+    "saved_modules": ("lora_modules_to_save",),
     "rslora": ("use_rslora",),
     "dora": ("use_dora",),
 }
@@ -249,7 +248,7 @@ def _config(
     bits = 4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None
     findings = []
     if method == "fullft":
-        first = next((option for option in LORA_OPTIONS if option in options), None)
+        first = next((option for (option,) in _LORA.values() if option in options), None)
         if first is not None:
             yaml = kind == "yaml"
             message = f"{first} has no effect without use_peft: TRL then trains all weights"
@@ -286,16 +285,7 @@ def _config(
             options.fill(MODEL_CONFIG_DEFAULTS)
     fields, lines = plain_fields(options, task)
     if method != "fullft":
-        fields |= {
-            "rank": options.count("lora_r"),
-            "alpha": options.number("lora_alpha"),
-            "dropout": options.number("lora_dropout"),
-            "targets": targets,
-            "target_parameters": options.names("lora_target_parameters") or (),
-            "saved_modules": options.names("lora_modules_to_save") or (),
-            "rslora": bool(options.flag("use_rslora")),
-            "dora": bool(options.flag("use_dora")),
-        }
+        fields |= lora_fields(options, _LORA) | {"targets": targets}
         lines |= options.lines_of(_LORA)
     config = TrainingConfig(
         path=shown,
