@@ -84,7 +84,7 @@ def test_every_file_stands_on_its_own(once_failed):
     for name, (_, reason) in ONCE_FAILED.items():
         assert reasons.get(name, "").startswith(reason or ""), name
         assert (name in reasons, name in read) == (bool(reason), reason is None), name
-    assert [finding.code for finding in report.findings if finding.path.endswith("right.yml")][0] == "no-effect"
+    assert next(finding.code for finding in report.findings if finding.path.endswith("right.yml")) == "no-effect"
     assert json.dumps(report.json(), allow_nan=False)
 
 
