@@ -58,7 +58,7 @@ _TRAINING = (
 )
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-_LORA = {
+LORA = {
     "rank": ("lora_r",),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout",),
@@ -248,7 +248,7 @@ def _config(
     bits = 4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None
     findings = []
     if method == "fullft":
-        first = next((option for (option,) in _LORA.values() if option in options), None)
+        first = next((option for (option,) in LORA.values() if option in options), None)
         if first is not None:
             yaml = kind == "yaml"
             message = f"{first} has no effect without use_peft: TRL then trains all weights"
@@ -285,8 +285,8 @@ def _config(
             options.fill(MODEL_CONFIG_DEFAULTS)
     fields, lines = plain_fields(options, task)
     if method != "fullft":
-        fields |= lora_fields(options, _LORA) | {"targets": targets}
-        lines |= options.lines_of(_LORA)
+        fields |= lora_fields(options, LORA) | {"targets": targets}
+        lines |= options.lines_of(LORA)
     config = TrainingConfig(
         path=shown,
         format="trl",
@@ -300,4 +300,4 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
-    return checked(config, options.said(FIELDS | _LORA))
+    return checked(config, options.said(FIELDS | LORA))
