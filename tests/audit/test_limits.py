@@ -135,8 +135,9 @@ def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):
     (tmp_path / "a.yaml").write_text(VERL.replace("lora_rank: 8", "lora_rank: 0"))
     (tmp_path / "b.sh").write_text(f"{TRL} --max_steps 10 --num_train_epochs -1 --gradient_accumulation_steps auto\n")
     (tmp_path / "c.sh").write_text(f"{TRL.replace('--use_peft', '--use_peft false')} --lora_r 0 --max_steps -1\n")
+    (tmp_path / "d.yaml").write_text(NEMO_RL.replace("max_num_steps: 10", "max_num_epochs: -1"))
     report = api.audit(tmp_path)
-    assert len(report.configs) == 3
+    assert len(report.configs) == 4
     assert [finding for finding in report.findings if finding.code == "number"] == []
 
 

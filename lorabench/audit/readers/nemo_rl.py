@@ -192,7 +192,8 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
-    return checked(config, options.said(keys))
+    # -1 epochs have no end.
+    return checked(config, {**options.said(keys), "epochs": config.epochs if config.epochs != -1 else None})
 
 
 def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | None]:
