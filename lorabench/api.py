@@ -147,7 +147,11 @@ def recommend(
 
 
 def audit(
-    *paths: str | Path, file_format: str | None = None, completion_tokens: float | None = None, hub: bool = False
+    *paths: str | Path,
+    file_format: str | None = None,
+    completion_tokens: float | None = None,
+    hub: bool = False,
+    skip_unknown: bool = False,
 ) -> Report:
     """Say what is wrong in the configurations of other trainers and in adapters, from the files alone.
 
@@ -156,6 +160,7 @@ def audit(
         file_format: read the files as this format, such as `axolotl`, in place of recognizing it.
         completion_tokens: the mean number of scored tokens of an example, which no configuration says.
         hub: whether models that are not known here may be looked up on the hub.
+        skip_unknown: whether to pass over named files that state no training run, as over those in folders.
 
     Returns:
         A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
@@ -163,7 +168,7 @@ def audit(
         a `code`, a `level` (`error`, `warning` or `note`), a `message`, a `source`, how `sure` it is, and its place.
 
     Raises:
-        UserError: no path is given, or a path or the format does not exist.
+        UserError: no path is given, or a path or the format does not exist, or a number of tokens is not above 0.
 
     Examples:
         >>> path = Path("sft.yaml")
@@ -176,15 +181,21 @@ def audit(
         6 note lr-text
         3 note parameters
     """
-    from lorabench.audit.checks import audit as find
+    from lorabench.audit.checks import check_run, compare_runs
     from lorabench.audit.config import Knowledge
     from lorabench.audit.files import read_paths
+    from lorabench.audit.limits import SECONDS
     from lorabench.audit.output import Report
 
-    if not paths:
-        raise UserError("audit: no path is given; a file or a folder is needed")
-    reading = read_paths([Path(path) for path in paths], file_format)
-    return Report.of(reading, find(reading.configs, Knowledge(completion_tokens, hub)))
+    if not paths or "" in paths:
+        raise UserError("audit: no path is given; a file or a folder is needed, and an empty path is neither")
+    if completion_tokens is not None and not 0 < completion_tokens < math.inf:
+        raise UserError(f"completion_tokens {completion_tokens}: allowed: numbers above 0")
+    known = Knowledge(completion_tokens, hub)
+    # The hub may take its time.
+    seconds = 60 if hub else SECONDS
+    reading = read_paths([*map(Path, paths)], file_format, lambda run: check_run(run, known), skip_unknown, seconds)
+    return Report.of(reading, compare_runs(reading.configs, known))
 
 
 @dataclass(frozen=True)

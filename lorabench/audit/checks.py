@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lorabench.audit.config import Knowledge, TrainingConfig
@@ -50,11 +50,16 @@ _LEVELS = ("error", "warning", "note")
 def audit(configs: Sequence[TrainingConfig], known: Knowledge | None = None) -> list[Finding]:
     """Return what the readers and all checks find: run by run in the order given, and errors first within a run."""
     known = known or Knowledge()
-    findings = [finding for config in configs for finding in _of_run(config, known)]
-    return findings + [finding for check in FOLDER_CHECKS for finding in check(configs, known)]
+    return [finding for config in configs for finding in check_run(config, known)] + compare_runs(configs, known)
 
 
-def _of_run(config: TrainingConfig, known: Knowledge) -> Iterator[Finding]:
+def check_run(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return what the reader and the checks find of a run alone, errors first."""
     found = [*config.findings, *(finding for check in RUN_CHECKS for finding in check(config, known))]
-    for finding in sorted(found, key=lambda finding: _LEVELS.index(finding.level)):
-        yield replace(finding, path=finding.path or config.path, run=config.name)
+    found.sort(key=lambda finding: _LEVELS.index(finding.level))
+    return [replace(finding, path=finding.path or config.path, run=config.name) for finding in found]
+
+
+def compare_runs(configs: Sequence[TrainingConfig], known: Knowledge) -> list[Finding]:
+    """Return what is found of runs beside each other."""
+    return [finding for check in FOLDER_CHECKS for finding in check(configs, known)]

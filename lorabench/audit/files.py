@@ -1,14 +1,17 @@
-"""The configurations in files and folders, and which files were not understood."""
+"""The runs that files and folders state, what is found of each, and which files were not understood."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lorabench.audit.config import TrainingConfig
+from lorabench.audit.finding import Finding
+from lorabench.audit.limits import SECONDS, in_limits
 from lorabench.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
 from lorabench.errors import UserError
 
@@ -45,47 +48,82 @@ class Reading:
     configs: list[TrainingConfig]
     not_read: list[NotRead]
     """Files that the user named, and files of a known format, that could not be read."""
-    files: int
-    """Number of files that were looked at."""
+    findings: list[Finding]
+    """Of each run alone, in the order of the runs."""
 
 
-def read_paths(paths: Sequence[Path], file_format: str | None = None) -> Reading:
+def read_paths(
+    paths: Sequence[Path],
+    file_format: str | None = None,
+    check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
+    skip_unknown: bool = False,
+    seconds: float = SECONDS,
+) -> Reading:
     """Return the training runs that files state, in the order of the paths and then by name.
 
     Args:
         paths: files and folders.
         file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
+        check: what is to be found of a run.
+        skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
+        seconds: that reading and checking a file may take.
 
     Raises:
         UserError: a path or the format is not there.
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
-    configs, not_read, seen = list[TrainingConfig](), list[NotRead](), set[Path]()
+    files, not_read = dict[str, tuple[Path, bool]](), list[NotRead]()
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
-        for file in _files(path):
-            if file.resolve() in seen:
-                continue
-            seen.add(file.resolve())
-            try:
-                configs.extend(_read(file, file_format, named=file == path))
-            except UserError as error:
-                not_read.append(NotRead(file.as_posix(), str(error)))
-    return Reading(configs, not_read, len(seen))
+        try:
+            for file in _files(path, not_read):
+                files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
+        except RecursionError:
+            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+
+    def answer(item: tuple[Path, bool]) -> dict[str, Any]:
+        configs = _read(item[0], file_format, named=item[1])
+        return {
+            "configs": [asdict(config) for config in configs],
+            "findings": [asdict(finding) for config in configs for finding in check(config)],
+        }
+
+    reading = Reading([], not_read, [])
+    for (file, _), said in zip(files.values(), in_limits(answer, list(files.values()), seconds), strict=True):
+        if isinstance(said, UserError):
+            not_read.append(NotRead(file.as_posix(), str(said)))
+        else:
+            reading.configs.extend(map(_config, said["configs"]))
+            reading.findings.extend(Finding(**finding) for finding in said["findings"])
+    return reading
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
+def _config(said: dict[str, Any]) -> TrainingConfig:
+    """Return a record from plain data, in which tuples have become lists."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    fields["findings"] = tuple(Finding(**finding) for finding in said["findings"])
+    return TrainingConfig(**fields)
+
+
+def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:
+    """Yield the file that a path names, or the files of its folder; adds what is neither, or can't be listed."""
+    if os.path.isfile(path):
         yield path
         return
-    for folder, folders, names in os.walk(path):
+    if not os.path.isdir(path):
+        not_read.append(NotRead(path.as_posix(), "it is neither a file nor a folder"))
+
+    def unlisted(error: OSError) -> None:
+        not_read.append(NotRead(Path(error.filename).as_posix(), f"the folder cannot be listed: {error.strerror}"))
+
+    for folder, folders, names in os.walk(path, onerror=unlisted):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         for name in sorted(names):
             file = Path(folder, name)
             # A broken link and a pipe are no files.
-            if file.suffix in SUFFIXES and file.is_file() and file.stat().st_size <= LARGEST:
+            if file.suffix in SUFFIXES and os.path.isfile(file) and os.path.getsize(file) <= LARGEST:
                 yield file
 
 

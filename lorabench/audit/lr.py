@@ -14,7 +14,8 @@ from lorabench.config.fields import VARIANT_NAMES
 from lorabench.custom.variants import measured_factor
 
 SURE = 0.9
-"""An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability."""
+"""An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability, and
+outside of the 95% interval an error if runs may diverge there."""
 
 MOST_DEVICES = 8
 """A finding must hold from one to this number of devices where the file does not say how many there are."""
@@ -147,9 +148,10 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
 
 def level(verdict: Verdict) -> Level:
     """Return the level of a finding; docs/audit-codes.md has how often each is right."""
-    if verdict.outside_95 and verdict.share.low > verdict.margin:
-        return "error"
     costs = verdict.outside_80 and verdict.p_margin > SURE
+    # Where runs may diverge, the interval of the loss has no meaning.
+    if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):
+        return "error"
     return "warning" if verdict.outside_95 or costs else "note"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,11 +36,11 @@ class Report:
 
     @classmethod
     def of(cls, reading: Reading, findings: Sequence[Finding]) -> Report:
-        """Return the report of a reading and its findings."""
-        counted = Counter(finding.level for finding in findings)
-        return cls(
-            reading.configs, list(findings), reading.not_read, {level: counted[level] for level in get_args(Level)}
-        )
+        """Return the report of a reading and of what was found beside it, of runs compared with each other."""
+        all_findings = [*reading.findings, *findings]
+        counted = Counter(finding.level for finding in all_findings)
+        counts = {level: counted[level] for level in get_args(Level)}
+        return cls(reading.configs, all_findings, reading.not_read, counts)
 
     def json(self) -> dict[str, Any]:
         """Return it as `--json` prints it."""
@@ -47,9 +49,16 @@ class Report:
     def lines(self, show_all: bool) -> Iterator[str]:
         """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
 
+        What names of files and texts in them could tell a terminal, or GitHub's log, is written as an escape sequence.
+
         Args:
             show_all: show also the notes, and the runs without findings, where there are many runs.
         """
+        for line in self._lines(show_all):
+            shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+            yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", shown)
+
+    def _lines(self, show_all: bool) -> Iterator[str]:
         full = show_all or len(self.configs) <= FEW
         by_run: dict[tuple[str, str], list[Finding]] = {(config.path, config.name): [] for config in self.configs}
         elsewhere = [finding for finding in self.findings if (finding.path, finding.run) not in by_run]
@@ -178,7 +187,7 @@ def _result(finding: Finding) -> dict[str, Any]:
         "message": {"text": f"{finding.message} (source: {finding.source}; {finding.sure})"},
     }
     if finding.path:
-        location: dict[str, Any] = {"artifactLocation": {"uri": quote(finding.path)}}
+        location: dict[str, Any] = {"artifactLocation": {"uri": quote(os.fsencode(finding.path))}}
         if finding.line is not None:
             location["region"] = {"startLine": finding.line}
         result["locations"] = [{"physicalLocation": location}]

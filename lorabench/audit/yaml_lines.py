@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -11,6 +11,10 @@ import yaml
 from lorabench.errors import UserError
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
+
+
+LONGEST = 100_000
+"""Characters that references may make of a value."""
 
 
 class _OmegaConfLoader(_Loader):  # type: ignore[misc]
@@ -40,34 +44,40 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
     Raises:
         UserError: it is not YAML, has several documents, or uses tags or Jinja statements that need a program.
     """
-    # An unquoted {{ name }} would be a mapping of a mapping.
-    text = re.sub(
-        r"((?:^|[:-])[ \t]+)(\{\{[^'\n]*\}\}[^'#\n]*?)([ \t]*(?:#.*)?)$", r"\1'\2'\3", text, flags=re.MULTILINE
-    )
+    text = re.sub(r"^.*\{\{.*$", _quoted_place, text, flags=re.MULTILINE)
     loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
     lines = Lines()
     try:
         node = loader.get_single_node()
         if node is None:
             return None, lines
-        repeated = list[str]()
-        for key, line in _keys(node, "", set(), repeated):
-            # The last of several is the one that counts.
-            lines[key] = line
-        lines.repeated = tuple(repeated)
+        _note_keys(node, "", set(), lines)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        if re.search(r"^\s*\{%", text, re.MULTILINE):  # a text in YAML, such as a chat template, may have such lines
+        if re.search(r"^[ \t]*\{%", text, re.MULTILINE):  # a text in YAML, such as a chat template, may have such lines
             raise UserError("it is a Jinja template with statements ({% ... %}): render it first") from error
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"it is not valid YAML: {error.problem or error.context}{place}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML stumbles over values that do not suit their tags.
         raise UserError(f"it is not valid YAML: {str(error).splitlines()[0]}") from error
     finally:
         loader.dispose()
 
 
-def _keys(node: yaml.Node, prefix: str, seen: set[int], repeated: list[str]) -> Iterator[tuple[str, int]]:
+def _quoted_place(line: re.Match[str]) -> str:
+    """Return a line with its place to fill in as text, since an unquoted {{ name }} would be a mapping of a mapping."""
+    before = re.search(r"(?:^|[:-])[ \t]+(?=\{\{)", line[0])
+    rest = line[0][before.end() :] if before else ""
+    end = rest.partition("'")[0].rfind("}}")
+    value = rest[end:].partition("#")[0].rstrip(" \t")
+    if before is None or end < 0 or "'" in value:
+        return line[0]
+    end += len(value)
+    return f"{line[0][: before.end()]}'{rest[:end]}'{rest[end:]}"
+
+
+def _note_keys(node: yaml.Node, prefix: str, seen: set[int], lines: Lines) -> None:
     # What an alias repeats is listed where it stands first, so that aliases of aliases cannot make the list long.
     if id(node) in seen:
         return
@@ -75,13 +85,14 @@ def _keys(node: yaml.Node, prefix: str, seen: set[int], repeated: list[str]) -> 
     children = list[tuple[str, yaml.Node, yaml.Node]]()
     if isinstance(node, yaml.MappingNode):
         children = [(str(key.value), key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
-        names = [name for name, _, _ in children]
-        repeated.extend(prefix + name for name in dict.fromkeys(names) if names.count(name) > 1 and name != "<<")
+        counts = Counter(name for name, _, _ in children)
+        lines.repeated += tuple(prefix + name for name, number in counts.items() if number > 1 and name != "<<")
     elif isinstance(node, yaml.SequenceNode):
         children = [(str(number), item, item) for number, item in enumerate(node.value)]
     for name, marked, child in children:
-        yield prefix + name, marked.start_mark.line + 1
-        yield from _keys(child, f"{prefix}{name}.", seen, repeated)
+        # The last of several is the one that counts.
+        lines[prefix + name] = marked.start_mark.line + 1
+        _note_keys(child, f"{prefix}{name}.", seen, lines)
 
 
 def resolve(data: Any) -> Any:
@@ -98,8 +109,8 @@ def resolve(data: Any) -> Any:
                 return None
         return node
 
-    # Aliases can name what contains them, and be of exponential size if they are copied.
-    done: dict[int, Any] = {}
+    # Aliases can name what contains them, and be of exponential size if they are copied, as references can.
+    done: dict[int | tuple[str, int], Any] = {}
 
     def resolved(node: Any, depth: int) -> Any:
         if id(node) in done:
@@ -114,9 +125,15 @@ def resolve(data: Any) -> Any:
             return items
         if not isinstance(node, str) or "${" not in node or depth > 8:
             return node
+        if (node, depth) in done:
+            return done[node, depth]
         if whole := re.fullmatch(r"\$\{([\w.]+)\}", node):
             value = value_of(whole[1])
-            return node if value is None or isinstance(value, dict | list) else resolved(value, depth + 1)
-        return re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolved(reference[0], depth + 1)), node)
+            said = node if value is None or isinstance(value, dict | list) else resolved(value, depth + 1)
+        else:
+            said = re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolved(reference[0], depth + 1)), node)
+            said = said if len(said) <= LONGEST else node
+        done[node, depth] = said
+        return said
 
     return resolved(data, 0)

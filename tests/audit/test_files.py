@@ -69,8 +69,19 @@ def test_an_alias_may_name_what_contains_it():
     assert data["a"][1] is data["a"]
 
 
-def test_places_to_fill_in_are_kept_as_text():
-    assert load("lr: {{ lr }}  # filled in\nitems:\n  - {{ name }}\n")[0] == {"lr": "{{ lr }}", "items": ["{{ name }}"]}
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("lr: {{ lr }}  # filled in", "{{ lr }}"),
+        ("lr: {{ lr }} of {{ unit }} ", "{{ lr }} of {{ unit }}"),
+        ("lr: {{ lr }}  # don't {{ omit }}", "{{ lr }}"),
+        ("lr: {{ a }} # {{ b }}", "{{ a }} # {{ b }}"),
+        ("lr: '{{ lr }}'", "{{ lr }}"),
+        ("lr:\n  - {{ lr }}", ["{{ lr }}"]),
+    ],
+)
+def test_places_to_fill_in_are_kept_as_text(line, value):
+    assert load(line)[0] == {"lr": value}
 
 
 def test_simple_references_are_resolved():

@@ -149,6 +149,50 @@ def test_sarif(folder):
     assert (places[0]["artifactLocation"]["uri"], places[0]["region"]["startLine"]) == ("a%20b.yml", 17)
 
 
+def test_a_named_file_that_is_not_read_ends_with_2_after_the_findings_of_the_others(folder):
+    assert audit("bad.yml")[0] == 2
+    status, printed = audit("wrong.yml", "bad.yml", "--sarif", "out.sarif")
+    assert (status, "error no-effect" in printed, "bad.yml: not read: it is not valid YAML" in printed) == (
+        2,
+        True,
+        True,
+    )
+    assert "no-effect" in (folder / "out.sarif").read_text()
+    # A hook names all files.
+    (folder / "other.yml").write_text("a: 1")
+    assert [audit("other.yml", *more)[0] for more in ((), ("--skip-unknown",))] == [2, 0]
+    assert audit("bad.yml", "--skip-unknown")[0] == 2
+    os.mkfifo(folder / "pipe")
+    assert audit("pipe")[1].startswith("pipe: not read: it is neither a file nor a folder")
+
+
+def test_names_and_texts_of_files_steer_neither_a_terminal_nor_a_log(folder):
+    for number, name in enumerate(("a\n::error::b.yml", "::warning::c.yml", "d\x1b[2J##[group]e.yml", "f\udcff.yml")):
+        (folder / name).write_text(AXOLOTL if number % 2 else f"{AXOLOTL}x: !\x1b[31mred\n")
+    status, printed = audit(".", "--all", "--sarif", "out.sarif")
+    assert status == 1
+    assert all(line.isprintable() and not line.lstrip().startswith("::") for line in printed.splitlines())
+    assert [name in printed for name in ("a\\n::error::b.yml", "\\x3a:warning::c.yml", "f\\udcff.yml", "##[")] == [
+        *(True, True, True, False)
+    ]
+    assert "f%FF.yml" in (folder / "out.sarif").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["."], "--sarif .: it is not a file; allowed: a file, or a name that is not there yet"),
+        (["/dev/null"], "--sarif /dev/null: it is not a file"),
+        (["out.sarif", ""], "audit: no path is given; a file or a folder is needed, and an empty path is neither"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(folder, arguments, message):
+    result = CliRunner().invoke(app, ["audit", "a b.yml", "--sarif", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"lorabench: {message}")
+    assert sorted(path.name for path in folder.iterdir()) == ["a b.yml", "bad.yml", "wrong.yml"]
+
+
 def test_every_code_has_a_heading_in_the_docs():
     sources = "".join(path.read_text() for path in (REPOSITORY / "lorabench/audit").rglob("*.py"))
     codes = set(re.findall(r'(?:Finding\(\s*|\bcode[ ,\w]*=\s*)"([a-z-]+)"', sources))
@@ -171,7 +215,7 @@ def test_the_command_imports_nothing_heavy(folder):
 
 def test_the_hook_calls_the_command():
     (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text())
-    assert (hook["id"], hook["entry"]) == ("lorabench-audit", "lorabench audit")
+    assert (hook["id"], hook["entry"]) == ("lorabench-audit", "lorabench audit --skip-unknown")
 
 
 def test_the_action_audits_the_paths(folder):

@@ -264,7 +264,7 @@ def test_options_and_defaults_are_those_of_the_installed_classes() -> None:
         name: model[name].default for name in trl_options.MODEL_CONFIG_DEFAULTS
     } == trl_options.MODEL_CONFIG_DEFAULTS
     assert model["use_peft"].default is False
-    assert set(trl.LORA_OPTIONS) <= set(model)
+    assert {name for names in trl.LORA.values() for name in names} <= set(model)
     lora = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
     assert {name: lora[name].default for name in trl_options.LORA_CONFIG_DEFAULTS} == trl_options.LORA_CONFIG_DEFAULTS
     of_earlier_versions = {"max_seq_length", "max_prompt_length", "warmup_ratio", "torch_dtype"}

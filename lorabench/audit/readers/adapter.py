@@ -15,7 +15,7 @@ from typing import Any
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import CERTAIN, THE_FILE, variant_of
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked, variant_of
 from lorabench.audit.readers.trl_options import plain_fields, task_of
 from lorabench.audit.yaml_lines import load
 from lorabench.config.fields import FROM_WEIGHTS
@@ -79,16 +79,15 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if fields.get("lr") is None and (path.parent / "training_args.bin").is_file():
         message = "training_args.bin may say the learning rate, but is a pickle, which could run code and is not read"
         findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN))
-    return [
-        TrainingConfig(
-            shown,
-            "peft",
-            model=options.text("base_model_name_or_path"),
-            lines=lines,
-            findings=tuple(findings),
-            **fields,
-        )
-    ]
+    config = TrainingConfig(
+        shown,
+        "peft",
+        model=options.text("base_model_name_or_path"),
+        lines=lines,
+        findings=tuple(findings),
+        **fields,
+    )
+    return [checked(config, options.said(KEYS))]
 
 
 def _parse(text: str) -> dict[str, Any]:

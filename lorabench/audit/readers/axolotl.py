@@ -89,7 +89,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     for key in ("warmup_steps", "warmup_ratio"):
         if data.get(key) is not None:
             places["warmup"] = lines[key]
-    return [TrainingConfig(shown, "axolotl", lines=places, findings=tuple(findings), **said)]
+    config = TrainingConfig(shown, "axolotl", lines=places, findings=tuple(findings), **said)
+    return [options.checked(config, {field: options.at(data, key) for field, key in _KEYS.items()})]
 
 
 def _said(data: Mapping[str, Any]) -> dict[str, Any]:

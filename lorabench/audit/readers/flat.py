@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench.audit.readers import options
+from lorabench.errors import UserError
+
+_MOST = 200_000
 
 
 @dataclass
@@ -63,6 +66,10 @@ class Options:
             return None
         return tuple(value)
 
+    def said(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Return the values of fields of a record as they are said, from the names under which a format has them."""
+        return {field: self.get(*names) for field, names in keys.items()}
+
     def lines_of(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
         """Return the lines of fields of a record, from the names under which a format has them."""
         found = {
@@ -79,4 +86,6 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
+        if len(flat) > _MOST:  # aliases of aliases
+            raise UserError(f"it has more than {_MOST:,} options")
     return flat

@@ -82,7 +82,7 @@ def matches(path: Path, text: str) -> bool:
         return "llamafactory-cli train" in text or re.search(r"--(finetuning_type|lora_target)\b", text) is not None
     if path.suffix not in (".yml", ".yaml", ".json"):
         return False
-    keys = set(re.findall(r'^\s*"?(\w+)"?\s*:', text, re.MULTILINE))
+    keys = set(re.findall(r'^[ \t]*"?(\w+)"?\s*:', text, re.MULTILINE))
     first = "model_name_or_path" in keys and bool({"finetuning_type", "stage", "lora_target", "cutoff_len"} & keys)
     return first or ({"model", "cutoff_len"} <= keys and bool({"peft_config", "train_dataset", "dist_config"} & keys))
 
@@ -107,7 +107,7 @@ def _examples(path: Path, data: Mapping[str, Any]) -> int | None:
     """Return the number of examples of datasets that `dataset_info.json` describes."""
     folder = options.text(data.get("dataset_dir")) or "data"
     for file in (Path(folder), path.parent / folder):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
             files = [options.at(described, f"{name}.file_name") for name in names(data.get("dataset")) or ()]
             return options.examples(file / "dataset_info.json", files)
@@ -134,11 +134,13 @@ def _run(
     if first and data.get("tokenized_path") and not any(key in data for key in _TRAINING):
         return []
     said, findings = _first(data, lines) if first else (_second(data), [])
-    places = options.lines_of(_KEYS if first else _KEYS_V1, lines)
+    keys = _KEYS if first else _KEYS_V1
+    places = options.lines_of(keys, lines)
     for key in ("warmup_ratio", "warmup_steps"):
         if data.get(key) is not None:
             places["warmup"] = lines[key]
-    return [TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)]
+    config = TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)
+    return [options.checked(config, {field: options.at(data, key) for field, key in keys.items()})]
 
 
 def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str, Any], list[Finding]]:

@@ -6,6 +6,7 @@ An optimizer step takes `train_global_batch_size` examples, which are responses 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lorabench.audit.readers.options import CERTAIN, THE_FILE
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked
 from lorabench.audit.readers.shell import Word, find_file, is_script, read_commands
 from lorabench.errors import UserError
 
@@ -44,7 +45,7 @@ def matches(path: Path, text: str) -> bool:
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the run of a YAML file, or a run for each command that names a file or options of the policy."""
     if path.suffix in (".yaml", ".yml"):
-        options, missing = _read_file(path, text)
+        options, missing = _read_file(path, text, {})
         if not any(name.startswith("policy.") for name in options.values):
             return []
         note = f"{missing}, from which the file inherits, is not there: what it sets is not known"
@@ -57,22 +58,28 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     return configs
 
 
-def _read_file(path: Path, text: str, depth: int = 0) -> tuple[Options, str]:
-    """Return the options of a file over those that it inherits, and a file to inherit from that is not there."""
-    if depth > 20:
-        raise UserError("it inherits from itself")
+def _read_file(path: Path, text: str, read: dict[str, tuple[Options, str] | None]) -> tuple[Options, str]:
+    """Return the options of a file over those that it inherits, and a file to inherit from that is not there.
+
+    Args:
+        read: what is inherited from files that were read before, and null of those that are being read.
+    """
     own = read_yaml(text)
     missing = ""
     bases = own.values.pop("defaults", [])
     merged = Options()
     for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []:
-        file = path.parent / str(base)
-        if file.is_file():
-            inherited, above = _read_file(file, file.read_text(encoding="utf-8", errors="replace"), depth + 1)
-            merged.update(Options(inherited.values))
-            missing = missing or above
-        else:
+        file = os.path.realpath(path.parent / str(base))
+        if not os.path.isfile(file):
             missing = missing or str(base)
+            continue
+        if file not in read:
+            read[file] = None
+            read[file] = _read_file(Path(file), Path(file).read_text(encoding="utf-8", errors="replace"), read)
+        if (inherited := read[file]) is None:
+            raise UserError("it inherits from itself")
+        merged.update(Options(inherited[0].values))
+        missing = missing or inherited[1]
     for name in [name for name in own.values if name.endswith("._override_")]:
         section = name.removesuffix("_override_")
         merged.values = {name: value for name, value in merged.values.items() if not name.startswith(section)}
@@ -91,7 +98,7 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
         name, _, value = word.text.partition("=")
         following = "" if at + 1 == len(arguments) else arguments[at + 1].text
         if name == "--config" and (file := find_file(path, value or following)):
-            options, missing = _read_file(file, file.read_text(encoding="utf-8", errors="replace"))
+            options, missing = _read_file(file, file.read_text(encoding="utf-8", errors="replace"), {})
             options.lines, whole = {}, not missing
     if not options.values and not any(name.startswith("policy.") for name in overrides.values):
         return None
@@ -175,7 +182,7 @@ def _config(
         }
     else:
         findings = [*findings, *_without_effect(options, lora, other, bool(megatron), method)]
-    return TrainingConfig(
+    config = TrainingConfig(
         shown,
         "nemo-rl",
         name,
@@ -185,6 +192,8 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
+    # -1 epochs have no end.
+    return checked(config, {**options.said(keys), "epochs": config.epochs if config.epochs != -1 else None})
 
 
 def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | None]:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorabench.audit.config import TrainingConfig
 from lorabench.audit.finding import Finding, Level
 
 THE_FILE = "the file alone"
 CERTAIN = "certain"
-_LARGEST_DATA = 1 << 28
+_LARGEST_DATA = 1 << 26
+"""Bytes of data that can be counted in time from a slow disk."""
+
+
+_COUNT = (1, 1e9, "whole numbers")
+_NUMBERS = {
+    "lr": ("learning rate", 1e-20, 1000, "numbers"),
+    "micro_batch": ("batch size of a device", *_COUNT),
+    "accumulation": ("number of accumulated batches", *_COUNT),
+    "global_batch": ("batch size", *_COUNT),
+    "epochs": ("number of epochs", 1e-9, 1e9, "numbers"),
+    "rank": ("rank", *_COUNT),
+    # That alpha 0 has no effect is another finding.
+    "alpha": ("alpha", 0, 1e9, "numbers"),
+    "dropout": ("dropout", 0, 1, "numbers"),
+}
+"""What numbers may be in all frameworks, by the field of a record."""
 
 
 def at(data: Any, key: str) -> Any:
@@ -83,14 +102,14 @@ def examples(config: Path, files: Any) -> int | None:
     """Return the number of examples in files of JSON lines that a configuration names.
 
     Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
-    or is large.
+    or all are large.
     """
-    lines = 0
+    lines, left = 0, _LARGEST_DATA
     for name in files if isinstance(files, list) else [files]:
         said = text(name) or ""
         try:
-            file = next((file for file in (Path(said), config.parent / said) if file.is_file()), None)
-            if file is None or file.suffix != ".jsonl" or file.stat().st_size > _LARGEST_DATA:
+            file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
+            if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
                 return None
             with file.open("rb") as rows:
                 lines += sum(not row.isspace() for row in rows)
@@ -116,6 +135,33 @@ def lr_findings(value: Any, key: str, line: int | None, framework: str) -> list[
         f"number, and other programs may not: {dotted(number(value) or 0.0)} is a number to all of them"
     )
     return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]
+
+
+def checked(config: TrainingConfig, said: Mapping[str, Any]) -> TrainingConfig:
+    """Return a record in which numbers without meaning, such as rank 0, are findings and no values.
+
+    Args:
+        config: the record.
+        said: what the file says, by field.
+    """
+    findings, without = list[Finding](), dict[str, None]()
+    unused = ["epochs"] if (config.steps or 0) > 0 else []
+    unused += ["rank", "alpha", "dropout"] if config.method != "lora" else []
+    for field, (name, low, high, kind) in _NUMBERS.items():
+        value = said.get(field)
+        if field in unused or isinstance(value, bool):
+            continue
+        try:
+            allowed = low <= float(value) <= high and (kind == "numbers" or float(value) % 1 == 0)  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # it is no number at all, which is not said or another finding
+            continue
+        except OverflowError:
+            allowed = False
+        if not allowed:
+            message = f"the {name} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
+            findings.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=config.line(field)))
+            without[field] = None
+    return replace(config, findings=(*config.findings, *findings), **without)  # type: ignore[arg-type]
 
 
 def dotted(value: float) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import operator
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
+from lorabench.audit.yaml_lines import LONGEST
 
 UNKNOWN = "\0"
 """Stands in a word for the part that only the running script knows."""
@@ -72,7 +74,7 @@ def find_file(path: Path, said: str) -> Path | None:
     if not said or UNKNOWN in said:
         return None
     candidates = (folder / said for folder in path.absolute().parents)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def read_flags(words: list[Word]) -> Options:
@@ -318,8 +320,8 @@ class _Script:
         try:
             plain = re.sub(r"\$\{?(\w+)\}?", r"\1", expression).strip()
             return str(value(ast.parse(plain, mode="eval").body))
-        except (ValueError, KeyError, SyntaxError, ZeroDivisionError):
-            return UNKNOWN
+        except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+            return UNKNOWN  # of what is nested too deeply, Python's parser says that it has no memory
 
     def _assign(self, name: str, value: list[str], append: bool = False) -> None:
         before = self.variables.get(name)
@@ -327,7 +329,8 @@ class _Script:
             self.blocks[-1].before.setdefault(name, before)
         if append:
             value = (before or []) + value
-        self.variables[name] = value
+        # A variable that holds itself several times grows exponentially.
+        self.variables[name] = value if sum(map(len, value)) + len(value) <= LONGEST else [UNKNOWN]
 
     def _end_branch(self) -> None:
         """Make unknown what a branch or loop has set that is not known to be taken."""

@@ -48,7 +48,7 @@ def matches(path: Path, text: str) -> bool:
     return (
         path.suffix in (".yml", ".yaml")
         and "_component_: torchtune." in text
-        and re.search(r"^\s*optimizer\s*:", text, re.MULTILINE) is not None
+        and re.search(r"^[ \t]*optimizer\s*:", text, re.MULTILINE) is not None
     )
 
 
@@ -65,13 +65,15 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if not role or not options.at(data, f"{training}optimizer"):
         return []
     within = data["training"] if training else {}
-    places = options.lines_of({name: training + key for name, key in _KEYS.items()}, lines)
-    places |= options.lines_of({name: f"{role}.{key}" for name, key in _MODEL_KEYS.items()}, lines)
+    keys = {name: training + key for name, key in _KEYS.items()}
+    keys |= {name: f"{role}.{key}" for name, key in _MODEL_KEYS.items()}
+    places = options.lines_of(keys, lines)
     findings = options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
     said = _said({**data, **within}, data[role])
     if not said["packing"] and said["task"] == "sft":
         said["examples"] = options.examples(path, options.at(data, "dataset.data_files"))
-    return [TrainingConfig(shown, "torchtune", lines=places, findings=tuple(findings), **said)]
+    config = TrainingConfig(shown, "torchtune", lines=places, findings=tuple(findings), **said)
+    return [options.checked(config, {field: options.at(data, key) for field, key in keys.items()})]
 
 
 def _said(data: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,16 @@ from lorabench.audit.finding import Finding
 from lorabench.audit.readers import trl_python
 from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.options import at as value_at
-from lorabench.audit.readers.options import examples
+from lorabench.audit.readers.options import checked, examples
 from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lorabench.audit.readers.trl_options import MODEL_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.trl_options import (
+    FIELDS,
+    MODEL_CONFIG_DEFAULTS,
+    lora_fields,
+    plain_fields,
+    set_defaults,
+    task_of,
+)
 from lorabench.audit.yaml_lines import load
 from lorabench.errors import UserError
 
@@ -51,16 +58,16 @@ _TRAINING = (
 )
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-LORA_OPTIONS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
+LORA = {
+    "rank": ("lora_r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "targets": ("lora_target_modules",),
+    "target_parameters": ("lora_target_parameters",),
+    "saved_modules": ("lora_modules_to_save",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+}
 _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("num_generations", "reward_funcs", "reward_weights")),
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
@@ -144,11 +151,11 @@ def _notebook(text: str) -> tuple[str, list[int]]:
     try:
         cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(source) for source in cells]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError("it is not a notebook with cells") from error
     code, lines, at, number = "", list[int](), 0, 1
     for source in sources:
-        plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+        plain = re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.MULTILINE)
         try:
             trl_python.parse(plain)
         except UserError:
@@ -241,7 +248,7 @@ def _config(
     bits = 4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None
     findings = []
     if method == "fullft":
-        first = next((option for option in LORA_OPTIONS if option in options), None)
+        first = next((option for (option,) in LORA.values() if option in options), None)
         if first is not None:
             yaml = kind == "yaml"
             message = f"{first} has no effect without use_peft: TRL then trains all weights"
@@ -278,26 +285,9 @@ def _config(
             options.fill(MODEL_CONFIG_DEFAULTS)
     fields, lines = plain_fields(options, task)
     if method != "fullft":
-        lora = {
-            "rank": ("lora_r",),
-            "alpha": ("lora_alpha",),
-            "dropout": ("lora_dropout",),
-            "targets": ("lora_target_modules",),
-            "rslora": ("use_rslora",),
-            "dora": ("use_dora",),
-        }
-        fields |= {
-            "rank": options.count("lora_r"),
-            "alpha": options.number("lora_alpha"),
-            "dropout": options.number("lora_dropout"),
-            "targets": targets,
-            "target_parameters": options.names("lora_target_parameters") or (),
-            "saved_modules": options.names("lora_modules_to_save") or (),
-            "rslora": bool(options.flag("use_rslora")),
-            "dora": bool(options.flag("use_dora")),
-        }
-        lines |= options.lines_of(lora)
-    return TrainingConfig(
+        fields |= lora_fields(options, LORA) | {"targets": targets}
+        lines |= options.lines_of(LORA)
+    config = TrainingConfig(
         path=shown,
         format="trl",
         name=name,
@@ -310,3 +300,4 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
+    return checked(config, options.said(FIELDS | LORA))

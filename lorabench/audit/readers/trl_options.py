@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lorabench.audit.config import Task
@@ -103,6 +104,20 @@ def plain_fields(options: Options, task: Task | None) -> tuple[dict[str, Any], d
     }
     lines = options.lines_of(FIELDS)
     return fields, {name: line for name, line in lines.items() if fields[name] is not None}
+
+
+def lora_fields(options: Options, keys: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return fields of a record that are about LoRA, from the names under which a program has them."""
+    return {
+        "rank": options.count(*keys["rank"]),
+        "alpha": options.number(*keys["alpha"]),
+        "dropout": options.number(*keys["dropout"]),
+        "targets": options.names(*keys["targets"]),
+        "target_parameters": options.names(*keys["target_parameters"]) or (),
+        "saved_modules": options.names(*keys["saved_modules"]) or (),
+        "rslora": bool(options.flag(*keys["rslora"])),
+        "dora": bool(options.flag(*keys["dora"])),
+    }
 
 
 def _precision(options: Options) -> str | None:

@@ -15,9 +15,18 @@ from typing import Any, cast
 
 from lorabench.audit.config import Method, TrainingConfig
 from lorabench.audit.finding import Finding
+from lorabench.audit.readers.adapter import KEYS
 from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import variant_of
-from lorabench.audit.readers.trl_options import DEFAULT_LRS, LORA_CONFIG_DEFAULTS, plain_fields, set_defaults, task_of
+from lorabench.audit.readers.options import checked, variant_of
+from lorabench.audit.readers.trl_options import (
+    DEFAULT_LRS,
+    FIELDS,
+    LORA_CONFIG_DEFAULTS,
+    lora_fields,
+    plain_fields,
+    set_defaults,
+    task_of,
+)
 from lorabench.errors import UserError
 
 CALL = re.compile(
@@ -130,8 +139,8 @@ def parse(text: str) -> ast.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(f"it is not valid Python: {error}") from error
+    except (SyntaxError, ValueError, MemoryError) as error:  # of what is nested deeply, the parser says the last
+        raise UserError(f"it is not valid Python: {str(error) or 'it is nested too deeply'}") from error
 
 
 def _read_module(tree: ast.Module, lines: Sequence[int]) -> _Module:
@@ -184,38 +193,20 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
     model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
     fields, lines = plain_fields(options, task)
+    said = options.said(FIELDS)
     if lora is not None:
         settings = module.options(lora)
         if _is_lora(lora) and not lora.args and all(keyword.arg for keyword in lora.keywords):
             settings.fill(LORA_CONFIG_DEFAULTS)
-        initialization = settings.text("init_lora_weights")
-        fields |= {
-            "rank": settings.count("r"),
-            "alpha": settings.number("lora_alpha"),
-            "dropout": settings.number("lora_dropout"),
-            "targets": settings.names("target_modules"),
-            "target_parameters": settings.names("target_parameters") or (),
-            "saved_modules": settings.names("modules_to_save") or (),
-            "rslora": bool(settings.flag("use_rslora")),
-            "dora": bool(settings.flag("use_dora")),
-            "variant": variant_of(initialization),
-        }
-        lines |= settings.lines_of(
-            {
-                "rank": ("r",),
-                "alpha": ("lora_alpha",),
-                "dropout": ("lora_dropout",),
-                "targets": ("target_modules",),
-                "rslora": ("use_rslora",),
-                "dora": ("use_dora",),
-                "variant": ("init_lora_weights",),
-            }
-        )
+        fields |= lora_fields(settings, KEYS) | {"variant": variant_of(settings.text("init_lora_weights"))}
+        lines |= settings.lines_of(KEYS)
+        said |= settings.said(KEYS)
     if (optimizer := _loraplus(module, trainer)) is not None:
         of_optimizer = module.options(optimizer)
         fields |= {"lr": of_optimizer.number("lr"), "lr_ratio": of_optimizer.number("loraplus_lr_ratio")}
         lines |= of_optimizer.lines_of({"lr": ("lr",), "lr_ratio": ("loraplus_lr_ratio",)})
-    return TrainingConfig(
+        said["lr"] = of_optimizer.get("lr")
+    config = TrainingConfig(
         path=shown,
         format="trl",
         name=f"line {module.lines[call.lineno - 1]}",
@@ -228,6 +219,7 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         findings=tuple(_unused_lora(module, trainer)),
         **fields,
     )
+    return checked(config, said)
 
 
 def _loraplus(module: _Module, trainer: ast.Call | None) -> ast.Call | None:

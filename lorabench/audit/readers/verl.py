@@ -14,7 +14,7 @@ from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
 from lorabench.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lorabench.audit.readers.options import CERTAIN, THE_FILE
+from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked
 from lorabench.audit.readers.shell import Word, cut_off, is_script, read_commands
 
 _RL = {
@@ -61,7 +61,7 @@ _RL_OPTION = re.compile(r"\bactor_rollout_ref\.(actor|model)\.")
 def matches(path: Path, text: str) -> bool:
     """Return whether a script calls a trainer of verl, or a YAML file has its options."""
     if path.suffix in (".yaml", ".yml"):
-        sft = re.search(r"^\s+(partial_pretrain|total_epochs) *:", text, re.MULTILINE)
+        sft = re.search(r"^[ \t]+(partial_pretrain|total_epochs) *:", text, re.MULTILINE)
         return re.search(r"^actor_rollout_ref *:", text, re.MULTILINE) is not None or (
             sft is not None and re.search(r"^optim *:", text, re.MULTILINE) is not None
         )
@@ -99,7 +99,7 @@ def _config(
     said_unknown = any(key in options and options.values[key] is None for key in keys["rank"])
     # Training may go on from an adapter, which has a rank of its own.
     continued = options.get(*keys["adapter"]) is not None
-    method: Method | None = "lora" if rank or continued else None if said_unknown else "fullft"
+    method: Method | None = "lora" if options.number(*keys["rank"]) or continued else None if said_unknown else "fullft"
     fields: dict[str, Any] = {
         field: options.text(*keys[field]) for field in ("model", "schedule", "optimizer") if field in keys
     }
@@ -128,7 +128,7 @@ def _config(
         if stated is not None and words and not any(key in options for key in keys["rank"]):
             message = f"{stated} has no effect: all weights are trained, since {keys['rank'][0]} is 0 unless it is set"
             findings.append(Finding("no-effect", "error", message, THE_FILE, CERTAIN, line=options.lines.get(stated)))
-    return TrainingConfig(
+    config = TrainingConfig(
         shown,
         "verl",
         name,
@@ -139,6 +139,7 @@ def _config(
         findings=tuple(findings),
         **fields,
     )
+    return checked(config, options.said(keys))
 
 
 def _positive(options: Options, names: tuple[str, ...]) -> float | None:
