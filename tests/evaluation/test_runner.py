@@ -289,6 +289,24 @@ def test_what_is_not_there_or_of_another_base_is_named(trained, method):
         write_json(record, folder.record)
 
 
+def test_weights_with_a_flipped_bit_are_named_with_what_trains_them_again(trained):
+    job, layout = trained.job("lora"), trained.layout
+    run_id = best_record(job, layout)["run_id"]
+    folder, made = RunFolder(layout.runs, run_id), layout.job(trained.plan.job_of(job.sweep))
+    path = folder.weights / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError) as raised:
+            evaluate_job(trained.plan, job, layout)
+    finally:
+        path.write_bytes(whole)
+    assert str(raised.value) == (
+        f"run {run_id} is damaged (weights/adapter_model.safetensors is not the file that the run wrote); delete "
+        f"{folder.final} and {made} to have it trained again, by `lorabench run PRESET {made}`"
+    )
+
+
 def test_a_sweep_that_diverged_leaves_tables_without_rows(trained):
     job, layout = trained.job("fullft"), trained.layout
     folders = [RunFolder(layout.runs, run.run_id) for run in job.sweep.grid()]
