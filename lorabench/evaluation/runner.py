@@ -143,7 +143,7 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     path = folder.weights / file
     if not path.is_file():
         raise UserError(f"weights of run {run_id} are missing: {path} does not exist")
-    folder.check_weights()
+    folder.check_files(folder.weights)
     return record
 
 

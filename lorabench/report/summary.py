@@ -223,13 +223,11 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 def _versions(table: pd.DataFrame) -> list[dict[str, str]]:
     """Return the versions of packages, by name, that occur in the column `versions`."""
-    found = []
-    for text in _distinct(table["versions"]):
-        try:
-            found.append(dict(json.loads(text)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the column versions has {text!r}, which is no object of JSON") from error
-    return found
+    texts = _distinct(table["versions"])
+    try:
+        return [dict(json.loads(text)) for text in texts]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the column versions has something else than objects of JSON ({error}): {texts}") from error
 
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RECORD
 from lorabench.utils.exhaustion import NoSpaceError
-from lorabench.utils.files import damage_explained, read_json, write_json
+from lorabench.utils.files import read_json, write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
@@ -95,8 +94,7 @@ class FinishedRuns:
             del self._runs_of_job[name]
             self._jobs_of_run, self._done, self._done_of_job = {}, set(), Counter()
         for name in files & self._jobs.keys() - self._runs_of_job.keys():
-            with suppress(FileNotFoundError):
-                self._runs_of_job[name] = self._finished(name)
+            self._runs_of_job[name] = self._finished(name)
         if not self._jobs_of_run:
             for name in self._jobs.keys() - self._runs_of_job.keys():
                 for run_id in (run_id for sweep in self._jobs[name].sweeps for run_id in sweep.run_ids):
@@ -119,10 +117,11 @@ class FinishedRuns:
         # A sweep that finds its LRs has another number of runs than expected.
         if any(sweep.lattice is not None for sweep in job.sweeps):
             # Imported only here, because `lorabench status` shall answer at once.
+            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            # The step that reads a damaged file names it; here it counts as expected.
-            with suppress(UserError), damage_explained(self._layout.job(job)):
+            # A damaged file counts as expected; the step that reads it names it.
+            with suppress(pa.ArrowException, OSError):
                 return int(pq.read_metadata(self._layout.job(job)).num_rows)
         return self._expected[name]
 

@@ -21,13 +21,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from lorabench.errors import UserError
-from lorabench.runs import Run
+from lorabench.runs import Condition, Run
 from lorabench.store.schemas import JOB
 from lorabench.utils.exhaustion import space_for
 from lorabench.utils.files import file_sha256, flush_to_disk, read_parquet
@@ -35,7 +36,11 @@ from lorabench.utils.files import file_sha256, flush_to_disk, read_parquet
 RECORD = "record.json"
 """The name of a run's record in its folder; a run that has one is finished."""
 
-_BLOCKS = {"spec": {"protocol"}, "outcome": {"status"}, "environment": {"model_sha256", "packages"}}
+_BLOCKS = {
+    "spec": {"protocol", "lr", "seed", *(field.name for field in fields(Condition))},
+    "outcome": {"status"},
+    "environment": {"model_sha256", "packages"},
+}
 """The blocks of a record, each with the entries that are read without asking whether they are there."""
 
 _CHECKSUMS = {"files", "sha256"}
@@ -75,9 +80,9 @@ class RunFolder:
         Raises:
             UserError: one of the files is damaged or is not that of this run, or the curves are missing.
         """
+        self.check_files(self.curves, self.test_losses)
         nested = {}
         with self._damage_explained():
-            self._check_files(self.curves, self.test_losses)
             for name, path in (("curve", self.curves), ("test_losses", self.test_losses)):
                 kind = JOB.field(name).type
                 if name == "test_losses" and not path.is_file():
@@ -88,51 +93,40 @@ class RunFolder:
                 nested[name] = pa.ListArray.from_arrays([0, len(table)], points, type=kind)
         return pa.table(nested)
 
-    def check_weights(self) -> None:
-        """Check the files of the weights of a finished run.
+    def _whole_record(self) -> dict[str, Any]:
+        """Return the record with its checksums, or raise ValueError or OSError."""
+        text = self.record.read_text(encoding="utf-8")
+        record = json.loads(text)
+        if not isinstance(record, dict) or record.keys() - _CHECKSUMS != {"run_id", *_BLOCKS}:
+            raise ValueError(f"{RECORD} does not have the entries of a record")
+        if record.keys() & _CHECKSUMS and text != _with_checksum(record):
+            raise ValueError(f"the checksum of {RECORD} is not that of its content")
+        for name, entries in _BLOCKS.items():
+            if not isinstance(record[name], dict) or entries - record[name].keys():
+                raise ValueError(f"{RECORD} has an incomplete {name}")
+        if not self.run_id == record["run_id"] == Run.of(record["spec"]).run_id:
+            raise ValueError(f"{RECORD} is of another run")
+        return record
+
+    def check_files(self, *paths: Path) -> None:
+        """Check files of a finished run, or those in its folders, if the run was not made by an earlier version.
 
         Raises:
             UserError: a file is damaged or missing, or is not that of this run.
         """
         with self._damage_explained():
-            self._check_files(self.weights)
-
-    def _whole_record(self) -> dict[str, Any]:
-        """Return the record with its checksums, or raise ValueError or OSError."""
-        text = self.record.read_text(encoding="utf-8")
-        record = json.loads(text)
-        if not isinstance(record, dict) or record.keys() - {"files", "sha256"} != {"run_id", *_BLOCKS}:
-            raise ValueError(f"{RECORD} does not have the entries of a record")
-        if not {"files", "sha256"}.isdisjoint(record) and text != _with_checksum(record):
-            raise ValueError(f"the checksum of {RECORD} is not that of its content")
-        if any(
-            not isinstance(record[name], dict) or entries - record[name].keys() for name, entries in _BLOCKS.items()
-        ):
-            raise ValueError(f"{RECORD} lacks entries")
-        try:
-            described = Run.of(record["spec"]).run_id
-        except (KeyError, TypeError):
-            described = None
-        if not self.run_id == record["run_id"] == described:
-            raise ValueError(f"{RECORD} is of another run")
-        return record
-
-    def _check_files(self, *paths: Path) -> None:
-        """Raise ValueError if files, or those in folders, are not those that the record lists."""
-        listed: Mapping[str, str] | None = self._whole_record().get("files")
-        if listed is None:
-            return
-        names = [name for name in listed if any((self.final / name).is_relative_to(path) for path in paths)]
-        for name in dict.fromkeys([*names, *(path.name for path in paths if path.is_file())]):
-            path = self.final / name
-            if not path.is_file() or file_sha256(path) != listed.get(name):
-                raise ValueError(f"{name} is not the file that the run wrote")
+            listed: Mapping[str, str] = self._whole_record().get("files", {})
+            names = [name for name in listed if any((self.final / name).is_relative_to(path) for path in paths)]
+            for name in dict.fromkeys([*names, *(path.name for path in paths if listed and path.is_file())]):
+                path = self.final / name
+                if not path.is_file() or file_sha256(path) != listed.get(name):
+                    raise ValueError(f"{name} is not the file that the run wrote")
 
     @contextmanager
     def _damage_explained(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, RecursionError, OSError, UserError) as error:
+        except (ValueError, TypeError, RecursionError, OSError, UserError) as error:
             raise UserError(f"run {self.run_id} is damaged ({error}); {self._again()}") from error
 
     def _again(self) -> str:
@@ -170,9 +164,9 @@ class RunFolder:
             with space_for(self.final):
                 self._finishing.mkdir(parents=True)
                 yield self._finishing
-                files = sorted(path for path in self._finishing.rglob("*") if path.is_file())
+                files = [path for path in self._finishing.rglob("*") if path.is_file()]
                 # A model card may be edited, since no program reads it.
-                checked = [path for path in files if path.suffix != ".md"]
+                checked = sorted(path for path in files if path.suffix != ".md")
                 sums = {str(path.relative_to(self._finishing)): file_sha256(path) for path in checked}
                 written = self._finishing / RECORD
                 written.write_text(_with_checksum({**record, "files": sums}), encoding="utf-8")

@@ -70,14 +70,10 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        entries: the keys that it must have, with the types of their values.
-        mend: what to do about a damaged file, for the error message.
+    """Read a JSON object that has these entries, each of its type.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged; the sentence ends with `mend`, what to do about it.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

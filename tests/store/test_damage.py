@@ -70,7 +70,7 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
         folder.record: folder.read_record,
         folder.curves: folder.read_nested,
         folder.test_losses: folder.read_nested,
-        folder.weights / "adapter_model.safetensors": folder.check_weights,
+        folder.weights / "adapter_model.safetensors": lambda: folder.check_files(folder.weights),
         job: lambda: collect.collect([job], Path("elsewhere")),
         **{
             tables / f"{name}.parquet": lambda name=name: read_table(tables, name)
@@ -131,7 +131,7 @@ def test_what_is_edited_or_of_another_run_is_named(finished, reason):
     _, _, (folder, other, *_) = finished
     FAULTS[reason](folder, other)
     with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .{reason}.*; delete {folder.final} to have"):
-        [folder.read_record(), folder.read_nested(), folder.check_weights()]
+        [folder.read_record(), folder.read_nested(), folder.check_files(folder.weights)]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "\xff", "[" * 100_000, '{"run_id": 1}'])
@@ -142,7 +142,10 @@ def test_a_file_that_is_no_record_is_named(finished, text):
         folder.read_record()
 
 
-@pytest.mark.parametrize("change", [{"outcome": {}}, {"spec": []}, {"environment": None}, {"more": 1}, {"lr": 0.5}])
+CHANGES = [{"outcome": {}}, {"spec": []}, {"environment": None}, {"more": 1}, {"lr": 0.5}, {"rollouts": {"a": 1}}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(finished, change):
     _, _, (folder, *_) = finished
     record = folder.read_record()
@@ -152,9 +155,9 @@ def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(
     folder.test_losses.unlink()
     assert folder.read_record() == record
     assert folder.read_nested()["curve"] == before["curve"]
-    changed = record | ({"spec": record["spec"] | change} if "lr" in change else change)
+    changed = record | ({"spec": record["spec"] | change} if {"lr", "rollouts"} & set(change) else change)
     write_json(changed, folder.record)
-    with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .record.json "):
+    with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .*; delete {folder.final} to"):
         folder.read_record()
 
 
@@ -172,7 +175,7 @@ def test_a_restored_run_and_one_with_an_edited_card_are_whole(finished):
     plan, layout, (folder, *_) = finished
     before = folder.read_record(), folder.read_nested()
     (folder.weights / "README.md").write_text("Another card.")
-    folder.check_weights()
+    folder.check_files(folder.weights)
     save_runs(plan, layout)
     shutil.rmtree(layout.runs)
     restore_runs(plan, layout)
