@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
@@ -108,6 +108,13 @@ class Run:
     def run_id(self) -> str:
         """The hash of everything that determines the run's result."""
         return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Run:
+        """Return the run that the spec of a run's record describes."""
+        condition = {field.name: spec[field.name] for field in fields(Condition)}
+        rollouts = Rollouts(**condition["rollouts"]) if condition["rollouts"] else None
+        return cls(Condition(**condition | {"rollouts": rollouts}), spec["lr"], spec["seed"])
 
 
 EXPECTED_FURTHER_LRS = 1

@@ -114,8 +114,8 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
     Raises:
-        UserError: a run of the sweep is not done; the run's weights are missing, or were trained from other weights of
-            the base.
+        UserError: a run of the sweep is not done; the run's weights are missing or damaged, or were trained from other
+            weights of the base.
     """
     assert job.sweep
     sweep = job.sweep
@@ -139,9 +139,11 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
         raise UserError(f"run {run_id} was trained from a base with weights {first}; model {job.model!r} has {second}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
-    path = RunFolder(layout.runs, run_id).weights / file
+    folder = RunFolder(layout.runs, run_id)
+    path = folder.weights / file
     if not path.is_file():
         raise UserError(f"weights of run {run_id} are missing: {path} does not exist")
+    folder.check_files(folder.weights)
     return record
 
 

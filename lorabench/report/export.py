@@ -6,7 +6,6 @@ here is exported whole. Of others there is what the repository keeps: the runs t
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,13 +22,13 @@ from lorabench.config.loading import PRESETS, split_name
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report.publish import NOT_PUBLISHED, provenance, table
-from lorabench.sources.measurements import HELD_OUT
+from lorabench.sources.measurements import HELD_OUT, read_provenance
 from lorabench.store.io import ROWS_AT_ONCE, read_claims, read_table, table_path, write_tables
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import PARQUET_ONLY, PRESET, SCHEMAS, description
 from lorabench.training.saved_runs import saved_tables
 from lorabench.utils import formats
-from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.files import atomic_path, damage_explained, write_json
 
 ABOUT = (
     "Runs of lorabench, which trains language models by LoRA and by full fine-tuning, at many learning rates each, and "
@@ -71,8 +70,8 @@ def exportable() -> list[str]:
     names = []
     for path in sorted(PRESETS.glob("*.yaml")):
         layout = Layout.of(path.stem)
-        published = (layout.published / "provenance.json", layout.published / HELD_OUT / "provenance.json")
-        named = {path.stem, *(json.loads(made.read_text())["preset"] for made in published if made.is_file())}
+        published = map(read_provenance, (layout.published, layout.published / HELD_OUT))
+        named = {path.stem, *(made["preset"] for made in published if made)}
         names += [name for name in sorted(named) if _published(Layout.of(name)) or _has_runs(Layout.of(name))]
     return names
 
@@ -130,9 +129,9 @@ def _has_runs(layout: Layout) -> bool:
 def _published(layout: Layout) -> Path | None:
     """Return the folder of a preset's published verdicts, or of those on its held-out seeds; None if there are none."""
     folder = layout.published.with_name(split_name(layout.name)[0])
-    for path in (folder / "provenance.json", folder / HELD_OUT / "provenance.json"):
-        if path.is_file() and json.loads(path.read_text())["preset"] == layout.name:
-            return path.parent
+    for path in (folder, folder / HELD_OUT):
+        if read_provenance(path).get("preset") == layout.name:
+            return path
     return None
 
 
@@ -161,7 +160,7 @@ def _own(folder: Path, name: str) -> Iterator[pa.Table]:
     """Yield the parts of a table of a finished preset; only large tables have more than one."""
     path = folder / f"{name}.parquet"
     if name in ("curves", *PARQUET_ONLY) and path.is_file():
-        with pq.ParquetFile(path) as file:
+        with damage_explained(path), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
                 yield pa.Table.from_batches([batch])
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
 from lorabench.report.page import environment, inline
 from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, published_folders
-from lorabench.sources.measurements import HELD_OUT
+from lorabench.sources.measurements import HELD_OUT, read_provenance
 from lorabench.store.io import read_claims, read_rows
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
@@ -162,18 +161,19 @@ class _Head(HTMLParser):
 
 def _published(folder: Path, results: Path) -> Entry:
     """Return the entry of a published preset, which has figures and tables and no page."""
-    made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    named = folder.name, folder.name, _description(folder.name), ""
+    try:
+        made, (verdicts, lines) = read_provenance(folder), _judged(read_claims(folder, NOT_PUBLISHED))
+    except UserError as error:
+        return Entry(*named, [], [], "", [], [], note=f"What is published of it can't be read: {error}.")
     models = sorted({row["model"] for row in made["inputs"]})
-    verdicts, lines = _judged(read_claims(folder, NOT_PUBLISHED))
     files = {"Verdicts": folder / "verdicts.svg", "All claims": folder / "claims.csv"}
     links = [(text, _address(path, results)) for text, path in files.items() if path.is_file()]
     again = folder / HELD_OUT / "came_out_again.csv"
     note = f"Of the claims that seeds can change, {summary_of(pd.read_csv(again))}." if again.is_file() else ""
     started = made["first_started"], made["last_started"]
     size = _size(made["runs"], models, [started[0]], [started[1]])
-    return Entry(
-        folder.name, folder.name, _description(folder.name), "", links, size, started[1], verdicts, lines, note=note
-    )
+    return Entry(*named, links, size, started[1], verdicts, lines, note=note)
 
 
 def _evidence(results: Path, root: Path) -> list[Entry]:

@@ -26,6 +26,7 @@ from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
 from lorabench.config.loading import PRESETS, split_name
 from lorabench.doctor.record import record_for
+from lorabench.errors import UserError
 from lorabench.figures.catalog import PaperFigure, drawn_runs, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
@@ -53,8 +54,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             figures.
 
     Raises:
-        FileNotFoundError: a figure is missing.
-        UserError: a table is missing, or the table claims is from another version.
+        UserError: a figure or a table is missing, or the table claims is from another version.
     """
     # The lines of the claims show what the picture of all verdicts shows.
     left_out = {"claims"} if evaluated else {"claims", "evals"}
@@ -153,10 +153,13 @@ def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame
     """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
-    files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+    command = _command(source, path.with_suffix(".svg"))
+    try:
+        files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist; draw the figure with `{command}`") from error
     left_out = drawn_runs(figure.own_runs(runs), figure.settings)[1] if figure.table == "runs" else ""
     caption = f"{figure.caption} {left_out}".strip()
-    command = _command(source, path.with_suffix(".svg"))
     return {"name": figure.name, "title": figure.title, "caption": caption, "command": command, **files}
 
 

@@ -8,7 +8,6 @@ all presets, all sources, criteria, columns, optimal learning rates) is made whe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -39,6 +38,7 @@ from lorabench.sources.measurements import (
     measurement_table,
     range_text,
     read_held_out,
+    read_provenance,
     share_text,
     summary_table,
 )
@@ -370,7 +370,7 @@ def results_part(root: Path, preset: str) -> str:
     and the claims that it decides."""
     folder = root / PUBLISHED / preset
     judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
-    made, again = json.loads((folder / "provenance.json").read_text()), read_held_out(folder)
+    made, again = read_provenance(folder), read_held_out(folder)
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
     shown = judged[judged["verdict"].ne("not tested") & (decided | always)]

@@ -18,6 +18,7 @@ from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rat
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
+from lorabench.errors import UserError
 from lorabench.figures.grid import optimum
 from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
@@ -203,7 +204,7 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the settings of scores; each list has a single value if all scores were measured alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "sampler", "eval_batch_size")
-    versions = [json.loads(text).get("lm_eval") for text in _distinct(scores["versions"])]
+    versions = [packages.get("lm_eval") for packages in _versions(scores)]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 
 
@@ -216,8 +217,17 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
         "commits": _distinct(runs["git_sha"]),
         "dirty": int(runs["git_dirty_patch"].notna().sum()),
         "started": (runs["started"].min(), runs["started"].max()),
-        "versions": [json.loads(text) for text in _distinct(runs["versions"])],
+        "versions": _versions(runs),
     }
+
+
+def _versions(table: pd.DataFrame) -> list[dict[str, str]]:
+    """Return the versions of packages, by name, that occur in the column `versions`."""
+    texts = _distinct(table["versions"])
+    try:
+        return [dict(json.loads(text)) for text in texts]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the column versions has something else than objects of JSON ({error}): {texts}") from error
 
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:

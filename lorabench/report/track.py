@@ -12,8 +12,6 @@ from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import CURVES
-from lorabench.utils.files import read_parquet
 
 _FINAL = ("final_valid_nll", "final_test_nll", "final_valid_reward", "final_reward")
 
@@ -69,7 +67,7 @@ def track(plan: Plan, layout: Layout) -> tuple[str, int, int]:
 def _points(folder: RunFolder, outcome: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     """Return what is logged at each step: the finite values of curves by split and metric, and at last the outcome."""
     points: dict[int, dict[str, float]] = defaultdict(dict)
-    for point in read_parquet(folder.curves, CURVES).to_pylist():
+    for point in folder.read_nested()["curve"][0].as_py():
         if point["value"] is not None:
             points[point["step"]][f"{point['split']}/{point['metric']}"] = point["value"]
     points[max(points)] |= {name: outcome[name] for name in _FINAL if outcome.get(name) is not None}

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
+from lorabench.utils.checked_parquet import add_checksum, check_parquet
 from lorabench.utils.files import atomic_path
 
 # Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
@@ -28,30 +29,33 @@ MAX_CSV_BYTES = 100_000_000
 """The largest CSV file of curves. Larger ones are not written, since programs that read CSV hold them whole."""
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a parquet file, whole or not at all.
+def write_table(table: pa.Table, path: Path, **options: Any) -> None:
+    """Write a parquet file with a checksum, whole or not at all; the options are those of PyArrow.
 
     Raises:
         NoSpaceError: the disk is full.
     """
     with atomic_path(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, **options)
+        add_checksum(partial)
 
 
 def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
-    """Write the rows of several tables into one parquet file, whole or not at all, and hold few of them at a time.
+    """Write the rows of several tables into one file as `write_table` does, and hold few of them at a time.
 
     Raises:
         NoSpaceError: the disk is full.
     """
-    with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        held = schema.empty_table()
-        for table in tables:
-            held = pa.concat_tables([held, table])
-            if len(held) >= ROWS_AT_ONCE:
-                writer.write_table(held)
-                held = schema.empty_table()
-        writer.write_table(held)
+    with atomic_path(path) as partial:
+        with pq.ParquetWriter(partial, schema) as writer:
+            held = schema.empty_table()
+            for table in tables:
+                held = pa.concat_tables([held, table])
+                if len(held) >= ROWS_AT_ONCE:
+                    writer.write_table(held)
+                    held = schema.empty_table()
+            writer.write_table(held)
+        add_checksum(partial)
 
 
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
@@ -142,6 +146,7 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
         raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
     try:
         if path.suffix == ".parquet":
+            check_parquet(path)
             # The metadata of pandas would turn a column into the index.
             frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         else:
@@ -197,6 +202,7 @@ def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str,
     if path is not None and path.suffix == ".parquet":
         # `read_table` below says what is wrong with a file that can't be read.
         with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
+            check_parquet(path)
             if all(field in file.schema_arrow for field in fields):
                 rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
                 return rows

@@ -5,7 +5,6 @@ The time of a progress file shows when its job last gave a sign of life.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -20,10 +19,14 @@ from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RECORD
 from lorabench.utils.exhaustion import NoSpaceError
-from lorabench.utils.files import write_json
+from lorabench.utils.files import read_json, write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
+
+
+_STATE = dict.fromkeys(("run", "runs", "seed", "step", "steps"), int) | {"label": str, "sweep": str, "lr": int | float}
+"""The entries of a progress file."""
 
 
 class Progress:
@@ -91,8 +94,7 @@ class FinishedRuns:
             del self._runs_of_job[name]
             self._jobs_of_run, self._done, self._done_of_job = {}, set(), Counter()
         for name in files & self._jobs.keys() - self._runs_of_job.keys():
-            with suppress(FileNotFoundError):
-                self._runs_of_job[name] = self._finished(name)
+            self._runs_of_job[name] = self._finished(name)
         if not self._jobs_of_run:
             for name in self._jobs.keys() - self._runs_of_job.keys():
                 for run_id in (run_id for sweep in self._jobs[name].sweeps for run_id in sweep.run_ids):
@@ -115,9 +117,12 @@ class FinishedRuns:
         # A sweep that finds its LRs has another number of runs than expected.
         if any(sweep.lattice is not None for sweep in job.sweeps):
             # Imported only here, because `lorabench status` shall answer at once.
+            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            return int(pq.read_metadata(self._layout.job(job)).num_rows)
+            # A damaged file counts as expected; the step that reads it names it.
+            with suppress(pa.ArrowException, OSError):
+                return int(pq.read_metadata(self._layout.job(job)).num_rows)
         return self._expected[name]
 
 
@@ -137,12 +142,15 @@ def status(plan: Plan, layout: Layout) -> Status:
     for path in sorted((layout.root / "progress").glob("*.json")):
         # A job removes the file at the end of a run, which may be now.
         with suppress(FileNotFoundError):
-            state, written = json.loads(path.read_text()), path.stat().st_mtime
+            state, written = (
+                read_json(path, _STATE, "delete it; a run in training writes it again"),
+                path.stat().st_mtime,
+            )
             # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
             now = time.time()
             with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
                 now = os.fstat(probe.fileno()).st_mtime
-            if state.get("sweep") in unfinished:
+            if state["sweep"] in unfinished:
                 at_work.append({**state, "age_s": now - written})
     at_work.sort(key=lambda run: (run["label"], run["run"]))
     return Status(

@@ -8,29 +8,43 @@
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
 A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
-the final name is therefore complete, even after a power cut. Two jobs on the same run take turns by a lock
-(`lorabench.utils.lock`).
+the final name is therefore complete, even after a power cut. Its record has the checksums of the other files and of
+itself, which are checked when a file is read; records of earlier versions have none. Two jobs on the same run take
+turns by a lock (`lorabench.utils.lock`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from lorabench.errors import UserError
+from lorabench.runs import Condition, Run
 from lorabench.store.schemas import JOB
 from lorabench.utils.exhaustion import space_for
-from lorabench.utils.files import flush_to_disk, read_parquet
+from lorabench.utils.files import file_sha256, flush_to_disk, read_parquet
 
 RECORD = "record.json"
 """The name of a run's record in its folder; a run that has one is finished."""
+
+_BLOCKS = {
+    "spec": {"protocol", "lr", "seed", *(field.name for field in fields(Condition))},
+    "outcome": {"status"},
+    "environment": {"model_sha256", "packages"},
+}
+"""The blocks of a record, each with the entries that are read without asking whether they are there."""
+
+_CHECKSUMS = {"files", "sha256"}
+"""The entries of a record with the checksums of the run's other files, and of the record itself."""
 
 
 class RunFolder:
@@ -50,14 +64,13 @@ class RunFolder:
         return self.record.is_file()
 
     def read_record(self) -> dict[str, Any]:
-        """Read the record of a finished run.
+        """Read the record of a finished run, without checksums.
 
         Raises:
-            UserError: the record is missing or damaged.
+            UserError: the record is missing or damaged, or is not that of this run.
         """
         with self._damage_explained():
-            record: dict[str, Any] = json.loads(self.record.read_text())
-        return record
+            return {name: value for name, value in self._whole_record().items() if name in ("run_id", *_BLOCKS)}
 
     def read_nested(self) -> pa.Table:
         """Read the curves and test losses of a finished run: one row with the columns `curve` and `test_losses` of JOB.
@@ -65,8 +78,9 @@ class RunFolder:
         The latter is null for a run that was made before test losses were kept.
 
         Raises:
-            UserError: one of the files is damaged, or the curves are missing.
+            UserError: one of the files is damaged or is not that of this run, or the curves are missing.
         """
+        self.check_files(self.curves, self.test_losses)
         nested = {}
         with self._damage_explained():
             for name, path in (("curve", self.curves), ("test_losses", self.test_losses)):
@@ -79,12 +93,50 @@ class RunFolder:
                 nested[name] = pa.ListArray.from_arrays([0, len(table)], points, type=kind)
         return pa.table(nested)
 
+    def _whole_record(self) -> dict[str, Any]:
+        """Return the record with its checksums, or raise ValueError or OSError."""
+        text = self.record.read_text(encoding="utf-8")
+        record = json.loads(text)
+        if not isinstance(record, dict) or record.keys() - _CHECKSUMS != {"run_id", *_BLOCKS}:
+            raise ValueError(f"{RECORD} does not have the entries of a record")
+        if record.keys() & _CHECKSUMS and text != _with_checksum(record):
+            raise ValueError(f"the checksum of {RECORD} is not that of its content")
+        for name, entries in _BLOCKS.items():
+            if not isinstance(record[name], dict) or entries - record[name].keys():
+                raise ValueError(f"{RECORD} has an incomplete {name}")
+        if not self.run_id == record["run_id"] == Run.of(record["spec"]).run_id:
+            raise ValueError(f"{RECORD} is of another run")
+        return record
+
+    def check_files(self, *paths: Path) -> None:
+        """Check files of a finished run, or those in its folders, if the run was not made by an earlier version.
+
+        Raises:
+            UserError: a file is damaged or missing, or is not that of this run.
+        """
+        with self._damage_explained():
+            listed: Mapping[str, str] = self._whole_record().get("files", {})
+            names = [name for name in listed if any((self.final / name).is_relative_to(path) for path in paths)]
+            for name in dict.fromkeys([*names, *(path.name for path in paths if listed and path.is_file())]):
+                path = self.final / name
+                if not path.is_file() or file_sha256(path) != listed.get(name):
+                    raise ValueError(f"{name} is not the file that the run wrote")
+
     @contextmanager
     def _damage_explained(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, UserError) as error:
-            raise UserError(f"run {self.run_id} is damaged; delete {self.final} to have it trained again") from error
+        except (ValueError, TypeError, RecursionError, OSError, UserError) as error:
+            raise UserError(f"run {self.run_id} is damaged ({error}); {self._again()}") from error
+
+    def _again(self) -> str:
+        """Return how the run is trained again: what its job's file holds counts as trained, whatever the folder has."""
+        ids, files = pa.schema([JOB.field("run_id")]), sorted(self.final.parents[1].glob("jobs/*.parquet"))
+        jobs = [str(path) for path in files if self.run_id in read_parquet(path, ids)["run_id"].to_pylist()]
+        if not jobs:
+            return f"delete {self.final} to have it trained again"
+        again = f"`lorabench run PRESET {' '.join(jobs)}`"
+        return f"delete {' and '.join([str(self.final), *jobs])} to have it trained again, by {again}"
 
     def tidy(self) -> None:
         """Remove the half-written files of a killed job; the checkpoint stays until the run is finished."""
@@ -101,8 +153,8 @@ class RunFolder:
         self.tidy()
 
     @contextmanager
-    def finishing(self) -> Iterator[Path]:
-        """Yield a temporary folder for the finished run's files; it becomes the run's folder on success.
+    def finishing(self, record: Mapping[str, Any]) -> Iterator[Path]:
+        """Yield a temporary folder for the finished run's files but its record; it becomes the run's folder on success.
 
         Raises:
             NoSpaceError: the disk is full.
@@ -112,11 +164,23 @@ class RunFolder:
             with space_for(self.final):
                 self._finishing.mkdir(parents=True)
                 yield self._finishing
-                for path in self._finishing.rglob("*"):
-                    if path.is_file():
-                        flush_to_disk(path)
+                files = [path for path in self._finishing.rglob("*") if path.is_file()]
+                # A model card may be edited, since no program reads it.
+                checked = sorted(path for path in files if path.suffix != ".md")
+                sums = {str(path.relative_to(self._finishing)): file_sha256(path) for path in checked}
+                written = self._finishing / RECORD
+                written.write_text(_with_checksum({**record, "files": sums}), encoding="utf-8")
+                for path in (*files, written):
+                    flush_to_disk(path)
                 shutil.rmtree(self.final, ignore_errors=True)
                 os.replace(self._finishing, self.final)
         finally:
             shutil.rmtree(self._finishing, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _with_checksum(record: Mapping[str, Any]) -> str:
+    """Return the text of a record with its checksum, in the place of one that it has."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    checksum = hashlib.sha256(json.dumps(rest, allow_nan=False).encode()).hexdigest()
+    return json.dumps(rest | {"sha256": checksum}, indent=2, allow_nan=False) + "\n"

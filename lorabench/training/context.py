@@ -36,7 +36,7 @@ from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
 from lorabench.training.run import Machine, Outcome, machine_state
-from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +126,7 @@ class SweepContext:
             whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
             state = {name: weight.cpu() for name, weight in whole if processes.first}
         if processes.first:
-            with self.folder(run).finishing() as staging:
+            with self.folder(run).finishing(record) as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
@@ -138,7 +138,6 @@ class SweepContext:
                     base = self.layout.model(condition.model)
                     card = model_card(record, base, outcome.test_losses, self._test_groups)
                     (staged.weights / "README.md").write_text(card, encoding="utf-8")
-                write_json(record, staged.record)
         processes.wait()
 
 

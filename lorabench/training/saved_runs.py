@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
@@ -23,7 +22,7 @@ from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES, RUNS, TEST_LOSSES
-from lorabench.utils.files import atomic_path, digest, read_parquet
+from lorabench.utils.files import digest, read_parquet
 
 _VERSION = b"protocol_version"
 _SCHEMA = pa.schema(
@@ -56,8 +55,7 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
                 rows[folder.run_id] = pa.table(columns, schema=_SCHEMA)
         if rows:
             table = pa.concat_tables([rows[run_id] for run_id in sorted(rows)])
-            with atomic_path(path) as partial:
-                pq.write_table(table, partial, compression="zstd", compression_level=15)
+            write_table(table, path, compression="zstd", compression_level=15)
             saved, total = saved + len(rows), total + path.stat().st_size
     return saved, total
 
@@ -83,13 +81,12 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
         )
     missing = [(run_id, row) for run_id, row in known if not RunFolder(layout.runs, run_id).done()]
     for run_id, row in missing:
-        with RunFolder(layout.runs, run_id).finishing() as staging:
+        with RunFolder(layout.runs, run_id).finishing(json.loads(row["record"][0].as_py())) as staging:
             staged = RunFolder(staging.parent, staging.name)
             write_table(entries(row, "curve", CURVES), staged.curves)
             if row["test_losses"].null_count == 0:
                 write_table(entries(row, "test_losses", RUN_TEST_LOSSES), staged.test_losses)
             staged.restored.touch()
-            staged.record.write_text(row["record"][0].as_py() + "\n")
     return len(missing), len(known) - len(missing), len(rows) - len(known)
 
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from lorabench.errors import UserError
+from lorabench.utils.checked_parquet import check_parquet, damaged
 from lorabench.utils.exhaustion import space_for
 
 if TYPE_CHECKING:
@@ -67,6 +69,23 @@ def write_json(value: Any, path: Path) -> None:
         partial.write_text(text + "\n")
 
 
+def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) -> dict[str, Any]:
+    """Read a JSON object that has these entries, each of its type.
+
+    Raises:
+        UserError: the file is damaged; the sentence ends with `mend`, what to do about it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__} in the place of an object")
+        if wrong := [key for key, kind in entries.items() if not isinstance(value.get(key), kind)]:
+            raise ValueError(f"{wrong[0]} is {value.get(wrong[0])!r}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {mend}") from error
+    return value
+
+
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Read a parquet file of the workflow, which can make it again if it is damaged.
 
@@ -91,10 +110,11 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
 @contextmanager
 def damage_explained(path: Path) -> Iterator[None]:
-    """Turn the error of a parquet file that can't be read into a UserError, which says to delete the file."""
+    """Check a parquet file, and turn the error if it can't be read into a UserError, which says to delete the file."""
     import pyarrow as pa
 
     try:
+        check_parquet(path)
         yield
     except (FileNotFoundError, MemoryError):
         raise
@@ -102,7 +122,7 @@ def damage_explained(path: Path) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         if "launch worker thread" in reason:
             raise MemoryError(reason) from error
-        raise UserError(f"{path} is damaged; delete it to have it made again ({reason})") from error
+        raise UserError(damaged(path, reason)) from error
 
 
 def file_sha256(path: Path) -> str:

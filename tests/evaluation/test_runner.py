@@ -275,7 +275,7 @@ def test_what_is_not_there_or_of_another_base_is_named(trained, method):
     job, layout = trained.job(method), trained.layout
     record = best_record(job, layout)
     folder = RunFolder(layout.runs, record["run_id"])
-    aside = folder.weights.with_name("aside")
+    aside, text = folder.weights.with_name("aside"), folder.record.read_text()
     shutil.move(folder.weights, aside)
     try:
         with pytest.raises(UserError, match=f"weights of run {record['run_id']} are missing"):
@@ -286,19 +286,38 @@ def test_what_is_not_there_or_of_another_base_is_named(trained, method):
             evaluate_job(trained.plan, job, layout)
     finally:
         shutil.move(aside, folder.weights)
-        write_json(record, folder.record)
+        folder.record.write_text(text)
+
+
+def test_weights_with_a_flipped_bit_are_named_with_what_trains_them_again(trained):
+    job, layout = trained.job("lora"), trained.layout
+    run_id = best_record(job, layout)["run_id"]
+    folder, made = RunFolder(layout.runs, run_id), layout.job(trained.plan.job_of(job.sweep))
+    path = folder.weights / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError) as raised:
+            evaluate_job(trained.plan, job, layout)
+    finally:
+        path.write_bytes(whole)
+    assert str(raised.value) == (
+        f"run {run_id} is damaged (weights/adapter_model.safetensors is not the file that the run wrote); delete "
+        f"{folder.final} and {made} to have it trained again, by `lorabench run PRESET {made}`"
+    )
 
 
 def test_a_sweep_that_diverged_leaves_tables_without_rows(trained):
     job, layout = trained.job("fullft"), trained.layout
     folders = [RunFolder(layout.runs, run.run_id) for run in job.sweep.grid()]
-    before = [folder.read_record() for folder in folders]
+    before = [folder.record.read_text() for folder in folders]
     try:
-        for folder, record in zip(folders, before, strict=True):
+        for folder in folders:
+            record = folder.read_record()
             diverged = record["outcome"] | {"status": "diverged", "final_valid_nll": None, "final_test_nll": None}
             write_json(record | {"outcome": diverged}, folder.record)
         evaluate_job(trained.plan, job, layout)
         assert pq.read_table(layout.evals(job)).num_rows == pq.read_table(layout.samples(job)).num_rows == 0
     finally:
-        for folder, record in zip(folders, before, strict=True):
-            write_json(record, folder.record)
+        for folder, text in zip(folders, before, strict=True):
+            folder.record.write_text(text)

@@ -8,6 +8,7 @@ are parabolas in log LR, and in `lora` training curves follow the theory of the 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from lorabench.config.experiments import SeedNumbers
 from lorabench.config.preset import Preset
+from lorabench.runs import Run
 from lorabench.store.schemas import CLAIMS, CURVES, EVALS, RUNS
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -106,6 +108,14 @@ def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str,
         "versions": '{"lm_eval": "0.4.13"}',
     }
     return row | changes
+
+
+def make_record(run: Run, **outcome: Any) -> dict[str, Any]:
+    """Return the record of a run, with no more than what is read without asking whether it is there."""
+    spec = {**asdict(run.condition), "lr": run.lr, "seed": run.seed, "protocol": {}}
+    environment = {"packages": {"torch": "2.8.0"}, "model_sha256": {}}
+    outcome = {"status": "done", **outcome}
+    return {"run_id": run.run_id, "spec": spec, "outcome": outcome, "environment": environment}
 
 
 def _table(schema: pa.Schema, rows: list[dict[str, Any]]) -> pd.DataFrame:

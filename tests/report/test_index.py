@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -94,6 +96,21 @@ def test_a_damaged_table_keeps_no_other_report_from_being_listed():
     shown = entries(write_index(Path("results")).read_text())
     assert "C1" in shown["Question mine"].text
     assert "can't be read as a table" in shown["Question other"].text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"inputs": [1]}', "no model"])
+def test_a_damaged_provenance_keeps_no_other_preset_from_being_listed(folder, text):
+    finish("mine")
+    for name in ("laptop", "overnight"):
+        shutil.copytree(REPOSITORY / "paper_figures/published" / name, Path("paper_figures/published") / name)
+    path = Path("paper_figures/published/laptop/provenance.json")
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"inputs": [{}]}) if text == "no model" else text)
+    shown = entries(write_index(Path("results")).read_text())
+    assert "1 inconclusive" in shown["Question mine"].text
+    assert "can't be read" not in shown["overnight"].text
+    assert "What is published of it can't be read: " in shown["laptop"].text
+    assert str(path) in shown["laptop"].text
 
 
 def test_reports_that_are_finished_at_the_same_time_do_not_lose_one_another():

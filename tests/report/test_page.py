@@ -363,6 +363,14 @@ def test_without_scores_of_runs_there_is_no_section_and_a_page_without_evaluatio
     assert f"snakemake --cores all {out} --config preset=mine.yaml" in page.text
 
 
+@pytest.mark.parametrize("versions", ["{", "null", "[1]", '"text"'])
+def test_versions_that_are_no_object_are_named(layout, versions):
+    runs = pd.read_parquet(layout.tables() / "runs.parquet")
+    runs.assign(versions=versions).to_parquet(layout.tables() / "runs.parquet")
+    with pytest.raises(UserError, match=f"versions has something else than objects.*{re.escape(versions)}"):
+        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
+
+
 def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
     plan, before, other = make_plan(layout.preset), layout.report.read_text(), Path("other.html")
     build(plan, layout, "mine.yaml", layout.report)
@@ -373,7 +381,7 @@ def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
     build(plan, layout, "laptop", other)
     assert "--config" not in Page(other.read_text()).section("cost").text
     (layout.figures / "fig1_envelopes.svg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
+    with pytest.raises(UserError, match=r"fig1_envelopes\.svg does not exist; draw the figure with `snakemake .*\.svg"):
         build(plan, layout, "mine.yaml", layout.report)
     judged_claims().drop(columns=["margin_low", "scope"]).to_parquet(layout.tables() / "claims.parquet")
     with pytest.raises(UserError, match="no column margin_low, scope: judge the claims again"):

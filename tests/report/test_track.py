@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, CurvePoint
 from lorabench.utils.files import write_json
+
+from ..handmade import make_record
 
 
 class Trackio:
@@ -57,7 +60,8 @@ def test_finished_runs_are_logged_once(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     write_entries(run.run_id, points, CURVES, folder.curves)
     outcome = {"status": "done", "final_test_nll": 2.5, "final_reward": None}
-    write_json({"run_id": run.run_id, "spec": {"lr": run.lr}, "outcome": outcome}, folder.record)
+    record = make_record(run, **outcome)
+    write_json(record, folder.record)
     trackio = Trackio()
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     assert track(plan, layout) == ("lorabench-smoke", 1, 0)
@@ -65,7 +69,7 @@ def test_finished_runs_are_logged_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert capsys.readouterr().out == ""
     [(name, tracked)] = trackio.runs.items()
     assert name == f"{run.condition.label} lr {run.lr:g} seed {run.seed} {run.run_id}"
-    assert tracked["config"] == {"run_id": run.run_id, "lr": run.lr}
+    assert tracked["config"] == {"run_id": run.run_id, **json.loads(json.dumps(record["spec"]))}
     assert tracked["logged"] == [
         (0, {"validation/nll": 5.0}),
         (1, {"train/nll": 4.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.collecting import counting, large_plan
+from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.store.progress import FinishedRuns, status
@@ -21,8 +23,8 @@ from lorabench.store.run_folder import RunFolder
 def finish(layout, *run_ids):
     """Write the records of runs as a training job does."""
     for run_id in run_ids:
-        with RunFolder(layout.runs, run_id).finishing() as staging:
-            (staging / "record.json").touch()
+        with RunFolder(layout.runs, run_id).finishing({}):
+            pass
 
 
 def anew(plan, layout):
@@ -118,3 +120,29 @@ def test_counting_costs_little_in_a_plan_of_many_runs(tmp_path, monkeypatch):
     assert calls == 2_000
     assert seconds < 4
     assert time.process_time() - started < 10
+
+
+STATE = {"label": "a", "run": 1, "runs": 3, "lr": 0.01, "seed": 0, "step": 5, "steps": 9, "sweep": "b"}
+BROKEN = ["", "{", "[]", "null", "{}", json.dumps(STATE | {"step": None}), json.dumps(STATE | {"lr": "0.01"})]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_damaged_progress_file_is_named(many, text):
+    plan, layout = many
+    path = layout.root / "progress" / "abc.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(STATE))
+    assert status(plan, layout).at_work == []
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path} is damaged .*; delete it; a run in training writes it again"):
+        status(plan, layout)
+
+
+def test_a_damaged_job_counts_with_the_runs_that_were_expected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("laptop")
+    plan = make_plan(layout.preset)
+    job = next(job for job in plan.jobs if job.sweeps[0].lattice)
+    layout.jobs.mkdir(parents=True)
+    layout.job(job).write_bytes(b"PAR1")
+    assert anew(plan, layout) == (job.n_runs, sum(job.n_runs for job in plan.jobs), 1)

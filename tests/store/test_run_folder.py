@@ -34,8 +34,7 @@ def test_a_number_that_is_none_is_refused(tmp_path):
 def test_a_run_becomes_visible_when_it_is_whole(tmp_path):
     folder = RunFolder(tmp_path, "abc")
     folder.partial.mkdir()
-    with folder.finishing() as staging:
-        write_json({}, staging / "record.json")
+    with folder.finishing({}):
         assert not folder.done()
     assert folder.done()
     assert [path.name for path in tmp_path.iterdir()] == ["abc"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -16,6 +15,8 @@ from lorabench.runs import Run, best_lr, finished_losses
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.waves import next_wave
+
+from ..handmade import make_record
 
 
 @pytest.fixture
@@ -37,9 +38,8 @@ def loss(run: Run) -> float:
 
 def finish(run: Run, layout: Layout) -> None:
     """Write what the waves read of a finished run."""
-    with RunFolder(layout.runs, run.run_id).finishing() as staging:
+    with RunFolder(layout.runs, run.run_id).finishing(make_record(run, final_valid_nll=loss(run))) as staging:
         (staging / "weights").mkdir()
-        (staging / "record.json").write_text(json.dumps({"outcome": {"final_valid_nll": loss(run)}, "environment": {}}))
 
 
 def train_all(plan, sweep, layout) -> list[list[str]]:

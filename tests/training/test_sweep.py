@@ -105,6 +105,6 @@ def test_status_counts_what_lies_on_disk(ready):
     for number, seed in enumerate((0, 1), 1):
         progress.tick(number, Run(sweep.condition, 1e-3, seed), 1)
     # A run that another plan left is not shown.
-    other = layout.progress(sweep.grid()[0]).with_name("other.json")
-    other.write_text(json.dumps({"sweep": "other", "label": "x"}))
+    own = layout.progress(sweep.grid()[0])
+    own.with_name("other.json").write_text(json.dumps(json.loads(own.read_text()) | {"sweep": "other", "label": "x"}))
     assert [(run["run"], run["seed"], run["step"]) for run in status(plan, layout).at_work] == [(1, 0, 1), (2, 1, 1)]

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from lorabench.data.grading import gsm8k_answer
 from lorabench.data.problems import read_problems
 from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
+from lorabench.utils.files import read_parquet
 
 Documents = dict[str, Dataset]
 
@@ -39,7 +39,7 @@ def arithmetic(path: str, **_: Any) -> Documents:
 
 def pretraining(path: str, **_: Any) -> Documents:
     """Return the documents of held-out pretraining text."""
-    return _test(path, pq.read_table(Path(path), columns=["text"]).to_pylist())
+    return _test(path, read_parquet(Path(path)).to_pylist())
 
 
 def bits_of_response(doc: Mapping[str, str], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
