@@ -34,6 +34,19 @@ def missing(value: Any) -> bool:
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
+def printable(text: str) -> str:
+    """Return foreign text on one line, for a terminal: what is not printable, such as control characters, is escaped.
+
+    >>> print(printable("a\\x1b[31m\\nb"))
+    a\\x1b[31m\\nb
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 def number(value: Any, digits: int = 3) -> str:
     """Write a number to the given number of significant digits.
 
