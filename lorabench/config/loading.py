@@ -7,6 +7,8 @@ evaluation, may be a mapping by name, so that a preset can change those that it 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,21 +19,25 @@ from pydantic import BaseModel, ValidationError
 
 from lorabench.config.experiments import AUTO, Experiments
 from lorabench.config.fields import PresetError
+from lorabench.errors import UserError
 from lorabench.config.inputs import model_catalogue
 from lorabench.config.margins import Margins
 from lorabench.config.preset import Preset
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.yaml_files import read_yaml
 
 PRESETS = WORKFLOW / "presets"
 SCHEMA = PRESETS / "schema.json"
 COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
-_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
+"""Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
+_NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
 
 
 def split_name(preset: str) -> tuple[str, int | None]:
     """Return the name or path of a preset, and the first seed that may follow it: 100 in `laptop@100`, else None."""
-    named = re.fullmatch(r"(.+)@(\d+)", preset)
+    named = re.fullmatch(r"(.+)@([0-9]{1,18})", preset)
     return (named[1], int(named[2])) if named else (preset, None)
 
 
@@ -43,11 +49,29 @@ def preset_path(preset: str) -> Path:
     """
     preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PresetError(
             f"preset {preset!r}: no file {path}; allowed: {shipped_names('*')}, or the path of a .yaml file"
         )
+    check_name(path)
     return path
+
+
+def check_name(path: Path) -> None:
+    """Check that a preset's file may have its name, which its folders in results/ and paper_figures/ have too.
+
+    Raises:
+        PresetError: the name is another folder's, or has characters that the workflow or a terminal would read
+            otherwise.
+    """
+    name = path.stem
+    if name.casefold() in TAKEN or name.casefold().endswith(_ENDINGS):
+        raise PresetError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
+    if not re.fullmatch(_NAME, name):
+        raise PresetError(
+            f"preset {name!r}: a preset's name begins with a letter or digit; allowed: at most 100 letters, digits, "
+            "spaces, and . _ - +"
+        )
 
 
 def shipped_names(*patterns: str) -> str:
@@ -88,7 +112,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     try:
         return Preset.model_validate(whole)
     except ValidationError as error:
-        text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
+        text = "\n".join(f"{path}: {sentence}" for sentence in _sentences(error))
         raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
 
 
@@ -117,16 +141,15 @@ def parse_margins(raw: Mapping[str, Any], place: str = "") -> Margins:
     try:
         return Margins.model_validate(raw)
     except ValidationError as error:
-        sentences = (explain({**problem, "loc": ("margins", *problem["loc"])}) for problem in error.errors())
-        raise PresetError("\n".join(f"{place}{sentence}" for sentence in sentences)) from error
+        raise PresetError("\n".join(f"{place}{sentence}" for sentence in _sentences(error, "margins"))) from error
 
 
 def _mapping(path: Path, needed: str) -> dict[str, Any]:
     """Return the content of a YAML file, which must be a mapping; `needed` says so in the error message."""
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"{path}: not valid YAML: {error}") from error
+        raw = read_yaml(path)
+    except UserError as error:
+        raise PresetError(str(error)) from error
     if not isinstance(raw, dict):
         raise PresetError(f"{path}: {needed}, not {raw!r}")
     return raw
@@ -211,6 +234,13 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
     return whole, names
 
 
+def _sentences(error: ValidationError, *section: str) -> list[str]:
+    """Return a sentence for each of the first mistakes in a preset, or in a section of it."""
+    first, more = error.errors()[:20], error.error_count() - 20
+    sentences = [explain({**problem, "loc": (*section, *problem["loc"])}) for problem in first]
+    return sentences + ([f"there are {more:,} more mistakes"] if more > 0 else [])
+
+
 def explain(problem: Any) -> str:
     """Return a readable sentence for one of pydantic's errors."""
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
@@ -227,7 +257,7 @@ def explain(problem: Any) -> str:
             return f"{where}: missing; for example `{line.strip()[1:-1]}`"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
-        case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
+        case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
             mantissa, mark, exponent = repr(float(value) if kind == "float_type" else int(float(value))).partition("e")
             # To YAML 1.1 an exponent needs a decimal point before it.
             number = f"{mantissa}{'.0' if mark and '.' not in mantissa else ''}{mark}{exponent}"
@@ -240,6 +270,10 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text)) and math.isfinite(float(text))
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
