@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -189,8 +188,8 @@ class Block(Strict):
         LearningRates, BeforeValidator(_for_both_methods, json_schema_input_type=LearningRates | Literal["auto"])
     ]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Few)] = (
-        SeedNumbers(best=3)
+    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Few)] = SeedNumbers(
+        best=3
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
@@ -244,14 +243,14 @@ class Block(Strict):
 
     def size(self, conditions: int) -> tuple[int, int]:
         """Return how many arms and, at most, runs the block has on a number of models, data and batch sizes."""
-        sizes = (self.variants, self.alphas or [1.0], self.inits_a, self.lr_ratios, [[1.0, 1.0], *self.transforms])
-        arms_of_lora, seeds = sum(map(len, self.ranks.values())) * math.prod(map(len, sizes)), self.seeds
-        arms = runs = 0
-        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, arms_of_lora)):
+        of_lora = sum(map(len, self.ranks.values())) * len(self.variants) * len(self.alphas or [1.0])
+        of_lora *= len(self.inits_a) * len(self.lr_ratios) * (1 + len(self.transforms))
+        arms, runs, seeds = 0, 0, self.seeds
+        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, of_lora)):
             if grid:
-                auto = isinstance(grid, AutoLrs)
                 arms += conditions * number
-                runs += conditions * number * (grid.most * seeds.best if auto else len(grid) * seeds.every + seeds.best)
+                most = grid.most * seeds.best if isinstance(grid, AutoLrs) else len(grid) * seeds.every + seeds.best
+                runs += conditions * number * most
         return arms, runs
 
 

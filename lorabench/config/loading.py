@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 from lorabench.config.experiments import AUTO, Experiments
 from lorabench.config.fields import PresetError
-from lorabench.errors import UserError
 from lorabench.config.inputs import model_catalogue
 from lorabench.config.margins import Margins
 from lorabench.config.preset import Preset
+from lorabench.errors import UserError
 from lorabench.utils.files import WORKFLOW
 from lorabench.utils.yaml_files import read_yaml
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import chain, product
+from itertools import product
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -23,7 +23,7 @@ from lorabench.config.inputs import (
 )
 from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
 
-MOST_ARMS, MOST_RUNS = 2_000, 100_000
+MOST_ARMS, MOST_RUNS = 1_000, 50_000
 """The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
 
 
@@ -57,12 +57,15 @@ class Preset(Strict):
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
-        arms = runs = 0
-        for block in chain.from_iterable(self.experiments.trained().values()):
-            data = block.datasets if isinstance(block, SftExperiment) else block.problems
-            batch_sizes = len(block.batch_sizes) if isinstance(block, SftExperiment) else 1
-            more_arms, more_runs = block.size(len(block.models) * len(data) * batch_sizes)
-            arms, runs = arms + more_arms, runs + more_runs
+        sizes = [(0, 0)]
+        for blocks in self.experiments.trained().values():
+            for block in blocks:
+                if isinstance(block, SftExperiment):
+                    data = len(block.datasets) * len(block.batch_sizes)
+                else:
+                    data = len(block.problems)
+                sizes.append(block.size(len(block.models) * data))
+        arms, runs = map(sum, zip(*sizes, strict=True))
         if arms > MOST_ARMS or runs > MOST_RUNS:
             raise ValueError(
                 f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"

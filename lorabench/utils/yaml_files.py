@@ -15,7 +15,9 @@ from lorabench.utils.formats import printable
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1_000_000, 20_000, 50, 20
 """The limits of a file, of its keys and values with those that aliases repeat, of its levels, and of a whole number."""
 _NODE = 100  # so many letters of a text count as a further value
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
+_SafeLoader: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # the one in C is ten times as fast, and not everywhere
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
@@ -66,7 +68,7 @@ def parse_yaml(text: str, path: Path) -> Any:
 
 @dataclass
 class _Open:
-    """A mapping or a list whose end has not been read: its anchor, the nodes before it, and what it has so far."""
+    """A mapping or a list whose end has not been read: its anchor, the size before it, and what it has so far."""
 
     anchor: str | None
     before: int
@@ -75,39 +77,34 @@ class _Open:
     key_is_next: bool = True
 
 
-def _check(events: Iterable[yaml.Event], path: Path) -> None:
+def _check(events: Iterable[Any], path: Path) -> None:
     """Check a file before its data are built, since aliases of aliases can be of exponential size."""
-    nodes, sizes, inside = 0, dict[str, int](), list[_Open]()
+    size, sizes, inside = 0, dict[str | None, int](), list[_Open]()
     for event in events:
         if isinstance(event, yaml.CollectionEndEvent):
             ended = inside.pop()
-            if ended.anchor is not None:
-                sizes[ended.anchor] = nodes - ended.before
+            sizes[ended.anchor] = size - ended.before
         if not isinstance(event, yaml.NodeEvent):
             continue
-        wrong, parent = "", inside[-1] if inside else None
-        if parent is not None and parent.is_mapping:
+        wrong, is_alias, text = "", isinstance(event, yaml.AliasEvent), getattr(event, "value", "")
+        if inside and inside[-1].is_mapping:
+            parent = inside[-1]
             if parent.key_is_next and isinstance(event, yaml.ScalarEvent):
-                if event.value in parent.keys:
-                    wrong = f"the key {event.value[:80]!r} is there twice"
-                parent.keys.add(event.value)
+                if text in parent.keys:
+                    wrong = f"the key {text[:80]!r} is there twice"
+                parent.keys.add(text)
             parent.key_is_next = not parent.key_is_next
-        before = nodes
-        if isinstance(event, yaml.AliasEvent):
-            nodes += sizes.get(event.anchor, 1)
-            if any(event.anchor == outer.anchor for outer in inside):
-                wrong = f"*{event.anchor} is an alias of what contains it"
-        else:
-            if event.tag is not None:
-                wrong = f"the tag {event.tag[:80]!r} can't be used here"
-            if isinstance(event, yaml.CollectionStartEvent):
-                inside.append(_Open(event.anchor, nodes, isinstance(event, yaml.MappingStartEvent)))
-            nodes += 1
-            if isinstance(event, yaml.ScalarEvent):
-                nodes += len(event.value) // _NODE
-                if event.anchor is not None:
-                    sizes[event.anchor] = nodes - before
-        if nodes > MAX_NODES:
+        if is_alias and any(event.anchor == outer.anchor for outer in inside):
+            wrong = f"*{event.anchor} is an alias of what contains it"
+        if not is_alias and event.tag is not None:
+            wrong = f"the tag {event.tag[:80]!r} can't be used here"
+        if isinstance(event, yaml.CollectionStartEvent):
+            inside.append(_Open(event.anchor, size, isinstance(event, yaml.MappingStartEvent)))
+        own = sizes.get(event.anchor, 1) if is_alias else 1 + len(text) // _NODE
+        size += own
+        if isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = own
+        if size > MAX_NODES:
             wrong = f"there are more than {MAX_NODES:,} keys and values, with those that aliases repeat"
         if len(inside) > MAX_DEPTH:
             wrong = f"there are more than {MAX_DEPTH} levels"
