@@ -32,6 +32,7 @@ COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
 TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
 """Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
+_MOST_CHILDREN = 20
 _NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
 
 
@@ -89,7 +90,7 @@ def load_preset(preset: str) -> Preset:
     """
     path, (_, first_seed) = preset_path(preset), split_name(preset)
     seeded = {} if first_seed is None else {"first_seed": first_seed}
-    return parse_preset(_with_parents(path, ()) | seeded, path)
+    return parse_preset(_with_parents(path, (), {}) | seeded, path)
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
@@ -155,8 +156,15 @@ def _mapping(path: Path, needed: str) -> dict[str, Any]:
     return raw
 
 
-def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """Return the content of a preset's file, laid over the content of the presets that it extends."""
+def _with_parents(path: Path, children: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of a preset's file, laid over the content of the presets that it extends.
+
+    The contents that are `known` are not put together again, since several presets may extend the same one.
+    """
+    if path.resolve() in known:
+        return known[path.resolve()]
+    if len(children) > _MOST_CHILDREN:
+        raise PresetError(f"{path}: a preset may extend others over at most {_MOST_CHILDREN} levels")
     if path.resolve() in [child.resolve() for child in children]:
         chain = " extends ".join(str(file) for file in (*children, path))
         raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
@@ -172,8 +180,9 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         if not file.is_file():
             allowed = shipped_names("*", "suites/*")
             raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
-        whole = _laid_over(whole, _with_parents(file, (*children, path)))
-    return _laid_over(whole, raw)
+        whole = _laid_over(whole, _with_parents(file, (*children, path), known))
+    known[path.resolve()] = whole = _laid_over(whole, raw)
+    return whole
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def space_for(path: Path | str) -> Iterator[None]:
             named = getattr(error, "filename", None)
             # A temporary file would have got the name `path`; Arrow gives a file's name in the message only.
             file = path if named is None or str(named).endswith(".partial") else named
-            reason = os.strerror(number) if named or isinstance(path, Path) else error
+            # A folder can't be made where a file is.
+            reason = "it is no folder" if number == errno.EEXIST else os.strerror(number)
+            if not (named or isinstance(path, Path)):
+                reason = str(error)
             raise UserError(f"{file} can't be read or written: {reason}") from error
         raise NoSpaceError(
             f"no space left to write {path}; make room and give the same command again: "
