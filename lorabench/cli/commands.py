@@ -112,6 +112,8 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
+    if price is not None and math.isinf(price):
+        raise UserError(f"--price {price}: allowed: numbers from 0")
     planned, layout = plan_and_layout(preset)
     if out is not None:
         import pyarrow as pa

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for, space_for
+from lorabench.utils.formats import printable
 from lorabench.utils.gpus import own_devices
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def in_one_sentence() -> Iterator[None]:
         ):
             yield
     except UserError as error:
-        print(f"lorabench: {error}", file=sys.stderr)
+        for sentence in str(error).split("\n"):
+            # A name may have any length, and what a terminal would obey.
+            print(f"lorabench: {printable(sentence[:2_000])}", file=sys.stderr)
         raise typer.Exit(2) from error
     except signals.Stopped as stopped:
         print(f"lorabench: {stopped}", file=sys.stderr)

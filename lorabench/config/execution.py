@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.fields import NotNegative, Positive, PositiveFloat, SamplerName, Strict
+from lorabench.config.fields import BatchSize, Few, NotNegative, Positive, PositiveFloat, SamplerName, Strict
 from lorabench.utils.gpus import GPUS
 
 EVAL_SOURCES = {
@@ -23,7 +23,7 @@ EVAL_SOURCES = {
 class EvalTask(Strict):
     """A task of lm-eval, or one of this project's own (see lorabench/evaluation/tasks)."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]{1,100}$")
     """Name of the task in lm-eval, or in this project."""
     about: Literal["learned", "forgotten"]
     """Whether the task measures what fine-tuning teaches or what it may lose."""
@@ -50,7 +50,7 @@ class Evaluation(Strict):
     """Experiments whose conditions are evaluated, each at its best LR."""
     tasks: Annotated[list[EvalTask], Field(min_length=1)]
     """A list of tasks, or a mapping of tasks by name."""
-    batch_size: Positive = 16
+    batch_size: BatchSize = 16
     """Sequences that go through the model at once."""
     pretraining_documents: Positive = 200
     """Documents of the tiny bases' held-out pretraining text that lorabench_pretraining reads."""
@@ -59,7 +59,7 @@ class Evaluation(Strict):
 class Execution(Strict):
     """The machine that does the work, and how. No field here but `sampler` changes the identity of a run."""
 
-    threads: Positive = 1
+    threads: Few = 1
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
     """Largest number of tokens, with padding, that go through the model at once; the gradients of larger batches are
@@ -71,7 +71,7 @@ class Execution(Strict):
     """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
     reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/vllm.md says. Runs of
     two samplers are different runs."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e20)] = 5.0
     """Least minutes between a run's checkpoints, from which it resumes; more where saving would take over 2% of the
     time. 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"

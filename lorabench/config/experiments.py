@@ -6,7 +6,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lorabench.config.fields import METHOD_NAMES, Placement, Positive, PositiveFloat, Strict, Variant
+from lorabench.config.fields import (
+    METHOD_NAMES,
+    BatchSize,
+    Few,
+    LearningRate,
+    Placement,
+    Positive,
+    PositiveFloat,
+    Rank,
+    Several,
+    Strict,
+    Variant,
+)
 
 
 class Protocol(Strict):
@@ -22,15 +34,15 @@ class Protocol(Strict):
     """The LR over time, without warm-up: the paper's, constant, or falling linearly to zero after the last step."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon, above 0: while B is zero A's gradient is zero too, and Adam would divide 0 by 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Decoupled weight decay."""
     clip_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; null for no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of both arms; the weights that are trained are always fp32."""
-    curve_points: Annotated[int, Field(ge=2)] = 12
+    curve_points: Several = 12
     """Validation points per run, log-spaced in steps."""
-    probe_points: Annotated[int, Field(ge=2)] | None = None
+    probe_points: Several | None = None
     """Steps, log-spaced, after which the movement of LoRA's weights is recorded; null for the validation points."""
     validate_at: list[Positive] = []
     """Further steps after which to validate. At a constant LR the loss there is that of a run of that length."""
@@ -52,11 +64,11 @@ class AutoLrs(Strict):
     seeds are trained at the three LRs around the lowest loss.
     """
 
-    start: PositiveFloat | None = None
+    start: LearningRate | None = None
     """The middle of the first three LRs; null to derive it from the model's width, the same for both methods."""
     per_decade: Annotated[int, Field(ge=1, le=10)] = 3
     """LRs per decade; 3 gives 1, 2.15 and 4.64 times powers of ten."""
-    most: Annotated[int, Field(ge=3)] = 9
+    most: Annotated[int, Field(ge=3, le=100)] = 9
     """The largest number of LRs."""
 
 
@@ -80,9 +92,9 @@ def _for_both_methods(value: Any) -> Any:
 
 
 Lrs = Annotated[
-    Annotated[list[PositiveFloat], Tag("grid")] | Annotated[AutoLrs, Tag("auto")],
+    Annotated[list[LearningRate], Tag("grid")] | Annotated[AutoLrs, Tag("auto")],
     Discriminator(lambda value: "auto" if isinstance(value, (dict, AutoLrs)) else "grid"),
-    BeforeValidator(_spelled_out, json_schema_input_type=list[PositiveFloat] | AutoLrs | Literal["auto"]),
+    BeforeValidator(_spelled_out, json_schema_input_type=list[LearningRate] | AutoLrs | Literal["auto"]),
 ]
 """The LRs of a method: a fixed grid, or one that the sweep finds."""
 
@@ -107,9 +119,9 @@ class LearningRates(Strict):
 class LeastSeeds(Strict):
     """Seeds that all three LRs around the best have whatever their losses; the others are added one at a time."""
 
-    sft: Annotated[int, Field(ge=2)] = 3
+    sft: Several = 3
     """In SFT. Claims on whole learning curves need 3."""
-    rl: Annotated[int, Field(ge=2)] = 3
+    rl: Several = 3
     """In RL, whose claims need 3."""
 
 
@@ -124,12 +136,12 @@ class Racing(Strict):
 class SeedNumbers(Strict):
     """The numbers of seeds at some LRs of each condition; each counts the first seed, which every LR has."""
 
-    best: Positive = 1
+    best: Few = 1
     """Seeds at the best LR."""
-    around: Positive | None = None
+    around: Few | None = None
     """With `auto`, seeds at the three LRs around the best; the other seeds are run at the best of them only: they tell
     about the lowest loss and little about the optimal LR. Null for as many as at the best."""
-    every: Positive = 1
+    every: Few = 1
     """Seeds at every LR of a fixed grid."""
 
     @model_validator(mode="after")
@@ -170,14 +182,14 @@ class Block(Strict):
 
     models: Annotated[list[str], Field(min_length=1)]
     """Names from `models` or from the catalogue of models."""
-    ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
+    ranks: dict[Placement, Annotated[list[Rank], Field(min_length=1)]] = {}
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
     lrs: Annotated[
         LearningRates, BeforeValidator(_for_both_methods, json_schema_input_type=LearningRates | Literal["auto"])
     ]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Positive)] = (
-        SeedNumbers(best=3)
+    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Few)] = SeedNumbers(
+        best=3
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
@@ -229,13 +241,25 @@ class Block(Strict):
             raise ValueError(f"variants {self.variants} need ranks, and the block has none")
         return self
 
+    def size(self, conditions: int) -> tuple[int, int]:
+        """Return how many arms and, at most, runs the block has on a number of models, data and batch sizes."""
+        of_lora = sum(map(len, self.ranks.values())) * len(self.variants) * len(self.alphas or [1.0])
+        of_lora *= len(self.inits_a) * len(self.lr_ratios) * (1 + len(self.transforms))
+        arms, runs, seeds = 0, 0, self.seeds
+        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, of_lora)):
+            if grid:
+                arms += conditions * number
+                most = grid.most * seeds.best if isinstance(grid, AutoLrs) else len(grid) * seeds.every + seeds.best
+                runs += conditions * number * most
+        return arms, runs
+
 
 class SftExperiment(Block):
     """A block of supervised fine-tuning: every combination of its models, datasets, batch sizes and arms."""
 
     datasets: Annotated[list[str], Field(min_length=1)]
     """Names from `datasets`."""
-    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    batch_sizes: Annotated[list[BatchSize], Field(min_length=1)]
     """Examples per optimizer step."""
     epochs: PositiveFloat = 1.0
     """Passes over the training split."""
@@ -248,19 +272,19 @@ class RlExperiment(Block):
 
     problems: Annotated[list[str], Field(min_length=1)]
     """Names from `problems`."""
-    problems_per_step: Positive
+    problems_per_step: BatchSize
     """Problems per optimizer step."""
-    group_size: Annotated[int, Field(ge=2)]
+    group_size: Several
     """Responses to each problem; a response's advantage is its reward minus the mean reward of its group."""
     steps: Positive
     """Number of optimizer steps, each on a new batch of responses."""
     max_new_tokens: Positive
     """Tokens at which a response is cut."""
-    evaluations: Positive = 6
+    evaluations: Few = 6
     """Greedy evaluations of validation and test split, evenly spaced, the last at the end."""
     held_out: list[str] = []
     """Names from `problems` whose test split is evaluated at the same steps, never trained on."""
-    held_out_samples: Positive = 1
+    held_out_samples: Few = 1
     """Responses to each held-out problem; a single one is greedy, several are drawn at temperature 1."""
     prompt: str | None = None
     """A text that contains `{question}`, for a model without a chat template; null for the template."""
@@ -284,13 +308,13 @@ class ComputeExperiment(Strict):
 
     models: Annotated[list[str], Field(min_length=1)]
     """Names from `models` or from the catalogue of models."""
-    ranks: Annotated[list[Positive], Field(min_length=1)]
+    ranks: Annotated[list[Rank], Field(min_length=1)]
     """LoRA ranks, on all layers. Full fine-tuning is always measured too."""
-    batch_size: Positive
+    batch_size: BatchSize
     """Sequences per step."""
     sequence_length: Positive
     """Tokens per sequence."""
-    repeats: Positive = 10
+    repeats: Few = 10
     """Number of timed steps; their median is reported."""
 
 

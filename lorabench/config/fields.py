@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +10,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lorabench.errors import UserError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+# A model's and a dataset's name are parts of one file's name.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,49}$")]
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[int, Field(ge=0)]
+# The limits are far beyond what is of use. They keep estimates from overflowing, and loops from running for hours.
+Positive = Annotated[int, Field(ge=1, le=10**14)]
+NotNegative = Annotated[int, Field(ge=0, le=10**14)]
+Few = Annotated[int, Field(ge=1, le=1_000)]
+Several = Annotated[int, Field(ge=2, le=1_000)]
+PositiveFloat = Annotated[float, Field(ge=1e-20, le=1e20)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e3)]
 
 SamplerName = Literal["own", "vllm"]
 
@@ -98,19 +106,21 @@ class PresetError(UserError):
 
 
 class Strict(BaseModel):
-    """A part of a preset: it refuses unknown keys and silent conversions, and it is immutable."""
+    """A part of a preset: it refuses unknown keys, silent conversions, infinity and NaN, and it is immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def _is_template(value: str) -> str:
-    if value != "plain" and not Path(value).is_file():
+    if value != "plain" and not os.path.isfile(value):
         raise ValueError(f"{value!r} is no file; allowed: plain, or the path of a Jinja file")
     return value
 
 
 def _is_data_file(value: str) -> str:
-    if not Path(value).is_file():
+    if not os.path.isfile(value):
         raise ValueError(f"data file {value!r} does not exist")
     if Path(value).suffix not in FILE_SUFFIXES:
         raise ValueError(f"data file {value!r} must end in one of {', '.join(FILE_SUFFIXES)}")
@@ -118,13 +128,13 @@ def _is_data_file(value: str) -> str:
 
 
 def _is_folder(value: str) -> str:
-    if not Path(value).is_dir():
+    if not os.path.isdir(value):
         raise ValueError(f"folder {value!r} does not exist")
     return value
 
 
 def _is_model_folder(value: str) -> str:
-    if not (Path(value) / "config.json").is_file():
+    if not os.path.isfile(os.path.join(value, "config.json")):
         raise ValueError(f"model folder {value!r} has no config.json; a Hugging Face causal LM is needed there")
     return value
 

@@ -4,29 +4,31 @@ and sets of verifiable problems for reinforcement learning (RL)."""
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from lorabench.config.fields import (
     ChatTemplate,
     DataFile,
+    Few,
     FileFormat,
     Folder,
     ModelFolder,
     NotNegative,
     Positive,
+    Several,
     Strict,
 )
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.yaml_files import read_yaml
 
 MODELS = WORKFLOW / "models.yaml"
 """The catalogue of models that every preset may name."""
 
-MaxChars = Annotated[int, Field(ge=32)]
+MaxChars = Annotated[int, Field(ge=32, le=10**9)]
 
 NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
 """The tasks of reasoning-gym whose answer is a number."""
@@ -105,7 +107,7 @@ class GgufModel(ForeignModel):
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        if self.wheel is None and not Path(self.path).is_file():
+        if self.wheel is None and not os.path.isfile(self.path):
             raise ValueError(f"GGUF file {self.path!r} does not exist")
         return self
 
@@ -116,7 +118,7 @@ ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discri
 @cache
 def model_catalogue() -> dict[str, Any]:
     """Return the specifications, as plain data, of the models that every preset may name."""
-    catalogue: dict[str, Any] = yaml.safe_load(MODELS.read_text())
+    catalogue: dict[str, Any] = read_yaml(MODELS)
     return catalogue
 
 
@@ -161,7 +163,7 @@ class ShippedDataset(Splits):
     documentation after what stands before them."""
     max_chars: Annotated[int, Field(ge=32, le=800)] = 800
     """Longer examples (prompt and text together) are left out."""
-    min_words: Annotated[int, Field(ge=14)] = 14
+    min_words: Annotated[int, Field(ge=14, le=800)] = 14
     """Shorter texts are left out."""
 
 
@@ -171,7 +173,7 @@ class FactsDataset(Strict):
     kind: Literal["facts"]
     facts: Positive
     """Number of facts."""
-    digits: Positive = 8
+    digits: Few = 8
     """Number of random digits of each answer, each of log2(10) bits."""
     seed: NotNegative = 0
     """Seed of the facts."""
@@ -263,15 +265,15 @@ class ReasoningProblems(KnownProblems, GeneratedSplits):
     response counts."""
     tasks: Annotated[list[NumberTask], Field(min_length=1)] = ["chain_sum"]
     """Tasks of `arithmetic`, drawn uniformly."""
-    min_digits: Positive = 1
+    min_digits: Few = 1
     """Smallest number of digits of a term, in `chain_sum` and `products`."""
-    max_digits: Positive = 2
+    max_digits: Few = 2
     """Largest number of digits of a term."""
-    max_value: Annotated[int, Field(ge=10)] = 100
+    max_value: Annotated[int, Field(ge=10, le=10**14)] = 100
     """Largest number, in `gcd` and `lcm`."""
-    min_terms: Annotated[int, Field(ge=2)] = 2
+    min_terms: Several = 2
     """Smallest number of terms, in `chain_sum`, `products`, `gcd` and `lcm`."""
-    max_terms: Annotated[int, Field(ge=2)] = 2
+    max_terms: Several = 2
     """Largest number of terms. More digits and terms make a problem set harder."""
     max_chars: MaxChars = 400
     """Longer problems (question and worked solution together) are left out."""

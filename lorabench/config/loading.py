@@ -7,6 +7,8 @@ evaluation, may be a mapping by name, so that a preset can change those that it 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +22,23 @@ from lorabench.config.fields import PresetError
 from lorabench.config.inputs import model_catalogue
 from lorabench.config.margins import Margins
 from lorabench.config.preset import Preset
+from lorabench.errors import UserError
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.yaml_files import read_yaml
 
 PRESETS = WORKFLOW / "presets"
 SCHEMA = PRESETS / "schema.json"
 COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
-_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
+"""Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
+_MOST_CHILDREN = 20
+_NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
 
 
 def split_name(preset: str) -> tuple[str, int | None]:
     """Return the name or path of a preset, and the first seed that may follow it: 100 in `laptop@100`, else None."""
-    named = re.fullmatch(r"(.+)@(\d+)", preset)
+    named = re.fullmatch(r"(.+)@([0-9]{1,18})", preset)
     return (named[1], int(named[2])) if named else (preset, None)
 
 
@@ -43,11 +50,29 @@ def preset_path(preset: str) -> Path:
     """
     preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PresetError(
             f"preset {preset!r}: no file {path}; allowed: {shipped_names('*')}, or the path of a .yaml file"
         )
+    check_name(path)
     return path
+
+
+def check_name(path: Path) -> None:
+    """Check that a preset's file may have its name, which its folders in results/ and paper_figures/ have too.
+
+    Raises:
+        PresetError: the name is another folder's, or has characters that the workflow or a terminal would read
+            otherwise.
+    """
+    name = path.stem
+    if name.casefold() in TAKEN or name.casefold().endswith(_ENDINGS):
+        raise PresetError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
+    if not re.fullmatch(_NAME, name):
+        raise PresetError(
+            f"preset {name!r}: a preset's name begins with a letter or digit; allowed: at most 100 letters, digits, "
+            "spaces, and . _ - +"
+        )
 
 
 def shipped_names(*patterns: str) -> str:
@@ -65,7 +90,7 @@ def load_preset(preset: str) -> Preset:
     """
     path, (_, first_seed) = preset_path(preset), split_name(preset)
     seeded = {} if first_seed is None else {"first_seed": first_seed}
-    return parse_preset(_with_parents(path, ()) | seeded, path)
+    return parse_preset(_with_parents(path, (), {}) | seeded, path)
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
@@ -88,7 +113,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     try:
         return Preset.model_validate(whole)
     except ValidationError as error:
-        text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
+        text = "\n".join(f"{path}: {sentence}" for sentence in _sentences(error))
         raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
 
 
@@ -117,23 +142,29 @@ def parse_margins(raw: Mapping[str, Any], place: str = "") -> Margins:
     try:
         return Margins.model_validate(raw)
     except ValidationError as error:
-        sentences = (explain({**problem, "loc": ("margins", *problem["loc"])}) for problem in error.errors())
-        raise PresetError("\n".join(f"{place}{sentence}" for sentence in sentences)) from error
+        raise PresetError("\n".join(f"{place}{sentence}" for sentence in _sentences(error, "margins"))) from error
 
 
 def _mapping(path: Path, needed: str) -> dict[str, Any]:
     """Return the content of a YAML file, which must be a mapping; `needed` says so in the error message."""
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"{path}: not valid YAML: {error}") from error
+        raw = read_yaml(path)
+    except UserError as error:
+        raise PresetError(str(error)) from error
     if not isinstance(raw, dict):
         raise PresetError(f"{path}: {needed}, not {raw!r}")
     return raw
 
 
-def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """Return the content of a preset's file, laid over the content of the presets that it extends."""
+def _with_parents(path: Path, children: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of a preset's file, laid over the content of the presets that it extends.
+
+    The contents that are `known` are not put together again, since several presets may extend the same one.
+    """
+    if path.resolve() in known:
+        return known[path.resolve()]
+    if len(children) > _MOST_CHILDREN:
+        raise PresetError(f"{path}: a preset may extend others over at most {_MOST_CHILDREN} levels")
     if path.resolve() in [child.resolve() for child in children]:
         chain = " extends ".join(str(file) for file in (*children, path))
         raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
@@ -149,8 +180,9 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         if not file.is_file():
             allowed = shipped_names("*", "suites/*")
             raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
-        whole = _laid_over(whole, _with_parents(file, (*children, path)))
-    return _laid_over(whole, raw)
+        whole = _laid_over(whole, _with_parents(file, (*children, path), known))
+    known[path.resolve()] = whole = _laid_over(whole, raw)
+    return whole
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -211,6 +243,13 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
     return whole, names
 
 
+def _sentences(error: ValidationError, *section: str) -> list[str]:
+    """Return a sentence for each of the first mistakes in a preset, or in a section of it."""
+    first, more = error.errors()[:20], error.error_count() - 20
+    sentences = [explain({**problem, "loc": (*section, *problem["loc"])}) for problem in first]
+    return sentences + ([f"there are {more:,} more mistakes"] if more > 0 else [])
+
+
 def explain(problem: Any) -> str:
     """Return a readable sentence for one of pydantic's errors."""
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
@@ -227,7 +266,7 @@ def explain(problem: Any) -> str:
             return f"{where}: missing; for example `{line.strip()[1:-1]}`"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
-        case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
+        case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
             mantissa, mark, exponent = repr(float(value) if kind == "float_type" else int(float(value))).partition("e")
             # To YAML 1.1 an exponent needs a decimal point before it.
             number = f"{mantissa}{'.0' if mark and '.' not in mantissa else ''}{mark}{exponent}"
@@ -240,6 +279,10 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text)) and math.isfinite(float(text))
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import yaml
 from pydantic import Field
 
 from lorabench.config.fields import PositiveFloat, Strict
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.yaml_files import read_yaml
 
-NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, le=1e20)]
 
 
 class Margins(Strict):
@@ -28,7 +28,7 @@ class Margins(Strict):
     task that is almost solved nearly all of the fall is the format of the answers."""
     reward: Annotated[float, Field(gt=0, lt=1, examples=[0.1])]
     """For accuracies of RL: a share of the gain in accuracy from the base to full fine-tuning."""
-    lr_factor: Annotated[float, Field(gt=1, allow_inf_nan=False, examples=[1.6])]
+    lr_factor: Annotated[float, Field(gt=1, le=1e20, examples=[1.6])]
     """For optimal LRs: the factor up to which two count as the same."""
 
 
@@ -118,10 +118,8 @@ class Predictions(Strict):
 
 _SUITES = WORKFLOW / "presets/suites"
 
-DEFAULT_MARGINS = Margins.model_validate(yaml.safe_load((_SUITES / "margins.yaml").read_text())["margins"])
+DEFAULT_MARGINS = Margins.model_validate(read_yaml(_SUITES / "margins.yaml")["margins"])
 """The margins of the shipped presets, for tables without a preset."""
 
-DEFAULT_PREDICTIONS = Predictions.model_validate(
-    yaml.safe_load((_SUITES / "predictions.yaml").read_text())["predictions"]
-)
+DEFAULT_PREDICTIONS = Predictions.model_validate(read_yaml(_SUITES / "predictions.yaml")["predictions"])
 """The predictions of the shipped presets, for tables without a preset and for figures."""

@@ -19,7 +19,7 @@ import yaml
 
 from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import HubModel, TinyModel
-from lorabench.config.loading import PRESETS, parse_preset
+from lorabench.config.loading import PRESETS, check_name, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
@@ -31,6 +31,7 @@ from lorabench.runs import Lattice
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
+from lorabench.utils.yaml_files import parse_yaml
 
 DEFAULT_RANK = 32
 """The default rank of the authors' library."""
@@ -116,6 +117,7 @@ def init_preset(
     """
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
+    check_name(path)
     if (PRESETS / f"{path.stem}.yaml").is_file():
         raise UserError(
             f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
@@ -135,7 +137,7 @@ def init_preset(
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
     text = _text(described, examples, choices, template, path)
-    preset = parse_preset(yaml.safe_load(text), path)
+    preset = parse_preset(parse_yaml(text, path), path)
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
     source = next(iter(preset.sources.values()))
@@ -234,4 +236,4 @@ def yaml_text(value: object) -> str:
 def _slug(name: str) -> str:
     """Return a name as presets allow it: `meta-llama/Llama-3.2-1B` becomes `llama-3-2-1b`."""
     stem = re.sub(r"\.(gguf|jsonl|json|csv|parquet)$", "", name.rstrip("/").rpartition("/")[2].lower())
-    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "own"
+    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:50] or "own"

@@ -29,6 +29,7 @@ from lorabench.runs import PROTOCOL_VERSION, next_runs, validation_loss
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, digest
+from lorabench.utils.yaml_files import read_yaml
 
 
 class FrozenData(Strict):
@@ -177,12 +178,10 @@ def read_frozen(path: Path) -> Frozen:
     if not path.is_file():
         raise UserError(f"frozen rules {str(path)!r}: there is no such file; `lorabench freeze` writes it")
     try:
-        return Frozen.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = "not valid YAML"
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        return Frozen.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise UserError(f"{path} is not as `lorabench freeze` writes it: {reason}") from error
 
 

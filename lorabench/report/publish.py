@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
@@ -47,6 +46,7 @@ from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.yaml_files import read_yaml
 
 DEFAULT_PRESET = "laptop"
 """The preset that Snakemake runs where none is named."""
@@ -439,7 +439,7 @@ def evidence_part(root: Path) -> str:
         rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]" if row["k"] > 1 else mean])
     lines = table(["measured", "sources", "mean, 95% interval"], rows)
     for path in sorted((root / SOURCES).glob("*/source.yaml")):
-        source, name = yaml.safe_load(path.read_text()), path.parent.name
+        source, name = read_yaml(path), path.parent.name
         verdicts = judged.loc[judged["source"].eq(name) & judged["verdict"].ne("not tested"), "verdict"]
         counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
         lines += [

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from lorabench.analysis.comparison import COMPARED, MIN_LRS
@@ -32,6 +31,7 @@ from lorabench.store.io import read_table, typed_columns
 from lorabench.store.schemas import CURVES, RUNS
 from lorabench.store.tables import MIXED, ONE_SET, REMARK, UNKNOWN, Tables, with_stand_ins
 from lorabench.utils.files import REFERENCE, file_sha256
+from lorabench.utils.yaml_files import read_yaml
 
 SOURCE_FILE = "source.yaml"
 
@@ -157,9 +157,7 @@ def _source_file(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"{path.parent} is no source, since it has no file {SOURCE_FILE}")
     try:
-        return Source.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        return Source.model_validate(read_yaml(path))
     except ValidationError as error:
         sentences = []
         for problem in error.errors():

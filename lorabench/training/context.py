@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -227,21 +228,21 @@ def code_state(patches: Path) -> dict[str, str | None]:
     Both are null for an installed wheel, even if the environment lies inside a repository of the user's own.
     """
 
-    def git(*arguments: str) -> str:
+    def git(*arguments: str) -> bytes:
         command = ["git", "-C", str(_REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != _REPOSITORY.resolve():
+        if Path(os.fsdecode(git("rev-parse", "--show-toplevel").strip())).resolve() != _REPOSITORY.resolve():
             return {"git_sha": None, "git_dirty_patch": None}
-        sha = git("rev-parse", "HEAD").strip()
+        sha = git("rev-parse", "HEAD").decode().strip()
         # Other tracked files, such as figures, do not affect a run.
         diff = git("diff", "HEAD", "--", "lorabench", "workflow")
     except (OSError, subprocess.SubprocessError):
         return {"git_sha": None, "git_dirty_patch": None}
-    patch = hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
+    patch = hashlib.sha256(diff).hexdigest()[:16] if diff else None
     path = patches / f"{patch}.patch"
     if diff and not path.exists():
         with atomic_path(path) as partial:
-            partial.write_text(diff)
+            partial.write_bytes(diff)
     return {"git_sha": sha, "git_dirty_patch": patch}

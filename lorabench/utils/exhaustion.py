@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from lorabench.errors import UserError
 
 # A full file system, a full quota, and a file larger than the process may write.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Paths and permissions are the user's; a file that is missing may be a mistake of this project's.
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_WRONG_PATH = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 # safetensors gives the error number in its message only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Messages of torch's allocators, cuBLAS, C++ and the system; on a CPU torch raises a plain RuntimeError. A thread that
@@ -45,12 +49,23 @@ class NoMemoryError(UserError):
 
 @contextmanager
 def space_for(path: Path | str) -> Iterator[None]:
-    """Turn the error of a full file system or quota into a NoSpaceError that names `path`."""
+    """Turn the error of a full file system or quota into a NoSpaceError that names `path`, and that of a file that this
+    user may not read or write, or of an impossible path, into a UserError that names the file."""
     try:
         yield
     except Exception as error:
-        if _number(error) not in _NO_SPACE or isinstance(error, UserError):
+        number = _number(error)
+        if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS | _WRONG_PATH:
             raise
+        if number not in _NO_SPACE:
+            named = getattr(error, "filename", None)
+            # A temporary file would have got the name `path`; Arrow gives a file's name in the message only.
+            file = path if named is None or str(named).endswith(".partial") else named
+            # A folder can't be made where a file is.
+            reason = "it is no folder" if number == errno.EEXIST else os.strerror(number)
+            if not (named or isinstance(path, Path)):
+                reason = str(error)
+            raise UserError(f"{file} can't be read or written: {reason}") from error
         raise NoSpaceError(
             f"no space left to write {path}; make room and give the same command again: "
             "finished runs and the last checkpoints are kept"

@@ -40,16 +40,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises:
         NoSpaceError: the disk is full; `path` keeps its old content.
+        UserError: `path` can't be written, or is no regular file, such as a folder or a device.
     """
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
-    try:
-        with space_for(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with space_for(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} can't be written: it exists and is no regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield partial
             flush_to_disk(partial)
             os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -34,6 +34,19 @@ def missing(value: Any) -> bool:
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
+def printable(text: str) -> str:
+    """Return foreign text on one line, for a terminal: what is not printable, such as control characters, is escaped.
+
+    >>> print(printable("a\\x1b[31m\\nb"))
+    a\\x1b[31m\\nb
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 def number(value: Any, digits: int = 3) -> str:
     """Write a number to the given number of significant digits.
 
@@ -203,11 +216,11 @@ def print_table(
     cells = list(rows)
     for position, row in enumerate(cells, 1):
         # A Text is not parsed as markup, which names of files and models might look like.
-        table.add_row(*map(Text, row), end_section=total and position == len(cells) - 1)
+        table.add_row(*(Text(printable(cell)) for cell in row), end_section=total and position == len(cells) - 1)
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 150)
     if title:
-        console.print(Text(title), soft_wrap=True)
+        console.print(Text(printable(" ".join(title.split()))), soft_wrap=True)
     console.print(table)
     for note in notes:
-        console.print(Text(note), soft_wrap=True)
+        console.print(Text(printable(note)), soft_wrap=True)

@@ -41,6 +41,20 @@ MISTAKES = {
         ("claims", "--tables", ".", "--out", ".", "--noise-sd", "0.004", "--noise-dof", "4"),
         "--noise-sd needs --noise-dof and --noise-source",
     ),
+    "price": (("plan", "--price", "inf"), "--price inf: allowed: numbers from 0"),
+    "name of something else": (
+        ("init", "evidence.yaml", "--model", "tiny", "--data", "d.jsonl"),
+        "preset 'evidence': this is the name of something else in results/",
+    ),
+    "a file in place of a folder": (
+        ("plan", "--preset", "smoke", "--out", "/dev/null/x.parquet"),
+        "/dev/null can't be read or written: it is no folder",
+    ),
+    "a device": (
+        ("plan", "--preset", "smoke", "--out", "/dev/null"),
+        "/dev/null can't be written: it exists and is no regular file",
+    ),
+    "a name that is too long": (("plan", "--preset", "x" * 5000), "preset 'xxx"),
     "results": (("index", "--results", "/nowhere"), "--results /nowhere: there is no such folder"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
@@ -67,6 +81,15 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback():
     assert result.returncode == 2
     assert result.stderr.startswith(f"lorabench: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_name_starts_no_line_of_its_own_and_moves_no_cursor():
+    result = CliRunner().invoke(app, ["plan", "--preset", "a\x1b[2J\n::error::b"])
+    assert result.exit_code == 2
+    assert r"no file" in result.stderr
+    assert r"a\x1b[2J" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
+    assert all(line.startswith("lorabench: ") for line in result.stderr.splitlines())
 
 
 def test_the_version_is_that_of_the_package():

@@ -47,3 +47,9 @@ def test_intervals_need_both_ends():
     assert formats.interval(None, 2.0) == formats.DASH
     assert formats.fixed_interval(1.5, 2.25, 1) == "[1.5, 2.2]"
     assert formats.fixed_interval(math.nan, 2.0, 1) == "(no interval)"
+
+
+def test_foreign_text_keeps_to_its_line_and_its_letters():
+    # An escape sequence of a terminal, a line that GitHub would obey, a byte that is no UTF-8, a mark that turns text.
+    name = "Größe 模型\x1b[31m\n::error::\udce9\u202e"
+    assert formats.printable(name) == r"Größe 模型\x1b[31m\n::error::\udce9\u202e"
