@@ -6,6 +6,7 @@ Inputs that once failed are cases of the tests of what reads them.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import resource
@@ -38,20 +39,32 @@ SECONDS, BYTES = 10.0, 2**30
 NONSENSE = [
     *("", "null", "[]", "{}", "nan", ".inf", "-1", "0", "1e400", "1e-320", "true", "9" * 40, "9" * 5000, "x" * 5000),
     *("'", '"', "{{", "}}", "[" * 2000, "{a: " * 2000, "-" * 3000, "${a}", "${A:-" * 50, "$((1+" * 50, "&a [*a, *a]"),
-    *(
-        "*a",
-        "<<: *a",
-        "!!python/name:os.system",
-        "\ufeff",
-        "\0",
-        "\x1b[2J",
-        "\n::error::",
-        "é",
-        "=",
-        "x=[x]",
-        "/" * 300,
-    ),
+    *("*a", "<<: *a", "!!python/name:os.system", "\ufeff", "\0", "\x1b[2J", "\n::error::", "é", "=", "x=[x]"),
+    *("/" * 300, "1", "2", "7", "100", "0.5", "3e-4", "1", "2", "4"),
 ]
+
+
+VALUES = [
+    *(None, [], {}, math.nan, math.inf, -1, 0, 1, 2, 7, 100, 10**30, 0.5, 3e-4, 1e-320, 1e308, "", "x", "é", True),
+    *([1, 2], {"a": 1}, "x" * 5000, "1e400", [[]]),
+]
+"""What takes the place of a value, of whatever type."""
+
+
+def other_value(content: bytes, chance: random.Random) -> bytes:
+    """Return JSON or YAML with one value replaced, or left out."""
+    data = yaml.safe_load(content)
+    inner, depth = data, chance.randint(0, 6)
+    while True:
+        key = chance.choice(list(inner)) if isinstance(inner, dict) else chance.randrange(len(inner))
+        if depth == 0 or not isinstance(inner[key], dict | list) or not inner[key]:
+            break
+        inner, depth = inner[key], depth - 1
+    if chance.random() < 0.2:
+        del inner[key]
+    else:
+        inner[key] = chance.choice(VALUES)
+    return json.dumps(data).encode()
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -79,8 +92,12 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 Run = Callable[[], int]
 
 
-def command(*words: object) -> Run:
-    """Return a function that runs a command, which may not end in a traceback, and returns its exit status."""
+def command(*words: object, prints: str = "") -> Run:
+    """Return a function that runs a command, which may not end in a traceback, and returns its exit status.
+
+    Args:
+        prints: what the command has to print in any case.
+    """
 
     def run() -> int:
         result = CliRunner().invoke(app, list(map(str, words)))
@@ -89,6 +106,7 @@ def command(*words: object) -> Run:
             raise error
         assert result.exit_code in (0, 1, 2), result.exit_code
         assert "Traceback" not in result.output
+        assert prints in result.output
         if "--json" in words and result.exit_code < 2:
             json.loads(result.stdout, parse_constant=pytest.fail)
         return result.exit_code
@@ -109,10 +127,19 @@ def sentence(read: Callable[[], object]) -> Run:
     return run
 
 
+FILES = 10
+"""How many mutated configurations one audit reads."""
+
+
 def config(folder: Path, chance: random.Random) -> Run:
-    path = write(chance.choice(CASES), folder)
-    path.write_bytes(mutated(path.read_bytes(), chance))
-    return command("audit", path, "--json")
+    for number in range(FILES):
+        place = folder / str(number)
+        place.mkdir()
+        path = write(chance.choice(CASES), place)
+        path.write_bytes(mutated(path.read_bytes(), chance))
+    # No file ends the others'.
+    whole = write(next(case for case in CASES if case["format"] == "axolotl"), folder)
+    return command("audit", folder, "--json", prints=f'"path": "{whole}"')
 
 
 def _write_adapter(folder: Path) -> list[Path]:
@@ -126,15 +153,17 @@ def _write_adapter(folder: Path) -> list[Path]:
 
 
 def adapter(folder: Path, chance: random.Random) -> Run:
-    path = chance.choice(_write_adapter(folder))
-    path.write_bytes(mutated(path.read_bytes(), chance))
+    about, weights = _write_adapter(folder)
+    path, change = chance.choice([(about, mutated), (about, other_value), (weights, mutated)])
+    path.write_bytes(change(path.read_bytes(), chance))
     return command(chance.choice(["audit", "check"]), folder, "--json")
 
 
 def model(folder: Path, chance: random.Random) -> Run:
     base = shipped_folder("llama-64")
     (folder / "model.safetensors").symlink_to(base / "model.safetensors")
-    (folder / "config.json").write_bytes(mutated((base / "config.json").read_bytes(), chance))
+    change = chance.choice([mutated, other_value, other_value])
+    (folder / "config.json").write_bytes(change((base / "config.json").read_bytes(), chance))
     if chance.random() < 0.5:
         return command("recommend", "--model", folder, "--dataset-tokens", 10_000, "--json")
     _write_adapter(folder)
@@ -143,7 +172,8 @@ def model(folder: Path, chance: random.Random) -> Run:
 
 def preset(folder: Path, chance: random.Random) -> Run:
     text = (REPOSITORY / "workflow/presets/smoke.yaml").read_bytes()
-    (folder / "mine.yaml").write_bytes(mutated(text, chance))
+    change = chance.choice([mutated, other_value, other_value])
+    (folder / "mine.yaml").write_bytes(change(text, chance))
     return command("plan", "--preset", folder / "mine.yaml", "--json")
 
 
@@ -160,10 +190,21 @@ def record(folder: Path, chance: random.Random) -> Run:
     source = next((REPOSITORY / "paper_figures/partial").glob("*/*.parquet"))
     row = pq.read_table(source).slice(0, 1)
     run = RunFolder(folder, row["run_id"][0].as_py())
-    run.final.mkdir()
-    given = row["record"][0].as_py().encode()
-    run.record.write_bytes(mutated(given, chance))
-    return sentence(run.read_record)
+    with run.finishing(json.loads(row["record"][0].as_py())):
+        pass
+    whole = run.record.read_bytes()
+    changed = chance.choice([mutated, other_value])(whole, chance)
+    run.record.write_bytes(changed)
+
+    def read() -> int:
+        try:
+            run.read_record()
+        except UserError:
+            return 0
+        assert changed == whole, "a changed record is taken for a run"
+        return 0
+
+    return read
 
 
 def server(folder: Path, chance: random.Random) -> Run:
@@ -193,7 +234,7 @@ def server(folder: Path, chance: random.Random) -> Run:
     return sentence(ask)
 
 
-CASES_OF = {config: 460, adapter: 120, model: 100, preset: 140, table: 60, record: 80, server: 40}
+CASES_OF = {config: 46, adapter: 120, model: 100, preset: 140, table: 60, record: 80, server: 40}
 """How many mutations there are of each kind of input."""
 
 
@@ -247,7 +288,7 @@ def test_mutated_input_ends_in_a_result_or_a_sentence(make, tmp_path):
 
 
 def test_there_are_a_thousand_mutations():
-    assert sum(CASES_OF.values()) == 1000
+    assert sum(CASES_OF.values()) + (FILES - 1) * CASES_OF[config] == 1000
 
 
 def test_a_mutation_changes_its_input():
