@@ -72,7 +72,8 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
     batch = [_group((0,), [Response(rng.integers(vocabulary, size=length), np.zeros(length, np.float32), True)])]
     prompt = tuple(rng.integers(vocabulary, size=_PROMPT).tolist())
     requests = [Request(prompt, (0, number)) for number in range(_RESPONSES)]
-    with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS) as engine:
+    log = layout.logs / "doctor.vllm.log"
+    with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS, log) as engine:
         model = random_model(
             subject.sizes, condition, preset, machine.device, recomputed=subject.recomputed, folder=Path(folder)
         )
