@@ -75,6 +75,9 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     for subject in subjects:
         for precision in get_args(bench.Precision):
             make(f"parity in {precision}: {subject.title}", bench.check_parity, preset, machine, subject, precision)
+        if on_gpu:
+            title = f"parity at {bench.LONG:,} tokens: {subject.title}"
+            make(title, bench.check_parity, preset, machine, subject, preset.protocol.precision, True)
         # The plan of a preset for CPUs says nothing about a GPU.
         if gpu is not None or not on_gpu:
             make(f"memory of a step: {subject.title}", memory_of_step, subject)

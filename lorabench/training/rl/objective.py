@@ -146,9 +146,9 @@ def check_finite(
     if bool(learner.isfinite().all()):
         place = int((~np.isfinite(response.logprobs)).argmax())
         raise UserError(
-            f"the sampler (execution.sampler) gives token {place + 1} of a response to a prompt of {len(prompt)} tokens "
-            f"the log-probability {response.logprobs[place]:g}, and the learner a finite one: it computes wrongly here, "
-            "as lorabench doctor may show; the runs go on from their checkpoints when it is mended"
+            f"the sampler (execution.sampler) gives token {place + 1} of a response to a prompt of {len(prompt)} tokens"
+            f" the log-probability {response.logprobs[place]:g}, and the learner a finite one: it computes wrongly on "
+            "this machine, as lorabench doctor may show; the same command goes on from the checkpoints"
         )
 
 

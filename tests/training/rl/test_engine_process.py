@@ -199,6 +199,17 @@ def test_the_engine_has_the_options_that_the_plan_counts(prepared):
     assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (256, 4096)
 
 
+def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
+    """Without vLLM its import fails, and with it the model."""
+    log = tmp_path / "logs/run.vllm.log"
+    with PolicyEngine(SINGLE_PROCESS, log) as opened:
+        opened.make_room(0)
+        for times in (1, 2):
+            with pytest.raises(UserError, match=rf"^vLLM, .* failed: \w+: .*; its log is {log}$"):
+                opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
+            assert log.read_text().count("Traceback (most recent call last)") >= times
+
+
 def test_a_busy_gpu_is_explained():
     with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
         opened._connection = Answer("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
