@@ -3,10 +3,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PRESET ?= laptop
 
-.PHONY: help setup test plain slow lint format smoke laptop docs dist bench publish
+.PHONY: help setup test plain slow lint format smoke laptop docs dist gpu-pins bench publish
 
 help:  ## List the targets.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
@@ -56,6 +56,15 @@ dist:  ## Build the source archive and the wheel into dist/, and check them.
 	python -m build --no-isolation -q
 	twine check --strict dist/*
 	check-wheel-contents dist/*.whl
+
+# Of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
+gpu-pins: SHELL := bash -o pipefail
+gpu-pins:  ## Check from metadata that on a GPU the commands of docs/vllm.md install one torch, vLLM's.
+	pip install -q uv==0.13.9
+	sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/vllm.md | grep . | \
+		uv pip compile -q --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+		- pyproject.toml -c constraints-vllm.txt --override <(grep ^numpy== constraints-vllm.txt) --no-annotate | \
+		grep -E '^(vllm|torch|triton|transformers)=='
 
 bench:  ## Measure the speed against other trainers and print the table.
 	python -m benchmarks.speed

@@ -48,7 +48,7 @@ def main() -> None:
     use_fast_products(model)
     stop = Stop((), NEW_TOKENS)
     settings = EngineSettings(llm_options(str(folder), "bfloat16", 256, 1 << 30, RANK, EngineBatch()), None, THREADS)
-    with PolicyEngine(SINGLE_PROCESS) as engine:
+    with PolicyEngine(SINGLE_PROCESS, Path("results/engine.vllm.log")) as engine:
 
         def by_engine(requests: list[Request]) -> list[Response]:
             return engine.draw(model, settings, requests, stop)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import ExitStack
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -123,18 +125,32 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
     convert_gguf(spec)
 
 
+@contextmanager
+def _errors_in(log: Path | None) -> Iterator[None]:
+    """Within the context, the traceback of an error is appended to a job's log too."""
+    try:
+        yield
+    except Exception:
+        if log is not None:
+            with suppress(OSError), log.open("a") as file:
+                traceback.print_exc(file=file)
+        raise
+
+
 @steps.command()
 def train(
     job_id: Annotated[str, Argument(help="The id of a job, or of a single sweep.")],
     preset: PresetOption = "laptop",
-    log: Annotated[Path | None, Option(help="Also write the progress lines to this file.")] = None,
+    log: Annotated[Path | None, Option(help="Also write the progress lines and errors to this file.")] = None,
     processes: Annotated[int, Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
     run: Annotated[str | None, Option(help="Train only the run with this id, of a job of a single sweep.")] = None,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.distributed import errors_to_launcher, is_worker, launch
 
-    with errors_to_launcher(), ExitStack() as contexts:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with errors_to_launcher(), _errors_in(log), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
         if not is_worker():
@@ -144,7 +160,6 @@ def train(
                 return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(log))
         # On a full disk, each line of the log would otherwise print a traceback.
         logging.raiseExceptions = False
@@ -270,9 +285,11 @@ def compute(preset: PresetOption = "laptop") -> None:
         import pandas as pd
 
         from lorabench.store.io import write_frame
+        from lorabench.training.run import device_of
         from lorabench.training.step_cost import measure_compute
 
-        settings = experiment, planned.preset.execution.threads, planned.preset.protocol
+        execution = planned.preset.execution
+        settings = experiment, execution.threads, planned.preset.protocol, device_of(execution)
         tables = [measure_compute(name, layout.model(name), *settings) for name in experiment.models]
         write_frame(pd.concat(tables), "compute", layout.tables())
 

@@ -61,6 +61,11 @@ as well; the plan keeps 8% for what it does not count. On a CPU it asks for a qu
 
 # The CPU computes the reference of parity, so a few layers and tokens have to do; the layers keep their sizes.
 _LAYERS, _EXPERTS, _ROWS, _LENGTH = 2, 8, 2, 64
+# A GPU is checked on a long sequence too: its loss is computed in pieces, and attention in many blocks.
+LONG = 4096
+# The standard deviation of the logits of random models, about that of trained ones. At the usual one, below 1, all
+# tokens are nearly equally likely whatever the layers compute.
+_SPREAD = 4.0
 # Tokens of a step on a CPU: enough for the products of a large model to be as fast as in its runs.
 _CPU_TOKENS = 512
 # The least seconds of steps that are timed.
@@ -168,7 +173,8 @@ def random_model(
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
-    Two models of the same sizes get the same LoRA.
+    Some of its tokens are far more likely than others, as in a trained model. Two models of the same sizes get the same
+    LoRA.
 
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
@@ -189,8 +195,11 @@ def random_model(
             config_of(sizes, context=1 << 17), dtype=torch.float32, **options
         )
     model.train()
-    if sizes.in_bf16:
-        with torch.no_grad():
+    with torch.no_grad():
+        # A state before the unembedding has the length of this norm's weight, and is independent of the unembedding.
+        norm: Any = model.get_submodule("model.norm")
+        norm.weight.fill_(_SPREAD / (model.config.initializer_range * sizes.hidden**0.5))
+        if sizes.in_bf16:
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
     if folder is not None:
@@ -208,9 +217,8 @@ def random_model(
         hold_in_bf16(model)
     assert condition.placement
     assert condition.alpha
-    head = preset.protocol.include_unembedding
-    arm = condition.rank, condition.placement, condition.alpha
-    adapted: Any = add_lora(model, *arm, head, seed=0, method=condition.method)
+    arm = condition.rank, condition.placement, condition.alpha, preset.protocol.include_unembedding
+    adapted: Any = add_lora(model, *arm, seed=0, method=condition.method)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -227,12 +235,13 @@ def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
     return TokenizedSplit(ids, np.ones(len(ids), np.bool_), np.arange(rows + 1) * (length + 1))
 
 
-def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: Precision) -> Check:
+def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: Precision, long: bool = False) -> Check:
     """Compare loss and gradient of a training step on this device with plain transformers and PEFT on the CPU.
 
-    The error of the gradient is the norm of the difference over the norm of the reference's gradient.
+    A long step is one of a single sequence of `LONG` tokens, which recomputes all activations. The error of
+    the gradient is the norm of the difference over the norm of the reference's gradient.
     """
-    condition, sizes = subject.condition, subject.sizes
+    condition, sizes, (rows, length) = subject.condition, subject.sizes, (1, LONG) if long else (_ROWS, _LENGTH)
     sizes = replace(sizes, layers=min(sizes.layers, _LAYERS), experts=min(sizes.experts, _EXPERTS))
     if sizes.experts:
         # In bf16 all experts are active: rounding would otherwise send some tokens to other experts than in fp32, which
@@ -242,10 +251,10 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     protocol = preset.protocol.model_copy(update={"precision": precision})
     preset = preset.model_copy(update={"protocol": protocol})
     reference = random_model(sizes, condition, preset, torch.device("cpu"), plain=True)
-    model = random_model(sizes, condition, preset, machine.device)
+    model = random_model(sizes, condition, preset, machine.device, recomputed=sizes.layers if long else 0)
     model.load_state_dict(reference.state_dict())
-    split = random_split(_ROWS, _LENGTH, sizes.vocabulary)
-    ids = torch.from_numpy(split.ids).view(_ROWS, _LENGTH + 1)
+    split = random_split(rows, length, sizes.vocabulary)
+    ids = torch.from_numpy(split.ids).view(rows, length + 1)
     logits = reference(input_ids=ids[:, :-1], use_cache=False).logits
     expected_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     expected_loss.backward()
@@ -254,7 +263,7 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     autocast = torch.bfloat16 if precision == "bf16" else None
     machine = replace(machine, max_batch_tokens=len(split.ids), autocast=autocast)
     try:
-        loss = batch_gradient(model, split, np.arange(_ROWS), machine)[0]
+        loss = batch_gradient(model, split, np.arange(rows), machine)[0]
     finally:
         matmul.allow_tf32 = before
     difference = square = 0.0

@@ -30,15 +30,18 @@ from lorabench.runs import Sweep
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state
 from lorabench.training.rl.engine import handover_folder
-from lorabench.training.run import machine_of, machine_state
-from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, compute_modes, difference_from
+from lorabench.training.run import Machine, machine_of, machine_state
+from lorabench.utils.gpus import GB, GPUS, LEAST_MEMORY, compute_modes, difference_from, none_seen
 
 
 def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     """Make all checks of this machine for a plan; `say` is called with each check when it is made."""
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    machine, preset, gpu = machine_of(plan), plan.preset, plan.preset.execution.gpu
-    on_gpu, state = machine.device.type == "cuda", machine_state(machine.device)
+    preset, gpu, on_gpu = plan.preset, plan.preset.execution.gpu, torch.cuda.is_available()
+    # A preset for a GPU has no machine where there is none, and only what needs no machine is checked.
+    here = on_gpu or gpu is None
+    machine = machine_of(plan) if here else Machine(torch.device("cpu"), preset.execution.max_batch_tokens)
+    state = machine_state(machine.device)
     # What a step of each subject took: the peak bytes and the seconds; and what the engine did for each policy.
     steps: dict[bench.Subject, tuple[float, float]] = {}
     drawings: dict[Sweep, engine.Drawing] = {}
@@ -56,7 +59,6 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         drawings[sweep] = engine.measure_drawing(plan, layout, machine, sweep)
         return engine.check_policy(preset, drawings[sweep])
 
-    here = on_gpu or gpu is None
     if not on_gpu and here:
         # Parity is checked in bf16 too, whatever the preset's precision.
         bf16_products.choose_faster()
@@ -73,6 +75,9 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     for subject in subjects:
         for precision in get_args(bench.Precision):
             make(f"parity in {precision}: {subject.title}", bench.check_parity, preset, machine, subject, precision)
+        if on_gpu:
+            title = f"parity at {bench.LONG:,} tokens: {subject.title}"
+            make(title, bench.check_parity, preset, machine, subject, preset.protocol.precision, True)
         # The plan of a preset for CPUs says nothing about a GPU.
         if gpu is not None or not on_gpu:
             make(f"memory of a step: {subject.title}", memory_of_step, subject)
@@ -131,7 +136,7 @@ def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
         here = f"this is {device}" if memory is None else f"its jobs will use the GPU that is here, {device}"
         return judged(True, f"the preset is for a CPU, and {here}")
     if memory is None:
-        return judged(False, f"the preset names {gpu}, but torch sees no GPU on this machine, {device}")
+        return judged(False, none_seen(gpu, torch.__version__, torch.version.cuda))
     difference = difference_from(gpu, device, memory)
     sentence = difference or f"this is the {gpu} that the preset names ({device})"
     return judged(difference is None, sentence, memory / GB, LEAST_MEMORY * GPUS[gpu].memory / GB, "GB")

@@ -35,14 +35,20 @@ KL = {"fp32": 1e-4, "bf16": MAX_KL}
 """Largest KL of engine and learner in nats per token, by precision. In fp32 that of whole runs on a CPU is smaller; in
 bf16 it is the limit above which a step of RL is warned about."""
 
-# Tokens of the prompt and of each of its responses.
-_PROMPT, _RESPONSES, _TOKENS = 64, 8, 128
+# The number of prompts, each with a response, and their tokens. On a GPU prompts are many and long, as in RL, since
+# kernels for LoRA have failed on such alone.
+_PROMPTS = {"cpu": (8, 64), "cuda": (64, 1024)}
+_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Drawing:
     """What was seen of an engine that drew responses after an update of its policy."""
 
+    prompts: int
+    """The number of prompts, each with a response."""
+    prompt_tokens: int
+    """The tokens of each prompt."""
     measures: StepMeasures
     """The learner's measures of these responses."""
     started: float
@@ -69,10 +75,12 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
     """
     preset, condition, subject = plan.preset, sweep.condition, subject_of(plan, sweep)
     rng, vocabulary, length = np.random.default_rng(0), subject.sizes.vocabulary, subject.length
-    batch = [_group((0,), [Response(rng.integers(vocabulary, size=length), np.zeros(length, np.float32), True)])]
-    prompt = tuple(rng.integers(vocabulary, size=_PROMPT).tolist())
-    requests = [Request(prompt, (0, number)) for number in range(_RESPONSES)]
-    with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS) as engine:
+    batch = [_group((0,), Response(rng.integers(vocabulary, size=length), np.zeros(length, np.float32), True))]
+    number, prompt_tokens = _PROMPTS[machine.device.type]
+    prompts = [tuple(prompt) for prompt in rng.integers(vocabulary, size=(number, prompt_tokens)).tolist()]
+    requests = [Request(prompt, (0, place)) for place, prompt in enumerate(prompts)]
+    log = layout.logs / "doctor.vllm.log"
+    with tempfile.TemporaryDirectory() as folder, PolicyEngine(SINGLE_PROCESS, log) as engine:
         model = random_model(
             subject.sizes, condition, preset, machine.device, recomputed=subject.recomputed, folder=Path(folder)
         )
@@ -81,7 +89,7 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
         )
         random = Layout(layout.name, preset.model_copy(update={"models": preset.models | {condition.model: spec}}))
         context = SweepContext(plan, sweep, random, machine)
-        settings = engine_settings(context, max(length, _PROMPT + _TOKENS), tokenizes=False)
+        settings = engine_settings(context, max(length, prompt_tokens + _TOKENS), tokenizes=False)
         parameters = trained_parameters(model)
         optimizer = make_optimizer(parameters, Run(condition, 0.0, 0), preset.protocol)
 
@@ -101,12 +109,13 @@ def measure_drawing(plan: Plan, layout: Layout, machine: Machine, sweep: Sweep) 
         _move(model, condition)
         _, handed_over = draw(1)
         responses, seconds = draw(_TOKENS)
-        return Drawing(learn([_group(prompt, responses)]), started, handed_over, seconds - handed_over)
+        measures = learn(list(map(_group, prompts, responses)))
+        return Drawing(number, prompt_tokens, measures, started, handed_over, seconds - handed_over)
 
 
-def _group(prompt: tuple[int, ...], responses: list[Response]) -> ResponseGroup:
-    """Return responses of which every other one gets a reward."""
-    return ResponseGroup.of(prompt, responses, np.arange(len(responses)) % 2.0)
+def _group(prompt: tuple[int, ...], response: Response) -> ResponseGroup:
+    """Return a group of one response, whose step does all its work, and has no gradient."""
+    return ResponseGroup.of(prompt, [response], np.zeros(1))
 
 
 def _move(model: torch.nn.Module, condition: Condition) -> None:
@@ -128,8 +137,9 @@ def check_policy(preset: Preset, drawing: Drawing) -> Check:
     """Compare the log-probabilities of the engine with those of the learner."""
     measures, limit = drawing.measures, KL[preset.protocol.precision]
     sentence = (
-        f"{_RESPONSES} responses of {_TOKENS} tokens after an update of the policy: KL of engine and learner, and the "
-        f"learner's probability of a token is at most {measures.ratio_max:.3g} times the engine's"
+        f"responses of {_TOKENS} tokens to {drawing.prompts} prompts of {drawing.prompt_tokens} after an update of the "
+        "policy: KL of engine and learner, and the learner's probability of a token is at most "
+        f"{measures.ratio_max:.3g} times the engine's"
     )
     return judged(abs(measures.kl) <= limit, sentence, measures.kl, limit, "nats per token")
 
@@ -138,13 +148,13 @@ def check_drawing(preset: Preset, condition: Condition, drawing: Drawing | None)
     """Return the speed of the engine, which has no limit, with that of the plan on a GPU."""
     if drawing is None:
         return Check(status="skipped", sentence="the engine failed")
-    tokens, planned = _RESPONSES * (_TOKENS - 1), None
+    tokens, planned = drawing.prompts * (_TOKENS - 1), None
     sentence = (
-        f"{_RESPONSES} responses at once; the engine started in {drawing.started:.0f} s and took an updated policy in "
-        f"{drawing.handed_over:.2g} s"
+        f"{drawing.prompts} responses at once; the engine started in {drawing.started:.0f} s and took an updated "
+        f"policy in {drawing.handed_over:.2g} s"
     )
     if preset.execution.gpu is not None:
         sentence += f" (planned: {handover_seconds(preset, condition):.2g} s)"
         sizes = dimensions(preset.models[condition.model])
-        planned = tokens / engine_seconds(preset, sizes, tokens, _TOKENS - 1, _PROMPT + _TOKENS / 2)
+        planned = tokens / engine_seconds(preset, sizes, tokens, _TOKENS - 1, drawing.prompt_tokens + _TOKENS / 2)
     return Check(status="measured", sentence=sentence, value=tokens / drawing.drawn, planned=planned, unit="tokens/s")

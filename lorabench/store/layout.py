@@ -31,6 +31,8 @@ class Layout:
         """The file of the speed of the preset's training steps on this machine's CPU."""
         self.runs = self.root / "runs"
         """The folder of the runs' folders."""
+        self.logs = self.root / "logs"
+        """The folder of the jobs' logs."""
         self.jobs = self.root / "jobs"
         """The folder of the jobs' files."""
         self.patches = self.root / "patches"

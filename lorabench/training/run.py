@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from lorabench.config.execution import Execution
 from lorabench.config.experiments import Protocol
+from lorabench.errors import UserError
 from lorabench.models.base import package_versions
 from lorabench.models.bf16_products import Products, choose_faster
 from lorabench.planning.plan import Plan
@@ -28,7 +30,7 @@ from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import NONDETERMINISTIC, SINGLE_PROCESS, NoKernelError, Processes, full_tensor
 from lorabench.utils.exhaustion import keep_freed_memory
-from lorabench.utils.gpus import difference_from, processor
+from lorabench.utils.gpus import ON_CPU, difference_from, none_seen, processor
 
 T = TypeVar("T")
 
@@ -54,10 +56,28 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
+def device_of(execution: Execution) -> torch.device:
+    """Return a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: the preset is for a GPU, and torch sees none.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if execution.gpu is not None and ON_CPU not in os.environ:
+        raise UserError(none_seen(execution.gpu, torch.__version__, torch.version.cuda))
+    return torch.device("cpu")
+
+
 def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
-    """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
+    """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads.
+
+    Raises:
+        UserError: the preset is for a GPU, and torch sees none.
+    """
     execution, bf16 = plan.preset.execution, plan.preset.protocol.precision == "bf16"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
+    seen = device_of(execution)
+    device = seen if processes.count == 1 else processes.device
     products: Products | None = None
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
@@ -74,6 +94,8 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
         # TF32 has more digits than the bf16 of all other layers.
         torch.backends.cuda.matmul.allow_tf32 = bf16
+        # Partial sums of a product in bf16 would otherwise be rounded to bf16 before they are added.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return Machine(
         device,
         execution.max_batch_tokens,

@@ -50,7 +50,7 @@ _WARM_UP = 2
 
 
 def measure_compute(
-    name: str, spec: ModelSpec, experiment: ComputeExperiment, threads: int, protocol: Protocol
+    name: str, spec: ModelSpec, experiment: ComputeExperiment, threads: int, protocol: Protocol, device: torch.device
 ) -> pd.DataFrame:
     """Measure a step of FullFT and of LoRA on all layers at each rank, on random tokens that are all scored.
 
@@ -71,6 +71,7 @@ def measure_compute(
         experiment: the ranks, the size of the batch and the number of timed steps.
         threads: number of CPU threads.
         protocol: provides alpha, the placement of the unembedding, Adam's settings and the precision.
+        device: where the model is computed.
 
     Returns:
         Rows of the table `compute`, FullFT first.
@@ -79,7 +80,6 @@ def measure_compute(
         UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
             takes fewer tokens than the experiment's sequences have.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = protocol.precision == "bf16"
     torch.set_num_threads(threads)
     if device.type == "cpu":

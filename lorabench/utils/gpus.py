@@ -22,6 +22,9 @@ from pathlib import Path
 
 from lorabench.errors import UserError
 
+ON_CPU = "LORABENCH_ON_CPU"
+"""With this variable in the environment, jobs of a preset for a GPU compute on a CPU, to try out a workflow."""
+
 _POLL = 0.5
 
 GB = 1e9
@@ -88,6 +91,25 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
     return (
         f"this is an {device} of {memory / GB:.0f} GB, but execution.gpu is {gpu} of {planned / GB:.0f} GB: the plan's "
         "times do not hold, and its memory may not fit"
+    )
+
+
+def none_seen(gpu: str, torch: str, cuda: str | None) -> str:
+    """Return a sentence about a machine on which torch sees no GPU, though a preset names one.
+
+    Args:
+        gpu: the name in `GPUS`.
+        torch: the version of torch.
+        cuda: the version of CUDA that torch was built for; None if it was built without.
+    """
+    driver = next(iter(_nvidia_smi("--query-gpu=driver_version")), None)
+    there = "nvidia-smi names no GPU" if driver is None else f"the driver is {driver}"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        there += f", CUDA_VISIBLE_DEVICES is {visible!r}"
+    built = f"for CUDA {cuda}" if cuda else "built without CUDA"
+    return (
+        f"execution.gpu is {gpu}, and torch {torch}, {built}, sees no GPU on this machine ({processor()}; {there}); to "
+        "compute on a CPU, set gpu to null and gflops to its speed in the preset's execution"
     )
 
 

@@ -74,6 +74,15 @@ def test_a_mistake_is_one_sentence(mistake, monkeypatch):
     assert result.stderr.count("\n") == 1
 
 
+def test_the_log_of_a_job_has_its_errors_with_their_tracebacks(tmp_path):
+    log = tmp_path / "logs/job.log"
+    result = CliRunner().invoke(app, ["step", "train", "nope", "--preset", "smoke", "--log", str(log)])
+    assert result.stderr.count("\n") == 1
+    first, *_, last = log.read_text().splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.endswith(result.stderr.strip().removeprefix("lorabench: "))
+
+
 def test_a_mistake_in_a_process_of_its_own_has_no_traceback():
     arguments, message = MISTAKES["preset"]
     command = [sys.executable, "-m", "lorabench.cli", *arguments]

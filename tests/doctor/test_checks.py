@@ -19,7 +19,7 @@ from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
-from lorabench.doctor.checks import check_compute_mode, check_device, check_shared_memory, made
+from lorabench.doctor.checks import check_compute_mode, check_device, check_shared_memory, examine, made
 from lorabench.doctor.record import Record, judged
 from lorabench.errors import UserError
 from lorabench.models import lora
@@ -29,10 +29,11 @@ from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Run
+from lorabench.store.layout import Layout
 from lorabench.training import loss
 from lorabench.training.run import Machine, make_optimizer
 from lorabench.training.step_cost import NewStorages
-from lorabench.utils.gpus import GPUS
+from lorabench.utils.gpus import GPUS, processor
 
 from ..conftest import REPOSITORY, slow_but
 
@@ -51,7 +52,7 @@ def smoke():
         ("H100-80GB", H100, 85.0e9, "pass"),
         ("H100-80GB", H100, 40.0e9, "fail"),
         ("H200", H100, 85.0e9, "fail"),
-        ("H200", "a processor", None, "fail"),
+        ("H200", processor(), None, "fail"),
         (None, "a processor", None, "pass"),
     ],
 )
@@ -59,6 +60,26 @@ def test_the_device_must_be_the_one_that_the_preset_names(gpu, device, memory, s
     check = check_device(gpu, device, memory)
     assert check.status == status
     assert device in check.sentence
+
+
+def test_a_machine_without_the_gpu_of_a_preset_fails_in_one_check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    layout = Layout.of("smollm2")
+    record = examine(make_plan(layout.preset), layout, lambda check: None)
+    by_name = {check.name: check for check in record.checks}
+    assert by_name["device"].status == "fail"
+    assert by_name["device"].sentence.startswith(f"execution.gpu is A100-80GB, and torch {torch.__version__}, ")
+    assert by_name["computing"].status == "skipped"
+    assert not any("parity" in name for name in by_name)
+
+
+def test_tokens_of_a_random_model_are_as_unequal_as_those_of_a_trained_one(smoke):
+    subject = training_subjects(smoke)[0]
+    model = bench.random_model(subject.sizes, subject.condition, smoke.preset, CPU.device)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(200)[None]).logits
+    assert logits.std().item() == pytest.approx(4, rel=0.1)
 
 
 def test_an_error_is_a_failed_check_in_one_sentence():
@@ -119,8 +140,8 @@ def test_parity_of_experts_fails_where_they_are_computed_wrongly(monkeypatch):
         assert bench.check_parity(plan.preset, CPU, subject, precision).status == "pass"
     build = bench.random_model
 
-    def build_and_spoil(*arguments, plain=False):
-        model = build(*arguments, plain=plain)
+    def build_and_spoil(*arguments, plain=False, **options):
+        model = build(*arguments, plain=plain, **options)
         experts = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
         assert experts
         for module in [] if plain else experts:

@@ -35,7 +35,7 @@ from lorabench.training.loss import example_nlls
 from lorabench.training.run import Machine
 from lorabench.training.sft import ValidationCurve, train_sft
 
-TINY = TinyModel(kind="tiny")
+TINY, CPU = TinyModel(kind="tiny"), torch.device("cpu")
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {
@@ -114,6 +114,7 @@ def train(
     keeping: int | None = None,
     model: Any = None,
     curve_examples: int | None = None,
+    device: torch.device = CPU,
 ):
     """Train on a newly loaded model, or on another base; return the outcome and the trained model.
 
@@ -121,8 +122,8 @@ def train(
     """
     protocol = protocol or Protocol()
     autocast = torch.bfloat16 if protocol.precision == "bf16" else None
-    machine = Machine(torch.device("cpu"), max_batch_tokens, processes=processes, autocast=autocast)
-    model = model or (load_model(spec) if processes.first else skeleton(spec))
+    machine = Machine(device, max_batch_tokens, processes=processes, autocast=autocast)
+    model = model or (load_model(spec).to(device) if processes.first else skeleton(spec))
     if keeping is not None:
         recompute_activations(model, keeping)
     if condition.method != "fullft":

@@ -12,11 +12,14 @@ from torch import nn
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
+from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models.passes import without_peft
+from lorabench.planning.plan import make_plan
 from lorabench.training import loss
-from lorabench.training.distributed import NONDETERMINISTIC, NoKernelError, Processes
-from lorabench.training.run import Machine, clip_gradient, deterministically
+from lorabench.training.distributed import NONDETERMINISTIC, SINGLE_PROCESS, NoKernelError, Processes
+from lorabench.training.run import Machine, clip_gradient, deterministically, machine_of
+from lorabench.utils.gpus import ON_CPU
 
 from .conftest import condition_of, series, train
 
@@ -101,6 +104,19 @@ def test_equivalent_runs_are_equal_where_steps_are_deterministic(precision, shor
         outcome, _ = train(changed, short_data, tmp_path, lr, protocol=Protocol(precision=precision), spec=spec)
         losses.append(series(outcome, "nll"))
     assert losses[0] == losses[1]
+
+
+def test_a_preset_for_a_gpu_is_not_computed_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv(ON_CPU, raising=False)
+    plan = make_plan(load_preset("smollm2"))
+    for processes in (SINGLE_PROCESS, Processes(1, 2)):
+        with pytest.raises(UserError, match=r"^execution\.gpu is A100-80GB, .* set gpu to null and gflops to"):
+            machine_of(plan, processes)
+    monkeypatch.setenv(ON_CPU, "1")
+    assert machine_of(plan).device == torch.device("cpu")
+    monkeypatch.delenv(ON_CPU)
+    assert machine_of(make_plan(load_preset("smoke"))).device == torch.device("cpu")
 
 
 def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):

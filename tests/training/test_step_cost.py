@@ -33,7 +33,8 @@ def square(tmp_path):
 
 def measured(spec, ranks=RANKS, batch_size=2, sequence_length=16, **protocol):
     size = {"batch_size": batch_size, "sequence_length": sequence_length, "repeats": 1}
-    return measure_compute("it", spec, ComputeExperiment(models=["it"], ranks=ranks, **size), 1, Protocol(**protocol))
+    experiment = ComputeExperiment(models=["it"], ranks=ranks, **size)
+    return measure_compute("it", spec, experiment, 1, Protocol(**protocol), torch.device("cpu"))
 
 
 def ratios(table):

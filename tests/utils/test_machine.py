@@ -13,7 +13,16 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.utils.exhaustion import keep_freed_memory
-from lorabench.utils.gpus import GB, GPUS, difference_from, is_called, own_devices, visible_devices
+from lorabench.utils.gpus import (
+    GB,
+    GPUS,
+    difference_from,
+    is_called,
+    none_seen,
+    own_devices,
+    processor,
+    visible_devices,
+)
 from lorabench.utils.slurm import partition_minutes
 
 # Each line is written at once: a job says which devices it takes and that it gives them back.
@@ -120,6 +129,21 @@ def test_another_gpu_or_a_part_of_one_is_told():
         "the plan's times do not hold, and its memory may not fit"
     )
     assert "NVIDIA L40S of 48 GB" in difference_from("A100-40GB", "NVIDIA L40S", 48 * GB)
+
+
+def test_a_gpu_that_torch_does_not_see_is_told_with_the_driver(program, monkeypatch):
+    program("nvidia-smi", "printf '550.54.15\n550.54.15\n'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert none_seen("H100-80GB", "2.13.0", "13.0") == (
+        "execution.gpu is H100-80GB, and torch 2.13.0, for CUDA 13.0, sees no GPU on this machine "
+        f"({processor()}; the driver is 550.54.15, CUDA_VISIBLE_DEVICES is ''); to compute on a CPU, set gpu to null "
+        "and gflops to its speed in the preset's execution"
+    )
+    program("nvidia-smi", "exit 9")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert f"built without CUDA, sees no GPU on this machine ({processor()}; nvidia-smi names no GPU)" in none_seen(
+        "A10", "2.13.0+cpu", None
+    )
 
 
 def test_the_limit_of_a_partition(program, monkeypatch):

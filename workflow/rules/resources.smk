@@ -75,7 +75,7 @@ onstart:
 
 
 # Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
-# (lorabench/utils/gpus.py). Where there is none, the jobs run on the CPU as well as they can.
+# (lorabench/utils/gpus.py). Where there is none, each job ends with a sentence.
 HERE = []
 if not ON_CLUSTER and CONTROLS and LAYOUT.preset.execution.gpu is not None:
     HERE = visible_devices()

@@ -149,11 +149,14 @@ class PolicyEngine:
 
     It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
     folder that all processes of a job, which share a machine, see. What is compiled goes into a folder of each process.
-    This context manager ends the process and removes the folders, after those that killed jobs left behind.
+    This context manager ends the process and removes the folders, after those that killed jobs left behind. What vLLM
+    prints, with the tracebacks of its errors, is appended to the file `log`, which stays.
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, log: Path) -> None:
         self._processes, self._handed_over, self._room = processes, 0, -1
+        # Each process of a job has an engine.
+        self._log = log if processes.first else log.with_suffix(f".{processes.rank}.log")
         self._settings: EngineSettings | None = None
         self._caches = machine_folder(Path(tempfile.gettempdir()))
         self._folders = [self._caches]
@@ -289,15 +292,16 @@ class PolicyEngine:
         ours, theirs = socket.socketpair()
         folders = [str(self._folder), str(self._caches)]
         start = json.dumps({"trainer": os.getpid(), "folders": folders, "options": settings.options})
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
-            pass_fds=[theirs.fileno()],
-            env=_environment(settings, self._caches),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
+                pass_fds=[theirs.fileno()],
+                env=_environment(settings, self._caches),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         theirs.close()
         self._connection, self._settings = Connection(ours.detach()), settings
         try:
@@ -313,7 +317,6 @@ class PolicyEngine:
             self._process.kill()
             self._process.wait()
             self._connection.close()
-            self._log.close()
             self._settings = None
 
     def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
@@ -338,16 +341,17 @@ class PolicyEngine:
                 end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             except subprocess.TimeoutExpired:
                 end = "does not answer any more"
-            self._log.seek(0)
-            log = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
             raise UserError(
                 f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
-                f"again, and its runs go on from their checkpoints" + "".join(f"\n  {line}" for line in log[-3:])
+                f"again, and its runs go on from their checkpoints; its log is {self._log}"
             ) from error
         if "error" in answer:
             alone = "; the GPU may be in a compute mode in which it takes one process (nvidia-smi -c 0 changes it)"
             hint = alone if "busy or unavailable" in answer["error"] else ""
-            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}{hint}")
+            raise UserError(
+                f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}{hint}; its "
+                f"log is {self._log}"
+            )
         return answer["result"]
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -86,6 +87,7 @@ def main() -> None:
                 result = getattr(engine, message["do"])(**message["with"])
             answer = {"result": result}
         except Exception as error:
+            traceback.print_exc()
             reason = str(error).strip().split("\n")[0]
             answer = {"error": f"{type(error).__name__}: {reason}"}
         connection.send_bytes(json.dumps(answer).encode())

@@ -390,9 +390,10 @@ def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None
 
     The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
     """
-    if any(abs(point.value or 0.0) > MAX_KL for point in curve if point.metric == "kl"):
+    if any(point.value is None or abs(point.value) > MAX_KL for point in curve if point.metric == "kl"):
         return
-    if abs(kl) > MAX_KL:
+    # A number that is not finite is not below the limit either.
+    if not abs(kl) <= MAX_KL:
         logging.warning(
             "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
             "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "

@@ -23,7 +23,7 @@ from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, tokens_at_once
-from lorabench.training.rl.sampler import Response, packed, window
+from lorabench.training.rl.sampler import Request, Response, packed, window
 from lorabench.training.run import Machine
 
 
@@ -124,6 +124,32 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
     tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
     entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
     return StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(ratio_max), above_2)
+
+
+def check_finite(
+    model: torch.nn.Module, requests: Sequence[Request], responses: Sequence[Response], machine: Machine
+) -> None:
+    """Refuse responses with log-probabilities that are not finite, unless the policy itself has none that are.
+
+    A loss that is not finite would say that the run diverged, whose policy may be sound. Every process must call this.
+
+    Raises:
+        UserError: the learner has finite log-probabilities of the tokens of such a response.
+    """
+    pairs = zip(requests, responses, strict=True)
+    broken = next((pair for pair in pairs if not np.isfinite(pair[1].logprobs).all()), None)
+    if broken is None:
+        return
+    prompt, response = broken[0].prompt, broken[1]
+    layout = _Layout.of([ResponseGroup.of(prompt, [response], np.zeros(1))])
+    learner = _compute(model, layout.to(next(model.parameters()).device), 1, machine, learn=False)[1]
+    if bool(learner.isfinite().all()):
+        place = int((~np.isfinite(response.logprobs)).argmax())
+        raise UserError(
+            f"the sampler (execution.sampler) gives token {place + 1} of a response to a prompt of {len(prompt)} tokens"
+            f" the log-probability {response.logprobs[place]:g}, and the learner a finite one: it computes wrongly on "
+            "this machine, as lorabench doctor may show; the same command goes on from the checkpoints"
+        )
 
 
 def row_parts(

@@ -24,6 +24,7 @@ from lorabench.training.context import Base, SweepContext, now, with_adapter
 from lorabench.training.distributed import full_tensor
 from lorabench.training.rl.engine import PolicyEngine, engine_settings
 from lorabench.training.rl.loop import Environment, Grade, ProblemTexts, Sampler, Scores, evaluate, train_rl
+from lorabench.training.rl.objective import check_finite
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
 from lorabench.training.run import Machine
 from lorabench.utils import signals
@@ -69,7 +70,9 @@ class RlTrainer:
         if rollouts.sampler == "vllm":
             spec = context.layout.model(condition.model)
             check_vllm(spec, machine.device, condition.rank, condition.placement, trains=True)
-            self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes))
+            # Jobs that run at the same time train different runs.
+            log = context.layout.logs / f"{run.run_id}.vllm.log"
+            self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes, log))
             self._engine.make_room(handover_space(context.plan.preset, condition))
         if rollouts not in self._environments:
             environment = self._environment(context)
@@ -141,15 +144,16 @@ class RlTrainer:
             stops = interruptible and machine.processes.count == 1
             interrupt: Callable[[], None] = signals.check if stops else lambda: None
             if engine is not None:
-                return engine.draw(model, settings, requests, stop, interrupt)
-            policy = replica() if replica else model
+                responses = engine.draw(model, settings, requests, stop, interrupt)
+            else:
+                policy, limit = replica() if replica else model, machine.max_cache_tokens
 
-            limit = machine.max_cache_tokens
+                def draw_share(share: list[Request]) -> list[Response]:
+                    return sample(policy, texts.tokenizer, share, stop, limit, machine.autocast, interrupt)
 
-            def draw_share(share: list[Request]) -> list[Response]:
-                return sample(policy, texts.tokenizer, share, stop, limit, machine.autocast, interrupt)
-
-            return sample_in_processes(requests, draw_share, machine.processes)
+                responses = sample_in_processes(requests, draw_share, machine.processes)
+            check_finite(model, requests, responses, machine)
+            return responses
 
         return draw
 

@@ -86,9 +86,9 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(home):
+def engine(home, tmp_path_factory):
     """The engine of the tests, which is started again where one needs other settings."""
-    with PolicyEngine(SINGLE_PROCESS) as opened:
+    with PolicyEngine(SINGLE_PROCESS, tmp_path_factory.mktemp("logs") / "engine.log") as opened:
         yield opened
     assert not opened._caches.exists()
 
@@ -196,6 +196,7 @@ def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
     with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as refusal:
         engine.ask("weights", folder="nowhere")
     assert "\n" not in str(refusal.value)
+    assert "Traceback" in engine._log.read_text()
     os.kill(engine._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
         engine.ask("weights", folder="nowhere")

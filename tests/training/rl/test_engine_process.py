@@ -32,6 +32,7 @@ from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_se
 
 from .conftest import machine
 
+LOG = Path("unused.vllm.log")
 CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2:])"
 PARENT = (
     "import os, subprocess, sys, time; "
@@ -63,7 +64,7 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
 def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with PolicyEngine(SINGLE_PROCESS) as first:
+    with PolicyEngine(SINGLE_PROCESS, LOG) as first:
         first.make_room(0)
         folder, node = first._folder, platform.node()
         assert folder.is_dir()
@@ -71,7 +72,7 @@ def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
         left, running, elsewhere = (folder.with_name(f"lorabench-vllm-{name}-1") for name in names)
         for other in (left, running, elsewhere):
             other.mkdir()
-        with PolicyEngine(SINGLE_PROCESS) as second:
+        with PolicyEngine(SINGLE_PROCESS, LOG) as second:
             second.make_room(0)
             assert second._folder != folder
             assert not left.exists()
@@ -90,7 +91,7 @@ def test_two_engines_compile_into_folders_of_their_own_on_this_machine(monkeypat
     for name in CACHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_CACHE_PATH", "chosen")
-    with PolicyEngine(SINGLE_PROCESS) as first, PolicyEngine(SINGLE_PROCESS) as second:
+    with PolicyEngine(SINGLE_PROCESS, LOG) as first, PolicyEngine(SINGLE_PROCESS, LOG) as second:
         folders = (first._caches, second._caches)
         for own in folders:
             environment = engine._environment(EngineSettings({}, None, 1), own)
@@ -120,7 +121,7 @@ def test_policies_are_handed_over_where_there_is_room(small_memory, monkeypatch)
     other = Path(tempfile.gettempdir())
     assert handover_folder(1_000_000) == small_memory
     assert handover_folder(2_000_000) == other
-    with PolicyEngine(SINGLE_PROCESS) as opened:
+    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
         opened.make_room(1_000_000)
         assert opened._folder.parent == small_memory
         opened.make_room(2_000_000)
@@ -171,7 +172,7 @@ def test_a_memory_that_fills_up_is_named(small_memory):
 
     options = {"dtype": "float32"}
     (small_memory / "of another job").write_bytes(bytes(900_000))
-    with PolicyEngine(SINGLE_PROCESS) as opened:
+    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
         opened.make_room(0)
         opened._room = 1 << 40
         policy = Policy(500, 500)
@@ -198,8 +199,19 @@ def test_the_engine_has_the_options_that_the_plan_counts(prepared):
     assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (256, 4096)
 
 
+def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
+    """Without vLLM its import fails, and with it the model."""
+    log = tmp_path / "logs/run.vllm.log"
+    with PolicyEngine(SINGLE_PROCESS, log) as opened:
+        opened.make_room(0)
+        for times in (1, 2):
+            with pytest.raises(UserError, match=rf"^vLLM, .* failed: \w+: .*; its log is {log}$"):
+                opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
+            assert log.read_text().count("Traceback (most recent call last)") >= times
+
+
 def test_a_busy_gpu_is_explained():
-    with PolicyEngine(SINGLE_PROCESS) as opened:
+    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
         opened._connection = Answer("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
         with pytest.raises(UserError, match=r"^vLLM, .* busy or unavailable; the GPU may be in a compute mode"):
             opened.ask("sample")

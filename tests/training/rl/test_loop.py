@@ -121,6 +121,19 @@ def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environmen
     assert "differs from the learner's by 0.034 nats per token (KL); above 0.01 " in message
 
 
+def test_a_kl_that_is_not_a_number_is_warned_about(environment, tmp_path, caplog):
+    def broken(draw):
+        return lambda requests, interruptible: [
+            Response(r.tokens, np.full_like(r.logprobs, np.nan), r.truncated) for r in draw(requests, interruptible)
+        ]
+
+    run = Run(condition_of(None, steps=2), 1e-4, 0)
+    outcome, _ = train(run, environment, tmp_path, sampler=broken)
+    assert (outcome.status, outcome.diverged_at) == ("diverged", 1)
+    [message] = caplog.messages
+    assert "step 1, the sampler's distribution differs from the learner's by nan nats" in message
+
+
 def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
     # The base never gets a sum of four numbers of nine digits right.
     path = problem_file(tmp_path, tasks=["chain_sum"], min_digits=9, max_digits=9, min_terms=4, max_terms=4)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.flops import row_limit
@@ -23,7 +24,7 @@ from lorabench.training import reference
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, join, leave
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl import objective
-from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
+from lorabench.training.rl.objective import ResponseGroup, backward, check_finite, row_parts
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.step_cost import NewStorages
 
@@ -41,6 +42,19 @@ def gradients(model):
     gradients = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
     model.zero_grad()
     return gradients
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf, np.inf])
+def test_a_log_probability_that_is_not_finite_is_refused_unless_the_policy_has_none(wrong, base):
+    requests = [Request((5, 9), (0, number)) for number in range(3)]
+    responses = [response([7, 8], [-2.0, -3.0]), response([7], [-1.0]), response([9, 7, 8], [-1.0, wrong, -2.0])]
+    check_finite(base, requests[:2], responses[:2], machine())
+    with pytest.raises(UserError, match=rf"gives token 2 of .* prompt of 2 tokens the log-probability {wrong:g}, "):
+        check_finite(base, requests, responses, machine())
+    # Weights of a run that diverged.
+    with torch.no_grad():
+        base.get_submodule("model.norm").weight.fill_(np.nan)
+    check_finite(base, requests, responses, machine())
 
 
 def test_gradient_of_one_token_is_the_one_derived_by_hand(base):

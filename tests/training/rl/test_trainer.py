@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from peft import PeftModel
 
 from lorabench.config.inputs import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
+from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
@@ -23,6 +25,7 @@ from lorabench.store.layout import Layout
 from lorabench.training.job import run_job
 from lorabench.training.rl import trainer as rl_job
 from lorabench.training.rl.loop import evaluate
+from lorabench.training.rl.sampler import sample
 
 from ..conftest import command
 from .conftest import TINY
@@ -88,6 +91,31 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     monkeypatch.setattr(rl_job, "train_rl", None)
     run_job(plan, whole, layout, lambda line: None)
     assert list(pq.read_table(layout.job(whole)).to_pandas()["run_id"]) == list(first["run_id"])
+
+
+def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, raw_rl_preset, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
+    block |= {"held_out": [], "ranks": {}, "lrs": {"fullft": [1e-4], "lora": []}, "seeds": 1}
+    raw_rl_preset["execution"] |= {"checkpoint_minutes": 0}
+    plan, layout = prepare(raw_rl_preset)
+    job = Job(tuple(plan.sweeps))
+    [run] = plan.sweeps[0].grid()
+
+    def broken(model, tokenizer, requests, *others):
+        responses = sample(model, tokenizer, requests, *others)
+        # A request of training has the number of its step in its key.
+        if requests[0].key is not None and requests[0].key[1] == 2:
+            responses[3].logprobs[0] = np.nan
+        return responses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl_job, "sample", broken)
+        with pytest.raises(UserError, match="gives token 1 of a response .* the log-probability nan, and"):
+            run_job(plan, job, layout, lambda line: None)
+    assert (layout.runs / f"{run.run_id}.partial/checkpoint.safetensors").is_file()
+    run_job(plan, job, layout, lambda line: None)
+    assert json.loads((layout.runs / run.run_id / "record.json").read_text())["outcome"]["status"] == "done"
 
 
 SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
