@@ -239,7 +239,7 @@ class Study:
         sick run of RL counts as diverged, as it does in the claims.
         """
         runs = self.tables.runs
-        columns = ("lr", "steps", "batch_size", "data_kind", "final_reward", "final_test_nll")
+        columns = ("lr", "steps", "batch_size", "placement", "data_kind", "final_reward", "final_test_nll")
         runs = runs.reindex(columns=list(dict.fromkeys([*runs, *columns])))
         runs = runs.assign(loss=runs["final_test_nll"] if self.has_losses else 1 - runs["final_reward"])
         if self.is_rl:
