@@ -50,7 +50,7 @@ def alpha_rule(runs: pd.DataFrame) -> AlphaRule:
         return PAPERS
     arms = lora.groupby(["rank", "placement", "alpha"], dropna=False)["lr"].agg(["nunique", "size"]).reset_index()
     arms = arms[arms["nunique"] >= MIN_LRS] if (arms["nunique"] >= MIN_LRS).any() else arms
-    on_all = arms[arms["placement"].fillna("all").eq("all")]
+    on_all = arms[arms["placement"].isna() | arms["placement"].eq("all")]
     highest = on_all if len(on_all) else arms
     highest = highest[highest["rank"] == highest["rank"].max()].dropna(subset=["alpha"])
     rules = [

@@ -17,10 +17,8 @@ _COUNTS = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", 
 
 _SCALES = ["alpha", "init_a", "lr_ratio"]
 
-_LRS = 1e-30, 1e6
-
-MAX_NUMBER = 1e15
-"""The largest number of a table whose sums and squares are still exact enough to be judged."""
+SMALLEST, MAX_NUMBER, MAX_LR = 1e-30, 1e15, 1e6
+"""Numbers of a table that are smaller, larger, or larger learning rates are mistakes, and make sums overflow."""
 
 _REWARDS = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
 
@@ -107,16 +105,16 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
             "done, diverged, and in RL unrewarded and collapsed",
         ),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
-        ("lr", number["lr"].between(*_LRS), "numbers above 0, from {:g} to {:g}".format(*_LRS)),
+        ("lr", number["lr"].between(SMALLEST, MAX_LR), f"numbers above 0, from {SMALLEST:g} to {MAX_LR:g}"),
         ("seed", known["seed"], "whole numbers"),
     ]
     rules += [(name, known[name] & runs[name].ne(""), "a name") for name in ("model", "dataset")]
-    for columns, low, ends, allowed in (
-        (_COUNTS, 1, "both", f"whole numbers from 1 {up_to}"),
-        (_SCALES, 0, "right", f"numbers above 0, {up_to}"),
-        (from_0, 0, "both", f"numbers from 0 {up_to}"),
+    for columns, low, allowed in (
+        (_COUNTS, 1, f"whole numbers from 1 {up_to}"),
+        (_SCALES, SMALLEST, f"numbers above 0, {up_to}"),
+        (from_0, 0, f"numbers from 0 {up_to}"),
     ):
-        rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER, ends), allowed) for name in columns]
+        rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed) for name in columns]
     unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 {up_to}"
     rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in _LOSSES]
     for name in _REWARDS:

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,7 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     import pandas as pd
 
     typed: pd.Series[Any]
+    numbers: pd.Series[Any] = column
     if pa.types.is_string(kind):
         if isinstance(column.dtype, pd.StringDtype):
             # Equal texts share one object: a table of curves has few, many times.
@@ -251,8 +253,9 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
         what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
-        scalars = column if pd.api.types.is_numeric_dtype(column) else column.where(column.map(pd.api.types.is_scalar))
-        numbers = pd.to_numeric(scalars, errors="coerce")
+        if not pd.api.types.is_any_real_numeric_dtype(column):
+            numbers = column.astype(object).where(column.map(_may_be_number))
+        numbers = pd.to_numeric(numbers, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):
             what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
@@ -260,6 +263,13 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     if len(wrong := column[column.notna() & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
+
+
+def _may_be_number(value: Any) -> bool:
+    """Return whether a value can be read as a number: no list, date, truth value or integer beyond 64 bits."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, str | float | np.number | Decimal)
 
 
 def list_of_words(value: Any) -> list[str]:
