@@ -164,14 +164,15 @@ def check_test_losses(losses: pd.DataFrame) -> None:
     """Check that the table `test_losses` can be read.
 
     Raises:
-        UserError: A column is missing, or a loss or a number of tokens is missing, infinite or negative.
+        UserError: A column is missing, a value is missing or infinite, or a number of tokens is negative.
     """
     needed = ["run_id", "example", "loss", "tokens"]
     if missing := [name for name in needed if name not in losses]:
         raise UserError(f"the test_losses table has no column {', '.join(missing)}")
-    for name in needed:
-        wrong = losses[name].isna() if name == "run_id" else ~losses[name].astype(float).between(0, MAX_NUMBER)
-        refuse_rows(losses, wrong, "run_id", name, "an id" if name == "run_id" else f"numbers from 0 to {MAX_NUMBER:g}")
+    refuse_rows(losses, losses["run_id"].isna(), "run_id", "run_id", "an id")
+    for name, low in (("example", 0), ("loss", -MAX_NUMBER), ("tokens", 0)):
+        right = losses[name].astype(float).between(low, MAX_NUMBER)
+        refuse_rows(losses, ~right, "run_id", name, f"numbers from {low:g} to {MAX_NUMBER:g}")
 
 
 def listed(values: Iterable[object]) -> str:
