@@ -24,6 +24,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 
+from lorabench.store.checks import check_test_losses
+
 N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
 """Number of draws of an error; a power of two from 2**12 up, by which Sobol's points fill a cube evenly. Calibration
 sets a smaller one, since errors of its intervals average out over many worlds."""
@@ -286,9 +288,13 @@ class ExampleLosses:
         """Read the table `test_losses`: columns run_id, example, loss, tokens, and optionally group.
 
         An example without a group is its own group.
+
+        Raises:
+            UserError: see `check_test_losses`.
         """
         if table.empty:
             return cls()
+        check_test_losses(table)
         groups = pd.factorize(table["group"])[0] if "group" in table else np.full(len(table), -1)
         groups = np.where(groups < 0, -1 - table["example"].to_numpy(int), groups)
         place, run_ids = pd.factorize(table["run_id"])

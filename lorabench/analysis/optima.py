@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_label, is_standard, with_arm_columns
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import ARM, arm_label, with_arm_columns
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
 from lorabench.analysis.estimate import Estimate
@@ -294,7 +295,7 @@ def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
     if missing := [name for name in NEEDED_BY["sft"] if name not in runs]:
         raise UserError(f"{source}: the runs table has no column {', '.join(missing)}, so its seed noise is not known")
     runs = with_arm_columns(runs)
-    chosen = runs[~is_rl(runs) & is_standard(runs) & ~is_memorisation(runs)]
+    chosen = runs[~is_rl(runs) & judged_arms(runs) & ~is_memorisation(runs)]
     repeated = [part for part in comparisons(chosen, pd.DataFrame()) if part.runs["seed"].nunique() > 1]
     fits = [part.fit for part in repeated if part.fit.dof >= 1 and part.fit.sigma > 0]
     dof = sum(fit.dof for fit in fits)

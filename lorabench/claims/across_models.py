@@ -27,7 +27,7 @@ from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
 from lorabench.claims.learning_rate import LR_RATIO
-from lorabench.claims.scope import SHORT_RUN, widths
+from lorabench.claims.scope import SHORT_RUN, at_papers_alpha, chosen, papers_alpha, widths
 
 # Bounds whose meaning the criteria say.
 MIN_MODELS = 4
@@ -56,12 +56,17 @@ SMALLEST_WIDTH = 1024
 _PRESETS = ("core", "paper")
 
 
+def _swept_models(evidence: Evidence) -> list[list[lr_law.SweptModel]]:
+    """Return the groups of models with one dataset, batch size and length, at the paper's alpha if some have it."""
+    return lr_law.swept_models([comparison for _, comparison in chosen(at_papers_alpha)(evidence)])
+
+
 def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]:
     """Return the groups of models with one dataset, batch size and length, each after its name.
 
     Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
     """
-    groups = lr_law.swept_models(evidence.comparisons)
+    groups = _swept_models(evidence)
     largest = max(map(len, groups), default=0)
     unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
     named = []
@@ -91,7 +96,7 @@ def _long_runs_of_models(evidence: Evidence) -> str | None:
 
 @condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", "paper")
 def _as_many_models(evidence: Evidence) -> str | None:
-    swept = max(map(len, lr_law.swept_models(evidence.comparisons)), default=0)
+    swept = max(map(len, _swept_models(evidence)), default=0)
     return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
@@ -129,7 +134,7 @@ def _ratios_text(models: Sequence[lr_law.SweptModel]) -> str:
 @_claim(
     id="B5",
     over=long_groups,
-    conditions=(_long_runs_of_models,),
+    conditions=(papers_alpha, _long_runs_of_models),
     statement="The ratio of optimal LRs does not depend on the base model",
     criterion=(
         f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length (more "
@@ -174,7 +179,7 @@ def _ratio_independent_of_model(models: list[lr_law.SweptModel]) -> Finding:
     ),
     paper_value=f"{PAPER_MODELS} models",
     unit="models",
-    conditions=(_as_many_models,),
+    conditions=(papers_alpha, _as_many_models),
     fact=LR_RATIO,
 )
 def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
@@ -186,7 +191,7 @@ def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
 @_claim(
     id="B6",
     over=long_groups,
-    conditions=(_long_runs_of_models,),
+    conditions=(papers_alpha, _long_runs_of_models),
     kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
     criterion=(
@@ -282,7 +287,7 @@ def _published_regret(models: Sequence[lr_law.SweptModel], method: str) -> str:
     needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
     paper_value="less than 0.5% (authors' documentation)",
     unit="share of loss",
-    conditions=(widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS),),
+    conditions=(papers_alpha, widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS)),
 )
 def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     ids = lr_law.run_ids(models)
@@ -337,7 +342,10 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{lr_law.PUBLISHED.exponents['llama']} and {lr_law.PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    conditions=tuple(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
+    conditions=(
+        papers_alpha,
+        *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
+    ),
 )
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from lorabench.analysis.arms import is_standard
+from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Keeper, Task, comparisons, kept, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
@@ -56,8 +56,8 @@ class Evidence(Keeper):
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """The comparisons of runs in the paper's parametrization, one per model, dataset, batch size and length."""
-        return comparisons(self.runs[is_standard(self.runs)], self.curves, self.judging)
+        """The comparisons of the arms that LoRA is judged by, one per model, dataset, batch size and length."""
+        return comparisons(self.runs[judged_arms(self.runs)], self.curves, self.judging)
 
     @kept
     def compared_by(self, test_reward: TestReward) -> list[Comparison]:
@@ -65,7 +65,7 @@ class Evidence(Keeper):
 
         Models and problem sets that give no reward are left out.
         """
-        runs = rewarded_errors(self.runs[is_standard(self.runs)], test_reward)
+        runs = rewarded_errors(self.runs[judged_arms(self.runs)], test_reward)
         return comparisons(runs, self.curves, self.judging)
 
     @cached_property

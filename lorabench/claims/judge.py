@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.alpha_rules import remarks_on_alpha
 from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, Task
 from lorabench.analysis.curves import curves_of
@@ -171,7 +172,8 @@ def findings(
         asked.append((claim, by_runs[key]))
     judged = _judged(asked)
     for claim, evidence in asked:
-        yield (claim, *_with_conditions(claim, evidence, judged[claim.id]))
+        reasons = [judged[claim.id].reason, *remarks_on_alpha(evidence.runs, judged[claim.id].run_ids)]
+        yield (claim, *_with_conditions(claim, evidence, replace(judged[claim.id], reason="; ".join(reasons))))
 
 
 _Part = tuple[Claim, int, str, Any, list[Comparison]]

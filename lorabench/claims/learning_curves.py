@@ -50,13 +50,14 @@ from lorabench.claims.claim import (
 )
 from lorabench.claims.scope import (
     FULL_STEPS,
+    at_one_alpha,
     chosen,
-    every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
     natural_text,
+    one_alpha,
     smallest_dataset,
     whole_runs,
 )
@@ -304,7 +305,9 @@ def _rank_1_worse(comparison: Comparison) -> Finding:
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-_early_claim = partial(claim, figure="early curves", experiments=("early",), over=every_dataset)
+_early_claim = partial(
+    claim, figure="early curves", experiments=("early",), over=chosen(at_one_alpha), conditions=(one_alpha,)
+)
 
 
 def _early(

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, in_experiments, is_standard, with_arm_columns
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Comparison, Judging, comparisons, require
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses, combined
@@ -48,11 +49,15 @@ from lorabench.claims.scope import (
     HIGH_RANK,
     SHORT_RUN,
     Named,
+    at_one_alpha,
+    at_papers_alpha,
     beyond_short,
     chosen,
     learning,
     longer_runs,
+    one_alpha,
     one_at_a_time,
+    papers_alpha,
     sweeps_of_both,
 )
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
@@ -111,8 +116,9 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     needs=f"{SWEEP}, in runs of more than {SHORT_RUN} steps; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
     experiments=_SWEEPS,
-    over=chosen(learning, sweeps_of_both, beyond_short),
+    over=chosen(learning, at_papers_alpha, sweeps_of_both, beyond_short),
     conditions=(
+        papers_alpha,
         longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
     ),
     fact=LR_RATIO,
@@ -129,7 +135,7 @@ def same_factor(low: int, high: int) -> float:
 
 def _spans(runs: pd.DataFrame) -> pd.Series[float]:
     """Return for each run the ratio of the highest to the lowest rank from `LOW_RANK` up in its comparison."""
-    lora = runs[(runs["method"] == "lora") & is_standard(runs) & runs["placement"].fillna("all").eq("all")]
+    lora = runs[(runs["method"] == "lora") & judged_arms(runs) & runs["placement"].fillna("all").eq("all")]
     by_comparison = lora[lora["rank"] >= LOW_RANK].groupby(COMPARED, dropna=False)["rank"]
     spans: pd.Series[float] = (by_comparison.transform("max") / by_comparison.transform("min")).astype(float)
     return spans
@@ -165,8 +171,8 @@ def wide_span(evidence: Evidence) -> str | None:
         f"grid; {_SEEDS}"
     ),
     paper_value="less than 2 from rank 4 to 512",
-    over=chosen(learning, wide_spans),
-    conditions=(wide_span,),
+    over=chosen(learning, at_one_alpha, wide_spans),
+    conditions=(one_alpha, wide_span),
 )
 def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
@@ -191,7 +197,8 @@ def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     ),
     needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
     paper_value="lower; no number",
-    over=chosen(learning),
+    over=chosen(learning, at_one_alpha),
+    conditions=(one_alpha,),
 )
 def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
@@ -231,6 +238,7 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
     experiments=_SWEEPS,
+    conditions=(papers_alpha,),
     fact=LR_RATIO,
 )
 def _short_runs_want_more(evidence: Evidence) -> Finding:
@@ -245,7 +253,7 @@ def _short_runs_want_more(evidence: Evidence) -> Finding:
     return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
 
 
-_swept = chosen(learning, sweeps_of_both)
+_swept = chosen(learning, at_papers_alpha, sweeps_of_both)
 
 
 def _ratio_of_length(comparison: Comparison) -> Finding:

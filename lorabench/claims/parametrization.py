@@ -19,7 +19,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, in_unit, toge
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, unjudged_if
-from lorabench.claims.scope import Named, chosen, learning, lora_runs, whole_runs
+from lorabench.claims.scope import Named, at_papers_alpha, chosen, learning, lora_runs, papers_alpha, whole_runs
 
 # Bounds whose meaning the criteria say.
 FLAT_BAND = (0.95, 1.05)
@@ -158,8 +158,8 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     paper_value="larger; no number",
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
-    over=chosen(most_examples),
-    conditions=(whole_runs,),
+    over=chosen(at_papers_alpha, most_examples),
+    conditions=(papers_alpha, whole_runs),
 )
 def _b_outgrows_a(comparison: Comparison) -> Finding:
     last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()

@@ -14,7 +14,8 @@ from typing import Literal
 
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, is_standard
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import COMPARED, MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
@@ -139,8 +140,8 @@ def measured_recipe(
 ) -> MeasuredRecipe:
     """Derive recommendations from runs.
 
-    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Only LoRA in the paper's
-    parametrization counts. RL problems on which no run ever got a reward are left out.
+    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Of LoRA, the arms
+    that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are left out.
 
     Args:
         runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
@@ -157,7 +158,7 @@ def measured_recipe(
     for task, chosen in by_task.items():
         if chosen.empty or not set(NEEDED_BY[task]) <= set(chosen.columns):
             continue
-        standard = with_all_columns(chosen[is_standard(chosen)], "runs")
+        standard = with_all_columns(chosen[judged_arms(chosen)], "runs")
         standard = rewarded_errors(standard) if task == "rl" else standard
         on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
         for comparison in _tuned(on_all_layers, curves, judging):

@@ -31,7 +31,15 @@ from lorabench.analysis.rewards import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
-from lorabench.claims.scope import RL_PRESETS, Named, beats_controls, response_length, swept
+from lorabench.claims.scope import (
+    RL_PRESETS,
+    Named,
+    at_papers_alpha,
+    beats_controls,
+    papers_alpha,
+    response_length,
+    swept,
+)
 from lorabench.runs import GOOD
 
 CHEAPER = round(1 - GOOD, 9)
@@ -161,6 +169,8 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
     paper_value="10",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
+    over=lambda evidence: at_papers_alpha(problem_sets(evidence)),
+    conditions=(papers_alpha, *CONDITIONS),
 )
 def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     arms, factor = highest_and_full(comparison), comparison.judging.margins.lr_factor

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from lorabench.analysis.alpha_rules import PAPERS, AlphaRule, alpha_rule, alpha_rules
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.finding import MIN_SEEDS
 from lorabench.analysis.invariances import with_scales
@@ -72,6 +73,28 @@ def sweeps_of_both(named: Named) -> Named:
 def beyond_short(named: Named) -> Named:
     """Leave out comparisons of at most `SHORT_RUN` steps, if there are longer ones."""
     return [(name, longer) for name, longer in named if (longer.runs["steps"] > SHORT_RUN).any()] or named
+
+
+def _at_alpha(text: str, fits: Callable[[AlphaRule], bool]) -> tuple[Condition, Callable[[Named], Named]]:
+    """Return the condition that LoRA is judged at some alpha, and the step that leaves out comparisons at others.
+
+    The step leaves out none if all are at others.
+    """
+
+    # Every shipped preset has alpha 32; these two have runs for each of the claims.
+    @condition(text, "core", "paper")
+    def instead(evidence: Evidence) -> str | None:
+        rules = alpha_rules(evidence.runs)
+        return None if not rules or any(map(fits, rules)) else ", ".join(sorted(map(str, rules)))
+
+    return instead, lambda named: [(name, at) for name, at in named if fits(alpha_rule(at.runs))] or named
+
+
+papers_alpha, at_papers_alpha = _at_alpha(f"LoRA with {PAPERS}", lambda rule: rule == PAPERS)
+"""Optimal LRs and their ratio depend on alpha, and the paper's are those at alpha 32."""
+
+one_alpha, at_one_alpha = _at_alpha("LoRA with one alpha at all ranks", lambda rule: not rule.power)
+"""Ranks are alike at one LR by the factor alpha / r."""
 
 
 def longest_runs(named: Named) -> Named:

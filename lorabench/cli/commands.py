@@ -367,8 +367,15 @@ def claims(
             raise UserError(f"--noise-sd {noise_sd}: allowed: numbers above 0, in nats")
         elsewhere = Noise(noise_sd, noise_dof, noise_source)
     read = Tables.read(tables)
-    write_frame(judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions), "claims", out)
+    judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
+    write_frame(judged, "claims", out)
     write_predictions(read, chosen, predictions, out)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
+    print(f"{len(judged)} claims: {verdicts}; written to {out / 'claims.csv'}")
+    untested = judged.loc[judged["verdict"].eq("not tested"), "reason"].value_counts()
+    for reason, count in untested.items():
+        if str(reason).startswith("the runs table"):
+            print(f"{count} of them not tested: {reason}")
 
 
 @app.command()

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from lorabench.analysis import memorisation
-from lorabench.analysis.arms import ARM, is_standard
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import ARM
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import envelopes
 from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
@@ -43,7 +44,7 @@ def draw(tables: Tables) -> style.Drawn:
     the reference line), `description_length` (the dataset's `bits`, and the parameters that hold them at 2 bits each).
     A row `diverged` is one run.
     """
-    runs = tables.runs[is_standard(tables.runs) & ~memorisation.is_memorisation(tables.runs)]
+    runs = tables.runs[judged_arms(tables.runs) & ~memorisation.is_memorisation(tables.runs)]
     comparisons = grid.compared(tables, runs)
     envelope = envelopes(runs, tables.curves)
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
@@ -174,7 +175,7 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
     fitted lowest loss, with its 95% interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of
     1 and 2 bits per parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
     """
-    facts = tables.runs[is_standard(tables.runs) & memorisation.is_memorisation(tables.runs)]
+    facts = tables.runs[judged_arms(tables.runs) & memorisation.is_memorisation(tables.runs)]
     if facts.empty:
         empty = pd.DataFrame(columns=_STORED)
         return style.empty_figure("There are no runs on a dataset of random facts."), empty

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import arm_label, is_standard, rows_of
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import arm_label, rows_of
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
 from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.optima import fitted_noise
@@ -222,7 +223,7 @@ def draw_early(tables: Tables) -> style.Drawn:
     differences of zero are left out), `sigma` (twice the standard deviation of the training loss over batches, in
     `difference`) or `diverged` (one run). Losses are means over `n_seeds` seeds, in nats per scored token.
     """
-    groups = grid.titled(tables.runs[(tables.runs["method"] == "lora") & is_standard(tables.runs)])
+    groups = grid.titled(tables.runs[(tables.runs["method"] == "lora") & judged_arms(tables.runs)])
     if not groups:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_EARLY)
     plotted = pd.concat([_early_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)

@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from lorabench.analysis.arms import arm_label, is_standard
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
 from lorabench.analysis.published import paper_numbers, published_sweeps
@@ -35,7 +36,7 @@ def draw(tables: Tables) -> style.Drawn:
     that `source` published), `naive` (the ratio hidden/64), `reference` (the paper's ratio of 10) or `diverged` (one
     run). `family` is the family by which the law has its exponents.
     """
-    runs = tables.runs[is_standard(tables.runs)]
+    runs = tables.runs[judged_arms(tables.runs)]
     groups = swept_models(grid.compared(tables, runs))
     laws = [fitted_law(models) for models in groups]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lorabench.analysis.arms import ALPHA, arm_label, is_standard
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.arms import ALPHA, arm_label
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
@@ -48,7 +49,7 @@ def draw_by_length(tables: Tables) -> style.Drawn:
     `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
     and `reference` (the paper's ratios).
     """
-    groups = grid.titled(tables.runs[is_standard(tables.runs)])
+    groups = grid.titled(tables.runs[judged_arms(tables.runs)])
     parts = [_rows_by_length(runs, tables.curves) for _, runs in groups]
     lengths = [sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique()) for rows in parts]
     heights = [math.ceil((len(steps) + 1) / 2) for steps in lengths]

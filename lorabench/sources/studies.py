@@ -8,6 +8,7 @@ as they were published, and the script `convert.py` that wrote the tidy ones fro
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from lorabench.utils.files import REFERENCE, file_sha256
 from lorabench.utils.yaml_files import read_yaml
 
 SOURCE_FILE = "source.yaml"
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 
 REWARD_SD = "final_reward_sd"
 """A column of runs that only sources have, the deviation over seeds of a mean accuracy; it is no tidy column."""
@@ -156,13 +160,16 @@ def import_source(folder: Path) -> tuple[Source, Tables]:
 def _source_file(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"{path.parent} is no source, since it has no file {SOURCE_FILE}")
+    stated = read_yaml(path)
+    if not isinstance(stated, dict):
+        raise UserError(f"{path}: a mapping of {', '.join(Source.model_fields)} is needed, not {_SHORT.repr(stated)}")
     try:
-        return Source.model_validate(read_yaml(path))
+        return Source.model_validate(stated)
     except ValidationError as error:
         sentences = []
         for problem in error.errors():
             place, message = ".".join(map(str, problem["loc"])), problem["msg"]
-            value = "" if problem["type"] in ("missing", "value_error") else f" = {problem['input']!r}"
+            value = "" if problem["type"] in ("missing", "value_error") else f" = {_SHORT.repr(problem['input'])}"
             sentences.append(f"{place}{value}: {message[0].lower()}{message[1:]}")
         raise UserError(f"{path}: {'; '.join(sentences)}") from error
 
@@ -237,12 +244,12 @@ class Study:
         sick run of RL counts as diverged, as it does in the claims.
         """
         runs = self.tables.runs
-        columns = ("lr", "steps", "batch_size", "data_kind", "final_reward", "final_test_nll")
+        columns = ("lr", "steps", "batch_size", "placement", "data_kind", "final_reward", "final_test_nll")
         runs = runs.reindex(columns=list(dict.fromkeys([*runs, *columns])))
         runs = runs.assign(loss=runs["final_test_nll"] if self.has_losses else 1 - runs["final_reward"])
         if self.is_rl:
             runs = runs.assign(status=runs["status"].mask(is_sick(runs), "diverged"))
-        runs = runs[(runs["placement"].fillna("all") == "all") & ~runs["data_kind"].eq("facts")]
+        runs = runs[(runs["placement"].isna() | runs["placement"].eq("all")) & ~runs["data_kind"].eq("facts")]
         return [rows for _, rows in runs.groupby(["dataset", "batch_size", "steps"], dropna=False)]
 
 

@@ -13,6 +13,13 @@ from lorabench.errors import UserError
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
 
+_COUNTS = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
+
+_SCALES = ["alpha", "init_a", "lr_ratio"]
+
+SMALLEST, MAX_NUMBER, MAX_LR = 1e-30, 1e15, 1e6
+"""Numbers of a table that are smaller, larger, or larger learning rates are mistakes, and make sums overflow."""
+
 _REWARDS = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
 
 # Losses are comparable only for the same text, tokenization and base model, and scores only for the same sampler: each
@@ -39,8 +46,8 @@ def check_table(runs: pd.DataFrame) -> None:
     """Check that the runs table is valid. Columns that it lacks are not checked.
 
     Raises:
-        UserError: A run_id is missing or appears twice; a task, method, status, rank, LR or seed has a value that is
-            not allowed; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see
+        UserError: A run_id is missing or appears twice; a column has a value that is not allowed (see `_rules`), such
+            as a negative loss; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see
             `check_comparable`.
     """
     if runs.empty:
@@ -77,13 +84,14 @@ def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> No
 
 def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     """Return the rules for values: the column, which of its values are right, and what is allowed."""
-    sd = "final_test_nll_sd"
-    names = ["rank", "lr", "n_seeds", sd, *_LOSSES, *_REWARDS]
+    from_0 = ["final_test_nll_sd", "final_train_nll", "eps"]
+    names = ["rank", "lr", *_COUNTS, *_SCALES, *from_0, *_LOSSES, *_REWARDS]
     # A column that is lacking is null in what the other rules say of it.
-    whole, runs = "method" in runs, runs.reindex(columns=["task", "method", "status", "seed", *names])
+    whole = "method" in runs
+    runs = runs.reindex(columns=["model", "dataset", "task", "method", "status", "seed", *names])
     known = runs.notna()
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
-    finite = number.abs().lt(np.inf)
+    up_to = f"up to {MAX_NUMBER:g}"
     adapters = [method for method in METHOD_NAMES if method != "fullft"]
     lora, fullft, rl = runs["method"].isin(adapters), runs["method"].isin(["fullft"]), is_rl(runs)
     done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
@@ -97,12 +105,18 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
             "done, diverged, and in RL unrewarded and collapsed",
         ),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
-        ("lr", finite["lr"] & number["lr"].gt(0), "numbers above 0"),
+        ("lr", number["lr"].between(SMALLEST, MAX_LR), f"numbers above 0, from {SMALLEST:g} to {MAX_LR:g}"),
         ("seed", known["seed"], "whole numbers"),
-        ("n_seeds", ~known["n_seeds"] | number["n_seeds"].ge(1), "whole numbers from 1 up"),
-        (sd, ~known[sd] | (finite[sd] & number[sd].ge(0)), "numbers from 0 up"),
     ]
-    rules += [(name, rl | ~done | finite[name], "a finite number where status is done") for name in _LOSSES]
+    rules += [(name, known[name] & runs[name].ne(""), "a name") for name in ("model", "dataset")]
+    for columns, low, allowed in (
+        (_COUNTS, 1, f"whole numbers from 1 {up_to}"),
+        (_SCALES, SMALLEST, f"numbers above 0, {up_to}"),
+        (from_0, 0, f"numbers from 0 {up_to}"),
+    ):
+        rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed) for name in columns]
+    unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 {up_to}"
+    rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in _LOSSES]
     for name in _REWARDS:
         final = name.startswith("final")
         needed = (rl & done) | stopped if final else pd.Series(False, index=runs.index)
@@ -129,18 +143,36 @@ def check_curves(curves: pd.DataFrame) -> None:
     """Check that the curves table can be read. It may have curves of runs that the runs table lacks.
 
     Raises:
-        UserError: A column is missing, or a run has two values of one metric at one step.
+        UserError: A column is missing, a step or an NLL is negative, or a run has two values of one metric at one step.
     """
     if curves.columns.empty:
         return
     point = ["run_id", "step", "split", "metric"]
     if missing := [name for name in (*point, "value") if name not in curves]:
         raise UserError(f"the curves table has no column {', '.join(missing)}")
+    step, nll = curves["step"], curves["value"].where(curves["metric"].eq("nll"))
+    refuse_rows(curves, ~step.ge(0).fillna(False).astype(bool), "run_id", "step", "whole numbers from 0 up")
+    refuse_rows(curves, nll.lt(0), "run_id", "value", "an NLL from 0 up")
     twice = curves.duplicated(point)
     if twice.any():
         [row] = curves[twice].head(1).to_dict("records")
         point_name = f"{row['split']} {row['metric']} of step {row['step']}"
         raise UserError(f"the curves table has {point_name} of run_id {row['run_id']} more than once")
+
+
+def check_test_losses(losses: pd.DataFrame) -> None:
+    """Check that the table `test_losses` can be read.
+
+    Raises:
+        UserError: A column is missing, a value is missing or infinite, or a number of tokens is negative.
+    """
+    needed = ["run_id", "example", "loss", "tokens"]
+    if missing := [name for name in needed if name not in losses]:
+        raise UserError(f"the test_losses table has no column {', '.join(missing)}")
+    refuse_rows(losses, losses["run_id"].isna(), "run_id", "run_id", "an id")
+    for name, low in (("example", 0), ("loss", -MAX_NUMBER), ("tokens", 0)):
+        right = losses[name].astype(float).between(low, MAX_NUMBER)
+        refuse_rows(losses, ~right, "run_id", name, f"numbers from {low:g} to {MAX_NUMBER:g}")
 
 
 def listed(values: Iterable[object]) -> str:

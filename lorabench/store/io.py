@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,17 +153,34 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
             # The metadata of pandas would turn a column into the index.
             frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         else:
+            # Pandas renames the second of two columns of one name.
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str, index_col=False).iloc[0].tolist()
+            refuse_columns(header, path)
             # Text columns are not parsed: a run_id may consist of digits.
             text = {column.name: str for column in SCHEMAS[name] if pa.types.is_string(column.type)}
-            frame = pd.read_csv(path, dtype=text)
-    except (pa.ArrowException, ValueError, OSError) as error:
+            with warnings.catch_warnings():
+                # It would leave out the ends of rows that are longer than the header.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                frame = pd.read_csv(path, dtype=text, index_col=False)
+    except (pa.ArrowException, ValueError, OSError, pd.errors.ParserWarning) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
     return typed_frame(frame, name, path)
 
 
+def refuse_columns(names: Sequence[object], path: Path) -> None:
+    """Raise UserError if a column appears twice, or if the columns of a CSV file are not separated by commas."""
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{path} has several columns with the name {twice!r}; allowed: each name once")
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in str(names[0]):
+            raise UserError(f"{path} has its columns separated by {word}; allowed: commas")
+
+
 def typed_frame(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
     """Return the table `name` as `read_table` returns that of a file; `path` is for error messages."""
+    refuse_columns(frame.columns.tolist(), path)
     older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
     return typed_columns(frame.assign(**older), name, path)
 
@@ -224,6 +244,7 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     import pandas as pd
 
     typed: pd.Series[Any]
+    numbers: pd.Series[Any] = column
     if pa.types.is_string(kind):
         if isinstance(column.dtype, pd.StringDtype):
             # Equal texts share one object: a table of curves has few, many times.
@@ -238,8 +259,9 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
         what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
-        scalars = column if pd.api.types.is_numeric_dtype(column) else column.where(column.map(pd.api.types.is_scalar))
-        numbers = pd.to_numeric(scalars, errors="coerce")
+        if not pd.api.types.is_any_real_numeric_dtype(column):
+            numbers = column.astype(object).where(column.map(_may_be_number))
+        numbers = pd.to_numeric(numbers, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):
             what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
@@ -247,6 +269,13 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     if len(wrong := column[column.notna() & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
+
+
+def _may_be_number(value: Any) -> bool:
+    """Return whether a value can be read as a number: no list, date, truth value or integer beyond 64 bits."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, str | float | np.number | Decimal)
 
 
 def list_of_words(value: Any) -> list[str]:

@@ -152,7 +152,8 @@ def test_g2_carries_the_error_of_the_learning_rate_of_its_curves():
     lora = runs[runs["rank"].eq(16).fillna(False)].set_index("run_id")["lr"]
     best = lora.value_counts().idxmax()
     x = np.log(curves["run_id"].map(lora).astype(float) / best).fillna(0.0)
-    # Losses on the way rise by 2 nats per unit of ln LR, and are the same at the best LR.
+    # Losses on the way rise by 2 nats per unit of ln LR, and are the same at the best LR; none is below 0.
+    curves = curves.assign(value=curves["value"] + 10 * curves["split"].eq("train"))
     swayed = curves.assign(value=curves["value"] + 2 * x.where(curves["split"].eq("train"), 0.0))
     plain, wide = judged("G2", runs, curves), judged("G2", runs, swayed)
     assert wide["ci_high"] - wide["ci_low"] > 2 * (plain["ci_high"] - plain["ci_low"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import runpy
 import shutil
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
 from lorabench.errors import UserError
-from lorabench.sources.studies import import_source
+from lorabench.sources.measurements import measurement_table
+from lorabench.sources.studies import import_source, judge, studies_of
 from lorabench.store.io import read_table
 from lorabench.utils.files import REFERENCE
 
@@ -147,3 +149,48 @@ def test_a_source_that_lacks_a_column_is_not_tested(source, tmp_path):
     assert verdicts(tables, tmp_path).loc["B2", "reason"] == "the runs table has no column lr"
     said = command("figure", "all", "--tables", tables, "--out", tmp_path / "figures")
     assert "figure fig2_lr_by_rank is not drawn: the runs table has no column lr" in said
+
+
+# Texts that were no source, and once ended with a traceback or a sentence of megabytes.
+NO_SOURCE = {
+    "": "a mapping of about, origin, .* is needed, not None",
+    "[1, a]": r"is needed, not \[1, 'a'\]",
+    "a: [": "not valid YAML: while parsing",
+    "[" * 1000: "there are more than 50 levels",
+    "about: 2020-99-99": "not valid YAML: month must be in 1..12",
+    "about: !!timestamp x": "the tag .* can't be used here",
+    "about: !!bool x": "the tag .* can't be used here",
+    "about: !!int ''": "the tag .* can't be used here",
+    "about: \0": "not valid YAML: unacceptable character",
+    "about: " + "9" * 5000: "not valid YAML",
+    "about: !!python/object:os.system {}": "the tag .* can't be used here",
+    "a: &a {b: *a}": "an alias of what contains it",
+    "a: &a [x, x, x, x, x, x]\n"
+    + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 6)}]\n" for old, new in pairwise("abcdefgh"))
+    + "doubts: *h": "more than 20,000 keys and values",
+}
+
+
+@pytest.mark.parametrize("text", NO_SOURCE)
+def test_what_is_no_source_is_refused_in_a_short_sentence(source, text):
+    folder = source()
+    (folder / "source.yaml").write_text(text)
+    with pytest.raises(UserError, match=NO_SOURCE[text]) as refused:
+        import_source(folder)
+    assert str(refused.value).startswith(f"{folder / 'source.yaml'}")
+    assert len(str(refused.value)) < 5000
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_placement_lora_is_on_all_layers_in_measurements_too(source):
+    with_placement, without = (
+        source(),
+        source([line.replace(",all,", ",") for line in ROWS], COLUMNS.replace("placement,", ""), name="without"),
+    )
+    measured = []
+    for folder in (with_placement, without):
+        studies = studies_of(folder)
+        claims = pd.concat([judge(study, ()) for study in studies])
+        measured.append(measurement_table(studies, claims).drop(columns=["source", "study"]))
+    assert len(measured[0])
+    pd.testing.assert_frame_equal(*measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(1) + make_sweep(8))
 CURVES = curves_of(RUNS)
+LOSSES = pd.DataFrame({"run_id": RUNS["run_id"], "example": 0, "loss": 2.0, "tokens": 3})
 FIRST, THIRD = RUNS["run_id"].iloc[0], RUNS["run_id"].iloc[2]
 
 
@@ -35,8 +37,16 @@ def with_value(column: str, value: object, row: int = 2) -> pd.DataFrame:
     return changed
 
 
-def write(folder: Path, runs: pd.DataFrame | bytes = RUNS, kind: str = "csv", curves: pd.DataFrame = CURVES) -> Path:
+def write(
+    folder: Path,
+    runs: pd.DataFrame | bytes = RUNS,
+    kind: str = "csv",
+    curves: pd.DataFrame = CURVES,
+    test_losses: pd.DataFrame | None = None,
+) -> Path:
     folder.mkdir(exist_ok=True)
+    if test_losses is not None:
+        test_losses.to_csv(folder / "test_losses.csv", index=False)
     path = folder / f"runs.{kind}"
     if isinstance(runs, bytes):
         path.write_bytes(runs)
@@ -65,11 +75,59 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
         {"runs": with_value("method", "lora", row=0)},
     ),
     "negative lr": (f"run_id {THIRD}: lr = -0.001; allowed: numbers above 0", {"runs": with_value("lr", -0.001)}),
+    "lr beyond all": (
+        f"run_id {THIRD}: lr = 1e+308; allowed: numbers above 0, from 1e-30 to 1e+06",
+        {"runs": with_value("lr", 1e308)},
+    ),
+    "negative loss": (
+        f"run_id {THIRD}: final_test_nll = -1.5; allowed: a finite number where status is done, from 0 up to 1e+15",
+        {"runs": with_value("final_test_nll", -1.5)},
+    ),
+    "infinite loss": (
+        f"run_id {THIRD}: final_valid_nll = inf; allowed: a finite number",
+        {"runs": with_value("final_valid_nll", math.inf)},
+    ),
+    "negative steps": (
+        f"run_id {THIRD}: steps = -3; allowed: whole numbers from 1 up to 1e+15",
+        {"runs": with_value("steps", -3)},
+    ),
+    "batch 0": (f"run_id {THIRD}: batch_size = 0; allowed: whole", {"runs": with_value("batch_size", 0)}),
+    "no width": (
+        f"run_id {THIRD}: hidden_size = 0; allowed: whole",
+        {"runs": RUNS.assign(hidden_size=[8, 8, *[0] * (len(RUNS) - 2)])},
+    ),
+    "alpha 0": (f"run_id {THIRD}: alpha = 0.0; allowed: numbers above 0", {"runs": with_value("alpha", 0.0)}),
+    "no name": (f"run_id {THIRD}: model = missing; allowed: a name", {"runs": with_value("model", "")}),
+    "empty name": (
+        f"run_id {THIRD}: dataset = ''; allowed: a name",
+        {"runs": with_value("dataset", ""), "kind": "parquet"},
+    ),
+    "column twice": (
+        "{path} has several columns with the name 'lr'; allowed: each name once",
+        {"runs": b"run_id,lr,lr\na,0.1,0.2\n"},
+    ),
+    "semicolons": (
+        "{path} has its columns separated by semicolons; allowed: commas",
+        {"runs": b"run_id;lr\na;0.1\n"},
+    ),
+    "tabs": ("{path} has its columns separated by tabs; allowed: commas", {"runs": b"run_id\tlr\na\t0.1\n"}),
+    "longer rows": (
+        "{path} can't be read as a table: Length of header",
+        {"runs": b"run_id,lr\na,0.1,2\nb,0.1,2\n"},
+    ),
     "datasets": ("runs of instruct have different datasets under one name, aaa, bbb: not", {"runs": OTHER_DATA}),
     "text as a number": ("{path}: column lr has 'fast', which is not a number", {"runs": with_value("lr", "fast")}),
     "a seed beyond all": (
         "{path}: column seed has 1e+300, which is not a whole number",
         {"runs": with_value("seed", 1e300)},
+    ),
+    "a truth value": (
+        "{path}: column lr has True, which is not a number",
+        {"runs": RUNS.assign(lr=True), "kind": "parquet"},
+    ),
+    "dates": (
+        "{path}: column steps has Timestamp('2020-01-01 00:00:00'), which is not a whole number",
+        {"runs": RUNS.assign(steps=pd.Timestamp("2020-01-01")), "kind": "parquet"},
     ),
     "a number as a list": (
         "{path}: column experiments has 5, which is not a list of words",
@@ -78,6 +136,19 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "empty file": ("{path} can't be read as a table: No columns to parse from file", {"runs": b""}),
     "no parquet": ("{path} can't be read as a table: ", {"runs": b"run_id,lr\na,0.1\n", "kind": "parquet"}),
     "no steps": ("the curves table has no column step", {"curves": CURVES.drop(columns="step")}),
+    "a step before all": (
+        f"run_id {FIRST}: step = -1; allowed: whole numbers from 0 up",
+        {"curves": CURVES.assign(step=[-1, *CURVES["step"][1:]])},
+    ),
+    "a loss below 0": (
+        f"run_id {FIRST}: value = -2.0; allowed: an NLL from 0 up",
+        {"curves": CURVES.assign(value=[-2.0, *CURVES["value"][1:]])},
+    ),
+    "no example": ("the test_losses table has no column example", {"test_losses": LOSSES.drop(columns="example")}),
+    "no tokens": (
+        f"run_id {FIRST}: tokens = -1.0; allowed: numbers from 0 to 1e+15",
+        {"test_losses": LOSSES.assign(tokens=-1)},
+    ),
     "a point twice": (
         f"the curves table has validation nll of step 3 of run_id {FIRST} more than once",
         {"curves": TWO_POINTS},
@@ -109,6 +180,20 @@ def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str
     assert result.stderr.startswith("lorabench: " + message.replace("{path}", str(path)))
     assert result.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(names, b"as it was")
+
+
+def test_claims_says_what_was_judged_what_is_lacking_and_where_the_table_is(tmp_path: Path):
+    tables = write(tmp_path / "tables", RUNS.drop(columns=["placement", "final_test_nll"]))
+    result = CliRunner().invoke(app, ["claims", "--tables", str(tables), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (0, "")
+    judged = pd.read_csv(tmp_path / "out" / "claims.csv")
+    lacking = "the runs table has no column placement, final_test_nll"
+    number = int(judged["reason"].eq(lacking).sum())
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
+    first, *others = result.stdout.splitlines()
+    assert number > 20
+    assert first == f"{len(CLAIMS)} claims: {verdicts}; written to {tmp_path / 'out' / 'claims.csv'}"
+    assert f"{number} of them not tested: {lacking}" in others
 
 
 def test_good_tables_are_accepted_with_and_without_each_column(tmp_path: Path):

@@ -1,0 +1,123 @@
+"""LoRA is judged by the arms whose alpha follows one rule, that of the highest rank, and the reason says so."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lorabench.analysis.alpha_rules import PAPERS, alpha_rule, judged_arms, remarks_on_alpha
+from lorabench.analysis.arms import arm_labels
+from lorabench.api import judge
+
+from ..handmade import sft
+
+LRS = (3e-4, 1e-3, 3e-3)
+
+
+def runs_of(*alphas: tuple[int, float | None], few: tuple[tuple[int, float], ...] = ()) -> pd.DataFrame:
+    """Return FullFT and LoRA of ranks and alphas with three LRs, and with one LR those of `few`."""
+    arms = [sft.arm(rank, optimum=1e-3, lrs=LRS, alpha=alpha, offsets=(0.0,)) for rank, alpha in alphas]
+    arms += [sft.arm(rank, optimum=1e-3, lrs=LRS[:1], alpha=alpha, offsets=(0.0,)) for rank, alpha in few]
+    return sft.tables([sft.arm(optimum=1e-4, lrs=LRS, offsets=(0.0,)), *arms])[0].astype({"alpha": float})
+
+
+EVERY = (1, 4, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("runs", "rule", "judged", "left_out"),
+    [
+        # The paper's alpha is the standard beside others of an experiment on the parametrization, also where it ties.
+        (runs_of(*((rank, 32.0) for rank in EVERY)), "alpha 32", EVERY, ""),
+        (runs_of(*((rank, None) for rank in EVERY)), "alpha 32", EVERY, ""),
+        (runs_of((16, 8.0), (16, 32.0), (16, 128.0), (64, 32.0)), "alpha 32", (16, 64), ""),
+        (runs_of((16, 32.0), (64, 32.0), (64, 128.0)), "alpha 32", (16, 64), ""),
+        (runs_of((16, 32.0), (64, 32.0), few=((4, 8.0), (8, 16.0), (64, 128.0))), "alpha 32", (16, 64), "r4 r8 r64"),
+        (runs_of((8, 16.0), (32, 32.0), (64, 32.0)), "alpha 32", (32, 64), "r8"),
+        # Rules of others.
+        (runs_of(*((rank, 16.0) for rank in EVERY)), "alpha 16", EVERY, ""),
+        (runs_of(*((rank, 1.0 * rank) for rank in EVERY)), "alpha = r", EVERY, ""),
+        (runs_of(*((rank, 2.0 * rank) for rank in EVERY)), "alpha = 2 r", EVERY, ""),
+        (runs_of((4, 8.0), (8, 16.0), (16, 32.0)), "alpha = 2 r", (4, 8, 16), ""),
+        (runs_of(*((rank, 11.3 * rank**0.5) for rank in EVERY)), "alpha = 11.3 sqrt(r)", EVERY, ""),
+        (runs_of((8, 32.0), (16, 32.0), (32, 64.0), (64, 128.0)), "alpha = 2 r", (16, 32, 64), "r8"),
+        (runs_of((256, 64.0)), "alpha 64", (256,), ""),
+        # No rule is the paper's: the alpha that is nearest to it stands for the highest rank.
+        (runs_of((64, 64.0), (64, 512.0)), "alpha 64", (64,), "r64"),
+        # A rank with fewer learning rates does not set the rule.
+        (runs_of((8, 16.0), (16, 32.0), (32, 64.0), few=((64, 32.0),)), "alpha = 2 r", (8, 16, 32), "r64"),
+    ],
+)
+def test_one_rule_of_alpha_holds_in_a_comparison(runs, rule, judged, left_out):
+    standard = judged_arms(runs)
+    assert str(alpha_rule(runs)) == rule
+    assert standard[runs["method"] == "fullft"].all()
+    lora = runs[standard & (runs["method"] == "lora")]
+    assert (tuple(sorted(lora["rank"].unique())), lora["run_id"].nunique()) == (judged, len(lora))
+    # What is judged is judged the same when it is asked again, without the arms that are left out.
+    assert judged_arms(runs[standard]).all()
+    assert (str(alpha_rule(lora)) == rule) or rule == "alpha 64"
+    [remark] = remarks_on_alpha(runs, set(lora["run_id"])) or [""]
+    out = list(dict.fromkeys(arm_labels(runs[~standard])))
+    if left_out or rule != str(PAPERS):
+        assert remark.startswith(f"LoRA is judged at {rule}")
+    else:
+        assert remark == ""
+    assert all(label in remark for label in out) if left_out else "left out" not in remark
+    assert sorted(word for label in out for word in label.split() if word in left_out.split()) == sorted(
+        left_out.split()
+    )
+
+
+def test_each_comparison_has_its_own_rule():
+    runs = pd.concat([runs_of((16, 32.0), (64, 128.0)), runs_of((16, 32.0), (64, 32.0)).assign(dataset="other")])
+    runs = runs.reset_index(drop=True)
+    assert judged_arms(runs).all()
+    remarks = remarks_on_alpha(runs, set(runs["run_id"]))
+    assert remarks == ["LoRA is judged at alpha = 2 r"]
+    # A verdict on several values of alpha, as of the theories of the ratio, leaves none out.
+    several = runs_of((16, 8.0), (16, 32.0), (64, 128.0))
+    assert remarks_on_alpha(several, set(several["run_id"])) == []
+
+
+def judged(ranks, alpha, lora_floor, claims=("B1", "B2", "B3", "B4")) -> dict[str, pd.Series]:
+    """Return the verdicts on ranks whose optimal LR falls as alpha / r grows, by claim."""
+    arms = [sft.arm(optimum=5e-4, steps=1000)]
+    for rank in ranks:
+        optimum = 5e-3 * 32 / alpha(rank)
+        arms.append(sft.arm(rank, optimum=optimum, floor=lora_floor(rank), alpha=float(alpha(rank)), steps=1000))
+    runs, curves = sft.tables(arms)
+    return judge({"runs": runs, "curves": curves}, claims).set_index("claim_id").to_dict("index")
+
+
+def test_of_alpha_that_grows_with_the_rank_the_highest_rank_is_judged():
+    # Ranks below 64 lack capacity, rank 16 is the only one with alpha 32, and 64 and 128 equal FullFT.
+    claims = judged((8, 16, 32, 64, 128), lambda rank: 2 * rank, lambda rank: 2.0 if rank >= 64 else 2.3)
+    assert claims["B2"]["verdict"] == "confirmed"
+    assert "LoRA r128 alpha 256 - FullFT" in claims["B2"]["reason"]
+    assert claims["B2"]["reason"].endswith("; LoRA is judged at alpha = 2 r")
+    # The ratio of 10 is one at alpha 32, and optima that do not depend on the rank are those of the factor 1/r.
+    needs = {"B1": "LoRA with alpha 32", "B3": "LoRA with one alpha at all ranks", "B4": "LoRA with one alpha"}
+    for claim, condition in needs.items():
+        assert claims[claim]["verdict"] == "setting not met"
+        assert claims[claim]["missing"].startswith(condition)
+        assert "(here alpha = 2 r;" in claims[claim]["missing"]
+
+
+def test_ranks_none_of_which_has_alpha_32_are_judged_and_may_contradict():
+    claims = judged((64, 128, 256), lambda rank: 2 * rank, lambda rank: 2.3, ["B2"])
+    assert claims["B2"]["verdict"] == "contradicted"
+    assert "LoRA r256 alpha 512 - FullFT = 0.3000" in claims["B2"]["reason"]
+
+
+def test_another_alpha_at_all_ranks_has_the_factor_1_over_r_but_not_the_ratio_of_10():
+    claims = judged((1, 4, 64), lambda rank: 16, lambda rank: 2.0)
+    assert claims["B2"]["verdict"] == "confirmed"
+    assert (claims["B1"]["verdict"], claims["B1"]["missing"][:35]) == (
+        "setting not met",
+        "LoRA with alpha 32 (here alpha 16; ",
+    )
+    assert claims["B3"]["verdict"] == "confirmed"
+    assert claims["B4"]["verdict"] == "contradicted"
+    papers = judged((1, 64), lambda rank: 32, lambda rank: 2.0, ["B1"])
+    assert papers["B1"]["verdict"] == "confirmed"
