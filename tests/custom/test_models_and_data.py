@@ -46,9 +46,10 @@ def test_a_gguf_file(tmp_path):
 
 
 MODELS = (
-    ("config.json", b"\0", "config.json of model .* is not JSON"),
+    ("config.json", b"\0", "config.json is not valid JSON"),
     ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
-    ("config.json", b"null", "has no model_type"),
+    ("config.json", b"null", "config.json: input should be an object"),
+    ("config.json", b"{}", "has no model_type"),
     ("config.json", None, "has no config.json"),
     ("model.safetensors", None, "has no .safetensors file"),
     ("model.safetensors", b"\xff" * 8, "model.safetensors is not a safetensors file"),
