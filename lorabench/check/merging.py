@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorabench.audit.finding import Finding
 from lorabench.check.adapter import listed
-from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
+from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, refuse_lacking, token_nlls
+from lorabench.custom.model import find_model
 from lorabench.errors import UserError
 from lorabench.models.lora import lora_layers
 from lorabench.models.nf4 import round_to_nf4
@@ -220,8 +221,9 @@ def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"merged model {str(folder)!r} has no config.json")
+    if not folder.is_dir():
+        raise UserError(f"merged model {str(folder)!r} is no folder")
+    refuse_lacking(find_model(str(folder)))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,8 +32,6 @@ from lorabench.utils.hub import WantedRepository, look_up
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PACKED = 16
-"""The most weights that one number of a file holds: 16 of 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,6 @@ def find_model(name: str) -> UserModel:
         if not any(path.glob("*.safetensors")):
             raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
         parameters = sum(map(_parameters_in, path.glob("*.safetensors")))
-        with suppress(KeyError):
-            described = dimensions_of_config(config).parameters
-            if described > _PACKED * parameters:
-                message = f"{path / 'config.json'} describes {described:,} parameters, and the .safetensors files hold "
-                raise UserError(f"{message}{parameters:,}; allowed: up to {_PACKED} times as many, as in 2 bits")
         if not parameters:
             raise UserError(f"model folder {name!r} has .safetensors files without weights")
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)

@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.specs import Dimensions, shipped_folder, template_text, weights_id
+from lorabench.models.specs import Dimensions, read_config, shipped_folder, template_text, weights_id
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    RecursionError,
+)
+"""What transformers raises on files that it does not foresee."""
 CONVERTED = Path("results/models")
 """Folder of dequantized GGUF models, which presets share."""
 
@@ -65,9 +69,7 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
     options = {"trust_remote_code": getattr(spec, "trust_remote_code", False), "local_files_only": True}
     if isinstance(spec, HubModel):
         options["revision"] = spec.revision
-    elif not Path(location, "config.json").is_file():
-        raise ModelError(f"model folder {location} has no config.json; a Hugging Face causal LM is needed there")
-    elif not list(Path(location).glob("*.safetensors")):
+    elif read_config(Path(location)) and not any(Path(location).glob("*.safetensors")):
         raise ModelError(f"model folder {location} has no .safetensors file; pickled weights are not loaded")
     try:
         yield {"pretrained_model_name_or_path": location, **options}
@@ -76,7 +78,7 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
             f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
         ) from error
     except _UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(f"model {location} can't be loaded: {reason}") from error
 
 

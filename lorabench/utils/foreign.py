@@ -45,8 +45,9 @@ def typed(kind: type[T], content: str | bytes | Mapping[str, Any], where: str) -
         if problem["type"] == "json_invalid":
             raise UserError(f"{where} is not valid JSON: {message}") from None
         if not place:
-            # It is no object, or its values contradict each other.
-            raise UserError(f"{where}: {message[0].lower()}{message[1:]}") from None
+            # Its values contradict each other, or it is no object.
+            contradiction = problem["type"] == "value_error"
+            raise UserError(f"{where}: {message}" if contradiction else f"{where} is not a mapping") from None
         key, allowed = str(place[0]), kind.model_fields[str(place[0])].description
         if problem["type"] == "missing" and len(place) == 1:
             raise UserError(f"{where} has no {key!r}; needed: {allowed}") from None

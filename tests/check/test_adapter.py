@@ -142,7 +142,7 @@ def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
     ("file", "text", "words"),
     [
         ("adapter_config.json", '{"peft_type": "LOHA"}', "peft_type 'LOHA'; allowed: LORA"),
-        ("adapter_config.json", "{", "can't be read as the configuration of LoRA"),
+        ("adapter_config.json", "{", "adapter_config.json is not valid JSON"),
         ("adapter_model.safetensors", "no", "is not a safetensors file"),
     ],
 )

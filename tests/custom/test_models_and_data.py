@@ -48,7 +48,7 @@ def test_a_gguf_file(tmp_path):
 MODELS = (
     ("config.json", b"\0", "config.json is not valid JSON"),
     ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
-    ("config.json", b"null", "config.json: input should be an object"),
+    ("config.json", b"null", "config.json is not a mapping"),
     ("config.json", b"{}", "has no model_type"),
     ("config.json", None, "has no config.json"),
     ("model.safetensors", None, "has no .safetensors file"),
