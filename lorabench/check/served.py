@@ -129,7 +129,9 @@ class _Model(Foreign):
 
 class _Models(Foreign):
     data: list[_Model] = Field(
-        min_length=1, max_length=_MOST_MODELS, description=f"1 to {_MOST_MODELS} models; --served-model names one"
+        min_length=1,
+        max_length=_MOST_MODELS,
+        description=f"1 to {_MOST_MODELS} models with an `id`; --served-model names one",
     )
 
 
@@ -159,9 +161,9 @@ def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     if len(values) < len(ids):
         # vLLM's own field, for servers that refuse or ignore `echo`.
         choice = _ask(_Completion, url, asked | {"prompt_logprobs": 1}, until).choices[0]
-        by_token = [tokens or {} for tokens in choice.prompt_logprobs or []]
-        own = (tokens.get(str(token)) for token, tokens in zip(ids, by_token, strict=False))
-        values = [known and known.logprob for known in own]
+        by_token = zip(ids, choice.prompt_logprobs or [], strict=False)
+        entries = ((tokens or {}).get(str(token)) for token, tokens in by_token)
+        values = [None if entry is None else entry.logprob for entry in entries]
     known = [value for value in values[1 : len(ids)] if value is not None]
     if len(known) != len(ids) - 1:
         raise UserError(
@@ -193,7 +195,7 @@ def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) 
     try:
         body = within(seconds, request)
     except TimeoutError as error:
-        raise UserError(f"server {url} has not answered in time: all answers must come within ...") from error
+        raise UserError(f"server {url} has not answered within {seconds:.1f} seconds") from error
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"server {url} can't be asked: {getattr(error, 'reason', None) or repr(error)}") from error
     return typed(kind, body, f"the answer of {url}")
