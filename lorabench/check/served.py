@@ -186,8 +186,9 @@ def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) 
             with urllib.request.build_opener(_NoRedirects).open(asked, timeout=max(1e-3, seconds)) as answer:
                 body: bytes = answer.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
-            text = " ".join(error.read(500).decode(errors="replace").split())
-            raise UserError(f"server {url} answers with status {error.code} ({error.reason}): {text}") from error
+            said = f"({error.reason}): {' '.join(error.read(500).decode(errors='replace').split())}"
+            said = "".join(char for char in said if char.isprintable())
+            raise UserError(f"server {url} answers with status {error.code} {said}") from error
         if len(body) > _MOST_BYTES:
             raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")
         return body
