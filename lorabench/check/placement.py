@@ -17,6 +17,7 @@ from lorabench.custom.model import UserModel, model_config
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommend import cost_plan
 from lorabench.errors import UserError
+from lorabench.models.base import in_one_sentence
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import Plan
@@ -168,12 +169,10 @@ def _without_weights(model: UserModel) -> PreTrainedModel | str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with in_one_sentence("transformers can't build it"), torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except Exception as error:
-        # The classes of transformers raise anything on a configuration that they do not foresee.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return f"transformers can't build it: {reason[0]}"
+    except UserError as error:
+        return str(error)
     return built
 
 

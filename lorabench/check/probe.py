@@ -19,7 +19,7 @@ from lorabench.check.adapter import listed
 from lorabench.config.inputs import GgufModel, PathModel
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
-from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.base import in_one_sentence, load_model, load_tokenizer
 from lorabench.models.specs import dimensions_of_config, read_config
 from lorabench.utils.patterns import matching
 
@@ -121,16 +121,11 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
 
     # PEFT would match the configuration's regular expressions without a limit of time.
     matching([*read_adapter_config(folder).patterns], [name for name, _ in base.named_modules()])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), in_one_sentence(f"adapter {str(folder)!r} does not fit the model"):
         # What they say of keys becomes findings.
         warnings.simplefilter("ignore")
-        try:
-            model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
-            result = model.load_adapter(str(folder), "default")
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()
-            # PyTorch names the first weight of a wrong size in the second line.
-            raise UserError(f"adapter {str(folder)!r} does not fit the model: {' '.join(reason[:2])}") from error
+        model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
+        result = model.load_adapter(str(folder), "default")
         yield model.eval(), list(_findings_of(result))
 
 
