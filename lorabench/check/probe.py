@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).with_name("probe.txt")
 """The text that is probed with if the user names none: prose, a dialogue, code, numbers and other languages."""
 _MOST_TOKENS, _FEWEST_TOKENS = 512, 8
+_WIDEST = 8
+"""Up to so many times a model's width a rank is not a mistake."""
 _PACKED = 16
 """The most weights that one number of a file holds: 16 of 2 bits."""
 
@@ -63,6 +65,12 @@ def probe(model: UserModel, adapter: Path, text: Path | None) -> Probe:
     except (OSError, ValueError) as error:
         raise UserError(f"text {str(text)!r} can't be read as UTF-8: {error}") from error
     refuse_lacking(model)
+    config, most = read_adapter_config(adapter), _WIDEST * model.sizes.hidden
+    # PEFT makes as much room for a layer that the file lacks.
+    if (rank := max(config.r, *(config.rank_pattern or {"": 1}).values())) > most:
+        raise UserError(
+            f"adapter {str(adapter)!r} has rank {rank:,}; allowed: up to {most:,}, {_WIDEST} times the width"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     most = min(model.max_length or _MOST_TOKENS, _MOST_TOKENS)
     ids = torch.tensor(load_tokenizer(model.spec)(content, truncation=True, max_length=most)["input_ids"])

@@ -31,7 +31,7 @@ T = TypeVar("T", bound=Foreign)
 _LogProb = Annotated[float, Field(ge=-1e5, le=1e-3)]
 Answer = Literal["adapter", "base", "neither", "unknown"]
 _SECONDS = 300.0
-_MOST_BYTES, _MOST_MODELS = 10_000_000, 100
+_MOST_BYTES, _MOST_MODELS = 4_000_000, 100
 _NEAR = 0.25
 """A model is the adapter or the base if it is at most this far from it, as a share of the way."""
 _NOISE = 0.1
@@ -187,7 +187,7 @@ def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) 
                 body: bytes = answer.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             said = f"({error.reason}): {' '.join(error.read(500).decode(errors='replace').split())}"
-            said = "".join(char for char in said if char.isprintable())
+            said = "".join(char for char in said if char.isprintable()).rstrip(": ")
             raise UserError(f"server {url} answers with status {error.code} {said}") from error
         if len(body) > _MOST_BYTES:
             raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")

@@ -40,7 +40,7 @@ def typed(kind: type[T], content: str | bytes | Mapping[str, Any], where: str) -
             return kind.model_validate(content)
         return kind.model_validate_json(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors(include_url=False, include_input=False)[0]
         place, message = problem["loc"], problem.get("ctx", {}).get("error", problem["msg"])
         if problem["type"] == "json_invalid":
             raise UserError(f"{where} is not valid JSON: {message}") from None
