@@ -6,6 +6,7 @@ type. Merging is right in this type if it moves them not much further.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
     """Return the type of a merged model's weights, and its logits."""
     from transformers import AutoModelForCausalLM
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"merged model {str(folder)!r} is no folder")
     refuse_lacking(find_model(str(folder)))
     with in_one_sentence(f"merged model {str(folder)!r} can't be loaded"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def write_config(
     """
     if trainer not in _COMMANDS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(_COMMANDS)}")
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{folder} exists; --out names another folder")
     problems = data if isinstance(data, UserProblems) else None
     if (trainer == "verl") != (problems is not None):
