@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.specs import Dimensions, read_config, shipped_folder, template_text, weights_id
+from lorabench.models.specs import Dimensions, ModelError, read_config, shipped_folder, template_text, weights_id
 from lorabench.utils.exhaustion import memory_for
 from lorabench.utils.files import atomic_path, file_sha256
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 CONVERTED = Path("results/models")
 """Folder of dequantized GGUF models, which presets share."""
-
-
-class ModelError(UserError):
-    """A base model is missing, can't be loaded or is not the expected one; the message is a sentence that names it."""
 
 
 @contextmanager

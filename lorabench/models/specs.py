@@ -42,6 +42,10 @@ PLAIN = (
 """The template `plain`: a heading above each turn, and the model's end token after each turn of the assistant."""
 
 
+class ModelError(UserError):
+    """A base model is missing, can't be loaded or is not the expected one; the message is a sentence that names it."""
+
+
 def template_text(setting: str) -> str:
     """Return the template that a model's `chat_template` names: `plain`, or the path of a Jinja file."""
     return PLAIN if setting == "plain" else Path(setting).read_text(encoding="utf-8")
@@ -246,15 +250,16 @@ def read_config(folder: Path) -> ModelConfig:
     """Return the configuration of the model in a folder.
 
     Raises:
-        UserError: it is missing or not valid.
+        ModelError: it is missing or can't be read.
+        UserError: it is not valid.
     """
     path = folder / "config.json"
     try:
         if path.is_file():
             return typed(ModelConfig, path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
-    raise UserError(f"model folder {str(folder)!r} has no config.json; a Hugging Face causal LM is needed there")
+        raise ModelError(f"{path} can't be read: {error}") from error
+    raise ModelError(f"model folder {str(folder)!r} has no config.json; a Hugging Face causal LM is needed there")
 
 
 @cache
