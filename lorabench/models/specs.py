@@ -259,7 +259,7 @@ def read_config(folder: Path) -> ModelConfig:
             return typed(ModelConfig, path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read: {error}") from error
-    raise ModelError(f"model folder {str(folder)!r} has no config.json; a Hugging Face causal LM is needed there")
+    raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
 
 
 @cache
