@@ -9,7 +9,6 @@ width is estimated.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import statistics
@@ -18,11 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from lorabench.audit.config import TrainingConfig
 from lorabench.errors import UserError
-from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions_of_config
+from lorabench.models.specs import Dimensions, ModelConfig, architectures, dimensions_of_config, read_config
+from lorabench.utils.foreign import typed
 from lorabench.utils.hub import WantedRepository, look_up
 
 Kind = Literal["attention", "mlp", "experts", "router", "unembedding", "embedding"]
@@ -57,8 +57,8 @@ GATED = frozenset(
 UNFUSED = frozenset({"nllb_moe", "switch_transformers"})
 """The families whose experts are modules of their own in transformers 5; all others hold them in 3-D parameters."""
 
-_SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d+)x)?(?P<size>\d+(?:\.\d+)?)(?P<unit>[bm])(?![a-z0-9])")
-_ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d+(?:\.\d+)?)b(?![a-z0-9])")
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
+_ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
 # How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
 _SIZE_FACTOR = 1.5
 # The families that the law of learning rates tells apart.
@@ -138,43 +138,43 @@ def _facts(name: str | None, folder: Path | None, hub: bool) -> ModelFacts | Non
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
         # It may be the configuration of something else.
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return _facts_of_config(json.loads((place / "config.json").read_text()), name or str(place))
+        with suppress(UserError):
+            return _facts_of_config(read_config(place), name or str(place))
     listed = None if name is None else _facts_of_name(name)
     if hub and name is not None and _HUB_ID.fullmatch(name) and (listed is None or listed.width_error):
-        with suppress(UserError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(UserError):
             text = look_up(WantedRepository("model", name, "main"), "config.json")
-            return _facts_of_config(json.loads(text), name, "its config.json on the hub")
+            return _facts_of_config(typed(ModelConfig, text, name), name, "its config.json on the hub")
     return listed
 
 
-def _facts_of_config(config: dict[str, Any], name: str, source: str = "its config.json") -> ModelFacts:
+def _facts_of_config(config: ModelConfig, name: str, source: str = "its config.json") -> ModelFacts:
     """Return the facts in a Hugging Face configuration.
 
     Raises:
-        KeyError: it has no model type or no width.
+        UserError: it has no model type or no width, or its part about text is not valid.
     """
-    text = config.get("text_config") or config
-    family = config["model_type"]
-    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((text[key] for key in keys if text.get(key)), 0)
-    sizes = None
+    text, family = typed(ModelConfig, config.text_config, name) if config.text_config else config, config.model_type
+    if family is None or text.hidden_size is None:
+        raise UserError(f"the configuration of {name} has no model_type or no hidden_size")
+    sizes, gemma = None, family.startswith("gemma")
     if family in GATED:
-        with suppress(KeyError, TypeError, ZeroDivisionError):
-            sizes = dimensions_of_config({"tie_word_embeddings": family.startswith("gemma")} | text)
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.startswith("gemma")))
+        with suppress(KeyError):
+            sizes = dimensions_of_config(text)
+            sizes = replace(sizes, tied=gemma if text.tie_word_embeddings is None else text.tie_word_embeddings)
+    said = (config.tie_word_embeddings, text.tie_word_embeddings, gemma)
     return ModelFacts(
         name,
         family,
-        text["hidden_size"],
+        text.hidden_size,
         source,
         parameters=sizes.parameters if sizes else None,
-        layers=text.get("num_hidden_layers"),
-        vocabulary=text.get("vocab_size"),
-        tied=tied,
-        mixture=experts > 0,
-        experts=experts,
-        active_experts=text.get("num_experts_per_tok", 0),
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        tied=next(tied for tied in said if tied is not None),
+        mixture=text.experts > 0,
+        experts=text.experts,
+        active_experts=text.num_experts_per_tok or 0,
         sizes=sizes,
     )
 
@@ -211,9 +211,9 @@ def _size(match: re.Match[str]) -> float:
 def _known_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
     """Return the models of the catalogue and of the table, by a pattern that their names contain."""
     known = []
-    for path in sorted(ARCHITECTURES.glob("*.json")):
-        pattern = re.sub(r"(?<=[a-z])-(?=\d)", "-?", _normal(path.stem))
-        known.append((pattern, _facts_of_config(json.loads(path.read_text()), path.stem, "lorabench's catalogue")))
+    for name, config in architectures().items():
+        pattern = re.sub(r"(?<=[a-z])-(?=\d)", "-?", _normal(name))
+        known.append((pattern, _facts_of_config(config, name, "lorabench's catalogue")))
     known += list(public_models())
     return tuple((re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])"), model) for pattern, model in known)
 

@@ -10,19 +10,19 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lorabench.audit.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
 from lorabench.audit.finding import Finding, Level
 from lorabench.errors import UserError
-from lorabench.utils.patterns import matching
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT writes before the name of each module."""
 _DIRECTION = 1e-5
@@ -31,51 +31,8 @@ _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
 _NOT_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an `adapter_config.json` of PEFT says of LoRA."""
-
-    base_model: str | None
-    rank: int
-    alpha: float
-    rslora: bool
-    dora: bool
-    initialization: bool | str | None
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    targets: tuple[str, ...] | str | None
-    """Names of modules, or a regular expression of them."""
-    target_parameters: tuple[str, ...]
-    saved_modules: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    """The numbers of the layers with LoRA; null for all."""
-    patterns: tuple[str, ...]
-    """All regular expressions that PEFT matches with names of modules."""
-
-    def parameters_in(self, module: str) -> list[str]:
-        """Return the names of the parameters of a module that carry LoRA without being modules."""
-        names = [name for name in self.target_parameters if _ends(module, name.rpartition(".")[0])]
-        return [f"{module}.{name.rpartition('.')[2]}" for name in names]
-
-    def targeted(self, modules: Sequence[str]) -> set[str]:
-        """Return the modules on which the configuration puts LoRA."""
-        if not isinstance(self.targets, str):
-            named = [module for module in modules if any(_ends(module, name) for name in self.targets or ())]
-        elif self.targets == "all-linear":
-            named = list(modules)
-        else:
-            [named] = matching([self.targets], modules)
-        return {*named, *filter(self.parameters_in, modules)}
-
-    def scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
-        """Return the rank and the scale of each module, as PEFT finds them."""
-        names = {module: [*self.parameters_in(module), module] for module in modules}
-        ranks = _of_patterns(self.rank_pattern, names, self.rank)
-        alphas = _of_patterns(self.alpha_pattern, names, self.alpha)
-        roots = {module: math.sqrt(rank) if self.rslora else rank for module, rank in ranks.items()}
-        return {module: (ranks[module], alphas[module] / roots[module]) for module in modules}
+_LONGEST = 1000
+"""Characters of the longest name of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -137,48 +94,13 @@ class Adapter:
     findings: tuple[Finding, ...]
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Read the configuration of an adapter.
-
-    Raises:
-        UserError: it is missing, damaged, or of another method than LoRA.
-    """
-    path = folder / CONFIG
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("peft_type")
-        if kind != "LORA":
-            raise UserError(f"{path} has peft_type {kind!r}; allowed: LORA")
-        targets = raw.get("target_modules")
-        layers = raw.get("layers_to_transform")
-        return AdapterConfig(
-            raw.get("base_model_name_or_path"),
-            int(raw["r"]),
-            float(raw["lora_alpha"]),
-            bool(raw.get("use_rslora")),
-            bool(raw.get("use_dora")),
-            raw.get("init_lora_weights", True),
-            raw.get("rank_pattern") or {},
-            raw.get("alpha_pattern") or {},
-            targets if isinstance(targets, str) or targets is None else tuple(sorted(targets)),
-            tuple(sorted(raw.get("target_parameters") or ())),
-            tuple(raw.get("modules_to_save") or ()),
-            None if layers is None else tuple(layers) if isinstance(layers, list) else (int(layers),),
-            tuple(_patterns(raw)),
-        )
-    except FileNotFoundError:
-        raise UserError(f"adapter folder {str(folder)!r} has no {CONFIG}, which PEFT writes") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} can't be read as the configuration of LoRA: {error!r}") from error
-
-
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's folder, and judge what its files say.
 
     Raises:
         UserError: a file is missing or can't be read.
     """
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole, dtypes, bad, foreign = {}, defaultdict[str, int](int), [], []
     modules, findings, parameters = [], list[Finding](), 0
@@ -194,12 +116,12 @@ def read_adapter(folder: Path) -> Adapter:
                 factors[match[1]][match[3]] = key
             elif "lora_" not in name:
                 whole[name] = math.prod(shape)
-                bad += [] if np.isfinite(tensors.read(key)).all() else [name]
+                bad += [] if _finite(tensors.read(key)) else [name]
         scales = config.scales([*map(_plain, factors)])
         for module, keys in factors.items():
             if len(keys) == 2:
                 a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
-                if not np.isfinite(a).all() or not np.isfinite(b).all():
+                if not _finite(a) or not _finite(b):
                     bad.append(module)
                     continue
                 embedding = "lora_embedding_" in keys["A"]
@@ -214,15 +136,15 @@ def read_adapter(folder: Path) -> Adapter:
         findings.append(_finding("dtype", "note", f"the tensors have several types: {types}"))
     return Adapter(
         str(folder),
-        config.base_model,
-        config.rank,
-        config.alpha,
-        config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank),
-        config.rslora,
-        config.dora,
-        config.initialization,
+        config.base_model_name_or_path,
+        config.r,
+        config.lora_alpha,
+        config.scale(config.r, config.lora_alpha),
+        bool(config.use_rslora),
+        bool(config.use_dora),
+        config.init_lora_weights,
         config.targets,
-        config.target_parameters,
+        tuple(sorted(config.target_parameters or ())),
         dict(dtypes),
         parameters,
         tuple(modules),
@@ -253,6 +175,8 @@ class _Tensors:
         self._path, self._start = path, 8 + length
         self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self.shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self._entries.items()}
+        if bad := next((name for name in self.shapes if len(name) > _LONGEST or not name.isprintable()), None):
+            raise UserError(f"{path}: tensor {bad[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
 
     def __enter__(self) -> _Tensors:
         self._data = np.memmap(self._path, np.uint8, "r", self._start)
@@ -277,8 +201,9 @@ def _update(
 ) -> ModuleUpdate | Finding:
     """Describe the update of a module by its factors, A (r, d_in) and B (d_out, r), or say why they can't be right."""
     rank, scale = rank_and_scale
-    experts = len(a) // rank if config.parameters_in(_plain(module)) else 1
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or len(a) != experts * rank:
+    sized = a.ndim == b.ndim == 2 and a.size and b.size
+    experts = len(a) // rank if sized and config.parameters_in(_plain(module)) else 1
+    if not sized or len(a) != b.shape[1] or len(a) != experts * rank:
         shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
         return _finding("shape", "error", f"{module} has {shapes}, and the configuration gives it rank {rank}")
     # PEFT keeps the rows of A by expert, and the columns of B by direction.
@@ -287,7 +212,7 @@ def _update(
     energy = float((spectra**2).sum())
     effective, numerical = zip(*map(_ranks, spectra), strict=True)
     initial = None
-    if config.initialization is True and not embedding:
+    if config.init_lora_weights is True and not embedding:
         initial = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1]))
     return ModuleUpdate(
         module,
@@ -321,53 +246,25 @@ def _ranks(values: np.ndarray) -> tuple[float, int]:
     return float(np.exp(-(shares * np.log(shares)).sum())), int((values > _DIRECTION * values[0]).sum())
 
 
+def _finite(values: np.ndarray) -> bool:
+    """Return whether all values are finite as fp32, in which PEFT computes."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32)).all())
+
+
 def _plain(module: str) -> str:
     """Return the name without what PEFT adds for the second parameter of a module."""
     return re.sub(r"(\.base_layer)+$", "", module)
-
-
-def _ends(name: str, end: str) -> bool:
-    """Return whether a full name is a shorter one, or ends with it as with whole parts."""
-    return name == end or name.endswith(f".{end}")
-
-
-def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:
-    """Return for each module the value of the first pattern that matches one of its names, or the default."""
-    every = [name for own in names.values() for name in own]
-    matched = matching([_after_any_path(pattern) for pattern in patterns], every)
-    found = [(value, set(matches)) for value, matches in zip(patterns.values(), matched, strict=True)]
-    return {
-        module: next((value for value, matches in found if matches.intersection(own)), default)
-        for module, own in names.items()
-    }
-
-
-def _after_any_path(pattern: str) -> str:
-    """Return the regular expression that PEFT makes of a key of `rank_pattern`."""
-    return rf"(.*\.)?({pattern})"
-
-
-def _patterns(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the regular expressions of a configuration as PEFT matches them."""
-    yield from (raw[key] for key in ("target_modules", "exclude_modules") if isinstance(raw.get(key), str))
-    for key, before, after in (
-        ("modules_to_save", r"(^|.*\.)", r"($|\..*)"),
-        ("layers_pattern", r"(?:^|.*?\.)", r"\.\d+\..*"),
-    ):
-        names = raw.get(key) or []
-        yield from (before + name + after for name in ([names] if isinstance(names, str) else names))
-    for key in ("rank_pattern", "alpha_pattern"):
-        yield from map(_after_any_path, raw.get(key) or {})
 
 
 def _finding(code: str, level: Level, message: str) -> Finding:
     return Finding(code, level, message, "the adapter's files", "certain")
 
 
-def listed(names: list[str]) -> str:
-    """Return the first of some names as a part of a sentence."""
-    more = f" and {len(names) - _NOT_SHOWN} more" if len(names) > _NOT_SHOWN else ""
-    return ", ".join(names[:_NOT_SHOWN]) + more
+def listed(names: list[str], count: int | None = None) -> str:
+    """Return the first of some names as a part of a sentence; `count` says how many there are if `names` lacks some."""
+    others = (count or len(names)) - _NOT_SHOWN
+    return ", ".join(names[:_NOT_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
 def _finding_bad(bad: list[str]) -> Iterator[Finding]:
@@ -395,19 +292,20 @@ def _finding_keys(
     targeted = config.targeted([*plain.values()])
     unnamed = [module for module, name in plain.items() if name not in targeted]
     if unnamed and (config.targets is not None or config.target_parameters):
-        message = f"{len(unnamed)} modules in the file are not among the targets of {CONFIG}, so PEFT ignores them"
+        message = f"{len(unnamed)} modules in the file are not among the targets of {NAME}, so PEFT ignores them"
         yield _finding("keys", "error", f"{message}: {listed(unnamed)}")
     if not isinstance(config.targets, str):
-        unused = [name for name in config.targets or () if not any(_ends(module, name) for module in plain.values())]
+        used = set(config.targets or ()).intersection(end for module in plain.values() for end in ends(module))
+        unused = [name for name in config.targets or () if name not in used]
         if unused:
-            message = f"targets of {CONFIG} have no weights in the file: {listed(unused)}"
+            message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
     yield from _finding_gaps(config, set(plain.values()))
     # PEFT also trains single tokens of an embedding.
-    trained = [
-        n for n in whole if "token_adapter" in n or any(_ends(n.rpartition(".")[0], m) for m in config.saved_modules)
-    ]
-    saved = [name for name in whole if name not in trained]
+    named, trained, saved = set(config.modules_to_save or ()), list[str](), list[str]()
+    for name in whole:
+        is_named = "token_adapter" in name or not named.isdisjoint(ends(name.rpartition(".")[0]))
+        (trained if is_named else saved).append(name)
     if trained:
         count = sum(whole[name] for name in trained)
         yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(trained)}")
@@ -424,9 +322,12 @@ def _finding_gaps(config: AdapterConfig, modules: set[str]) -> Iterator[Finding]
         if match := _LAYER.search(f".{module}."):
             by_kind[f".{module}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
     layers = set().union(*by_kind.values())
-    gaps = [f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own)]
-    if gaps and config.layers is None:
-        yield _finding("gap", "warning", f"other layers have LoRA there, but not {listed(gaps)}")
+    lacking = ((kind, layers - own) for kind, own in by_kind.items() if layers != own)
+    gaps = (f"{kind} of layer {layer}" for kind, missing in lacking for layer in sorted(missing))
+    count = sum(len(layers) - len(own) for own in by_kind.values())
+    if count and config.layers_to_transform is None:
+        shown = listed([*islice(gaps, _NOT_SHOWN)], count)
+        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
 
 
 def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:

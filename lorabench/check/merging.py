@@ -6,6 +6,7 @@ type. Merging is right in this type if it moves them not much further.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from lorabench.audit.finding import Finding
 from lorabench.check.adapter import listed
-from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, token_nlls
+from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, refuse_lacking, token_nlls
+from lorabench.custom.model import find_model
 from lorabench.errors import UserError
+from lorabench.models.base import in_one_sentence
 from lorabench.models.lora import lora_layers
 from lorabench.models.nf4 import round_to_nf4
 
@@ -217,22 +220,20 @@ def _changes(base: PreTrainedModel, merged: torch.nn.Module, targets: set[str], 
 
 def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
     """Return the type of a merged model's weights, and its logits."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"merged model {str(folder)!r} has no config.json")
-    try:
+    if not os.path.isdir(folder):
+        raise UserError(f"merged model {str(folder)!r} is no folder")
+    refuse_lacking(find_model(str(folder)))
+    with in_one_sentence(f"merged model {str(folder)!r} can't be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"merged model {str(folder)!r} can't be loaded: {reason}") from error
     names = {dtype: name for name, dtype in DTYPES.items()}
     if model.dtype not in names:
         raise UserError(f"merged model {str(folder)!r} has weights in {model.dtype}; allowed: {', '.join(DTYPES)}")
-    computed = logits(model.eval().to(probe.base.device), probe.ids)
+    with in_one_sentence(f"merged model {str(folder)!r} can't compute"):
+        computed = logits(model.eval().to(probe.base.device), probe.ids)
     if computed.shape != probe.base_logits.shape:
         sizes = " and ".join(str(part.shape[-1]) for part in (computed, probe.base_logits))
         raise UserError(f"merged model {str(folder)!r} and the base have vocabularies of {sizes} tokens")

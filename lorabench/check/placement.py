@@ -17,6 +17,7 @@ from lorabench.custom.model import UserModel, model_config
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommend import cost_plan
 from lorabench.errors import UserError
+from lorabench.models.base import in_one_sentence
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import Plan
@@ -34,6 +35,8 @@ _PLACED: dict[Placement, tuple[Kind, ...]] = {
 }
 _PARTS: dict[str, Kind] = {"attn": "attention", "mlp": "MLP"}
 _UNKNOWN, _VECTOR = "no known name", "vectors have no low-rank update"
+_MOST_LAYERS = 256
+"""A model of more layers, which takes longer than 10 s to build with LoRA, is described by its dimensions."""
 _TIED = "the same matrix as the embedding; LoRA here is lost or changes the embedding too when it is merged"
 
 
@@ -49,6 +52,8 @@ class Weight:
     """The number of LoRA's parameters on it; 0 where there is none."""
     note: str = ""
     """Why it has no LoRA, or what is special about it."""
+    number: int = 1
+    """How many alike weights the model has."""
 
 
 @dataclass(frozen=True)
@@ -158,14 +163,16 @@ def _without_weights(model: UserModel) -> PreTrainedModel | str:
     config = model_config(model)
     if config is None:
         return "a GGUF file has names of its own"
+    if (config.get("num_hidden_layers") or 0) > _MOST_LAYERS:
+        return f"it has more than {_MOST_LAYERS} layers"
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with in_one_sentence("transformers can't build it"), torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        return f"transformers can't build it: {str(error).strip().splitlines()[0]}"
+    except UserError as error:
+        return str(error)
     return built
 
 
@@ -249,11 +256,11 @@ def _by_dimensions(model: UserModel, placement: Placement, rank: int) -> tuple[l
         tied = kind == "unembedding" and sizes.tied
         lora = (own if kind == "experts" else rank) * (matrix.d_in + matrix.d_out) if placed else 0
         why = _TIED if tied else "" if lora else _why_not(kind, placement)
-        each = Weight(kind, matrix.part, 0 if tied else matrix.d_in * matrix.d_out, lora, why)
-        weights += [each] * matrix.count
+        parameters = 0 if tied else matrix.d_in * matrix.d_out
+        weights.append(Weight(kind, matrix.part, parameters, lora, why, matrix.count))
     embedding = sizes.vocabulary * sizes.hidden
     weights.append(Weight("embedding", "embedding", embedding, 0, _why_not("embedding", placement)))
-    norms = sizes.parameters - sum(weight.parameters for weight in weights)
+    norms = sizes.parameters - sum(weight.number * weight.parameters for weight in weights)
     weights.append(Weight("norms", "norms", norms, 0, _why_not("norms", placement)))
     return weights, own or None
 
@@ -267,10 +274,10 @@ def _kinds(weights: list[Weight]) -> Iterator[KindOfLayer]:
                 notes[_UNKNOWN] = f": {_unknown_names(own)}"
             yield KindOfLayer(
                 kind,
-                len(own),
-                sum(weight.parameters for weight in own),
-                sum(weight.lora > 0 for weight in own),
-                sum(weight.lora for weight in own),
+                sum(weight.number for weight in own),
+                sum(weight.number * weight.parameters for weight in own),
+                sum(weight.number for weight in own if weight.lora),
+                sum(weight.number * weight.lora for weight in own),
                 "; ".join(f"{note}{more or ''}" for note, more in notes.items()),
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorabench.audit.adapter_config import read_adapter_config
 from lorabench.audit.finding import Finding, Level
-from lorabench.check.adapter import listed, read_config
-from lorabench.config.inputs import GgufModel
+from lorabench.check.adapter import listed
+from lorabench.config.inputs import GgufModel, PathModel
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
-from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.base import in_one_sentence, load_model, load_tokenizer
+from lorabench.models.specs import dimensions_of_config, read_config
 from lorabench.utils.patterns import matching
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).with_name("probe.txt")
 """The text that is probed with if the user names none: prose, a dialogue, code, numbers and other languages."""
 _MOST_TOKENS, _FEWEST_TOKENS = 512, 8
+_WIDEST = 8
+"""Up to so many times a model's width a rank is not a mistake."""
+_PACKED = 16
+"""The most weights that one number of a file holds: 16 of 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,13 @@ def probe(model: UserModel, adapter: Path, text: Path | None) -> Probe:
         content = (text or TEXT).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"text {str(text)!r} can't be read as UTF-8: {error}") from error
+    refuse_lacking(model)
+    config, most = read_adapter_config(adapter), _WIDEST * model.sizes.hidden
+    # PEFT makes as much room for a layer that the file lacks.
+    if (rank := max(config.r, *(config.rank_pattern or {"": 1}).values())) > most:
+        raise UserError(
+            f"adapter {str(adapter)!r} has rank {rank:,}; allowed: up to {most:,}, {_WIDEST} times the width"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     most = min(model.max_length or _MOST_TOKENS, _MOST_TOKENS)
     ids = torch.tensor(load_tokenizer(model.spec)(content, truncation=True, max_length=most)["input_ids"])
@@ -66,6 +79,19 @@ def probe(model: UserModel, adapter: Path, text: Path | None) -> Probe:
     base = load_model(model.spec).eval().to(device)
     with adapted(base, adapter, torch.float32) as (with_adapter, findings):
         return Probe(model, adapter, base, ids, logits(base, ids), logits(with_adapter, ids), tuple(findings))
+
+
+def refuse_lacking(model: UserModel) -> None:
+    """Raise a UserError if a folder lacks most of the weights that its config.json describes.
+
+    transformers would make them up, as many as there is memory for.
+    """
+    with suppress(KeyError):
+        if isinstance(model.spec, PathModel):
+            described = dimensions_of_config(read_config(Path(model.name))).parameters
+            if described > _PACKED * model.parameters:
+                message = f"model {model.name!r} has a config.json for {described:,} parameters and files with "
+                raise UserError(f"{message}{model.parameters:,}; allowed: {_PACKED} times as many, as in 2 bits")
 
 
 @torch.no_grad()
@@ -102,17 +128,12 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
     from peft import PeftModel
 
     # PEFT would match the configuration's regular expressions without a limit of time.
-    matching(read_config(folder).patterns, [name for name, _ in base.named_modules()])
-    with warnings.catch_warnings():
+    matching([*read_adapter_config(folder).patterns], [name for name, _ in base.named_modules()])
+    with warnings.catch_warnings(), in_one_sentence(f"adapter {str(folder)!r} does not fit the model"):
         # What they say of keys becomes findings.
         warnings.simplefilter("ignore")
-        try:
-            model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
-            result = model.load_adapter(str(folder), "default")
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()
-            # PyTorch names the first weight of a wrong size in the second line.
-            raise UserError(f"adapter {str(folder)!r} does not fit the model: {' '.join(reason[:2])}") from error
+        model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
+        result = model.load_adapter(str(folder), "default")
         yield model.eval(), list(_findings_of(result))
 
 

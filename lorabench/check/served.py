@@ -8,21 +8,30 @@ its scale.
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from typing import Any, Literal
+from http.client import HTTPException
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lorabench.audit.finding import Finding
 from lorabench.check.merging import effect_share
 from lorabench.check.probe import Probe, finding, token_nlls
 from lorabench.errors import UserError
+from lorabench.utils.deadline import within
+from lorabench.utils.foreign import Foreign, typed
 
+T = TypeVar("T", bound=Foreign)
+# Rounding may make the logarithm of 1 a little more than 0.
+_LogProb = Annotated[float, Field(ge=-1e5, le=1e-3)]
 Answer = Literal["adapter", "base", "neither", "unknown"]
-_SECONDS = 120.0
+_SECONDS = 300.0
+_MOST_BYTES, _MOST_MODELS = 4_000_000, 100
 _NEAR = 0.25
 """A model is the adapter or the base if it is at most this far from it, as a share of the way."""
 _NOISE = 0.1
@@ -67,16 +76,14 @@ def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SEC
         probe: what base and adapter compute.
         url: the server's address, with or without `/v1`.
         name: the model to ask for; None for all models that the server names.
-        seconds: how long to wait for an answer.
+        seconds: how long to wait for all answers together.
 
     Raises:
         UserError: the server can't be reached, or does not answer with log-probabilities of the text.
     """
-    root = url.rstrip("/").removesuffix("/v1")
-    names = [name] if name else [model["id"] for model in _field(_ask(f"{root}/v1/models", None, seconds), "data", url)]
-    if not names:
-        raise UserError(f"server {url} names no model")
-    rows = [_compare(probe, each, torch.tensor(_nlls(root, each, probe.ids.tolist(), seconds))) for each in names]
+    root, until = url.rstrip("/").removesuffix("/v1"), time.monotonic() + seconds
+    names = [name] if name else [model.id for model in _ask(_Models, f"{root}/v1/models", None, until).data]
+    rows = [_compare(probe, each, torch.tensor(_nlls(root, each, probe.ids.tolist(), until))) for each in names]
     findings = list(probe.findings)
     if not any(row.serves == "adapter" for row in rows):
         level: Literal["error", "warning"] = "warning" if any(row.serves == "unknown" for row in rows) else "error"
@@ -109,20 +116,55 @@ def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def _nlls(root: str, name: str, ids: list[int], seconds: float) -> list[float]:
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error, since it may lead to any address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class _Model(Foreign):
+    id: str = Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+
+
+class _Models(Foreign):
+    data: list[_Model] = Field(
+        min_length=1,
+        max_length=_MOST_MODELS,
+        description=f"1 to {_MOST_MODELS} models with an `id`; --served-model names one",
+    )
+
+
+class _TokenLogprob(Foreign):
+    logprob: _LogProb
+
+
+class _Logprobs(Foreign):
+    token_logprobs: list[_LogProb | None] | None = None
+
+
+class _Choice(Foreign):
+    logprobs: _Logprobs | None = None
+    prompt_logprobs: list[dict[str, _TokenLogprob] | None] | None = None
+
+
+class _Completion(Foreign):
+    choices: list[_Choice] = Field(min_length=1, description="a list of answers with log-probabilities, at most 0")
+
+
+def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     """Return a served model's NLL of each token but the first."""
     asked = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0}
     url = f"{root}/v1/completions"
-    [choice, *_] = _field(_ask(url, asked | {"echo": True, "logprobs": 1}, seconds), "choices", url)
-    values = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    choice = _ask(_Completion, url, asked | {"echo": True, "logprobs": 1}, until).choices[0]
+    values = (choice.logprobs and choice.logprobs.token_logprobs) or []
     if len(values) < len(ids):
         # vLLM's own field, for servers that refuse or ignore `echo`.
-        [choice, *_] = _field(_ask(url, asked | {"prompt_logprobs": 1}, seconds), "choices", url)
-        by_token = choice.get("prompt_logprobs") or []
-        values = [
-            None if tokens is None else tokens[str(own)]["logprob"] for own, tokens in zip(ids, by_token, strict=False)
-        ]
-    known = [value for value in values[1 : len(ids)] if isinstance(value, int | float)]
+        choice = _ask(_Completion, url, asked | {"prompt_logprobs": 1}, until).choices[0]
+        by_token = zip(ids, choice.prompt_logprobs or [], strict=False)
+        entries = ((tokens or {}).get(str(token)) for token, tokens in by_token)
+        values = [None if entry is None else entry.logprob for entry in entries]
+    known = [value for value in values[1 : len(ids)] if value is not None]
     if len(known) != len(ids) - 1:
         raise UserError(
             f"server {url} returns {len(known)} log-probabilities for a text of {len(ids)} tokens: it must support "
@@ -131,26 +173,30 @@ def _nlls(root: str, name: str, ids: list[int], seconds: float) -> list[float]:
     return [-value for value in known]
 
 
-def _field(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
-    value = answer.get(name) if isinstance(answer, dict) else None
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise UserError(f"server {url} answers without a list {name!r}: it is not compatible with OpenAI's")
-    return value
-
-
-def _ask(url: str, content: dict[str, Any] | None, seconds: float) -> Any:
-    """Return the JSON of an answer; without content the request is a GET."""
+def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) -> T:
+    """Return an answer as typed data; without content the request is a GET."""
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--served {url!r}: must begin with http:// or https://")
     data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    seconds = until - time.monotonic()
+
+    def request() -> bytes:
+        asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.build_opener(_NoRedirects).open(asked, timeout=max(1e-3, seconds)) as answer:
+                body: bytes = answer.read(_MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            said = f"({error.reason}): {' '.join(error.read(500).decode(errors='replace').split())}"
+            said = "".join(char for char in said if char.isprintable()).rstrip(": ")
+            raise UserError(f"server {url} answers with status {error.code} {said}") from error
+        if len(body) > _MOST_BYTES:
+            raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")
+        return body
+
     try:
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        text = error.read(500).decode(errors="replace").strip().replace("\n", " ")
-        raise UserError(f"server {url} answers with status {error.code} ({error.reason}): {text}") from error
+        body = within(seconds, request)
     except TimeoutError as error:
-        raise UserError(f"server {url} has not answered within {seconds:g} seconds") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"server {url} can't be asked: {getattr(error, 'reason', error)}") from error
+        raise UserError(f"server {url} has not answered within {seconds:.1f} seconds") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise UserError(f"server {url} can't be asked: {getattr(error, 'reason', None) or repr(error)}") from error
+    return typed(kind, body, f"the answer of {url}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from array import array
 from collections import deque
@@ -162,7 +163,7 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
 
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
     """Return the source's fields for a preset, its format, and the number of all its rows over that of rows read."""
-    if Path(name).is_file():
+    if os.path.isfile(name):
         form = wanted or chosen_format(Path(name))
         return {"kind": "file", "path": name, "format": form}, form, 1.0
     if not HUB_ID.fullmatch(name):
@@ -188,7 +189,7 @@ def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = Non
 def _hub_stream(name: str) -> Any:
     """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset)."""
     # The datasets library reads a folder of this name before it asks the hub.
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         try:
             look_up(WantedRepository("dataset", name, "main"))
         except UserError as error:
@@ -236,7 +237,7 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProb
     """
     if grader not in _RESPONSE_TOKENS:
         raise UserError(f"grader {grader!r}: allowed: {', '.join(_RESPONSE_TOKENS)}")
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise UserError(f"problems {name!r} is no file; sets of the hub are named in a preset, such as `kind: gsm8k`")
     room = model.max_length or 10**9
     response = min(_RESPONSE_TOKENS[grader], room // 2)

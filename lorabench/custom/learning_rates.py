@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
+from pydantic import TypeAdapter
 
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import Judging
@@ -16,14 +19,17 @@ from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.analysis.pooled_lr import Place, PooledLr
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
 from lorabench.claims.recipe import measured_recipe
+from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, model_catalogue
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
+from lorabench.models.base import weights_sha256
 from lorabench.runs import lowest
-from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum
+from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, optima_of_table
 from lorabench.sources.measurements import PROJECT, Z
 from lorabench.store.checks import is_rl
 from lorabench.store.io import table_path, with_all_columns
 from lorabench.store.tables import Tables
+from lorabench.utils.files import LR_OPTIMA
 
 OWN = "your own presets"
 """The name of the optima that the user's finished presets measured, as one source."""
@@ -82,7 +88,14 @@ class SeenOptimum:
 
 
 def recommended_lr(
-    optima: Sequence[LrOptimum], family: str, width: int, method: str, batch_size: float, steps: float, rl: bool = False
+    optima: Sequence[LrOptimum],
+    family: str,
+    width: int,
+    method: str,
+    batch_size: float,
+    steps: float,
+    rl: bool = False,
+    same: Collection[tuple[str, str]] = (),
 ) -> tuple[tuple[float, float, float], LrSources]:
     """Recommend the LR of a method for a model.
 
@@ -94,17 +107,16 @@ def recommended_lr(
         batch_size: examples per step; in RL, responses per step.
         steps: NaN if they are not known.
         rl: whether the runs are of RL.
+        same: the sources and names of models that are this very model, not one of its family and width alone.
 
     Returns:
         The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and the
         sources that it rests on.
     """
     chosen = [optimum for optimum in optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
-    place, measured = Place.at(family, width, method, batch_size, steps), None
-    for optimum in chosen:
-        same = optimum.width == width and lineage(optimum.family) == lineage(family)
-        if same and optimum.source in (OWN, PROJECT):
-            measured = (optimum.source, optimum.model)
+    place = Place.at(family, width, method, batch_size, steps)
+    named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
+    measured = next((pair for pair in named if pair in same), None)
     predicted = PooledLr([optimum.pooled for optimum in chosen]).predict(place, PROBABILITY, measured)
     shares = []
     for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
@@ -141,12 +153,39 @@ def outside(optima: Sequence[LrOptimum], family: str, width: int, batch_size: fl
     return sentences
 
 
-def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum]]:
-    """Return the optimal LRs of supervised runs in the tables of finished presets.
+def _recorded_as(model: ModelSpec) -> str:
+    """Return how runs record what identifies a model, as JSON; of a model of the hub the beginning, without the commit.
+
+    A preset may name a branch of the hub, and the id says enough.
+    """
+    weights = weights_sha256(model)
+    text = json.dumps(weights, sort_keys=True)
+    return text.partition(": ")[0] if isinstance(model, HubModel) else text if weights else "unknown"
+
+
+def _named_by_project(model: UserModel, optima: Sequence[LrOptimum]) -> Iterator[tuple[str, str]]:
+    """Yield the source and name under which this project's own optima have a model: that of the shipped catalogue."""
+    widths = {optimum.model: optimum.width for optimum in optima if optimum.source == PROJECT}
+    for name in (name for name, width in widths.items() if width == model.sizes.hidden):
+        known = TypeAdapter[ModelSpec](ModelSpec).validate_python(model_catalogue()[name])
+        if isinstance(known, GgufModel):
+            same = isinstance(model.spec, GgufModel) and model.spec.sha256 == known.sha256
+        else:
+            same = _recorded_as(model.spec) == _recorded_as(known)
+        if same:
+            yield PROJECT, name
+
+
+def known_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum], set[tuple[str, str]]]:
+    """Return the published optimal LRs, and those of supervised runs in the tables of finished presets.
 
     Returns:
-        Those of the same model, to be shown, and those of all models, to be pooled.
+        Those of finished presets for a model of the same family and size, to be shown; all of them, to be pooled; and
+        the sources and names by which they have this very model.
     """
+    pooled = optima_of_table(pd.read_csv(LR_OPTIMA))
+    same = set(_named_by_project(model, pooled))
+    recorded_as = cache(lambda: _recorded_as(model.spec))
     recipes = []
     for folder in sorted(results.glob("*/tables")):
         if table_path(folder, "runs") is None:
@@ -156,7 +195,7 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
             runs = with_all_columns(tables.runs, "runs")
             runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
             judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-            groups = runs.groupby(["family", "hidden_size", "base_params"])
+            groups = runs.groupby(["family", "hidden_size", "base_params", "model_sha256"], dropna=False)
             recipes += [
                 (folder.parent, rows.iloc[0], recipe)
                 for _, rows in groups
@@ -166,11 +205,14 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
     seen: list[SeenOptimum] = []
-    pooled: list[LrOptimum] = []
     for preset, run, recipe in recipes:
         shared, same_size = recipe.setting, abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
         is_shown = (run["family"], run["hidden_size"]) == (model.family, model.sizes.hidden) and same_size
-        where = f"measured, {preset}: {shared['dataset']}, batch {shared['batch_size']}, {shared['steps']} steps"
+        name = shared["model"] if pd.isna(run["model_sha256"]) else str(run["model_sha256"])
+        if is_same := is_shown and name.startswith(recorded_as()):
+            same.add((OWN, name))
+        where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {shared['dataset']}, "
+        where += f"batch {shared['batch_size']}, {shared['steps']} steps"
         for method, choice, remark in (("fullft", recipe.fullft, ""), ("lora", recipe.use, _MATCHES[recipe.answer])):
             lr, low, high = choice.lr_opt, choice.lr_low, choice.lr_high
             if is_shown:
@@ -181,7 +223,7 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
                 pooled.append(
                     LrOptimum(
                         source=OWN,
-                        model=shared["model"],
+                        model=name,
                         family=str(run["family"]),
                         dataset=shared["dataset"],
                         method=method,
@@ -196,14 +238,15 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
                         remark="fitted" if choice.resolved else "fitted, not resolved",
                     )
                 )
-    return seen, pooled
+    return seen, pooled, same
 
 
-def published_optima(model: str, rank: int) -> list[SeenOptimum]:
+def published_optima(model: UserModel, rank: int) -> list[SeenOptimum]:
     """Return published optimal LRs of full fine-tuning, and of LoRA on all layers at the nearest rank."""
-    optima = []
+    # Whether the files of a folder are those of the published model is not known.
+    optima, named = [], "" if isinstance(model.spec, HubModel) else " for a model of this name"
     for dataset in sorted(published_sweeps()["dataset"].unique()):
-        for (source, method), arms in sweep_of(model, dataset).groupby(["source", "method"]):
+        for (source, method), arms in sweep_of(model.name, dataset).groupby(["source", "method"]):
             grid, grid_rank = arms.sort_values("lr"), None
             if method == "lora":
                 grid = grid[grid["placement"] == "all"]
@@ -213,7 +256,7 @@ def published_optima(model: str, rank: int) -> list[SeenOptimum]:
             inside = grid["lr"].min() < best < grid["lr"].max()
             edge = "; at the edge of its grid" if len(grid) > 1 and not inside else ""
             lr = _rounded(interpolated_optimum(grid) if inside else best)
-            where = f"published, {source}: {dataset}{edge}"
+            where = f"published{named}, {source}: {dataset}{edge}"
             optima.append(SeenOptimum(str(method), grid_rank, lr, None, None, where))
     return optima
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.specs import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config, shipped_folder
+from lorabench.models.specs import (
+    ARCHITECTURES,
+    Dimensions,
+    ModelConfig,
+    dimensions,
+    dimensions_of_config,
+    read_config,
+    shipped_folder,
+)
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
+from lorabench.utils.foreign import typed
 from lorabench.utils.hub import WantedRepository, look_up
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
@@ -61,37 +71,32 @@ def find_model(name: str) -> UserModel:
         UserError: there is no such model, or its dimensions can't be read.
     """
     path = Path(name)
-    if name == "tiny" or name in TINY:
-        tiny = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
-        config, recipe = (
-            json.loads((shipped_folder(tiny.name) / f"{file}.json").read_text()) for file in ("config", "recipe")
-        )
-        return UserModel(name, tiny, config["model_type"], recipe["parameters"], config["max_position_embeddings"])
-    if path.suffix == ".gguf":
-        return _gguf(name)
     spec: ModelSpec
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model folder {name!r} has no config.json; a Hugging Face causal LM is needed there")
+    if name == "tiny" or name in TINY:
+        spec = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
+        config = read_config(shipped_folder(spec.name))
+        parameters = json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["parameters"]
+    elif path.suffix == ".gguf":
+        return _gguf(name)
+    # A name that is too long for a file is the name of none.
+    elif os.path.isdir(name):
+        config = read_config(path)
+        width = _width(config, str(path / "config.json"))
         if not any(path.glob("*.safetensors")):
             raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
-        config = _config((path / "config.json").read_bytes(), name)
-        parameters = 0
-        for file in path.glob("*.safetensors"):
-            try:
-                with safe_open(file, "numpy") as tensors:
-                    names = tensors.keys()
-                    parameters += sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a safetensors file") from error
-        spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
+        parameters = sum(map(_parameters_in, path.glob("*.safetensors")))
+        if not parameters:
+            raise UserError(f"model folder {name!r} has .safetensors files without weights")
+        spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)
     elif HUB_ID.fullmatch(name):
-        config, parameters = _hub(name)
-        spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=config["hidden_size"])
+        where = f"config.json of model {name!r}"
+        config = typed(ModelConfig, _hub_text(name), where)
+        width, parameters = _width(config, where), _sizes(config, name).parameters
+        spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
         known = ", ".join(("tiny", *TINY))
         raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
-    return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
+    return UserModel(name, spec, config.model_type or "", parameters, config.max_position_embeddings)
 
 
 def model_of_config(config: Mapping[str, Any], folder: Path) -> UserModel:
@@ -102,48 +107,60 @@ def model_of_config(config: Mapping[str, Any], folder: Path) -> UserModel:
     """
     text = json.dumps(dict(config))
     name = str(config.get("_name_or_path") or "of this configuration")
-    checked = _config(text, name)
-    parameters = _sizes(checked, name).parameters
+    where = f"config.json of model {name!r}"
+    checked = typed(ModelConfig, text, where)
+    width, parameters = _width(checked, where), _sizes(checked, name).parameters
     (folder / "config.json").write_text(text)
-    spec = PathModel(kind="path", path=str(folder), parameters=parameters, hidden_size=checked["hidden_size"])
-    return UserModel(name, spec, checked["model_type"], parameters, checked.get("max_position_embeddings"))
+    spec = PathModel(kind="path", path=str(folder), parameters=parameters, hidden_size=width)
+    return UserModel(name, spec, checked.model_type or "", parameters, checked.max_position_embeddings)
 
 
 def model_config(model: UserModel) -> dict[str, Any] | None:
-    """Return the configuration of a model as transformers writes it; None of a GGUF file, which has none."""
+    """Return the whole configuration of a model that `find_model` has read; None of a GGUF file, which has none."""
     match model.spec:
         case GgufModel():
             return None
         case HubModel():
-            return _hub_config(model.name)
+            config: dict[str, Any] = json.loads(_hub_text(model.name))
         case _:
-            return _config((Path(model_location(model.spec)) / "config.json").read_bytes(), model.name)
+            config = json.loads((Path(model_location(model.spec)) / "config.json").read_bytes())
+    return config
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _hub_text(name: str) -> str:
     """Return the configuration of a model of the hub, by a shipped configuration of its name."""
     short = name.rpartition("/")[2].lower()
     # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
     shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
     try:
-        text = shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
+        return shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
     except UserError as error:
         raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-    return _config(text, name)
 
 
-def _hub(name: str) -> tuple[dict[str, Any], int]:
-    """Return configuration and number of parameters of a model of the hub."""
-    config = _hub_config(name)
-    return config, _sizes(config, name).parameters
+def _parameters_in(file: Path) -> int:
+    try:
+        with safe_open(file, "numpy") as tensors:
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a safetensors file") from error
 
 
-def _sizes(config: dict[str, Any], name: str) -> Dimensions:
+def _width(config: ModelConfig, where: str) -> int:
+    """Return the hidden size of a causal language model, which every model needs beside its family."""
+    if config.model_type is None or config.hidden_size is None:
+        lacking = "hidden_size" if config.model_type else "model_type"
+        raise UserError(f"{where} has no {lacking}; a causal LM for text is needed")
+    return config.hidden_size
+
+
+def _sizes(config: ModelConfig, name: str) -> Dimensions:
     try:
         return dimensions_of_config(config)
     except KeyError as error:
         raise UserError(
-            f"model {name!r} is of the family {config['model_type']!r}, whose configuration has no {error.args[0]}; "
+            f"model {name!r} is of the family {config.model_type!r}, whose configuration has no {error.args[0]}; "
             "download it and give its folder"
         ) from error
 
@@ -152,28 +169,19 @@ def _gguf(name: str) -> UserModel:
     from gguf import GGUFReader
 
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):
         raise UserError(f"GGUF file {name!r} does not exist")
     try:
         reader = GGUFReader(path)
-        family = str(reader.fields["general.architecture"].contents())
-        hidden, length = (
-            int(reader.fields[f"{family}.{key}"].contents()) for key in ("embedding_length", "context_length")
-        )
+        family = reader.fields["general.architecture"].contents()
+        entries = (reader.fields[f"{family}.{key}"].contents() for key in ("embedding_length", "context_length"))
+        about = dict(zip(("model_type", "hidden_size", "max_position_embeddings"), (family, *entries), strict=True))
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise UserError(f"{path} can't be read as GGUF: {error}") from error
+    config = typed(ModelConfig, about, f"GGUF file {name!r}")
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    spec = GgufModel(kind="gguf", path=name, sha256=file_sha256(path), parameters=parameters, hidden_size=hidden)
-    return UserModel(name, spec, family, parameters, length)
-
-
-def _config(text: str | bytes, name: str) -> dict[str, Any]:
-    """Parse a configuration and check the two entries that every model needs."""
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"config.json of model {name!r} is not JSON: {error}") from error
-    for key, kind in (("model_type", str), ("hidden_size", int)):
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
-            raise UserError(f"config.json of model {name!r} has no {key}; a causal LM for text is needed")
-    return dict(config)
+    if not parameters:
+        raise UserError(f"GGUF file {name!r} has no weights")
+    width = _width(config, f"GGUF file {name!r}")
+    spec = GgufModel(kind="gguf", path=name, sha256=file_sha256(path), parameters=parameters, hidden_size=width)
+    return UserModel(name, spec, family, parameters, config.max_position_embeddings)

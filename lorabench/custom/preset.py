@@ -118,11 +118,11 @@ def init_preset(
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     check_name(path)
-    if (PRESETS / f"{path.stem}.yaml").is_file():
+    if os.path.isfile(PRESETS / f"{path.stem}.yaml"):
         raise UserError(
             f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
         )
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise UserError(f"{path} exists; --force overwrites it")
     if form is not None and choices.grader is not None:
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")

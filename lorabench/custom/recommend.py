@@ -7,11 +7,9 @@ and of your own finished presets (`learning_rates`). What was measured on a mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pandas as pd
 
 from lorabench.analysis import lr_ratio
 from lorabench.analysis.arms import ALPHA
@@ -26,7 +24,7 @@ from lorabench.custom.learning_rates import (
     LrSources,
     SeenOptimum,
     SourceShare,
-    measured_optima,
+    known_optima,
     outside,
     published_optima,
     recommended_lr,
@@ -47,9 +45,8 @@ from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import Job
-from lorabench.sources.lr_optima import LrOptimum, optima_of_table
+from lorabench.sources.lr_optima import LrOptimum
 from lorabench.utils import formats
-from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB
 
@@ -145,17 +142,18 @@ def recommend(
     chosen_rank = (known.to_rank or known.rank) if known else None
     hidden, rank = model.sizes.hidden, chosen_rank or recommended_rank(model, completion_tokens)
     alpha = known.to_alpha if known else ALPHA
-    seen, own = measured_optima(model, results)
-    optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
+    seen, optima, same = known_optima(model, results)
     settings, sources_of_lr, rl_settings = {}, {}, {}
     rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or min(RL_STEPS)
     for method, title in TITLES.items():
-        (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, batch, length)
+        (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, batch, length, same=same)
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval"
         why += f"; {sources.measured_by} measured this model" if sources.measured_by else ""
         settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr, why, low, high)
         sources_of_lr[method] = sources
-        (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, rl_batch, rl_length, rl=True)
+        (lr, low, high), sources = recommended_lr(
+            optima, model.family, hidden, method, rl_batch, rl_length, rl=True, same=same
+        )
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
         rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, low, high)
     settings |= rl_settings
@@ -167,7 +165,7 @@ def recommend(
             pooled = settings["lora_lr"]
             log_error = math.log(pooled.high / pooled.low) / 2 if pooled.low and pooled.high else 0.0
             known = replace(known, lr=float(pooled.value), alpha=ALPHA, rank=rank)
-        settings["converted_lr"] = _converted(known, optima, model, rank, batch, length, log_error)
+        settings["converted_lr"] = _converted(known, optima, same, model, rank, batch, length, log_error)
     settings["rank"] = Setting("LoRA rank", rank, "your choice" if chosen_rank else DOCS)
     settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
     why = f"{PAPER}: attention alone is worse"
@@ -186,13 +184,14 @@ def recommend(
     ]
     about: dict[str, str | int] = {"name": model.name, "family": model.family, "parameters": model.parameters}
     about["hidden_size"] = hidden
-    shown = (*seen, *published_optima(model.name, rank))
+    shown = (*seen, *published_optima(model, rank))
     return Recommendation(about, settings | costs, sources_of_lr, shown, tuple(notes))
 
 
 def _converted(
     known: KnownLr,
     optima: Sequence[LrOptimum],
+    same: Collection[tuple[str, str]],
     model: UserModel,
     rank: int,
     batch: int,
@@ -213,7 +212,7 @@ def _converted(
     here = lr_ratio.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
     there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=rank)
     before, after = (
-        recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps)[0][0]
+        recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps, same=same)[0][0]
         for place in (here, there)
     )
     movement = DEFAULT_PREDICTIONS.lr_ratio.movement

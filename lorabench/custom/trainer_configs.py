@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from lorabench.data.grading import ANY_NUMBER
 from lorabench.data.problems import make_problems
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.specs import template_text
+from lorabench.models.specs import read_config, template_text
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
 
@@ -103,7 +104,7 @@ def write_config(
     """
     if trainer not in _COMMANDS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(_COMMANDS)}")
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{folder} exists; --out names another folder")
     problems = data if isinstance(data, UserProblems) else None
     if (trainer == "verl") != (problems is not None):
@@ -259,9 +260,9 @@ def _torchtune_model(model: UserModel) -> dict[str, Any]:
     if not isinstance(model.spec, PathModel):
         raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
     folder = Path(model.spec.path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    known = _TORCHTUNE.get((model.family, config["hidden_size"], config.get("num_hidden_layers")))
+    config = read_config(folder)
+    rope = config.rope_scaling or config.rope_parameters or {}
+    known = _TORCHTUNE.get((model.family, config.hidden_size or 0, config.num_hidden_layers or 0))
     if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
         names = ", ".join(name for name, _ in _TORCHTUNE.values())
         raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")

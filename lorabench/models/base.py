@@ -19,19 +19,32 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.specs import Dimensions, shipped_folder, template_text, weights_id
+from lorabench.models.specs import Dimensions, ModelError, read_config, shipped_folder, template_text, weights_id
+from lorabench.utils.exhaustion import memory_for
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 CONVERTED = Path("results/models")
 """Folder of dequantized GGUF models, which presets share."""
 
 
-class ModelError(UserError):
-    """A base model is missing, can't be loaded or is not the expected one; the message is a sentence that names it."""
+@contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Turn any error into a ModelError that begins with `what`, of libraries that do not foresee what files may hold.
+
+    transformers, PEFT and the readers of files raise errors of all kinds. An error that says what to do stays as it is.
+    """
+    try:
+        with memory_for("loading a model", "give it more, or a larger machine"):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        # PyTorch names the first weight of a wrong size in the second line.
+        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise ModelError(f"{what}: {reason}") from error
 
 
 def converted_folder(spec: GgufModel) -> Path:
@@ -65,19 +78,15 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
     options = {"trust_remote_code": getattr(spec, "trust_remote_code", False), "local_files_only": True}
     if isinstance(spec, HubModel):
         options["revision"] = spec.revision
-    elif not Path(location, "config.json").is_file():
-        raise ModelError(f"model folder {location} has no config.json; a Hugging Face causal LM is needed there")
-    elif not list(Path(location).glob("*.safetensors")):
+    elif read_config(Path(location)) and not any(Path(location).glob("*.safetensors")):
         raise ModelError(f"model folder {location} has no .safetensors file; pickled weights are not loaded")
-    try:
-        yield {"pretrained_model_name_or_path": location, **options}
-    except SafetensorError as error:
-        raise ModelError(
-            f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
-        ) from error
-    except _UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model {location} can't be loaded: {reason}") from error
+    with in_one_sentence(f"model {location} can't be loaded"):
+        try:
+            yield {"pretrained_model_name_or_path": location, **options}
+        except SafetensorError as error:
+            raise ModelError(
+                f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
+            ) from error
 
 
 def model_folder(spec: ModelSpec) -> Path:
@@ -105,10 +114,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a GGUF file."""
     from transformers import AutoTokenizer
 
-    try:
+    with in_one_sentence(f"GGUF file {file} has no tokenizer that can be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except _UNREADABLE as error:
-        raise ModelError(f"GGUF file {file} has no tokenizer that can be read: {error}") from error
     return tokenizer
 
 
@@ -231,10 +238,8 @@ def convert_gguf(spec: GgufModel) -> Path:
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
         gguf_tokenizer(file).save_pretrained(folder)
-        try:
+        with in_one_sentence(f"GGUF file {file} can't be loaded"):
             loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-        except _UNREADABLE as error:
-            raise ModelError(f"GGUF file {file} can't be loaded: {error}") from error
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
         plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), dtype=torch.float32)

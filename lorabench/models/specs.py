@@ -14,11 +14,15 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.errors import UserError
 from lorabench.utils.files import digest
+from lorabench.utils.foreign import Foreign, typed, whole
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -36,6 +40,10 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 """The template `plain`: a heading above each turn, and the model's end token after each turn of the assistant."""
+
+
+class ModelError(UserError):
+    """A base model is missing, can't be loaded or is not the expected one; the message is a sentence that names it."""
 
 
 def template_text(setting: str) -> str:
@@ -189,27 +197,106 @@ class Dimensions:
         return [matrix for matrix in self.matrices if matrix.part in parts]
 
 
-def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
+_Width = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class ModelConfig(Foreign):
+    """What is read of a model's `config.json`; null is what it does not say. Real models stay far below the limits."""
+
+    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$", description="a name such as llama")
+    hidden_size: int | None = whole(1, 1_000_000)
+    num_hidden_layers: int | None = whole(1, 1000)
+    num_attention_heads: int | None = whole(1, 100_000)
+    num_key_value_heads: int | None = whole(1, 100_000)
+    head_dim: int | None = whole(1, 1_000_000)
+    # Some families have a width for each layer.
+    intermediate_size: _Width | list[_Width] | None = Field(None, description="a whole number from 1 to 10,000,000")
+    moe_intermediate_size: int | None = whole(1, 10_000_000)
+    vocab_size: int | None = whole(1, 100_000_000)
+    max_position_embeddings: int | None = whole(1, 1_000_000_000)
+    num_experts: int | None = whole(0, 100_000)
+    num_local_experts: int | None = whole(0, 100_000)
+    n_routed_experts: int | None = whole(0, 100_000)
+    moe_num_experts: int | None = whole(0, 100_000)
+    num_experts_per_tok: int | None = whole(0, 100_000)
+    tie_word_embeddings: bool | None = Field(None, description="true or false")
+    dtype: Any = None
+    torch_dtype: Any = None
+    rope_scaling: dict[str, Any] | None = Field(None, description="a mapping")
+    rope_parameters: dict[str, Any] | None = Field(None, description="a mapping")
+    text_config: dict[str, Any] | None = Field(None, description="a mapping")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        # An expert of none is none.
+        active = self.num_experts_per_tok if self.experts else None
+        for key, value, other in (
+            ("num_key_value_heads", self.num_key_value_heads, "num_attention_heads"),
+            ("num_attention_heads", None if self.head_dim else self.num_attention_heads, "hidden_size"),
+            ("num_experts_per_tok", active, "experts"),
+        ):
+            most = getattr(self, other)
+            if value is not None and most is not None and not 1 <= value <= most:
+                raise ValueError(f"{key} = {value}: allowed: 1 to the number of {other}, {most}")
+        return self
+
+    @property
+    def experts(self) -> int:
+        """The number of experts of a layer, 0 of a dense model."""
+        return self.num_experts or self.num_local_experts or self.n_routed_experts or self.moe_num_experts or 0
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the configuration of the model in a folder.
+
+    Raises:
+        ModelError: it is missing or can't be read.
+        UserError: it is not valid.
+    """
+    path = folder / "config.json"
+    try:
+        if path.is_file():
+            return typed(ModelConfig, path.read_bytes(), str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
+    raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
+
+
+@cache
+def architectures() -> dict[str, ModelConfig]:
+    """Return the public configurations in `architectures/` by name."""
+    paths = sorted(ARCHITECTURES.glob("*.json"))
+    return {path.stem: typed(ModelConfig, path.read_bytes(), str(path)) for path in paths}
+
+
+def dimensions_of_config(config: ModelConfig) -> Dimensions:
     """Return the sizes in a Hugging Face configuration.
 
     Raises:
         KeyError: the configuration is not of a known family.
     """
-    experts = config.get("num_experts") or config.get("num_local_experts") or 0
-    hidden, heads, intermediate = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+
+    def size(key: str) -> int:
+        value = getattr(config, key)
+        if not isinstance(value, int):
+            raise KeyError(key)
+        return value
+
+    experts = config.num_experts or config.num_local_experts or 0
+    hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
     return Dimensions(
         hidden=hidden,
-        layers=config["num_hidden_layers"],
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        intermediate=config.get("moe_intermediate_size", intermediate) if experts else intermediate,
-        vocabulary=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        query_key_norms=config["model_type"].startswith("qwen3"),
+        kv_heads=config.num_key_value_heads or heads,
+        head_dim=config.head_dim or hidden // heads,
+        intermediate=(config.moe_intermediate_size or intermediate) if experts else intermediate,
+        vocabulary=size("vocab_size"),
+        tied=config.tie_word_embeddings or False,
+        query_key_norms=(config.model_type or "").startswith("qwen3"),
         experts=experts,
-        active_experts=config["num_experts_per_tok"] if experts else 0,
-        in_bf16=(config.get("dtype") or config.get("torch_dtype")) == "bfloat16",
+        active_experts=size("num_experts_per_tok") if experts else 0,
+        in_bf16=(config.dtype or config.torch_dtype) == "bfloat16",
     )
 
 
@@ -229,15 +316,15 @@ def dimensions(model: ModelSpec) -> Dimensions:
     """Return the sizes of a preset's model: from a configuration with as many parameters within 2%, else guessed."""
     match model:
         case TinyModel():
-            return dimensions_of_config(json.loads((shipped_folder(model.name) / "config.json").read_text()))
+            return dimensions_of_config(read_config(shipped_folder(model.name)))
         case PathModel():
-            configs = [Path(model.path) / "config.json"]
+            configs = [read_config(Path(model.path))]
         case HubModel() | GgufModel():
             name = (model.id if isinstance(model, HubModel) else model.path).rpartition("/")[2].lower()
-            configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if name.startswith(path.stem)]
-    for path in configs:
+            configs = [config for start, config in architectures().items() if name.startswith(start)]
+    for config in configs:
         with suppress(KeyError):
-            known = dimensions_of_config(json.loads(path.read_text()))
+            known = dimensions_of_config(config)
             if abs(known.parameters / model.parameters - 1) <= 0.02:
                 # A dequantized file has weights that bf16 would round.
                 return replace(known, in_bf16=known.in_bf16 and not isinstance(model, GgufModel))

@@ -19,7 +19,8 @@ from lorabench.config.fields import Placement
 from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
-from lorabench.models.specs import Dimensions, dimensions_of_config
+from lorabench.models.specs import Dimensions, ModelConfig, dimensions_of_config
+from lorabench.utils.foreign import typed
 from lorabench.utils.gpus import compute_modes
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
 
 def _sizes(spec: ModelSpec) -> Dimensions:
     try:
-        return dimensions_of_config(load_config(spec).to_dict())
+        return dimensions_of_config(typed(ModelConfig, load_config(spec).to_dict(), f"model {model_location(spec)}"))
     except KeyError as error:
         raise UserError(
             f"the configuration of model {model_location(spec)} lacks {error}; set execution.sampler to own"

@@ -70,7 +70,18 @@ def test_a_name_with_a_size_gives_an_estimate() -> None:
     assert mixture.width < known("someone/Thing-100B").width
 
 
-@pytest.mark.parametrize("name", ["./outputs/my-model", "someone/model-4bit", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./outputs/my-model",
+        "someone/model-4bit",
+        "",
+        f"x-{'9' * 400}b",
+        f"x-{'9' * 5000}x7b",
+        f"x-a{'9' * 400}b",
+        "x\0y",
+    ],
+)
 def test_a_name_without_a_size_gives_nothing(name: str) -> None:
     assert known(name) is None
 

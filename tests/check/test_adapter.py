@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorabench.audit.readers import adapter as reader
 from lorabench.check.adapter import read_adapter
 from lorabench.errors import UserError
 
@@ -113,6 +115,80 @@ def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write
         read_adapter(write(factors(), target_modules="(q"))
 
 
+NONSENSE = (
+    *(("r", value) for value in ("0", "-1", "1.5", "null", '"8"', "[]", "true", "1e400", "1" + "0" * 30)),
+    *(("lora_alpha", value) for value in ("0", "-8", "NaN", "Infinity", "-Infinity", "1e400", "null", '"8"', "{}")),
+    *(("target_modules", value) for value in ("[1, 2]", "3", "{}", '["' + "x" * 2000 + '"]')),
+    *(("rank_pattern", value) for value in ("[]", '["q_proj"]', '{"q_proj": 0}', '{"q_proj": "a"}')),
+    *(("alpha_pattern", value) for value in ('{"q_proj": NaN}', '{"q_proj": -1}')),
+    *(("base_model_name_or_path", "5"), ("use_rslora", '"yes"'), ("layers_to_transform", '["a"]')),
+    *(("modules_to_save", "1"), ("target_parameters", '"x"'), ("init_lora_weights", "{}")),
+    # PEFT imports the module that it names.
+    ("megatron_config", "{}"),
+)
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE, ids=[f"{key} {value[:20]}" for key, value in NONSENSE])
+def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Write, key, value):
+    path = write(factors()) / "adapter_config.json"
+    entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
+    path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = .*: allowed: [^\n]*$"):
+        read_adapter(path.parent)
+    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = .*: allowed: [^\n]*$"):
+        reader.read(path, "shown", path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "\ufeff{}", "[" * 100_000, '{"peft_type": "LORA"', '{"r": "\\ud800"}']
+)
+def test_what_is_no_mapping_is_one_sentence_of_both_readers(write: Write, text):
+    path = write(factors()) / "adapter_config.json"
+    path.write_text(text)
+    for read in (lambda: read_adapter(path.parent), lambda: reader.read(path, "shown", text)):
+        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON: |is not a mapping)[^\n]*$"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "words"),
+    [
+        ({"lora_A": (10**9, 0), "lora_B": (0, 10**9)}, {"r": 1, "target_parameters": ["q_proj.weight"]}, "A \\(10+, 0"),
+        ({"lora_A": (4,), "lora_B": (4,)}, {}, "has A \\(4,\\) and B"),
+        ({"lora_A": (4, 0), "lora_B": (0, 4)}, {}, "has A \\(4, 0\\)"),
+    ],
+)
+def test_factors_without_weights_have_no_update(write: Write, tensors, changes, words):
+    arrays = {f"{Q0}.{name}.weight": np.zeros(shape, "f4") for name, shape in tensors.items()}
+    adapter = read_adapter(write(arrays, **changes))
+    assert re.search(words, adapter.findings[0].message)
+    assert adapter.findings[0].code == "shape"
+
+
+def test_numbers_that_fp32_does_not_hold_are_not_finite(write: Write):
+    tensors = factors()
+    adapter = read_adapter(write(tensors | {f"{Q0}.lora_B.weight": np.full((10, 4), 1e300)}))
+    assert codes(adapter)[0] == ("not-finite", "error")
+    json.dumps(asdict(adapter), allow_nan=False)
+
+
+def test_names_that_are_no_names_are_refused(write: Write):
+    for name in ("a." * 600, "a\x1b[31m", "a\nb"):
+        with pytest.raises(UserError, match="allowed: names of up to 1,000 printable characters"):
+            read_adapter(write({f"base_model.model.{name}.lora_A.weight": np.ones((4, 2), "f4")}))
+
+
+def test_many_names_take_seconds_and_not_hours(write: Write):
+    """Comparing each target with each module took minutes, and listing all gaps gigabytes."""
+    tensors = {f"{LAYER}.{number}.k{number}.lora_A.weight": np.ones((4, 1), "f4") for number in range(3000)}
+    folder = write(tensors, target_modules=[f"m{number}" for number in range(30_000)])
+    started = time.process_time()
+    adapter = read_adapter(folder)
+    assert time.process_time() - started < 5
+    gap = next(finding.message for finding in adapter.findings if finding.code == "gap")
+    assert gap.endswith(f" and {3000 * 2999 - 5} more")
+
+
 def test_modules_that_are_saved_whole_are_named(write: Write):
     tensors = factors() | {"base_model.model.lm_head.weight": np.ones((5, 12), "f4")}
     adapter = read_adapter(write(tensors, modules_to_save=["lm_head"]))
@@ -142,7 +218,7 @@ def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
     ("file", "text", "words"),
     [
         ("adapter_config.json", '{"peft_type": "LOHA"}', "peft_type 'LOHA'; allowed: LORA"),
-        ("adapter_config.json", "{", "can't be read as the configuration of LoRA"),
+        ("adapter_config.json", "{", "adapter_config.json is not valid JSON"),
         ("adapter_model.safetensors", "no", "is not a safetensors file"),
     ],
 )

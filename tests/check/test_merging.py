@@ -60,6 +60,30 @@ def test_peft_gets_no_regular_expression_that_would_take_years(adapters, text, t
         probe(find_model("llama-64"), folder, text)
 
 
+def test_what_would_take_all_memory_is_refused(adapters, text, tmp_path):
+    folder = Path(shutil.copytree(adapters("llama-64"), tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"embed_tokens": 60_000}}))
+    with pytest.raises(UserError, match=r"has rank 60,000; allowed: up to 512, 8 times the width$"):
+        probe(find_model("llama-64"), folder, text)
+    model = shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
+    large = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1000}
+    (model / "config.json").write_text(json.dumps(large))
+    with pytest.raises(UserError, match=r"has a config.json for [\d,]+ parameters and files with [\d,]+; allowed"):
+        probe(find_model(str(model)), adapters("llama-64"), text)
+    with pytest.raises(UserError, match="allowed: 16 times"):
+        merging("llama-64", adapters("llama-64"), text, (), model)
+
+
+def test_what_peft_does_not_foresee_is_one_sentence(adapters, text, tmp_path):
+    for number, (key, value) in enumerate((("alora_invocation_tokens", 64), ("arrow_config", 1), ("task_type", "-1"))):
+        folder = Path(shutil.copytree(adapters("llama-64"), tmp_path / str(number)))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=r"^adapter .* does not fit the model: [^\n]+$"):
+            probe(find_model("llama-64"), folder, text)
+
+
 def test_weights_of_4_bits_are_those_of_bitsandbytes():
     """The numbers are what bitsandbytes 0.50.2 computes, with one block a row; the second block has 6 weights."""
     weight = torch.cat([torch.linspace(-2, 1, 64), torch.tensor([0.5, 0.1, -0.1, 0.02, 0.0, -0.4])]).view(10, 7)

@@ -83,3 +83,11 @@ def test_transformers_may_not_know_a_model(tmp_path: Path):
     covered = coverage(find_model(str(tmp_path / "model")), "all", 4, "H100-80GB")
     assert covered.names_from.startswith("the dimensions, since transformers can't build it")
     assert covered.lora_parameters == find_model("llama-64").lora_parameters(4)
+
+
+def test_many_layers_are_counted_by_their_dimensions(tmp_path: Path):
+    shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1000}))
+    covered = coverage(find_model(str(tmp_path / "model")), "all", 4, "H100-80GB")
+    assert covered.names_from == "the dimensions, since it has more than 256 layers"

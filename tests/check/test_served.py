@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -146,6 +147,95 @@ def test_an_adapter_without_effect_can_not_be_told(adapters, models, serve, text
 def test_what_goes_wrong_is_one_sentence(probed, models, serve, style, words):
     with pytest.raises(UserError, match=words):
         check_served(probed, serve({"base": models["base"]}, style), "base", seconds=0.2)
+
+
+MODELS = b'{"data": [{"id": "base"}]}'
+COMPLETIONS = (
+    *(b'{"choices": []}', b'{"choices": null}', b'{"choices": [1]}', b'{"choices": [{"logprobs": [1]}]}', b"{}"),
+    *(
+        b'{"choices": [{"logprobs": {"token_logprobs": [null, %s]}}]}' % bad
+        for bad in (b"NaN", b"5", b"true", b"-1e308")
+    ),
+    b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": "a"}}]}]}',
+)
+ANSWERS = (
+    *((b"HTTP/1.1 200 OK\r\n\r\n" + body, "the answer of .* is not a mapping") for body in (b"[]", b"null", b"1")),
+    *((b"HTTP/1.1 200 OK\r\n\r\n" + body, "is not valid JSON") for body in (b"", b"{", b"[" * 9999, b"\xff")),
+    (b'HTTP/1.1 200 OK\r\n\r\n{"data": [{}]}', "data = .*: allowed: 1 to 100 models"),
+    (b'HTTP/1.1 200 OK\r\n\r\n{"data": []}', "data = .*: allowed: 1 to 100 models"),
+    (b'HTTP/1.1 200 OK\r\n\r\n{"data": [{"id": "\\u001b[31m"}]}', "data = .*: allowed: 1 to 100 models"),
+    (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 5_000_000, "answers with more than 4 MB"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", "is not valid JSON"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\na", "can't be asked: IncompleteRead"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", "can't be asked: .*more than 100 headers"),
+    (b"HTTP/1.1 abc\r\n\r\n", "can't be asked: BadStatusLine"),
+    (b"", "can't be asked: RemoteDisconnected"),
+    (b"HTTP/1.1 500 \x1b[31m\r\n\r\n\x1b[0m", r"answers with status 500 \(\[31m\): \[0m$"),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\n\r\n", r"answers with status 302 \(Found\)$"),
+    (b"HTTP/1.1 302 Found\r\nLocation: ftp://127.0.0.1:9/\r\n\r\n", r"answers with status 302 \(Found\)$"),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n", "can't be asked: ValueError"),
+)
+
+
+@pytest.fixture
+def answer() -> Iterator[Callable[..., str]]:
+    """Return a function that serves bytes, or one byte each so many seconds, and returns the server's address."""
+    listeners = []
+
+    def start(models: bytes, completions: bytes = b"", pause: float = 0.0) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        content = models if connection.recv(65536).startswith(b"GET") else completions
+                        for start in range(0, len(content), 1 if pause else 10**9):
+                            connection.sendall(content[start : start + (1 if pause else 10**9)])
+                            time.sleep(pause)
+                        # Closing with a request that is not read would reset the connection.
+                        connection.shutdown(socket.SHUT_WR)
+                        while connection.recv(65536):
+                            pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize(("content", "words"), ANSWERS, ids=[repr(content[:60]) for content, _ in ANSWERS])
+def test_an_answer_that_is_none_is_one_sentence(probed, answer, content, words):
+    with pytest.raises(UserError, match=words) as caught:
+        check_served(probed, answer(content), None, seconds=30)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", COMPLETIONS)
+def test_log_probabilities_that_are_none_are_one_sentence(probed, answer, content):
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    with pytest.raises(UserError, match="choices.* a list of answers with log-probabilities, at most 0"):
+        check_served(probed, answer(head + MODELS, head + content), None, seconds=30)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 404 Not Found\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_a_server_that_sends_a_byte_at_a_time_is_left_in_time(probed, answer, head):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="has not answered within 0.3 seconds"):
+        check_served(probed, answer(head + b" " * 1000, pause=0.05), None, seconds=0.3)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://a b", "http://127.0.0.1:x", "http://a..b", "http://" + "a" * 300]
+)
+def test_an_address_that_is_none_is_one_sentence(probed, url):
+    with pytest.raises(UserError, match="can't be asked: "):
+        check_served(probed, url, None, seconds=30)
 
 
 def test_a_server_that_is_not_there_is_named(probed):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from lorabench.audit.config import TrainingConfig
+from lorabench.audit.models import facts
 from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
 from lorabench.errors import UserError
+from lorabench.models.base import load_config, load_model
+from lorabench.models.specs import dimensions
 
 from .conftest import rows, write_rows
 
@@ -46,14 +51,65 @@ def test_a_gguf_file(tmp_path):
 
 
 MODELS = (
-    ("config.json", b"\0", "config.json of model .* is not JSON"),
+    ("config.json", b"\0", "config.json is not valid JSON"),
     ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
-    ("config.json", b"null", "has no model_type"),
+    ("config.json", b"null", "config.json is not a mapping"),
+    ("config.json", b"{}", "has no model_type"),
     ("config.json", None, "has no config.json"),
     ("model.safetensors", None, "has no .safetensors file"),
     ("model.safetensors", b"\xff" * 8, "model.safetensors is not a safetensors file"),
     ("model.safetensors", b"\2\0\0\0\0\0\0\0[]", "model.safetensors is not a safetensors file"),
 )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        *(
+            ("hidden_size", value, "hidden_size = ")
+            for value in ('"64"', "[]", "0", "-1", "1.5", "true", "1e400", "NaN")
+        ),
+        ("hidden_size", "1" + "0" * 400, r"hidden_size = 10+\.\.\.0+: allowed: a whole number from 1 to 1,000,000"),
+        ("hidden_size", "1" + "0" * 5000, "is not valid JSON: number out of range"),
+        ("num_hidden_layers", "1" + "0" * 18, "num_hidden_layers = 10+: allowed: a whole number from 1 to 1,000"),
+        ("num_key_value_heads", "9", "num_key_value_heads = 9: allowed: 1 to the number of num_attention_heads, 4"),
+        (
+            "num_experts",
+            '2, "num_experts_per_tok": 3',
+            "num_experts_per_tok = 3: allowed: 1 to the number of experts, 2",
+        ),
+        ("model_type", "5", "model_type = 5: allowed: a name such as llama"),
+        ("model_type", '"\\ud800"', "is not valid JSON"),
+        ("rope_scaling", "3", "rope_scaling = 3: allowed: a mapping"),
+        ("text_config", "[" * 5000 + "]" * 5000, "is not valid JSON: recursion limit exceeded"),
+    ],
+)
+def test_nonsense_in_a_configuration_is_one_sentence_of_every_reader(base, tmp_path, key, value, words):
+    folder = shutil.copytree(base, tmp_path / "model")
+    path = folder / "config.json"
+    entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
+    path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
+    spec = PathModel(kind="path", path=str(folder), parameters=828_288, hidden_size=128)
+    for read in (lambda: find_model(str(folder)), lambda: dimensions(spec), lambda: load_config(spec)):
+        with pytest.raises(UserError, match=words) as caught:
+            read()
+        assert str(caught.value).startswith(str(path))
+        assert "\n" not in str(caught.value)
+    # Beside another file it may be the configuration of something else.
+    run = TrainingConfig(path="a.yaml", format="axolotl")
+    assert facts(run, folder) is None
+    assert facts(replace(run, model=str(folder))) is None
+
+
+def test_what_transformers_does_not_foresee_is_one_sentence(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    path, config = folder / "config.json", json.loads((folder / "config.json").read_text())
+    for key, value in (("rms_norm_eps", "x"), ("bos_token_id", {"a": None}), ("attention_bias", 7)):
+        path.write_text(json.dumps(config | {key: value}))
+        model = find_model(str(folder))
+        with pytest.raises(UserError, match=r"^model .*model can't be loaded: \S"):
+            load_model(model.spec)
+    assert load_tokenizer(find_model("tiny"))[0] is not None
 
 
 def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
@@ -64,8 +120,9 @@ def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
             (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             find_model(str(folder))
-    with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
-        find_model("nothing")
+    for name in ("nothing", "x" * 5000):
+        with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
+            find_model(name)
     (tmp_path / "own.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match="can't be read as GGUF"):
         find_model(str(tmp_path / "own.gguf"))

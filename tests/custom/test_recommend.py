@@ -6,24 +6,35 @@ import contextlib
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from itertools import chain
 
+import pandas as pd
 import pytest
 import yaml
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
+from lorabench.config.inputs import ModelSpec, model_catalogue
+from lorabench.config.loading import load_preset
 from lorabench.custom.data import examine
+from lorabench.custom.learning_rates import known_optima, published_optima
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import KnownLr, recommend
 from lorabench.custom.variants import lr_factor
 from lorabench.errors import UserError
-from lorabench.models.specs import ARCHITECTURES
+from lorabench.models.base import config_of, weights_sha256
+from lorabench.models.specs import ARCHITECTURES, shipped_folder
 from lorabench.planning.memory import USABLE
 from lorabench.store.io import write_frame
 from lorabench.utils import formats
+from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.gpus import GB, GPUS
 
+from ..conftest import REPOSITORY
 from ..handmade import make_sweep, runs_table
 from .conftest import write_rows
 
@@ -142,9 +153,11 @@ def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
 
 
 def test_finished_runs_are_shown_with_their_interval(tmp_path):
+    weights = json.dumps(weights_sha256(find_model("tiny").spec))
+    about = {"family": "llama", "hidden_size": 128, "base_params": 828_288, "model_sha256": weights}
     rows = [
         # Their optimal LRs are far from what other sources say.
-        row | {"family": "llama", "hidden_size": 128, "base_params": 828_288, "lr": 0.4 * row["lr"]}
+        row | about | {"lr": 0.4 * row["lr"]}
         for rank in (None, 32)
         for row in make_sweep(rank=rank)
     ]
@@ -166,10 +179,61 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
         was, now = (abs(math.log(advice.settings[f"{method}_lr"].value / lr)) for advice in (before, after))
         assert now < min(0.5, was)
     assert recommended("llama-64", tmp_path).seen == ()
+    # A base of the same family and sizes with other weights was not measured.
+    others, _, same = known_optima(find_model("llama-128-tenth"), tmp_path)
+    assert [optimum.lr for optimum in others] == [optimum.lr for optimum in seen]
+    assert all(optimum.where.startswith("measured on another model of this size, ") for optimum in others)
+    assert not same
     # A table that is not valid, or lacks columns, is skipped.
     (tmp_path / "broken" / "tables").mkdir(parents=True)
     (tmp_path / "broken" / "tables" / "runs.csv").write_text("run_id,lr\na,1\na,2\n")
     assert recommended("tiny", tmp_path).seen == seen
+
+
+def test_a_namesake_is_not_measured(tmp_path):
+    shipped = shutil.copytree(shipped_folder("moe-128"), tmp_path / "copied")
+    assert measured_by(shipped, tmp_path) == measured_by("moe-128", tmp_path) == "lorabench"
+    # A random model of the family and width of the measured mixture of experts, and one of another file name.
+    config = config_of(replace(find_model("qwen-128").sizes, layers=1), 64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "Qwen3-4B")
+    assert measured_by(tmp_path / "Qwen3-4B", tmp_path) is None
+    assert measured_by("qwen-128", tmp_path) is None
+    path = shipped / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert measured_by(shipped, tmp_path) is None
+    # Nor is a model published by its name.
+    published = published_optima(find_model(str(tmp_path / "Qwen3-4B")), 32)
+    assert published
+    assert all(optimum.where.startswith("published for a model of this name, ") for optimum in published)
+
+
+def measured_by(model, results):
+    sources = {source for source, _ in known_optima(find_model(str(model)), results)[2]}
+    return next(iter(sources), None)
+
+
+def test_a_model_of_the_hub_is_known_by_its_id(tmp_path):
+    about = {"family": "llama", "hidden_size": 4096, "base_params": 8_030_261_248}
+    about["model_sha256"] = json.dumps({LLAMA: "0" * 40})
+    rows = [row | about for rank in (None, 32) for row in make_sweep(rank=rank)]
+    write_frame(runs_table(rows), "runs", tmp_path / "mine" / "tables")
+    assert measured_by(LLAMA, tmp_path) == "your own presets"
+    assert measured_by("somebody/Llama-3.1-8B", tmp_path) is None
+
+
+def test_every_model_that_this_project_measured_is_in_the_catalogue():
+    optima = pd.read_csv(LR_OPTIMA)
+    names = set(optima["model"][optima["source"] == "lorabench"])
+    folders = (path.parent for path in (REPOSITORY / "paper_figures/published").glob("*/fig2_lr_by_rank.csv"))
+    presets = [load_preset(folder.name) for folder in folders]
+    assert presets
+    for preset in presets:
+        for name in names & set(preset.models):
+            assert preset.models[name].model_dump(exclude_defaults=True) == known_model(name)
+
+
+def known_model(name):
+    return TypeAdapter(ModelSpec).validate_python(model_catalogue()[name]).model_dump(exclude_defaults=True)
 
 
 def test_a_mixture_of_experts_fits_where_activations_are_recomputed(tmp_path):

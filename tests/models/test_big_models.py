@@ -14,7 +14,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters, counts_table, train_flops_per_token
 from lorabench.models.lora import add_lora, in_expert, targets
-from lorabench.models.specs import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
+from lorabench.models.specs import ARCHITECTURES, architectures, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.planning.memory import step_memory
 from lorabench.training.loss import Batch
 from lorabench.training.step_cost import count_flops
@@ -49,7 +49,7 @@ def on_meta(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_those_of_the_model_and_as_published(name):
-    model, sizes = on_meta(name), dimensions_of_config(config(name))
+    model, sizes = on_meta(name), dimensions_of_config(architectures()[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters == SIZES[name]
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     fused = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and in_expert(n))
@@ -77,7 +77,7 @@ def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placem
 @pytest.mark.parametrize("name", BIG)
 @pytest.mark.parametrize(("placement", "rank"), [(None, None), ("attn", 16), ("all", 64)])
 def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counted(name, placement, rank):
-    sizes = dimensions_of_config(config(name))
+    sizes = dimensions_of_config(architectures()[name])
     with torch.device("meta"):
         model = on_meta(name)
         if rank is not None:
@@ -108,14 +108,14 @@ def test_a_known_model_is_known_by_its_name_and_size_or_by_its_own_configuration
         return dimensions(HubModel(kind="hub", id=name, parameters=parameters, hidden_size=4096))
 
     assert SIZES.keys() == {path.stem for path in ARCHITECTURES.glob("*.json")}
-    llama = dimensions_of_config(config("llama-3.1-8b"))
+    llama = dimensions_of_config(architectures()["llama-3.1-8b"])
     for name in ("meta-llama/Llama-3.1-8B-Instruct", "somebody/llama-3.1-8b-tuned"):
         assert hub(name, 8_030_261_248) == llama
     # A different model whose name starts alike.
     assert hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000) != llama
     (tmp_path / "config.json").write_text(json.dumps(config("qwen3-4b")))
     spec = PathModel(kind="path", path=str(tmp_path), parameters=4_022_468_096, hidden_size=2560)
-    assert dimensions(spec) == dimensions_of_config(config("qwen3-4b"))
+    assert dimensions(spec) == dimensions_of_config(architectures()["qwen3-4b"])
 
 
 def test_llama_8b_has_the_papers_counts_and_whole_models_their_published_sizes():

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lorabench.audit.adapter_config import NAME, AdapterConfig, OtherMethodError, parse_adapter
 from lorabench.audit.config import Method, Task, TrainingConfig
 from lorabench.audit.finding import Finding
 from lorabench.audit.readers.flat import Options
@@ -21,7 +22,6 @@ from lorabench.audit.yaml_lines import load
 from lorabench.config.fields import FROM_WEIGHTS
 from lorabench.errors import UserError
 
-_NAME = "adapter_config.json"
 KEYS = {
     "model": ("base_model_name_or_path",),
     "rank": ("r",),
@@ -51,27 +51,29 @@ _CARD = {
 
 
 def matches(path: Path, text: str) -> bool:
-    return path.name == _NAME
+    return path.name == NAME
 
 
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the run that made an adapter."""
-    options = Options(_parse(text))
+    options = Options()
     for number, line in enumerate(text.splitlines(), 1):
         if match := re.match(r'\s*"(\w+)"\s*:', line):
             options.lines.setdefault(match[1], number)
-    kind = options.text("peft_type")
     findings = []
     fields: dict[str, Any] = {"method": None}
-    if kind == "LORA":
-        fields = _lora(options)
+    try:
+        config = parse_adapter(text, path.name)
+    except OtherMethodError as error:
+        message = f"{error}, so no check is about it"
+        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
+    else:
+        options.values = config.model_dump(exclude_none=True)
+        fields = _lora(config, options)
         others = [name for name in OTHER_PATTERNS if options.get(name)]
         if others:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
             findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get(others[0])))
-    else:
-        message = f"the adapter has peft_type {kind}, not LORA: no check is about it"
-        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
     about, lines = _run(path.parent, findings), options.lines_of(KEYS)
     fields |= about
     lines = {field: line for field, line in lines.items() if fields.get(field)}
@@ -79,14 +81,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if fields.get("lr") is None and (path.parent / "training_args.bin").is_file():
         message = "training_args.bin may say the learning rate, but is a pickle, which could run code and is not read"
         findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN))
-    config = TrainingConfig(
-        shown,
-        "peft",
-        model=options.text("base_model_name_or_path"),
-        lines=lines,
-        findings=tuple(findings),
-        **fields,
-    )
+    config = TrainingConfig(shown, "peft", lines=lines, findings=tuple(findings), **fields)
     return [checked(config, options.said(KEYS))]
 
 
@@ -100,21 +95,20 @@ def _parse(text: str) -> dict[str, Any]:
     return data
 
 
-def _lora(options: Options) -> dict[str, Any]:
+def _lora(config: AdapterConfig, options: Options) -> dict[str, Any]:
     method: Method = "lora"
-    initialization = options.text("init_lora_weights")
-    targets = options.names("target_modules")
     return {
         "method": method,
-        "rank": options.count("r"),
-        "alpha": options.number("lora_alpha"),
-        "dropout": options.number("lora_dropout"),
-        "targets": targets if targets is None else tuple(sorted(targets)),
-        "target_parameters": options.names("target_parameters") or (),
-        "saved_modules": options.names("modules_to_save") or (),
-        "rslora": bool(options.flag("use_rslora")),
-        "dora": bool(options.flag("use_dora")),
-        "variant": variant_of(initialization),
+        "model": options.text("base_model_name_or_path"),
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "targets": (config.targets,) if isinstance(config.targets, str) else config.targets,
+        "target_parameters": config.target_parameters or (),
+        "saved_modules": config.modules_to_save or (),
+        "rslora": bool(config.use_rslora),
+        "dora": bool(config.use_dora),
+        "variant": variant_of(options.text("init_lora_weights")),
     }
 
 
@@ -156,7 +150,7 @@ def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
         "optimizer": "adam",
         "global_batch": options.count("batch_size"),
         "steps": options.number("steps"),
-        "precision": protocol.get("precision") if isinstance(protocol, dict) else None,
+        "precision": Options(protocol).text("precision") if isinstance(protocol, dict) else None,
     }
 
 
@@ -171,7 +165,7 @@ def _beside(path: Path, findings: list[Finding]) -> dict[str, Any]:
 
 
 def _state(folder: Path, findings: list[Finding]) -> dict[str, Any]:
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
     for place in (folder, *checkpoints[-1:]):
         if state := _beside(place / "trainer_state.json", findings):
@@ -184,8 +178,12 @@ def _card(path: Path, findings: list[Finding]) -> tuple[Options, list[str]]:
     options = Options()
     if not path.is_file():
         return options, []
-    text = path.read_text(encoding="utf-8", errors="replace")
     tags: list[str] = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        findings.append(Finding("not-read", "note", f"README.md could not be read: {error}", THE_FILE, CERTAIN))
+        return options, tags
     if head := re.match(r"---\n(.*?)\n---\n", text, re.DOTALL):
         try:
             data, _ = load(head[1])
