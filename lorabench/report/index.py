@@ -66,7 +66,8 @@ def write_index(results: Path) -> Path:
     """
     out, root = results / "index.html", results.parent
     with locked(results / "index.lock", str(out), lambda line: print(line, file=sys.stderr)):
-        own, shipped = [], []
+        own: list[Entry] = []
+        shipped: list[Entry] = []
         for name, report in _reports(results).items():
             [(_, address)] = links = _links({"Report": report}, results)
             entry = _preset(name, results / name / "tables", links, _head(report))
