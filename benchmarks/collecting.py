@@ -1,11 +1,9 @@
-"""What it costs to collect many points of curves, and to count many finished runs.
+"""What it costs to collect many points of curves.
 
     python -m benchmarks.collecting
 
-`lorabench step collect` merges jobs with 5 million points of curves on one core. Then jobs side by side work through a
-plan of 10,000 runs and count the finished ones at the start and the end of each, as `lorabench step train` does. The
-program prints the CPU seconds (user and system) and the peak memory, and appends them to `benchmarks/collecting.csv`.
-The count of commit 12d88a71 is the mean of 40 counts times their number.
+`lorabench step collect` merges jobs with 5 million points of curves on one core. The program prints the CPU seconds
+(user and system) and the peak memory, and appends them to `benchmarks/collecting.csv`.
 """
 
 from __future__ import annotations
@@ -16,9 +14,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,13 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import yaml
 
-from lorabench.planning.plan import Plan, make_plan
 from lorabench.store.io import write_table
-from lorabench.store.layout import Layout
-from lorabench.store.progress import FinishedRuns
-from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import JOB
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -76,63 +66,8 @@ def collecting(folder: Path) -> tuple[float, int]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def large_plan(runs: int, gflops: float) -> tuple[Plan, Layout]:
-    """Return a plan of about `runs` runs, 20 in each sweep, and write its preset into this folder.
-
-    Args:
-        gflops: the speed of the machine; the slower it is, the fewer sweeps are in a job.
-    """
-    block = {
-        "models": ["tiny"],
-        "datasets": ["instruct"],
-        "ranks": {"all": list(range(1, 26))},
-        "batch_sizes": list(range(1, 1 + runs // (25 * 20))),
-        "lrs": {"fullft": [], "lora": np.geomspace(1e-4, 1e-2, 20).round(6).tolist()},
-        "seeds": 1,
-    }
-    raw = {
-        "description": "many runs",
-        "models": {"tiny": {"kind": "tiny"}},
-        "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
-        "experiments": {"rank": [block]},
-        "margins": {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6},
-        "execution": {"gflops": gflops},
-    }
-    Path("many.yaml").write_text(yaml.safe_dump(raw))
-    layout = Layout.of("many.yaml")
-    return make_plan(layout.preset), layout
-
-
-def counting(plan: Plan, layout: Layout, counter: Callable[[Plan, Layout], Callable[[], object]]) -> float:
-    """Return the CPU seconds that counting takes while the jobs of a plan train their runs side by side.
-
-    Args:
-        counter: returns a job's function that counts.
-    """
-    for folder in (layout.runs, layout.jobs):
-        folder.mkdir(parents=True)
-    started = time.process_time()
-    counts = {job: counter(plan, layout) for job in plan.jobs}
-    seconds = time.process_time() - started
-    runs = {job: [run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs}
-    for number in range(max(map(len, runs.values()))):
-        for job in (job for job in plan.jobs if number < len(runs[job])):
-            record = RunFolder(layout.runs, runs[job][number].run_id).record
-            started = time.process_time()
-            counts[job]()
-            seconds += time.process_time() - started
-            record.parent.mkdir()
-            record.touch()
-            started = time.process_time()
-            counts[job]()
-            seconds += time.process_time() - started
-            if number + 1 == len(runs[job]):
-                layout.job(job).touch()
-    return seconds
-
-
 def main() -> None:
-    """Measure both and append the results."""
+    """Measure and append the result."""
     import torch
 
     from lorabench.training.run import machine_state
@@ -141,11 +76,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds, peak = collecting(Path(folder))
         rows.append(["collect", f"{POINTS} points of {RUNS} runs in {JOBS} jobs", round(seconds, 1), peak // 10**6])
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        plan, layout = large_plan(10_000, gflops=1000.0)
-        seconds = counting(plan, layout, lambda plan, layout: FinishedRuns(plan, layout).count)
-        n_runs = sum(job.n_runs for job in plan.jobs)
-        rows.append(["count", f"{n_runs} runs in {len(plan.jobs)} jobs", round(seconds, 1), None])
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     facts = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine_state(torch.device("cpu"))["device"]]

@@ -9,8 +9,8 @@ from importlib.metadata import packages_distributions, requires
 
 from .conftest import REPOSITORY
 
-# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and what the extras `vllm` and `track` install.
-BROUGHT = {"langdetect", "nltk", "sympy", "trackio", "vllm"}
+# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and vLLM, which users install themselves.
+BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
 
 
 def test_every_imported_package_is_a_dependency():

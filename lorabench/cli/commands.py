@@ -571,16 +571,6 @@ def index(
     print(write_index(results))
 
 
-@app.command()
-def track(preset: PresetOption = "laptop") -> None:
-    """Log the finished runs of a preset to trackio, if it is installed; runs that it has are left as they are."""
-    from lorabench.report.track import track as log_runs
-
-    project, logged, already = log_runs(*plan_and_layout(preset))
-    print(f"logged {logged} runs to trackio; {already} were there already")
-    print(f"look at them with: trackio show --project {project}")
-
-
 @app.command("save-runs")
 def save_runs(preset: PresetOption = "laptop") -> None:
     """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""

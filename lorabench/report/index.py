@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from html.parser import HTMLParser
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import unescape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
@@ -21,7 +22,7 @@ from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
 from lorabench.report.page import environment, inline
 from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED, published_folders
-from lorabench.sources.measurements import HELD_OUT, read_provenance
+from lorabench.sources.measurements import read_held_out, read_provenance
 from lorabench.store.io import read_claims, read_rows
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
@@ -33,41 +34,25 @@ LINES = 3
 EVIDENCE = "evidence"
 """The folder of the claims judged on the runs of others, in a folder of results and among what is published."""
 
-_HEAD = 2**15
-"""The bytes of a report in which its title and description are looked for."""
 
-
-class Line(NamedTuple):
-    """A claim with its verdict, or with those on several models."""
-
-    claim_id: str
-    statement: str
-    badges: list[tuple[str, str]]
-    """Verdicts, each with its text."""
-    number: str = ""
-    """The estimate with its interval."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class Entry:
     """What the index shows of a report, a published preset, or the runs of others."""
 
-    name: str
     title: str
     about: str
-    """A sentence without a full stop."""
-    answer: str
-    """Whether LoRA matches full fine-tuning, in a sentence; empty where that is not known."""
     links: list[tuple[str, str]]
     """Texts and relative addresses, the most important one first."""
-    size: list[str]
+    answer: str = ""
+    """Whether LoRA matches full fine-tuning, in a sentence; empty where that is not known."""
+    size: list[str] = field(default_factory=list)
     """How many runs of which models, and from when."""
-    last: str
+    last: str = ""
     """The time at which the last run was started, as text in ISO 8601, by which entries are ordered."""
-    verdicts: list[tuple[str, int]]
+    verdicts: list[tuple[str, int]] = field(default_factory=list)
     """Each verdict with the number of claims that have it."""
-    lines: list[Line]
-    """The most important claims that were tested."""
+    lines: list[tuple[str, str, list[tuple[str, str]], str]] = field(default_factory=list)
+    """The most important claims that were tested: id, statement, verdicts with their texts, and the estimate."""
     report: str = ""
     """The relative address of the report, in which each claim has its place."""
     note: str = ""
@@ -81,10 +66,16 @@ def write_index(results: Path) -> Path:
     """
     out, root = results / "index.html", results.parent
     with locked(results / "index.lock", str(out), lambda line: print(line, file=sys.stderr)):
-        reports = list(_reports(results))
+        own: list[Entry] = []
+        shipped: list[Entry] = []
+        for name, report in _reports(results).items():
+            [(_, address)] = links = _links({"Report": report}, results)
+            entry = _preset(name, results / name / "tables", links, _head(report))
+            entry.report = address
+            (shipped if _shipped(name) else own).append(entry)
         groups = {
-            "Your own models and data": [entry for entry in reports if not _shipped(entry.name)],
-            "Presets of the paper, run here": [entry for entry in reports if _shipped(entry.name)],
+            "Your own models and data": own,
+            "Presets of the paper, run here": shipped,
             "Presets of the paper, as published": [_published(folder, results) for folder in published_folders(root)],
             "Runs of others": _evidence(results, root),
         }
@@ -97,83 +88,59 @@ def write_index(results: Path) -> Path:
     return out
 
 
+def _reports(results: Path) -> dict[str, Path]:
+    """Return the report of each preset that has one, by name; the one with scores of lm-eval if there are two."""
+    names = ("without_evaluation.html", "index.html")
+    return {path.parents[1].name: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
+
+
 def _shipped(name: str) -> bool:
     return (PRESETS / f"{split_name(name)[0]}.yaml").is_file()
 
 
-def _description(name: str) -> str:
-    """Return the description of a shipped preset, empty for others."""
-    return load_preset(split_name(name)[0]).description if _shipped(name) else ""
+def _head(report: Path) -> dict[str, str]:
+    """Return the title, the description and the answer (`abstract`) that the head of a report has."""
+    with report.open("rb") as file:
+        head = file.read(2**15).decode(errors="replace")
+    found = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
+    return {name or "title": unescape(text) for name, text in found}
 
 
-def _reports(results: Path) -> Iterator[Entry]:
-    """Return the presets with a report in a folder of results."""
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        names = ("index.html", "without_evaluation.html")
-        report = next((path for name in names if (path := folder / "report" / name).is_file()), None)
-        if report is None:
-            continue
-        head, name = _Head(report), folder.name
-        address = _address(report, results)
-        title = name if _shipped(name) else head.title or name
-        about = (
-            name,
-            title,
-            head.named.get("description") or _description(name),
-            head.named.get("abstract", ""),
-            [("Report", address)],
-        )
-        # A damaged table of one preset keeps no other report from being listed.
-        try:
-            runs = read_rows(folder / "tables", "runs", ["model", "started"])
-            verdicts, lines = _judged(read_claims(folder / "tables"))
-        except UserError as error:
-            yield Entry(*about, [], "", [], [], note=f"Its tables can't be read: {error}.")
-            continue
-        started = sorted(row["started"] for row in runs if row["started"])
-        models = sorted({row["model"] for row in runs})
-        size = _size(len(runs), models, started[:1], started[-1:])
-        yield Entry(*about, size, started[-1] if started else "", verdicts, lines, address)
-
-
-class _Head(HTMLParser):
-    """The title, the description and the answer in the head of a report."""
-
-    def __init__(self, report: Path) -> None:
-        super().__init__()
-        self.title, self.named, self._in_title = "", dict[str, str](), False
-        with report.open("rb") as file:
-            self.feed(file.read(_HEAD).decode(errors="replace"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in_title = tag == "title"
-        values = {name: value or "" for name, value in attrs}
-        if tag == "meta" and "name" in values:
-            self.named[values["name"]] = values.get("content", "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_title = False
-
-    def handle_data(self, data: str) -> None:
-        if self._in_title:
-            self.title += data
+def _preset(name: str, folder: Path, links: list[tuple[str, str]], head: Mapping[str, str]) -> Entry:
+    """Return the entry of a preset by the tables in a folder, or by what is published there."""
+    title = name if _shipped(name) else head.get("title") or name
+    preset = load_preset(split_name(name)[0]).description if _shipped(name) else ""
+    entry = Entry(title, head.get("description") or preset, links, head.get("abstract", ""))
+    # What is damaged of one preset keeps no other from being listed.
+    try:
+        claims = read_claims(folder, NOT_PUBLISHED)
+        if made := read_provenance(folder):
+            runs, models = made["runs"], {row["model"] for row in made["inputs"]}
+            started = [made["first_started"], made["last_started"]]
+        else:
+            rows = read_rows(folder, "runs", ["model", "started"])
+            runs, models = len(rows), {row["model"] for row in rows}
+            started = sorted(row["started"] for row in rows if row["started"])
+    except UserError as error:
+        entry.note = f"Its tables can't be read: {error}."
+        return entry
+    days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
+    entry.size = [f"{runs:,} run{'' if runs == 1 else 's'}", ", ".join(sorted(models)), " to ".join(days)]
+    entry.last, entry.verdicts = max(started, default=""), _counts(claims["verdict"])
+    for claim in _most_important(claims):
+        number = "" if formats.missing(claim["estimate"]) else claim_text.measured(claim)
+        badge = claim["verdict"], claim_text.verdict(claim)
+        entry.lines.append((claim["claim_id"], claim["statement"], [badge], number))
+    return entry
 
 
 def _published(folder: Path, results: Path) -> Entry:
     """Return the entry of a published preset, which has figures and tables and no page."""
-    named = folder.name, folder.name, _description(folder.name), ""
-    try:
-        made, (verdicts, lines) = read_provenance(folder), _judged(read_claims(folder, NOT_PUBLISHED))
-    except UserError as error:
-        return Entry(*named, [], [], "", [], [], note=f"What is published of it can't be read: {error}.")
-    models = sorted({row["model"] for row in made["inputs"]})
     files = {"Verdicts": folder / "verdicts.svg", "All claims": folder / "claims.csv"}
-    links = [(text, _address(path, results)) for text, path in files.items() if path.is_file()]
-    again = folder / HELD_OUT / "came_out_again.csv"
-    note = f"Of the claims that seeds can change, {summary_of(pd.read_csv(again))}." if again.is_file() else ""
-    started = made["first_started"], made["last_started"]
-    size = _size(made["runs"], models, [started[0]], [started[1]])
-    return Entry(*named, links, size, started[1], verdicts, lines, note=note)
+    entry = _preset(folder.name, folder, _links(files, results), {})
+    if not entry.note and (again := read_held_out(folder)) is not None:
+        entry.note = f"Of the claims that seeds can change, {summary_of(again)}."
+    return entry
 
 
 def _evidence(results: Path, root: Path) -> list[Entry]:
@@ -183,32 +150,16 @@ def _evidence(results: Path, root: Path) -> list[Entry]:
         return []
     judged = read_claims(folders[0], NOT_PUBLISHED)
     judged = judged[judged["verdict"] != "not tested"]
-    size = [f"{judged['source'].nunique()} sources", f"{judged.groupby(['source', 'model']).ngroups} models"]
     files = {"Core claims by size of the model": "matrix.svg", "Estimates": "forest.svg", "All claims": "claims.csv"}
-    links = [
-        (text, _address(folders[0] / name, results)) for text, name in files.items() if (folders[0] / name).is_file()
-    ]
-    lines = []
+    links = _links({text: folders[0] / name for text, name in files.items()}, results)
+    entry = Entry("Runs of others", "The same claims, judged on runs that others have published, model by model", links)
+    entry.size = [f"{judged['source'].nunique()} sources", f"{judged.groupby(['source', 'model']).ngroups} models"]
+    entry.verdicts = _counts(judged["verdict"])
     for claim in _most_important(judged):
         counts = _counts(judged.loc[judged["claim_id"] == claim["claim_id"], "verdict"])
         badges = [(verdict, f"{verdict} on {number} model{'' if number == 1 else 's'}") for verdict, number in counts]
-        lines.append(Line(claim["claim_id"], claim["statement"], badges))
-    title, about = "Runs of others", "The same claims, judged on runs that others have published, model by model"
-    return [Entry(EVIDENCE, title, about, "", links, size, "", _counts(judged["verdict"]), lines)]
-
-
-def _judged(claims: pd.DataFrame) -> tuple[list[tuple[str, int]], list[Line]]:
-    """Return the number of claims by verdict, and the most important claims."""
-    lines = [
-        Line(
-            claim["claim_id"],
-            claim["statement"],
-            [(claim["verdict"], claim_text.verdict(claim))],
-            "" if formats.missing(claim["estimate"]) else claim_text.measured(claim),
-        )
-        for claim in _most_important(claims)
-    ]
-    return _counts(claims["verdict"]), lines
+        entry.lines.append((claim["claim_id"], claim["statement"], badges, ""))
+    return [entry]
 
 
 def _counts(verdicts: pd.Series[str]) -> list[tuple[str, int]]:
@@ -225,11 +176,9 @@ def _most_important(claims: pd.DataFrame) -> list[dict[Any, Any]]:
     return rows
 
 
-def _size(runs: int, models: Iterable[str], first: Iterable[str], last: Iterable[str]) -> list[str]:
-    days = list(dict.fromkeys(time[:10] for time in (*first, *last)))
-    return [f"{runs:,} run{'' if runs == 1 else 's'}", ", ".join(models), " to ".join(days)]
-
-
-def _address(path: Path, results: Path) -> str:
-    """Return the address of a file, relative to the index."""
-    return quote(Path(os.path.relpath(path, results)).as_posix())
+def _links(files: Mapping[str, Path], results: Path) -> list[tuple[str, str]]:
+    """Return the texts of the files that exist, with their addresses relative to the index."""
+    addresses = {
+        text: Path(os.path.relpath(path, results)).as_posix() for text, path in files.items() if path.is_file()
+    }
+    return [(text, quote(address)) for text, address in addresses.items()]

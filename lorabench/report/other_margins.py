@@ -1,21 +1,15 @@
 """The verdicts that other margins would give, for readers to whom smaller or larger effects matter.
 
-The margins of a preset are written down before its runs, and these verdicts replace none of those. Each claim is judged
-by its own function, on comparisons whose margins are others and whose fits, which take most of the time, are the same.
+The margins of a preset are written down before its runs, and these verdicts replace none of those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.comparison import Comparison, Judging
-from lorabench.analysis.loss_fit import LossFit
-from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import Margins, Predictions
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
@@ -59,13 +53,13 @@ def verdicts_by_margin(
         The table `verdicts_by_margin`: of each claim that the runs test, a row for each factor.
     """
     tested = set(judged.loc[~judged["verdict"].isin(UNTESTED), "claim_id"])
-    allowed = {factor: other for factor in factors if (other := scaled(margins, factor))}
     claims = [claim for claim in CLAIMS if claim.id in tested]
-    again = [_by_margins(claim, factor, other) for factor, other in allowed.items() for claim in claims]
-    others = judge_claims(tables, again, margins, predictions=predictions)
-    parts = others["claim_id"].str.split("@", expand=True).reindex(columns=[0, 1])
-    others = others.assign(claim_id=parts[0], factor=parts[1].astype(float))
-    rows = pd.concat([judged[judged["claim_id"].isin(tested)].assign(factor=1.0), others])
+    parts = [judged[judged["claim_id"].isin(tested)].assign(factor=1.0)]
+    for factor in factors:
+        if (other := scaled(margins, factor)) is not None:
+            again = judge_claims(tables, claims, other, predictions=predictions)
+            parts.append(again.assign(factor=factor))
+    rows = pd.concat(parts)
     place = rows["claim_id"].map({claim_id: place for place, claim_id in enumerate(judged["claim_id"])})
     ordered = rows.assign(place=place).sort_values(["place", "factor"], ignore_index=True)
     return ordered.reindex(columns=VERDICTS_BY_MARGIN.names)
@@ -99,40 +93,3 @@ def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | No
         by_factor = at.sort_values("factor").assign(unit=claim["unit"]).to_dict("records")
         rows.append({"claim_id": claim_id, "at": by_factor} | {name: claim[name] for name in ("statement", "verdict")})
     return {"factors": sorted(by_margin["factor"].unique()), "rows": rows, "stay": stay}
-
-
-def _by_margins(claim: Claim, factor: float, margins: Margins) -> Claim:
-    """Return a claim that is judged by other margins, on the same parts of the evidence as the claim itself."""
-    return replace(claim, id=f"{claim.id}@{factor:g}", judge=lambda part: claim.judge(_with_margins(part, margins)))
-
-
-@dataclass(frozen=True)
-class _OtherMargins(Comparison):
-    """A comparison whose margins differ from those of another one of the same runs."""
-
-    original: Comparison = field(kw_only=True, repr=False)
-
-    @cached_property
-    def fit(self) -> LossFit:
-        """The fit of the original, since no fit depends on a margin."""
-        return self.original.fit
-
-
-def _with_margins(part: Any, margins: Margins) -> Any:
-    """Return a copy of a part of the evidence in which all comparisons have other margins."""
-    if isinstance(part, Judging):
-        return replace(part, margins=margins)
-    if isinstance(part, Comparison):
-        judging = replace(part.judging, margins=margins)
-        return _OtherMargins(part.label, part.runs, part.curves, judging, original=part)
-    if isinstance(part, partial):
-        return partial(part.func, *_with_margins(part.args, margins), **_with_margins(part.keywords, margins))
-    if is_dataclass(part) and not isinstance(part, type):
-        own = {each.name: _with_margins(getattr(part, each.name), margins) for each in fields(part)}
-        other = replace(part, **own)
-        if isinstance(part, Evidence) and "comparisons" in vars(part):
-            vars(other)["comparisons"] = _with_margins(part.comparisons, margins)
-        return other
-    if isinstance(part, dict):
-        return {name: _with_margins(value, margins) for name, value in part.items()}
-    return type(part)(_with_margins(each, margins) for each in part) if isinstance(part, list | tuple) else part

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorabench.planning.plan import Plan
-from lorabench.runs import Run, Sweep
+from lorabench.runs import Job, Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RECORD
 from lorabench.utils.exhaustion import NoSpaceError
@@ -68,62 +67,51 @@ class Status:
 
 
 class FinishedRuns:
-    """Counts the finished runs of a plan; each count after the first looks only at what has come or gone since.
-
-    A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
-    finished, whichever job wrote it and whatever its clock says. Nothing but the files themselves is relied on.
-    """
+    """Counts the finished runs of a plan again and again, in at most a hundredth of the time."""
 
     def __init__(self, plan: Plan, layout: Layout) -> None:
-        self._layout = layout
-        self._jobs = {layout.job(job).name: job for job in plan.jobs}
-        self._expected = {name: job.n_runs for name, job in self._jobs.items()}
-        self._runs_of_job: dict[str, int] = {}
-        """The number of runs of each finished job, by the name of its file."""
-        self._jobs_of_run: dict[str, list[str]] = {}
-        """The names of the files of the unfinished jobs that a run belongs to, by run_id."""
-        self._done: set[str] = set()
-        """The ids of the finished runs of unfinished jobs."""
-        self._done_of_job: Counter[str] = Counter()
+        self._plan, self._layout = plan, layout
+        self._counted, self._again = (0, 0, 0), 0.0
 
     def count(self) -> tuple[int, int, int]:
-        """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs."""
-        files, folders = _names(self._layout.jobs), _names(self._layout.runs)
-        for name in self._runs_of_job.keys() - files:
-            # The job is made again.
-            del self._runs_of_job[name]
-            self._jobs_of_run, self._done, self._done_of_job = {}, set(), Counter()
-        for name in files & self._jobs.keys() - self._runs_of_job.keys():
-            self._runs_of_job[name] = self._finished(name)
-        if not self._jobs_of_run:
-            for name in self._jobs.keys() - self._runs_of_job.keys():
-                for run_id in (run_id for sweep in self._jobs[name].sweeps for run_id in sweep.run_ids):
-                    self._jobs_of_run.setdefault(run_id, []).append(name)
-        for run_id in self._done - folders:
-            self._done.remove(run_id)
-            self._done_of_job.subtract(self._jobs_of_run[run_id])
-        for run_id in folders - self._done:
-            if run_id in self._jobs_of_run and os.path.isfile(f"{self._layout.runs}/{run_id}/{RECORD}"):
-                self._done.add(run_id)
-                self._done_of_job.update(self._jobs_of_run[run_id])
-        unfinished = self._jobs.keys() - self._runs_of_job.keys()
-        trained = sum(self._runs_of_job.values())
-        done = trained + sum(self._done_of_job[name] for name in unfinished)
-        return done, trained + sum(self._expected[name] for name in unfinished), len(self._runs_of_job)
+        """Return what `finished_runs` returns, or returned lately if that takes long."""
+        if (started := time.monotonic()) >= self._again:
+            self._counted = finished_runs(self._plan, self._layout)
+            self._again = started + 100 * (time.monotonic() - started)
+        return self._counted
 
-    def _finished(self, name: str) -> int:
-        """Return the number of runs of a finished job."""
-        job = self._jobs[name]
-        # A sweep that finds its LRs has another number of runs than expected.
-        if any(sweep.lattice is not None for sweep in job.sweeps):
-            # Imported only here, because `lorabench status` shall answer at once.
-            import pyarrow as pa
-            import pyarrow.parquet as pq
 
-            # A damaged file counts as expected; the step that reads it names it.
-            with suppress(pa.ArrowException, OSError):
-                return int(pq.read_metadata(self._layout.job(job)).num_rows)
-        return self._expected[name]
+def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
+    """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs.
+
+    A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
+    finished. The runs of a finished job may be deleted.
+    """
+    files, folders = _names(layout.jobs), _names(layout.runs)
+    done = planned = jobs_done = 0
+    for job in plan.jobs:
+        if layout.job(job).name in files:
+            runs = _runs_of_finished(job, layout)
+            done, planned, jobs_done = done + runs, planned + runs, jobs_done + 1
+        else:
+            names = [run_id for sweep in job.sweeps for run_id in sweep.run_ids & folders]
+            done += sum(os.path.isfile(f"{layout.runs}/{run_id}/{RECORD}") for run_id in names)
+            planned += job.n_runs
+    return done, planned, jobs_done
+
+
+def _runs_of_finished(job: Job, layout: Layout) -> int:
+    """Return the number of runs of a finished job."""
+    # A sweep that finds its LRs has another number of runs than expected.
+    if any(sweep.lattice is not None for sweep in job.sweeps):
+        # Imported only here, because `lorabench status` shall answer at once.
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        # A damaged file counts as expected; the step that reads it names it.
+        with suppress(pa.ArrowException, OSError):
+            return int(pq.read_metadata(layout.job(job)).num_rows)
+    return job.n_runs
 
 
 def _names(folder: Path) -> set[str]:
@@ -136,7 +124,7 @@ def _names(folder: Path) -> set[str]:
 
 def status(plan: Plan, layout: Layout) -> Status:
     """Read the state of a preset's work from the files on disk."""
-    runs_done, runs_planned, jobs_done = FinishedRuns(plan, layout).count()
+    runs_done, runs_planned, jobs_done = finished_runs(plan, layout)
     at_work: list[dict[str, Any]] = []
     unfinished = {sweep.sweep_id for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps}
     for path in sorted((layout.root / "progress").glob("*.json")):

@@ -109,7 +109,7 @@ def test_a_damaged_provenance_keeps_no_other_preset_from_being_listed(folder, te
     shown = entries(write_index(Path("results")).read_text())
     assert "1 inconclusive" in shown["Question mine"].text
     assert "can't be read" not in shown["overnight"].text
-    assert "What is published of it can't be read: " in shown["laptop"].text
+    assert "Its tables can't be read: " in shown["laptop"].text
     assert str(path) in shown["laptop"].text
 
 
