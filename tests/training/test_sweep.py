@@ -45,7 +45,7 @@ def test_a_diverged_run_is_a_result_and_touches_no_other(method, ready):
 
 
 def test_a_sweep_of_diverged_runs_only_has_no_repeats_and_a_second_call_trains_nothing(ready, monkeypatch):
-    plan, layout = ready("lost", lora=[1e3, 2e3])
+    plan, layout = ready("lost", lora=[500.0, 1e3])
     runs, _ = trained(plan, layout, "lora")
     assert list(runs.status) == ["diverged", "diverged"]
     assert (runs.diverged_at > 1).all()

@@ -63,13 +63,13 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     findings = []
     fields: dict[str, Any] = {"method": None}
     try:
-        config = parse_adapter(text, path.name)
+        adapter = parse_adapter(text, path.name)
     except OtherMethodError as error:
         message = f"{error}, so no check is about it"
         findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
     else:
-        options.values = config.model_dump(exclude_none=True)
-        fields = _lora(config, options)
+        options.values = adapter.model_dump(exclude_none=True)
+        fields = _lora(adapter, options)
         others = [name for name in OTHER_PATTERNS if options.get(name)]
         if others:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
