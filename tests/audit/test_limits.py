@@ -44,7 +44,7 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "deep.ipynb": (NOTEBOOK + '{"a":' * 5000 + "1" + "}" * 5001, "it is not a notebook"),
     "data/a.yaml": (LLAMA_FACTORY, None),
     "data/dataset_info.json": ("[" * 9000, ""),
-    "default.sh": (f"A={'${A:-' * 500}{'}' * 500}\n{TRL}\n", NESTED),
+    "default.sh": (f"A={'${A:-' * 500}{'}' * 500}\n{TRL}\n", None),
     "arithmetic.sh": (f"A=$(({'1+' * 20_000}1))\n{TRL}\n", None),
     "config.sh": (f"{TRL} --config {LONG}.yaml\n", None),
     "program.sh": (f"python {LONG}.py --model_name_or_path a --learning_rate 1 --config_file {LONG}\n", None),

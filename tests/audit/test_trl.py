@@ -9,6 +9,7 @@ import pytest
 from lorabench.audit.config import TrainingConfig
 from lorabench.audit.readers import trl, trl_options
 from lorabench.audit.readers.flat import Options
+from lorabench.audit.readers.shell import UNKNOWN, read_commands
 from lorabench.errors import UserError
 
 
@@ -54,6 +55,22 @@ llamafactory-cli train --stage sft --model_name_or_path m --learning_rate 1e-5
     # A program of somebody else may have LoRA's options without `use_peft`.
     assert (other.method, other.rank, other.devices, other.findings) == (None, 8, 4, ())
     assert other.targets == ("q_proj", "v_proj")
+
+
+def test_words_as_bash_makes_them() -> None:
+    text = r"""A=(x "y z") B= C=$(nproc)
+run "${A[@]}" $B "$(echo "$(date)")" ${C:-1} "${D:-2 3}" 'c"d' "e\"f" $((2 * (1 + 1))) "$@"
+run x <<EOF 2>&1 >log # comment
+run inside
+EOF
+run `# comment` "${1:-v}" last
+"""
+    commands = [[word.text for word in command] for command in read_commands(text)]
+    assert commands == [
+        ["run", "x", "y z", UNKNOWN, UNKNOWN, "2 3", 'c"d', 'e"f', "4"],
+        ["run", "x"],
+        ["run", UNKNOWN, "last"],
+    ]
 
 
 def test_lora_options_without_use_peft_have_no_effect(tmp_path: Path) -> None:

@@ -23,8 +23,24 @@ UNKNOWN = "\0"
 
 _SUFFIXES = (".sh", ".bash", ".slurm", ".sbatch", ".job")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
-_NAME = re.compile(r"[A-Za-z_]\w*")
-_ORDINARY = re.compile(r"[^\s\\'\"$`<>;&|()]+")
+_ROUND, _CURLY = r"\([^()]*+\)", r"\{[^{}]*+\}"
+for _ in range(5):  # brackets within brackets
+    _ROUND, _CURLY = rf"\((?:[^()]++|{_ROUND})*+\)", rf"\{{(?:[^{{}}]++|{_CURLY})*+\}}"
+_EXPANSION = rf"\$(?:{_ROUND}|{_CURLY}|[A-Za-z_]\w*+|[\d@*#?$!({{-])|`[^`]*+`?"
+_IN_QUOTES = rf"\\.|{_EXPANSION}|[^\\$`\"]++|[\\$]"
+_PIECE = rf"\\.|'[^']*+'?|\"(?:{_IN_QUOTES})*+\"?|{_EXPANSION}"
+_PIECES_IN_QUOTES = re.compile(_IN_QUOTES, re.DOTALL)
+_PIECES = re.compile(rf"{_PIECE}|[^\\'\"$`]++|[\\$]", re.DOTALL)
+_PARAMETER = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(\[[@*]\])?(?::?[-=](.*))?\})", re.DOTALL)
+_TOKEN = re.compile(
+    r"\\\n|[^\S\n]+|#[^\n]*"
+    r"|\d*<<-?(?!<)\s*[\"'\\]?(?P<delimiter>\w+)[\"']?"
+    r"|(?P<redirection>\d*(?:&>|[<>])[<>]*[&|-]?)"
+    r"|(?P<array>[A-Za-z_]\w*\+?=)\("
+    r"|(?P<end>[\n;&|()])"
+    rf"|(?P<word>(?:{_PIECE}|[^\s\\'\"$`;&|()<>]++|[\\$])++)",
+    re.DOTALL,
+)
 _OPENING = ("if", "for", "while", "until", "case", "select")
 _CLOSING = ("fi", "done", "esac")
 _PREFIXES = ("then", "do", "{", "!", "time", "exec", "nohup", "sudo")
@@ -52,8 +68,8 @@ def is_script(path: Path, text: str) -> bool:
 
 def read_commands(text: str, first_line: int = 1) -> list[list[Word]]:
     """Return the words of every command that a script names, in order, without redirections and comments."""
-    script = _Script(text, first_line)
-    script.read()
+    script = _Script()
+    script.read(text, first_line)
     return script.commands
 
 
@@ -124,188 +140,81 @@ class _Block:
 
 @dataclass
 class _Script:
-    text: str
-    line: int
-    at: int = 0
     commands: list[list[Word]] = field(default_factory=list)
     variables: dict[str, list[str]] = field(default_factory=dict)
     """The words of a variable; one word but for arrays."""
     blocks: list[_Block] = field(default_factory=list)
-    bodies: list[str] = field(default_factory=list)
-    """Delimiters of texts that follow the current line (`<<EOF`)."""
 
-    def read(self) -> None:
-        while self.at < len(self.text):
-            words = self._words("\n;&|()")
-            end = self._skip(1)
-            self._end_command(words, alone=end in ("\n", ";"))
-            if end == "\n":
-                self._skip_bodies()
+    def read(self, text: str, line: int) -> None:
+        at, words, array, redirected = 0, list[Word](), "", False
+        command, bodies = words, list[str]()
+        while token := _TOKEN.match(text, at):
+            end, said = token.end(), token[0]
+            if token["delimiter"]:
+                bodies.append(token["delimiter"])
+            elif token["redirection"]:
+                redirected = True
+            elif token["word"]:
+                words += [] if redirected else [Word(part, line) for part in self._expand(said, _PIECES)]
+                redirected = False
+            elif token["array"]:
+                array, words = token["array"], []
+            elif token["end"] and array:
+                if said == ")":
+                    self._assign(array.rstrip("+="), [word.text for word in words], append="+" in array)
+                    array, words = "", command
+            elif token["end"]:
+                self._end_command(words, alone=said in "\n;")
+                words = command = []
+                redirected = False
+                if said == "\n":
+                    for delimiter in bodies:
+                        last = re.compile(rf"^[ \t]*{delimiter}[ \t]*$", re.MULTILINE).search(text, end)
+                        end = last.end() if last else len(text)
+                    bodies = []
+            line += text.count("\n", at, end)
+            at = end
+        self._end_command(command, alone=False)
 
-    def _skip(self, characters: int) -> str:
-        skipped = self.text[self.at : self.at + characters]
-        self.line += skipped.count("\n")
-        self.at += characters
-        return skipped
-
-    def _skip_bodies(self) -> None:
-        for delimiter in self.bodies:
-            end = re.compile(rf"^[ \t]*{re.escape(delimiter)}[ \t]*$", re.MULTILINE).search(self.text, self.at)
-            self._skip((end.end() if end else len(self.text)) - self.at)
-        self.bodies = []
-
-    def _words(self, ends: str) -> list[Word]:
-        """Read words up to one of the characters that end a command."""
-        words: list[Word] = []
-        pieces: list[str] | None = None  # of the word that is being read
-        line = self.line
-        drop = False  # the next word is the target of a redirection
-
-        def finish() -> None:
-            nonlocal pieces, drop
-            if pieces is not None and not drop:
-                words.append(Word("".join(pieces), line))
-            if pieces is not None:
-                drop = False
-            pieces = None
-
-        while self.at < len(self.text):
-            character = self.text[self.at]
-            if character == "\\" and self.text[self.at + 1 : self.at + 2] == "\n":
-                self._skip(2)
-            elif pieces is None and character == "#":
-                end = self.text.find("\n", self.at)
-                self._skip((len(self.text) if end < 0 else end) - self.at)
-            elif character in "<>" or self.text.startswith("&>", self.at):
-                if pieces and "".join(pieces).isdigit():
-                    pieces = None
-                finish()
-                operation = re.compile(r"&?[<>]+[&|-]?").match(self.text, self.at)
-                redirection = self._skip(len(operation[0]) if operation else 1)
-                if redirection.startswith("<<") and not redirection.startswith("<<<"):
-                    delimiter = re.compile(r"\s*[\"'\\]?(\w+)[\"']?").match(self.text, self.at)
-                    if delimiter:
-                        self.bodies.append(delimiter[1])
-                        self._skip(len(delimiter[0]))
-                else:
-                    drop = True
-            elif character in ends:
-                array = _ASSIGNMENT.fullmatch("".join(pieces or ()))
-                if character != "(" or array is None or array[3]:
-                    break
-                self._skip(1)
-                self._assign(array[1], [word.text for word in self._array()], bool(array[2]))
-                pieces = None
-            elif character.isspace():
-                finish()
-                self._skip(1)
+    def _expand(self, text: str, pieces: re.Pattern[str], split: bool = True) -> list[str]:
+        """Return the words that a text becomes without its quotes; an unquoted variable is split at its spaces."""
+        words: list[str] = []
+        for piece in pieces.findall(text):
+            if piece[0] == "\\":
+                kept = pieces is _PIECES_IN_QUOTES and piece[1:] not in ('"', "$", "`", "\\", "\n")
+                found = [piece] if kept else piece[1:].split()
+            elif pieces is _PIECES and piece[0] == "'":
+                found = [piece.strip("'")]
+            elif pieces is _PIECES and piece[0] == '"':
+                inside = piece[1:].removesuffix('"')
+                found = self._expand(inside, _PIECES_IN_QUOTES, split=False) if inside else [""]
+            elif piece == "$" or piece[0] not in "$`":
+                found = [piece]
             else:
-                if pieces is None:
-                    pieces, line = [], self.line
-                quoted = character in "\"'"
-                fragments = self._fragments()
-                plain = len(fragments) == 1 and not re.search(r"\s", fragments[0])
-                if plain or quoted or _ASSIGNMENT.fullmatch("".join(pieces)):
-                    pieces.append(fragments[0] if fragments else "")
-                    for fragment in fragments[1:]:  # an array in quotes is several words
-                        finish()
-                        pieces = [fragment]
-                    if not fragments and pieces == [""]:
-                        pieces = None
-                else:  # an unquoted variable is split at its spaces
-                    parts = [part for fragment in fragments for part in fragment.split()]
-                    pieces.extend(parts[:1])
-                    for part in parts[1:]:
-                        finish()
-                        pieces = [part]
-                    if not pieces:
-                        pieces = None
-        finish()
+                found = self._value(piece)
+                if split and not (words and _ASSIGNMENT.fullmatch(words[-1])):
+                    found = [part for each in found for part in each.split()]
+            if words:
+                words[-1] += "".join(found[:1])
+                found = found[1:]
+            words += found
         return words
 
-    def _array(self) -> list[Word]:
-        words = self._words(")")
-        self._skip(1)
-        return words
-
-    def _fragments(self) -> list[str]:
-        """Read a quoted text, an expansion, or ordinary characters; several fragments are words of an array."""
-        character = self.text[self.at]
-        if character == "'":
-            end = self.text.find("'", self.at + 1)
-            return [self._skip((len(self.text) if end < 0 else end + 1) - self.at).strip("'")]
-        if character == '"':
-            self._skip(1)
-            fragments = [""]
-            while self.at < len(self.text) and self.text[self.at] != '"':
-                if self.text[self.at] == "$" or self.text[self.at] == "`":
-                    expanded = self._expansion()
-                    if not expanded and fragments == [""] and self.text[self.at : self.at + 1] == '"':
-                        fragments = []
-                        break
-                    fragments[-1] += expanded[0] if expanded else ""
-                    fragments += expanded[1:]
-                elif self.text[self.at] == "\\":
-                    escaped = self._skip(2)
-                    fragments[-1] += {"\\\n": ""}.get(escaped, escaped[1:] if escaped[1:] in '"$`\\' else escaped)
-                else:
-                    fragments[-1] += self._skip(1)
-            self._skip(1)
-            return fragments
-        if character in "$`":
-            return self._expansion()
-        if character == "\\":
-            return [self._skip(2)[1:]]
-        ordinary = _ORDINARY.match(self.text, self.at)
-        return [self._skip(len(ordinary[0]) if ordinary else 1)]
-
-    def _expansion(self) -> list[str]:
-        if self.text[self.at] == "`":
-            end = self.text.find("`", self.at + 1)
-            output = self._skip((len(self.text) if end < 0 else end + 1) - self.at)
-            return [] if output.startswith("`#") else [UNKNOWN]  # a comment between continued lines is written so
-        self._skip(1)
-        if self.text.startswith("((", self.at):
-            return [self._arithmetic(self._balanced("(", ")")[1:-1])]
-        if self.text.startswith("(", self.at):
-            self._balanced("(", ")")
-            return [UNKNOWN]
-        if self.text.startswith("{", self.at):
-            return self._parameter(self._balanced("{", "}"))
-        name = _NAME.match(self.text, self.at)
-        if name:
-            self._skip(len(name[0]))
-            return self.variables.get(name[0], [UNKNOWN])[:1]
-        special = self._skip(1)
-        return [] if special in ("@", "*") else [UNKNOWN] if special in "0123456789#?$!-" else ["$" + special]
-
-    def _balanced(self, opening: str, closing: str) -> str:
-        """Skip a bracket and what it holds, and return what it holds."""
-        depth, start = 0, self.at
-        while self.at < len(self.text):
-            character = self._skip(1)
-            depth += (character == opening) - (character == closing)
-            if depth == 0:
-                break
-        return self.text[start + 1 : self.at - 1]
-
-    def _parameter(self, inside: str) -> list[str]:
-        parts = re.fullmatch(r"([A-Za-z_]\w*)(\[[@*]\])?(:?[-=](.*))?", inside, re.DOTALL)
+    def _value(self, expansion: str) -> list[str]:
+        """Return what an expansion becomes: a text, the words of an array, or nothing."""
+        if expansion in ("$@", "$*", "${@}", "${*}") or expansion.startswith("`#"):
+            return []  # a comment between continued lines is written in backticks
+        if expansion.startswith("$(("):
+            return [self._arithmetic(expansion[3:-2])]
+        parts = _PARAMETER.fullmatch(expansion)
         if parts is None:
-            return [] if inside in ("@", "*") else [UNKNOWN]
-        value = self.variables.get(parts[1])
-        if parts[3] is not None and (value is None or value == [""]):
-            default = _Script(parts[4], self.line, variables=self.variables)
-            return ["".join(piece for part in default._default() for piece in part)]
+            return [UNKNOWN]
+        value = self.variables.get(parts[1] or parts[2])
+        if parts[4] is not None and value in (None, [""]):
+            return ["".join(self._expand(parts[4], _PIECES, split=False))]
         if value is None:
             return [UNKNOWN]
-        return value if parts[2] else value[:1]
-
-    def _default(self) -> list[list[str]]:
-        parts = []
-        while self.at < len(self.text):
-            parts.append(self._fragments())
-        return parts
+        return value if parts[3] else value[:1]
 
     def _arithmetic(self, expression: str) -> str:
         def value(node: ast.expr) -> int:
