@@ -227,7 +227,7 @@ def server(folder: Path, chance: random.Random) -> Run:
         with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as answering:
             threading.Thread(target=answering.serve_forever, args=(0.01,), daemon=True).start()
             try:
-                _nlls(f"http://127.0.0.1:{answering.server_port}", "a", ids, 2.0)
+                _nlls(f"http://127.0.0.1:{answering.server_port}", "a", ids, time.monotonic() + 2.0)
             finally:
                 answering.shutdown()
 
