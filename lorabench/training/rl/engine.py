@@ -295,7 +295,7 @@ class PolicyEngine:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
+                [sys.executable, "-P", "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
                 pass_fds=[theirs.fileno()],
                 env=_environment(settings, self._caches),
                 stdin=subprocess.DEVNULL,
