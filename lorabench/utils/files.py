@@ -42,11 +42,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         NoSpaceError: the disk is full; `path` keeps its old content.
         UserError: `path` can't be written, or is no regular file, such as a folder or a device.
     """
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    # A name may have 255 bytes.
+    name = path.name if len(os.fsencode(path.name)) <= 150 else digest(path.name)
+    partial = path.with_name(f".{name}.{platform.node()}.{os.getpid()}.partial")
     with space_for(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} can't be written: it exists and is no regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} can't be written: no folder can be made there") from error
         try:
             yield partial
             flush_to_disk(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -41,11 +42,16 @@ def test_impossible_paths_are_one_sentence(tmp_path):
         ("file/x.json", "file", "it is no folder"),
         ("file/new/x.json", "file/new", "Not a directory"),
         ("x" * 300, "x" * 300, "File name too long"),
-        # The name itself would do, but not that of the temporary file.
-        ("x" * 250, "x" * 250, "File name too long"),
     ]:
         with pytest.raises(UserError, match=f"^{tmp_path / named} can't be read or written: {reason}$"):
             write_json({}, tmp_path / name)
+    with pytest.raises(UserError, match="^/proc/new/x.json can't be written: no folder can be made there$"):
+        write_json({}, Path("/proc/new/x.json"))
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    write_json({}, tmp_path / ("x" * 255))
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 @pytest.mark.parametrize("write", [lambda path: write_json({}, path), lambda path: write_table(pa.table({}), path)])
