@@ -234,7 +234,8 @@ def test_after_kills_the_documented_commands_end_in_the_report(smoke, tmp_path):
     assert (checkout / "results/smoke/report/index.html").is_file()
     for name, columns in (("test_losses", None), ("evals", ["run_id", "task", "metric", "value"])):
         killed, undisturbed = (
-            pq.read_table(folder / f"results/smoke/tables/{name}.parquet", columns) for folder in (checkout, smoke[0])
+            pq.read_table(folder / f"results/smoke/tables/{name}.parquet", columns=columns)
+            for folder in (checkout, smoke[0])
         )
         assert killed.equals(undisturbed), name
 
