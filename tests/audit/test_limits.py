@@ -41,7 +41,7 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "list-of-itself.py": (PYTHON.format("[x]"), NESTED),
     "minus.py": (PYTHON.format("-y\ny = -x"), NESTED),
     "dashes.py": (PYTHON.format("-" * 9000 + "1"), "it is not valid Python: "),
-    "deep.ipynb": (NOTEBOOK + '{"a":' * 5000 + "1" + "}" * 5001, "it is not a notebook"),
+    "deep.ipynb": (NOTEBOOK + '{"a":' * 100_000 + "1" + "}" * 100_001, "it is not a notebook"),
     "data/a.yaml": (LLAMA_FACTORY, None),
     "data/dataset_info.json": ("[" * 9000, ""),
     "default.sh": (f"A={'${A:-' * 500}{'}' * 500}\n{TRL}\n", None),
