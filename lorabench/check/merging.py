@@ -20,7 +20,7 @@ from lorabench.check.adapter import listed
 from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, refuse_lacking, token_nlls
 from lorabench.custom.model import find_model
 from lorabench.errors import UserError
-from lorabench.models.base import in_one_sentence
+from lorabench.models.base import model_errors
 from lorabench.models.lora import lora_layers
 from lorabench.models.nf4 import round_to_nf4
 
@@ -225,14 +225,14 @@ def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
     if not os.path.isdir(folder):
         raise UserError(f"merged model {str(folder)!r} is no folder")
     refuse_lacking(find_model(str(folder)))
-    with in_one_sentence(f"merged model {str(folder)!r} can't be loaded"):
+    with model_errors(f"merged model {str(folder)!r} can't be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True
         )
     names = {dtype: name for name, dtype in DTYPES.items()}
     if model.dtype not in names:
         raise UserError(f"merged model {str(folder)!r} has weights in {model.dtype}; allowed: {', '.join(DTYPES)}")
-    with in_one_sentence(f"merged model {str(folder)!r} can't compute"):
+    with model_errors(f"merged model {str(folder)!r} can't compute"):
         computed = logits(model.eval().to(probe.base.device), probe.ids)
     if computed.shape != probe.base_logits.shape:
         sizes = " and ".join(str(part.shape[-1]) for part in (computed, probe.base_logits))

@@ -17,7 +17,7 @@ from lorabench.custom.model import UserModel, model_config
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommend import cost_plan
 from lorabench.errors import UserError
-from lorabench.models.base import in_one_sentence
+from lorabench.models.base import model_errors
 from lorabench.planning.costs import job_cost
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import Plan
@@ -169,7 +169,7 @@ def _without_weights(model: UserModel) -> PreTrainedModel | str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with in_one_sentence("transformers can't build it"), torch.device("meta"):
+        with model_errors("transformers can't build it"), torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except UserError as error:
         return str(error)

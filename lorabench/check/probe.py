@@ -19,7 +19,7 @@ from lorabench.check.adapter import listed
 from lorabench.config.inputs import GgufModel, PathModel
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
-from lorabench.models.base import in_one_sentence, load_model, load_tokenizer
+from lorabench.models.base import load_model, load_tokenizer, model_errors
 from lorabench.models.specs import dimensions_of_config, read_config
 from lorabench.utils.patterns import matching
 
@@ -129,7 +129,7 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
 
     # PEFT would match the configuration's regular expressions without a limit of time.
     matching([*read_adapter_config(folder).patterns], [name for name, _ in base.named_modules()])
-    with warnings.catch_warnings(), in_one_sentence(f"adapter {str(folder)!r} does not fit the model"):
+    with warnings.catch_warnings(), model_errors(f"adapter {str(folder)!r} does not fit the model"):
         # What they say of keys becomes findings.
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))

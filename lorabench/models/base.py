@@ -31,7 +31,7 @@ CONVERTED = Path("results/models")
 
 
 @contextmanager
-def in_one_sentence(what: str) -> Iterator[None]:
+def model_errors(what: str) -> Iterator[None]:
     """Turn any error into a ModelError that begins with `what`, of libraries that do not foresee what files may hold.
 
     transformers, PEFT and the readers of files raise errors of all kinds. An error that says what to do stays as it is.
@@ -80,7 +80,7 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
         options["revision"] = spec.revision
     elif read_config(Path(location)) and not any(Path(location).glob("*.safetensors")):
         raise ModelError(f"model folder {location} has no .safetensors file; pickled weights are not loaded")
-    with in_one_sentence(f"model {location} can't be loaded"):
+    with model_errors(f"model {location} can't be loaded"):
         try:
             yield {"pretrained_model_name_or_path": location, **options}
         except SafetensorError as error:
@@ -114,7 +114,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a GGUF file."""
     from transformers import AutoTokenizer
 
-    with in_one_sentence(f"GGUF file {file} has no tokenizer that can be read"):
+    with model_errors(f"GGUF file {file} has no tokenizer that can be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     return tokenizer
 
@@ -238,7 +238,7 @@ def convert_gguf(spec: GgufModel) -> Path:
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
         gguf_tokenizer(file).save_pretrained(folder)
-        with in_one_sentence(f"GGUF file {file} can't be loaded"):
+        with model_errors(f"GGUF file {file} can't be loaded"):
             loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
         plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
