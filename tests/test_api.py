@@ -28,7 +28,7 @@ from lorabench.utils.files import REFERENCE
 from .conftest import MARGINS, REPOSITORY
 from .handmade import curves_of, make_sweep, runs_table
 
-PAGE = REPOSITORY / "docs/python.md"
+PAGE = REPOSITORY / "docs/tables.md"
 
 
 @pytest.fixture
