@@ -44,10 +44,9 @@ ELSEWHERE = {
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
     "lorabench doctor": "it takes minutes; tests/doctor/test_checks.py makes its checks",
     **dict.fromkeys(
-        ("lorabench freeze", "git ", "lorabench run long_runs@100", "lorabench publish"),
-        "they need finished runs; tests/report/test_freeze.py and test_publish.py do what they do",
+        ("lorabench freeze", "git ", "lorabench run long_runs@100", "python workflow/scripts/"),
+        "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
-    "lorabench evidence --publish": "tests/report/test_publish.py does what it does",
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     "lorabench check --adapter ADAPTER": "it needs a server; tests/check/test_served.py starts one",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
