@@ -83,7 +83,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if name == "results.md":
         page.meta["hide"] = ["toc"]
     elif name.startswith("all-") or name == "rule-changes.md":
-        page.meta["hide"], text = ["navigation", "toc"], f"[All long tables](in-full.md)\n\n{text}"
+        page.meta["hide"], text = ["navigation", "toc"], f"[All results](results.md)\n\n{text}"
     return text
 
 
@@ -281,7 +281,7 @@ def calibration_page() -> str:
         [
             "# Right and wrong verdicts on simulated sweeps",
             "",
-            "[How often verdicts are wrong](calibration.md) explains the simulation. "
+            "[How often verdicts are wrong](estimates.md#how-often-verdicts-are-wrong) explains the simulation. "
             "`effect` is in margins; `wrong` has a 95% interval.",
             "",
             "## Sweeps that break the assumptions of the fit",
@@ -332,7 +332,7 @@ def rule_changes_page(changes: Sequence[RuleChange]) -> str:
             "A rule that is made or changed after a look at results can be made to fit them, on purpose or not. This "
             "table has every change of the rules of judging, and every choice of a design that was made after results "
             "had been seen: what was known then, and which verdicts turned. Verdicts on [held-out "
-            "seeds](held-out.md) come from rules that were fixed before.",
+            "seeds](verdicts.md#held-out-seeds) come from rules that were fixed before.",
             "",
             f"{sum(change.seen is not None for change in changes)} of {len(changes)} changes were made after results "
             "that they are about had been seen.",

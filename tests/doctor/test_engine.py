@@ -21,7 +21,7 @@ from ..conftest import MARGINS
 needs_vllm = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
 ]
 
 

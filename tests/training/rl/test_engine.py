@@ -38,7 +38,7 @@ from .conftest import learned, same_tokens
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
 ]
 
 # The size of its heads, 32, is one that vLLM computes on a CPU.
