@@ -1,6 +1,6 @@
 """Full fine-tuning whose weights are held in bf16: by how much what rounding loses raises its optimal learning rate.
 
-    python -m benchmarks.bf16_weights rl_smollm2 sums 1e-5 1e-4 --seeds 2    # a preset that is finished in results/
+    python -m studies.bf16.weights rl_smollm2 sums 1e-5 1e-4 --seeds 2    # a preset that is finished in results/
 
 Published sweeps in which LoRA's learning rate (LR) is a small multiple of that of full fine-tuning often hold the
 weights of full fine-tuning in bf16 and those of the adapter in fp32. A number in bf16 has 8 significant bits, so that a
@@ -9,7 +9,7 @@ is left, and depends on the base's weights alone. The prediction has no constant
 `kept` does in fp32, so that the optimum in bf16 is the LR at which this product is the optimum in fp32.
 
 The command trains full fine-tuning on one of a preset's datasets at the given LRs, and rounds all weights to bf16 after
-each step and nothing else. The losses of these runs, in RL accuracies, are added to benchmarks/bf16_weights.csv beside
+each step and nothing else. The losses of these runs, in RL accuracies, are added to studies/bf16/weights.csv beside
 those of the preset's own runs, which hold weights in fp32 and have the same data and order.
 
 Written down before the first result of these runs, with steps of a whole LR, where Adam's are smaller and more is lost:
@@ -47,7 +47,7 @@ from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
 
-TABLE, PAGE = Path("benchmarks/bf16_weights.csv"), Path("docs/bf16.md")
+TABLE, PAGE = Path("studies/bf16/weights.csv"), Path("studies/bf16/README.md")
 
 
 def kept(weights: Sequence[torch.Tensor], lr: float) -> float:
@@ -139,7 +139,7 @@ def main() -> None:
     table = table.drop_duplicates(names, keep="last").sort_values(names)
     table = table.reindex(columns=[*names, "status", "kept", "accuracy", "nll"])
     write_csv(table, TABLE)
-    write_part(PAGE, "bf16", "`python -m benchmarks.bf16_weights`", page_part(table))
+    write_part(PAGE, "bf16", "`python -m studies.bf16.weights`", page_part(table))
     print(page_part(table))
 
 

@@ -1,4 +1,4 @@
-"""The LR ratio, LoRA over FullFT: by length of a run, and against what theories predict."""
+"""Measured against predicted LR ratios, LoRA over FullFT, and how far off each theory is."""
 
 from __future__ import annotations
 
@@ -10,103 +10,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ALPHA, arm_label
-from lorabench.analysis.comparison import Judging, comparisons
+from lorabench.analysis.arms import ALPHA
+from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
-from lorabench.analysis.lr_ratio import (
-    BATCH_SIZE,
-    COLUMNS,
-    OFF_BY,
-    Setting,
-    at_end,
-    at_step,
-    measured_ratios,
-    predicted,
-    prediction_table,
-    rms_factors,
-)
-from lorabench.analysis.published import paper_numbers, published_ratios
-from lorabench.claims.learning_rate import SHORT_STEPS
-from lorabench.config.margins import DEFAULT_PREDICTIONS
-from lorabench.figures import grid, style
-from lorabench.figures.by_lr import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.figures.grid import Styles, only
+from lorabench.analysis.published import published_ratios
+from lorabench.figures import style
+from lorabench.figures.grid import only
 from lorabench.store.tables import Tables
-
-_BY_LENGTH = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
-# Ratios are drawn from this step on: earlier, the optimum of LoRA is beyond any grid, since B starts at zero.
-_FIRST_STEP = 10
-# The paper's numbers that the ratio is compared with, by their key in the table of the paper's numbers.
-_REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
-
-
-def draw_by_length(tables: Tables) -> style.Drawn:
-    """Draw losses by LR, and the LR ratio, had runs ended at several steps; return what is plotted, too.
-
-    The columns and elements are those of `lr_rows`, with losses on the validation split at step `steps` of runs of
-    `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
-    and `reference` (the paper's ratios).
-    """
-    groups = grid.titled(tables.runs[judged_arms(tables.runs)])
-    parts = [_rows_by_length(runs, tables.curves) for _, runs in groups]
-    lengths = [sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique()) for rows in parts]
-    heights = [math.ceil((len(steps) + 1) / 2) for steps in lengths]
-    ratios = [paper_numbers()[key] for key in _REFERENCES if any(len(only(rows, "ratio")) for rows in parts)]
-    plotted = grid.tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH, *parts)
-    figure = style.new_figure(style.PANEL_HEIGHT * sum(heights))
-    styles = style.arm_styles(plotted)
-    for place, ((title, _), rows, steps) in enumerate(zip(groups, parts, lengths, strict=True)):
-        for column, what in enumerate([*(f"at step {step}" for step in steps), "LR ratio"], start=1):
-            axes = figure.add_subplot(sum(heights), 2, 2 * sum(heights[:place]) + column)
-            axes.set_title(f"{title} · {what}", pad=STRIP + 18, parse_math=False)
-            if column > len(steps):
-                _draw_ratio(axes, only(rows, "ratio"), styles)
-            else:
-                draw_lr_panel(axes, rows[rows["steps"] == steps[column - 1]], styles)
-                axes.set_ylabel("validation NLL (nats / token)")
-        if len(steps) > 1:
-            axes.set_xticks(steps)
-    known = only(plotted, "ratio").dropna(subset=["ratio"])
-    unresolved = style.mark("ratio, not resolved", "o", mfc="white", mew=1.2)
-    style.legends(figure, styles, [*lr_marks(plotted), (not known["resolved"].astype(bool).all(), unresolved)])
-    return figure, plotted
-
-
-def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
-    evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
-    steps = runs["steps"].iloc[0]
-    # A table without the length of its runs holds runs of one length.
-    full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
-    by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
-    by_step[full] = at_end(runs).assign(steps=full)
-    by_length = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}
-    parts = [lr_rows([by_length[step]]) for step in (*SHORT_STEPS, full) if step in by_length]
-    ratios = []
-    for comparison in by_length.values():
-        for arm in comparison.arms:
-            if arm["method"] == "lora" and comparison.fullft:
-                ratio = grid.lr_ratio(comparison.fit.log_ratio(arm_label(arm), "FullFT"))
-                resolved = not comparison.problems([arm, comparison.fullft], resolved=True)
-                ratios.append(arm | ratio | {"resolved": resolved})
-    return grid.tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH, *parts).assign(full_steps=full)
-
-
-def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    printed = paper_numbers()
-    small: dict[str, Any] = {"textcoords": "offset points", "color": style.MUTED, "fontsize": 7.5}
-    for key, length in _REFERENCES.items():
-        if len(rows):
-            axes.axhline(printed[key], color="0.6", linewidth=0.9, linestyle="--", zorder=1)
-            text = f"paper, {length}: {printed[key]:g}"
-            axes.annotate(text, (0, printed[key]), (2, 3), ("axes fraction", "data"), **small)
-    known = rows[rows["ratio"].notna() & (rows["steps"] > 0)].sort_values("steps")
-    grid.lines(axes, known[["arm", "steps", "ratio"]], "steps", "ratio", styles)
-    grid.points(axes, known.assign(filled=known["resolved"]), "steps", "ratio", styles, 4.5)
-    style.ratio_axes(axes, "training step")
-
+from studies.lr_ratio.conditions import COLUMNS, OFF_BY, measured_ratios, prediction_table, rms_factors
+from studies.lr_ratio.predictions import DEFAULT
+from studies.lr_ratio.theories import BATCH_SIZE, Setting, predicted
 
 _COLUMNS = ["element", *COLUMNS, "conditions", "rms_factor", "bias", "worst", "beyond", "task", "source", "note"]
 
@@ -135,7 +49,7 @@ def draw(tables: Tables) -> style.Drawn:
     that was published with the LR, the length and the width that the theory `movement` asks for, and what it says).
     """
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-    conditions = prediction_table(measured_ratios(tables.runs, tables.curves, judging), DEFAULT_PREDICTIONS.lr_ratio)
+    conditions = prediction_table(measured_ratios(tables.runs, tables.curves, judging), DEFAULT)
     if not conditions["ratio"].notna().any():
         sentence = "no condition with an LR sweep of both LoRA and full fine-tuning"
         return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
@@ -183,7 +97,7 @@ def _published() -> pd.DataFrame:
 
 
 def _ratio(width: float, steps: float, alpha: float, fullft_lr: float) -> float:
-    predict = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(width, steps, BATCH_SIZE, alpha))[_SHOWN]
+    predict = predicted(DEFAULT, Setting(width, steps, BATCH_SIZE, alpha))[_SHOWN]
     return float(np.exp(predict(np.asarray(math.log(fullft_lr)))))
 
 

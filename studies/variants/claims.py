@@ -12,11 +12,12 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together
 from lorabench.analysis.optima import as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Within
-from lorabench.analysis.variants import Switch, switches
 from lorabench.claims.claim import Evidence, claim, few_seeds, rewarded_errors, unjudged_if
 from lorabench.claims.reinforcement import CONDITIONS, LEARNED, RL_RUNS, at_one_peak, if_learned
 from lorabench.claims.scope import Named
 from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
+from studies.lr_ratio.conditions import stated_predictions
+from studies.variants.switches import Switch, switches
 
 OTHERS = tuple(variant for variant in VARIANT_NAMES if variant != "lora")
 """All variants but LoRA itself."""
@@ -85,7 +86,7 @@ def _no_lower_loss(switch: Switch) -> Finding:
     columns=("hidden_size", "steps"),
 )
 def _by_movement(switch: Switch) -> Finding:
-    movement = switch.comparison.judging.predictions.lr_ratio.movement
+    movement = stated_predictions(switch.comparison.judging).movement
     if movement is None:
         raise UnjudgedError("not tested", "the preset states no prediction of the theory movement")
     return _as_predicted(switch, switch.ratio_by_movement(movement))

@@ -15,15 +15,15 @@ from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.variants import Switch, switches, variant_of
 from lorabench.config.fields import FROM_WEIGHTS, VARIANT_NAMES
-from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import STRIP, draw_lr_panel, lr_marks, result_rows
 from lorabench.figures.grid import PANEL, Styles, only, seeds_text
 from lorabench.figures.style import ArmStyle
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
+from studies.lr_ratio.predictions import DEFAULT
+from studies.variants.switches import Switch, switches, variant_of
 
 _NAMES: dict[str, str] = {"fullft": "FullFT"} | {str(variant): name for variant, name in VARIANT_NAMES.items()}
 # Readers with any colour vision can tell the colours apart, and lines and marks differ, too.
@@ -132,7 +132,7 @@ def _predicted(switch: Switch) -> float:
     """Return the ratio of LRs that claim X2, X4 or X5 predicts, as by default; NaN if none does, or it is not known."""
     if switch.comparison.is_rl:
         return math.nan
-    if switch.variant in ("rslora", "lora_plus") and (movement := DEFAULT_PREDICTIONS.lr_ratio.movement):
+    if switch.variant in ("rslora", "lora_plus") and (movement := DEFAULT.movement):
         return switch.ratio_by_movement(movement)
     return switch.ratio_by_first_update() if switch.variant in FROM_WEIGHTS else math.nan
 

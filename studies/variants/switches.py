@@ -17,9 +17,9 @@ from lorabench.analysis.arms import STANDARD, arm_label, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, kept
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
-from lorabench.analysis.lr_ratio import Setting, converted_lr
 from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
-from lorabench.config.margins import MovementTheory
+from studies.lr_ratio.predictions import MovementTheory
+from studies.lr_ratio.theories import Setting, converted_lr
 
 
 def variant_of(arm: Mapping[str, Any]) -> Variant | None:

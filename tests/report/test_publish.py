@@ -141,7 +141,7 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
 ):
     publish(finished, Path())
     preset = finished.preset
-    explored = judged.assign(rules=rules_sha256(preset.margins, preset.judged_predictions))
+    explored = judged.assign(rules=rules_sha256(preset.margins, preset.predictions or {}))
     frozen = root / "frozen.yaml"
     write_frozen(freeze("laptop@100", explored), frozen)
     held_out, runs = Layout.of("laptop@100"), laptop_like()

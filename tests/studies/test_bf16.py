@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.bf16_weights import PAGE, TABLE, kept, page_part, round_weights
 from lorabench.audit.settings import kept_in_bf16
+from studies.bf16.weights import PAGE, TABLE, kept, page_part, round_weights
 
 from ..conftest import REPOSITORY
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from benchmarks.a_without_mean import PAGE, PUBLISHED_RATIOS, TABLE, page_part
+from studies.lr_ratio.scripts.a_without_mean import PAGE, PUBLISHED_RATIOS, TABLE, page_part
 
 from ..conftest import REPOSITORY
 

@@ -1,4 +1,4 @@
-"""Claims P1 to P7 in worlds whose LR ratios follow one of the theories."""
+"""Claims P1 to P7, measured ratios and their figure in worlds whose LR ratios follow one of the theories."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.lr_ratio import COLUMNS, Setting, predicted
-from lorabench.claims.learning_rate import write_predictions
-from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
-from lorabench.store.tables import Tables
+from lorabench.analysis.arms import with_arm_columns
+from lorabench.analysis.comparison import Judging
+from studies.lr_ratio.conditions import COLUMNS, measured_ratios, prediction_table
+from studies.lr_ratio.predictions import DEFAULT
+from studies.lr_ratio.theories import Setting, predicted
 
+from ..claims import judged
+from ..figures.layout import draw, only, texts
 from ..handmade.sft import arm, tables
-from . import judged
 
 IDS = {
     "movement": "P1",
@@ -46,7 +48,7 @@ def world(ratio, conditions=CONDITIONS, **settings):
 
 def following(name):
     def ratio(setting):
-        theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting).get(name)
+        theory = predicted(DEFAULT, setting).get(name)
         return 5.0 if theory is None else float(np.exp(theory(np.asarray(math.log(FULLFT_LR)))))
 
     return ratio
@@ -75,45 +77,45 @@ def test_a_theory_is_confirmed_where_all_conditions_follow_it_and_contradicted_b
 
 
 def test_a_theory_whose_parameters_are_not_stated_has_no_verdict():
-    nothing = Predictions(lr_ratio=LrRatioPredictions())
-    rows = judged(IDS.values(), *world(following("scale"), CONDITIONS[:1]), predictions=nothing)
+    rows = judged(IDS.values(), *world(following("scale"), CONDITIONS[:1]), predictions={})
     assert (rows["verdict"] == "not tested").all()
     assert rows["reason"].str.startswith("the preset states no prediction").all()
 
 
-def test_predictions_are_written_beside_the_claims_with_the_beginnings_of_long_runs(tmp_path):
-    write_predictions(Tables(*world(following("scale"))), None, None, tmp_path)
-    written = pd.read_csv(tmp_path / "predictions.csv")
-    assert list(written.columns) == COLUMNS
-    by_scale = written[written["theory"] == "scale"]
+def conditions(runs, curves):
+    return prediction_table(measured_ratios(with_arm_columns(runs), curves, Judging()), DEFAULT)
+
+
+def test_the_beginnings_of_long_runs_are_conditions_that_count_in_no_verdict():
+    table = conditions(*world(following("scale")))
+    assert list(table.columns) == COLUMNS
+    by_scale = table[table["theory"] == "scale"]
     np.testing.assert_allclose(by_scale["off_by"], 1.0, rtol=0.01)
-    np.testing.assert_allclose(written["off_by"], written["ratio"] / written["predicted"], rtol=1e-6)
+    np.testing.assert_allclose(table["off_by"], table["ratio"] / table["predicted"], rtol=1e-6)
     runs, curves = world(following("scale"), [(64, 400, 8, 32.0)])
     curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
     # In the curves of these runs the loss at every step has the optimum of the end.
-    write_predictions(Tables(runs, curves), None, None, tmp_path)
-    written = pd.read_csv(tmp_path / "predictions.csv").query("theory == 'movement'").set_index(["runs", "steps"])
-    assert list(written.index) == [("own", 400), ("prefix", 25)]
-    np.testing.assert_allclose(written["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
+    table = conditions(runs, curves).query("theory == 'movement'").set_index(["runs", "steps"])
+    assert list(table.index) == [("own", 400), ("prefix", 25)]
+    np.testing.assert_allclose(table["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
     # The theory of A's movement predicts other ratios at both lengths from the same optimal LRs.
-    assert written.loc[("own", 400), "predicted"] < written.loc[("prefix", 25), "predicted"]
+    assert table.loc[("own", 400), "predicted"] < table.loc[("prefix", 25), "predicted"]
     assert "prefix" not in judged("P1", runs, curves)["reason"]
 
 
-def test_where_the_lr_falls_a_moves_by_the_mean_and_beginnings_do_not_count(tmp_path):
+def test_where_the_lr_falls_a_moves_by_the_mean_and_beginnings_do_not_count():
     condition = (64, 400, 8, 32.0)
-    by_mean = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(*condition))["movement"](np.log([FULLFT_LR / 2]))
+    by_mean = predicted(DEFAULT, Setting(*condition))["movement"](np.log([FULLFT_LR / 2]))
     runs, curves = world(lambda setting: float(np.exp(by_mean[0])), [condition], schedule="linear")
     curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
-    write_predictions(Tables(runs, curves), None, None, tmp_path)
-    [row] = pd.read_csv(tmp_path / "predictions.csv").query("theory == 'movement'").to_dict("records")
+    [row] = conditions(runs, curves).query("theory == 'movement'").to_dict("records")
     assert (row["runs"], row["mean_lr"]) == ("own", 0.5)
     assert row["off_by"] == pytest.approx(1.0, rel=0.01)
 
 
-def test_with_a_frozen_a_the_lr_is_that_of_b(tmp_path):
+def test_with_a_frozen_a_the_lr_is_that_of_b():
     about = {"model": "llama-64", "hidden_size": 64, "steps": 50, "batch_size": 8, "experiments": "lr_ratio"}
-    theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, Setting(64, 50, 8, 32.0, frozen=True))["movement"]
+    theory = predicted(DEFAULT, Setting(64, 50, 8, 32.0, frozen=True))["movement"]
     of_b = FULLFT_LR * float(np.exp(theory(np.asarray(0.0))))
     arms = []
     for rank, optimum, parametrization in (
@@ -122,8 +124,25 @@ def test_with_a_frozen_a_the_lr_is_that_of_b(tmp_path):
     ):
         lrs = [optimum * factor for factor in (1 / 4.64, 1 / 2.15, 1.1, 2.15, 4.64)]
         arms.append(arm(rank, optimum=optimum, lrs=lrs, **about, **parametrization))
-    write_predictions(Tables(*tables(arms)), None, None, tmp_path)
-    [row] = pd.read_csv(tmp_path / "predictions.csv").query("theory == 'movement' and runs == 'own'").to_dict("records")
+    [row] = conditions(*tables(arms)).query("theory == 'movement' and runs == 'own'").to_dict("records")
     assert row["frozen"]
     assert row["lora_lr"] == pytest.approx(of_b, rel=0.01)
     assert row["off_by"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_the_figure_has_conditions_theories_and_published_ratios():
+    runs, curves = world(following("scale"))
+    _, plotted = draw("lr_ratio", runs, curves)
+    conditions = only(plotted, "condition")
+    assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
+    np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
+    factors = only(plotted, "theory").set_index("theory")["rms_factor"]
+    assert factors["scale"] == pytest.approx(1.0, abs=0.01)
+    assert (factors.drop("scale") > 1.05).all()
+    published = only(plotted, "published").set_index("source")["predicted"]
+    assert "Orbit E4" in published
+    # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
+    assert published["LoRA Without Regret"].between(5, 20).all()
+    figure, plotted = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
+    assert "no condition" in texts(figure)
+    assert plotted.empty

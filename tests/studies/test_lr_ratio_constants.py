@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.lr_ratio import factors, fitted, variants
-from lorabench.analysis.lr_ratio import Setting, predicted
-from lorabench.config.margins import LrRatioPredictions, MovementTheory
 from lorabench.store.tables import Tables
+from studies.lr_ratio.predictions import MovementTheory, Predictions
+from studies.lr_ratio.scripts.constants import factors, fitted, variants
+from studies.lr_ratio.theories import Setting, predicted
 
-from ..claims.test_variants import PREDICTED, world
 from ..conftest import REPOSITORY
+from .test_variants_claims import PREDICTED, world
 
 
 def test_constants_are_found_again():
-    theory = LrRatioPredictions(movement=MovementTheory(c=2.0, u0=3e-3, k=0.7))
+    theory = Predictions(movement=MovementTheory(c=2.0, u0=3e-3, k=0.7))
     rows = []
     for width, steps, init_a, rank, frozen in (
         *((width, 50, 1.0, rank, True) for width in (64, 256) for rank in (1, 16)),
@@ -37,7 +37,7 @@ def test_constants_are_found_again():
 
 def test_the_factors_on_the_pages_are_those_of_the_theory():
     table = factors()
-    page = (REPOSITORY / "docs/lr-ratio.md").read_text()
+    page = (REPOSITORY / "studies/lr_ratio/README.md").read_text()
     for width, row in table.iterrows():
         [cells] = re.findall(rf"^\| {width:,} \(.*?\) \| (.*) \|$", page, re.MULTILINE)
         expected = [row[f"rank {rank}, {steps} steps"] for steps in (100, 1000, 10_000) for rank in (32, 1)]

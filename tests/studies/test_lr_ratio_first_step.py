@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lr_first_step import best_lr, first_ratio, input_means, lowest, without
 from lorabench.config.inputs import TinyModel
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.base import load_model
 from lorabench.models.lora import targets
 from lorabench.training.run import Machine
+from studies.lr_ratio.scripts.first_step import best_lr, first_ratio, input_means, lowest, without
 
 
 def uniform(rank: int, d_in: int = 256) -> torch.Tensor:

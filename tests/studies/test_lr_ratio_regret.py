@@ -6,9 +6,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from benchmarks.lr_ratio_regret import PAGE, page_part, regrets
 from lorabench.report.publish import PUBLISHED
 from lorabench.sources.lr_optima import LrOptimum
+from studies.lr_ratio.scripts.regret import PAGE, page_part, regrets
 
 from ..conftest import REPOSITORY
 

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.lr_ratio import Setting, converted_lr, predicted, rms_factors
-from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
+from studies.lr_ratio.conditions import rms_factors
+from studies.lr_ratio.predictions import DEFAULT, MovementTheory, Predictions
+from studies.lr_ratio.theories import Setting, converted_lr, predicted
 
 FULLFT_LR = 3e-4
 
 
-def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
+def ratios(setting, predictions=DEFAULT, lr=FULLFT_LR):
     theories = predicted(predictions, setting)
     return {name: float(np.exp(theory(np.asarray(math.log(lr))))) for name, theory in theories.items()}
 
@@ -31,7 +32,7 @@ def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
 )
 def test_predictions_solve_their_equations(width, steps, alpha, init_a, rank):
     setting = Setting(width, steps, 8, alpha, init_a, rank=rank)
-    stated, theories = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
+    stated, theories = ratios(setting), DEFAULT
     at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps)
     movement = stated["movement"]
     frozen = ratios(replace(setting, frozen=True))["movement"]
@@ -53,7 +54,7 @@ def test_while_a_stands_still_it_does_not_matter_whether_it_is_trained():
 
 @given(lr=st.floats(1e-6, 1e-1), steps=st.sampled_from([25, 800]), alpha=st.sampled_from([8.0, 128.0]))
 def test_a_learning_rate_is_converted_as_the_theory_predicts_both(lr, steps, alpha):
-    theory, lora = DEFAULT_PREDICTIONS.lr_ratio.movement, []
+    theory, lora = DEFAULT.movement, []
     here, there = Setting(512, 100, 8, 32.0, rank=16), Setting(512, steps, 8, alpha, init_a=4.0, rank=1)
     for setting in (here, there):
         # FullFT's optimum is twice as high there.
@@ -70,7 +71,7 @@ def test_theories_are_silent_where_they_say_nothing():
     assert set(ratios(Setting(256, 50, 8, 8.0))) == everything - {"fixed_lora", "constant"}
     assert set(ratios(Setting(256, 50, 8, 32.0, init_a=4.0))) == {"movement", "still", "mu_a"}
     assert set(ratios(Setting(256, 50, 8, 32.0, frozen=True))) == {"movement", "still"}
-    alone = LrRatioPredictions(movement=MovementTheory(c=1.0, u0=1e-3, k=0.0))
+    alone = Predictions(movement=MovementTheory(c=1.0, u0=1e-3, k=0.0))
     assert set(ratios(Setting(64, 25, 8, 32.0), alone)) == {"movement"}
 
 

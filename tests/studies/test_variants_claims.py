@@ -7,15 +7,15 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.variants import variant_of
 from lorabench.claims.judge import CLAIMS
 from lorabench.config.fields import VARIANT_NAMES
 from lorabench.store.tables import Tables
+from studies.variants.switches import variant_of
 
+from ..claims import jitter, judged, verdict_is
 from ..handmade import rl
 from ..handmade.lora import lora_run, luck
 from ..handmade.sft import tables, typed
-from . import jitter, judged, verdict_is
 
 IDS = ["X1", "X2", "X3", "X4", "X5", "X6"]
 STEP = 10 ** (1 / 3)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from ..figures.layout import draw, legend, lines, only, texts, titles
 from ..handmade import rl
 from ..handmade.sft import arm, tables
-from .layout import draw, legend, lines, only, texts, titles
 
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
 

@@ -1,4 +1,4 @@
-"""What docs/variants.md says of the numbers of others follows from their tables."""
+"""What the page on variants says of the numbers of others follows from their tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from ..conftest import REPOSITORY
 
 REFERENCE = REPOSITORY / "paper_figures/reference"
-PAGE = " ".join((REPOSITORY / "docs/variants.md").read_text().split())
+PAGE = " ".join((REPOSITORY / "studies/variants/README.md").read_text().split())
 
 
 @pytest.fixture(scope="module")

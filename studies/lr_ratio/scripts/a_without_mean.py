@@ -1,17 +1,17 @@
 """LoRA with a frozen A that does not see the mean input of its layer: whether this raises its best learning rate (LR).
 
-    python -m benchmarks.a_without_mean lr_smollm2@100 docstrings 1e-6 2.15e-6 --seeds 2    # finished in results/
+    python -m studies.lr_ratio.scripts.a_without_mean lr_smollm2@100 docstrings 1e-6 2.15e-6 --seeds 2
 
 With a frozen A the ratio of LoRA's to full fine-tuning's best LR is about twice the width over alpha in tiny models,
 and half of that in SmolLM2-135M. The inputs of a layer of SmolLM2 have much in common: their mean over tokens has 36%
 of their mean square, in tiny models 14% to 20%. A random A passes it on, so that every step of B moves the outputs of
 all tokens alike, and the LR must be low for this direction alone. If this is the reason, then the ratio rises once the
 rows of A are made orthogonal to the mean input of their layer (of 32 training examples, by the base), and nothing else
-is changed. `python -m benchmarks.lr_first_step` says by how much.
+is changed. `python -m studies.lr_ratio.scripts.first_step` says by how much.
 
 The command trains these runs at the given LRs of A, which is frozen since B's LR is 1000 times as high, and writes
-their losses by the LR of B into benchmarks/a_without_mean.csv, beside those of the preset's own runs on the same
-examples in the same order. It also writes the table of that preset's ratios into docs/lr-ratio.md.
+their losses by the LR of B into `a_without_mean.csv`, beside those of the preset's own runs on the same examples in the
+same order; that preset is finished in results/. It also writes the table of the preset's ratios into the page.
 
 Written down before the first of these runs, for SmolLM2-135M on docstrings, where A as it is has the ratio 14 by
 parabolas, 18.1 by the line search of the first step, and 33 by `movement`:
@@ -33,8 +33,6 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 
-from benchmarks.bf16_weights import results, train_at
-from benchmarks.lr_first_step import input_means, lowest, without
 from lorabench.analysis.arms import ALPHA
 from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.models.base import load_tokenizer
@@ -46,9 +44,11 @@ from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.training import context
 from lorabench.training.run import machine_of
+from studies.bf16.weights import results, train_at
+from studies.lr_ratio.scripts.first_step import input_means, lowest, without
 
-TABLE = Path("benchmarks/a_without_mean.csv")
-PUBLISHED_RATIOS, PAGE = PUBLISHED / "lr_smollm2/lr_ratio.csv", Path("docs/lr-ratio.md")
+TABLE = Path("studies/lr_ratio/scripts/a_without_mean.csv")
+PUBLISHED_RATIOS, PAGE = PUBLISHED / "lr_smollm2/lr_ratio.csv", Path("studies/lr_ratio/README.md")
 RANK = 16
 LABELS = {1.0: "trained A", 1000.0: "frozen A"}
 """The arms of LoRA, by the ratio of B's to A's LR."""
@@ -118,7 +118,9 @@ def main() -> None:
     earlier = [pd.read_csv(TABLE)] if TABLE.is_file() else []
     whole = pd.concat([*earlier, table]).round({"lr": 9}).drop_duplicates(names, keep="last")
     write_csv(whole.sort_values(names), TABLE)
-    write_part(PAGE, "smollm2", "`python -m benchmarks.a_without_mean`", page_part(pd.read_csv(PUBLISHED_RATIOS)))
+    write_part(
+        PAGE, "smollm2", "`python -m studies.lr_ratio.scripts.a_without_mean`", page_part(pd.read_csv(PUBLISHED_RATIOS))
+    )
     best = {str(name): lowest(dict(arm.groupby("lr")["nll"].mean())) for name, arm in table.groupby("trained")}
     for name, lr in best.items():
         times = f"{lr:.3g}, {lr / best['full fine-tuning']:.3g} times that of full fine-tuning"

@@ -1,7 +1,7 @@
 """What the first step says of the LR ratio with a frozen A, without a constant.
 
-    python -m benchmarks.lr_first_step lr_ratio                 # a preset whose datasets are tokenized in results/
-    python -m benchmarks.lr_first_step lr_smollm2@100 --rank 16 --without-mean
+    python -m studies.lr_ratio.scripts.first_step lr_ratio    # a preset whose data are tokenized in results/
+    python -m studies.lr_ratio.scripts.first_step lr_smollm2@100 --rank 16 --without-mean
 
 Adam's first step of full fine-tuning (FullFT) changes each weight by LR_F in the direction of the sign of its gradient
 G, which lowers the loss by LR_F sum |G|, over all entries of all weights. That of LoRA, whose B starts at 0, changes a
@@ -13,9 +13,9 @@ carry LoRA, which are all linear ones but the unembedding. Two ratios LR_L / LR_
   the gradient. It counts how the loss bends along both steps too.
 
 They are printed for each base, dataset and batch size of the preset's experiment `lr_ratio`, at alpha 32, as geometric
-means over batches and random A, with the standard error of the mean (docs/lr-ratio.md). With `--without-mean` the rows
-of A are made orthogonal to the mean input of their layer. `mean share` is the share of this mean in the mean square of
-the inputs, as a mean over layers.
+means over batches and random A, with the standard error of the mean. With `--without-mean` the rows of A are made
+orthogonal to the mean input of their layer. `mean share` is the share of this mean in the mean square of the inputs, as
+a mean over layers.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What wrong learning rates cost LoRA at every scale: the rise of its loss over the lowest one of its grid.
 
-    python -m benchmarks.lr_ratio_regret
+    python -m studies.lr_ratio.scripts.regret
 
-The table is written into paper_figures/published/evidence and shown in docs/lr-ratio.md. It has a row for each
-condition of a shipped source or a published preset in which LoRA has a grid of LRs and the optimal LR of full
-fine-tuning is known, and in it the cost of
+The table is written into paper_figures/published/evidence and shown on the page. It has a row for each condition of a
+shipped source or a published preset in which LoRA has a grid of LRs and the optimal LR of full fine-tuning is known,
+and in it the cost of
 
 - ten and fifteen times FullFT's optimal LR, at alpha 32;
-- `movement`: as many times as the theory of docs/lr-ratio.md says;
+- `movement`: as many times as the theory of the page says;
 - `recommend`: the LR that is pooled from all other sources, as in benchmarks/lr_left_out.py, where nothing of FullFT is
   known.
 
@@ -34,7 +34,7 @@ from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
 
-PAGE = Path("docs/lr-ratio.md")
+PAGE = Path("studies/lr_ratio/README.md")
 
 Base = tuple[str, str, str]
 """A source, a model and a dataset."""
@@ -147,7 +147,7 @@ def main() -> None:
     studies, presets = read_studies(source_folders()), evidence_folders(Path())
     costs = regrets(known_optima(studies, presets), losses_before_training(studies, presets))
     write_csv(costs, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
-    write_part(PAGE, "regret", "`python -m benchmarks.lr_ratio_regret`", page_part(costs))
+    write_part(PAGE, "regret", "`python -m studies.lr_ratio.scripts.regret`", page_part(costs))
     print(costs.to_string(index=False, float_format="{:.3g}".format))
 
 
