@@ -94,7 +94,7 @@ def is_shipped(preset: str) -> bool:
 
 
 def shipped(*patterns: str) -> list[str]:
-    """Return the names of the shipped presets, those of studies included, that match glob patterns, sorted by pattern."""
+    """Return the names of the shipped presets, those of studies included, by glob pattern, sorted for each."""
     names: list[str] = []
     for pattern in patterns:
         paths = [path.relative_to(folder) for folder in _folders() for path in folder.glob(f"{pattern}.yaml")]
