@@ -3,14 +3,10 @@
 import math
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 
-from lorabench.report.publish import PUBLISHED
 from lorabench.sources.lr_optima import LrOptimum
-from studies.lr_ratio.scripts.regret import PAGE, page_part, regrets
-
-from ..conftest import REPOSITORY
+from studies.lr_ratio.scripts.regret import regrets
 
 
 def test_the_cost_of_a_ratio_by_hand():
@@ -40,8 +36,3 @@ def test_the_cost_of_a_ratio_by_hand():
     [row] = regrets(edge, {}).to_dict("records")
     assert row["fifteen_at_least"]
     assert row["fifteen_cost"] == pytest.approx(max(losses) - 2)
-
-
-def test_the_page_is_of_the_table():
-    costs = pd.read_csv(REPOSITORY / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
-    assert page_part(costs) in (REPOSITORY / PAGE).read_text(encoding="utf-8")

@@ -2,9 +2,8 @@
 
     python -m studies.lr_ratio.scripts.regret
 
-The table is written into paper_figures/published/evidence and shown on the page. It has a row for each condition of a
-shipped source or a published preset in which LoRA has a grid of LRs and the optimal LR of full fine-tuning is known,
-and in it the cost of
+The table is written into paper_figures/published/evidence. It has a row for each condition of a shipped source or a
+published preset in which LoRA has a grid of LRs and the optimal LR of full fine-tuning is known, and in it the cost of
 
 - ten and fifteen times FullFT's optimal LR, at alpha 32;
 - `movement`: as many times as the theory of the page says;
@@ -28,13 +27,11 @@ from benchmarks.lr_left_out import condition_of, left_out, loss_above_best, move
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.report.publish import PUBLISHED, evidence_folders, table, write_part
+from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
-
-PAGE = Path("studies/lr_ratio/README.md")
 
 Base = tuple[str, str, str]
 """A source, a model and a dataset."""
@@ -125,29 +122,11 @@ def losses_before_training(studies: Sequence[Study], presets: Sequence[Path]) ->
     return before
 
 
-def page_part(costs: pd.DataFrame) -> str:
-    """Return the table of `regrets` for the page, costs in margins, or in nats where the margin is not known."""
-    rules = ("ten", "fifteen", "movement", "recommend")
-    rows = []
-    for row in costs.to_dict("records"):
-        ratio = row["lora_lr"] / row["fullft_lr"]
-        known = "at an edge" if math.isnan(ratio) else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
-        cells: list[Any] = [f"{'RL: ' if row['task'] == 'rl' else ''}{row['model'].rpartition('/')[2]}", row["dataset"]]
-        cells += ["" if math.isnan(row[name]) else f"{row[name]:,.0f}" for name in ("width", "steps", "batch_size")]
-        for rule in rules:
-            cost, sign = row[f"{rule}_margins"], "≥ " if row[f"{rule}_at_least"] else ""
-            cells.append(sign + (f"{row[f'{rule}_cost']:.4f} nats" if math.isnan(cost) else f"{cost:.2f}"))
-        rows.append([*cells[:5], known, *cells[5:]])
-    header = ("model", "dataset", "width", "steps", "batch", "ratio", *(f"`{r}`" if len(r) > 7 else r for r in rules))
-    return "\n".join(["", *table(header, rows), ""])
-
-
 def main() -> None:
-    """Write, show on the page and print the costs in all shipped sources and published presets."""
+    """Write and print the costs in all shipped sources and published presets."""
     studies, presets = read_studies(source_folders()), evidence_folders(Path())
     costs = regrets(known_optima(studies, presets), losses_before_training(studies, presets))
     write_csv(costs, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
-    write_part(PAGE, "regret", "`python -m studies.lr_ratio.scripts.regret`", page_part(costs))
     print(costs.to_string(index=False, float_format="{:.3g}".format))
 
 
