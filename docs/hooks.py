@@ -107,7 +107,7 @@ def site_links(markdown: str, to_docs: str = "") -> str:
 def study_page(file: Path) -> str:
     """Return the page of a study with links as of a page in docs/."""
     text = re.sub(r"\]\(\.\./(?=\w)", "](../studies/", file.read_text(encoding="utf-8"))
-    return text.replace("](../../docs/", "](").replace("](../../", "](../")
+    return re.sub(r"\]\(\.\./docs/(?=[\w-]+\.md)", "](", text.replace("](../../", "](../"))
 
 
 def claims_page() -> str:

@@ -31,10 +31,7 @@ from ..forks import run_forked
 from ..handmade import curves_of, make_sweep, runs_table
 from ..workflow.checkout import fresh_clone, shell
 
-PAGES = [
-    REPOSITORY / "README.md",
-    *(page for part in ("docs", "studies") for page in sorted((REPOSITORY / part).rglob("*.md"))),
-]
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), *REPOSITORY.glob("studies/*/README.md")]
 
 ELSEWHERE = {
     "python3 -m venv .venv": "CI begins with it",
