@@ -50,6 +50,16 @@ def evaluation(*tasks):
 
 
 MISTAKES = {
+    "prediction of an unknown study": (
+        ("predictions",),
+        {"lrratio": {}},
+        "predictions: unknown key 'lrratio'; allowed: lr_",
+    ),
+    "prediction that is no number": (
+        ("predictions",),
+        {"lr_ratio": {"naive": {"c": -1}}},
+        r"predictions: lr_ratio\.naive\.c = -1: input should be greater than or equal to 0",
+    ),
     "task of another source": (
         *evaluation(TASK | {"source": "worked"}),
         r"tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
