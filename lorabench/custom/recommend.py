@@ -11,13 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorabench.analysis import lr_ratio
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PUBLISHED, lineage
 from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.fields import VARIANT_NAMES, Placement, Variant
 from lorabench.config.loading import parse_preset
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.custom.data import UserData
 from lorabench.custom.learning_rates import (
     PROBABILITY,
@@ -49,6 +48,8 @@ from lorabench.sources.lr_optima import LrOptimum
 from lorabench.utils import formats
 from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB
+from studies.lr_ratio import theories
+from studies.lr_ratio.predictions import DEFAULT
 
 PAPER = "the paper"
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
@@ -209,18 +210,18 @@ def _converted(
         raise UserError(f"the learning rate {known.lr:g} can't be converted without a number of steps: give --steps")
     hidden = model.sizes.hidden
     from_alpha, from_rank = known.alpha or known.to_alpha, known.rank or rank
-    here = lr_ratio.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
-    there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=rank)
+    here = theories.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
+    there = theories.Setting(hidden, steps, batch, known.to_alpha, rank=rank)
     before, after = (
         recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps, same=same)[0][0]
         for place in (here, there)
     )
-    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
+    movement = DEFAULT.movement
     assert movement
     variants = ((known.variant, here), (known.to_variant, there))
     as_lora = [replace(place, alpha=place.alpha * alpha_factor(variant, place.rank)) for variant, place in variants]
     factor, to_factor = (measured_factor(variant, place.rank) for variant, place in variants)
-    lora_lr = lr_ratio.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
+    lora_lr = theories.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
     lr = lora_lr * to_factor.value
     # Between settings of one variant its factor cancels.
     factors = [0.0] if known.variant == known.to_variant else [factor.log_error, to_factor.log_error]
@@ -231,7 +232,7 @@ def _converted(
         f"{place.batch_size:g} examples"
         for variant, place in variants
     ]
-    why = f"by the theory `movement` (docs/lr-ratio.md) from {known.lr:g} of {stated[0]} to {stated[1]}"
+    why = f"by the theory `movement` (studies/lr_ratio/README.md) from {known.lr:g} of {stated[0]} to {stated[1]}"
     rules = [lr_rule(variant) for variant in dict.fromkeys((known.variant, known.to_variant)) if variant != "lora"]
     name = VARIANT_NAMES[known.to_variant]
     return Setting(f"{name} learning rate, converted", float(f"{lr:.2g}"), "; ".join([why, *rules]), *ends)
