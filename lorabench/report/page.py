@@ -32,13 +32,15 @@ from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
 from lorabench.report.other_margins import turned
-from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 
 _HERE = Path(__file__).parent
+
+_DEFAULT_PRESET = "laptop"
+"""The preset that Snakemake runs where none is named."""
 
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
 """The page's sections in the paper's order: which figures and claims are shown together."""
@@ -166,7 +168,7 @@ def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame
 def _command(source: str, target: Path) -> str:
     """Return the command line that makes a file of the preset."""
     # Snakemake's --config takes all words that follow it, so it comes last.
-    config = [] if source == DEFAULT_PRESET else ["--config", f"preset={source}"]
+    config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.lr_ratio_regret import PAGE, page_part, regrets
-from lorabench.report.publish import PUBLISHED
 from lorabench.sources.lr_optima import LrOptimum
+from lorabench.store.published import PUBLISHED
 
 from ..conftest import REPOSITORY
 

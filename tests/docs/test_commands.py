@@ -41,8 +41,8 @@ ELSEWHERE = {
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
     "lorabench doctor": "it takes minutes; tests/doctor/test_checks.py makes its checks",
     **dict.fromkeys(
-        ("lorabench freeze", "git ", "lorabench run long_runs@100", "lorabench publish --held-out"),
-        "they need finished runs; tests/report/test_freeze.py and test_publish.py do what they do",
+        ("lorabench freeze", "git ", "lorabench run long_runs@100", "python workflow/scripts/"),
+        "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     "lorabench check --adapter ADAPTER": "it needs a server; tests/check/test_served.py starts one",

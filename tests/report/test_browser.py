@@ -13,9 +13,9 @@ import pytest
 from lorabench.planning.plan import make_plan
 from lorabench.report.index import write_index
 from lorabench.report.page import build
-from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED
 from lorabench.store.io import read_claims, write_frame
 from lorabench.store.layout import Layout
+from lorabench.store.published import NOT_PUBLISHED, PUBLISHED
 
 from ..handmade import curves_of, make_eval, make_run, make_sweep, runs_table
 from .conftest import EVALUATION, at_twice_the_margins, hostile_report

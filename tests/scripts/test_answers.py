@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from answers import QUESTIONS, answer, count_of_core
 from lorabench.claims.judge import CORE
+from lorabench.figures.evidence import QUESTIONS as DRAWN
 from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS
-from lorabench.sources.answers import QUESTIONS, answer, count_of_core
 
 BATCHES = next(question for question in QUESTIONS if question.claim_id == "D1")
 ACCURACY = next(question for question in QUESTIONS if question.claim_id == "F1")
@@ -87,6 +88,10 @@ def test_core_claims_are_counted_by_size():
         "Of the 15 claims that carry the paper 1 holds by less than matters on tiny models. The others are undecided "
         "or not tested, and **none is decided at 1B or above**."
     )
+
+
+def test_the_picture_has_the_same_questions():
+    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
 
 
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():

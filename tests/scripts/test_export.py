@@ -11,14 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from lorabench.cli.commands import app
+from export import export, exportable
 from lorabench.errors import UserError
-from lorabench.report.export import export, exportable
-from lorabench.report.publish import PUBLISHED
 from lorabench.store.io import read_table, write_frame
 from lorabench.store.layout import Layout
+from lorabench.store.published import PUBLISHED
 from lorabench.store.schemas import PRESET, SCHEMAS, description
 from lorabench.utils.formats import DASH
 
@@ -38,7 +36,6 @@ TABLES = {
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make the preset smoke as if it had been run here; return the folder of its dataset."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     for name, frame in TABLES.items():
         write_frame(frame, name, Layout.of("smoke").tables())
     return tmp_path / "dataset"
@@ -48,9 +45,9 @@ def test_own_tables_come_back_from_the_files_and_from_datasets(own: Path, tmp_pa
     from datasets import load_dataset
 
     assert exportable() == ["smoke"]
-    result = CliRunner().invoke(app, ["export", str(own)])
-    assert result.exit_code == 0, result.output
-    assert f"smoke: {len(RUNS)} runs, {len(TABLES['curves']):,} curves, 1 evals, 1 claims" in result.output
+    assert export(["smoke"], own, "apache-2.0") == {
+        "smoke": {"runs": len(RUNS), "curves": len(TABLES["curves"]), "evals": 1, "claims": 1}
+    }
     assert json.loads((own / "smoke/provenance.json").read_text())["runs"] == len(RUNS)
     for name in TABLES:
         before, after = (read_table(folder, name) for folder in (Layout.of("smoke").tables(), own / "smoke"))

@@ -12,31 +12,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import publish as publish_script
+from evidence import publish_evidence
+from export import exportable
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
 from lorabench.report.claim_text import VERDICTS, headline
-from lorabench.report.export import exportable
+from lorabench.report.evidence import evidence_tables
 from lorabench.report.freeze import freeze, write_frozen
-from lorabench.report.publish import (
-    PUBLISHED,
-    SOURCES,
-    evidence_folders,
-    evidence_tables,
-    pages,
-    publish,
-    publish_evidence,
-    publish_held_out,
-    published_folders,
-    results_part,
-    table,
-)
 from lorabench.sources.lr_optima import optima_of_table
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
+from lorabench.store.published import PUBLISHED, evidence_folders, published_folders, read_provenance
 from lorabench.utils.files import LR_OPTIMA
+from lorabench.utils.markdown import table
+from pages import SOURCES, pages, results_part
+from publish import publish, publish_held_out
 
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim
@@ -53,7 +47,7 @@ EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
 
 
 def places(name: str) -> str:
-    start = f"<!-- {name}: written by `lorabench publish` and `lorabench evidence`, never by hand -->"
+    start = f"<!-- {name}: written by `workflow/scripts/`, never by hand -->"
     return f"before {name}\n{start}\nthe last one\n<!-- end of {name} -->\nafter {name}\n"
 
 
@@ -153,7 +147,7 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
         publish_held_out(frozen, Path())
     assert not (finished.published / "held_out").exists()
-    monkeypatch.setattr("lorabench.report.publish.check_kept", lambda *_: "0123")
+    monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123")
     held_out.figures.mkdir(parents=True)
     (held_out.figures / "fig1.csv").write_text("lr\n0.1\n")
     sentence = publish_held_out(frozen, Path())
@@ -178,7 +172,7 @@ def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held
     write_frozen(freeze("laptop@100", None), root / "frozen.yaml")
     held_out = Layout.of("laptop@100")
     shutil.copytree(finished.tables(), held_out.tables())
-    monkeypatch.setattr("lorabench.report.publish.check_kept", lambda *_: "0123456789")
+    monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123456789")
     with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop@100 first"):
         publish_held_out(root / "frozen.yaml", Path())
     shutil.copytree(finished.figures, held_out.figures)
@@ -217,7 +211,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(
 
 
 def test_the_committed_pages_say_what_the_committed_files_say():
-    """When it fails: lorabench evidence --publish ."""
+    """When it fails: python workflow/scripts/evidence.py."""
     for page, text in pages(REPOSITORY).items():
         assert text == (REPOSITORY / page).read_text(encoding="utf-8"), page
 
@@ -228,6 +222,7 @@ def evidence() -> dict[str, pd.DataFrame]:
     return evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
 
 
+@pytest.mark.slow
 def test_evidence_is_published_with_its_pages(evidence, root: Path):
     shutil.rmtree(root / PUBLISHED / "evidence")
     shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
@@ -254,6 +249,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
         assert first["doubts"] in page
 
 
+@pytest.mark.slow
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
     assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
@@ -261,3 +257,12 @@ def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     pd.testing.assert_frame_equal(
         evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"inputs": [1]}', "no model"])
+def test_a_damaged_provenance_is_refused_in_a_sentence(text: str, tmp_path: Path):
+    whole = json.loads((REPOSITORY / PUBLISHED / "laptop/provenance.json").read_text())
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps(whole | {"inputs": [{}]}) if text == "no model" else text)
+    with pytest.raises(UserError, match="provenance.json"):
+        read_provenance(tmp_path)

@@ -1,30 +1,29 @@
 """What was found, as answers to plain questions: each is read from the cells of one claim in the matrix.
 
-The picture of the matrix, the README and the first page of the documentation show the same questions. A sentence names
-a verdict, the sizes of models at which it was reached, and what was measured there, so that it stays true whatever the
-verdicts are.
+A sentence names a verdict, the sizes of models at which it was reached, and what was measured there, so that it stays
+true whatever the verdicts are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lorabench.analysis.finding import BORDERLINE
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
+from lorabench.figures.evidence import ANSWERS, borderline
 from lorabench.sources.measurements import TINY, holds_again
 from lorabench.utils import formats
+from lorabench.utils.yaml_files import read_yaml
 
 
 class Question(NamedTuple):
     """A question that a claim answers with yes."""
 
     claim_id: str
-    short: str
-    """The question in two lines of at most 28 characters, for the picture."""
     text: str
     unit: str
     """The unit of the numbers; a cell with another unit is shown without its numbers."""
@@ -41,92 +40,9 @@ class Question(NamedTuple):
     """By what the numbers of the table are multiplied."""
 
 
-_NATS = "nats per token"
-
-QUESTIONS = (
-    Question(
-        "B2",
-        "LoRA's loss as low as\nfull fine-tuning's?",
-        "Does LoRA of a high rank reach the loss of full fine-tuning, each at its best learning rate?",
-        *(_NATS, "gap {} nats", "z.3f"),
-        if_yes="Expect LoRA of a high rank to match full fine-tuning.",
-        if_no="Do not count on LoRA to match full fine-tuning.",
-        if_open="Measure on your own data whether LoRA is enough.",
-    ),
-    Question(
-        "A1",
-        "LoRA keeps up all along\na long run?",
-        "Does LoRA of a high rank keep up with full fine-tuning all along a long run?",
-        *(_NATS, "gap of up to {} nats", "z.3f"),
-        if_yes="Long runs need no special care.",
-        if_no="In a long run, watch whether LoRA falls behind.",
-        if_open="In a long run, watch whether LoRA falls behind.",
-    ),
-    Question(
-        "B1",
-        "LoRA's best LR ten times\nfull fine-tuning's?",
-        "Is LoRA's best learning rate ten times that of full fine-tuning?",
-        *("ratio", "{} times", "z.1f"),
-        if_yes="Start at ten times the learning rate of full fine-tuning.",
-        if_no="Search for LoRA's own learning rate.",
-        if_open="Search for LoRA's own learning rate.",
-    ),
-    Question(
-        "B3",
-        "One best LR for all\nranks from 4 up?",
-        "Is LoRA's best learning rate the same at all ranks from 4 up?",
-        *("ratio", "a factor of {} between ranks", "z.2f"),
-        if_yes="Keep the learning rate when you change the rank.",
-        if_no="Search for the learning rate of each rank.",
-        if_open="Search again when you change the rank.",
-    ),
-    Question(
-        "A8",
-        "Rank 1 too small where\ndata are many?",
-        "Where there is much to learn, does rank 1 run out of capacity?",
-        *(_NATS, "rank 1 behind by {} nats", "z.3f"),
-        if_yes="Do not take the lowest rank in supervised fine-tuning.",
-        if_no="In supervised fine-tuning a low rank may do.",
-        if_open="Compare a low rank with a high one.",
-    ),
-    Question(
-        "E1",
-        "LoRA on attention alone\nworse than on the MLP?",
-        "With equally many parameters, is LoRA on attention alone worse than on the MLP alone?",
-        *(_NATS, "attention worse by {} nats", "z.3f"),
-        if_yes="Do not put LoRA on attention alone.",
-        if_no="LoRA on attention alone may do.",
-        if_open="Put LoRA on all layers until more is known.",
-    ),
-    Question(
-        "D1",
-        "LoRA harmed more by\nlarge batches?",
-        "Do large batches harm LoRA more than full fine-tuning?",
-        *(_NATS, "the gap grows by {} nats", "z.3f"),
-        if_yes="Keep batches small.",
-        if_no="Choose the batch size as for full fine-tuning.",
-        if_open="Compare two batch sizes.",
-    ),
-    Question(
-        "F1",
-        "Rank 1 enough in\nreinforcement learning?",
-        "Does rank 1 reach the accuracy of full fine-tuning?",
-        *("error rate", "rank 1 minus full fine-tuning: {} percentage points", "z.1f"),
-        if_yes="In reinforcement learning, begin with a low rank.",
-        if_no="In reinforcement learning, do not rely on rank 1.",
-        if_open="In reinforcement learning, compare rank 1 with a higher one.",
-        factor=-100,
-    ),
+QUESTIONS = tuple(
+    Question(claim_id, **about) for claim_id, about in read_yaml(Path(__file__).with_name("questions.yaml")).items()
 )
-
-ANSWERS = {
-    "confirmed": "yes",
-    "right sign, below the margin": "yes, but by less than matters",
-    "contradicted": "no",
-    "not seen here": "no",
-    "inconclusive": "undecided",
-}
-"""The answer by verdict. Without runs in the setting of the claim there is none."""
 
 
 def answer(question: Question, cells: pd.DataFrame) -> str:
@@ -180,11 +96,6 @@ def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
     if cell["n_parts"] > 1 and len(set(ends)) == 2:
         return question.measured.format(" to ".join(ends))
     return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if len(interval) == 2 else "")
-
-
-def borderline(cell: Mapping[Any, Any]) -> bool:
-    """Return whether a repeat would reach the verdict of a cell with a probability that is known to be too small."""
-    return not formats.missing(cell["p_again"]) and bool(cell["p_again"] < BORDERLINE)
 
 
 def count_of_core(cells: pd.DataFrame) -> str:

@@ -1,34 +1,40 @@
 """Exporting presets as a dataset: parquet files, a card that data hubs read, and Croissant metadata.
 
+Run it from the root of the repository: `python workflow/scripts/export.py FOLDER`, perhaps with `--preset laptop`.
+
 The folder of a preset holds its tidy tables, which start with a column that names the preset. A preset that was run
 here is exported whole. Of others there is what the repository keeps: the runs that were saved, and published verdicts.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import typer
 import yaml
 
+from lorabench.cli.common import in_one_sentence
 from lorabench.config.loading import PRESETS, split_name
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
-from lorabench.report.publish import NOT_PUBLISHED, provenance, table
-from lorabench.sources.measurements import HELD_OUT, read_provenance
 from lorabench.store.io import ROWS_AT_ONCE, read_claims, read_table, table_path, write_tables
 from lorabench.store.layout import Layout
+from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, read_provenance
 from lorabench.store.schemas import PARQUET_ONLY, PRESET, SCHEMAS, description
-from lorabench.training.saved_runs import saved_tables
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, damage_explained, write_json
+from lorabench.utils.markdown import table
+from publish import provenance
+from saved_runs import saved_tables
 
 ABOUT = (
     "Runs of lorabench, which trains language models by LoRA and by full fine-tuning, at many learning rates each, and "
@@ -57,12 +63,31 @@ _CROISSANT_TYPES = {
     pa.float32(): "sc:Float",
     pa.float64(): "sc:Float",
 }
-# The vocabulary of Croissant 1.0, which every file of metadata has to repeat.
-_CROISSANT_TERMS = (
-    "citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset "
-    "jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator source "
-    "subField transform"
-)
+_CROISSANT_CONTEXT = Path(__file__).with_name("croissant_context.json")
+"""The vocabulary of Croissant 1.0, which every file of metadata has to repeat."""
+
+
+def main(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the dataset.")],
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A preset to export, as its name or YAML file; may be repeated. Default: all that have tables here."
+        ),
+    ] = None,
+    licence: Annotated[str, typer.Option(help="The licence of the tables, by its name on hubs.")] = "apache-2.0",
+    url: Annotated[str | None, typer.Option(help="The address at which the dataset will be, for its metadata.")] = None,
+) -> None:
+    """Write the tables of finished and published presets as a dataset: parquet, a card for data hubs, and Croissant."""
+    with in_one_sentence():
+        presets = preset or exportable()
+        if not presets:
+            raise UserError(
+                "no shipped preset has tables in results or paper_figures; run one, or name yours with --preset"
+            )
+        for name, rows in export(presets, out, licence, url).items():
+            print(f"{name}: {', '.join(f'{count:,} {table}' for table, count in rows.items())}")
+        print(f"wrote {out}; its page is {out / 'README.md'}")
 
 
 def exportable() -> list[str]:
@@ -248,20 +273,8 @@ def type_name(kind: pa.DataType) -> str:
 
 def croissant(names: Sequence[str], out: Path, licence: str, url: str | None) -> dict[str, Any]:
     """Return the metadata of exported tables in the format Croissant 1.0, a vocabulary of JSON-LD."""
-    types = {"data": "@json", "dataType": "@vocab", "examples": "@json"}
-    context = {
-        "@language": "en",
-        "@vocab": "https://schema.org/",
-        "sc": "https://schema.org/",
-        "cr": "http://mlcommons.org/croissant/",
-        "rai": "http://mlcommons.org/croissant/RAI/",
-        "dct": "http://purl.org/dc/terms/",
-        "conformsTo": "dct:conformsTo",
-        **{term: f"cr:{term}" for term in _CROISSANT_TERMS.split()},
-        **{term: {"@id": f"cr:{term}", "@type": kind} for term, kind in types.items()},
-    }
     return {
-        "@context": context,
+        "@context": json.loads(_CROISSANT_CONTEXT.read_text(encoding="utf-8")),
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": "lorabench-runs",
@@ -305,3 +318,7 @@ def _croissant_field(name: str, column: pa.Field) -> dict[str, Any]:
         **({"repeated": True} if repeated else {}),
         "source": {"fileSet": {"@id": f"{name}-files"}, "extract": {"column": column.name}},
     }
+
+
+if __name__ == "__main__":
+    typer.run(main)

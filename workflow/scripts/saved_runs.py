@@ -1,5 +1,7 @@
 """Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
 
+Run it from the root of the repository: `python workflow/scripts/saved_runs.py save --preset overnight`, or `restore`.
+
 There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
 checkpoints, and the protocol version that they were computed with. All numbers are exact.
 """
@@ -13,7 +15,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import typer
 
+from lorabench.cli.common import OneSentence, PresetOption, plan_and_layout
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import PROTOCOL_VERSION
@@ -29,6 +33,27 @@ _SCHEMA = pa.schema(
     [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
     metadata={_VERSION: str(PROTOCOL_VERSION)},
 )
+
+
+app = typer.Typer(cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def save(preset: PresetOption = "laptop") -> None:
+    """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
+    planned, layout = plan_and_layout(preset)
+    runs, size = save_runs(planned, layout)
+    print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
+
+
+@app.command()
+def restore(preset: PresetOption = "laptop") -> None:
+    """Restore the runs that were saved, so that the preset goes on from them."""
+    planned, layout = plan_and_layout(preset)
+    restored, present, unknown = restore_runs(planned, layout)
+    print(f"restored {restored} runs from {layout.saved_runs}; {present} were there already")
+    if unknown:
+        print(f"{unknown} saved runs are not in the plan of preset {layout.name} and were left out")
 
 
 def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
@@ -123,3 +148,7 @@ def _read(path: Path) -> dict[str, pa.Table]:
             f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
         )
     return {run_id: table.slice(number, 1) for number, run_id in enumerate(table["run_id"].to_pylist())}
+
+
+if __name__ == "__main__":
+    app()
