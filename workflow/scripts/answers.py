@@ -46,12 +46,7 @@ QUESTIONS = tuple(
 
 
 def answer(question: Question, cells: pd.DataFrame) -> str:
-    """Return what to do and the answers, by the size of the model in ascending order.
-
-    Args:
-        question: what is asked.
-        cells: the table `matrix`.
-    """
+    """Return what to do and the answers, by the size of the model in ascending order; `cells` is the table `matrix`."""
     own = cells[cells["claim_id"].eq(question.claim_id) & cells["verdict"].isin(list(ANSWERS))]
     rows = own.sort_values("parameters", kind="stable").to_dict("records")
     decided = [ANSWERS[row["verdict"]] for row in rows if row["verdict"] in DECIDED]
@@ -99,11 +94,7 @@ def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
 
 
 def count_of_core(cells: pd.DataFrame) -> str:
-    """Return a sentence or two on how many of the core claims hold at each size, as far as they are decided.
-
-    Args:
-        cells: the table `matrix`.
-    """
+    """Return a sentence or two on how many of the core claims of the table `matrix` hold at each size."""
     core = cells[cells["claim_id"].isin(CORE)].sort_values("parameters", kind="stable")
     counted, above = [], []
     for scale, verdicts in core.groupby("scale", sort=False)["verdict"]:

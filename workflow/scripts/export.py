@@ -104,11 +104,6 @@ def exportable() -> list[str]:
 def export(presets: Sequence[str], out: Path, licence: str, url: str | None = None) -> dict[str, dict[str, int]]:
     """Write the tables of presets into a folder that is empty or does not exist, with card and metadata.
 
-    Args:
-        presets: names of shipped presets or paths of YAML files, perhaps with a first seed.
-        licence: the licence of the tables, by its name on hubs.
-        url: the address at which the dataset will be.
-
     Returns:
         By preset, the number of rows of each of its tables.
 
@@ -166,8 +161,7 @@ def _tables(layout: Layout, folder: Path) -> tuple[dict[str, Iterable[pa.Table]]
     if table_path(own, "runs"):
         write_json(provenance(layout, read_table(own, "runs")), folder / "provenance.json")
         return {name: _own(own, name) for name in SCHEMAS if table_path(own, name)}, "the finished preset"
-    tables: dict[str, Iterable[pa.Table]] = {}
-    origins = []
+    tables, origins = dict[str, Iterable[pa.Table]](), []
     if any(layout.saved_runs.glob("*.parquet")):
         parts = list(saved_tables(make_plan(layout.preset), layout))
         tables |= {name: [part[name] for part in parts] for name in parts[0]}
@@ -222,9 +216,7 @@ def card(names: Sequence[str], rows: Mapping[str, Mapping[str, int]], origins: M
         "language": ["en"],
         "tags": _TAGS,
         "configs": [{"config_name": name, "data_files": f"*/{name}.parquet"} for name in names],
-        "dataset_info": [
-            {"config_name": name, "features": [_feature(column) for column in _exported(name)]} for name in names
-        ],
+        "dataset_info": [{"config_name": name, "features": list(map(_feature, _exported(name)))} for name in names],
     }
     presets = [
         [preset, *(formats.count(counts.get(name)) for name in names), origins[preset]]
@@ -235,8 +227,7 @@ def card(names: Sequence[str], rows: Mapping[str, Mapping[str, int]], origins: M
         "",
         ABOUT,
         "",
-        'Each table is a configuration: `load_dataset(folder, "runs")`. `lorabench claims --tables` judges the folder '
-        "of a preset.",
+        'Each table is a configuration: `load_dataset(folder, "runs")`. `lorabench claims` judges them.',
         "",
         *table(["preset", *names, "from"], presets),
         "",
@@ -259,16 +250,14 @@ def plain(column: pa.Field) -> str:
 
 def _feature(column: pa.Field) -> dict[str, str]:
     """Return a column as the head of a card has it."""
-    if pa.types.is_list(column.type):
-        return {"name": column.name, "list": "string"}
-    return {"name": column.name, "dtype": type_name(column.type)}
+    kind = {"list": "string"} if pa.types.is_list(column.type) else {"dtype": type_name(column.type)}
+    return {"name": column.name, **kind}
 
 
 def type_name(kind: pa.DataType) -> str:
     """Return the name of a column's type as pages and cards have it."""
-    if pa.types.is_list(kind):
-        return "list of strings"
-    return {pa.float64(): "float64", pa.float32(): "float32"}.get(kind, str(kind))
+    names = {pa.float64(): "float64", pa.float32(): "float32", pa.list_(pa.string()): "list of strings"}
+    return names.get(kind, str(kind))
 
 
 def croissant(names: Sequence[str], out: Path, licence: str, url: str | None) -> dict[str, Any]:
@@ -285,23 +274,13 @@ def croissant(names: Sequence[str], out: Path, licence: str, url: str | None) ->
         "datePublished": date.today().isoformat(),
         "keywords": _TAGS,
         "distribution": [
-            {
-                "@type": "cr:FileSet",
-                "@id": f"{name}-files",
-                "name": f"{name}-files",
-                "encodingFormat": "application/x-parquet",
-                "includes": f"*/{name}.parquet",
-            }
+            {"@type": "cr:FileSet", "@id": f"{name}-files", "name": f"{name}-files"}
+            | {"encodingFormat": "application/x-parquet", "includes": f"*/{name}.parquet"}
             for name in names
         ],
         "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": name,
-                "name": name,
-                "description": MEANINGS[name],
-                "field": [_croissant_field(name, column) for column in _exported(name)],
-            }
+            {"@type": "cr:RecordSet", "@id": name, "name": name, "description": MEANINGS[name]}
+            | {"field": [_croissant_field(name, column) for column in _exported(name)]}
             for name in names
         ],
     }

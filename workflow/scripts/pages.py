@@ -84,26 +84,22 @@ def answers_part(root: Path, page: Path) -> str:
     """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
     folder = root / PUBLISHED / "evidence"
     cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
+    ratios = summarized[summarized["measure"].eq("lr_ratio") & summarized["attribute"].isna() & summarized["k"].gt(1)]
+    mean = ""
+    for row in ratios.to_dict("records"):
+        value, low, high = (f"{math.exp(row[name]):.1f}" for name in ("mean", "low", "high"))
+        mean = f" Over {row['k']} sources the mean is {value} times [{low}, {high}]."
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     for question in QUESTIONS:
         text = answer(question, cells)
         if question.claim_id == "B1":
             text += (
-                f"{_mean_ratio(summarized)} [What the ratio depends on]({_link('docs/lr-ratio.md', page)}); `lorabench "
+                f"{mean} [What the ratio depends on]({_link('docs/lr-ratio.md', page)}); `lorabench "
                 "recommend` estimates a learning rate for your model."
             )
         lines.append(f"- {text}")
     picture = _link(PUBLISHED / "evidence/matrix.svg", page)
     return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
-
-
-def _mean_ratio(summarized: pd.DataFrame) -> str:
-    """Return a sentence with the mean ratio of optimal learning rates; empty if fewer than two sources measured it."""
-    [*rows] = summarized[summarized["measure"].eq("lr_ratio") & summarized["attribute"].isna()].to_dict("records")
-    if not rows or not rows[0]["k"] > 1:
-        return ""
-    mean, low, high = (f"{math.exp(rows[0][name]):.1f}" for name in ("mean", "low", "high"))
-    return f" Over {rows[0]['k']} sources the mean is {mean} times [{low}, {high}]."
 
 
 def _link(file: Path | str, page: Path) -> str:
@@ -177,9 +173,8 @@ def results_part(root: Path, preset: str) -> str:
     lines = [
         f"![Verdicts of the preset {preset}]({picture})",
         "",
-        f"{claim_text.headline(judged)}. {made['runs']} runs, "
-        f"{formats.duration(made['run_seconds'])} of one core on {' and '.join(made['devices'])}, "
-        f"from {made['first_started'][:10]}. "
+        f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core on "
+        f"{' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
         f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
         *held_out_lines(made, again),
         "",
@@ -192,21 +187,14 @@ def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[
     """Return lines that say what of a published preset is held out; the arguments are those of `verdict_columns`."""
     if again is not None:
         return ["", f"{summary_of(again)}."]
-    if frozen := made.get("frozen"):
-        return [
-            "",
-            f"All seeds are held out: margins, rules and data were frozen in {frozen['commit'][:7]}, before any run.",
-        ]
-    return []
+    if "frozen" not in made:
+        return []
+    commit = made["frozen"]["commit"][:7]
+    return ["", f"All seeds are held out: margins, rules and data were frozen in {commit}, before any run."]
 
 
 def verdict_columns(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
-    """Return the names of the columns of verdicts.
-
-    Args:
-        made: the published preset's provenance.
-        again: its table `came_out_again`, as from `read_held_out`.
-    """
+    """Return the names of the columns of verdicts, by a preset's provenance and its table `came_out_again`."""
     if again is not None:
         return ["explored", "held out"]
     return ["held out"] if "frozen" in made else ["verdict"]
@@ -226,10 +214,9 @@ def evidence_part(root: Path) -> str:
     summarized, judged = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "claims.csv")
     rows = []
     for row in summarized[summarized["attribute"].isna()].to_dict("records"):
+        numbers = [row[name] for name in ("mean", "low", "high")]
         is_log = row["measure"] == "lr_ratio"
-        mean, low, high = (
-            f"{math.exp(row[name]):.3g}" if is_log else f"{row[name]:+.4f}" for name in ("mean", "low", "high")
-        )
+        mean, low, high = (f"{math.exp(value):.3g}" if is_log else f"{value:+.4f}" for value in numbers)
         rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]" if row["k"] > 1 else mean])
     lines = table(["measured", "sources", "mean, 95% interval"], rows)
     for path in sorted((root / SOURCES).glob("*/source.yaml")):

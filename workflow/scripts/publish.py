@@ -91,11 +91,7 @@ def publish_held_out(path: Path, root: Path) -> str:
     """Copy the claims, provenance and figures' tables of runs on held-out seeds to where the repository shows them.
 
     They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
-    explored is published itself, with its pictures. The pages are written.
-
-    Args:
-        path: the file that `lorabench freeze` wrote before the runs.
-        root: the repository's root.
+    explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
 
     Returns:
         A sentence that counts the verdicts that came out again.
