@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES, RANKS, drawable_figures, drawn_runs, save_figure
+from lorabench.figures.catalog import FIGURES, drawable_figures, save_figure
 from lorabench.figures.grid import titled
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.tables import Tables
@@ -108,31 +108,6 @@ def test_a_figure_that_is_unknown_or_has_no_runs_is_refused(tables: Path, tmp_pa
         save_figure("fig9", [tmp_path], tmp_path)
     with pytest.raises(UserError, match="no runs of the experiment rl_gsm8k or rl_math"):
         save_figure("fig6_rl_lr", [tables], tmp_path)
-
-
-def test_of_many_settings_and_ranks_some_are_drawn_and_the_figure_says_so(tmp_path: Path):
-    settings = FIGURES["fig2_lr_by_rank"].settings
-    few = [make_run(rank, 1e-3, dataset=f"data{place:02d}") for place in range(settings) for rank in (None, 1)]
-    runs, left_out = drawn_runs(runs_table(few), settings)
-    assert (len(runs), left_out) == (len(few), "")
-    ranks = [make_run(rank, 1e-3, dataset="data00") for rank in range(2, 200)]
-    more = [make_run(rank, lr, dataset="data99") for lr in LRS for rank in (None, 1)]
-    table = runs_table([*more, *few, *ranks])
-    runs, left_out = drawn_runs(table, settings)
-    assert left_out == (
-        "The first 8 of 9 combinations of dataset, model, batch size and length are drawn; "
-        "24 of 199 combinations of rank and placement are drawn."
-    )
-    assert "data99" not in set(runs["dataset"])
-    assert runs["dataset"].nunique() == settings
-    drawn_ranks = sorted(runs["rank"].dropna().unique())
-    assert (len(drawn_ranks), drawn_ranks[0], drawn_ranks[-1]) == (RANKS, 1, 199)
-    assert (runs["method"] == "fullft").sum() == settings
-    table.to_parquet(tmp_path / "runs.parquet")
-    save_figure("fig2_lr_by_rank", [tmp_path], tmp_path)
-    assert set(pd.read_csv(tmp_path / "fig2_lr_by_rank.csv")["dataset"]) == set(runs["dataset"])
-    # Each word of a picture is in a comment above its outlines.
-    assert f"<!-- {left_out} -->" in (tmp_path / "fig2_lr_by_rank.svg").read_text()
 
 
 def test_panels_never_mix_models_datasets_or_batch_sizes():

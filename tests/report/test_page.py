@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
-from lorabench.report import page as page_module
-from lorabench.report import summary
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
@@ -90,35 +87,6 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     [answer] = [attributes["content"] for _, attributes in page.tags if attributes.get("name") == "abstract"]
     assert answer.startswith("These runs cannot decide. The loss of the best, LoRA r16 at a learning rate of 2.20e-3")
     assert answer in page.header.text
-
-
-def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, monkeypatch):
-    whole = report(rows)
-    monkeypatch.setattr(page_module, "ROWS", 5)
-    for name in ("SETTINGS", "RECIPE_SETTINGS"):
-        monkeypatch.setattr(summary, name, 1)
-    monkeypatch.setattr(summary, "CLAIM_RUNS", 3)
-    monkeypatch.setattr(summary, "REASON", 20)
-    first = replace(FIGURES["fig2_lr_by_rank"], settings=1)
-    monkeypatch.setitem(FIGURES, first.name, first)
-    others = [row | {"dataset": "worked", "run_id": f"worked-{row['run_id']}"} for row in rows]
-    page = report(rows + others)
-    table = page.section("runs")
-    assert len(re.findall(r'<tr id="run-', table.source)) == 5
-    assert "The table and the curves are those of the first 5 of 42 runs" in table.text
-    assert len(json.loads(re.search(r'id="curves">(.*?)</script>', page.source)[1])["curves"]) == 5
-    listed = set(re.findall(r'<tr id="(run-[^"]+)', page.source))
-    assert {href[1:] for href in page.all("a", "href") if href.startswith("#run-")} <= listed
-    assert "the first 1 of 2 combinations of model, dataset, batch size and length" in page.section("rates").text
-    [figure] = re.findall(r'<figure id="fig2_lr_by_rank">(.*?)</figure>', page.source, re.S)
-    assert "The first 1 of 2 combinations" in Page(figure).text
-    claim = page.claims["B2"].text
-    n_runs = int(judged_claims().set_index("claim_id").loc["B2", "n_runs"])
-    assert f"The table claims has the other {n_runs - 3} in its column run_ids." in claim
-    assert "… (the table claims has all of it)" in claim
-    assert "All 21 runs" in whole.section("runs").text
-    assert "the first 1 of 2 combinations of model, data" in page.section("recipe").text
-    assert "worked" not in page.section("recipe").text
 
 
 JUDGED = [

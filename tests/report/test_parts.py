@@ -81,13 +81,6 @@ def test_curves_are_those_of_the_table(runs):
     assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]
 
 
-def test_many_curves_have_fewer_points_each(runs, monkeypatch):
-    monkeypatch.setattr(page, "ALL_POINTS", 10 * len(runs))
-    drawn = curves_to_draw(runs, curves_of(runs))
-    assert drawn["points"] == 10
-    assert max(len(values) for [[_, _, values]] in drawn["curves"].values()) == 10
-
-
 def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tmp_path):
     noise = random.Random(0).choices(string.ascii_letters, k=4_000_000)
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
