@@ -1,7 +1,7 @@
 """A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-The steps of this project are computed as in a run (`batch_gradient`). Every token is scored unless a setting says
-otherwise, and there is no padding. At LR 0 a step does all its work and does not change the weights.
+The steps of this project are computed as in a run (`batch_gradient`). Every token is scored, and
+there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.speed.models import DTYPES, SMOLLM2, Precision, is_there, loaded
 from benchmarks.speed.table import Row, say
-from lorabench.config.fields import METHOD_NAMES, Method
+from lorabench.config.fields import Method
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
@@ -36,11 +36,6 @@ WARM_UP = 1
 ARMS: dict[str, Method | Literal["peft"]] = {"PEFT": "peft", "LoRA": "lora", "FullFT": "fullft"}
 """The way of making a step by its name; the arm without this project comes first."""
 
-VARIANTS: dict[str, Method | Literal["peft"]] = {
-    METHOD_NAMES[name]: name for name in ("dora", "pissa", "olora", "qlora")
-}
-"""Variants of LoRA, which are measured beside the arms where a setting says so."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -51,22 +46,17 @@ class Setting:
     batch: int = 8
     length: int = 128
     precision: Precision = "fp32"
-    scored: float = 1.0
-    """Share of a row's tokens that are scored, from its end."""
-    variants: bool = False
-    """Whether variants of LoRA are measured, too."""
 
     @property
     def case(self) -> str:
         """The description of the case in the table."""
-        scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
-        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
+        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens, {self.precision}"
 
 
 SETTINGS = [
     Setting(),
     Setting(rank=1),
-    *(Setting(rank=rank, variants=True) for rank in (4, 64)),
+    *(Setting(rank=rank) for rank in (4, 64)),
     *(Setting(length=length) for length in (64, 256)),
     Setting(precision="bf16"),
     Setting(model="llama-64"),
@@ -103,8 +93,7 @@ def training_step(setting: Setting, method: Method | Literal["peft"]) -> tuple[C
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
-        variant = "lora" if method == "peft" else method
-        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, method=variant)
+        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0)
     flops = setting.batch * setting.length * train_flops_per_token(model)
     if method == "peft":
         # PEFT is measured without this project's attention.
@@ -115,7 +104,7 @@ def training_step(setting: Setting, method: Method | Literal["peft"]) -> tuple[C
     parameters = list(trained_parameters(model).values())
     optimizer = _adam(parameters)
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
-    scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
+    scored = np.ones(setting.batch * (setting.length + 1), bool)
     split, examples = TokenizedSplit(ids.flatten().numpy(), scored, offsets), np.arange(setting.batch)
     autocast = torch.bfloat16 if setting.precision == "bf16" else None
     machine = Machine(torch.device("cpu"), MAX_BATCH_TOKENS, autocast=autocast)
@@ -174,11 +163,10 @@ def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
-        arms = ARMS | (VARIANTS if setting.variants else {})
-        made = {name: training_step(setting, arm) for name, arm in arms.items()}
+        made = {name: training_step(setting, arm) for name, arm in ARMS.items()}
         seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats)
         say(f"step: {setting.case}: {len(made)} arms")
-        for name in arms:
+        for name in ARMS:
             speed = made[name][1] / seconds[name]
             share = speed / peaks[setting.precision]
             yield Row("step", setting.case, name, threads, 1, seconds[name], gflops=speed / 1e9, share_of_peak=share)
