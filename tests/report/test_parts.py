@@ -105,10 +105,3 @@ def test_a_table_that_is_too_large_is_named_without_being_read(tmp_path, monkeyp
     curves, evals = table_downloads(tmp_path, tmp_path)
     assert curves == {"file": "curves.parquet", "bytes": 7, "embedded": False, "uri": "curves.parquet"}
     assert evals == {"file": "evals.csv", "bytes": 400_000, "embedded": False, "uri": "evals.csv"}
-
-
-def test_tables_are_embedded_only_up_to_a_size_of_all_together(tmp_path, monkeypatch):
-    for name in ("runs", "claims", "counts"):
-        (tmp_path / f"{name}.csv").write_text("a,b\n1,2\n")
-    monkeypatch.setattr(page, "MAX_EMBEDDED", 17)
-    assert [table["embedded"] for table in table_downloads(tmp_path, tmp_path)] == [True, True, False]
