@@ -70,4 +70,4 @@ bench:  ## Measure the speed against other trainers and print the table.
 	python -m benchmarks.speed
 
 publish:  ## Copy the figures and verdicts of a finished preset (PRESET=laptop) to where the repository shows them.
-	lorabench publish --preset $(PRESET)
+	python workflow/scripts/publish.py --preset $(PRESET)

@@ -35,8 +35,9 @@ from lorabench.audit.models import facts
 from lorabench.audit.regret import shipped_evidence
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, write_part
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED
+from lorabench.utils.markdown import write_part
 
 
 class Framework(NamedTuple):

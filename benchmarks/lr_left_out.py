@@ -33,11 +33,11 @@ from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PIVOT
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED, evidence_folders
 from studies.lr_ratio.predictions import DEFAULT
 from studies.lr_ratio.theories import Setting, predicted
 

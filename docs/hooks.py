@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,27 +20,20 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
+
+from export import MEANINGS, type_name
 from lorabench.claims.claim import Claim
 from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.export import MEANINGS, type_name
-from lorabench.report.publish import (
-    NOT_PUBLISHED,
-    PUBLISHED,
-    SOURCES,
-    escaped,
-    held_out,
-    held_out_lines,
-    published_folders,
-    table,
-    verdict_columns,
-)
-from lorabench.sources.measurements import read_held_out
 from lorabench.store.io import read_claims
+from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out
 from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
+from lorabench.utils.markdown import escaped, table
+from pages import SOURCES, held_out, held_out_lines, verdict_columns
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

@@ -345,8 +345,8 @@ def blocks(length: int) -> list[slice]:
 def blocks_pay(length: int, bf16: bool) -> bool:
     """Return whether blocks take less time than PyTorch's kernel, and little memory, in rows of `length` tokens.
 
-    Measured with `python -m benchmarks.parts`; in fp32 PyTorch's kernel is as fast in rows of up to 128 tokens. The
-    memory of the probabilities grows with the square of the length.
+    In fp32 PyTorch's kernel was measured to be as fast in rows of up to 128 tokens. The memory of the probabilities
+    grows with the square of the length.
     """
     return (1 if bf16 else 128) < length <= 512
 

@@ -24,9 +24,9 @@ class Layout:
         self.figures = Path("paper_figures") / name
         """The folder of the figures that a run of the preset draws; git ignores it."""
         self.published = Path("paper_figures") / "published" / name
-        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
+        """The folder of figures, claims and provenance that the repository shows."""
         self.saved_runs = Path("paper_figures") / "partial" / name
-        """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
+        """The folder of finished runs that the repository keeps until the preset is finished."""
         self.speed = self.root / "speed.json"
         """The file of the speed of the preset's training steps on this machine's CPU."""
         self.runs = self.root / "runs"

@@ -102,7 +102,7 @@ def scored_by_example(split: TokenizedSplit) -> np.ndarray:
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
 Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
-measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed."""
+measured against a quarter of it; the GPU's is assumed."""
 
 
 OfLogits = Callable[[Tensor, slice], Tensor]

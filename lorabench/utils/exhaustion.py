@@ -112,7 +112,6 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns free memory at the end of its heap to the system, beyond twice the largest block that was
     freed, and each block above 32 MiB; the system then maps and clears the same pages again in every training step.
-    `python -m benchmarks.allocation` measures the cost.
 
     Returns:
         Whether the process does so from now on; False with another C library than glibc.

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
 from lorabench.audit.regret import LrEvidence, Place
-from lorabench.report.publish import evidence_folders
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
+from lorabench.store.published import evidence_folders
 from lorabench.utils.files import LR_EVIDENCE
 
 from ..conftest import REPOSITORY

@@ -13,7 +13,7 @@ from lorabench.audit.config import TrainingConfig
 from lorabench.audit.lr import judge
 from lorabench.audit.models import facts
 from lorabench.audit.regret import shipped_evidence
-from lorabench.report.publish import PUBLISHED
+from lorabench.store.published import PUBLISHED
 
 from ..conftest import REPOSITORY
 

@@ -13,7 +13,7 @@ from lorabench.config.fields import VARIANT_NAMES
 from lorabench.config.loading import load_preset
 from lorabench.custom.variants import TABLE, _measured, lr_factor
 from lorabench.models.specs import dimensions
-from lorabench.report.publish import PUBLISHED
+from lorabench.store.published import PUBLISHED
 
 from ..conftest import REPOSITORY
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.collecting import write_jobs
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.config.inputs import GgufModel, HubModel, TinyModel
 from lorabench.config.loading import load_preset
@@ -129,6 +128,31 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)
 collect([Path(path) for path in sys.argv[3:]], Path(sys.argv[2]))
 """
+
+
+def write_jobs(folder, points, runs, jobs, test_examples=100):
+    """Write the files of jobs with runs that have `points` points of curves together, and return their paths."""
+    generator = np.random.default_rng(0)
+    own, per_run = runs // jobs, points // runs
+    steps = np.tile(np.arange(per_run), own)
+    split = pa.array(np.where(steps % 10 == 0, "validation", "train"))
+    paths = []
+    for job in range(jobs):
+        values = generator.uniform(1, 9, len(steps))
+        entries = {"step": steps, "examples": steps * 32, "tokens": steps * 32_768, "split": split}
+        entries |= {"metric": pa.array(["nll"] * len(steps)), "value": values}
+        losses = {"loss": np.zeros(own * test_examples, np.float32), "tokens": np.ones(own * test_examples, np.int32)}
+        columns = {name: pa.nulls(own, JOB.field(name).type) for name in JOB.names}
+        columns["run_id"] = pa.array([f"{job:06d}{run:06d}" for run in range(own)])
+        columns |= {name: pa.array([name] * own) for name in ("model", "dataset", "method")}
+        for name, each, nested in (("curve", per_run, entries), ("test_losses", test_examples, losses)):
+            kind = JOB.field(name).type
+            structs = pa.table(nested, schema=pa.schema(list(kind.value_type))).to_struct_array().combine_chunks()
+            offsets = pa.array(np.arange(own + 1) * each, pa.int32())
+            columns[name] = pa.ListArray.from_arrays(offsets, structs, type=kind)
+        paths.append(folder / f"{job}.parquet")
+        write_table(pa.table(columns, schema=JOB), paths[-1])
+    return paths
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from lorabench.store.io import ROWS_AT_ONCE, read_rows, read_table, write_frame,
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, EVALS, RUN_TEST_LOSSES, CurvePoint, ExampleLoss
-from lorabench.training.saved_runs import restore_runs, save_runs
 from lorabench.utils.files import write_json
+from saved_runs import restore_runs, save_runs
 
 from ..handmade import claims_table, evals_table, make_claim, make_eval, make_record
 

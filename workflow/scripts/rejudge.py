@@ -29,13 +29,14 @@ from lorabench.data.groups import has_groups
 from lorabench.data.sft import build_dataset
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
-from lorabench.report.publish import evidence_folders, evidence_tables
+from lorabench.report.evidence import evidence_tables
 from lorabench.sources.measurements import read_own
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
+from lorabench.store.published import evidence_folders
 from lorabench.store.tables import Tables
-from lorabench.training.saved_runs import saved_tables
+from saved_runs import saved_tables
 
 PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/published")
 ANSWERS = PUBLISHED / "rejudged.csv"
