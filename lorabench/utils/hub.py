@@ -14,15 +14,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from lorabench.errors import UserError
-from lorabench.utils.deadline import within
 from lorabench.utils.files import write_json
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -156,15 +157,23 @@ def look_up(wanted: WantedRepository, file: str | None = None) -> str:
             return Path(cached).read_text(encoding="utf-8")
         url = hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
 
-    def request() -> str:
-        response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
-        hf_raise_for_status(response)
-        text: str = response.text
-        return text
+    text: Future[str] = Future()
 
-    # A name server that does not answer blocks for longer than the request's own time-out.
+    def request() -> None:
+        try:
+            response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
+            hf_raise_for_status(response)
+            text.set_result(response.text)
+        except Exception as error:
+            text.set_exception(error)
+
     with _explained(wanted):
-        return within(_LOOK_UP_SECONDS, request)
+        # A name server that does not answer blocks for longer than the request's own time-out.
+        Thread(target=request, daemon=True).start()
+        try:
+            return text.result(_LOOK_UP_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
 
 
 def _pinned(wanted: WantedRepository, pins: Path) -> str:
