@@ -155,19 +155,6 @@ def _at_best(value: Any) -> Any:
     return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
 
 
-_NOT_TRAINED = {
-    "eva": "its start from activations of the training data took PEFT 89 s at rank 64 of a base whose runs take 4 s",
-    "corda": "it starts from activations of the training data, which no run reads before its first step",
-}
-"""Variants that people may look for, and why they are left out."""
-
-
-def _trainable(value: Any) -> Any:
-    if isinstance(value, str) and value in _NOT_TRAINED:
-        raise ValueError(f"{value!r} is not trained here: {_NOT_TRAINED[value]}")
-    return value
-
-
 _SET_BY_VARIANT: dict[Variant, tuple[str, ...]] = {
     "rslora": ("alpha_power",),
     "lora_plus": ("lr_ratios", "transforms"),
@@ -193,9 +180,7 @@ class Block(Strict):
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
-    variants: Annotated[
-        list[Annotated[Variant, BeforeValidator(_trainable, json_schema_input_type=Variant)]], Field(min_length=1)
-    ] = ["lora"]
+    variants: Annotated[list[Variant], Field(min_length=1)] = ["lora"]
     """Variants of LoRA, each trained at every rank, alpha and LR (docs/variants.md). `rslora` is `alpha_power: 0.5` and
     `lora_plus` is `lr_ratios: [16]`; the others are allowed in the experiments `variants` and `variants_rl`."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
@@ -240,18 +225,6 @@ class Block(Strict):
         if self.variants != ["lora"] and not self.ranks:
             raise ValueError(f"variants {self.variants} need ranks, and the block has none")
         return self
-
-    def size(self, conditions: int) -> tuple[int, int]:
-        """Return how many arms and, at most, runs the block has on a number of models, data and batch sizes."""
-        of_lora = sum(map(len, self.ranks.values())) * len(self.variants) * len(self.alphas or [1.0])
-        of_lora *= len(self.inits_a) * len(self.lr_ratios) * (1 + len(self.transforms))
-        arms, runs, seeds = 0, 0, self.seeds
-        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, of_lora)):
-            if grid:
-                arms += conditions * number
-                most = grid.most * seeds.best if isinstance(grid, AutoLrs) else len(grid) * seeds.every + seeds.best
-                runs += conditions * number * most
-        return arms, runs
 
 
 class SftExperiment(Block):

@@ -23,9 +23,6 @@ from lorabench.config.inputs import (
 )
 from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
 
-MOST_ARMS, MOST_RUNS = 1_000, 50_000
-"""The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
-
 
 class Preset(Strict):
     """The models, data, training protocol and experiments that are run, and the machine that runs them."""
@@ -54,23 +51,6 @@ class Preset(Strict):
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""
     execution: Execution
-
-    @model_validator(mode="after")
-    def _can_be_planned(self) -> Self:
-        sizes = [(0, 0)]
-        for blocks in self.experiments.trained().values():
-            for block in blocks:
-                if isinstance(block, SftExperiment):
-                    data = len(block.datasets) * len(block.batch_sizes)
-                else:
-                    data = len(block.problems)
-                sizes.append(block.size(len(block.models) * data))
-        arms, runs = map(sum, zip(*sizes, strict=True))
-        if arms > MOST_ARMS or runs > MOST_RUNS:
-            raise ValueError(
-                f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"
-            )
-        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:

@@ -6,8 +6,7 @@
                                    conversations: [{from: string, value: string}]
 
 The files are read twice, a batch of rows at a time: first to see which rows are usable and to choose among them, then
-to read the chosen ones. Between the two passes memory holds the number of each usable row and eight bytes of its
-prompt's hash.
+to read the chosen ones.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ def part_files(
         copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
         name: the repository, `owner/name`.
         config: the configuration within the repository; None for its only one.
-        split: the split within the configuration.
 
     Raises:
         UserError: the files do not exist.
@@ -60,7 +58,6 @@ def part_rows(
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
     Args:
-        files: the part's files.
         name: the dataset's name in errors.
         needed: the columns to read; of several names for a column the first that is there.
         optional: columns that are read if they are there.

@@ -30,8 +30,8 @@ NAME = "lorabench_blocks"
 def attend_in_blocks(model: PreTrainedModel) -> None:
     """Make a model that uses PyTorch's attention compute it in blocks, where the result is the same.
 
-    PyTorch still computes attention with masks or caches, on GPUs and in long rows, and that of models that replace the
-    attention functions of transformers.
+    PyTorch still computes it with masks or caches, on GPUs, in long rows, and where a model replaces the functions of
+    transformers.
     """
     functions = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
     if functions is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
@@ -82,20 +82,17 @@ def _attention(
     return output
 
 
-def _grouped(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """Return a block of (rows, heads, length, width) as a view (rows, groups, heads of a group, length, width)."""
-    parts: Tensor = tensor.unflatten(1, (groups, -1))
-    return parts[..., block, :]
-
-
 def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """Return a block as (rows x groups, heads of a group x length, width): heads that share keys share a product."""
-    return _grouped(tensor, groups, block).flatten(2, 3).flatten(0, 1)
+    """Return a block of (rows, heads, length, width) as (rows x groups, heads of a group x length of the block, width).
+
+    Heads that share keys share a product.
+    """
+    return tensor.unflatten(1, (groups, -1))[..., block, :].flatten(2, 3).flatten(0, 1)
 
 
 def _put(to: Tensor, groups: int, block: slice, stacked: Tensor) -> None:
     """Write a block in the form of `_stacked` into a tensor (rows, heads, length, width)."""
-    part = _grouped(to, groups, block)
+    part = to.unflatten(1, (groups, -1))[..., block, :]
     part.copy_(stacked.view(part.shape))
 
 

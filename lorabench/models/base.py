@@ -32,9 +32,9 @@ CONVERTED = Path("results/models")
 
 @contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """Turn any error into a ModelError that begins with `what`, of libraries that do not foresee what files may hold.
+    """Turn any error into a ModelError that begins with `what`; an error that says what to do stays as it is.
 
-    transformers, PEFT and the readers of files raise errors of all kinds. An error that says what to do stays as it is.
+    transformers, PEFT and the readers of files raise errors of all kinds.
     """
     try:
         with memory_for("loading a model", "give it more, or a larger machine"):
@@ -179,7 +179,6 @@ def config_of(sizes: Dimensions, context: int, end: int | None = None, padding: 
     """Return transformers' configuration of a Llama, a Qwen3 or a mixture of experts of Qwen3 with the given sizes.
 
     Args:
-        sizes: the sizes; experts, or norms of queries and keys, make it a Qwen3.
         context: the longest sequence, in tokens.
         end: the id of the end token.
         padding: the id of the padding token.

@@ -52,8 +52,7 @@ PATIENCE, MIN_PATIENCE = 0.2, 3
 policy has not changed then."""
 
 COLLAPSED_STEPS = 20
-"""A run that has had rewards is ended after so many steps in a row without any. In these its policy has not changed:
-where no response is right, all advantages and so the gradient are exactly zero, and no update is made."""
+"""A run that has had rewards is ended after so many steps in a row without any, in which its policy has not changed."""
 
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
@@ -168,12 +167,8 @@ def evaluate(
 ) -> tuple[Scores, list[bool]]:
     """Return the metrics of all sets of a policy, and whether each test problem was answered right.
 
-    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
-
-    Args:
-        seed: the seed of the run, for the random numbers of the samples.
-        step: the number of finished steps, for the random numbers of the samples.
-        draw: draws from the policy.
+    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1, with
+    random numbers that follow from the run's seed and the number of finished steps.
     """
     sets = {split: (environment.splits[split], environment.grade, 1) for split in ("validation", "test")}
     sets |= {name: (*held_out, rollouts.held_out_samples) for name, held_out in environment.held_out.items()}
@@ -241,7 +236,7 @@ def train_rl(
     if environment.controls is not None:
         outcome.constant_reward, outcome.rule_reward = environment.controls.constant, environment.controls.rule
         outcome.rule = environment.controls.rule_text
-    first_step, response_tokens, rewarded_at = 0, 0, 0
+    first_step, response_tokens, rewarded_at, warned = 0, 0, 0, False
     evaluations: list[tuple[float, float]] = []
     right: list[bool] = []
 
@@ -287,8 +282,12 @@ def train_rl(
         if rewarded_at and step - rewarded_at > COLLAPSED_STEPS:
             outcome.status = "collapsed"
             save(step - 1, evaluated=True)
-            # The steps that are left out would not change the policy either, as long as none of them had a reward.
-            scores, expected = evaluated(condition.steps), _without_reward(outcome.curve)
+            # The steps that are left out would not change the policy either, as long as none of them had a reward. What
+            # is expected of them is the mean of what the last steps, which had the same policy, have drawn.
+            scores, expected = evaluated(condition.steps), {"reward": 0.0}
+            for metric in ("response_length", "truncated", "reflection", "entropy"):
+                drawn = [point.value for point in _train_points(outcome.curve, metric)[-COLLAPSED_STEPS:]]
+                expected[metric] = float(np.mean([math.nan if value is None else value for value in drawn]))
             for later in range(step, condition.steps + 1):
                 record(later, "train", expected)
                 for split, values in scores.items() if later in evaluate_at else ():
@@ -325,8 +324,19 @@ def train_rl(
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
-        if processes.first:
-            _warn_of_kl(run, step, measured.kl, outcome.curve)
+        # A number that is not finite is not below the limit either. Far below 0 the estimate says as well that the two
+        # distributions differ.
+        if processes.first and not warned and not abs(measured.kl) <= MAX_KL:
+            warned = True
+            logging.warning(
+                "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token "
+                "(KL); above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor "
+                "masked, and training may become unstable.",
+                run.run_id,
+                step,
+                measured.kl,
+                MAX_KL,
+            )
         metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
         metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
         record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
@@ -358,18 +368,6 @@ def _train_points(curve: list[CurvePoint], metric: str) -> list[CurvePoint]:
     return [point for point in curve if point.split == "train" and point.metric == metric]
 
 
-def _without_reward(curve: list[CurvePoint]) -> dict[str, float]:
-    """Return what is expected of train metrics in the steps that a collapsed run leaves out.
-
-    It is a reward of 0, and the mean of what the last steps, which had the same policy, have drawn.
-    """
-    expected = {"reward": 0.0}
-    for metric in ("response_length", "truncated", "reflection", "entropy"):
-        values = [point.value for point in _train_points(curve, metric)[-COLLAPSED_STEPS:]]
-        expected[metric] = float(np.mean([math.nan if value is None else value for value in values]))
-    return expected
-
-
 def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
     """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
     values = [point.value for point in _train_points(curve, metric)]
@@ -383,23 +381,3 @@ def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, 
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reflection": float(np.mean([reflects(text) for text in texts])),
     }
-
-
-def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None:
-    """Log once per run that a step's KL of sampler and learner is above MAX_KL; `curve` has the earlier steps.
-
-    The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
-    """
-    if any(point.value is None or abs(point.value) > MAX_KL for point in curve if point.metric == "kl"):
-        return
-    # A number that is not finite is not below the limit either.
-    if not abs(kl) <= MAX_KL:
-        logging.warning(
-            "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
-            "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "
-            "and training may become unstable.",
-            run.run_id,
-            step,
-            kl,
-            MAX_KL,
-        )
