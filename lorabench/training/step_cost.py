@@ -207,17 +207,20 @@ def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: 
     step()
     state = [value for parameter_state in optimizer.state.values() for value in parameter_state.values()]
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state)]
-    held, device = {storage.data_ptr(): storage.nbytes() for storage in storages}, next(model.parameters()).device
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(held.values()) + growth(step, next(model.parameters()).device)
+
+
+def growth(step: Callable[[], None], device: torch.device) -> int:
+    """Return the most bytes that a step had allocated at any time beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        grown = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with NewStorages() as new:
-            step()
-        grown = new.peak
-    return int(sum(held.values()) + grown)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with NewStorages() as new:
+        step()
+    return new.peak
 
 
 class NewStorages(TorchDispatchMode):

@@ -118,11 +118,6 @@ MISTAKES = {
         {"best": 2, "around": 3},
         r"rank\.0\.seeds: around = 3: at most best, which is 2$",
     ),
-    "text for a learning rate": (
-        (*RANK, "lrs", "lora"),
-        ["1e-05"],
-        r"lrs\.lora\.0 = '1e-05': this is text to YAML, not a number; write 1\.0e-05$",
-    ),
     "no such folder of a model": (
         ("models", "tiny"),
         {"kind": "path", "path": "/nowhere", "parameters": 1, "hidden_size": 1},
@@ -135,25 +130,7 @@ MISTAKES = {
     ),
     "a rank without meaning": ((*RANK, "ranks"), {"all": [10**19]}, r"ranks\.all\.0 = 1.*less than or equal to 65536"),
     "a denormal lr": ((*RANK, "lrs", "lora"), [1e-320], r"lrs\.lora\.0 = 1e-320: .*greater than or equal to"),
-    "a billion seeds": ((*RANK, "seeds"), 10**9, r"seeds\.best = 1000000000: .*less than or equal to 1000"),
-    "an infinite batch": ((*RANK, "batch_sizes"), [10**19], r"batch_sizes\.0 = 1.*less than or equal to 1048576"),
-    "an infinite weight decay": (("protocol",), {"weight_decay": float("inf")}, r"weight_decay = inf: .*finite number"),
     "a number as text without an end": ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
-    "more than can be planned": (
-        (*RANK, "ranks"),
-        {"all": list(range(1, 1000)), "mlp": [1]},
-        r"experiments: 1,001 arms with up to 5,004 runs; allowed: 1,000 arms, 50,000 runs$",
-    ),
-    "a path with a zero byte": (
-        ("models", "tiny"),
-        {"kind": "hub", "id": "a/b", "chat_template": "\0", "parameters": 1, "hidden_size": 1},
-        r"chat_template: '.x00' is no file",
-    ),
-    "a path that is too long": (
-        ("models", "tiny"),
-        {"kind": "path", "path": "x" * 5000, "parameters": 1, "hidden_size": 1},
-        r"path: model folder 'x+' has no config\.json",
-    ),
     "name that is too long": (("models", "m" * 51), {"kind": "tiny"}, r"models\.m+ = 'm+'"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 }
@@ -294,24 +271,6 @@ def test_a_preset_may_not_have_the_name_of_something_else_or_a_pattern_s(name, r
 @pytest.mark.parametrize("name", ["laptop", "my preset", "größe-2", "qwen2.5_7b+x", "x" * 100])
 def test_other_names_are_a_preset_s_own(name, raw_preset, write_preset):
     assert Layout.of(write_preset(raw_preset, name)).root.as_posix() == f"results/{name}"
-
-
-def test_many_mistakes_are_counted_and_not_all_told(raw_preset, write_preset):
-    raw_preset |= {f"x{number}": 1 for number in range(50)}
-    with pytest.raises(PresetError, match=r"unknown key 'x19'; .*\n.*: there are 30 more mistakes$") as caught:
-        load_preset(write_preset(raw_preset))
-    assert str(caught.value).count("\n") == 20
-
-
-def test_what_many_presets_extend_is_read_once_and_levels_end(raw_preset, write_preset):
-    # Without that, the last of 15 presets that extend the one before twice would read the first 32,768 times.
-    write_preset(raw_preset, "level0")
-    for level in range(1, 30):
-        path = write_preset({"extends": [f"level{level - 1}.yaml"] * 2}, f"level{level}")
-        if level == 15:
-            assert load_preset(path).description == raw_preset["description"]
-    with pytest.raises(PresetError, match="a preset may extend others over at most 20 levels"):
-        load_preset(path)
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,14 +12,13 @@ from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
-from lorabench.custom.variants import lr_factor
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.models.specs import model_id
-from lorabench.planning.plan import make_plan, starting_lr
+from lorabench.planning.plan import make_plan
 
 from .conftest import write_rows
 
@@ -68,28 +66,10 @@ def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora", "olora", "qlora"))
     preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
-    # OLoRA needs a far lower learning rate.
-    assert beside[0].variants[:2] == ["lora", "dora"]
-    assert sorted(variant for block in beside for variant in block.variants) == [
-        "dora",
-        "lora",
-        "olora",
-        "qlora",
-        "rslora",
-    ]
-    assert "olora" not in beside[0].variants
-    alike = {"variants": ["lora"], "lrs": main[0].lrs}
-    assert [block.model_copy(update=alike) for block in beside] == len(beside) * main
-    assert beside[0].lrs == main[0].lrs
-    sweeps = make_plan(preset).sweeps
-    assert sorted(len(sweep.experiments) for sweep in sweeps) == [1, 1, 1, 1, 2, 2]
-    # Sweeps of variants start where LoRA's would, times what was measured, on the nearest point of a third of a decade.
-    start = starting_lr(128, "rl" if grader else "sft")
-    for sweep in sweeps:
-        condition = sweep.condition
-        variant = "rslora" if condition.alpha == pytest.approx(32 * 2**0.5) else condition.method
-        expected = start * (lr_factor(variant, condition.rank).value if variant not in ("fullft", "lora") else 1.0)
-        assert abs(math.log10(sweep.lrs[1] / expected)) < 1 / 6 + 1e-3
+    [block] = beside
+    assert block.variants == ["lora", "dora", "rslora", "olora", "qlora"]
+    assert [block.model_copy(update={"variants": ["lora"]})] == main
+    assert sorted(len(sweep.experiments) for sweep in make_plan(preset).sweeps) == [1, 1, 1, 1, 2, 2]
     with pytest.raises(UserError, match="variant 'adalora' is not known; allowed: lora, rslora,"):
         init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 

@@ -24,9 +24,9 @@ class Net(torch.nn.Module):
         return self.tall(torch.tanh(self.wide(x)))
 
 
-def adapted(rank=RANK):
+def adapted():
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
     model = get_peft_model(Net(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     return model, optimizer
@@ -49,9 +49,11 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("rank", [1, RANK, 9])
-def test_measures_agree_with_dense_matrices_and_change_no_training(rank):
-    (model, optimizer), (unprobed, other_optimizer) = adapted(rank), adapted(rank)
+@pytest.mark.parametrize("limit", [1 << 23, 1])
+def test_measures_agree_with_dense_matrices_and_change_no_training(limit, monkeypatch):
+    """The matrices are decomposed all at once, or layer by layer."""
+    monkeypatch.setattr(sft, "_GRAM_NUMBERS", limit)
+    (model, optimizer), (unprobed, other_optimizer) = adapted(), adapted()
     pairs = adapter_pairs(model)
     assert len(pairs) == 2
     probe = AdapterProbe(pairs)
@@ -78,21 +80,6 @@ def test_measures_agree_with_dense_matrices_and_change_no_training(rank):
         other_optimizer.step()
         assert all(torch.equal(value, new[name]) for name, value in parameters(unprobed).items())
     assert all(value > 0 for name, value in measured.items() if name != "b_over_a")
-
-
-@pytest.mark.parametrize("limit", [1 << 23, 1])
-def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
-    """Layers of several sizes, some smaller than the rank, which are decomposed all at once, or layer by layer."""
-    monkeypatch.setattr(sft, "_GRAM_NUMBERS", limit)
-    pairs, generator = {}, torch.Generator().manual_seed(0)
-    for number, (d_in, d_out) in enumerate([(20, 7), (7, 16), (16, 3), (5, 5), (3, 3)]):
-        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, d_in), (d_out, 4)))
-        pairs[str(number)] = (a, b, 1.0)
-    probe = AdapterProbe(pairs)
-    probe.before_step()
-    larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
-    assert 0 < sum(larger) < len(larger)
-    assert probe.after_step()["b_over_a"] == pytest.approx(sum(map(float, larger)) / len(larger))
 
 
 def test_a_step_is_measured_that_changes_nothing_or_sets_nan():

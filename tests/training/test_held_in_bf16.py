@@ -29,15 +29,13 @@ def types_of(model):
     return {name.split(".")[-2]: parameter.dtype for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("base", "placement"), [("llama-128", "all"), ("qwen-64", "attn"), ("moe-128", "all"), ("tied", "mlp")]
-)
+@pytest.mark.parametrize(("base", "placement"), [("qwen-64", "attn"), ("moe-128", "all"), ("tied", "mlp")])
 def test_training_gives_the_same_bits(base, placement, data, tmp_path):
     spec = TinyModel(kind="tiny", name=base) if base != "tied" else None
     if spec is None:
         write_tied(tmp_path / "tied")
         spec = PathModel(kind="path", path=str(tmp_path / "tied"), parameters=1, hidden_size=1)
-    condition = replace(condition_of("lora", 4, steps=3, batch_size=4), placement=placement)
+    condition = replace(condition_of("lora", 4, steps=2, batch_size=4), placement=placement)
     results = []
     for held in (False, True):
         model = load_model(spec)

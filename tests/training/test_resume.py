@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,10 @@ from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
 
 from ..forks import start_forked
-from .conftest import BrokenError, children, command, condition_of, sweep_of, train, trained, wait_for
+from .conftest import BrokenError, condition_of, sweep_of, train, trained, wait_for
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("dora", 4), ("pissa", 4)])
+@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("pissa", 4)])
 def test_resumed_equals_unbroken(method, rank, data, tmp_path):
     """The 20 steps of 4 are an epoch, so the description length is among the numbers."""
     condition = condition_of(method, rank, steps=20, batch_size=4)
@@ -48,58 +45,6 @@ def numbers(runs) -> list[dict]:
     return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
 
 
-def kill_at(checkpoint, sweep, processes=1) -> None:
-    """Train a sweep in processes, which are killed when a run has its first checkpoint."""
-    if processes == 1:
-        alone = ["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
-        fork = start_forked(alone, Path.cwd(), "output")
-        wait_for(checkpoint, fork.is_alive)
-        fork.kill()
-        fork.join()
-        return
-    together = command(sweep.sweep_id, "--processes", str(processes))
-    process = subprocess.Popen(together, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(checkpoint, lambda: process.poll() is None)
-    for pid in children(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    # tests/faults kills jobs of LoRA in one process.
-    ("method", "processes"),
-    [("fullft", 1), *(pytest.param("lora", processes, marks=pytest.mark.long) for processes in (1, 2))],
-)
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, processes, ready):
-    execution = {"checkpoint_minutes": 0.0, "keep_weights": "all"}
-    plan, layout = ready("killed", execution, **{method: [1e-3, 3e-3]})
-    sweep = sweep_of(plan, method)
-    first, second = (layout.runs / run.run_id for run in sweep.grid())
-    checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
-
-    kill_at(checkpoint, sweep, processes)
-    # A run in progress has a checkpoint and is no result. The first run is finished by then.
-    assert not second.exists()
-    assert not layout.job(Job((sweep,))).exists()
-    finished = first / "record.json"
-    kept = finished.stat().st_mtime_ns
-
-    resumed, _ = trained(plan, layout, method, processes)
-    assert kept == finished.stat().st_mtime_ns
-    assert not checkpoint.exists()
-
-    layout.job(Job((sweep,))).unlink()
-    layout.runs.rename("resumed")
-    unbroken, _ = trained(plan, layout, method, processes)
-    assert numbers(resumed) == numbers(unbroken)
-    weights = sorted(layout.runs.glob("*/weights/*.safetensors"))
-    assert len(weights) == 3
-    for file in weights:
-        assert file.read_bytes() == ("resumed" / file.relative_to(layout.runs)).read_bytes()
-
-
 @pytest.mark.slow
 def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     plan, layout = ready("walk", {"checkpoint_minutes": 0.0}, lora={"start": 1e-4, "most": 5})
@@ -108,7 +53,10 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     fourth = Run(sweep.condition, 4.64e-4, 0)
     checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
 
-    kill_at(checkpoint, sweep)
+    fork = start_forked(["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"], Path.cwd(), "output")
+    wait_for(checkpoint, fork.is_alive)
+    fork.kill()
+    fork.join()
     resumed, lines = trained(plan, layout, "lora")
     assert "stopped at 5 LRs" in lines[-1]
 

@@ -56,9 +56,3 @@ def test_checkpoints_that_take_long_are_saved_less_often(tmp_path):
     assert not checkpoint.due()
     time.sleep(50 * cost)
     assert checkpoint.due()
-
-
-def test_a_curve_may_be_longer_than_the_longest_header_of_safetensors(tmp_path):
-    checkpoint, progress = Checkpoint(tmp_path / "checkpoint.safetensors", "mine", 0), {"step": 1, "curve": "0" * 10**8}
-    checkpoint.save(*state_of(8), progress)
-    assert checkpoint.load(*state_of(8)) == progress

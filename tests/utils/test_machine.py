@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.gpus import (
     GB,
     GPUS,
@@ -185,11 +184,3 @@ def test_freed_blocks_are_used_again_without_new_pages():
     # 2,048 pages in each of 20 steps.
     assert faults() > 20_000
     assert faults("keep") < 4_000
-
-
-@pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_nothing_happens_without_glibc(monkeypatch, platform):
-    library = type("Library", (), {"mallopt": lambda *_: pytest.fail("mallopt was called")})()
-    monkeypatch.setattr("lorabench.utils.exhaustion.sys.platform", platform)
-    monkeypatch.setattr("lorabench.utils.exhaustion.ctypes.CDLL", lambda name: library)
-    assert keep_freed_memory() is False

@@ -13,12 +13,10 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config.fields import SUFFIXES
 from lorabench.config.inputs import PathModel, TinyModel
-from lorabench.config.loading import load_preset
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
+from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.engine import EngineBatch
@@ -75,18 +73,7 @@ def stop(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """An empty home directory, in which caches would be."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))
-        for name in ("HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
-            patch.delenv(name, raising=False)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def engine(home, tmp_path_factory):
+def engine(tmp_path_factory):
     """The engine of the tests, which is started again where one needs other settings."""
     with PolicyEngine(SINGLE_PROCESS, tmp_path_factory.mktemp("logs") / "engine.log") as opened:
         yield opened
@@ -139,27 +126,6 @@ def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, sto
     assert engine._process is process
 
 
-def test_keys_and_values_of_an_old_adapter_would_be_noticed(engine, prompts, stop):
-    """An adapter under its old name gets the keys and values of the old one, and so other log-probabilities."""
-    model = adapted(BASE, 1)
-    # Keys and values are kept for whole blocks of tokens.
-    asked = requested([prompt * 12 for prompt in prompts])
-    engine.draw(model, settings(max_rank=1), asked, stop)
-    move(model, 0.02)
-    engine._handed_over -= 1
-    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) > 1e-2
-    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) < 1e-3
-
-
-@pytest.mark.parametrize("placement", ["attn", "mlp"])
-def test_layers_that_carry_no_adapter_have_no_room_for_one(placement, engine, prompts, stop):
-    model, asked = adapted(BASE, 8, placement), requested(prompts)
-    chosen = settings(max_rank=8, adapted=(*SUFFIXES[placement], "lm_head"))
-    for step in range(2):
-        assert largest_difference(model, asked, engine.draw(model, chosen, asked, stop)) < 1e-3
-        move(model, 0.02, step)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_weights_are_the_learners_after_updates(tied, engine, prompts, stop):
     model = load_model(BASE)
@@ -183,12 +149,6 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
     assert same_tokens(drawn, own)
     assert [response.truncated for response in drawn] == [response.truncated for response in own]
     assert len(drawn[0].tokens) == 4
-
-
-def test_nothing_is_written_into_the_home_directory(engine, home, prompts, stop):
-    engine.draw(load_model(BASE), settings(tokenizes=True), requested(prompts), stop)
-    assert any(engine._caches.rglob("*"))
-    assert list(home.rglob("*")) == []
 
 
 def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
@@ -300,26 +260,3 @@ def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypat
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
     assert len(kl) == 3 * STEPS
     assert kl.abs().max() < 1e-4
-
-
-def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(engine):
-    spec = load_preset("smollm2").models["smollm2-135m"]
-    if not (converted_folder(spec) / "model.safetensors").exists():
-        convert_gguf(spec)
-    tokenizer = load_tokenizer(spec)
-    prompts = prompts_of(tokenizer, ("Name a large city.", "What is 17 + 25?"))
-    greedy = [Request(prompt, None) for prompt in prompts]
-    end = Stop((tokenizer.eos_token_id,), 12)
-
-    model = adapted(spec, 16)
-    own = sample(model, tokenizer, greedy, end, 10_000)
-    assert same_tokens(engine.draw(model, settings(spec, max_rank=16), greedy, end), own)
-    move(model, 0.002)
-    asked = requested(prompts)
-    assert largest_difference(model, asked, engine.draw(model, settings(spec, max_rank=16), asked, end)) < 1e-3
-
-    model = load_model(spec)
-    assert same_tokens(engine.draw(model, settings(spec), greedy, end), own)
-    for step in range(2):
-        move(model, 0.001, step)
-    assert largest_difference(model, asked, engine.draw(model, settings(spec), asked, end)) < 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -82,24 +81,6 @@ def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
         elsewhere.rmdir()
         assert folder.is_dir()
     assert not folder.exists()
-
-
-CACHES = {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
-
-
-def test_two_engines_compile_into_folders_of_their_own_on_this_machine(monkeypatch):
-    for name in CACHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CUDA_CACHE_PATH", "chosen")
-    with PolicyEngine(SINGLE_PROCESS, LOG) as first, PolicyEngine(SINGLE_PROCESS, LOG) as second:
-        folders = (first._caches, second._caches)
-        for own in folders:
-            environment = engine._environment(EngineSettings({}, None, 1), own)
-            assert all(Path(environment[name]).parent == own for name in CACHES)
-            assert own.parent == Path(tempfile.gettempdir())
-            assert environment["CUDA_CACHE_PATH"] == "chosen"
-        assert folders[0] != folders[1]
-    assert not any(folder.exists() for folder in folders)
 
 
 @pytest.fixture
@@ -208,26 +189,3 @@ def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
             with pytest.raises(UserError, match=rf"^vLLM, .* failed: \w+: .*; its log is {log}$"):
                 opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
             assert log.read_text().count("Traceback (most recent call last)") >= times
-
-
-def test_a_busy_gpu_is_explained():
-    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
-        opened._connection = Answer("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
-        with pytest.raises(UserError, match=r"^vLLM, .* busy or unavailable; the GPU may be in a compute mode"):
-            opened.ask("sample")
-
-
-class Answer:
-    """The connection to an engine that answers with an error."""
-
-    def __init__(self, error: str) -> None:
-        self.error = error
-
-    def send_bytes(self, message: bytes) -> None:
-        """Take a message."""
-
-    def poll(self, seconds: float) -> bool:
-        return True
-
-    def recv_bytes(self) -> bytes:
-        return json.dumps({"error": self.error}).encode()
