@@ -43,11 +43,7 @@ def split_name(preset: str) -> tuple[str, int | None]:
 
 
 def preset_path(preset: str) -> Path:
-    """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file.
-
-    Raises:
-        PresetError: there is no such preset.
-    """
+    """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file."""
     preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not os.path.isfile(path):

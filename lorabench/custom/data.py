@@ -122,9 +122,6 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
 
     Returns:
         The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
-
-    Raises:
-        UserError: there is no such format, the data can't be read, or no example can be used.
     """
     tokenizer, template = load_tokenizer(model)
     wanted = next((known for known in FORMATS if known == form), None)

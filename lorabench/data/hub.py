@@ -32,16 +32,13 @@ _REPEATED = "with the prompt of another"
 def part_files(
     fetched: Mapping[str, FetchedRepository], copies: str | None, name: str, config: str | None, split: str
 ) -> list[Path]:
-    """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
+    """Return the files of a part of a dataset; UserError if they do not exist.
 
     Args:
         fetched: the fetched repositories by id.
         copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
         name: the repository, `owner/name`.
         config: the configuration within the repository; None for its only one.
-
-    Raises:
-        UserError: the files do not exist.
     """
     if copies is None:
         return fetched[name].data_files(config, split)
@@ -98,9 +95,6 @@ def choose_chats(
     Returns:
         The chosen chats with their splits, in the order of the files, and a note: the dataset's id and commit, its
         number of rows and of usable rows, and what was left out by reason.
-
-    Raises:
-        UserError: the files do not exist, have other columns, or hold too few usable rows.
     """
 
     def parse(content: dict[str, Any]) -> Chat:

@@ -93,11 +93,7 @@ def make_problems(
 ) -> list[dict[str, Any]]:
     """Return the rows of a problem set (split, source, question, answer), distinct by question across all splits.
 
-    Args:
-        fetched: the repositories of a problem set of the hub, by id.
-
-    Raises:
-        UserError: there are fewer distinct problems than the splits need, or the files can't be read.
+    The repositories of a problem set of the hub are `fetched`, by id. UserError says that there are too few problems.
     """
     match spec:
         case HubProblems():
@@ -226,13 +222,12 @@ def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) 
     """Return what a policy gets without solving problems: by the best constant answer, and by the best cheap rule.
 
     A rule reads the numbers of a question and nothing else. One adds them without carries; the others are a start plus
-    a constant for each value of a feature, such as the parities of the first two numbers: "2 if both are even, else 1"
-    is such a rule. The constants are those that are right most often on the problems to train on, on which the best
-    rule is chosen as well. A rule that solves all of them is the task itself and no control.
+    a constant for each value of a feature, such as the parities of the first two numbers. The constants are those that
+    are right most often on the problems to train on, on which the best rule is chosen as well. A rule that solves all
+    of them is the task itself and no control.
 
     Args:
-        train: questions and answers of the problems to train on, at least one; the answers may be any text. Rules are
-            fitted on the first _MOST.
+        train: questions and answers of the problems to train on, at least one. Rules are fitted on the first _MOST.
         test: questions and answers of the test problems, at least one.
     """
     constant = Counter(answer for _, answer in train).most_common(1)[0][0]

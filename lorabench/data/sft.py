@@ -57,11 +57,7 @@ def build_dataset(
 ) -> None:
     """Make a dataset and write it as parquet, from the hub or shipped with a note of what was left out (`about`).
 
-    Args:
-        fetched: the repository of a dataset of the hub, by id.
-
-    Raises:
-        UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
+    The repository of a dataset of the hub is `fetched`, by id. UserError says that there are too few distinct chats.
     """
     if isinstance(spec, HubDataset | ShippedDataset):
         chosen, note = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_shipped(spec)

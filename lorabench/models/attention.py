@@ -44,11 +44,8 @@ def attend_in_blocks(model: PreTrainedModel) -> None:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Return softmax(scaling q k' + causal mask) v, (rows, length, heads, width of the values).
 
-    Args:
-        query: the queries, (rows, heads, length, width).
-        key: the keys, (rows, key heads, length, width); each key head serves heads / key heads adjacent query heads.
-        value: the values, (rows, key heads, length, width of the values).
-        scaling: the factor of the scores.
+    Queries are (rows, heads, length, width), keys (rows, key heads, length, width) and values (rows, key heads, length,
+    width of the values); each key head serves heads / key heads adjacent query heads.
     """
     result: Tensor = _Blocks.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2)
@@ -83,10 +80,7 @@ def _attention(
 
 
 def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """Return a block of (rows, heads, length, width) as (rows x groups, heads of a group x length of the block, width).
-
-    Heads that share keys share a product.
-    """
+    """Return a block as (rows x groups, heads of a group x length, width): heads that share keys share a product."""
     return tensor.unflatten(1, (groups, -1))[..., block, :].flatten(2, 3).flatten(0, 1)
 
 

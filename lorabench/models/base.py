@@ -67,10 +67,7 @@ def model_location(spec: ModelSpec) -> str:
 
 @contextmanager
 def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
-    """Provide the arguments with which transformers loads a part of the model.
-
-    A loader's error, or missing files of a local model, become a ModelError that names the model.
-    """
+    """Provide the arguments with which transformers loads a part of the model, whose errors become a ModelError."""
     from safetensors import SafetensorError
 
     location = model_location(spec)
@@ -136,8 +133,7 @@ def max_length(spec: ModelSpec) -> int:
 def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model with fp32 master weights, in training mode.
 
-    Raises:
-        ModelError: the model can't be read, or has dropout, which would make runs of the same data order differ.
+    ModelError says that it can't be read, or has dropout, which would make runs of the same data order differ.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -212,10 +212,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return A (r, d_in), B (d_out, r) and the scaling alpha/r by linear layer, without experts.
-
-    The tensors are the parameters themselves, so they change in training.
-    """
+    """Return by linear layer, without experts, the parameters A (r, d_in) and B (d_out, r) and the scaling alpha/r."""
     return {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in lora_layers(model)

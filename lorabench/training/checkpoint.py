@@ -41,11 +41,7 @@ from lorabench.utils.files import atomic_path
 class Checkpoint:
     """The checkpoint of one run: decides when the run saves, and writes and reads the file.
 
-    Args:
-        path: the file.
-        run_id: the run.
-        seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
-        processes: the processes that train the run together.
+    With 0 `seconds`, the least time between two checkpoints, the run saves after every step, whatever it costs.
     """
 
     def __init__(self, path: Path, run_id: str, seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
@@ -62,11 +58,7 @@ class Checkpoint:
     def save(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, progress: dict[str, Any]
     ) -> None:
-        """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically.
-
-        Raises:
-            Stopped: a signal has asked the job to end.
-        """
+        """Write weights, optimizer state and `progress` (JSON data with the key `step`); Stopped after a signal."""
         started, path, processes = time.perf_counter(), self._path, self._processes
         tensors = {}
         for name, parameter in parameters.items():
@@ -125,8 +117,7 @@ class Checkpoint:
     def _verify(self) -> tuple[dict[str, Any] | None, list[Path], str]:
         """Verify the parts of the checkpoint, each by one process.
 
-        Returns:
-            The progress and the parts; if the checkpoint can't be used None, no parts and the reason, in all processes.
+        Return the progress and the parts; if it can't be used None, no parts and the reason, in all processes.
         """
         progress: dict[str, Any] | None = None
         path, processes, parts = self._path, self._processes, list[Path]()

@@ -137,8 +137,8 @@ class SweepContext:
 class Base:
     """The base model of a job's sweeps.
 
-    It is loaded once for LoRA, which does not change it, and again after each run that does, such as one of full
-    fine-tuning. A model that is sharded is loaded again for each run, since LoRA must be added before.
+    It is loaded once for LoRA, which does not change it, and again after each run that does. A model that is sharded is
+    loaded again for each run, since LoRA must be added before.
     """
 
     def __init__(self) -> None:

@@ -104,19 +104,12 @@ class Processes:
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
 
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
-        """Pad this process's parts with `nothing` to the largest number of any process.
-
-        The processes must make equally many passes through the model, since they communicate in each.
-        """
+        """Pad this process's parts with `nothing`: all processes must make equally many passes through the model."""
         own = list(parts)
         return own + [nothing] * (int(self.most(len(own))) - len(own))
 
     def shard(self, model: M) -> M:
-        """Shard a model from the CPU of the first process; without sharding return it unchanged.
-
-        Args:
-            model: has its weights in the first process, and none in the others (`lorabench.models.base.skeleton`).
-        """
+        """Shard a model that has its weights in the first process, on its CPU; without sharding return it unchanged."""
         if not self.sharded:
             return model
         from accelerate import Accelerator
@@ -213,10 +206,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def errors_to_launcher() -> Iterator[None]:
-    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
-
-    The launching process receives the signals itself.
-    """
+    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped."""
     try:
         yield
     except (Stopped, UserError) as error:

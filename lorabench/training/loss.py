@@ -60,8 +60,7 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> lis
 class Batch(NamedTuple):
     """The inputs of a model and their next-token targets, each tensor (rows, width), padded on the right.
 
-    Targets are `IGNORED` where the next token is not scored. No attention mask is needed: attention is causal and
-    padding comes last, so no scored position attends to padding.
+    Targets are `IGNORED` where the next token is not scored. No attention mask is needed, since attention is causal.
     """
 
     inputs: torch.Tensor
@@ -116,7 +115,7 @@ def backward_in_pieces(
     autocast: torch.dtype | None,
     at_once: int,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of a loss that is a sum over tokens.
+    """Add the gradient of a loss that is a sum over tokens; return it, and the numbers of all tokens.
 
     Args:
         inputs: arguments of the decoder.
@@ -125,9 +124,6 @@ def backward_in_pieces(
         loss: the part of the loss, a scalar, that follows from these numbers.
         autocast: the type of autocast; None for fp32.
         at_once: the most tokens whose logits are computed at once.
-
-    Returns:
-        The loss, and the numbers of all tokens, without gradients.
     """
 
     def cast() -> torch.autocast:

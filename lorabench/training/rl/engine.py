@@ -123,11 +123,7 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
 
 
 def handover_folder(needed: int) -> Path:
-    """Return the folder of this machine for the files of policies of `needed` bytes: in memory, where it has room.
-
-    Raises:
-        UserError: no folder has that much free space.
-    """
+    """Return this machine's folder for files of `needed` bytes, in memory if it has room; UserError if none has."""
     memory = [MEMORY] if os.access(MEMORY, os.W_OK) else []
     folders = [*memory, Path(tempfile.gettempdir())]
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
@@ -159,11 +155,7 @@ class PolicyEngine:
         self._folders = [self._caches]
 
     def make_room(self, needed: int) -> None:
-        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this.
-
-        Raises:
-            UserError: no folder of this machine has that much free space.
-        """
+        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this."""
         if needed > self._room:
             made = [machine_folder(handover_folder(needed))] if self._processes.first else []
             [self._folder] = self._processes.gather_objects(made)[0]
@@ -191,9 +183,6 @@ class PolicyEngine:
             model: the policy, a base model or one with an adapter.
             settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
             interrupt: called while responses are awaited; it may raise to end the drawing.
-
-        Raises:
-            UserError: the engine failed or has ended.
         """
         if isinstance(model, PeftModel):
             self._hand_over_adapter(model, settings)
@@ -319,14 +308,11 @@ class PolicyEngine:
             self._settings = None
 
     def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
-        """Send a message to the process and return its answer.
+        """Send a message to the process and return its answer; UserError if the engine failed or has ended.
 
         Args:
             name: a method of the worker's `_Engine`; None only awaits the answer that the engine has started.
             interrupt: called while the answer is awaited; it may raise.
-
-        Raises:
-            UserError: the engine failed or has ended.
         """
         try:
             if name is not None:

@@ -125,7 +125,7 @@ class ProblemTexts:
 
 @dataclass(frozen=True)
 class Environment:
-    """The problems that a run is trained and evaluated on, with their grading; `held_out` sets are only evaluated.
+    """The problems that a run is trained and evaluated on; `held_out` sets are only evaluated.
 
     `controls` are the accuracies of answers that solve no problem, None where they are not known.
     """
