@@ -58,20 +58,17 @@ MISTAKES = {
         *evaluation(TASK | {"about": "lost"}),
         r"tasks\.0\.about = 'lost': .*'learned' or 'forgotten'",
     ),
-    "the same task twice": (*evaluation(TASK, TASK), r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
     "held-out set with the name of a split": (
         ("problems", "test"),
         {"kind": "arithmetic", "train": 1, "validation": 1, "test": 1},
         r"held_out: 'test' is the name of a split",
     ),
     "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),
-    "wrong key at the top": (("modles",), {}, r"preset: unknown key 'modles'; allowed: .*models"),
     "wrong key of a model": (
         ("models", "tiny", "path"),
         "x",
         r"models\.tiny: unknown key 'path'; allowed: kind, name$",
     ),
-    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.0\.ranks = 'all': input should be a valid dict"),
     "number as text": (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
     "unknown model": (
         (*RANK, "models"),
@@ -81,7 +78,6 @@ MISTAKES = {
     "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
     "no kind of model": (("models", "tiny"), {"name": "tiny"}, r"models\.tiny: missing key 'kind'; allowed: 'tiny'"),
     "unknown placement": ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
-    "no grid": ((*RANK, "lrs"), {"fullft": [], "lora": []}, r"both grids are empty; at least one LR is needed"),
     "grid without ranks": ((*RANK, "ranks"), {}, r"ranks \{\} and lrs\.lora .*: give both for LoRA, or neither"),
     "no named block": (("experiments", "rank"), {}, r"experiments\.rank = \[\]: must not be empty"),
     "one block without a name": (
@@ -89,19 +85,11 @@ MISTAKES = {
         {"models": ["tiny"]},
         r"experiments\.rank\.models = \['tiny'\]: a block is a mapping; allowed for rank: a list of blocks, or",
     ),
-    "infinite lr": ((*RANK, "lrs", "lora"), [float("inf")], r"lrs\.lora\.0 = inf: input should be a finite number"),
     "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
     "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
     "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
     "unknown problems": ((*RL, "problems"), ["sums"], r"problems: unknown name 'sums'; allowed: gcd, gcd-of-three"),
-    "held out and trained on": ((*RL, "held_out"), ["gcd"], r"held_out: 'gcd' is trained on"),
     "a prompt without question": ((*RL, "prompt"), "Solve!", r"prompt = 'Solve!': must contain \{question\} once"),
-    "epochs": ((*RL, "epochs"), 1.0, r"rl_arithmetic\.0: unknown key 'epochs'; allowed: .*problems_per_step"),
-    "digits out of order": (
-        ("problems", "gcd", "min_digits"),
-        3,
-        r"problems\.gcd: min_digits = 3 is more than max_digits",
-    ),
     "unknown word for lrs": ((*RANK, "lrs"), "atuo", "lrs: 'atuo' is neither auto nor a mapping of fullft and lora$"),
     "unknown word for a method's lrs": (
         (*RANK, "lrs", "fullft"),
@@ -129,7 +117,6 @@ MISTAKES = {
         r"models\.tiny: GGUF file '/no\.gguf' does not exist",
     ),
     "a rank without meaning": ((*RANK, "ranks"), {"all": [10**19]}, r"ranks\.all\.0 = 1.*less than or equal to 65536"),
-    "a denormal lr": ((*RANK, "lrs", "lora"), [1e-320], r"lrs\.lora\.0 = 1e-320: .*greater than or equal to"),
     "a number as text without an end": ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
     "name that is too long": (("models", "m" * 51), {"kind": "tiny"}, r"models\.m+ = 'm+'"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
@@ -148,12 +135,6 @@ def test_a_mistake_is_one_sentence_that_names_the_field(mistake, raw_preset, raw
     assert "\n" not in str(caught.value)
 
 
-def test_learning_rate_that_yaml_reads_as_text(raw_preset, write_preset):
-    text = yaml.safe_dump(raw_preset).replace("- 0.01", "- 1e-2")
-    with pytest.raises(PresetError, match=r"lrs\.lora\.2 = '1e-2': this is text to YAML, not a number; write 0.01"):
-        load_preset(write_preset(text))
-
-
 def test_missing_fields_are_named(raw_preset, write_preset):
     test = raw_preset["datasets"]["instruct"].pop("test")
     with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
@@ -169,12 +150,6 @@ def test_missing_fields_are_named(raw_preset, write_preset):
     )
     del raw_preset["margins"]
     with pytest.raises(PresetError, match=rf"mine\.yaml: {whole}$"):
-        load_preset(write_preset(raw_preset))
-
-
-def test_a_falling_lr_has_no_losses_of_shorter_runs(raw_preset, write_preset):
-    raw_preset["protocol"] = {"schedule": "linear", "validate_at": [1]}
-    with pytest.raises(PresetError, match=r"validate_at \[1\] .* must be empty"):
         load_preset(write_preset(raw_preset))
 
 
@@ -251,14 +226,6 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     experiments = preset.experiments.model_copy(update={"early": None})
     expected = preset.model_copy(update={"evaluation": None, "experiments": experiments})
     assert load_preset(write_preset(less, "grandchild")) == expected
-
-
-def test_a_dataset_of_another_kind_replaces_that_of_a_shipped_preset(write_preset):
-    facts = {"instruct": {"kind": "facts", "facts": 64}}
-    changes = {"datasets": facts, "experiments": {"rank": {"instruct": {"seeds": 9}}}, "evaluation": None}
-    preset = load_preset(write_preset({"extends": "laptop"} | changes))
-    assert preset.datasets["instruct"].kind == "facts"
-    assert [block.seeds.best for block in preset.experiments.rank] == [3, 9]
 
 
 @pytest.mark.parametrize("name", ["a{b}", "evidence", "Models", "published", "index.html", "..", "...", "-x", "x ",

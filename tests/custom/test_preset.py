@@ -166,17 +166,3 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()
     assert "it starts at 3.4e-4" in (tmp_path / "mine.yaml").read_text()
     assert len(list(make_problems(problems))) == 400
-
-
-def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_path, base):
-    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
-    (base / "config.json").write_text(json.dumps(config))
-    data = write_problems(tmp_path / "sums.jsonl", 2000)
-    preset, said = init(tmp_path / "mine.yaml", str(base), data, Choices(grader="boxed", epochs=2.0, ranks=(4,)))
-    [block] = preset.experiments.rl or []
-    assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
-    assert "chat_template: plain" in said
-    with pytest.raises(UserError, match="problems 'owner/name' is no file"):
-        init(tmp_path / "other.yaml", "tiny", "owner/name", Choices(grader="boxed"))
-    with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
-        init(tmp_path / "other.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

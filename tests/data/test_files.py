@@ -108,15 +108,6 @@ def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula_and_bad_rows_a
     assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
 
 
-def test_an_object_a_line_may_be_called_json_and_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
-    for name, written in {"own.jsonl": "own.jsonl", "own.csv": "own.csv", "own.json": "lines.jsonl"}.items():
-        path = write(tmp_path, pairs(3), written)
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
-        chats, tally = read(path.rename(tmp_path / name))
-        assert [chat.messages[1]["content"] for chat in chats] == ["answer 0", "answer 1", "answer 2"]
-        assert tally.rows == 3
-
-
 BAD = {
     '{"messages": [': "not JSON",
     "[1, 2]": "not a JSON object",

@@ -133,22 +133,15 @@ def test_the_last_box_counts_and_dollars_commas_and_units_do_not(math):
 
 HARMFUL = {
     "power": "9**9**9**9",
-    "tower": "9^{9^{9^9}}",
     "factorial": "10000000!",
     "product": r"\prod_{k=1}^{1000000000} k",
-    "matrix": r"\operatorname{eye}(100000)",
     "exponent": "1e9999999999",
     "brackets": "[" * 1_000_000,
-    "braces": "{" * 100_000 + "1" + "}" * 100_000,
-    "parentheses": "(" * 100_000 + "1" + ")" * 100_000,
     "short parentheses": "(" * 450 + "1" + ")" * 450,
     "fractions": r"\frac" * 190,
-    "boxes": r"\boxed{" * 100_000,
     "unicode": "\uff11\uff12\U0001f916\u202e\u2028\xe9",
-    "surrogate": "\ud800\x00\x1b",
     "newlines": 'true\ntrue\n["1", "1"]\n',
     "python": "__import__('os').system('touch {file}')",
-    "python in text": r"\text{__import__('os').system('touch {file}')}",
     "python call": r"\operatorname{eval}(\text{__import__('os').system('touch {file}')})",
     "python function": r"\text{open('{file}','w').write}(1)",
 }
@@ -226,15 +219,6 @@ def test_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
     monkeypatch.setattr(grading, "_WORKER", broken)
     with Grader("math") as grader, pytest.raises(RuntimeError, match="did not start"):
         grader.grade([box("1/2")], ["0.5"])
-
-
-def test_the_worker_imports_neither_torch_nor_the_package():
-    code = f"import runpy, sys; runpy.run_path({str(grading._WORKER)!r}); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert "math_verify" in loaded
-    assert not {"torch", "numpy", "lorabench"} & set(loaded)
 
 
 @pytest.mark.slow

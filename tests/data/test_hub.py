@@ -16,8 +16,6 @@ from lorabench.errors import UserError
 from ..hub.repositories import (
     openthoughts3_row,
     tulu3_row,
-    write_configs,
-    write_jsonl,
     write_openthoughts3,
     write_tulu3,
 )
@@ -104,18 +102,3 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
         "usable": 100,
         "left_out": {"without a last answer": 22, "of more than 100 characters": 9, "with the prompt of another": 34},
     }
-
-
-def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, tmp_path):
-    rows = [tulu3_row(number) for number in range(100)]
-    path = tmp_path / "owner/name/train.jsonl"
-    write_jsonl(path, rows)
-    assert make(tmp_path / "owner/name") == make(write_tulu3(tmp_path, rows, files=1))
-    with path.open("a") as file:
-        file.write("{")
-    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
-        make(tmp_path / "owner/name")
-    path.unlink()
-    write_configs(tmp_path / "owner/name", {"default": {"train": [{"question": "?", "answer": "!"}]}})
-    with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
-        make(tmp_path / "owner/name")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.loading import load_preset
@@ -20,8 +15,7 @@ from lorabench.doctor import bench
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.training import loss
-from lorabench.training.run import Machine, deterministically, machine_of
-from lorabench.utils.gpus import GPUS, is_called
+from lorabench.training.run import Machine, deterministically
 
 from .conftest import BrokenError, condition_of, train
 
@@ -90,29 +84,3 @@ def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(device, method, rank,
     resumed, _ = train(condition, data, tmp_path, **options)
     assert resumed.curve == whole.curve
     assert resumed.test_losses == whole.test_losses
-
-
-def test_products_in_bf16_are_summed_in_fp32(device, plan):
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_bf16_reduced_precision_reduction = True
-    machine = machine_of(plan)
-    assert matmul.allow_bf16_reduced_precision_reduction == (machine.device.type == "cpu")
-
-
-@pytest.mark.parametrize("name", ["smollm2", "first_gpu"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_doctor_finds_no_fault_of_this_gpu(name, tmp_path):
-    if name == "first_gpu" and find_spec("vllm") is None:
-        pytest.skip("vllm is not installed; docs/vllm.md says how")
-    here = torch.cuda.get_device_name()
-    gpu = max((gpu for gpu in GPUS if is_called(gpu, here)), key=len, default=None)
-    if gpu is None:
-        pytest.skip(f"{here} is not in lorabench/utils/gpus.py")
-    (tmp_path / "here.yaml").write_text(yaml.safe_dump({"extends": name, "execution": {"gpu": gpu}}))
-    command = [sys.executable, "-m", "lorabench.cli", "doctor", "--preset", "here.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
-    [record] = (tmp_path / "results/doctor").glob("*.json")
-    failed = [check for check in json.loads(record.read_text())["checks"] if check["status"] == "fail"]
-    # What the machine has beside its GPU is not the question here.
-    assert [check for check in failed if check["name"] not in ("memory of the host", "disk")] == [], done.stderr

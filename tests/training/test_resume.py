@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorabench.config.inputs import TinyModel
 from lorabench.runs import Job, Run
 from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
@@ -18,19 +19,19 @@ from .conftest import BrokenError, condition_of, sweep_of, train, trained, wait_
 
 @pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("pissa", 4)])
 def test_resumed_equals_unbroken(method, rank, data, tmp_path):
-    """The 20 steps of 4 are an epoch, so the description length is among the numbers."""
-    condition = condition_of(method, rank, steps=20, batch_size=4)
-    whole, model = train(condition, data, tmp_path / "whole", lr=3e-3)
+    """The 10 steps of 8 are an epoch, so the description length is among the numbers."""
+    condition, spec = condition_of(method, rank, steps=10, batch_size=8), TinyModel(kind="tiny", name="llama-64")
+    whole, model = train(condition, data, tmp_path / "whole", lr=3e-3, spec=spec)
 
-    def break_at_nine(step):
-        if step == 9:
+    def break_at_five(step):
+        if step == 5:
             raise BrokenError
 
     with pytest.raises(BrokenError):
-        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_nine)
+        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_five, spec=spec)
     resumed_steps = []
-    resumed, resumed_model = train(condition, data, tmp_path / "broken", lr=3e-3, tick=resumed_steps.append)
-    assert resumed_steps == list(range(9, 21))
+    resumed, resumed_model = train(condition, data, tmp_path / "broken", lr=3e-3, tick=resumed_steps.append, spec=spec)
+    assert resumed_steps == list(range(5, 11))
     assert {**vars(resumed), "wall_s": 0} == {**vars(whole), "wall_s": 0}
     assert whole.first_epoch_nats > 0
     assert whole.first_epoch_scored_tokens == scored_by_example(data["train"]).sum()

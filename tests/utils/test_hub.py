@@ -120,15 +120,6 @@ def test_of_a_model_only_what_is_read_comes(hub):
     assert "code.py" in fetched(code)["owner/tiny"].files
 
 
-def test_what_is_fetched_is_fetched_once(hub):
-    hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(50)))
-    before = fetched(DATA)
-    files = [f"GET /datasets/{TULU3}/resolve/{before[TULU3].commit}/{name}" for name in before[TULU3].files]
-    assert [hub.requests[file] for file in files] == [1, 1]
-    assert fetched(DATA) == before
-    assert [hub.requests[file] for file in files] == [1, 1]
-
-
 def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
     folder = add_model(hub)
     before = fetched(MODEL)
@@ -291,17 +282,6 @@ def test_a_split_or_a_configuration_that_is_not_there(hub):
     said = refused(config)
     assert "dataset openai/gsm8k has no configuration 'algebra'" in said
     assert "socratic" in said
-
-
-def test_a_disk_that_is_too_small(hub, monkeypatch):
-    add_model(hub)
-    usage, free = shutil.disk_usage("/"), (1 << 30) + 1000
-    monkeypatch.setattr("lorabench.utils.hub.shutil.disk_usage", lambda path: usage._replace(free=free))
-    said = refused(MODEL)
-    needed = sum(path.stat().st_size for path in shipped_folder("llama-64").iterdir())
-    assert f"model owner/tiny needs {needed:,} bytes and 1,073,741,824 to spare in " in said
-    assert f"where {free:,} are free" in said
-    assert not [request for request in hub.requests if request.startswith("GET /owner")]
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch, tmp_path):

@@ -14,9 +14,7 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.utils.gpus import (
     GB,
-    GPUS,
     difference_from,
-    is_called,
     none_seen,
     own_devices,
     processor,
@@ -104,20 +102,6 @@ def test_the_devices_that_slurm_assigned_stay_and_none_is_assigned_where_there_i
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     with own_devices(1, print):
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-
-
-@pytest.mark.parametrize(
-    ("gpu", "device", "same"),
-    [
-        ("A100-80GB", "NVIDIA A100-SXM4-80GB", True),
-        ("A100-80GB", "NVIDIA A100-SXM4-40GB", False),
-        ("A10", "NVIDIA A100-SXM4-80GB", False),
-        ("RTX-4090", "NVIDIA GeForce RTX 4090", True),
-    ],
-)
-def test_gpus_are_known_by_what_they_call_themselves(gpu, device, same):
-    assert gpu in GPUS
-    assert is_called(gpu, device) == same
 
 
 def test_another_gpu_or_a_part_of_one_is_told():

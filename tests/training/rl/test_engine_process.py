@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lorabench.config.experiments import Protocol
@@ -142,24 +141,6 @@ def test_a_policy_without_room_is_refused_before_anything_is_started(small_memor
     # There are no problems yet, which are read next.
     with pytest.raises(UserError, match="the policies of this job need .* MB to be handed over to vLLM"):
         run_job(context.plan, Job((context.sweep,)), context.layout, lambda line: None)
-
-
-def test_a_memory_that_fills_up_is_named(small_memory):
-    class Policy(torch.nn.Linear):
-        config = None
-
-        def get_output_embeddings(self):
-            return self
-
-    options = {"dtype": "float32"}
-    (small_memory / "of another job").write_bytes(bytes(900_000))
-    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
-        opened.make_room(0)
-        opened._room = 1 << 40
-        policy = Policy(500, 500)
-        policy.config = type("Config", (), {"architectures": [], "to_dict": lambda self: {}})()
-        with pytest.raises(UserError, match=f"no space left to write {opened._folder}/model; make room"):
-            opened._hand_over_weights(policy, EngineSettings(options, None, 1))
 
 
 def test_the_engine_has_the_options_that_the_plan_counts(prepared):
