@@ -92,7 +92,15 @@ def find_model(name: str) -> UserModel:
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)
     elif HUB_ID.fullmatch(name):
         where = f"config.json of model {name!r}"
-        config = ModelConfig.of(_hub_text(name), where)
+        # A model may also be a variant of a shipped configuration's, as is `llama-3.1-8b-instruct`.
+        short, known = f"{name.rpartition('/')[2].lower()}-", sorted(ARCHITECTURES.glob("*.json"))
+        shipped = [file for file in known if short.startswith(f"{file.stem}-")]
+        try:
+            repository = WantedRepository("model", name, "main")
+            text = shipped[-1].read_text() if shipped else look_up(repository, "config.json")
+        except UserError as error:
+            raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
+        config = ModelConfig.of(text, where)
         width = _width(config, where)
         try:
             parameters = dimensions_of_config(config).parameters
@@ -103,20 +111,9 @@ def find_model(name: str) -> UserModel:
             ) from error
         spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
-        known = ", ".join(("tiny", *TINY))
-        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
+        bases = ", ".join(("tiny", *TINY))
+        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {bases}")
     return UserModel(name, spec, config.model_type or "", parameters, config.max_position_embeddings)
-
-
-def _hub_text(name: str) -> str:
-    """Return the configuration of a model of the hub, by a shipped configuration of its name."""
-    short = name.rpartition("/")[2].lower()
-    # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
-    shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
-    try:
-        return shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
 
 
 def _width(config: ModelConfig, where: str) -> int:
