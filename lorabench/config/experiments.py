@@ -226,6 +226,18 @@ class Block(Strict):
             raise ValueError(f"variants {self.variants} need ranks, and the block has none")
         return self
 
+    def size(self, conditions: int) -> tuple[int, int]:
+        """Return how many arms and, at most, runs the block has on a number of models, data and batch sizes."""
+        of_lora = sum(map(len, self.ranks.values())) * len(self.variants) * len(self.alphas or [1.0])
+        of_lora *= len(self.inits_a) * len(self.lr_ratios) * (1 + len(self.transforms))
+        arms, runs, seeds = 0, 0, self.seeds
+        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, of_lora)):
+            if grid:
+                arms += conditions * number
+                most = grid.most * seeds.best if isinstance(grid, AutoLrs) else len(grid) * seeds.every + seeds.best
+                runs += conditions * number * most
+        return arms, runs
+
 
 class SftExperiment(Block):
     """A block of supervised fine-tuning: every combination of its models, datasets, batch sizes and arms."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import product
+from itertools import chain, product
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -22,6 +22,9 @@ from lorabench.config.inputs import (
     model_catalogue,
 )
 from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
+
+MOST_ARMS, MOST_RUNS = 1_000, 50_000
+"""The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
 
 
 class Preset(Strict):
@@ -51,6 +54,22 @@ class Preset(Strict):
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""
     execution: Execution
+
+    @model_validator(mode="after")
+    def _can_be_planned(self) -> Self:
+        arms, runs = 0, 0
+        for block in chain.from_iterable(self.experiments.trained().values()):
+            if isinstance(block, SftExperiment):
+                data = len(block.datasets) * len(block.batch_sizes)
+            else:
+                data = len(block.problems)
+            more_arms, more_runs = block.size(len(block.models) * data)
+            arms, runs = arms + more_arms, runs + more_runs
+        if arms > MOST_ARMS or runs > MOST_RUNS:
+            raise ValueError(
+                f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:

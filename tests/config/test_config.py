@@ -118,6 +118,11 @@ MISTAKES = {
     ),
     "a rank without meaning": ((*RANK, "ranks"), {"all": [10**19]}, r"ranks\.all\.0 = 1.*less than or equal to 65536"),
     "a number as text without an end": ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
+    "more than can be planned": (
+        (*RANK, "ranks"),
+        {"all": list(range(1, 1000)), "mlp": [1]},
+        r"experiments: 1,001 arms with up to 5,004 runs; allowed: 1,000 arms, 50,000 runs$",
+    ),
     "name that is too long": (("models", "m" * 51), {"kind": "tiny"}, r"models\.m+ = 'm+'"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 }
