@@ -133,14 +133,6 @@ def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
         examine(find_model("tiny"), str(path), None)
 
 
-def test_a_large_file_is_judged_by_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorabench.custom.data._SAMPLE", 30)
-    data, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "own.jsonl", 300)), None)
-    exact, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "other.jsonl", 30)), None)
-    assert data.usable == data.tally.rows == 300
-    assert data.mean_tokens == pytest.approx(exact.mean_tokens, rel=0.2)
-
-
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     # The datasets library reads a folder of this name before it asks the hub.
     monkeypatch.chdir(tmp_path)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import yaml
 
 from lorabench.config.inputs import HubModel
 from lorabench.training.card import model_card
-
-from .conftest import trained
 
 
 def parts(card: str) -> tuple[dict, dict[str, str]]:
@@ -40,18 +35,3 @@ def test_full_fine_tuning_of_a_hubs_model(record):
     assert rows["commit of lorabench"] == "abc, with local changes"
     assert rows["learning rate"] == "2e-05, falling linearly to zero"
     assert "rank" not in rows
-
-
-@pytest.mark.slow
-def test_a_run_saves_its_page_beside_the_adapter(ready):
-    plan, layout = ready("carded", lora=[3e-3])
-    runs, _ = trained(plan, layout, "lora")
-    folder, _ = layout.runs.glob("*/weights")
-    head, rows = parts((folder / "README.md").read_text())
-    assert head["library_name"] == "peft"
-    assert "lora" in head["tags"]
-    [run] = [row for row in runs.to_dict("records") if row["run_id"] == folder.parent.name]
-    assert rows["test loss"] == f"{run['final_test_nll']:.4f} nats per token"
-    assert json.loads(Path(folder / "adapter_config.json").read_text())["r"] == int(rows["rank"])
-    assert rows["run"] == run["run_id"]
-    assert rows["trained parameters"] == f"{run['trainable_params']:,}"

@@ -13,8 +13,6 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.utils.gpus import (
-    GB,
-    difference_from,
     none_seen,
     own_devices,
     processor,
@@ -102,16 +100,6 @@ def test_the_devices_that_slurm_assigned_stay_and_none_is_assigned_where_there_i
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     with own_devices(1, print):
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-
-
-def test_another_gpu_or_a_part_of_one_is_told():
-    # An H100 reports 79.11 to 79.25 GiB; a half of it (MIG) has the same name.
-    assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3", 85.0 * GB) is None
-    assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", 42 * GB) == (
-        "this is an NVIDIA H100 80GB HBM3 MIG 3g.40gb of 42 GB, but execution.gpu is H100-80GB of 85 GB: "
-        "the plan's times do not hold, and its memory may not fit"
-    )
-    assert "NVIDIA L40S of 48 GB" in difference_from("A100-40GB", "NVIDIA L40S", 48 * GB)
 
 
 def test_a_gpu_that_torch_does_not_see_is_told_with_the_driver(program, monkeypatch):

@@ -174,26 +174,16 @@ def test_a_collapsed_run_is_ended_with_the_results_that_it_would_have(environmen
             assert place not in same or point.metric in ("truncated", "reflection"), place
     assert same.keys() <= {(point.step, point.split, point.metric) for point in whole.curve}
 
-    # A run that is killed within these steps, or in its last evaluation, ends in the same way.
+    # A run that is killed within these steps ends in the same way.
     def dying(step):
         if step == right_steps + 2:
             raise BrokenError
 
-    def dying_at_the_end(draw):
-        def drawing(requests, interruptible):
-            if interruptible and started[-1] == right_steps + 4:
-                raise BrokenError
-            return draw(requests, interruptible)
-
-        return drawing
-
-    for settings in ({"tick": dying}, {"tick": started.append, "sampler": dying_at_the_end}):
-        folder = tmp_path / str(len(settings))
-        with pytest.raises(BrokenError):
-            train(run, collapsing(), folder, checkpoint_seconds=0, **settings)
-        resumed, _ = train(run, collapsing(right_steps + 1), folder)
-        assert untimed(resumed) == untimed(ended)
-        assert resumed.test_losses == ended.test_losses
+    with pytest.raises(BrokenError):
+        train(run, collapsing(), tmp_path / "killed", dying, checkpoint_seconds=0)
+    resumed, _ = train(run, collapsing(right_steps + 1), tmp_path / "killed")
+    assert untimed(resumed) == untimed(ended)
+    assert resumed.test_losses == ended.test_losses
 
 
 def test_a_run_that_blows_up_is_diverged(environment, tmp_path):
