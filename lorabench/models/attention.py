@@ -81,7 +81,8 @@ def _attention(
 
 def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
     """Return a block as (rows x groups, heads of a group x length, width): heads that share keys share a product."""
-    return tensor.unflatten(1, (groups, -1))[..., block, :].flatten(2, 3).flatten(0, 1)
+    heads: Tensor = tensor.unflatten(1, (groups, -1))
+    return heads[..., block, :].flatten(2, 3).flatten(0, 1)
 
 
 def _put(to: Tensor, groups: int, block: slice, stacked: Tensor) -> None:

@@ -78,7 +78,8 @@ class _Open:
 def _check(text: str, path: Path) -> None:
     """Check a file before its data are built, since aliases of aliases can be of exponential size."""
     size, sizes, inside = 0, dict[str | None, int](), list[_Open]()
-    for event in yaml.parse(text, _Loader):
+    events: Any = yaml.parse(text, _Loader)
+    for event in events:
         if isinstance(event, yaml.CollectionEndEvent):
             ended = inside.pop()
             sizes[ended.anchor] = size - ended.before

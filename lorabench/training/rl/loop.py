@@ -236,7 +236,7 @@ def train_rl(
     if environment.controls is not None:
         outcome.constant_reward, outcome.rule_reward = environment.controls.constant, environment.controls.rule
         outcome.rule = environment.controls.rule_text
-    first_step, response_tokens, rewarded_at, warned = 0, 0, 0, False
+    first_step, response_tokens, rewarded_at = 0, 0, 0
     evaluations: list[tuple[float, float]] = []
     right: list[bool] = []
 
@@ -282,12 +282,8 @@ def train_rl(
         if rewarded_at and step - rewarded_at > COLLAPSED_STEPS:
             outcome.status = "collapsed"
             save(step - 1, evaluated=True)
-            # The steps that are left out would not change the policy either, as long as none of them had a reward. What
-            # is expected of them is the mean of what the last steps, which had the same policy, have drawn.
-            scores, expected = evaluated(condition.steps), {"reward": 0.0}
-            for metric in ("response_length", "truncated", "reflection", "entropy"):
-                drawn = [point.value for point in _train_points(outcome.curve, metric)[-COLLAPSED_STEPS:]]
-                expected[metric] = float(np.mean([math.nan if value is None else value for value in drawn]))
+            # The steps that are left out would not change the policy either, as long as none of them had a reward.
+            scores, expected = evaluated(condition.steps), _without_reward(outcome.curve)
             for later in range(step, condition.steps + 1):
                 record(later, "train", expected)
                 for split, values in scores.items() if later in evaluate_at else ():
@@ -324,19 +320,8 @@ def train_rl(
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
-        # A number that is not finite is not below the limit either. Far below 0 the estimate says as well that the two
-        # distributions differ.
-        if processes.first and not warned and not abs(measured.kl) <= MAX_KL:
-            warned = True
-            logging.warning(
-                "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token "
-                "(KL); above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor "
-                "masked, and training may become unstable.",
-                run.run_id,
-                step,
-                measured.kl,
-                MAX_KL,
-            )
+        if processes.first:
+            _warn_of_kl(run, step, measured.kl, outcome.curve)
         metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
         metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
         record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
@@ -368,6 +353,18 @@ def _train_points(curve: list[CurvePoint], metric: str) -> list[CurvePoint]:
     return [point for point in curve if point.split == "train" and point.metric == metric]
 
 
+def _without_reward(curve: list[CurvePoint]) -> dict[str, float]:
+    """Return what is expected of train metrics in the steps that a collapsed run leaves out.
+
+    It is a reward of 0, and the mean of what the last steps, which had the same policy, have drawn.
+    """
+    expected = {"reward": 0.0}
+    for metric in ("response_length", "truncated", "reflection", "entropy"):
+        values = [point.value for point in _train_points(curve, metric)[-COLLAPSED_STEPS:]]
+        expected[metric] = float(np.mean([math.nan if value is None else value for value in values]))
+    return expected
+
+
 def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
     """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
     values = [point.value for point in _train_points(curve, metric)]
@@ -381,3 +378,23 @@ def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, 
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reflection": float(np.mean([reflects(text) for text in texts])),
     }
+
+
+def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None:
+    """Log once per run that a step's KL of sampler and learner is above MAX_KL; `curve` has the earlier steps.
+
+    The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
+    """
+    if any(point.value is None or abs(point.value) > MAX_KL for point in curve if point.metric == "kl"):
+        return
+    # A number that is not finite is not below the limit either.
+    if not abs(kl) <= MAX_KL:
+        logging.warning(
+            "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
+            "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "
+            "and training may become unstable.",
+            run.run_id,
+            step,
+            kl,
+            MAX_KL,
+        )

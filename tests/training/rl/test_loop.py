@@ -105,7 +105,16 @@ def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environmen
 
         return shifted
 
-    outcome, _ = train(run, environment, tmp_path, sampler=shifting)
+    def train_until(last):
+        def die(step):
+            if step == last:
+                raise BrokenError
+
+        return train(run, environment, tmp_path, die, sampler=shifting, checkpoint_seconds=0)[0]
+
+    with pytest.raises(BrokenError):
+        train_until(3)
+    outcome = train_until(None)
     assert metric(outcome, "kl") == pytest.approx([0.005, 0.034, 0.034, 0.034], abs=1e-4)
     [message] = caplog.messages
     assert f"In run {run.run_id}, step 2, " in message
