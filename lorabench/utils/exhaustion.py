@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import re
 import sys
@@ -92,11 +91,6 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         more = f" (no {size[1]} more)" if size else ""
         kind, where = (UserError, " on the GPU") if on_gpu or "CUDA" in text else (NoMemoryError, "")
         raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
-
-
-def need_room(size: int) -> None:
-    """Raise an OSError unless this process may take so many bytes more; they are not touched."""
-    mmap.mmap(-1, size).close()
 
 
 def _number(error: Exception) -> int | None:

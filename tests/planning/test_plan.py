@@ -213,7 +213,7 @@ def test_variants_of_lora_are_arms(raw_preset):
         (["lora_plus"], {}, {"lr_ratios": [4.0]}, "'lora_plus', which sets lr_ratios itself"),
         (["olora"], {}, {"inits_a": [0.5]}, "'olora', which sets inits_a itself"),
         (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
-        (["eva"], {}, {}, "'eva' is not trained here: its start from activations"),
+        (["eva"], {}, {}, "Input should be 'lora', 'rslora'"),
         (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),
         (["dora"], {"models": {"tiny": {"kind": "tiny", "name": "moe-128"}}}, {}, "a mixture of experts can only"),
         (["dora"], {"experiments": {}}, {}, "experiment rank has the variant 'dora'"),
