@@ -27,8 +27,6 @@ class Layout:
         """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
         self.saved_runs = Path("paper_figures") / "partial" / name
         """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
-        self.speed = self.root / "speed.json"
-        """The file of the speed of the preset's training steps on this machine's CPU."""
         self.runs = self.root / "runs"
         """The folder of the runs' folders."""
         self.logs = self.root / "logs"
