@@ -43,8 +43,8 @@ _REFILLED = 1.2
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
-# Tokens with padding over those without, less 1, in batches of one example: an assumption for lengths whose logarithm has
-# a standard deviation of 1. It falls with the root of the batch, whose examples are sorted into micro-batches.
+# Tokens with padding over those without, less 1, in batches of one example: an assumption for log-normal lengths with a
+# standard deviation of 1. It falls with the root of the batch, whose examples are sorted into micro-batches.
 _PADDING = 1.3
 
 

@@ -19,7 +19,7 @@ from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
-from lorabench.store.io import write_csv, write_curves_csv, write_frame, write_table, write_tables
+from lorabench.store.io import write_csv, write_frame, write_table, write_tables
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import (
@@ -68,8 +68,6 @@ def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
 def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
-    The curves and test losses of one job at a time are in memory. Curves that are too large for CSV are parquet only.
-
     Args:
         jobs: the files of the jobs, each a table JOB.
         out: the folder of the tables.
@@ -100,7 +98,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
     write_tables(
         (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet"
     )
-    write_curves_csv(out)
+    write_csv(read_parquet(out / "curves.parquet").to_pandas(), out / "curves.csv")
     write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
 
 

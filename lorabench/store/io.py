@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections import Counter
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 2**20
 """Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
-
-MAX_CSV_BYTES = 100_000_000
-"""The largest CSV file of curves. Larger ones are not written, since programs that read CSV hold them whole."""
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
@@ -64,18 +60,15 @@ def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> N
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
     """Write the tidy table `name` into the folder `out`, as parquet and CSV.
 
-    A table in PARQUET_ONLY, and curves that would be too large (see `write_curves_csv`), are written as parquet only.
-
-    It has all documented columns or, without `all_columns`, those of them that the frame has.
+    A table in PARQUET_ONLY is written as parquet only. The table has all documented columns or, without `all_columns`,
+    those of them that the frame has.
     """
     schema = SCHEMAS[name]
     if not all_columns:
         schema = pa.schema([field for field in schema if field.name in frame])
     frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-    if name == "curves":
-        write_curves_csv(out)
-    elif name not in PARQUET_ONLY:
+    if name not in PARQUET_ONLY:
         write_csv(frame, out / f"{name}.csv")
 
 
@@ -87,40 +80,6 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
             flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
     with atomic_path(path) as partial:
         flat.to_csv(partial, index=False)
-
-
-class _TooLargeError(Exception):
-    """A CSV file would be larger than MAX_CSV_BYTES."""
-
-
-def write_curves_csv(folder: Path) -> None:
-    """Write the curves of a folder, which it has as parquet, as CSV too, and hold few rows at a time.
-
-    If the file would be larger than MAX_CSV_BYTES, as its rows so far tell, there is none and a sentence says so.
-    """
-    import pandas as pd
-
-    path, integers = folder / "curves.csv", {pa.int64(): pd.Int64Dtype()}
-    try:
-        with (
-            pq.ParquetFile(path.with_suffix(".parquet")) as curves,
-            atomic_path(path) as partial,
-            partial.open("w", encoding="utf-8", newline="") as file,
-        ):
-            file.write(",".join(curves.schema_arrow.names) + "\n")
-            rows, written = curves.metadata.num_rows, 0
-            for batch in curves.iter_batches(use_threads=False):
-                frame = batch.to_pandas(types_mapper=integers.get, ignore_metadata=True)
-                frame.to_csv(file, index=False, header=False, lineterminator="\n")
-                written += len(frame)
-                if file.tell() * rows > MAX_CSV_BYTES * written:
-                    raise _TooLargeError
-    except _TooLargeError:
-        path.unlink(missing_ok=True)
-        logging.warning(
-            "%s is not written, since it would be larger than about %d MB; the curves are in %s",
-            *(path, MAX_CSV_BYTES // 10**6, path.with_suffix(".parquet")),
-        )
 
 
 def table_path(folder: Path, name: str) -> Path | None:

@@ -109,25 +109,6 @@ def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
         assert not claim.experiments or chosen & set(claim.experiments) or claim.id in limited, claim.id
 
 
-def test_problems_of_your_own_are_judged_and_drawn(raw_rl_preset, write_preset):
-    experiments = raw_rl_preset["experiments"]
-    experiments["rl"] = experiments.pop("rl_arithmetic")
-    preset = load_preset(write_preset(raw_rl_preset))
-    assert [figure.name for figure in figures_of_preset(preset) if figure.task == "rl"] == ["fig6_rl_lr"]
-    assert {claim.id for claim in CLAIMS if "rl" in claim.experiments} == {"B10", "F1", "F2", "F9"}
-
-
-def test_the_paper_says_so_and_it_is_done():
-    paper = load_preset("paper")
-    for rl in paper.experiments.rl_math:
-        assert rl.steps * rl.problems_per_step * rl.group_size == pytest.approx(320_000, rel=0.01)
-    for deepmath in paper.experiments.rl_deepmath:
-        assert (deepmath.max_new_tokens, deepmath.held_out) == (8192, ["aime24", "aime25"])
-    # Experiments that ask for the same share runs: on the mixture of experts full fine-tuning, and LoRA on all layers.
-    shared = [sweep for sweep in make_plan(paper).sweeps if {"placement", "lr_law"} <= set(sweep.experiments)]
-    assert {sweep.condition.rank for sweep in shared} == {None, 128}
-
-
 def test_every_parameter_count_is_that_of_a_known_architecture(preset):
     for name, spec in preset.models.items():
         if not isinstance(spec, TinyModel):

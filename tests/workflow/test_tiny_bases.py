@@ -101,33 +101,6 @@ def test_a_base_of_sums_is_right_in_some_samples_and_in_few_greedy_answers(name,
     assert shares[False] < 0.15
 
 
-def test_every_expert_is_used():
-    """The LoRA of an expert that is never used would not be trained."""
-    name = "moe-128"
-    model, recipe, tokenizer = load_model(spec(name)), RECIPES[name], load_tokenizer(spec(name))
-    chosen = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
-    with torch.no_grad():
-        model(input_ids=torch.tensor(list(islice(tiny_bases.packed_blocks(recipe, tokenizer, recipe.seed + 1), 32))))
-    assert len(chosen) == recipe.layers
-    for experts in chosen:
-        shares = torch.bincount(experts.flatten(), minlength=recipe.experts) / experts.shape[0]
-        assert shares.sum() == pytest.approx(recipe.active_experts)
-        assert shares.min() > 0.02
-
-
-def test_the_balancing_loss_is_least_when_experts_share_the_work():
-    recipe = RECIPES["moe-128"]
-    even = torch.eye(8).repeat(3, 1) + torch.eye(8).roll(1, 0).repeat(3, 1)
-    idle = torch.zeros(24, 8)
-    idle[:, :2] = 20.0
-    assert tiny_bases.imbalance((even, even), recipe).item() == pytest.approx(recipe.active_experts)
-    assert tiny_bases.imbalance((even, idle), recipe).item() == pytest.approx((2 + 8) / 2)
-    # Each layer is balanced on its own.
-    assert tiny_bases.imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
-
-
 @pytest.mark.parametrize("name", ["llama-128", "llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
 def test_the_recipe_rebuilds(name, tmp_path):
     """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
