@@ -8,7 +8,7 @@ from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_batch, engine_seconds, engine_start_seconds, handover_seconds, uses_engine
+from lorabench.planning.engine import engine_batch, engine_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     RunWork,
     evaluated_documents,
@@ -24,11 +24,13 @@ from lorabench.utils.gpus import GPUS
 # Seconds in which a job imports its libraries, loads and writes: on one core, there with lm-eval's libraries, and on a
 # GPU, where it is an assumption until runs are measured, as are the bytes/s at which weights are read from disk.
 _START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 12.0, 60.0, 1e9
+# Seconds in which vLLM starts: on a CPU measured on the tiny bases (14 to 30), on a GPU an assumption.
+_ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 # Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
 # 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
 # cores (benchmarks/engine.csv).
-_DECODING, _ENGINE_OVER_OWN = 3.0, 4.2
+_DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
@@ -71,7 +73,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         # Padding and tokens that are not scored are in the speed, which is measured on finished runs.
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         flops *= _OVER_LORA.get(condition.method, 1.0)
-        return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
+        return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
     padded = _padding(preset, condition, gpus)
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
     # Logits are computed of scored tokens only.
@@ -106,11 +108,6 @@ def _padding(preset: Preset, condition: Condition, gpus: int) -> float:
     if dataset.kind not in ("hub", "file") or 4 * dataset.mean_tokens > preset.execution.max_batch_tokens:
         return 1.0
     return 1.0 + _PADDING / sqrt(max(1, condition.batch_size // gpus))
-
-
-def _decoding(execution: Execution) -> float:
-    """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
-    return _DECODING * (_ENGINE_OVER_OWN if execution.sampler == "vllm" else 1.0)
 
 
 def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
@@ -149,8 +146,10 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
     A training job, whose first sweep has the given condition, may also start an engine.
     """
-    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
-    return seconds + (engine_start_seconds(preset) if condition and uses_engine(preset, condition) else 0.0)
+    starts_engine = condition is not None and uses_engine(preset, condition)
+    if preset.execution.gpu is None:
+        return _START_SECONDS + starts_engine * _ENGINE_START_SECONDS
+    return _GPU_START_SECONDS + starts_engine * _GPU_ENGINE_START_SECONDS
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
@@ -208,8 +207,10 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     assert preset.evaluation
     execution, sizes = preset.execution, dimensions(preset.models[job.model])
     gpu, engine = execution.gpu, execution.sampler == "vllm"
-    seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
-    seconds += engine_start_seconds(preset) if engine else 0.0
+    if gpu is None:
+        seconds = _EVALUATION_START_SECONDS + engine * _ENGINE_START_SECONDS
+    else:
+        seconds = _GPU_START_SECONDS + engine * _GPU_ENGINE_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
         documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
         read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
@@ -217,7 +218,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
             # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.
             seconds += read
         elif gpu is None:
-            seconds += read * _decoding(execution)
+            seconds += read * _DECODING[execution.sampler]
         # On a GPU all answers are as long as the longest.
         elif engine:
             rows = max(1.0, execution.max_cache_tokens / task.mean_tokens)

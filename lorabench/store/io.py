@@ -6,12 +6,12 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,10 +19,6 @@ from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
 from lorabench.utils.checked_parquet import add_checksum, check_parquet
 from lorabench.utils.files import atomic_path
-
-# Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
-if TYPE_CHECKING:
-    import pandas as pd
 
 ROWS_AT_ONCE = 2**20
 """Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
@@ -99,8 +95,6 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there is no such file, it can't be read, or a column holds a value of another type.
     """
-    import pandas as pd
-
     path = table_path(folder, name)
     if path is None:
         if optional:
@@ -172,27 +166,15 @@ def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
 def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Read some columns of a tidy table as one dict per row, with None for a missing value.
 
-    A parquet file with the documented types is read without pandas, whose import takes longer than the reading.
-
     Raises:
         UserError: see `read_table`.
     """
-    path, fields = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
-    if path is not None and path.suffix == ".parquet":
-        # `read_table` below says what is wrong with a file that can't be read.
-        with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
-            check_parquet(path)
-            if all(field in file.schema_arrow for field in fields):
-                rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
-                return rows
     frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
-    return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
+    return frame.where(frame.notna(), None).to_dict("records")
 
 
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the table `name` with the documented columns that it lacks added, as nulls of their type."""
-    import pandas as pd
-
     absent = [column for column in SCHEMAS[name].names if column not in frame]
     nulls = pd.DataFrame(index=frame.index, columns=absent, dtype=object)
     return pd.concat([frame, typed_columns(nulls, name, Path(name))], axis="columns")
@@ -200,8 +182,6 @@ def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[Any]:
     """Convert a column to its documented type, or raise UserError if a value is not of that type."""
-    import pandas as pd
-
     typed: pd.Series[Any]
     numbers: pd.Series[Any] = column
     if pa.types.is_string(kind):

@@ -15,10 +15,10 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning.costs import (
-    chains,
     compute_cost,
     evaluation_cost,
     job_cost,
+    path_hours,
     per_experiment,
     restarts,
 )
@@ -86,7 +86,7 @@ def test_what_fits_nowhere_is_one_sentence():
 @pytest.mark.parametrize("name", ["core", "paper"])
 def test_with_gpus_enough_a_preset_takes_three_days_and_no_job_more_than_one(name):
     plan = make_plan(load_preset(name))
-    assert chains(plan)[0].hours <= 72
+    assert max(path_hours(plan, job) for job in plan.jobs) <= 72
     assert per_experiment(plan)["total"].longest_job_hours <= plan.preset.execution.job_hours == 24
 
 
@@ -106,29 +106,17 @@ def test_runs_as_jobs_start_and_load_the_model_once_each():
     # Of each run at work there are two checkpoints for a moment, beside the weights of all runs.
     trained = lora_parameters(whole, dimensions(whole.models[sweep.condition.model]), sweep.condition.rank, "all")[0]
     assert cost.working_disk - alone.working_disk == pytest.approx((max(waves) - 1) * 2 * 12 * trained, abs=2e6)
-    [chain] = [chain for chain in chains(plan) if chain.job == job]
-    assert chain.training == pytest.approx(len(waves) * cost.longest_job_hours)
+    assert path_hours(plan, job) == pytest.approx(len(waves) * cost.longest_job_hours)
 
 
 def test_no_number_of_gpus_takes_less_than_the_critical_path():
     plan = make_plan(load_preset("core"))
-    longest, *others = chains(plan)
-    evaluations = {job.sweep: evaluation_cost(plan, job).job_hours for job in plan.evaluations()}
-    for chain in (longest, *others):
-        condition = chain.job.sweeps[0].condition
-        cost = job_cost(plan, chain.job)
-        waves = len(chain.job.sweeps[0].expected_waves())
-        assert chain.training == (waves * cost.longest_job_hours if plan.is_split(chain.job) else cost.job_hours)
-        assert chain.evaluating == max(evaluations.get(sweep, 0) for sweep in chain.job.sweeps)
-        assert (chain.tokenizing > 0) == (condition.task == "sft")
-        assert chain.hours <= longest.hours
-    assert {job for job, *_ in chains(plan)} == set(plan.jobs)
     rows = json.loads(plan_json(plan, 2))["experiments"]
-    assert rows["total"]["path_hours"] == longest.hours == max(row["path_hours"] for row in rows.values())
-    assert rows["compute"]["path_hours"] == rows["compute"]["job_hours"]
-    evaluated = max(chain.hours for chain in (longest, *others) if chain.evaluating)
-    assert rows["evaluation"]["path_hours"] == evaluated
-    assert longest.hours < rows["total"]["gpu_hours"]
+    paths = {name: row["path_hours"] for name, row in rows.items()}
+    assert paths["total"] == max(paths.values()) == max(path_hours(plan, job) for job in plan.jobs)
+    assert paths["rl_math"] == max(path_hours(plan, job) for job in plan.jobs_of("rl_math"))
+    assert paths["compute"] == rows["compute"]["job_hours"]
+    assert paths["total"] < rows["total"]["gpu_hours"]
 
 
 def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
