@@ -138,6 +138,18 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
     assert requested(dry_run(checkout, preset="smollm2"), "train")
 
 
+def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
+    adapt_profile(checkout, "mem_with_gpus: true", "mem_with_gpus: false")
+    adapt_profile(checkout, "cpus_with_gpus: true", "cpus_with_gpus: false")
+    output = dry_run(checkout, preset="smollm2")
+    for resources in requested(output, "train").values():
+        # The executor leaves out --mem for 0, and --cpus-per-task for a negative number.
+        assert (resources["mem_mb"], resources["cpus_per_task"]) == ("0", "-1")
+    for resources in requested(output, "tokens").values():
+        assert int(resources["mem_mb"]) > 0
+        assert int(resources["cpus_per_task"]) > 0
+
+
 def test_a_wrong_setting_is_one_sentence(checkout):
     for old, new, option, sentence in (
         # They would wait forever.
