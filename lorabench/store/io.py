@@ -170,7 +170,7 @@ def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str,
         UserError: see `read_table`.
     """
     frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
-    return frame.where(frame.notna(), None).to_dict("records")
+    return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
 
 
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
