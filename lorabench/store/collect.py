@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,19 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
         for column in ("curve", "test_losses")
     )
 
-    @cache
-    def groups_of(model: str, dataset: str) -> pa.Array | None:
-        return None if layout is None else test_groups(layout, model, dataset)
-
     def losses_of(path: Path) -> pa.Table:
         table = read_parquet(path, losses)
-        return entries(table, "test_losses", RUN_TEST_LOSSES).append_column("group", _groups(table, groups_of))
+        rows = entries(table, "test_losses", RUN_TEST_LOSSES)
+        groups = None
+        if layout is not None and len(table):
+            # The runs of a job have the same model and dataset.
+            dataset = table["dataset"][0].as_py()
+            groups = test_groups(layout, table["model"][0].as_py(), dataset)
+        if groups is None:
+            return rows.append_column("group", pa.nulls(len(rows), pa.string()))
+        for count in set(pc.list_value_length(table["test_losses"]).to_pylist()) - {None, 0, len(groups)}:
+            raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
+        return rows.append_column("group", groups.take(rows["example"]))
 
     write_table(runs, out / "runs.parquet")
     write_csv(runs.to_pandas(), out / "runs.csv")
@@ -109,18 +114,6 @@ def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
     flat = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
     numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return flat.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
-
-
-def _groups(table: pa.Table, groups_of: Callable[[str, str], pa.Array | None]) -> pa.ChunkedArray:
-    """Return the groups of the test examples of all runs, one run after the other; null where each is its own group."""
-    counts = pc.fill_null(pc.list_value_length(table["test_losses"]), 0).to_pylist()
-    parts = []
-    for model, dataset, count in zip(table["model"].to_pylist(), table["dataset"].to_pylist(), counts, strict=True):
-        groups = groups_of(model, dataset)
-        if groups is not None and count not in (0, len(groups)):
-            raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
-        parts.append(pa.nulls(count, pa.string()) if groups is None else groups[:count])
-    return pa.chunked_array(parts, pa.string())
 
 
 def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
