@@ -139,26 +139,6 @@ def test_the_attention_of_rl_is_that_of_the_rows_it_learns_from(response, monkey
     assert counter.get_total_flops() == pytest.approx(work.trained_flops - unscored, rel=0.05)
 
 
-def test_launching_layers_bounds_the_time_of_a_small_model():
-    preset = load_preset("smollm2")
-    layers = dimensions(preset.models["smollm2-135m"]).layers
-    sweep = next(s for s in make_plan(preset).sweeps if (s.condition.dataset, s.condition.rank) == ("worked", 16))
-    # A forward and a backward pass for each batch, and a forward pass for each micro-batch that is evaluated.
-    work = run_work(preset, sweep.condition)
-    passes = 3 * sweep.condition.steps + work.evaluated / preset.execution.max_batch_tokens
-    assert sum(run_seconds(preset, sweep, 1)) == pytest.approx(passes * layers * 0.8e-3)
-
-
-def test_long_responses_cost_more_than_their_tokens():
-    paper = load_preset("paper").with_execution(sampler="own")
-    lora = [sweep for sweep in make_plan(paper).sweeps if sweep.condition.method == "lora"]
-    gsm8k, deepmath = (
-        sum(run_seconds(paper, sweep, 1)) / run_work(paper, sweep.condition).drawn
-        for sweep in (next(s for s in lora if s.condition.dataset == name) for name in ("gsm8k", "deepmath"))
-    )
-    assert deepmath > 3 * gsm8k
-
-
 def test_padding_takes_time_and_is_counted_neither_as_tokens_nor_as_flops():
     core = load_preset("core").with_execution(activation_checkpointing=False)
     sweep = next(sweep for sweep in make_plan(core).sweeps if sweep.condition.dataset == "tulu3")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from itertools import pairwise
 
 import pytest
 
@@ -22,8 +21,6 @@ from ..conftest import REPOSITORY
 DIGESTS = REPOSITORY / "tests/workflow/plan_digests.json"
 
 GPU_PRESETS = ("smollm2", "core", "paper")
-# A third of a decade, with the rounding of 1, 2.15, 4.64.
-STEP = 10 ** (1 / 3) * 1.01
 MIN_SEEDS, SIGN_SEEDS = 3, 5
 
 
@@ -34,25 +31,6 @@ def preset(request):
 
 def blocks(preset):
     return [(name, block) for name, listed in preset.experiments.trained().items() for block in listed]
-
-
-def test_fixed_grids_are_fine_overlap_and_cover_what_others_found_best(preset):
-    for name, block in blocks(preset):
-        # One or two LRs are no sweep.
-        grids = {
-            method: grid
-            for method in ("fullft", "lora")
-            if isinstance(grid := getattr(block.lrs, method), list) and len(grid) > 2
-        }
-        for method, grid in grids.items():
-            # Three points per decade.
-            assert max(high / low for low, high in pairwise(grid)) <= STEP, (name, grid)
-            if name.startswith(("rl", "placement_rl")):
-                factor = 10 if method == "lora" else 1
-                assert grid[0] <= factor * 1e-6 * 1.01, name
-                assert grid[-1] >= factor * 1e-4 * 0.99, name
-        if len(grids) == 2:
-            assert len(set(grids["fullft"]) & set(grids["lora"])) >= 4, name
 
 
 def test_seeds_and_ranks_are_those_that_claims_need(preset):

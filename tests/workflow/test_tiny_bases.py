@@ -9,11 +9,8 @@ from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
-import torch
 
 from lorabench.config.inputs import TinyModel
-from lorabench.data.grading import last_number
-from lorabench.data.reasoning import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.specs import dimensions, shipped_folder
 
@@ -70,35 +67,11 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
     assert record(name)["parameters"] == model.num_parameters()
 
 
-LONG = ("llama-256", "moe-128", "llama-64-tenth", "llama-128-tenth")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RECIPES]
-)
+@pytest.mark.parametrize("name", ["llama-64", "qwen-64", pytest.param("moe-128", marks=pytest.mark.long)])
 def test_heldout_loss_is_as_recorded(name):
     nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "digits", "low", "high"),
-    [("llama-64-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 4, 0.08, 0.25)],
-)
-def test_a_base_of_sums_is_right_in_some_samples_and_in_few_greedy_answers(name, digits, low, high):
-    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
-    problems = list(islice(sum_problems(digits, digits, 1, seed=0), 100))
-    ids = tokenizer([f"<|user|>{problem.question}<|assistant|>" for problem in problems], return_tensors="pt")
-    shares = {}
-    for is_sampled in (False, True):
-        torch.manual_seed(0)
-        texts = model.generate(**ids, max_new_tokens=40, do_sample=is_sampled, pad_token_id=tokenizer.eos_token_id)
-        answers = tokenizer.batch_decode(texts[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [last_number(text) == int(problem.answer) for text, problem in zip(answers, problems, strict=True)]
-        shares[is_sampled] = sum(right) / len(right)
-    assert low <= shares[True] <= high
-    assert shares[False] < 0.15
 
 
 @pytest.mark.parametrize("name", ["llama-128", "llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
