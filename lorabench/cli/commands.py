@@ -197,7 +197,7 @@ def status(preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def doctor(preset: PresetOption = "laptop") -> None:
-    """Check this machine for a preset in some minutes: device, memory, disk, vLLM, numbers and speed.
+    """Check this machine for a preset in some minutes: its device, and the numbers, memory and speed of a step.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
