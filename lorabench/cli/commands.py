@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lorabench.cli.audit import audit
+from lorabench.cli.advice import add_advice
 from lorabench.cli.check import check as check_command
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.cli.steps import steps
@@ -58,8 +58,8 @@ def main(
 
 
 app.add_typer(steps, name="step", hidden=True)
-app.command()(audit)
 app.command()(check_command)
+add_advice(app)
 
 
 @app.command()

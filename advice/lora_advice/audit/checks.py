@@ -1,13 +1,12 @@
-"""All checks of `lorabench audit`. They read records of runs and what is known, and start no run."""
+"""All checks of `lora-advice audit`. They read records of runs and what is known, and start no run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.settings import (
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.settings import (
     check_alpha_lr,
     check_batch,
     check_lr_differs,
@@ -17,7 +16,7 @@ from lorabench.audit.settings import (
     check_short_run,
     check_variants,
 )
-from lorabench.audit.structure import (
+from lora_advice.audit.structure import (
     check_attention_only,
     check_capacity,
     check_experts,
@@ -26,10 +25,11 @@ from lorabench.audit.structure import (
     check_patterns,
     check_unembedding,
 )
+from lora_advice.finding import Finding
 
 
 def _check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    from lorabench.audit.lr import check_lr
+    from lora_advice.audit.lr import check_lr
 
     return check_lr(config, known)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lorabench.audit.finding import Finding
-from lorabench.config.fields import Variant
+from lora_advice.finding import Finding
+from lora_advice.variants import Variant
 
 Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]

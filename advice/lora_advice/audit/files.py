@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.limits import SECONDS, in_limits
-from lorabench.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
-from lorabench.errors import UserError
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.limits import SECONDS, in_limits
+from lora_advice.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
 
 READERS: dict[str, ModuleType] = {
     "peft": adapter,

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lorabench.errors import UserError
+from lora_advice.errors import UserError
 
 T = TypeVar("T")
 

@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.finding import Finding, Level
-from lorabench.audit.models import ModelFacts, facts
-from lorabench.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
-from lorabench.config.fields import VARIANT_NAMES
-from lorabench.custom.variants import measured_factor
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
+from lora_advice.finding import Finding, Level
+from lora_advice.models import ModelFacts, facts
+from lora_advice.variants import VARIANT_NAMES, measured_factor
 
 SURE = 0.9
 """An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability, and
@@ -29,7 +28,7 @@ _ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adam
 
 def check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return what a run's learning rate would cost by the shipped evidence."""
-    return lr_findings(config, facts(config, Path(config.path).parent, known.hub), shipped_evidence())
+    return lr_findings(config, facts(config.model, Path(config.path).parent, known.hub), shipped_evidence())
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What `lorabench audit` prints: text, JSON, and SARIF for code hosts."""
+"""What `lora-advice audit` prints: text, JSON, and SARIF for code hosts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from importlib.metadata import version
 from typing import Any, get_args
 from urllib.parse import quote
 
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.files import NotRead, Reading
-from lorabench.audit.finding import Finding, Level
-from lorabench.utils.formats import lr
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.files import NotRead, Reading
+from lora_advice.finding import Finding, Level
+from lora_advice.formats import lr
 
 FEW = 10
 """Up to so many runs are shown in full."""
@@ -98,8 +98,8 @@ class Report:
                 {
                     "tool": {
                         "driver": {
-                            "name": "lorabench audit",
-                            "version": version("lorabench"),
+                            "name": "lora-advice audit",
+                            "version": version("lora-advice"),
                             "rules": [{"id": code} for code in sorted({finding.code for finding in self.findings})],
                         }
                     },

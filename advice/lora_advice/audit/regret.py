@@ -18,12 +18,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lorabench.utils.files import LR_EVIDENCE
+EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
 
 Unit = Literal["share", "loss"]
 
@@ -244,4 +245,4 @@ def regret(x: np.ndarray, curvature: np.ndarray, saturates: bool) -> np.ndarray:
 @cache
 def shipped_evidence() -> LrEvidence:
     """Return the evidence that is shipped."""
-    return LrEvidence(json.loads(LR_EVIDENCE.read_text()))
+    return LrEvidence(json.loads(EVIDENCE.read_text()))

@@ -10,11 +10,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.finding import Finding, Level
-from lorabench.config.fields import VARIANT_NAMES
-from lorabench.custom.variants import lr_factor
-from lorabench.utils import formats
+from lora_advice import formats
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.finding import Finding, Level
+from lora_advice.variants import VARIANT_NAMES, lr_factor
 
 ALPHA = 32.0
 """The paper's alpha at every rank."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.finding import Finding, Level
-from lorabench.audit.models import Kind, ModelFacts, facts, module_kind
-from lorabench.audit.readers.options import THE_FILE
-from lorabench.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
-from lorabench.utils import formats
-from lorabench.utils.gpus import GB, GPUS
-from lorabench.utils.patterns import PatternError, SlowPatternError, matching
+from lora_advice import formats
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.readers.options import THE_FILE
+from lora_advice.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
+from lora_advice.finding import Finding, Level
+from lora_advice.layers import FUSED, Kind, module_kind
+from lora_advice.models import ModelFacts, facts
+from lora_advice.patterns import PatternError, SlowPatternError, matching
 
 QUERIES_AND_VALUES = frozenset(
     [
@@ -64,8 +64,6 @@ _MEASURED = (
     "the paper found it on 8B and 30B models without intervals; measured here: 0.020 nats [0.004, 0.037] at 0.13B, "
     "which is borderline, and 0.008 [0.000, 0.016] at 0.8M parameters, which is undecided"
 )
-_FUSED = {"qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}), "gate_up_proj": frozenset({"gate_proj", "up_proj"})}
-"""Layers that are one in some families, by their parts."""
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 _EXPERT_PARAMETERS = frozenset({"gate_up_proj", "down_proj", "up_proj", "gate_proj", "w1", "w2", "w3"})
 
@@ -150,12 +148,12 @@ def check_patterns(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     ]
 
 
-GPU = GPUS["H100-80GB"]
-"""The GPU whose hours are named."""
+H100 = 0.35 * 989.5e12
+"""FLOP/s of training on an H100: an assumed 35% of its peak in bf16."""
 
 
 def _known(config: TrainingConfig, known: Knowledge) -> ModelFacts | None:
-    return facts(config, Path(config.path).parent, known.hub)
+    return facts(config.model, Path(config.path).parent, known.hub)
 
 
 def check_experts(config: TrainingConfig, known: Knowledge) -> list[Finding]:
@@ -243,8 +241,8 @@ def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         return []
     if model.mixture or lora.all_linear or config.unsloth or "unsloth" in model.name.lower():
         return []
-    fused = [name for name in _FUSED if name in model.linear and name not in lora.names]
-    missed = sorted(part for name in fused for part in _FUSED[name] & lora.names)
+    fused = [name for name in FUSED if name in model.linear and name not in lora.names]
+    missed = sorted(part for name in fused for part in FUSED[name] & lora.names)
     if not missed:
         return []
     trained = lora.names & set(model.linear)
@@ -252,7 +250,7 @@ def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     original = model.name.startswith("microsoft/") or model.source.startswith("its config.json")
     level: Level = "error" if original and not trained else "warning"
     happens = f"trains {_listed(trained)} alone" if trained else "stops with an error"
-    right = " and ".join(name for name in fused if _FUSED[name] & lora.names)
+    right = " and ".join(name for name in fused if FUSED[name] & lora.names)
     message = f"{_listed(missed)} match nothing in {model.name}, where they are {right}, and PEFT {happens}"
     sure = "certain" if original else "certain unless the copy has them apart, as unsloth's have"
     return [Finding("no-effect", level, message, _MODULES, sure, line=config.line("targets"))]
@@ -369,14 +367,14 @@ def _costs(config: TrainingConfig, model: ModelFacts, lora: int | None) -> tuple
     assert model.parameters
     frozen = model.parameters * (config.bits or 16) / 8 if lora else 0.0
     low, high = (frozen + size * (lora or model.parameters) for size in (8, 16))
-    text = f"; weights, gradients and Adam's moments take {low / GB:.3g} to {high / GB:.3g} GB, and activations more"
+    text = f"; weights, gradients and Adam's moments take {low / 1e9:.3g} to {high / 1e9:.3g} GB, and activations more"
     steps, batch, length = config.steps, config.batch_size, config.max_length
     if config.task != "sft" or not (steps and steps > 0 and batch and length) or model.mixture:
         return text, "certain"
-    hours = (4 if lora else 6) * model.parameters * steps * batch * length / (GPU.efficiency * GPU.peak_flops) / 3600
+    hours = (4 if lora else 6) * model.parameters * steps * batch * length / H100 / 3600
     each = " for each device" if config.devices is None and config.global_batch is None else ""
     text += f"; {steps:g} steps take at most {hours:.2g} hours of an H100{each}"
-    return text, f"certain, but the hours, which are at {GPU.efficiency:.0%} of its peak"
+    return text, "certain, but the hours, which are at 35% of its peak"
 
 
 _KINDS = {"attention": "attention", "mlp": "the MLP", "experts": "experts", "unembedding": "the unembedding"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lorabench.errors import UserError
+from lora_advice.errors import UserError
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
 

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.output import heading
-from lorabench.audit.readers import adapter
-from lorabench.errors import UserError
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.output import heading
+from lora_advice.audit.readers import adapter
+from lora_advice.errors import UserError
 
 CONFIG = {
     "peft_type": "LORA",

@@ -5,10 +5,9 @@ import warnings
 from dataclasses import replace
 
 import pytest
-
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.models import facts
-from lorabench.audit.structure import CONVERTED, check_experts, trained_parameters
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.structure import CONVERTED, check_experts, trained_parameters
+from lora_advice.models import facts
 
 pytestmark = pytest.mark.slow
 

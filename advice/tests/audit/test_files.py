@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-
-from lorabench.audit import files
-from lorabench.audit.files import read_paths
-from lorabench.audit.yaml_lines import load, resolve
-from lorabench.errors import UserError
+from lora_advice.audit import files
+from lora_advice.audit.files import read_paths
+from lora_advice.audit.yaml_lines import load, resolve
+from lora_advice.errors import UserError
 
 AXOLOTL = "base_model: org/model-8b\nadapter: lora\nlora_r: 8\nlearning_rate: 0.0002\nmicro_batch_size: 2\n"
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lora_advice.audit.limits import in_limits
+from lora_advice.errors import UserError
 
 from lorabench import api
-from lorabench.audit.limits import in_limits
-from lorabench.errors import UserError
 
 AXOLOTL = (
     "base_model: Qwen/Qwen3-8B\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 0.0002\n"

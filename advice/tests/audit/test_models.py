@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.models import facts, module_kind, public_models
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.models import facts, module_kind, public_models
 
 from ..hub.server import serving
 

@@ -11,10 +11,10 @@ import sys
 import jsonschema
 import pytest
 import yaml
+from lora_advice.audit.output import Report
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
-from lorabench.audit.output import Report
 from lorabench.cli.commands import app
 
 from ..conftest import REPOSITORY
@@ -31,8 +31,8 @@ def schema() -> str:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with one right and one wrong configuration, and one that is not understood; only readers find things."""
-    monkeypatch.setattr("lorabench.audit.checks.RUN_CHECKS", ())
-    monkeypatch.setattr("lorabench.audit.checks.FOLDER_CHECKS", ())
+    monkeypatch.setattr("lora_advice.audit.checks.RUN_CHECKS", ())
+    monkeypatch.setattr("lora_advice.audit.checks.FOLDER_CHECKS", ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yml").write_text(AXOLOTL.replace("2e-4", "0.0002"))
     (tmp_path / "wrong.yml").write_text(AXOLOTL.replace("adapter: qlora", "adapter:"))

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from lorabench.audit.checks import audit
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.files import read_paths
+from lora_advice.audit.checks import audit
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.files import read_paths
 
 CASES = yaml.safe_load(Path(__file__).with_name("real_configs.yaml").read_text(encoding="utf-8"))
 COMMAND_WORDS = {"verl": "{}={}", "trl": "--{} {}", "llamafactory": "--{} {}"}

@@ -7,15 +7,15 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.lr import lr_findings
+from lora_advice.audit.regret import REACH, LrEvidence, Place, pooled_curvature, regret, shipped_evidence
+from lora_advice.models import ModelFacts
+from lora_advice.variants import lr_factor
 
 from benchmarks.audit_regret import evidence as evidence_of
 from lorabench.analysis import pooled_lr
 from lorabench.analysis.pooled_lr import REFERENCE, PooledLr
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.lr import lr_findings
-from lorabench.audit.models import ModelFacts
-from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature, regret, shipped_evidence
-from lorabench.custom.variants import lr_factor
 from lorabench.sources.lr_optima import LrOptimum
 
 MODEL = ModelFacts("m", "llama", 2000, "made up")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import nemo_rl, verl
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.readers import nemo_rl, verl
 
 
 def read_verl(tmp_path: Path, name: str, text: str) -> list[TrainingConfig]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from lorabench.audit.checks import audit
-from lorabench.audit.files import Reading
-from lorabench.audit.output import Report
-from lorabench.audit.readers import axolotl, llamafactory, torchtune
+from lora_advice.audit.checks import audit
+from lora_advice.audit.files import Reading
+from lora_advice.audit.output import Report
+from lora_advice.audit.readers import axolotl, llamafactory, torchtune
 
 AXOLOTL = """
 base_model: org/model-8b

@@ -9,12 +9,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-
-from lorabench.audit.checks import FOLDER_CHECKS, RUN_CHECKS
-from lorabench.audit.config import Knowledge, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.models import facts
-from lorabench.audit.settings import (
+from lora_advice.audit.checks import FOLDER_CHECKS, RUN_CHECKS
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.settings import (
     RATIO,
     RATIO_HIGH,
     RATIO_LOW,
@@ -27,7 +24,7 @@ from lorabench.audit.settings import (
     check_short_run,
     check_variants,
 )
-from lorabench.audit.structure import (
+from lora_advice.audit.structure import (
     adapted,
     check_attention_only,
     check_capacity,
@@ -38,7 +35,9 @@ from lorabench.audit.structure import (
     check_unembedding,
     trained_parameters,
 )
-from lorabench.custom.variants import lr_factor
+from lora_advice.finding import Finding
+from lora_advice.models import facts
+from lora_advice.variants import lr_factor
 
 from ..conftest import REPOSITORY
 

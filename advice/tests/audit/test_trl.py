@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.readers import trl, trl_options
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.shell import UNKNOWN, read_commands
-from lorabench.errors import UserError
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.readers import trl, trl_options
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.readers.shell import UNKNOWN, read_commands
+from lora_advice.errors import UserError
 
 
 def read(tmp_path: Path, name: str, text: str) -> list[TrainingConfig]:

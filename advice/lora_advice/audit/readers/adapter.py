@@ -12,15 +12,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.adapter_config import NAME, AdapterConfig, OtherMethodError, parse_adapter
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked, variant_of
-from lorabench.audit.readers.trl_options import plain_fields, task_of
-from lorabench.audit.yaml_lines import load
-from lorabench.config.fields import FROM_WEIGHTS
-from lorabench.errors import UserError
+from lora_advice.adapter_config import NAME, AdapterConfig, OtherMethodError, parse_adapter
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, checked, variant_of
+from lora_advice.audit.readers.trl_options import plain_fields, task_of
+from lora_advice.audit.yaml_lines import load
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
 
 KEYS = {
     "model": ("base_model_name_or_path",),
@@ -138,7 +137,7 @@ def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
     options = Options(spec)
     task: Task = "rl" if spec.get("task") == "rl" else "sft"
     protocol, method, variant = spec.get("protocol"), options.text("method"), dict[str, Any]()
-    if method in FROM_WEIGHTS:
+    if method in ("pissa", "olora"):
         # They are saved as LoRA of twice the rank.
         variant = {"variant": method, "rank": options.count("rank"), "alpha": options.number("alpha")}
     return variant | {

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.finding import Finding, Level
-from lorabench.audit.readers import options
-from lorabench.audit.readers.options import count, flag, names, number, text, variant_of
-from lorabench.audit.yaml_lines import load
-from lorabench.errors import UserError
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers import options
+from lora_advice.audit.readers.options import count, flag, names, number, text, variant_of
+from lora_advice.audit.yaml_lines import load
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding, Level
 
 _KEYS = {
     "model": "base_model",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorabench.audit.readers import options
-from lorabench.errors import UserError
+from lora_advice.audit.readers import options
+from lora_advice.errors import UserError
 
 _MOST = 200_000
 

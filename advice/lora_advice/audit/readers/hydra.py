@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench.audit.readers.flat import Options, flatten
-from lorabench.audit.readers.shell import Word, known
-from lorabench.audit.yaml_lines import load, resolve
-from lorabench.errors import UserError
+from lora_advice.audit.readers.flat import Options, flatten
+from lora_advice.audit.readers.shell import Word, known
+from lora_advice.audit.yaml_lines import load, resolve
+from lora_advice.errors import UserError
 
 _OVERRIDE = re.compile(r"[+]{0,2}([A-Za-z_][\w@/-]*(?:\.[\w@/-]+)*)=(.*)", re.DOTALL)
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.finding import Finding, Level
-from lorabench.audit.readers import options
-from lorabench.audit.readers.options import count, flag, names, number, text
-from lorabench.audit.readers.shell import Word, is_script, read_commands, read_flags
-from lorabench.audit.yaml_lines import load, resolve
-from lorabench.errors import UserError
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers import options
+from lora_advice.audit.readers.options import count, flag, names, number, text
+from lora_advice.audit.readers.shell import Word, is_script, read_commands, read_flags
+from lora_advice.audit.yaml_lines import load, resolve
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding, Level
 
 _KEYS = {
     "model": "model_name_or_path",

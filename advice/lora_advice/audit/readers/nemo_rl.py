@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lorabench.audit.readers.options import CERTAIN, THE_FILE, checked
-from lorabench.audit.readers.shell import Word, find_file, is_script, read_commands
-from lorabench.errors import UserError
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.readers.hydra import read_overrides, read_yaml, resolved
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, checked
+from lora_advice.audit.readers.shell import Word, find_file, is_script, read_commands
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
 
 _TASKS: dict[str, Task | None] = {
     "grpo": "rl",

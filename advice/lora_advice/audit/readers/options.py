@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.finding import Finding, Level
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.finding import Finding, Level
 
 THE_FILE = "the file alone"
 CERTAIN = "certain"

@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lorabench.audit.finding import Finding
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.yaml_lines import LONGEST
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.yaml_lines import LONGEST
+from lora_advice.finding import Finding
 
 UNKNOWN = "\0"
 """Stands in a word for the part that only the running script knows."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.readers import options
-from lorabench.audit.readers.options import count, flag, names, number, text
-from lorabench.audit.yaml_lines import load, resolve
-from lorabench.errors import UserError
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers import options
+from lora_advice.audit.readers.options import count, flag, names, number, text
+from lora_advice.audit.yaml_lines import load, resolve
+from lora_advice.errors import UserError
 
 _KEYS = {
     "lr": "optimizer.lr",

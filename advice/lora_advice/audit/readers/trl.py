@@ -16,14 +16,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lorabench.audit.config import Method, Task, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.readers import trl_python
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import at as value_at
-from lorabench.audit.readers.options import checked, examples
-from lorabench.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lorabench.audit.readers.trl_options import (
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers import trl_python
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.readers.options import at as value_at
+from lora_advice.audit.readers.options import checked, examples
+from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
+from lora_advice.audit.readers.trl_options import (
     FIELDS,
     MODEL_CONFIG_DEFAULTS,
     lora_fields,
@@ -31,8 +30,9 @@ from lorabench.audit.readers.trl_options import (
     set_defaults,
     task_of,
 )
-from lorabench.audit.yaml_lines import load
-from lorabench.errors import UserError
+from lora_advice.audit.yaml_lines import load
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
 
 _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
 _CLASSES = {

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorabench.audit.config import Task
-from lorabench.audit.readers.flat import Options
+from lora_advice.audit.config import Task
+from lora_advice.audit.readers.flat import Options
 
 DEFAULT_LRS = {
     "SFTConfig": 2e-5,

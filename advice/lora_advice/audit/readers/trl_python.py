@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lorabench.audit.config import Method, TrainingConfig
-from lorabench.audit.finding import Finding
-from lorabench.audit.readers.adapter import KEYS
-from lorabench.audit.readers.flat import Options
-from lorabench.audit.readers.options import checked, variant_of
-from lorabench.audit.readers.trl_options import (
+from lora_advice.audit.config import Method, TrainingConfig
+from lora_advice.audit.readers.adapter import KEYS
+from lora_advice.audit.readers.flat import Options
+from lora_advice.audit.readers.options import checked, variant_of
+from lora_advice.audit.readers.trl_options import (
     DEFAULT_LRS,
     FIELDS,
     LORA_CONFIG_DEFAULTS,
@@ -27,7 +26,8 @@ from lorabench.audit.readers.trl_options import (
     set_defaults,
     task_of,
 )
-from lorabench.errors import UserError
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
 
 CALL = re.compile(
     r"\b(\w*(?:SFT|GRPO|RLOO|DPO|KTO|CPO|ORPO|BCO|TPO|PPO|XPO|PRM|NashMD|Reward)(?:Config|Trainer)"

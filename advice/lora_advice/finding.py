@@ -1,4 +1,4 @@
-"""What `lorabench audit` and `lorabench check` say: findings with a level, a place, a source and how sure it is."""
+"""What the commands `audit` and `check` say: findings with a level, a place, a source and how sure it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Finding:
     """One thing that was found, as `--json` prints it."""
 
     code: str
-    """Which check it is, such as `lr`; docs/audit-codes.md has a heading for each."""
+    """Which check it is, such as `lr`; advice/docs/audit-codes.md has a heading for each."""
     level: Level
     message: str
     """One sentence that names the thing, its value and what would be right."""

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lorabench.errors import UserError
-from lorabench.utils.foreign import Foreign, typed
-from lorabench.utils.patterns import matching
+from lora_advice.errors import UserError
+from lora_advice.foreign import Foreign, typed
+from lora_advice.patterns import matching
 
 NAME = "adapter_config.json"
 _MOST_RANK, _MOST_ALPHA, _LONGEST = 65_536, 1e9, 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lorabench import api
-from lorabench.errors import UserError
-from lorabench.utils.files import write_json
+from lora_advice.audit import audit as audit_paths
+from lora_advice.files import write_text
 
 
 def audit(
@@ -23,7 +21,7 @@ def audit(
         str | None, Option("--format", help="Read the files as this format, such as axolotl, in place of detecting it.")
     ] = None,
     show_all: Annotated[bool, Option("--all", help="Show all notes and all runs, also where there are many.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON, as docs/audit.schema.json describes it.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON; docs/audit.schema.json describes it.")] = False,
     sarif: Annotated[Path | None, Option(help="Write the findings to this file too, as SARIF for code hosts.")] = None,
     completion_tokens: Annotated[
         float | None, Option(min=1, help="Mean number of scored tokens of an example, which no configuration says.")
@@ -38,14 +36,11 @@ def audit(
 
     Exits with status 1 if a finding is an error, and with 2 if a file or folder that was named could not be read.
     """
-    # As root, a device would be replaced.
-    if sarif is not None and os.path.exists(sarif) and not os.path.isfile(sarif):
-        raise UserError(f"--sarif {sarif}: it is not a file; allowed: a file, or a name that is not there yet")
-    report = api.audit(
+    report = audit_paths(
         *paths, file_format=file_format, completion_tokens=completion_tokens, hub=hub, skip_unknown=skip_unknown
     )
     if sarif is not None:
-        write_json(report.sarif(), sarif)
+        write_text(json.dumps(report.sarif(), indent=2) + "\n", sarif)
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal's encoding may lack letters of names
         sys.stdout.reconfigure(errors="backslashreplace")
     if as_json:
