@@ -280,7 +280,7 @@ def record(
         if fields.get(field) is None:
             fields[field] = value
     lines = {field: line for field, names in keys.items() if (line := options.line(names)) is not None}
-    lines = {field: line for field, line in lines.items() if fields.get(field, field) is not None}
+    lines = {field: line for field, line in lines.items() if fields.get(field) is not None}
     steps, method = fields.get("steps") or 0, fields.get("method")
     unused = {*(("epochs",) if steps > 0 else ()), *(LORA_FIELDS if method != "lora" else ())}
     wrong = list[Finding]()
