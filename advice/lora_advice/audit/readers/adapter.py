@@ -15,8 +15,8 @@ from typing import Any
 
 from lora_advice.adapter_config import NAME, OtherMethodError, parse_adapter
 from lora_advice.audit.config import Method, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, flatten, read_yaml, record
-from lora_advice.audit.readers.trl_options import KEYS, PEFT_KEYS, plain_fields, task_of
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, flatten, names_of, read_yaml, record
+from lora_advice.audit.readers.trl_options import plain_fields, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -63,7 +63,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         if others := [name for name in _OTHER_PATTERNS if options.get(name)]:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
             not_read(message, name=others[0])
-    keys = {**PEFT_KEYS, "model": "base_model_name_or_path"}
+    keys = {**names_of("peft"), "model": "base_model_name_or_path"}
     run = _of_record(_beside(path.parent.parent / "record.json", not_read)) or _of_trainer(path.parent, not_read)
     for field, value in run.items():
         options.set(f"run.{field}", value, 1)
@@ -104,7 +104,7 @@ def _of_trainer(folder: Path, not_read: Callable[..., None]) -> dict[str, Any]:
         options.update(Options(_beside(folder / name, not_read)))
     task, _ = task_of(*tags)
     state = Options(_state(folder, not_read))
-    fields = options.fields(KEYS) | plain_fields(options, task)
+    fields = options.fields(names_of("trl")) | plain_fields(options, task)
     fields |= {"task": task, "devices": options.count("num_devices world_size")}
     if steps := state.count("global_step"):
         fields |= {"steps": float(steps), "epochs": state.number("epoch")}
@@ -119,13 +119,15 @@ def _beside(path: Path, not_read: Callable[..., None]) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        not_read(f"{path.name} could not be read: {error}")
-        return {}
-    if not isinstance(data, dict):
-        not_read(f"{path.name} could not be read: it is not a mapping")
-        return {}
-    return data
+        reason = "it has no options: it is not a mapping"
+    except OSError as error:
+        data, reason = None, str(error)
+    except (ValueError, RecursionError) as error:
+        data, reason = None, f"it is not valid JSON: {error}"
+    if isinstance(data, dict):
+        return data
+    not_read(f"{path.name} could not be read: {reason}")
+    return {}
 
 
 def _state(folder: Path, not_read: Callable[..., None]) -> dict[str, Any]:

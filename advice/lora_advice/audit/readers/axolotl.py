@@ -6,34 +6,9 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, read_yaml, record
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
 from lora_advice.finding import Finding
 
-_KEYS = {
-    "model": "base_model",
-    "method": "adapter",
-    "task": "rl",
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler",
-    "warmup": "warmup_steps warmup_ratio",
-    "optimizer": "optimizer",
-    "micro_batch": "micro_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "steps": "max_steps",
-    "epochs": "num_epochs",
-    "max_length": "sequence_len",
-    "packing": "sample_packing",
-    "rank": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "rslora": "peft_use_rslora",
-    "dora": "peft_use_dora",
-    "lr_ratio": "loraplus_lr_ratio",
-    "variant": "peft_init_lora_weights",
-    "targets": "lora_target_modules",
-    "target_parameters": "lora_target_parameters",
-    "saved_modules": "lora_modules_to_save",
-}
 _LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "lora_target_parameters"),
     *("peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "loraplus_lr_ratio"),
@@ -82,7 +57,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             shown,
             "axolotl",
             options,
-            _KEYS | ({"targets": "lora_target_linear"} if options.flag("lora_target_linear") else {}),
+            names_of("axolotl") | ({"targets": "lora_target_linear"} if options.flag("lora_target_linear") else {}),
             findings,
             lora=method == "lora" and continued is None,
             task=_task(options, datasets),

@@ -8,35 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, at, examples, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import Word, is_script, read_commands, read_flags
 from lora_advice.finding import Finding
 
-_KEYS = {
-    "model": "model_name_or_path",
-    "method": "finetuning_type",
-    "task": "stage",
-    "bits": "quantization_bit",
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler_type",
-    "warmup": "warmup_steps warmup_ratio",
-    "optimizer": "optim",
-    "micro_batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "max_length": "cutoff_len",
-    "packing": "packing",
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-    "lr_ratio": "loraplus_lr_ratio",
-    "variant": "pissa_init",
-    "targets": "lora_target",
-    "saved_modules": "additional_target",
-}
 _DEFAULTS = {
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
@@ -47,26 +22,6 @@ _DEFAULTS = {
     "lora_rank": 8,
     "lora_dropout": 0.0,
     "lora_target": "all",
-}
-_KEYS_V1 = {
-    "model": "model",
-    "method": "peft_config.name",
-    "bits": "quant_config.quantization_bit",
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler_config.name",
-    "optimizer": "optim_config.name",
-    "micro_batch": "micro_batch_size",
-    "global_batch": "global_batch_size",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "max_length": "cutoff_len",
-    "rank": "peft_config.r",
-    "alpha": "peft_config.lora_alpha",
-    "dropout": "peft_config.lora_dropout",
-    "rslora": "peft_config.use_rslora",
-    "dora": "peft_config.use_dora",
-    "targets": "peft_config.target_modules",
-    "saved_modules": "peft_config.modules_to_save",
 }
 _DEFAULTS_V1 = {
     "learning_rate": 1e-4,
@@ -153,7 +108,7 @@ def _first(path: Path, shown: str, name: str, options: Options, findings: list[F
         shown,
         "llamafactory",
         options,
-        _KEYS,
+        names_of("llamafactory"),
         findings,
         name=name,
         lora=kind == "lora" and continued is None,
@@ -183,7 +138,7 @@ def _second(path: Path, shown: str, name: str, options: Options, findings: list[
         shown,
         "llamafactory",
         options,
-        _KEYS_V1,
+        names_of("llamafactory_v1"),
         findings,
         name=name,
         lora=kind == "lora" and options.text("peft_config.adapter_name_or_path") is None,

@@ -6,11 +6,13 @@ for one thing: the first that has a value counts.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ _NUMBERS = {
     "dropout": ("dropout", 0, 1, "numbers"),
 }
 """What numbers may be in all frameworks, by the field of a record."""
+
+
+@cache
+def names_of(framework: str) -> dict[str, str]:
+    """Return the names that a framework has for the fields of a record: a column of `names.csv`."""
+    with Path(__file__).with_name("names.csv").open(encoding="utf-8", newline="") as file:
+        return {row["field"]: row[framework] for row in csv.DictReader(file) if row[framework]}
 
 
 def at(data: Any, key: str) -> Any:
@@ -296,7 +305,7 @@ def record(
             allowed = False
         if not allowed:
             message = f"the {noun} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
-            wrong.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=lines.get(field)))
+            wrong.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=options.line(keys[field])))
             fields[field] = None
     return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
 

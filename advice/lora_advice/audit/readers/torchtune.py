@@ -6,35 +6,8 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, examples, read_yaml, record
+from lora_advice.audit.readers.options import Options, examples, names_of, read_yaml, record
 
-_KEYS = {
-    "lr": "optimizer.lr",
-    "schedule": "lr_scheduler._component_",
-    "warmup": "lr_scheduler.num_warmup_steps",
-    "optimizer": "optimizer._component_",
-    "precision": "dtype",
-    "micro_batch": "batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "group_size": "grpo_samples",
-    "global_batch": "ppo_batch_size",
-    "steps": "num_steps",
-    "epochs": "epochs",
-    "max_length": "tokenizer.max_seq_len",
-    "packing": "dataset.packed",
-    "task": "loss._component_",
-}
-# Below the model, which is `model`, or `policy_model` in PPO.
-_MODEL_KEYS = {
-    "model": "_component_",
-    "method": "_component_",
-    "bits": "quantize_base",
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "dora": "use_dora",
-    "targets": "lora_attn_modules",
-}
 _LORA_DEFAULTS = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 """Of all builders of torchtune."""
 
@@ -54,8 +27,9 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     role = next((key for key in ("model", "policy_model") if options.text(f"{key}._component_")), None)
     if role is None or not options.has(f"{training}optimizer"):
         return []
-    keys = {field: f"{training}{name} {name}" for field, name in _KEYS.items()}
-    keys |= {field: f"{role}.{name}" for field, name in _MODEL_KEYS.items()}
+    keys = {field: f"{training}{name} {name}" for field, name in names_of("torchtune").items()}
+    # What is said of the model is below `model`, or `policy_model` in PPO.
+    keys |= {field: f"{role}.{name}" for field, name in names_of("torchtune_model").items()}
     builder = _component(options, keys["model"]) or ""
     loss = _component(options, keys["task"]) or ""
     task: Task = "rl" if "GRPO" in loss or "PPO" in loss else "sft"

@@ -19,9 +19,9 @@ from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, read_yaml, record
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_options import KEYS, plain_fields, set_defaults, task_of
+from lora_advice.audit.readers.trl_options import plain_fields, set_defaults, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
@@ -41,18 +41,8 @@ _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 _TRAINING = (*("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps"),)
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-_LORA = {
-    "rank": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "lora_target_modules",
-    "target_parameters": "lora_target_parameters",
-    "saved_modules": "lora_modules_to_save",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-}
 # Python's command lines take the beginning of an option for it, and other programs have the shorter name of the model.
-_KEYS = {**KEYS, **_LORA, "model": "model_name_or_path model_name", "method": "use_peft"}
+_MODEL = "model_name_or_path model_name"
 _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("num_generations", "reward_funcs", "reward_weights")),
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
@@ -234,7 +224,9 @@ def _config(
         peft = False
     method: Method | None = None if peft is None else "lora" if peft else "fullft"
     findings = []
-    if method == "fullft" and (first := next((option for option in _LORA.values() if option in options), None)):
+    if method == "fullft" and (
+        first := next((option for option in names_of("trl_lora").values() if option in options), None)
+    ):
         level: Level = "warning" if kind == "yaml" else "error"
         message = f"{first} has no effect without use_peft: TRL then trains all weights"
         sure = "certain if the program takes TRL's ModelConfig, as TRL's own do"
@@ -262,7 +254,7 @@ def _config(
         shown,
         "trl",
         options,
-        _KEYS,
+        {**names_of("trl"), **names_of("trl_lora"), "model": _MODEL, "method": "use_peft"},
         findings,
         name=name,
         task=task,

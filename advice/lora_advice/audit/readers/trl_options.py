@@ -28,32 +28,6 @@ _DEFAULTS = {
 """Of all these classes."""
 _DEFAULT_GENERATIONS = {"GRPOConfig": 8, "RLOOConfig": 2}
 
-KEYS = {
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler_type",
-    "warmup": "warmup_steps warmup_ratio",
-    "optimizer": "optim",
-    "micro_batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "group_size": "num_generations",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "max_length": "max_length max_seq_length max_completion_length",
-    "packing": "packing",
-    "precision": "bf16 fp16 dtype torch_dtype",
-}
-PEFT_KEYS = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "target_modules",
-    "target_parameters": "target_parameters",
-    "saved_modules": "modules_to_save",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-    "variant": "init_lora_weights",
-}
-"""LoRA's options by PEFT's names."""
 _TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
     ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lora_advice.audit.config import Method, TrainingConfig
-from lora_advice.audit.readers.options import Options, record
-from lora_advice.audit.readers.trl_options import DEFAULT_LRS, KEYS, PEFT_KEYS, plain_fields, set_defaults, task_of
+from lora_advice.audit.readers.options import Options, names_of, record
+from lora_advice.audit.readers.trl_options import DEFAULT_LRS, plain_fields, set_defaults, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -183,15 +183,16 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         set_defaults(options, re.sub(r"(?<=.)Trainer$", "Config", _name(call)))
     model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
-    keys = KEYS | {field: f"peft.{name}" for field, name in PEFT_KEYS.items()} if lora is not None else KEYS
+    keys = dict(names_of("trl"))
     if lora is not None:
         settings = module.options(lora)
         if _is_lora(lora) and not lora.args and all(keyword.arg for keyword in lora.keywords):
             settings.fill(_LORA_CONFIG_DEFAULTS)
         options.update(settings.below("peft"))
+        keys |= {field: f"peft.{name}" for field, name in names_of("peft").items()}
     if (optimizer := _loraplus(module, trainer)) is not None:
         options.update(module.options(optimizer).below("plus"))
-        keys = {**keys, "lr": "plus.lr", "lr_ratio": "plus.loraplus_lr_ratio"}
+        keys |= {"lr": "plus.lr", "lr_ratio": "plus.loraplus_lr_ratio"}
     return record(
         shown,
         "trl",

@@ -11,41 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, read_yaml, record
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import Word, cut_off, is_script, read_commands, read_overrides
 from lora_advice.finding import Finding
 
-_SFT = {
-    "model": "model.partial_pretrain model.path",
-    "lr": "optim.lr",
-    "schedule": "optim.lr_scheduler optim.lr_scheduler_type optim.lr_decay_style",
-    "optimizer": "optim.optimizer",
-    "global_batch": "data.train_batch_size",
-    "steps": "trainer.total_training_steps",
-    "epochs": "trainer.total_epochs",
-    "max_length": "data.max_length",
-    "rank": "model.lora_rank model.lora.rank",
-    "alpha": "model.lora_alpha model.lora.alpha",
-    "dropout": "model.lora.dropout",
-    "targets": "model.target_modules model.lora.target_modules",
-    "warmup": "optim.lr_warmup_steps optim.lr_warmup_steps_ratio optim.warmup_steps_ratio",
-}
-_OPTIM, _LORA = "actor_rollout_ref.actor.optim", "actor_rollout_ref.model.lora"
-_RL = {
-    "model": "actor_rollout_ref.model.path",
-    "lr": f"{_OPTIM}.lr",
-    "schedule": f"{_OPTIM}.lr_scheduler_type {_OPTIM}.warmup_style {_OPTIM}.lr_decay_style",
-    "optimizer": f"{_OPTIM}.optimizer",
-    "group_size": "actor_rollout_ref.rollout.n",
-    "global_batch": "actor_rollout_ref.actor.ppo_mini_batch_size",
-    "steps": "trainer.total_training_steps",
-    "epochs": "trainer.total_epochs",
-    "rank": f"{_LORA}_rank {_LORA}.rank",
-    "alpha": f"{_LORA}_alpha {_LORA}.alpha",
-    "dropout": f"{_LORA}.dropout",
-    "targets": f"actor_rollout_ref.model.target_modules {_LORA}.target_modules",
-    "warmup": f"{_OPTIM}.lr_warmup_steps {_OPTIM}.lr_warmup_steps_ratio",
-}
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
 _DOTTED = re.compile(r"[+]*[\w@/]+\.[\w.@/]+=")
 _RL_OPTION = re.compile(r"\bactor_rollout_ref\.(actor|model)\.")
@@ -85,7 +54,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
 def _config(
     shown: str, name: str, options: Options, task: Task, findings: list[Finding], words: Sequence[Word] = ()
 ) -> TrainingConfig:
-    keys = _RL if task == "rl" else _SFT
+    keys = names_of(f"verl_{task}")
     ranks = keys["rank"].split()
     # Training may go on from an adapter, which has a rank of its own.
     continued = options.get(ranks[0].replace("lora_rank", "lora_adapter_path")) is not None
