@@ -1,51 +1,93 @@
-"""The learning rates to start from for a model, pooled from known optima (`analysis.pooled_lr`) and measured on it."""
+"""The optimal learning rates (LRs) that are known, and the LR to start from that is pooled from them.
+
+Those of published sources are the table `facts/lr_optima.csv`. Those of your own finished presets are the tables
+`optima.csv` that the suite writes beside its verdicts; together they are one more source.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
+from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
-from pydantic import TypeAdapter
+from lora_advice.errors import UserError
+from lora_advice.models import HUB_ID, ModelFacts
+from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr, Prediction
+from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
+from lora_advice.user_model import shipped_base, shipped_bases
 
-from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.comparison import Judging
-from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.lr_law import PUBLISHED, lineage
-from lorabench.analysis.pooled_lr import Place, PooledLr
-from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import measured_recipe
-from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, model_catalogue
-from lorabench.custom.model import UserModel
-from lorabench.errors import UserError
-from lorabench.models.base import weights_sha256
-from lorabench.runs import lowest
-from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, optima_of_table
-from lorabench.sources.measurements import PROJECT, Z
-from lorabench.store.checks import is_rl
-from lorabench.store.io import table_path, with_all_columns
-from lorabench.store.tables import Tables
-from lorabench.utils.files import LR_OPTIMA
-
-OWN = "your own presets"
-"""The name of the optima that the user's finished presets measured, as one source."""
+OWN, PROJECT = "your own presets", "lorabench"
+"""The names of the optima that the user's presets measured, and of those that this project did."""
 
 PROBABILITY = 0.8
 """The probability that the optimal LR of a further source lies in the recommended interval."""
 
+NAN = math.nan
 # An attribute is outside of the evidence if the nearest value with evidence is further away than this factor.
 _NEAR = 2.0
-# A table's model counts as the same if its number of parameters differs by less than this share.
+# An own model counts as of the same size if its number of parameters differs by less than this share.
 _SAME_SIZE = 0.02
 _MATCHES = {
     "yes": "; LoRA matches",
     "no": "; LoRA does not match",
     "undecided": "; undecided whether LoRA matches",
 }
+
+
+@dataclass(frozen=True)
+class LrOptimum:
+    """One known optimal LR, with its place; NaN where the source does not say."""
+
+    source: str = OWN
+    model: str = ""
+    family: str = ""
+    dataset: str = ""
+    method: str = ""
+    rank: float = NAN
+    width: float = NAN
+    batch_size: float = NAN
+    """Examples per step; in RL, responses per step."""
+    steps: float = NAN
+    alpha: float = NAN
+    rl: bool = False
+    lr: float = NAN
+    error: float = NAN
+    """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
+    counts: bool = False
+    remark: str = ""
+    mean_lr: float = 1.0
+    """The mean LR of a run over its highest."""
+    lr_low: float = NAN
+    """Of own runs: the ends of the 95% interval, the number of the model's parameters, what identifies its weights, and
+    whether LoRA matches full fine-tuning."""
+    lr_high: float = NAN
+    parameters: float = NAN
+    weights: str = ""
+    matches: str = ""
+
+    @property
+    def shift(self) -> float:
+        """What to add to ln LR to state it at ALPHA."""
+        known = self.method == "lora" and math.isfinite(self.alpha)
+        return -ALPHA_EXPONENT * math.log(self.alpha / ALPHA) if known else 0.0
+
+    @property
+    def pooled(self) -> Optimum:
+        """The optimum for pooling, at ALPHA."""
+        unknown = self.method == "lora" and math.isnan(self.alpha)
+        error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
+        return Optimum(self.source, self.model, self.place, math.log(self.lr) + self.shift, error)
+
+    @property
+    def place(self) -> Place:
+        """Where the optimum lies: family, width, method, batch size and steps."""
+        return Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
 
 
 @dataclass(frozen=True)
@@ -76,7 +118,7 @@ class LrSources:
 
 @dataclass(frozen=True)
 class SeenOptimum:
-    """An optimal LR that was measured, by your own runs or in a publication: LoRA on all layers, or FullFT."""
+    """An optimal LR that your own runs measured on a model of this family and size."""
 
     method: str
     rank: int | None
@@ -84,181 +126,151 @@ class SeenOptimum:
     low: float | None
     high: float | None
     where: str
-    """The source, with dataset, batch size and steps where they are known."""
+    """The preset, with dataset, batch size and steps where they are known."""
 
 
-def recommended_lr(
-    optima: Sequence[LrOptimum],
-    family: str,
-    width: int,
-    method: str,
-    batch_size: float,
-    steps: float,
-    rl: bool = False,
-    same: Collection[tuple[str, str]] = (),
-) -> tuple[tuple[float, float, float], LrSources]:
-    """Recommend the LR of a method for a model.
+def read_optima(path: Path) -> list[LrOptimum]:
+    """Read a table of optima.
 
-    Args:
-        optima: all that are known, of both methods and tasks; the user's own come last.
-        family: the transformers model type.
-        width: the hidden size.
-        method: `lora` or `fullft`.
-        batch_size: examples per step; in RL, responses per step.
-        steps: NaN if they are not known.
-        rl: whether the runs are of RL.
-        same: the sources and names of models that are this very model, not one of its family and width alone.
-
-    Returns:
-        The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and the
-        sources that it rests on.
+    Raises:
+        UserError: a row is not valid.
     """
-    chosen = [optimum for optimum in optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
-    place = Place.at(family, width, method, batch_size, steps)
-    named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
-    measured = next((pair for pair in named if pair in same), None)
-    predicted = PooledLr([optimum.pooled for optimum in chosen]).predict(place, PROBABILITY, measured)
-    shares = []
-    for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
-        own = [optimum for optimum in chosen if optimum.source == source]
-        lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
-        widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
-        ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
-        share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
-        shares.append(share)
-    logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
-    lr, low, high, law = (_rounded(math.exp(log)) for log in logs)
-    return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
-
-
-def outside(optima: Sequence[LrOptimum], family: str, width: int, batch_size: float, steps: float) -> list[str]:
-    """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""
-    sentences = []
-    if lineage(family) not in PUBLISHED.exponents:
-        names = " and ".join(name.capitalize() for name in PUBLISHED.exponents)
-        sentences.append(
-            f"The law has no exponent for the family {family!r}: the learning rates rest on the middle of those of "
-            f"{names}, and their intervals are wider for it."
-        )
-    asked = {"width": ("width", width), "batch_size": ("batch size", batch_size), "steps": ("length, in steps,", steps)}
-    for field, (name, value) in asked.items():
-        measured = (getattr(optimum, field) for optimum in optima if optimum.counts and not optimum.rl)
-        known = sorted(other for other in measured if math.isfinite(other / value))
-        nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
-        if max(nearest / value, value / nearest) > _NEAR:
-            sentences.append(
-                f"No source has measured a {name} near {value:,.0f}; the nearest is {nearest:,.0f}, so the learning "
-                "rates are an extrapolation and their intervals may be too narrow."
-            )
-    return sentences
-
-
-def _recorded_as(model: ModelSpec) -> str:
-    """Return how runs record what identifies a model, as JSON; of a model of the hub the beginning, without the commit.
-
-    A preset may name a branch of the hub, and the id says enough.
-    """
-    weights = weights_sha256(model)
-    text = json.dumps(weights, sort_keys=True)
-    return text.partition(": ")[0] if isinstance(model, HubModel) else text if weights else "unknown"
-
-
-def _named_by_project(model: UserModel, optima: Sequence[LrOptimum]) -> Iterator[tuple[str, str]]:
-    """Yield the source and name under which this project's own optima have a model: that of the shipped catalogue."""
-    widths = {optimum.model: optimum.width for optimum in optima if optimum.source == PROJECT}
-    for name in (name for name, width in widths.items() if width == model.sizes.hidden):
-        known = TypeAdapter[ModelSpec](ModelSpec).validate_python(model_catalogue()[name])
-        if isinstance(known, GgufModel):
-            same = isinstance(model.spec, GgufModel) and model.spec.sha256 == known.sha256
-        else:
-            same = _recorded_as(model.spec) == _recorded_as(known)
-        if same:
-            yield PROJECT, name
-
-
-def known_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum], set[tuple[str, str]]]:
-    """Return the published optimal LRs, and those of supervised runs in the tables of finished presets.
-
-    Returns:
-        Those of finished presets for a model of the same family and size, to be shown; all of them, to be pooled; and
-        the sources and names by which they have this very model.
-    """
-    pooled = optima_of_table(pd.read_csv(LR_OPTIMA))
-    same = set(_named_by_project(model, pooled))
-    recorded_as = cache(lambda: _recorded_as(model.spec))
-    recipes = []
-    for folder in sorted(results.glob("*/tables")):
-        if table_path(folder, "runs") is None:
-            continue
-        try:
-            tables = Tables.read(folder)
-            runs = with_all_columns(tables.runs, "runs")
-            runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
-            judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-            groups = runs.groupby(["family", "hidden_size", "base_params", "model_sha256"], dropna=False)
-            recipes += [
-                (folder.parent, rows.iloc[0], recipe)
-                for _, rows in groups
-                for recipe in measured_recipe(rows, tables.curves, judging).recommendations
-            ]
-        except UserError:
-            # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
-            continue
-    seen: list[SeenOptimum] = []
-    for preset, run, recipe in recipes:
-        shared, same_size = recipe.setting, abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
-        is_shown = (run["family"], run["hidden_size"]) == (model.family, model.sizes.hidden) and same_size
-        name = shared["model"] if pd.isna(run["model_sha256"]) else str(run["model_sha256"])
-        if is_same := is_shown and name.startswith(recorded_as()):
-            same.add((OWN, name))
-        where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {shared['dataset']}, "
-        where += f"batch {shared['batch_size']}, {shared['steps']} steps"
-        for method, choice, remark in (("fullft", recipe.fullft, ""), ("lora", recipe.use, _MATCHES[recipe.answer])):
-            lr, low, high = choice.lr_opt, choice.lr_low, choice.lr_high
-            if is_shown:
-                first, last = (None if pd.isna(end) else _rounded(end) for end in (low, high))
-                edge = "" if choice.resolved else "; not resolved"
-                seen.append(SeenOptimum(method, choice.rank, _rounded(lr), first, last, f"{where}{remark}{edge}"))
-            if lr > 0 and low > 0 and math.isfinite(high):
-                pooled.append(
-                    LrOptimum(
-                        source=OWN,
-                        model=name,
-                        family=str(run["family"]),
-                        dataset=shared["dataset"],
-                        method=method,
-                        rank=choice.rank,
-                        width=float(run["hidden_size"]),
-                        batch_size=float(shared["batch_size"]),
-                        steps=math.nan if shared["steps"] is None else float(shared["steps"]),
-                        alpha=ALPHA,
-                        lr=lr,
-                        error=max(LEAST_ERROR, math.log(high / low) / (2 * Z)),
-                        counts=True,
-                        remark="fitted" if choice.resolved else "fitted, not resolved",
-                    )
-                )
-    return seen, pooled, same
-
-
-def published_optima(model: UserModel, rank: int) -> list[SeenOptimum]:
-    """Return published optimal LRs of full fine-tuning, and of LoRA on all layers at the nearest rank."""
-    # Whether the files of a folder are those of the published model is not known.
-    optima, named = [], "" if isinstance(model.spec, HubModel) else " for a model of this name"
-    for dataset in sorted(published_sweeps()["dataset"].unique()):
-        for (source, method), arms in sweep_of(model.name, dataset).groupby(["source", "method"]):
-            grid, grid_rank = arms.sort_values("lr"), None
-            if method == "lora":
-                grid = grid[grid["placement"] == "all"]
-                grid_rank = int(min(grid["rank"], key=lambda other: abs(math.log2(other / rank))))
-                grid = grid[grid["rank"] == grid_rank]
-            best = lowest(dict(zip(grid["lr"], grid["nll"], strict=True))) or math.nan
-            inside = grid["lr"].min() < best < grid["lr"].max()
-            edge = "; at the edge of its grid" if len(grid) > 1 and not inside else ""
-            lr = _rounded(interpolated_optimum(grid) if inside else best)
-            where = f"published{named}, {source}: {dataset}{edge}"
-            optima.append(SeenOptimum(str(method), grid_rank, lr, None, None, where))
+    kinds = {field.name: field.type for field in fields(LrOptimum)}
+    optima = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            known: dict[str, Any] = {}
+            try:
+                for name, text in row.items():
+                    if name in kinds and text:
+                        known[name] = {"float": float, "bool": "True".__eq__}.get(str(kinds[name]), str)(text)
+                optimum = LrOptimum(**known)
+                if optimum.counts and not (optimum.lr > 0 and optimum.error > 0):
+                    raise ValueError("an optimum that counts has an LR and an error above 0")
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path} is not a table of optima: {error}") from error
+            optima.append(optimum)
     return optima
+
+
+class KnownOptima:
+    """The optima that are known for a model: to be pooled, and to be shown."""
+
+    def __init__(self, model: ModelFacts, results: Path) -> None:
+        """Read the published optima, and those of the finished presets in a folder of results.
+
+        Raises:
+            UserError: a table of optima can't be read.
+        """
+        self.model = model
+        published = read_optima(FACTS / "lr_optima.csv")
+        own = {path: read_optima(path) for path in sorted(results.glob("*/tables/optima.csv"))}
+        self.optima = published + [optimum for table in own.values() for optimum in table]
+        identity = cache(lambda: _identity(model.name))
+        known_as = {name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]}
+        self.same = {(PROJECT, name) for name in known_as}
+        """The sources and names by which they have this very model, not one of its family and width alone."""
+        self.seen: list[SeenOptimum] = []
+        for path, table in own.items():
+            for optimum in table:
+                alike = (optimum.family, optimum.width) == (model.family, model.width)
+                if alike and model.parameters and abs(optimum.parameters / model.parameters - 1) < _SAME_SIZE:
+                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity() or "unknown")
+                    self.same |= {(OWN, optimum.model)} if is_same else set()
+                    self.seen.append(_seen(optimum, is_same, path.parents[1]))
+        self._pools: dict[tuple[str, bool], PooledLr] = {}
+
+    def chosen(self, method: str, rl: bool) -> list[LrOptimum]:
+        """Return the optima of a method and a task that count."""
+        return [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
+
+    def predict(
+        self, method: str, batch_size: float, steps: float, rl: bool = False
+    ) -> tuple[Prediction, tuple[str, str] | None, float]:
+        """Predict the optimal LR of a method for the model, with the interval of PROBABILITY for a further source.
+
+        Args:
+            method: `lora`, at ALPHA, or `fullft`.
+            batch_size: examples per step; in RL, responses per step.
+            steps: NaN if they are not known.
+            rl: whether the runs are of RL.
+
+        Returns:
+            The natural logarithm, the source and name of the optima of this very model if there are any, and the
+            natural logarithm of the law's LR.
+        """
+        chosen = self.chosen(method, rl)
+        if (method, rl) not in self._pools:
+            self._pools[method, rl] = PooledLr([optimum.pooled for optimum in chosen])
+        place = Place.at(self.model.family, self.model.width, method, batch_size, steps)
+        named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
+        measured = next((pair for pair in named if pair in self.same), None)
+        return self._pools[method, rl].predict(place, PROBABILITY, measured), measured, place.log_law
+
+    def recommend(
+        self, method: str, batch_size: float, steps: float, rl: bool = False
+    ) -> tuple[tuple[float, float, float], LrSources]:
+        """Return the LR with the ends of its interval, and the sources that it rests on; see `predict`."""
+        predicted, measured, log_law = self.predict(method, batch_size, steps, rl)
+        shares = []
+        for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
+            own = [optimum for optimum in self.chosen(method, rl) if optimum.source == source]
+            lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
+            widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
+            ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
+            share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
+            shares.append(share)
+        lr, low, high, law = (
+            _rounded(math.exp(log)) for log in (predicted.mean, predicted.low, predicted.high, log_law)
+        )
+        return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
+
+    def outside(self, batch_size: float, steps: float) -> list[str]:
+        """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""
+        sentences = []
+        if lineage(self.model.family) not in EXPONENTS:
+            names = " and ".join(name.capitalize() for name in EXPONENTS)
+            sentences.append(
+                f"The law has no exponent for the family {self.model.family!r}: the learning rates rest on the middle "
+                f"of those of {names}, and their intervals are wider for it."
+            )
+        for field, name, value in (
+            ("width", "width", self.model.width),
+            ("batch_size", "batch size", batch_size),
+            ("steps", "length, in steps,", steps),
+        ):
+            measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
+            known = sorted(other for other in measured if math.isfinite(other / value))
+            nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
+            if max(nearest / value, value / nearest) > _NEAR:
+                sentences.append(
+                    f"No source has measured a {name} near {value:,.0f}; the nearest is {nearest:,.0f}, so the "
+                    "learning rates are an extrapolation and their intervals may be too narrow."
+                )
+        return sentences
+
+
+def _identity(name: str) -> str | None:
+    """Return what runs record of a model's weights, as JSON; of a model of the hub the beginning, without the commit."""
+    if base := shipped_base(name):
+        return str(base["weights"])
+    if HUB_ID.fullmatch(name) and not Path(name).is_dir():
+        return json.dumps({name: ""}).partition(": ")[0]
+    digests = {}
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = file_digest(file, "sha256").hexdigest()
+    return json.dumps(digests, sort_keys=True) if digests else None
+
+
+def _seen(optimum: LrOptimum, is_same: bool, preset: Path) -> SeenOptimum:
+    steps = f", {optimum.steps:.0f} steps" if math.isfinite(optimum.steps) else ""
+    where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {optimum.dataset}, "
+    where += f"batch {optimum.batch_size:.0f}{steps}{_MATCHES.get(optimum.matches, '')}"
+    where += "; not resolved" if "not resolved" in optimum.remark else ""
+    low, high = (None if math.isnan(end) else _rounded(end) for end in (optimum.lr_low, optimum.lr_high))
+    rank = None if math.isnan(optimum.rank) else int(optimum.rank)
+    return SeenOptimum(optimum.method, rank, _rounded(optimum.lr), low, high, where)
 
 
 def _rounded(lr: float) -> float:

@@ -1,4 +1,4 @@
-"""Measurements that several sources repeat: the optimal learning rate in a new place, and random-effects summaries.
+"""The optimal learning rate (LR) in a new place, pooled from the optima that several sources have measured.
 
 docs/other-runs.md has the model of optimal LRs. The effects of sources and the deviations of models within a source are
 normal with mean 0; their standard deviations have flat priors and are averaged over a grid, so that a prediction
@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import chdtrc, fdtrc, ndtr, stdtrit
 
-from lorabench.analysis.lr_law import PIVOT, lineage, predict_lr
-from lorabench.analysis.lr_law import PUBLISHED as LAW
+from lora_advice.theory import EXPONENTS, PIVOT, law_lr, lineage
 
 
 class Prior(NamedTuple):
@@ -46,7 +43,7 @@ ALPHA_EXPONENT = -0.75
 
 # The SD of the weak prior of the offset, around 0; those of an attribute's logarithm where a source does not give it.
 _OFFSET = 5.0
-_UNKNOWN, _UNKNOWN_WIDTH = math.log(4), math.log(2)
+UNKNOWN, UNKNOWN_WIDTH = math.log(4), math.log(2)
 # The grid of the standard deviations between and within sources, in ln LR: up to factors of 20 and 3.
 _BETWEEN = np.linspace(0.0, 3.0, 31)
 _WITHIN = np.linspace(0.0, 1.2, 13)
@@ -75,11 +72,10 @@ class Place:
             batch_size: examples per step, or responses per step in RL.
             steps: the number of steps.
         """
-        names = [lineage(family)] if lineage(family) in LAW.exponents else list(LAW.exponents)
-        known = PIVOT if math.isnan(width) else width
-        logs = [math.log(predict_lr(LAW, name, known, method)) for name in names]
+        names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
+        logs = [math.log(law_lr(name, PIVOT if math.isnan(width) else width, method)) for name in names]
         family_error = (max(logs) - min(logs)) / 2
-        width_error = _UNKNOWN_WIDTH * max(LAW.exponents[name] for name in names) if math.isnan(width) else 0.0
+        width_error = UNKNOWN_WIDTH * max(EXPONENTS[name] for name in names) if math.isnan(width) else 0.0
         return cls(sum(logs) / len(logs), math.hypot(family_error, width_error), batch_size, steps)
 
 
@@ -124,26 +120,26 @@ class PooledLr:
         if not (np.isfinite(values).all() and (values[:, 1] > 0).all()):
             raise ValueError("every optimum needs a number and an error above 0")
         self._source = np.array([[optimum.source == name for name in self.sources] for optimum in optima], float)
-        self._design = np.array([_terms(optimum.place) for optimum in optima])
-        self._prior = np.array([_OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
-        self._means = np.array([0.0, *(prior.mean for prior in PRIORS.values())])
+        self.design = np.array([_terms(optimum.place) for optimum in optima])
+        self.prior = np.array([_OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
+        self.means = np.array([0.0, *(prior.mean for prior in PRIORS.values())])
         laws = np.array([optimum.place.log_law for optimum in optima])
-        self._rest = values[:, 0] - laws - self._design @ self._means
+        self.rest = values[:, 0] - laws - self.design @ self.means
         error = values[:, 1] ** 2 + [_unknown_variance(optimum.place) for optimum in optima]
-        common = (self._design * self._prior) @ self._design.T + np.diag(error)
+        common = (self.design * self.prior) @ self.design.T + np.diag(error)
         same = self._source @ self._source.T
         self._models = [(optimum.source, optimum.model) for optimum in optima]
         alike = np.array([[pair == other for other in self._models] for pair in self._models], float)
-        self._grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
-        self._inverses, log_likelihood = [], []
-        for between, within in self._grid:
+        self.grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
+        self.inverses, log_likelihood = [], []
+        for between, within in self.grid:
             covariance = common + between**2 * same + within**2 * alike
             inverse = np.linalg.inv(covariance)
-            self._inverses.append(inverse)
+            self.inverses.append(inverse)
             log_determinant = np.linalg.slogdet(covariance)[1]
-            log_likelihood.append(-0.5 * (log_determinant + self._rest @ inverse @ self._rest))
+            log_likelihood.append(-0.5 * (log_determinant + self.rest @ inverse @ self.rest))
         likelihood = np.exp(np.array(log_likelihood) - max(log_likelihood))
-        self._shares = likelihood / likelihood.sum()
+        self.shares = likelihood / likelihood.sum()
 
     def predict(
         self,
@@ -163,26 +159,30 @@ class PooledLr:
         terms = _terms(place)
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
         at_model = np.array([pair == measured for pair in self._models], float)
-        covariance = self._design @ (self._prior * terms)
-        own = float(terms**2 @ self._prior) + _unknown_variance(place) + error**2
+        covariance = self.design @ (self.prior * terms)
+        own = float(terms**2 @ self.prior) + _unknown_variance(place) + error**2
         means, variances, gains = [], [], []
-        for (between, within), inverse in zip(self._grid, self._inverses, strict=True):
+        for (between, within), inverse in zip(self.grid, self.inverses, strict=True):
             with_optima = covariance + between**2 * at_source + within**2 * at_model
             gain = with_optima @ inverse
-            means.append(float(place.log_law + terms @ self._means + gain @ self._rest))
+            means.append(float(place.log_law + terms @ self.means + gain @ self.rest))
             variances.append(own + between**2 + within**2 - float(gain @ with_optima))
             gains.append(gain)
         centre, spread = np.array(means), np.sqrt(variances)
-        weights = (self._shares @ np.array(gains)) @ self._source
+        weights = (self.shares @ np.array(gains)) @ self._source
 
         def quantile(share: float) -> float:
-            """Return a quantile of the mixture of normal distributions."""
-            ends = float((centre - 12 * spread).min()), float((centre + 12 * spread).max())
-            return float(brentq(lambda at: self._shares @ ndtr((at - centre) / spread) - share, *ends, xtol=1e-12))
+            """Return a quantile of the mixture of normal distributions, by bisection."""
+            low, high = float((centre - 12 * spread).min()), float((centre + 12 * spread).max())
+            while high - low > 1e-12:
+                middle = (low + high) / 2
+                below = [math.erfc(z) / 2 for z in ((centre - middle) / spread / math.sqrt(2)).tolist()]
+                low, high = (middle, high) if float(self.shares @ below) < share else (low, middle)
+            return low
 
         low, high = quantile((1 - probability) / 2), quantile((1 + probability) / 2)
         by_source = dict(zip(self.sources, weights.tolist(), strict=True))
-        return Prediction(float(self._shares @ centre), low, high, by_source)
+        return Prediction(float(self.shares @ centre), low, high, by_source)
 
 
 def _terms(place: Place) -> np.ndarray:
@@ -192,91 +192,6 @@ def _terms(place: Place) -> np.ndarray:
 
 def _unknown_variance(place: Place) -> float:
     unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(place, name))]
-    return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * _UNKNOWN**2 for prior in unknown)
+    return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * UNKNOWN**2 for prior in unknown)
 
 
-@dataclass(frozen=True)
-class RandomEffects:
-    """The summary of the measurements of k sources."""
-
-    mean: float
-    error: float
-    """Standard error of the mean."""
-    low: float
-    """Lower end of the 95% interval of the mean; NaN with one source."""
-    high: float
-    predicted_low: float
-    """Lower end of the 95% prediction interval of a further source; NaN with fewer than three sources."""
-    predicted_high: float
-    between: float
-    """Standard deviation of the true values between sources."""
-    share: float
-    """I squared: the share of the variation that is not the sources' own error, from 0 to 1."""
-    p_alike: float
-    """The probability of so much variation if all sources had one true value (Cochran's Q)."""
-    k: int
-    """The number of sources."""
-
-
-def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
-    """Summarize the measurements of several sources.
-
-    The true value of each source is a draw from a normal distribution around a mean. The variance between sources is
-    estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and Knapp (t, k - 1 degrees
-    of freedom), and the prediction interval (t, k - 2) is where the true value of a further source would lie.
-    statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction interval, and
-    takes long to import.
-
-    Args:
-        values: a value for each source.
-        errors: their standard errors, all above 0.
-
-    Raises:
-        ValueError: there is no source, or an error is not above 0.
-    """
-    value, variance = np.asarray(values, float), np.asarray(errors, float) ** 2
-    k = len(value)
-    if not k or not (np.isfinite(value).all() and (variance > 0).all()):
-        raise ValueError("every source needs a number and an error above 0")
-    if k == 1:
-        nan = math.nan
-        return RandomEffects(float(value[0]), math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
-
-    def weighted(between: float) -> tuple[np.ndarray, float, float]:
-        """Return the weights at a variance between sources, the mean, and the weighted sum of squares around it."""
-        weights = 1 / (variance + between)
-        mean = float((weights * value).sum() / weights.sum())
-        return weights, mean, float((weights * (value - mean) ** 2).sum())
-
-    # The variance between sources is the one for which the weighted sum of squares is its expectation, k - 1. It is at
-    # most that of the values.
-    q, between = weighted(0.0)[2], 0.0
-    if q > k - 1:
-        between = brentq(lambda tried: weighted(tried)[2] - (k - 1), 0.0, float(value.var(ddof=1)) * 1.01, xtol=1e-15)
-    weights, mean, squares = weighted(between)
-    # The interval must not be shorter than without variation between sources: the factor is at least 1.
-    error = math.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
-    half = float(stdtrit(k - 1, 0.975)) * error
-    spread = float(stdtrit(k - 2, 0.975)) * math.sqrt(between + error**2) if k > 2 else math.nan
-    intervals = (mean - half, mean + half, mean - spread, mean + spread)
-    share = max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0
-    return RandomEffects(mean, error, *intervals, math.sqrt(between), share, float(chdtrc(k - 1, q)), k)
-
-
-def p_of_groups(groups: Sequence[RandomEffects]) -> float:
-    """Return the probability that the means of groups of sources lie so far apart by chance (Welch's test).
-
-    The error of a mean of k sources is known by k - 1 degrees of freedom only, and each group has its own variance
-    between sources. statsmodels' `anova_oneway` has the test for single values; a test holds them together. Where the
-    groups are alike it gives p < 0.05 in at most 5% of cases with equal variances, and in up to 8% with standard
-    deviations of 1 to 3 in groups of two to six sources.
-
-    Args:
-        groups: the summaries of two groups or more, of two sources or more each.
-    """
-    means = np.array([group.mean for group in groups])
-    weights = np.array([group.error for group in groups]) ** -2.0
-    k, shares = len(groups), weights / weights.sum()
-    few = float(((1 - shares) ** 2 / (np.array([group.k for group in groups]) - 1)).sum())
-    squares = float((weights * (means - shares @ means) ** 2).sum()) / (k - 1)
-    return float(fdtrc(k - 1, (k**2 - 1) / (3 * few), squares / (1 + 2 * (k - 2) / (k**2 - 1) * few)))

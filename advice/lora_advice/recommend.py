@@ -1,67 +1,38 @@
-"""Settings to start from for a model and its data, each with its source, as a table.
+"""Settings to start from for a model and its data, each with its source, and the conversion of a known learning rate.
 
-The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
-and of your own finished presets (`learning_rates`). What was measured on a model of the same family and size is shown.
+The learning rates (LRs) are pooled from all optima that are known (`optima`). The other settings are those of the paper
+and of its authors' code, which is tinker-cookbook, their library's public repository.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorabench.analysis import lr_ratio
-from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.lr_law import PUBLISHED, lineage
-from lorabench.claims.learning_rate import SHORT_RATIO
-from lorabench.config.fields import VARIANT_NAMES, Placement, Variant
-from lorabench.config.loading import parse_preset
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
-from lorabench.custom.data import UserData
-from lorabench.custom.learning_rates import (
-    PROBABILITY,
-    LrSources,
-    SeenOptimum,
-    SourceShare,
-    known_optima,
-    outside,
-    published_optima,
-    recommended_lr,
-)
-from lorabench.custom.model import UserModel
-from lorabench.custom.preset import (
-    GROUP_SIZE,
-    PROBLEMS_PER_STEP,
-    RL_STEPS,
-    SHORT_STEPS,
-    checked_gpu,
-    recommended_batch,
-    recommended_rank,
-)
-from lorabench.custom.variants import alpha_factor, lr_rule, measured_factor
-from lorabench.errors import UserError
-from lorabench.planning.costs import job_cost
-from lorabench.planning.memory import TooLargeError
-from lorabench.planning.plan import Plan, make_plan
-from lorabench.runs import Job
-from lorabench.sources.lr_optima import LrOptimum
-from lorabench.utils import formats
-from lorabench.utils.formats import print_table
-from lorabench.utils.gpus import GB
+from lora_advice import formats, lr_ratio
+from lora_advice.errors import UserError
+from lora_advice.models import ModelFacts
+from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum
+from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
+from lora_advice.user_model import lora_parameters
+from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
-PAPER = "the paper"
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
-DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
+DEFAULT_RANK, MAX_RANK = 32, 512
+"""The default rank of the authors' library, and the paper's largest."""
+SHORT_STEPS = 100
+"""Steps below which the paper calls a run short."""
+GROUP_SIZE = PROBLEMS_PER_STEP = 16
+RL_STEPS = 50
+"""The number of steps in reinforcement learning where none is given."""
 SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 
-# The data to estimate costs for if the user names none: scored tokens, tokens of an example, characters of the longest.
-_ASSUMED_TOKENS, _ASSUMED_EXAMPLE_TOKENS, _ASSUMED_MAX_CHARS = 1_000_000, 500, 6000
-# Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
-_MICRO_BATCH_TOKENS = 2048
-MOST_GPUS = 1024
-"""The most GPUs that costs are estimated for."""
+_LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
+# The data if the user names none: scored tokens, and tokens of an example.
+_TOKENS, _EXAMPLE_TOKENS = 1_000_000, 500
 
 
 @dataclass(frozen=True)
@@ -77,28 +48,10 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class KnownLr:
-    """A learning rate that is known to be good elsewhere; what is null there is as here."""
-
-    lr: float | None = None
-    """Null for the recommended one of LoRA."""
-    alpha: float | None = None
-    rank: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    to_alpha: float = ALPHA
-    """Alpha here."""
-    to_rank: int | None = None
-    """The rank here; null for that of the known learning rate, or else the recommended one."""
-    variant: Variant = "lora"
-    to_variant: Variant = "lora"
-
-
-@dataclass(frozen=True)
 class Recommendation:
     """The recommended settings for a model and its data; as a dict it is what `--json` prints."""
 
-    model: dict[str, str | int]
+    model: dict[str, str | int | None]
     """The model's name, family, number of parameters and hidden size."""
     settings: dict[str, Setting]
     sources_of_lr: dict[str, LrSources]
@@ -107,276 +60,222 @@ class Recommendation:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LoraRun:
+    """LoRA, or a variant of it, in a setting; fields left as None take the values of the other setting."""
+
+    variant: Variant = "lora"
+    alpha: float | None = None
+    rank: int | None = None
+    steps: float | None = None
+    batch_size: int | None = None
+
+
+def recommended_batch(examples: int) -> int:
+    """Return a batch size: 32, halved down to 4 until an epoch has 100 steps.
+
+    In the paper both methods reach their lowest loss at small batches, and LoRA loses more at large ones.
+    """
+    size = _LARGEST_BATCH
+    while size > _SMALLEST_BATCH and examples // size < SHORT_STEPS:
+        size //= 2
+    return min(size, examples)
+
+
+def recommended_rank(model: ModelFacts, tokens: float | None) -> int:
+    """Return the authors' default rank, or a higher one if the data need it.
+
+    By the documentation of the authors' library, LoRA needs a parameter for each scored token; the smallest power of
+    two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the weights.
+    """
+    share = max(1.0, (tokens or 1.0) / lora_parameters(model, 1))
+    return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.width // 2)
+
+
 def recommend(
-    model: UserModel,
-    completion_tokens: float | None,
-    data: UserData | None,
-    gpu: str,
-    results: Path = Path("results"),
+    model: ModelFacts,
+    tokens: float | None = None,
+    examples: int | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
-    known: KnownLr | None = None,
+    results: Path = Path("results"),
 ) -> Recommendation:
     """Recommend settings for a model.
 
     Args:
-        model: the model.
-        completion_tokens: the number of scored tokens of the training data; None if unknown.
-        data: the examined data; None if only their size, or nothing, is known.
-        gpu: the GPU to estimate costs for, a name of lorabench/utils/gpus.py.
-        results: the folder of finished presets.
+        model: the model, as from `find_model`.
+        tokens: the number of scored tokens of the training data; None if unknown.
+        examples: the number of training examples; None if unknown.
         batch_size: the number of examples per step; None for the recommended one.
         steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
-        known: a learning rate to convert to these settings, also of another variant of LoRA.
+        results: the folder of your own finished presets, whose optimal learning rates count too.
 
     Raises:
-        UserError: the GPU is not known, the batch size is larger than the data, or a learning rate is to be converted
-            and the number of steps is not known.
+        UserError: the batch size is larger than the data, or a table in `results` can't be read.
     """
-    examples = data.usable if data else math.ceil((completion_tokens or _ASSUMED_TOKENS) / _ASSUMED_EXAMPLE_TOKENS)
-    batch = batch_size or recommended_batch(examples)
-    if data and batch > examples:
-        raise UserError(f"batch size {batch} is more than the {examples} training examples")
-    examples = max(examples, batch)
-    length = float(steps or (max(1, examples // batch) if data or completion_tokens else math.nan))
-    chosen_rank = (known.to_rank or known.rank) if known else None
-    hidden, rank = model.sizes.hidden, chosen_rank or recommended_rank(model, completion_tokens)
-    alpha = known.to_alpha if known else ALPHA
-    seen, optima, same = known_optima(model, results)
-    settings, sources_of_lr, rl_settings = {}, {}, {}
-    rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or min(RL_STEPS)
+    if batch_size and examples and batch_size > examples:
+        raise UserError(f"batch size {batch_size} is more than the {examples} training examples")
+    count = examples or math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS)
+    batch = batch_size or recommended_batch(count)
+    length = float(steps or (max(1, count // batch) if examples or tokens else math.nan))
+    rank, known = recommended_rank(model, tokens), KnownOptima(model, results)
+    settings, rl_settings, sources_of_lr = {}, {}, {}
+    rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or RL_STEPS
     for method, title in TITLES.items():
-        (lr, low, high), sources = recommended_lr(optima, model.family, hidden, method, batch, length, same=same)
-        why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval"
-        why += f"; {sources.measured_by} measured this model" if sources.measured_by else ""
-        settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr, why, low, high)
-        sources_of_lr[method] = sources
-        (lr, low, high), sources = recommended_lr(
-            optima, model.family, hidden, method, rl_batch, rl_length, rl=True, same=same
-        )
+        lr, sources_of_lr[method] = known.recommend(method, batch, length)
+        why = f"pooled over {len(sources_of_lr[method].sources)} sources; {PROBABILITY:.0%} interval"
+        measured_by = sources_of_lr[method].measured_by
+        why += f"; {measured_by} measured this model" if measured_by else ""
+        settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr[0], why, *lr[1:])
+        lr, sources = known.recommend(method, rl_batch, rl_length, rl=True)
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
-        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, low, high)
-    settings |= rl_settings
-    if known:
-        log_error = 0.0
-        if known.lr is None:
-            if math.isnan(length):
-                raise UserError("the learning rate of a variant can't be given without a number of steps: give --steps")
-            pooled = settings["lora_lr"]
-            log_error = math.log(pooled.high / pooled.low) / 2 if pooled.low and pooled.high else 0.0
-            known = replace(known, lr=float(pooled.value), alpha=ALPHA, rank=rank)
-        settings["converted_lr"] = _converted(known, optima, same, model, rank, batch, length, log_error)
-    settings["rank"] = Setting("LoRA rank", rank, "your choice" if chosen_rank else DOCS)
-    settings["lora_parameters"] = Setting("LoRA parameters", model.lora_parameters(rank), "counted")
-    why = f"{PAPER}: attention alone is worse"
+        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr[0], why, *lr[1:])
+    why = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
+    settings |= rl_settings | {"rank": Setting("LoRA rank", rank, why)}
+    settings["lora_parameters"] = Setting("LoRA parameters", lora_parameters(model, rank), "counted")
+    why = "the paper: attention alone is worse"
     settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
-    settings["alpha"] = Setting("alpha, at every rank", alpha, PAPER if alpha == ALPHA else "your choice")
-    settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", PAPER)
-    why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
+    settings["alpha"] = Setting("alpha, at every rank", ALPHA, "the paper")
+    settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", "the paper")
+    why = "your choice" if batch_size else "the paper: both methods do best at small batches, LoRA above all"
     settings["batch_size"] = Setting("batch size", batch, why)
-    costs, too_large = _costs(model, data, completion_tokens, examples, batch, checked_gpu(gpu))
     notes = [
-        *outside(optima, model.family, hidden, batch, length),
+        *known.outside(batch, length),
         f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
-        *too_large,
-        *_notes(model, rank, length, completion_tokens),
-        "`lorabench init` writes a preset that measures these settings on your own data.",
+        *_notes(model, rank, length, tokens),
+        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says what "
+        "it costs.",
     ]
-    about: dict[str, str | int] = {"name": model.name, "family": model.family, "parameters": model.parameters}
-    about["hidden_size"] = hidden
-    shown = (*seen, *published_optima(model, rank))
-    return Recommendation(about, settings | costs, sources_of_lr, shown, tuple(notes))
+    about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
+    return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
 
 
-def _converted(
-    known: KnownLr,
-    optima: Sequence[LrOptimum],
-    same: Collection[tuple[str, str]],
-    model: UserModel,
-    rank: int,
-    batch: int,
-    steps: float,
-    log_error: float = 0.0,
+def convert(
+    model: ModelFacts,
+    lr: float | None,
+    here: LoraRun,
+    there: LoraRun,
+    tokens: float | None = None,
+    results: Path = Path("results"),
 ) -> Setting:
-    """Convert a known LR to other settings and another variant.
+    """Convert an optimal LR of LoRA to other settings and another variant.
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-    `rank` is the rank to convert to, and `log_error` half the interval of the logarithm of the known LR.
-    """
-    assert known.lr
-    if math.isnan(steps):
-        raise UserError(f"the learning rate {known.lr:g} can't be converted without a number of steps: give --steps")
-    hidden = model.sizes.hidden
-    from_alpha, from_rank = known.alpha or known.to_alpha, known.rank or rank
-    here = lr_ratio.Setting(hidden, known.steps or steps, known.batch_size or batch, from_alpha, rank=from_rank)
-    there = lr_ratio.Setting(hidden, steps, batch, known.to_alpha, rank=rank)
-    before, after = (
-        recommended_lr(optima, model.family, hidden, "fullft", place.batch_size, place.steps, same=same)[0][0]
-        for place in (here, there)
-    )
-    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
-    assert movement
-    variants = ((known.variant, here), (known.to_variant, there))
-    as_lora = [replace(place, alpha=place.alpha * alpha_factor(variant, place.rank)) for variant, place in variants]
-    factor, to_factor = (measured_factor(variant, place.rank) for variant, place in variants)
-    lora_lr = lr_ratio.converted_lr(known.lr / factor.value, as_lora[0], as_lora[1], movement, after / before)
-    lr = lora_lr * to_factor.value
-    # Between settings of one variant its factor cancels.
-    factors = [0.0] if known.variant == known.to_variant else [factor.log_error, to_factor.log_error]
-    error = math.hypot(log_error, *factors)
-    ends = [float(f"{lr * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
-    stated = [
-        f"{VARIANT_NAMES[variant]} at alpha {place.alpha:g}, rank {place.rank:g}, {place.steps:g} steps of "
-        f"{place.batch_size:g} examples"
-        for variant, place in variants
-    ]
-    why = f"by the theory `movement` (docs/lr-ratio.md) from {known.lr:g} of {stated[0]} to {stated[1]}"
-    rules = [lr_rule(variant) for variant in dict.fromkeys((known.variant, known.to_variant)) if variant != "lora"]
-    name = VARIANT_NAMES[known.to_variant]
-    return Setting(f"{name} learning rate, converted", float(f"{lr:.2g}"), "; ".join([why, *rules]), *ends)
-
-
-def cost_plan(
-    model: UserModel,
-    gpu: str,
-    rank: int,
-    placement: Placement,
-    examples: int,
-    batch: int,
-    mean_tokens: float = _ASSUMED_EXAMPLE_TOKENS,
-    max_chars: int = _ASSUMED_MAX_CHARS,
-) -> Plan:
-    """Return the plan of one run of each method for an epoch on a GPU, from which costs can be estimated.
-
-    Activations are recomputed where a method then needs fewer GPUs.
 
     Args:
-        examples: the number of training examples.
-        batch: the number of examples per step.
-        mean_tokens: tokens of an example, on average.
-        max_chars: characters of the longest example.
+        model: the model, as from `find_model`.
+        lr: the LR that is known to be good; None for the recommended one of LoRA at alpha 32.
+        here: the run that it is from; what is None is as there.
+        there: the run to convert it to, whose length is needed.
+        tokens: the scored tokens of the data, by which rank and batch size are recommended where none is given.
+        results: see `recommend`.
+
+    Raises:
+        UserError: the number of steps is not known, or a table in `results` can't be read.
     """
-    # The estimate reads no data, so a dataset of the hub can stand for any other.
-    dataset = {"kind": "hub", "id": "own/data", "train": examples, "validation": 1, "test": 1}
-    dataset |= {"max_chars": max(32, max_chars), "mean_tokens": max(1, round(mean_tokens))}
-    block = {"models": ["m"], "datasets": ["d"], "ranks": {placement: [rank]}, "batch_sizes": [batch], "seeds": 1}
-    execution = {"gpu": gpu, "max_gpus": MOST_GPUS, "max_batch_tokens": _MICRO_BATCH_TOKENS}
-    raw = {
-        "description": "costs of a recommendation",
-        "models": {"m": model.spec.model_dump()},
-        "datasets": {"d": dataset},
-        "protocol": {"precision": "bf16"},
-        "experiments": {"rank": [block | {"lrs": {"fullft": [1e-4], "lora": [1e-3]}}]},
-        "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": execution | {"activation_checkpointing": "auto"},
-    }
-    return make_plan(parse_preset(raw, Path("recommendation")))
+    if not there.steps:
+        raise UserError("a learning rate can't be converted without a number of steps: give --steps")
+    batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
+    alpha, rank = there.alpha or ALPHA, there.rank or here.rank or recommended_rank(model, tokens)
+    there = replace(there, alpha=alpha, rank=rank, batch_size=batch)
+    known, log_error = KnownOptima(model, results), 0.0
+    if lr is None:
+        (lr, low, high), _ = known.recommend("lora", batch, there.steps)
+        here, log_error = LoraRun(alpha=ALPHA), math.log(high / low) / 2
+    here = replace(
+        here,
+        alpha=here.alpha or alpha,
+        rank=here.rank or rank,
+        steps=here.steps or there.steps,
+        batch_size=here.batch_size or batch,
+    )
+    fullft, as_lora, factors = [], [], []
+    for run in (here, there):
+        assert run.alpha and run.rank and run.steps and run.batch_size
+        predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
+        fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
+        alpha = run.alpha * alpha_factor(run.variant, run.rank)
+        as_lora.append(lr_ratio.Setting(model.width, run.steps, run.batch_size, alpha, rank=run.rank))
+        factors.append(measured_factor(run.variant, run.rank))
+    converted = lr_ratio.converted_lr(lr / factors[0].value, *as_lora, fullft[1] / fullft[0]) * factors[1].value
+    # Between settings of one variant its factor cancels.
+    error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
+    ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
+    stated = [
+        f"{VARIANT_NAMES[run.variant]} at alpha {run.alpha:g}, rank {run.rank:g}, {run.steps:g} steps of "
+        f"{run.batch_size:g} examples"
+        for run in (here, there)
+    ]
+    rules = [lr_rule(variant) for variant in dict.fromkeys((here.variant, there.variant)) if variant != "lora"]
+    why = "; ".join([f"by the theory `movement` from {lr:g} of {stated[0]} to {stated[1]}", *rules])
+    return Setting(f"{VARIANT_NAMES[there.variant]} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
 
 
-def _costs(
-    model: UserModel, data: UserData | None, completion_tokens: float | None, examples: int, batch: int, gpu: str
-) -> tuple[dict[str, Setting], list[str]]:
-    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
-
-    Returns:
-        Memory and GPU-hours as settings, and a sentence for each method that fits on no number of GPUs.
-    """
-    mean = data.mean_tokens if data else (completion_tokens or _ASSUMED_TOKENS) / examples
-    longest = data.max_chars if data else _ASSUMED_MAX_CHARS
-    plan = cost_plan(model, gpu, recommended_rank(model, completion_tokens), "all", examples, batch, mean, longest)
-    amount = "an epoch" if data or completion_tokens else "a million tokens"
-    settings, too_large = {}, []
-    for method, title in TITLES.items():
-        size = f"{title}, GB on each GPU"
-        try:
-            cost = job_cost(plan, Job(tuple(sweep for sweep in plan.sweeps if sweep.condition.method == method)))
-        except TooLargeError as large:
-            source = f"estimated for up to {MOST_GPUS:,} x {gpu}"
-            settings[f"{method}_gigabytes"] = Setting(size, "does not fit", source)
-            more = "only still more GPUs would do"
-            if large.undivided > large.available:
-                more = (
-                    f"more GPUs don't help, since {large.undivided / GB:.0f} GB are not divided among them: "
-                    "activations, logits and whole layers"
-                )
-            too_large.append(
-                f"{title} does not fit on {gpu}, which has {large.available / GB:.0f} GB to give: each of "
-                f"{MOST_GPUS:,} GPUs would need {large.needed / GB:.0f} GB; {more}. "
-                "The other settings hold all the same."
-            )
-        else:
-            source, hours = f"estimated for {cost.gpus} x {gpu}", float(f"{cost.gpu_hours:.2g}")
-            settings[f"{method}_gigabytes"] = Setting(size, round(cost.memory / GB, 2), source)
-            settings[f"{method}_gpu_hours"] = Setting(f"{title}, GPU-hours of {amount}", hours, source)
-    return settings, too_large
-
-
-def _notes(model: UserModel, rank: int, steps: float, completion_tokens: float | None) -> list[str]:
+def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> list[str]:
     """Return sentences about short runs, narrow models, and the capacity of LoRA for the data."""
-    notes, hidden = [], model.sizes.hidden
+    notes = []
     if steps < SHORT_STEPS:
         notes.append(
             f"The run has {steps:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
             f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
-    if hidden < SMALLEST_WIDTH and lineage(model.family) in PUBLISHED.exponents:
-        notes.append(f"Width {hidden} is below the widths that the law was shown for: its form is an extrapolation.")
-    if completion_tokens is not None:
-        parameters = model.lora_parameters(rank)
-        if parameters < completion_tokens:
+    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
+        notes.append(
+            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
+        )
+    if tokens is not None:
+        parameters = lora_parameters(model, rank)
+        if parameters < tokens:
             notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and a higher "
-                "rank is not recommended here: LoRA may run out of capacity; compare with full fine-tuning."
+                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
+                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
             )
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
-            f"About {formats.amount(completion_tokens, 'bit')} in the data at one bit per token (the cost of "
-            f"memorizing them; generalizing takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at "
-            "two bits per parameter."
+            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; generalizing "
+            f"takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
         )
     return notes
 
 
 def recommendation_table(recommendation: Recommendation) -> None:
-    """Print the settings with their sources, the optimal LRs of published and of your own runs, and the notes."""
+    """Print the settings with their sources, the optimal LRs of your own runs, and the notes."""
     rows: list[Sequence[str]] = []
     for name, setting in recommendation.settings.items():
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
-        if name.endswith("_lr"):
-            value = formats.lr(setting.value)
-            value += "" if setting.low is None else f" ({_interval(setting.low, setting.high, 2)})"
-        rows.append((setting.what, value, setting.source))
-    print_table(("setting", "value", "source"), rows)
-
-    by_source: dict[str, dict[str, SourceShare]] = {}
-    for method, lr_sources in recommendation.sources_of_lr.items():
-        for share in lr_sources.sources:
-            by_source.setdefault(share.source, {})[method] = share
+        rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
+    formats.print_table(("setting", "value", "source"), rows)
+    shares = {method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()}
+    everyone = {share.source: share for lr in recommendation.sources_of_lr.values() for share in lr.sources}
+    weights = {name: sum(own[name].weight for own in shares.values() if name in own) for name in everyone}
     rows = []
-    for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
-        row = [source, next(iter(shares.values())).widths]
+    for source in sorted(everyone, key=lambda name: -weights[name]):
+        row = [source, everyone[source].widths]
         for method in TITLES:
-            if method in shares:
-                low, high, weight = shares[method].low, shares[method].high, shares[method].weight
-                row += [formats.lr(low, 2) if low == high else _interval(low, high, 2), f"{round(weight, 2) + 0.0:.0%}"]
-            else:
-                row += [formats.DASH, formats.DASH]
+            share = shares[method].get(source)
+            row += [_interval(share.low, share.high, 2), f"{share.weight:.0%}"] if share else [formats.DASH] * 2
         rows.append(row)
-    laws = {method: formats.lr(lr_sources.law) for method, lr_sources in recommendation.sources_of_lr.items()}
-    rows.append(["the law alone", "", laws["lora"], "", laws["fullft"], ""])
-    print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
-
+    laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
+    rows.append(["the law alone", "", laws[0], "", laws[1], ""])
+    formats.print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
     if recommendation.seen:
         rows = []
         for seen in recommendation.seen:
             arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
             interval = "" if seen.low is None or seen.high is None else _interval(seen.low, seen.high)
             rows.append((arm, formats.lr(seen.lr), interval, seen.where))
-        print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
+        formats.print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
     for note in recommendation.notes:
         print(f"- {note}")
 
 
-def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    return f"{formats.lr(low, digits)} to {formats.lr(high, digits)}"
+def lr_text(lr: Setting) -> str:
+    """Return a learning rate with its interval, if it has one."""
+    assert not isinstance(lr.value, str)
+    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high, 2)})")
+
+
+def _interval(low: float, high: float, digits: int = 3) -> str:
+    ends = (formats.lr(low, digits), formats.lr(high, digits))
+    return " to ".join(ends) if low != high else ends[0]
