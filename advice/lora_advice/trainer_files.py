@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Any
 
 import jinja2
-import pyarrow as pa
-import pyarrow.parquet as pq
+import yaml
 
-from lorabench.config.inputs import FileProblems, GgufModel, PathModel
-from lorabench.custom.data import UserData, UserProblems
-from lorabench.custom.model import UserModel
-from lorabench.custom.preset import GROUP_SIZE, PROBLEMS_PER_STEP, RL_STEPS, splits, yaml_text
-from lorabench.custom.recommend import Recommendation
-from lorabench.data.chat import Messages, is_text
-from lorabench.data.files import file_chats
-from lorabench.data.grading import ANY_NUMBER
-from lorabench.data.problems import make_problems
-from lorabench.errors import UserError
-from lorabench.models.base import model_location
-from lorabench.models.specs import read_config, template_text
-from lorabench.utils import formats
-from lorabench.utils.files import atomic_path, write_json
+from lora_advice import formats
+from lora_advice.data import Messages, UserData, examples
+from lora_advice.errors import UserError
+from lora_advice.files import write_text
+from lora_advice.models import ModelFacts
+from lora_advice.recommend import GROUP_SIZE, PROBLEMS_PER_STEP, RL_STEPS, Recommendation
+from lora_advice.user_model import shipped_base
 
-_COMMANDS = {
+TRAINERS = {
     "trl": ("trl.yaml", "trl sft --config"),
     "axolotl": ("axolotl.yaml", "axolotl train"),
     "llamafactory": ("llamafactory.yaml", "llamafactory-cli train"),
@@ -43,9 +37,12 @@ _COMMANDS = {
 }
 """For each trainer the name of its configuration, and the command that starts it."""
 
-_MICRO_BATCH, _MAX_TOKENS, _HELD_OUT = 4, 4096, 0.1
+RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
+"""The longest response in tokens by grader: a few steps up to the last number, or a solution up to its \\boxed{}."""
+
+_TEMPLATES = Path(__file__).with_name("trainers")
+_MICRO_BATCH, _MAX_TOKENS, _HELD_OUT, _MOST_HELD_OUT = 4, 4096, 0.2, 1500
 _COMMENTS_FROM = 44
-_DATA, _TEMPLATE = "train.jsonl", "chat_template.jinja"
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """The stacks of experts as transformers 5 names them, which are no linear layers."""
 _TORCHTUNE = {
@@ -60,41 +57,43 @@ _TORCHTUNE = {
     ("qwen3", 5120, 40): ("qwen3_14b", "QWEN3"),
 }
 """torchtune's builder and type of checkpoint of a model, by family, hidden size and number of layers."""
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+# The minus in `10-3` is an operator, not a sign.
+_ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
+_BOX = r"\boxed{"
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The training data as a trainer finds them."""
+class Choices:
+    """What the user chose for a folder."""
 
-    place: str
-    """A file of JSON lines, or the id of a dataset on the hub."""
-    local: bool
-    form: Literal["messages", "conversations", "pair", "text"]
-    """The columns; a `pair` has the turns up to the last one in `prompt`, and the last one in `completion`."""
+    lr: float | None = None
+    """None for the recommended learning rate."""
+    rank: int | None = None
+    alpha: float | None = None
+    steps: int | None = None
+    """None for an epoch, or in RL for the usual number."""
+    full: bool = False
+    """Whether all weights are trained, in place of LoRA."""
+    grader: str | None = None
+    """How responses to problems are graded, in RL: a key of RESPONSE_TOKENS."""
+    columns: str | None = None
+    """The column of the turns of a dataset on the hub, `messages` or `conversations`."""
 
 
-def write_config(
-    trainer: str,
-    folder: Path,
-    model: UserModel,
-    recommendation: Recommendation,
-    data: UserData | UserProblems | None,
-    template: str | None,
-    full: bool,
-    steps: int | None = None,
+def write_folder(
+    trainer: str, folder: Path, model: ModelFacts, recommendation: Recommendation, data: UserData | str, choices: Choices
 ) -> str:
     """Write a new folder with a trainer's configuration, and the data in a form that it reads.
 
     Args:
-        trainer: trl, axolotl, llamafactory, torchtune or verl.
+        trainer: a key of TRAINERS.
         folder: the folder to write.
-        model: the model.
+        model: the model, of a folder or the hub.
         recommendation: the settings.
-        data: the examined examples, or problems for verl; without examples the configuration names a file that the
-            user has to write.
-        template: the `chat_template` that the model needs, as `examine` returns it.
-        full: whether all weights are trained, in place of LoRA.
-        steps: the number of steps that the user asked for; None for an epoch, or in RL for the usual number.
+        data: examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
+            configuration names a file that the user has to write.
+        choices: what differs from the recommendation.
 
     Returns:
         The command that starts the training.
@@ -102,66 +101,104 @@ def write_config(
     Raises:
         UserError: the folder exists, or the trainer does not support the model or the data.
     """
-    if trainer not in _COMMANDS:
-        raise UserError(f"trainer {trainer!r}: allowed: {', '.join(_COMMANDS)}")
-    if os.path.exists(folder):
+    if trainer not in TRAINERS:
+        raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
+    if folder.exists():
         raise UserError(f"{folder} exists; --out names another folder")
-    problems = data if isinstance(data, UserProblems) else None
-    if (trainer == "verl") != (problems is not None):
-        raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
-    _check_model(trainer, model, template, full)
-    rows = _rows(trainer, folder, None if isinstance(data, UserProblems) else data, template)
-    values = _values(model, recommendation, full, rl=problems is not None) | {"folder": str(folder), "steps": steps}
+    template = _lacks_template(model)
+    _check(trainer, model, template, data, choices)
+    form, local = _form(trainer, data, template), isinstance(data, UserData) or not data
+    form = form if local else choices.columns or "messages"
+    values = _values(model, recommendation, choices)
+    values |= {"folder": str(folder), "out": str(folder / "out"), "form": form, "local": local}
+    values["data"] = str(folder / "train.jsonl") if local else data
     if trainer == "torchtune":
         values |= _torchtune_model(model)
-    if problems is not None:
-        values |= {"problems": PROBLEMS_PER_STEP, "group": GROUP_SIZE, "response": problems.max_new_tokens}
-        values |= {"grader": problems.source["grader"], "steps": steps or min(RL_STEPS)}
-        _write_problems(problems, folder)
-    if isinstance(data, UserData) and rows.local:
-        with atomic_path(folder / _DATA) as partial, partial.open("w", encoding="utf-8") as file:
-            for chat in file_chats(Path(data.source["path"]), data.source["format"], data.max_chars)[0]:
-                file.write(json.dumps(_row(chat.messages, rows.form)) + "\n")
-    if template is not None and rows.form != "text":
-        values["template"] = str(folder / _TEMPLATE)
-        _write(folder / _TEMPLATE, _marked(template_text(template)))
+    if isinstance(data, UserData) and choices.grader:
+        for name, problems in _problems(data, choices.grader).items():
+            write_text("".join(json.dumps(problem) + "\n" for problem in problems), folder / f"{name}.jsonl")
+        if choices.grader == "number":
+            write_text(_rendered("verl_reward.py", {"number": repr(_ANY_NUMBER)}), folder / "reward.py")
+    elif isinstance(data, UserData):
+        rows = (json.dumps(_row(messages, form)) + "\n" for messages in examples(data.path, data.form))
+        write_text("".join(rows), folder / "train.jsonl")
+    if template and form != "text":
+        folder.mkdir(parents=True, exist_ok=True)
+        values["template"] = str(folder / "chat_template.jinja")
+        shutil.copyfile(_TEMPLATES / "chat_template.jinja", values["template"])
     if trainer == "llamafactory":
-        write_json({"train": _llamafactory_dataset(rows)}, folder / "dataset_info.json")
-    values |= {"data": rows.place, "local": rows.local, "form": rows.form, "out": str(folder / "out")}
-    name, command = _COMMANDS[trainer]
-    command = f"{command.format('full' if full else 'lora')} {shlex.quote(str(folder / name))}"
-    title = (
-        f"Written by `lorabench recommend --for {trainer}`: {'full fine-tuning' if full else 'LoRA'} of {model.name}."
-    )
+        info = {"train": _llamafactory_dataset(form, None if local else str(data))}
+        write_text(json.dumps(info, indent=2) + "\n", folder / "dataset_info.json")
+    name, command = TRAINERS[trainer]
+    command = f"{command.format('full' if choices.full else 'lora')} {shlex.quote(str(folder / name))}"
+    method = "full fine-tuning" if choices.full else "LoRA"
+    title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
     # A comment must not leave its line.
     heading = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
     lines = [_aligned(line) for line in _rendered(name, values).splitlines()]
-    _write(folder / name, "\n".join([*heading, *lines]) + "\n")
+    write_text("\n".join([*heading, *lines]) + "\n", folder / name)
     return command
 
 
-def _check_model(trainer: str, model: UserModel, template: str | None, full: bool) -> None:
-    if isinstance(model.spec, GgufModel):
-        raise UserError(f"{model.name} is a GGUF file; trainers need safetensors: `lorabench step convert` makes them")
-    if model.sizes.experts and not full and trainer in ("llamafactory", "verl"):
+def _lacks_template(model: ModelFacts) -> bool:
+    """Return whether a model's folder has a tokenizer without a chat template; of the hub's models it is not known."""
+    folder = Path(model.name)
+    if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
+        return False
+    return '"chat_template"' not in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
+def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str, choices: Choices) -> None:
+    """Raise a UserError if a trainer does not support a model, its data or a choice."""
+    if shipped_base(model.name):
+        raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
+    if (trainer == "verl") != (choices.grader is not None and isinstance(data, UserData)):
+        raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
+    if choices.grader and choices.grader not in RESPONSE_TOKENS:
+        raise UserError(f"grader {choices.grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
+    if choices.lr is None and (choices.rank or choices.alpha):
+        raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
+    if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
         raise UserError(
             f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: --full trains them, and in SFT "
-            "--for trl and --for axolotl reach them"
+            "trl and axolotl reach them"
         )
-    if template is not None and trainer == "verl":
+    if template and trainer == "verl":
         raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
+
+
+def _form(trainer: str, data: UserData | str, template: bool) -> str:
+    """Return the columns of local data; a `pair` has the last turn in `completion`, and those before it in `prompt`."""
+    if isinstance(data, UserData) and data.form == "text":
+        return "text"
+    # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
+    pair = trainer == "trl" and isinstance(data, UserData) and data.one_answer and not template
+    return "pair" if pair else "messages"
+
+
+def _row(messages: Messages, form: str) -> dict[str, Any]:
+    if form == "text":
+        return {"text": messages[0]["content"]}
+    return {"prompt": messages[:-1], "completion": messages[-1:]} if form == "pair" else {"messages": messages}
 
 
 def _rendered(name: str, values: dict[str, Any]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("trainers")),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"yaml": yaml_text, "shell": shlex.quote}
+    environment.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
     return environment.get_template(f"{name}.j2").render(values)
+
+
+def _yaml_text(value: object) -> str:
+    """Return a value as YAML of one line: a plain word without quotes, any other text in quotes."""
+    style = '"' if isinstance(value, str) and not re.fullmatch(r"[A-Za-z][\w./-]*", value) else None
+    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=math.inf, sort_keys=False)
+    return str(text).removesuffix("...\n").strip()
 
 
 def _aligned(line: str) -> str:
@@ -170,28 +207,22 @@ def _aligned(line: str) -> str:
     return f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _values(model: UserModel, recommendation: Recommendation, full: bool, rl: bool) -> dict[str, Any]:
+def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices) -> dict[str, Any]:
     """Return what templates are filled with that is the same for every trainer, with the reasons."""
-    settings, sizes = recommendation.settings, model.sizes
-    recommended = settings[f"{'rl_' if rl else ''}{'fullft' if full else 'lora'}_lr"]
-    lr = settings.get("converted_lr", recommended)
-    rank, batch = (int(settings[name].value) for name in ("rank", "batch_size"))
-    micro = math.gcd(batch, _MICRO_BATCH)
+    settings, rl = recommendation.settings, choices.grader is not None
+    lr = settings[f"{'rl_' if rl else ''}{'fullft' if choices.full else 'lora'}_lr"]
+    batch, rank = int(settings["batch_size"].value), choices.rank or int(settings["rank"].value)
+    micro, own = math.gcd(batch, _MICRO_BATCH), "your choice"
     why = {
-        "lr": f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}" if lr.low else lr.source,
+        "lr": own if choices.lr else f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
         "schedule": settings["schedule"].source,
         "ours": "as in the runs of this project; the paper says nothing of it",
         "micro_batch": "examples at once on a GPU: raise it, and lower the next, where memory allows",
         "accumulation": f"{batch} examples a step on one GPU; divide it by their number",
         "checkpointing": "less memory for a third more time",
         "seed": "of the order of the examples and of LoRA's A",
-        "rank": settings["rank"].source,
-        "alpha": f"{settings['alpha'].source}; at every rank",
+        "rank": own if choices.rank else settings["rank"].source,
+        "alpha": f"{own if choices.alpha else settings['alpha'].source}; at every rank",
         "placement": settings["placement"].source,
         "length": "tokens; what is longer is cut",
         "bf16": "autocast; the weights that are trained are in fp32, since bf16 would lose small updates",
@@ -200,69 +231,44 @@ def _values(model: UserModel, recommendation: Recommendation, full: bool, rl: bo
     }
     return {
         "why": why,
-        "model": model_location(model.spec),
-        "full": full,
-        "lr": lr.value,
+        "model": model.name,
+        "full": choices.full,
+        "lr": choices.lr or lr.value,
         "rank": rank,
-        "alpha": f"{settings['alpha'].value:g}",
+        "alpha": f"{choices.alpha or settings['alpha'].value:g}",
+        "steps": choices.steps or (RL_STEPS if rl else None),
         "micro_batch": micro,
         "accumulation": batch // micro,
         "length": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
-        "experts": _EXPERTS if sizes.experts and not full else None,
-        "active_experts": sizes.active_experts,
-        "expert_rank": max(1, rank // (sizes.active_experts or 1)),
+        "experts": _EXPERTS if model.mixture and not choices.full else None,
+        "active_experts": model.active_experts or 0,
+        "expert_rank": max(1, rank // (model.active_experts or 1)),
         "template": None,
+        "problems": PROBLEMS_PER_STEP,
+        "group": GROUP_SIZE,
+        "grader": choices.grader,
+        "response": min(RESPONSE_TOKENS.get(choices.grader or "", _MAX_TOKENS), (model.max_length or _MAX_TOKENS) // 2),
     }
 
 
-def _rows(trainer: str, folder: Path, data: UserData | None, template: str | None) -> _Rows:
-    """Return where the data will be and in which form."""
-    place, form = str(folder / _DATA), data.tally.format if data else "messages"
+def _llamafactory_dataset(form: str, dataset: str | None) -> dict[str, Any]:
+    """Return the entry of LLaMA-Factory's dataset_info.json for the local file, or for a dataset of the hub."""
+    place = {"hf_hub_url": dataset} if dataset else {"file_name": "train.jsonl"}
     if form == "text":
-        return _Rows(place, True, "text")
-    if data is not None and data.source["kind"] == "hub":
-        return _Rows(data.name, False, "conversations" if form == "conversations" else "messages")
-    if trainer == "trl" and data is not None and template is None:
-        # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
-        chats, _ = file_chats(Path(data.source["path"]), data.source["format"], data.max_chars)
-        if all([turn["role"] for turn in chat.messages].count("assistant") == 1 for chat in chats):
-            return _Rows(place, True, "pair")
-    return _Rows(place, True, "messages")
-
-
-def _row(messages: Messages, form: str) -> dict[str, Any]:
-    if is_text(messages):
-        return {"text": messages[0]["content"]}
-    return {"prompt": messages[:-1], "completion": messages[-1:]} if form == "pair" else {"messages": messages}
-
-
-def _marked(template: str) -> str:
-    """Return the template `plain` with the marks by which TRL finds the assistant's tokens; others as they are."""
-    text, end, of_assistant = "{{ message['content'] | trim }}", "{{ eos_token }}", "message['role'] == 'assistant'"
-    marked = f"{{% if {of_assistant} %}}{{% generation %}}{text}{end}{{% endgeneration %}}"
-    return template.replace(
-        f"{text}{{% if {of_assistant} %}}{end}{{% endif %}}", f"{marked}{{% else %}}{text}{{% endif %}}"
-    )
-
-
-def _llamafactory_dataset(rows: _Rows) -> dict[str, Any]:
-    """Return the entry of LLaMA-Factory's dataset_info.json for the data."""
-    place = {"file_name": _DATA} if rows.local else {"hf_hub_url": rows.place}
-    if rows.form == "text":
         return {**place, "columns": {"prompt": "text"}}
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    entry = {**place, "formatting": "sharegpt", "columns": {"messages": rows.form}}
-    return entry if rows.form == "conversations" else {**entry, "tags": {**tags, "system_tag": "system"}}
+    entry = {**place, "formatting": "sharegpt", "columns": {"messages": form}}
+    return entry if form == "conversations" else {**entry, "tags": {**tags, "system_tag": "system"}}
 
 
-def _torchtune_model(model: UserModel) -> dict[str, Any]:
+def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
     """Return torchtune's names for a model in a local folder, and the names of its files."""
-    if not isinstance(model.spec, PathModel):
+    folder = Path(model.name)
+    if not folder.is_dir():
         raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
-    folder = Path(model.spec.path)
-    config = read_config(folder)
-    rope = config.rope_scaling or config.rope_parameters or {}
-    known = _TORCHTUNE.get((model.family, config.hidden_size or 0, config.num_hidden_layers or 0))
+    config = json.loads((folder / "config.json").read_bytes())
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    known = _TORCHTUNE.get((model.family, model.width, model.layers or 0))
     if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
         names = ", ".join(name for name, _ in _TORCHTUNE.values())
         raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")
@@ -275,22 +281,35 @@ def _torchtune_model(model: UserModel) -> dict[str, Any]:
     return {"builder": builder, "package": package, "checkpoint": checkpoint, "files": files}
 
 
-def _write_problems(problems: UserProblems, folder: Path) -> None:
-    """Write problems as verl reads them, a tenth of them for validation and test, and the reward that it lacks."""
-    rows = make_problems(FileProblems.model_validate(problems.source | splits(problems.usable, _HELD_OUT)))
-    last_number = problems.source["grader"] == "number"
-    for name, wanted in (("train", ("train",)), ("test", ("validation", "test"))):
-        table = [
+def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
+    """Return problems as verl reads them, by the name of their file; a fifth of them is held out for the test."""
+    rows = []
+    for question, answer in examples(data.path, data.form):
+        solution = answer["content"].strip()
+        box, mark = solution.rpartition(_BOX), solution.rpartition("####")
+        short = _braced(box[2]) if box[1] else mark[2].strip().replace(",", "") if mark[1] else solution
+        prompt = question["content"].strip()
+        if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
+            raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
+        prompt += "" if grader == "number" or r"\boxed" in prompt else r" Write your answer in \boxed{} format."
+        rows.append(
             {
                 # verl grades this set of problems by the last box of a response.
-                "data_source": "number" if last_number else "lighteval/MATH",
-                "prompt": [{"role": "user", "content": row["question"]}],
-                "reward_model": {"style": "rule", "ground_truth": row["answer"]},
+                "data_source": "number" if grader == "number" else "lighteval/MATH",
+                "prompt": [{"role": "user", "content": prompt}],
+                "reward_model": {"style": "rule", "ground_truth": short},
             }
-            for row in rows
-            if row["split"] in wanted
-        ]
-        with atomic_path(folder / f"{name}.parquet") as partial:
-            pq.write_table(pa.Table.from_pylist(table), partial)
-    if last_number:
-        _write(folder / "reward.py", _rendered("verl_reward.py", {"number": repr(ANY_NUMBER.pattern)}))
+        )
+    Random(0).shuffle(rows)
+    held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
+    return {"train": rows[held_out:], "test": rows[:held_out]}
+
+
+def _braced(text: str) -> str:
+    """Return the text up to the brace that closes it."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:place].strip()
+    return text.strip()
