@@ -1,1 +1,1 @@
-"""What can be known of a model, an adapter, a merged model or a server without training anything: `lorabench check`."""
+"""What can be known of a finished adapter without training: from its files, and from what it computes."""

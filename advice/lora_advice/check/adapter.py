@@ -9,28 +9,31 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median_high
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lorabench.audit.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
-from lorabench.audit.finding import Finding, Level
-from lorabench.errors import UserError
+from lora_advice.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding, Level
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT writes before the name of each module."""
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""The types of tensors that are read, as numpy has them; it has no bf16."""
 _DIRECTION = 1e-5
 """A direction whose singular value is below this share of the largest one does not count towards the rank."""
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
-_NOT_SHOWN = 5
+_SHOWN = 5
 _LONGEST = 1000
 """Characters of the longest name of a tensor."""
 
@@ -100,37 +103,39 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: a file is missing or can't be read.
     """
-    config = read_adapter_config(folder)
+    config, tensors = read_adapter_config(folder), _Tensors(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
-    whole, dtypes, bad, foreign = {}, defaultdict[str, int](int), [], []
-    modules, findings, parameters = [], list[Finding](), 0
-    with _Tensors(folder / WEIGHTS) as tensors:
-        for key, (dtype, shape) in tensors.shapes.items():
-            dtypes[dtype] += 1
-            parameters += math.prod(shape)
-            name = key.removeprefix(PREFIX)
-            match = _LORA.fullmatch(name)
-            if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
-                foreign.append(key)
-            elif match:
-                factors[match[1]][match[3]] = key
-            elif "lora_" not in name:
-                whole[name] = math.prod(shape)
-                bad += [] if _finite(tensors.read(key)) else [name]
-        scales = config.scales([*map(_plain, factors)])
-        for module, keys in factors.items():
-            if len(keys) == 2:
-                a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
-                if not _finite(a) or not _finite(b):
-                    bad.append(module)
-                    continue
-                embedding = "lora_embedding_" in keys["A"]
-                update = _update(module, a, b, config, scales[_plain(module)], embedding)
-                modules += [] if isinstance(update, Finding) else [update]
-                findings += [update] if isinstance(update, Finding) else []
-    findings += _finding_bad(bad)
+    whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()
+    for key, (_, shape) in tensors.shapes.items():
+        name = key.removeprefix(PREFIX)
+        match = _LORA.fullmatch(name)
+        if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
+            foreign.append(key)
+        elif match:
+            factors[match[1]][match[3]] = key
+        elif "lora_" not in name:
+            whole[name] = math.prod(shape)
+            not_finite += [] if _finite(tensors.read(key)) else [name]
+    modules, findings = list[ModuleUpdate](), list[Finding]()
+    scales = config.scales([*map(_plain, factors)])
+    for module, keys in factors.items():
+        if len(keys) < 2:
+            continue
+        a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
+        if not _finite(a) or not _finite(b):
+            not_finite.append(module)
+            continue
+        update = _update(module, a, b, config, scales[_plain(module)], "lora_embedding_" in keys["A"])
+        if isinstance(update, Finding):
+            findings.append(update)
+        else:
+            modules.append(update)
+    if not_finite:
+        message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
+        findings.append(_finding("not-finite", "error", message))
     findings += _finding_keys(config, factors, foreign, whole)
     findings += _finding_effects(modules, len(factors))
+    dtypes = Counter(dtype for dtype, _ in tensors.shapes.values())
     if len(dtypes) > 1:
         types = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
         findings.append(_finding("dtype", "note", f"the tensors have several types: {types}"))
@@ -146,7 +151,7 @@ def read_adapter(folder: Path) -> Adapter:
         config.targets,
         tuple(sorted(config.target_parameters or ())),
         dict(dtypes),
-        parameters,
+        sum(math.prod(shape) for _, shape in tensors.shapes.values()),
         tuple(modules),
         whole,
         tuple(findings),
@@ -154,9 +159,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 class _Tensors:
-    """The tensors of a safetensors file as arrays of numpy, which has no bf16: it is read as fp32."""
-
-    _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # noqa: RUF012
+    """The tensors of a safetensors file as arrays of numpy; bf16 is read as fp32."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -172,27 +175,19 @@ class _Tensors:
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a safetensors file: {error}") from error
-        self._path, self._start = path, 8 + length
+        self._path, self._data = path, np.memmap(path, np.uint8, "r", 8 + length)
         self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self.shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self._entries.items()}
         if bad := next((name for name in self.shapes if len(name) > _LONGEST or not name.isprintable()), None):
             raise UserError(f"{path}: tensor {bad[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
 
-    def __enter__(self) -> _Tensors:
-        self._data = np.memmap(self._path, np.uint8, "r", self._start)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._data
-
     def read(self, name: str) -> np.ndarray:
         """Return a tensor."""
         dtype, shape = self.shapes[name]
-        if dtype not in self._TYPES:
-            allowed = ", ".join(self._TYPES)
-            raise UserError(f"{self._path}: tensor {name} has the type {dtype}; allowed: {allowed}")
+        if dtype not in _TYPES:
+            raise UserError(f"{self._path}: tensor {name} has the type {dtype}; allowed: {', '.join(_TYPES)}")
         start, end = self._entries[name]["data_offsets"]
-        values = np.frombuffer(self._data[start:end].tobytes(), self._TYPES[dtype]).reshape(shape)
+        values = np.frombuffer(self._data[start:end].tobytes(), _TYPES[dtype]).reshape(shape)
         return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
 
 
@@ -261,17 +256,10 @@ def _finding(code: str, level: Level, message: str) -> Finding:
     return Finding(code, level, message, "the adapter's files", "certain")
 
 
-def listed(names: list[str], count: int | None = None) -> str:
+def listed(names: Sequence[str], count: int | None = None) -> str:
     """Return the first of some names as a part of a sentence; `count` says how many there are if `names` lacks some."""
-    others = (count or len(names)) - _NOT_SHOWN
-    return ", ".join(names[:_NOT_SHOWN]) + (f" and {others} more" if others > 0 else "")
-
-
-def _finding_bad(bad: list[str]) -> Iterator[Finding]:
-    if bad:
-        yield _finding(
-            "not-finite", "error", f"{len(bad)} modules have weights that are NaN or infinite: {listed(bad)}"
-        )
+    others = (count or len(names)) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
 def _finding_keys(
@@ -286,8 +274,7 @@ def _finding_keys(
         yield _finding("missing", "error", "the file has no LoRA weights")
     if foreign:
         message = f"{len(foreign)} names are not of the form `{PREFIX}MODULE.lora_A.weight`, so PEFT ignores them"
-        message += f": {listed(foreign)}"
-        yield _finding("keys", "error", message)
+        yield _finding("keys", "error", f"{message}: {listed(foreign)}")
     plain = {module: _plain(module) for module in factors}
     targeted = config.targeted([*plain.values()])
     unnamed = [module for module, name in plain.items() if name not in targeted]
@@ -300,7 +287,16 @@ def _finding_keys(
         if unused:
             message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
-    yield from _finding_gaps(config, set(plain.values()))
+    by_kind: dict[str, set[int]] = defaultdict(set)
+    for name in set(plain.values()):
+        if match := _LAYER.search(f".{name}."):
+            by_kind[f".{name}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
+    layers = set().union(*by_kind.values())
+    gaps = (f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own))
+    count = sum(len(layers) - len(own) for own in by_kind.values())
+    if count and config.layers_to_transform is None:
+        shown = listed([*islice(gaps, _SHOWN)], count)
+        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
     # PEFT also trains single tokens of an embedding.
     named, trained, saved = set(config.modules_to_save or ()), list[str](), list[str]()
     for name in whole:
@@ -315,38 +311,20 @@ def _finding_keys(
         yield _finding("whole", "note", message)
 
 
-def _finding_gaps(config: AdapterConfig, modules: set[str]) -> Iterator[Finding]:
-    """Find modules that most layers have with LoRA and others lack."""
-    by_kind: dict[str, set[int]] = defaultdict(set)
-    for module in modules:
-        if match := _LAYER.search(f".{module}."):
-            by_kind[f".{module}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
-    layers = set().union(*by_kind.values())
-    lacking = ((kind, layers - own) for kind, own in by_kind.items() if layers != own)
-    gaps = (f"{kind} of layer {layer}" for kind, missing in lacking for layer in sorted(missing))
-    count = sum(len(layers) - len(own) for own in by_kind.values())
-    if count and config.layers_to_transform is None:
-        shown = listed([*islice(gaps, _NOT_SHOWN)], count)
-        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
-
-
 def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
     """Find updates without effect, of lower rank than they could have, and hardly used ranks."""
     zero = [module.module for module in modules if not module.norm]
-    if zero:
-        everything = len(zero) == count
+    if zero and len(zero) == count:
         message = "B A is zero in all modules, so the adapter has no effect: it was not trained, or not saved"
-        if not everything:
-            message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
-        yield _finding("no-effect", "error" if everything else "warning", message)
+        yield _finding("no-effect", "error", message)
+    elif zero:
+        message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
+        yield _finding("no-effect", "warning", message)
     deficient = [f"{m.module} ({m.numerical_rank} of {m.rank})" for m in modules if 0 < m.numerical_rank < m.limit]
     if deficient:
         message = f"the update of {len(deficient)} modules has a lower rank than r: {listed(deficient)}"
         yield _finding("rank", "warning", message)
-    used = [module for module in modules if module.norm]
-    if used:
-        shares = sorted(module.effective_rank / module.limit for module in used)
-        median = shares[len(shares) // 2]
-        if median < 0.1:
-            message = f"half of the modules have an effective rank below {median:.0%} of r"
-            yield _finding("rank", "note", f"{message}: a lower rank might have done")
+    shares = [module.effective_rank / module.limit for module in modules if module.norm]
+    if shares and (middle := median_high(shares)) < 0.1:
+        message = f"half of the modules have an effective rank below {middle:.0%} of r"
+        yield _finding("rank", "note", f"{message}: a lower rank might have done")

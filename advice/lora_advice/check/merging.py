@@ -6,26 +6,22 @@ type. Merging is right in this type if it moves them not much further.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lora_advice.check.adapter import listed
+from lora_advice.check.probe import Probe, adapted, finding, in_dtype, load_model, logits, one_sentence, token_nlls
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
+from lora_advice.user_model import find_model
+
+# isort: split
 import torch
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
-
-from lorabench.audit.finding import Finding
-from lorabench.check.adapter import listed
-from lorabench.check.probe import Probe, adapted, finding, in_dtype, logits, refuse_lacking, token_nlls
-from lorabench.custom.model import find_model
-from lorabench.errors import UserError
-from lorabench.models.base import model_errors
-from lorabench.models.lora import lora_layers
-from lorabench.models.nf4 import round_to_nf4
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROUNDINGS = 2.0
@@ -77,8 +73,6 @@ class Merging:
     effect: Difference
     """The adapter against the base, both in fp32."""
     merged: tuple[Merged, ...]
-    four_bit: str
-    """What is known of 4-bit weights."""
     findings: tuple[Finding, ...]
 
 
@@ -93,6 +87,8 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     Raises:
         UserError: the merged model can't be loaded, or has other weights than the base.
     """
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        raise UserError(f"--dtypes: {unknown[0]!r} is not known; allowed: {', '.join(DTYPES)}")
     effect = _difference(probe.base_logits, probe.adapter_logits)
     if effect is None:
         raise UserError(f"adapter {str(probe.adapter)!r} can't be compared: with it, logits in fp32 are not finite")
@@ -121,24 +117,8 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     base_nll, adapter_nll = (
         float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits)
     )
-    about, tokens = (probe.model.name, str(probe.adapter)), len(probe.ids)
-    return Merging(*about, tokens, base_nll, adapter_nll, effect, tuple(rows), _four_bit(probe), tuple(findings))
-
-
-def _four_bit(probe: Probe) -> str:
-    """Say how far base and adapter are off on 4-bit weights, on which QLoRA trains."""
-    quantized = in_dtype(probe.base, torch.float32)
-    round_to_nf4(quantized)
-    base_logits = logits(quantized, probe.ids)
-    with adapted(quantized, probe.adapter, torch.float32) as (unmerged, _):
-        adapter_logits = logits(unmerged, probe.ids)
-    nlls = [float(token_nlls(computed, probe.ids).mean()) for computed in (base_logits, adapter_logits)]
-    off = [_difference(probe.base_logits, base_logits), _difference(probe.adapter_logits, adapter_logits)]
-    means = ["not finite" if gap is None else f"{gap.mean:.2g}" for gap in off]
-    return (
-        f"on weights of 4 bits (NF4, as QLoRA trains) the NLL is {nlls[0]:.4f} for the base and {nlls[1]:.4f} "
-        f"for the adapter, and their logits differ from those above in fp32 by {means[0]} and {means[1]} on average"
-    )
+    about = (probe.model.name, str(probe.adapter), len(probe.ids))
+    return Merging(*about, base_nll, adapter_nll, effect, tuple(rows), tuple(findings))
 
 
 def _difference(reference: Tensor, other: Tensor) -> Difference | None:
@@ -188,26 +168,26 @@ def _row(probe: Probe, name: str, dtype: str, computed: Tensor, apart: Tensor) -
 
 def _targets(unmerged: torch.nn.Module) -> set[str]:
     """Return the names of the base's parameters that merging may change."""
-    from peft.utils import AuxiliaryTrainingWrapper
-
     names = set()
-    for name, layer in lora_layers(unmerged):
-        names |= {name} if hasattr(layer, "parameter_name") else {f"{name}.weight", f"{name}.bias"}
     for name, module in unmerged.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            owner = name.removeprefix("base_model.model.")
-            names |= {f"{owner}.{own}" for own, _ in module.original_module.named_parameters()}
+        name = name.removeprefix("base_model.model.")
+        if isinstance(module, LoraLayer):
+            # For two parameters of a module PEFT nests two wrappers.
+            owner = ".".join(part for part in name.split(".") if part != "base_layer")
+            parameters = [module.parameter_name] if isinstance(module, ParamWrapper) else ["weight", "bias"]
+            names |= {f"{owner}.{parameter}" for parameter in parameters}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            names |= {f"{name}.{own}" for own, _ in module.original_module.named_parameters()}
     return names
 
 
-def _changes(base: PreTrainedModel, merged: torch.nn.Module, targets: set[str], dtype: str) -> Iterator[Finding]:
+def _changes(base: torch.nn.Module, merged: torch.nn.Module, targets: set[str], dtype: str) -> Iterator[Finding]:
     """Compare the weights of a merged model with the base's, and say which changed that should not have."""
     before: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
     after: dict[str, Any] = dict(merged.named_parameters(remove_duplicate=False))
     if before.keys() != after.keys():
-        yield finding(
-            "changed", "error", f"merging adds or removes weights: {listed(sorted(before.keys() ^ after.keys()))}"
-        )
+        message = f"merging adds or removes weights: {listed(sorted(before.keys() ^ after.keys()))}"
+        yield finding("changed", "error", message)
     common = before.keys() & after.keys()
     changed = {name for name in common if not torch.equal(before[name].to(after[name].dtype), after[name])}
     tied = {name for name in changed - targets if any(after[name] is after[own] for own in targets & common)}
@@ -220,20 +200,14 @@ def _changes(base: PreTrainedModel, merged: torch.nn.Module, targets: set[str], 
 
 def _own_logits(folder: Path, probe: Probe) -> tuple[str, Tensor]:
     """Return the type of a merged model's weights, and its logits."""
-    from transformers import AutoModelForCausalLM
-
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         raise UserError(f"merged model {str(folder)!r} is no folder")
-    refuse_lacking(find_model(str(folder)))
-    with model_errors(f"merged model {str(folder)!r} can't be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype="auto", use_safetensors=True, local_files_only=True
-        )
+    model = load_model(find_model(str(folder)), "auto")
     names = {dtype: name for name, dtype in DTYPES.items()}
     if model.dtype not in names:
         raise UserError(f"merged model {str(folder)!r} has weights in {model.dtype}; allowed: {', '.join(DTYPES)}")
-    with model_errors(f"merged model {str(folder)!r} can't compute"):
-        computed = logits(model.eval().to(probe.base.device), probe.ids)
+    with one_sentence(f"merged model {str(folder)!r} can't compute"):
+        computed = logits(model.to(probe.base.device), probe.ids)
     if computed.shape != probe.base_logits.shape:
         sizes = " and ".join(str(part.shape[-1]) for part in (computed, probe.base_logits))
         raise UserError(f"merged model {str(folder)!r} and the base have vocabularies of {sizes} tokens")

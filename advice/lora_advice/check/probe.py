@@ -5,26 +5,28 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from lora_advice.adapter_config import read_adapter_config
+from lora_advice.check.adapter import listed
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding, Level
+from lora_advice.models import ModelFacts
+from lora_advice.patterns import matching
+from lora_advice.user_model import shipped_base
 
-from lorabench.audit.adapter_config import read_adapter_config
-from lorabench.audit.finding import Finding, Level
-from lorabench.check.adapter import listed
-from lorabench.config.inputs import GgufModel, PathModel
-from lorabench.custom.model import UserModel
-from lorabench.errors import UserError
-from lorabench.models.base import load_model, load_tokenizer, model_errors
-from lorabench.models.specs import dimensions_of_config, read_config
-from lorabench.utils.patterns import matching
+try:
+    import torch
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ImportError as error:
+    raise UserError(f"comparing models needs {error.name}: pip install 'lora-advice[models]'") from error
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 TEXT = Path(__file__).with_name("probe.txt")
@@ -40,7 +42,7 @@ _PACKED = 16
 class Probe:
     """A base model in fp32, and what it computes on a text, with and without an adapter."""
 
-    model: UserModel
+    model: ModelFacts
     adapter: Path
     base: PreTrainedModel
     ids: Tensor
@@ -52,46 +54,63 @@ class Probe:
     """What loading the adapter shows."""
 
 
-def probe(model: UserModel, adapter: Path, text: Path | None) -> Probe:
+def probe(model: ModelFacts, adapter: Path, text: Path | None) -> Probe:
     """Load a model in fp32, on a GPU if there is one, and compute a text's logits with and without an adapter.
 
     Raises:
         UserError: the model, the adapter or the text can't be read, or the adapter does not fit the model.
     """
-    if isinstance(model.spec, GgufModel):
-        raise UserError(f"model {model.name!r} is a GGUF file: name the folder or hub id of the model it was made from")
+    if shipped_base(model.name):
+        raise UserError(f"{model.name} is a base of the suite, whose weights are not here; name its folder")
     try:
         content = (text or TEXT).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"text {str(text)!r} can't be read as UTF-8: {error}") from error
-    refuse_lacking(model)
-    config, most = read_adapter_config(adapter), _WIDEST * model.sizes.hidden
+    config, most = read_adapter_config(adapter), _WIDEST * model.width
     # PEFT makes as much room for a layer that the file lacks.
     if (rank := max(config.r, *(config.rank_pattern or {"": 1}).values())) > most:
         raise UserError(
             f"adapter {str(adapter)!r} has rank {rank:,}; allowed: up to {most:,}, {_WIDEST} times the width"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_model(model, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    with one_sentence(f"the tokenizer of {model.name} can't be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model.name, local_files_only=True)
     most = min(model.max_length or _MOST_TOKENS, _MOST_TOKENS)
-    ids = torch.tensor(load_tokenizer(model.spec)(content, truncation=True, max_length=most)["input_ids"])
+    ids = torch.tensor(tokenizer(content, truncation=True, max_length=most)["input_ids"])
     if len(ids) < _FEWEST_TOKENS:
         raise UserError(f"text {str(text)!r} has {len(ids)} tokens; at least {_FEWEST_TOKENS} are needed")
-    base = load_model(model.spec).eval().to(device)
     with adapted(base, adapter, torch.float32) as (with_adapter, findings):
         return Probe(model, adapter, base, ids, logits(base, ids), logits(with_adapter, ids), tuple(findings))
 
 
-def refuse_lacking(model: UserModel) -> None:
-    """Raise a UserError if a folder lacks most of the weights that its config.json describes.
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn any error into a UserError that begins with `what`: transformers and PEFT raise errors of all kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # PyTorch names the first weight of a wrong size in the second line.
+        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise UserError(f"{what}: {reason}") from error
 
-    transformers would make them up, as many as there is memory for.
+
+def load_model(model: ModelFacts, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a model from safetensors on this machine.
+
+    Raises:
+        UserError: it can't be loaded, or lacks most of the weights that its config.json describes, which transformers
+            would make up, as many as there is memory for.
     """
-    with suppress(KeyError):
-        if isinstance(model.spec, PathModel):
-            described = dimensions_of_config(read_config(Path(model.name))).parameters
-            if described > _PACKED * model.parameters:
-                message = f"model {model.name!r} has a config.json for {described:,} parameters and files with "
-                raise UserError(f"{message}{model.parameters:,}; allowed: {_PACKED} times as many, as in 2 bits")
+    if model.sizes and model.parameters and model.sizes.parameters > _PACKED * model.parameters:
+        message = f"model {model.name!r} has a config.json for {model.sizes.parameters:,} parameters and files with "
+        raise UserError(f"{message}{model.parameters:,}; allowed: {_PACKED} times as many, as in 2 bits")
+    with one_sentence(f"model {model.name!r} can't be loaded"):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model.name, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    return loaded.eval()
 
 
 @torch.no_grad()
@@ -125,31 +144,26 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
     Raises:
         UserError: PEFT can't put the adapter on the model.
     """
-    from peft import PeftModel
-
     # PEFT would match the configuration's regular expressions without a limit of time.
     matching([*read_adapter_config(folder).patterns], [name for name, _ in base.named_modules()])
-    with warnings.catch_warnings(), model_errors(f"adapter {str(folder)!r} does not fit the model"):
+    with warnings.catch_warnings(), one_sentence(f"adapter {str(folder)!r} does not fit the model"):
         # What they say of keys becomes findings.
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
-        result = model.load_adapter(str(folder), "default")
-        yield model.eval(), list(_findings_of(result))
-
-
-def _findings_of(result: Any) -> Iterator[Finding]:
-    ignored, missing = (_plain(keys) for keys in (result.unexpected_keys, result.missing_keys))
-    if ignored:
-        message = f"{len(ignored)} weights of the adapter match no module of the model, and PEFT ignores them silently"
-        yield finding("ignored", "error", f"{message}: {listed(ignored)}")
-    if missing:
-        message = f"the adapter has no weights for {len(missing)} LoRA layers of the model, which stay as initialized"
-        yield finding("missing", "error", f"{message}: {listed(missing)}")
-
-
-def _plain(keys: list[str]) -> list[str]:
-    """Return the names as the adapter's file has them."""
-    return sorted({key.replace(".default", "") for key in keys})
+        result: Any = model.load_adapter(str(folder), "default")
+        # The names as the adapter's file has them.
+        ignored, missing = (
+            sorted({key.replace(".default", "") for key in keys})
+            for keys in (result.unexpected_keys, result.missing_keys)
+        )
+        findings = []
+        if ignored:
+            message = f"{len(ignored)} weights of the adapter match no module of the model, and PEFT ignores them "
+            findings.append(finding("ignored", "error", f"{message}silently: {listed(ignored)}"))
+        if missing:
+            message = f"the adapter has no weights for {len(missing)} LoRA layers of the model, which stay as "
+            findings.append(finding("missing", "error", f"{message}initialized: {listed(missing)}"))
+        yield model.eval(), findings
 
 
 def finding(code: str, level: Level, message: str, source: str = "the model with the adapter") -> Finding:

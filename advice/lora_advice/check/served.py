@@ -11,27 +11,26 @@ import json
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http.client import HTTPException
+from threading import Thread
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lorabench.audit.finding import Finding
-from lorabench.check.merging import effect_share
-from lorabench.check.probe import Probe, finding, token_nlls
-from lorabench.errors import UserError
-from lorabench.utils.deadline import within
-from lorabench.utils.foreign import Foreign, typed
+from lora_advice.check.merging import effect_share
+from lora_advice.check.probe import Probe, finding, token_nlls
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
+from lora_advice.foreign import Foreign, typed
 
 T = TypeVar("T", bound=Foreign)
 # Rounding may make the logarithm of 1 a little more than 0.
 _LogProb = Annotated[float, Field(ge=-1e5, le=1e-3)]
-Answer = Literal["adapter", "base", "neither", "unknown"]
-_SECONDS = 300.0
-_MOST_BYTES, _MOST_MODELS = 4_000_000, 100
+_SECONDS, _MOST_BYTES, _MOST_MODELS = 300.0, 4_000_000, 100
 _NEAR = 0.25
 """A model is the adapter or the base if it is at most this far from it, as a share of the way."""
 _NOISE = 0.1
@@ -45,15 +44,12 @@ class Served:
     """A model of a server, compared with the base and the adapter by the NLL of each token of a text."""
 
     name: str
-    serves: Answer
+    serves: Literal["adapter", "base", "neither", "unknown"]
     strength: float | None
     """How far on the way from the base to the adapter it is."""
     nll: float
     base_nll: float
     adapter_nll: float
-    from_base: float
-    """Root mean square over tokens of the difference of NLL, in nats."""
-    from_adapter: float
     verdict: str
     """One sentence."""
 
@@ -67,60 +63,6 @@ class ServedModels:
     tokens: int
     models: tuple[Served, ...]
     findings: tuple[Finding, ...]
-
-
-def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SECONDS) -> ServedModels:
-    """Compare what a server computes with base and adapter.
-
-    Args:
-        probe: what base and adapter compute.
-        url: the server's address, with or without `/v1`.
-        name: the model to ask for; None for all models that the server names.
-        seconds: how long to wait for all answers together.
-
-    Raises:
-        UserError: the server can't be reached, or does not answer with log-probabilities of the text.
-    """
-    root, until = url.rstrip("/").removesuffix("/v1"), time.monotonic() + seconds
-    names = [name] if name else [model.id for model in _ask(_Models, f"{root}/v1/models", None, until).data]
-    rows = [_compare(probe, each, torch.tensor(_nlls(root, each, probe.ids.tolist(), until))) for each in names]
-    findings = list(probe.findings)
-    if not any(row.serves == "adapter" for row in rows):
-        level: Literal["error", "warning"] = "warning" if any(row.serves == "unknown" for row in rows) else "error"
-        message = f"no model of {url} serves the adapter: {'; '.join(row.verdict for row in rows)}"
-        findings.append(finding("served", level, message, "the server's log-probabilities"))
-    return ServedModels(url, str(probe.adapter), len(probe.ids), tuple(rows), tuple(findings))
-
-
-def _compare(probe: Probe, name: str, nlls: Tensor) -> Served:
-    base, full = (token_nlls(computed, probe.ids) for computed in (probe.base_logits, probe.adapter_logits))
-    way, from_base, from_adapter = (_rms(gap) for gap in (full - base, nlls - base, nlls - full))
-    strength = effect_share(base, full, nlls, base)
-    serves: Answer = "neither"
-    if way < _TELLING or strength is None:
-        serves = "unknown"
-        sentence = f"base and adapter differ by {way:.2g} nats per token on this text, too little to tell them apart"
-    else:
-        rest = _rms(nlls - base - strength * (full - base))
-        # What is not on the way between them must be rounding.
-        if rest <= max(_NOISE, way / 2):
-            serves = "adapter" if abs(strength - 1) <= _NEAR else "base" if abs(strength) <= _NEAR else "neither"
-        sentence = f"model {name!r} serves {'the ' if serves != 'neither' else ''}{serves}"
-        sentence += " of them" if serves == "neither" else ""
-        sentence += f": it has {strength:.0%} of the adapter's effect, and {rest:.2g} nats per token besides"
-    own_nll, base_nll, adapter_nll = (float(values.mean()) for values in (nlls, base, full))
-    return Served(name, serves, strength, own_nll, base_nll, adapter_nll, from_base, from_adapter, sentence)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error, since it may lead to any address."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 class _Model(Foreign):
@@ -152,6 +94,52 @@ class _Completion(Foreign):
     choices: list[_Choice] = Field(min_length=1, description="a list of answers with log-probabilities, at most 0")
 
 
+def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SECONDS) -> ServedModels:
+    """Compare what a server computes with base and adapter.
+
+    Args:
+        probe: what base and adapter compute.
+        url: the server's address, with or without `/v1`.
+        name: the model to ask for; None for all models that the server names.
+        seconds: how long to wait for all answers together.
+
+    Raises:
+        UserError: the server can't be reached, or does not answer with log-probabilities of the text.
+    """
+    root, until = url.rstrip("/").removesuffix("/v1"), time.monotonic() + seconds
+    names = [name] if name else [model.id for model in _ask(_Models, f"{root}/v1/models", None, until).data]
+    rows = [_compare(probe, each, torch.tensor(_nlls(root, each, probe.ids.tolist(), until))) for each in names]
+    findings = list(probe.findings)
+    if not any(row.serves == "adapter" for row in rows):
+        unknown = any(row.serves == "unknown" for row in rows)
+        message = f"no model of {url} serves the adapter: {'; '.join(row.verdict for row in rows)}"
+        source = "the server's log-probabilities"
+        findings.append(finding("served", "warning" if unknown else "error", message, source))
+    return ServedModels(url, str(probe.adapter), len(probe.ids), tuple(rows), tuple(findings))
+
+
+def _compare(probe: Probe, name: str, nlls: Tensor) -> Served:
+    base, full = (token_nlls(computed, probe.ids) for computed in (probe.base_logits, probe.adapter_logits))
+    way, strength = _rms(full - base), effect_share(base, full, nlls, base)
+    serves: Literal["adapter", "base", "neither", "unknown"] = "neither"
+    if way < _TELLING or strength is None:
+        serves = "unknown"
+        sentence = f"base and adapter differ by {way:.2g} nats per token on this text, too little to tell them apart"
+    else:
+        rest = _rms(nlls - base - strength * (full - base))
+        # What is not on the way between them must be rounding.
+        if rest <= max(_NOISE, way / 2):
+            serves = "adapter" if abs(strength - 1) <= _NEAR else "base" if abs(strength) <= _NEAR else "neither"
+        sentence = f"model {name!r} serves {'neither of them' if serves == 'neither' else f'the {serves}'}"
+        sentence += f": it has {strength:.0%} of the adapter's effect, and {rest:.2g} nats per token besides"
+    means = (float(values.mean()) for values in (nlls, base, full))
+    return Served(name, serves, strength, *means, sentence)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
 def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     """Return a served model's NLL of each token but the first."""
     asked = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0}
@@ -173,30 +161,40 @@ def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     return [-value for value in known]
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error, since it may lead to any address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) -> T:
     """Return an answer as typed data; without content the request is a GET."""
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--served {url!r}: must begin with http:// or https://")
     data = None if content is None else json.dumps(content).encode()
-    seconds = until - time.monotonic()
+    seconds, answer = until - time.monotonic(), Future[bytes]()
 
-    def request() -> bytes:
-        asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    def request() -> None:
         try:
-            with urllib.request.build_opener(_NoRedirects).open(asked, timeout=max(1e-3, seconds)) as answer:
-                body: bytes = answer.read(_MOST_BYTES + 1)
+            asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.build_opener(_NoRedirects).open(asked, timeout=max(1e-3, seconds)) as response:
+                answer.set_result(response.read(_MOST_BYTES + 1))
         except urllib.error.HTTPError as error:
             said = f"({error.reason}): {' '.join(error.read(500).decode(errors='replace').split())}"
             said = "".join(char for char in said if char.isprintable()).rstrip(": ")
-            raise UserError(f"server {url} answers with status {error.code} {said}") from error
-        if len(body) > _MOST_BYTES:
-            raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")
-        return body
+            answer.set_exception(UserError(f"server {url} answers with status {error.code} {said}"))
+        except Exception as error:
+            answer.set_exception(error)
 
+    # A server that sends a byte at a time, or a name server that does not answer, has no time-out of its own.
+    Thread(target=request, daemon=True).start()
     try:
-        body = within(seconds, request)
+        body = answer.result(max(0.0, seconds))
     except TimeoutError as error:
         raise UserError(f"server {url} has not answered within {seconds:.1f} seconds") from error
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"server {url} can't be asked: {getattr(error, 'reason', None) or repr(error)}") from error
+    if len(body) > _MOST_BYTES:
+        raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")
     return typed(kind, body, f"the answer of {url}")

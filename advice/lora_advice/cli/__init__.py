@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from lora_advice.cli import settings
 from lora_advice.cli.audit import audit
+from lora_advice.cli.check import check
 from lora_advice.errors import UserError
 from lora_advice.formats import printable
 
@@ -55,7 +56,7 @@ def main(
     """The options that stand before a command."""
 
 
-for command in (audit, settings.recommend, settings.convert, settings.trainer):
+for command in (audit, check, settings.recommend, settings.convert, settings.trainer):
     app.command()(command)
 
 
