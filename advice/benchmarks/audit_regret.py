@@ -38,13 +38,14 @@ from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, PRIORS, REFERENCE, Pool
 from lorabench.analysis.published import published_sweeps
 from lorabench.audit.lr import level
 from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS
+from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS
 from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
 from lorabench.utils.files import atomic_path
+from studies.lr_ratio.predictions import DEFAULT
 
 ARM = ["task", "source", "model", "dataset", "method", "rank", "batch_size", "steps"]
 CONDITION = ["task", "source", "model", "dataset"]
@@ -181,7 +182,7 @@ def evidence(optima: Sequence[LrOptimum], table: pd.DataFrame) -> dict[str, Any]
     The margins, the constant of the rank and the terms of the law come with it, since the modules that define them take
     long to import.
     """
-    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
+    movement = DEFAULT.movement
     assert movement
     unknown = {name: (prior.mean**2 + prior.sd**2) * pooled_lr._UNKNOWN**2 for name, prior in PRIORS.items()}
     tasks = {"sft": False, "rl": True}

@@ -6,7 +6,7 @@ The two tables and the figure are written into paper_figures/published/evidence.
 
 Three rules predict each known optimum: `pooled` from all other sources, `law` from the paper's law, and `law_sqrt` from
 the law with the square-root rule for the batch size. LoRA's optima are also predicted from those of full fine-tuning:
-by the theory `movement` (docs/lr-ratio.md), from the pooled optimum of the other sources or from the source's own one
+by the theory `movement` (studies/lr_ratio), from the pooled optimum of the other sources or from the source's own one
 in the same condition, as if a user had swept full fine-tuning alone, and by ten times the latter. Where the optimum has
 a grid with losses, the loss at the predicted LR is interpolated in ln LR (monotone cubic), and compared with the lowest
 loss of the grid. Beyond the grid it is at least that of its edge.
@@ -31,15 +31,15 @@ from scipy.special import stdtrit
 
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PIVOT
-from lorabench.analysis.lr_ratio import Setting, predicted
 from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
-from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.io import write_csv
+from studies.lr_ratio.predictions import DEFAULT
+from studies.lr_ratio.theories import Setting, predicted
 
 RULES = {
     "pooled": "pooled from the other sources",
@@ -102,7 +102,7 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
     known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
     width, steps, batch_size, alpha = known
     setting = Setting(width, steps, batch_size, alpha, rank=optimum.rank or Setting.rank, mean_lr=optimum.mean_lr)
-    theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting)["movement"]
+    theory = predicted(DEFAULT, setting)["movement"]
     return math.exp(float(theory(np.asarray(log_fullft))))
 
 

@@ -40,7 +40,7 @@ def test_a_range_around_one_counts_as_the_learning_rate_of_lora(tmp_path, monkey
 
 
 def test_the_page_has_what_was_measured():
-    page = (REPOSITORY / "docs/variants.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "studies/variants/README.md").read_text(encoding="utf-8")
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"].startswith("variants")]
     assert {row["variant"] for row in rows} == VARIANT_NAMES.keys() - {"lora"}

@@ -345,7 +345,6 @@ def claims(
     from lorabench.analysis.loss_fit import Noise
     from lorabench.analysis.optima import pooled_noise
     from lorabench.claims.judge import judge_claims
-    from lorabench.claims.learning_rate import write_predictions
     from lorabench.config.loading import read_margins
     from lorabench.store.io import write_frame
     from lorabench.store.layout import Layout
@@ -356,7 +355,7 @@ def claims(
     predictions, chosen = None, None if margins is None else read_margins(margins)
     if preset is not None:
         stated = Layout.of(preset).preset
-        chosen, predictions = stated.margins, stated.judged_predictions
+        chosen, predictions = stated.margins, stated.predictions or {}
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
     if (noise_sd, noise_dof, noise_source) != (None, None, None):
         if noise is not None:
@@ -369,7 +368,6 @@ def claims(
     read = Tables.read(tables)
     judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
     write_frame(judged, "claims", out)
-    write_predictions(read, chosen, predictions, out)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
     print(f"{len(judged)} claims: {verdicts}; written to {out / 'claims.csv'}")
     untested = judged.loc[judged["verdict"].eq("not tested"), "reason"].value_counts()

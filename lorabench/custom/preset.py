@@ -19,7 +19,7 @@ import yaml
 
 from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import HubModel, TinyModel
-from lorabench.config.loading import PRESETS, check_name, parse_preset
+from lorabench.config.loading import check_name, is_shipped, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
@@ -118,7 +118,7 @@ def init_preset(
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     check_name(path)
-    if os.path.isfile(PRESETS / f"{path.stem}.yaml"):
+    if is_shipped(path.stem):
         raise UserError(
             f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
         )

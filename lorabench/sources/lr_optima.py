@@ -23,7 +23,7 @@ from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
-from lorabench.analysis.lr_ratio import mean_lr
+from lorabench.analysis.optima import mean_lr
 from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps, vertex
 from lorabench.config.inputs import HubModel, TinyModel

@@ -38,7 +38,7 @@ _COMPARED = ("sft", "rl")
 RATIO, RATIO_LOW, RATIO_HIGH = 14, 3.2, 61
 """LoRA's optimal learning rate over that of full fine-tuning, with its 95% interval, over all sources."""
 
-_THEORY = "the theory of the ratio, docs/lr-ratio.md"
+_THEORY = "the theory of the ratio, studies/lr_ratio/README.md"
 _RATIO = "optima of 6 sources, docs/other-runs.md"
 _MOST, _FEW = 0.8, 0.05
 """The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
@@ -119,7 +119,7 @@ def check_variants(config: TrainingConfig, known: Knowledge) -> list[Finding]:
             factor = lr_factor(variant, config.rank)
             advice = "LoRA's can be kept" if factor.value == 1 else "it depends on the weights, so try lower and higher"
             message = f"the best learning rate of {name} was {factor}; {advice}"
-            source, sure = "measured, docs/variants.md", "measured on small models"
+            source, sure = "measured, studies/variants/README.md", "measured on small models"
         place = {"lora_plus": "lr_ratio", "pissa": "variant", "olora": "variant"}.get(variant, variant)
         findings.append(Finding("variant", "note", message, source, sure, line=config.line(place)))
     return findings
@@ -172,7 +172,7 @@ def check_precision(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         f"weights are held in bf16, which keeps {kept:.0%} of steps of {config.lr:g} if weights are of size "
         f"{_TYPICAL_WEIGHT:g}; weights in fp32, or an optimizer with stochastic rounding, keep all"
     )
-    source = "SmolLM2-135M with weights in bf16 and in fp32, docs/lr-ratio.md; Zamirai et al. 2020, arXiv 2010.06192"
+    source = "SmolLM2-135M with weights in bf16 and in fp32, studies/bf16; Zamirai et al. 2020, arXiv 2010.06192"
     sure = (
         "certain unless DeepSpeed or accelerate's FSDP holds them in fp32; on SmolLM2-135M the best learning rate was "
         "8 times as high in RL and 4 times in supervised fine-tuning"
