@@ -1,6 +1,6 @@
 """What learning rates lose: the curvatures that `lorabench audit` uses, and its predictions held to measured regrets.
 
-    python -m benchmarks.audit_regret
+    python -m advice.benchmarks.audit_regret
 
 These files are written into paper_figures/published/evidence:
 
@@ -29,15 +29,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis import pooled_lr
+from advice.benchmarks.lr_left_out import pooled_optimum
+from lora_advice.audit.lr import level
+from lora_advice.audit.regret import REACH, LrEvidence, Place, pooled_curvature
+from lora_advice.pooled_lr import ALPHA_EXPONENT, PRIORS, REFERENCE, UNKNOWN, UNKNOWN_WIDTH, PooledLr
+from lora_advice.theory import MOVEMENT
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.lr_law import PIVOT
 from lorabench.analysis.lr_law import PUBLISHED as LAW
-from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, PRIORS, REFERENCE, PooledLr
 from lorabench.analysis.published import published_sweeps
-from lorabench.audit.lr import level
-from lorabench.audit.regret import REACH, LrEvidence, Place, pooled_curvature
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS
 from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
@@ -45,7 +46,6 @@ from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
 from lorabench.utils.files import atomic_path
-from studies.lr_ratio.predictions import DEFAULT
 
 ARM = ["task", "source", "model", "dataset", "method", "rank", "batch_size", "steps"]
 CONDITION = ["task", "source", "model", "dataset"]
@@ -182,18 +182,16 @@ def evidence(optima: Sequence[LrOptimum], table: pd.DataFrame) -> dict[str, Any]
     The margins, the constant of the rank and the terms of the law come with it, since the modules that define them take
     long to import.
     """
-    movement = DEFAULT.movement
-    assert movement
-    unknown = {name: (prior.mean**2 + prior.sd**2) * pooled_lr._UNKNOWN**2 for name, prior in PRIORS.items()}
+    unknown = {name: (prior.mean**2 + prior.sd**2) * UNKNOWN**2 for name, prior in PRIORS.items()}
     tasks = {"sft": False, "rl": True}
     counted = [optimum for optimum in optima if optimum.counts]
     return {
-        "law": asdict(LAW) | {"pivot": PIVOT, "unknown_width": pooled_lr._UNKNOWN_WIDTH},
+        "law": asdict(LAW) | {"pivot": PIVOT, "unknown_width": UNKNOWN_WIDTH},
         "reference": REFERENCE,
         "unknown": unknown,
         "alpha": ALPHA,
         "alpha_exponent": ALPHA_EXPONENT,
-        "rank_constant": movement.k,
+        "rank_constant": MOVEMENT["k"],
         "margins": MARGINS,
         "optima": {
             task: {
@@ -220,15 +218,15 @@ def _pool(optima: Sequence[LrOptimum]) -> dict[str, Any]:
     mixture has the mean `law + means t`, and a variance of which `variances` are the coefficients of 1, b, s, b b, b s
     and s s, to which what is unknown adds. Parts that hardly count are left out.
     """
-    pooled = PooledLr([optimum.pooled for optimum in optima])
-    scaled = pooled._design * pooled._prior
+    pooled = PooledLr([pooled_optimum(optimum).pooled for optimum in optima])
+    scaled = pooled.design * pooled.prior
     parts = []
-    for share, (between, within), inverse in zip(pooled._shares, pooled._grid, pooled._inverses, strict=True):
-        covariance = np.diag(pooled._prior) - scaled.T @ inverse @ scaled
+    for share, (between, within), inverse in zip(pooled.shares, pooled.grid, pooled.inverses, strict=True):
+        covariance = np.diag(pooled.prior) - scaled.T @ inverse @ scaled
         covariance[0, 0] += between**2 + within**2
         # The two halves of a symmetric matrix are one coefficient.
         variances = (2 * covariance - np.diag(covariance.diagonal()))[np.triu_indices(3)]
-        parts.append((float(share), pooled._means + scaled.T @ inverse @ pooled._rest, variances))
+        parts.append((float(share), pooled.means + scaled.T @ inverse @ pooled.rest, variances))
     parts = [part for part in sorted(parts, key=lambda part: -part[0]) if part[0] > _LEAST_SHARE]
     total = sum(share for share, _, _ in parts)
     measured = {

@@ -1,11 +1,11 @@
 """What the shipped examples of the frameworks would cost: `lorabench audit` over them, as a table and a page.
 
-    python -m benchmarks.framework_defaults CLONES
+    python -m advice.benchmarks.framework_defaults CLONES
 
 CLONES is a folder with a clone of each repository in `FRAMEWORKS`, bare or not, below OWNER/NAME or OWNER+NAME. Only
 the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
 `framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
-and the tables of docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file is
+and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file is
 copied.
 """
 
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.audit_regret import rounded
-from lorabench.audit.checks import audit
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.files import read_paths
-from lorabench.audit.finding import Finding
-from lorabench.audit.lr import judge
-from lorabench.audit.models import facts
-from lorabench.audit.regret import shipped_evidence
+from advice.benchmarks.audit_regret import rounded
+from lora_advice.audit.checks import audit
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.files import read_paths
+from lora_advice.audit.lr import judge
+from lora_advice.audit.regret import shipped_evidence
+from lora_advice.finding import Finding
+from lora_advice.models import facts
 from lorabench.errors import UserError
 from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED, write_part
@@ -79,7 +79,7 @@ SAID = (
 )
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
 
-PAGE = Path("docs/defaults.md")
+PAGE = Path("advice/docs/defaults.md")
 COSTLIEST = 10
 
 
@@ -134,7 +134,7 @@ def _run(config: TrainingConfig, folder: Path, findings: Sequence[Finding]) -> d
     row |= {"factor": math.nan, "recommended": math.nan, "low": math.nan, "high": math.nan}
     row |= {"share": math.nan, "share_low": math.nan, "share_high": math.nan}
     if config.lr is not None and config.lr > 0:
-        judged = judge(config, facts(config, Path(config.path).parent), shipped_evidence())
+        judged = judge(config, facts(config.model, Path(config.path).parent), shipped_evidence())
         if not isinstance(judged, str):
             verdict, _ = judged
             row |= {"factor": math.exp(verdict.log_factor), "recommended": verdict.recommended.mean}
@@ -243,7 +243,7 @@ def main() -> None:
     write_csv(findings, out / "framework_findings.csv")
     for kind in ("png", "svg"):
         style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
-    write_part(PAGE, "tables", "`python -m benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings)))
+    write_part(PAGE, "tables", "`python -m advice.benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings)))
 
 
 if __name__ == "__main__":

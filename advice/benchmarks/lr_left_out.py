@@ -1,6 +1,6 @@
 """How far off the recommended learning rates would have been for each source, had it not been known: leave one out.
 
-    python -m benchmarks.lr_left_out
+    python -m advice.benchmarks.lr_left_out
 
 The two tables and the figure are written into paper_figures/published/evidence.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,16 @@ from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
-from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.lr_law import PIVOT
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
+from lora_advice import lr_ratio
+from lora_advice.optima import LrOptimum as PooledOptimum
+from lora_advice.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
+from lora_advice.theory import ALPHA, PIVOT
 from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.io import write_csv
-from studies.lr_ratio.predictions import DEFAULT
-from studies.lr_ratio.theories import Setting, predicted
 
 RULES = {
     "pooled": "pooled from the other sources",
@@ -75,7 +75,7 @@ def left_out(optima: Sequence[LrOptimum]) -> pd.DataFrame:
     for rl, method in product((False, True), METHODS):
         same = [optimum for optimum in optima if (optimum.rl, optimum.method) == (rl, method)]
         for source in dict.fromkeys(optimum.source for optimum in same):
-            others = [optimum.pooled for optimum in same if optimum.counts and optimum.source != source]
+            others = [pooled_optimum(optimum).pooled for optimum in same if optimum.counts and optimum.source != source]
             if len({other.source for other in others}) >= 2:
                 pooled = PooledLr(others)
                 if method == "fullft":
@@ -85,6 +85,13 @@ def left_out(optima: Sequence[LrOptimum]) -> pd.DataFrame:
                         known = own.get((rl, *condition_of(optimum))), fullft.get((rl, source))
                         rows += _rows(optimum, pooled, *known)
     return _with_intervals(pd.DataFrame(rows))
+
+
+def pooled_optimum(optimum: LrOptimum) -> PooledOptimum:
+    """Return an optimum as it is pooled."""
+    names = {field.name for field in fields(PooledOptimum)}
+    known = {name: value for name, value in vars(optimum).items() if name in names and value is not None}
+    return PooledOptimum(**known)
 
 
 def condition_of(optimum: LrOptimum) -> tuple[str, ...]:
@@ -101,16 +108,15 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
     reference = PIVOT, REFERENCE["steps"], REFERENCE["batch_size"], ALPHA
     known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
     width, steps, batch_size, alpha = known
-    setting = Setting(width, steps, batch_size, alpha, rank=optimum.rank or Setting.rank, mean_lr=optimum.mean_lr)
-    theory = predicted(DEFAULT, setting)["movement"]
-    return math.exp(float(theory(np.asarray(log_fullft))))
+    setting = lr_ratio.Setting(width, steps, alpha, optimum.rank or lr_ratio.Setting.rank, optimum.mean_lr)
+    return lr_ratio.movement_ratio(setting, math.exp(log_fullft))
 
 
 def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | None, pooled: float) -> dict[str, float]:
     """Return by rule LoRA's predicted ln LR at ALPHA from that of full fine-tuning, as far as the latter is known."""
 
     def movement(log_fullft: float) -> float:
-        return log_fullft + math.log(movement_ratio(optimum, log_fullft)) + optimum.shift
+        return log_fullft + math.log(movement_ratio(optimum, log_fullft)) + pooled_optimum(optimum).shift
 
     said = {}
     if fullft:
@@ -131,8 +137,9 @@ def _rows(optimum: LrOptimum, pooled: PooledLr, own: LrOptimum | None, fullft: P
         own: the optimum of full fine-tuning in the same condition.
         fullft: the optima of full fine-tuning of the other sources.
     """
-    place, shift = optimum.place, optimum.shift
-    measured, error = (optimum.pooled.log_lr, optimum.pooled.error) if optimum.counts else (math.nan, 0.0)
+    stated = pooled_optimum(optimum)
+    place, shift = stated.place, stated.shift
+    measured, error = (stated.pooled.log_lr, stated.pooled.error) if optimum.counts else (math.nan, 0.0)
     intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
     said = {

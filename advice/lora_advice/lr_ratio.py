@@ -1,73 +1,54 @@
-"""The theory `movement` of the ratio of LoRA's to full fine-tuning's optimal learning rate (LR), and what follows of it.
+"""The theory `movement` of the ratio R of LoRA's to full fine-tuning's optimal learning rate (LR).
 
-With width d, rank r, T steps, A's initial scale s and the optimal LRs R LR_F of LoRA and LR_F of full fine-tuning,
+With width d, rank r, T steps and the optimal LR F of full fine-tuning,
 
-    R sqrt(s^2 + (R LR_F / u*)^2) = c d / alpha / (1 + k/r)        u* = u0 (128/d) sqrt(50/T)
+    R sqrt(1 + (R F / u*)^2) = c d / alpha / (1 + k/r)        u* = u0 (128/d) sqrt(50/T)
 
-u* is the LR at which A moves by as much as its initial size at s = 1, into a direction that has nothing to do with it.
-The net movement grows as that of a random walk, by the mean LR of a run where the LR falls. studies/lr_ratio derives it.
+u* is the LR at which A moves by as much as its initial size, into a direction that has nothing to do with it. The net
+movement grows as that of a random walk, by the mean LR of a run where the LR falls. studies/lr_ratio derives it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from lora_advice.theory import MOVEMENT
-
-WIDTH, STEPS = 128, 50
-"""The width and the number of steps at which u0 is given."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A condition whose ratio is predicted; NaN where a published source does not give it."""
+    """A condition of LoRA."""
 
     width: float
     steps: float
-    batch_size: float
     alpha: float
-    init_a: float = 1.0
-    """The scale of A's initial entries, in units of 1/sqrt(d_in)."""
-    frozen: bool = False
-    """Whether A stays at its initial values; the ratio is then that of B's optimal LR."""
     rank: float = 16
-    """LoRA's rank; 16 stands for any high rank, where a published source does not give it."""
+    """16 stands for any high rank, where a published source does not give it."""
     mean_lr: float = 1.0
     """The mean LR of a run over its highest."""
 
+    @property
+    def scale(self) -> float:
+        """Alpha with what a low rank does to it."""
+        return self.alpha * (1 + MOVEMENT["k"] / self.rank)
 
-def positive_root(constant: float, factor: np.ndarray | float, target: float) -> np.ndarray:
-    """Return the positive y with y (constant + factor y) = target, in a form that also holds where the factor is 0."""
-    return np.asarray(2 * target / (constant + np.sqrt(constant**2 + 4 * np.asarray(factor) * target)))
+    @property
+    def unit(self) -> float:
+        """u*, of the highest LR of a run."""
+        return MOVEMENT["u0"] * 128 / self.width * math.sqrt(50 / self.steps) / self.mean_lr
 
 
-def unit(setting: Setting, u0: float) -> float:
-    """Return u*, the highest LR of LoRA at which A moves by as much as its initial size, in units of 1/sqrt(d_in)."""
-    return u0 * WIDTH / setting.width * math.sqrt(STEPS / setting.steps) / setting.mean_lr
-
-
-def movement_ratio(
-    setting: Setting, fullft_lr: np.ndarray | float, theory: Mapping[str, float] = MOVEMENT
-) -> np.ndarray:
-    """Return the predicted ratio at optimal LRs of full fine-tuning, where A is trained.
-
-    Args:
-        theory: the constants c, u0 and k.
-    """
-    target = theory["c"] * setting.width / setting.alpha / (1 + theory["k"] / setting.rank)
-    factor = np.asarray(fullft_lr) / unit(setting, theory["u0"])
-    return np.asarray(np.sqrt(positive_root(setting.init_a**2, factor**2, target**2)))
+def movement_ratio(setting: Setting, fullft_lr: float) -> float:
+    """Return the predicted ratio where full fine-tuning has this optimal LR."""
+    return _root(fullft_lr / setting.unit, MOVEMENT["c"] * setting.width / setting.scale)
 
 
 def converted_lr(lr: float, here: Setting, there: Setting, fullft_growth: float = 1.0) -> float:
-    """Convert LoRA's optimal LR from one setting of a model to another, where A is trained.
+    """Convert LoRA's optimal LR from one setting of a model to another.
 
-    By the theory, LR sqrt(s^2 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of full fine-tuning, which
-    does not depend on alpha and the rank.
+    By the theory, LR sqrt(1 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of full fine-tuning, which does
+    not depend on alpha and the rank.
 
     Args:
         lr: the optimal LR of LoRA at `here`.
@@ -75,10 +56,10 @@ def converted_lr(lr: float, here: Setting, there: Setting, fullft_growth: float 
         there: the setting to convert it to.
         fullft_growth: the optimal LR of full fine-tuning there over that here, for another length or batch size.
     """
+    target = lr * math.hypot(1.0, lr / here.unit) * here.scale * fullft_growth / there.scale
+    return _root(1 / there.unit, target)
 
-    def scale(setting: Setting) -> float:
-        return setting.alpha * (1 + MOVEMENT["k"] / setting.rank)
 
-    size_of_a = math.hypot(here.init_a, lr / unit(here, MOVEMENT["u0"]))
-    target = lr * size_of_a * scale(here) * fullft_growth / scale(there)
-    return math.sqrt(float(positive_root(there.init_a**2, unit(there, MOVEMENT["u0"]) ** -2, target**2)))
+def _root(factor: float, target: float) -> float:
+    """Return the positive y with y sqrt(1 + (factor y)^2) = target, in a form that also holds where the factor is 0."""
+    return math.sqrt(2 * target**2 / (1 + math.sqrt(1 + 4 * (factor * target) ** 2)))

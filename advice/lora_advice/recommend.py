@@ -196,7 +196,7 @@ def convert(
         predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
         fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
         alpha = run.alpha * alpha_factor(run.variant, run.rank)
-        as_lora.append(lr_ratio.Setting(model.width, run.steps, run.batch_size, alpha, rank=run.rank))
+        as_lora.append(lr_ratio.Setting(model.width, run.steps, alpha, run.rank))
         factors.append(measured_factor(run.variant, run.rank))
     converted = lr_ratio.converted_lr(lr / factors[0].value, *as_lora, fullft[1] / fullft[0]) * factors[1].value
     # Between settings of one variant its factor cancels.
