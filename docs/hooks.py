@@ -1,7 +1,8 @@
 """What mkdocs adds to the pages in this folder: long tables, made from code and committed files, and links that fit.
 
 The pages link to files of the repository, so that they can be read there as well. On the site, a link to a file that
-has a page of its own leads to that page, and a link to another file becomes plain text.
+has a page of its own leads to that page, and a link to another file becomes plain text. The pages of studies are their
+READMEs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
+STUDIES = {
+    path.relative_to(ROOT).as_posix(): f"{path.parent.name.replace('_', '-')}.md"
+    for path in sorted((ROOT / "studies").glob("*/README.md"))
+}
+"""The pages of studies, by their file."""
+
 PAGES = {
+    **STUDIES,
     "lorabench/claims/judge.py": "claims.md",
     "lorabench/store/schemas.py": "columns.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
@@ -64,6 +72,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     texts = {
+        **{name: study_page(ROOT / file) for file, name in STUDIES.items()},
         "claims.md": claims_page(),
         "columns.md": columns_page(),
         "all-calibration.md": calibration_page(),
@@ -90,9 +99,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 def site_links(markdown: str, to_docs: str = "") -> str:
     """Turn links to files of the repository into links of the site, for a page from which `to_docs` leads to docs/."""
     for file, page in PAGES.items():
-        markdown = markdown.replace(f"]({to_docs}../{file})", f"]({to_docs}{page})")
+        markdown = re.sub(rf"\]\({re.escape(f'{to_docs}../{file}')}(?=[)#])", f"]({to_docs}{page}", markdown)
     markdown = markdown.replace(f"]({to_docs}../{PUBLISHED}/", f"]({to_docs}published/")
     return re.sub(rf"\[([^]\[]*)]\({to_docs}\.\./[^)]*\)", r"\1", markdown)
+
+
+def study_page(file: Path) -> str:
+    """Return the page of a study with links as of a page in docs/."""
+    text = re.sub(r"\]\(\.\./(?=\w)", "](../studies/", file.read_text(encoding="utf-8"))
+    return re.sub(r"\]\(\.\./docs/(?=[\w-]+\.md)", "](", text.replace("](../../", "](../"))
 
 
 def claims_page() -> str:

@@ -1,4 +1,4 @@
-"""The functions for other programs: `judge`, `recommend` and `fit_lr`.
+"""The functions for other programs: `judge` and `fit_lr`.
 
 Their names, arguments and records are stable (docs/python.md). Importing this module takes no time, since each function
 imports what it needs when it is called.
@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorabench.errors import UserError
 
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lorabench.analysis.loss_fit import Noise
-    from lorabench.custom.recommend import Recommendation
 
-__all__ = ["LrFit", "fit_lr", "judge", "recommend"]
+__all__ = ["LrFit", "fit_lr", "judge"]
 
 
 def judge(
@@ -84,63 +82,6 @@ def judge(
         judged = [studies.judge(study, chosen, stated) for study in studies.studies_of(Path(tables))]
         return pd.concat(judged, ignore_index=True)
     return judge_claims(Tables.read(Path(tables)), chosen, stated, noise)
-
-
-def recommend(
-    model: str | Mapping[str, Any],
-    tokens: float | None = None,
-    data: str | Path | None = None,
-    *,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    gpu: str = "H100-80GB",
-    results: str | Path = "results",
-) -> Recommendation:
-    """Recommend rank, alpha, learning rates with their intervals, and batch size for a model, as `lorabench recommend`.
-
-    Args:
-        model: the id of a model on the Hugging Face hub, the path of a folder or a .gguf file, the name of a shipped
-            base such as `tiny`, or the content of a model's `config.json`. Ids of known architectures, such as Llama
-            3 and Qwen3, and configurations need no hub.
-        tokens: the number of scored tokens of the training data, which are the assistant's.
-        data: in place of `tokens`, the training data, which are examined: a .jsonl, .json, .csv or .parquet file, or
-            the id of a dataset on the hub.
-        batch_size: examples per step, in place of the recommended number.
-        steps: the number of steps, in place of those of an epoch.
-        gpu: the GPU to estimate costs for, a name of lorabench/utils/gpus.py.
-        results: the folder of your own finished presets, whose optimal learning rates count too.
-
-    Returns:
-        A record whose `settings` hold, by name, a value, its source and, of a learning rate, the ends `low` and `high`
-        of its 80% interval. Among the names are `lora_lr`, `fullft_lr`, `rank`, `alpha`, `placement` and `batch_size`.
-        `notes` are sentences on what is known less well.
-
-    Raises:
-        UserError: the model, the data or the GPU is not known, the model's sizes can't be read, or both `tokens` and
-            `data` are given.
-
-    Examples:
-        >>> advice = recommend("meta-llama/Llama-3.1-8B", tokens=10_000_000)
-        >>> advice.settings["rank"].value, advice.settings["alpha"].value
-        (32, 32.0)
-        >>> lr = advice.settings["lora_lr"]
-        >>> lr.low < lr.value < lr.high
-        True
-    """
-    from lorabench.custom.data import examine
-    from lorabench.custom.model import find_model, model_of_config
-    from lorabench.custom.recommend import recommend as recommended
-
-    if tokens is not None and data is not None:
-        raise UserError("tokens and data: give one of them")
-    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("steps", steps)):
-        if value is not None and not 1 <= value < math.inf:
-            raise UserError(f"{name} {value}: allowed: numbers from 1 up")
-    with TemporaryDirectory() as folder:
-        described = find_model(model) if isinstance(model, str) else model_of_config(model, Path(folder))
-        examined = None if data is None else examine(described, str(data), None)[0]
-        count = examined.usable * examined.mean_completion_tokens if examined else tokens
-        return recommended(described, count, examined, gpu, Path(results), batch_size, steps)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from benchmarks.calibration.made import Curve, MadeArm, MadeRl, MadeSweep, Metri
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.worlds import grid
 from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.lr_ratio import Setting, converted_lr
 from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
 from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SHORT_RATIO, same_factor
 from lorabench.claims.parametrization import HALF, MAJORITY
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
+from lorabench.config.margins import DEFAULT_MARGINS
+from studies.lr_ratio.predictions import DEFAULT
+from studies.lr_ratio.theories import Setting, converted_lr
 
 Scene = Callable[[float, NoiseLevels, np.random.Generator], list[MadeSweep] | MadeRl]
 """Makes sweeps with an effect of so many margins."""
@@ -210,7 +211,7 @@ def _beside_lora(
         rslora_off: how far ln of rsLoRA's optimal LR lies above what `movement` predicts.
         sweep: further fields of the sweep.
     """
-    optimum, movement = an_optimum(random), DEFAULT_PREDICTIONS.lr_ratio.movement
+    optimum, movement = an_optimum(random), DEFAULT.movement
     assert movement is not None, "a default prediction"
     lr, setting = math.exp(optimum + TEN), Setting(RUN["hidden_size"], RUN["steps"], RUN["batch_size"], ALPHA, rank=16)
     at_rslora = math.log(converted_lr(lr, setting, replace(setting, alpha=4 * ALPHA), movement)) + rslora_off

@@ -18,7 +18,8 @@ from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedErro
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS, Margins, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins
+from lorabench.config.predictions import Predictions
 from lorabench.store.checks import is_rl
 
 MIN_LRS = 3
@@ -63,8 +64,8 @@ class Judging:
     """The losses by test example; without them their error is not known and counts as 0."""
     noise: Noise | None = None
     """Seed noise from elsewhere, for comparisons with one seed."""
-    predictions: Predictions = DEFAULT_PREDICTIONS
-    """What theories predict."""
+    predictions: Predictions = field(default_factory=dict)
+    """What studies predict."""
 
 
 class Keeper:

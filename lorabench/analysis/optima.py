@@ -36,6 +36,14 @@ MAX_LOST = 0.1
 """The share of an effect that the distances of two arms from their optimal LRs may add to it."""
 
 
+def mean_lr(schedule: object) -> float:
+    """Return the mean LR of a run over its highest, by the name of its schedule; 1 where that says nothing.
+
+    It is a half where the LR falls to zero on a line or a cosine.
+    """
+    return 0.5 if str(schedule).startswith(("linear", "cosine")) else 1.0
+
+
 @dataclass(frozen=True)
 class _Around:
     """The runs at the three LRs around the fitted optimum of an arm, by seeds that have all three."""

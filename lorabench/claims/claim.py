@@ -14,7 +14,6 @@ from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Keeper, Task, comparisons, kept, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
-from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import DECIDED, Margin, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
@@ -67,11 +66,6 @@ class Evidence(Keeper):
         """
         runs = rewarded_errors(self.runs[judged_arms(self.runs)], test_reward)
         return comparisons(runs, self.curves, self.judging)
-
-    @cached_property
-    def lr_ratios(self) -> list[MeasuredRatio]:
-        """The conditions in which the ratio of LoRA's to FullFT's optimal LR is measured, with any alpha."""
-        return measured_ratios(self.runs, self.curves, self.judging)
 
 
 def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:

@@ -21,9 +21,7 @@ from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.lr_law import SweptMethods
 from lorabench.analysis.published import estimates_by_claim
-from lorabench.analysis.variants import Switch
 from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     across_models,
     batch_size,
@@ -36,26 +34,34 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     placement,
     reinforcement,
     rl_progress,
-    variants,
 )
 from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
 from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.rules_hash import rules_sha256
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import Predictions, default_predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on
 from lorabench.utils.formats import count, parameters
+from lorabench.utils.studies import studies
+
+for _study in studies():
+    # As above, the import declares the claims.
+    _study.module("claims")
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
-    # All claims of the paper on RL belong to family F.
-    return (
-        "ANBCDEMFGPX".index("F" if claim.task == "rl" and claim.id[0] != "X" else claim.id[0]),
-        claim.id[0],
-        int(claim.id[1:]),
-    )
+    """Return where a claim stands: those of the paper by family, all on RL in family F, and then those of studies."""
+    family = claim.id[0]
+    if claim.kind == "own prediction":
+        return len(_FAMILIES), family, int(claim.id[1:])
+    return _FAMILIES.index("F" if claim.task == "rl" else family), family, int(claim.id[1:])
+
+
+_FAMILIES = "ANBCDEMFG"
+"""The families of the paper's claims in the order of the table `claims`."""
 
 
 CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
@@ -86,7 +92,7 @@ def judge_claims(
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
         reward_noise: the same of final accuracies in RL, as shares.
-        predictions: what theories predict; without them DEFAULT_PREDICTIONS hold.
+        predictions: what studies predict; without them the default ones hold.
 
     Returns:
         The table `claims` (columns of `lorabench.store.schemas.CLAIMS`), one row per claim. Where a claim is judged on
@@ -156,8 +162,9 @@ def findings(
     # No claim is about the machine, and selecting runs takes as much longer as they have more columns.
     runs = runs.drop(columns=MAY_DIFFER["runs"], errors="ignore")
     rl, examples = is_rl(runs), ExampleLosses.of(tables.test_losses)
+    stated = default_predictions() if predictions is None else predictions
     judging = {
-        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
+        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, stated)
         for task, task_noise in (("sft", noise), ("rl", reward_noise))
     }
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
@@ -288,8 +295,8 @@ def _compared_in(part: Any) -> list[Comparison]:
     """Return the comparisons that a part of the evidence is about."""
     if isinstance(part, Comparison):
         return [part]
-    if isinstance(part, SweptMethods | Switch):
-        return [part.comparison]
+    if isinstance(compared := getattr(part, "comparison", None), Comparison):
+        return [compared]
     if isinstance(part, BatchSizes):
         return list(part.by_size.values())
     return [comparison for each in part for comparison in _compared_in(each)] if isinstance(part, list | tuple) else []

@@ -1,34 +1,20 @@
-"""Claims B1, B3, B4 and B9 on the optimal learning rate, and P1 to P7: theories of its ratio.
-
-The theories are predictions of this project and not claims of the paper.
-"""
+"""Claims B1, B3, B4 and B9 on the optimal learning rate."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Comparison, Judging, comparisons, require
-from lorabench.analysis.curves import curves_of
-from lorabench.analysis.estimate import ExampleLosses, combined
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.beginnings import at_end, at_step, coupled
+from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
+from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together
-from lorabench.analysis.lr_ratio import (
-    LogRatio,
-    MeasuredRatio,
-    at_end,
-    at_step,
-    coupled,
-    measured_ratios,
-    predicted,
-    prediction_table,
-)
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Remedy, Within
@@ -60,10 +46,6 @@ from lorabench.claims.scope import (
     papers_alpha,
     sweeps_of_both,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
-from lorabench.store.checks import is_rl
-from lorabench.store.io import write_csv
-from lorabench.store.tables import Tables
 
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
@@ -293,110 +275,3 @@ def _ratio_along_runs(comparison: Comparison) -> Finding:
     decisive = together(findings)
     length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
-
-
-_EXPERIMENTS, _COLUMNS = ("lr_ratio",), ("hidden_size", "steps")
-
-_THEORIES = (
-    (
-        "P1",
-        "movement",
-        "none: a theory of this project",
-        "The LR ratio R follows R sqrt(1 + (R LR_F / u*)^2) = c d / alpha, given FullFT's optimal LR",
-        "with u* = u0 (128/d) sqrt(50/T), width d, T steps, and c lower by 1 + k/r at rank r",
-    ),
-    (
-        "P2",
-        "scale",
-        "none: a theory of this project",
-        "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
-        "for which length and batch size do not matter",
-    ),
-    (
-        "P3",
-        "fixed_lora",
-        "none: from published sweeps of others",
-        "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
-        "which speaks of alpha 32, 50 steps and batch size 8",
-    ),
-    (
-        "P4",
-        "constant",
-        "10 (fit over 14 models: 9.8)",
-        "The LR ratio is 10 at every width, length and batch size",
-        "the paper's number in conditions that the paper does not have, at alpha 32",
-    ),
-    (
-        "P5",
-        "naive",
-        "hidden size / (2 alpha), which the paper finds contradicted",
-        "The LR ratio is half of the width over alpha",
-        "from the paper's naive derivation",
-    ),
-    (
-        "P6",
-        "mu_a",
-        "none: the maximal-update theory of LoRA, arXiv 2602.06204",
-        "The LR ratio is c times the square root of the width over alpha",
-        "which speaks of an A that is trained, of any initial scale",
-    ),
-    (
-        "P7",
-        "still",
-        "none: a theory of this project",
-        "The LR ratio is c times the width over alpha, as if A never moved",
-        "with c = sqrt(3), which is derived",
-    ),
-)
-"""The id, name, source, statement and content of each theory."""
-
-
-def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[MeasuredRatio, LogRatio]]]:
-    """Return the measured ratios that a theory speaks of and was not fitted to, each with its prediction."""
-    predictions = evidence.judging.predictions.lr_ratio
-    unjudged_if(getattr(predictions, theory) is None, f"the preset states no prediction of the theory {theory}")
-    return [
-        (ratio.label, (ratio, theories[theory]))
-        for ratio in evidence.lr_ratios
-        if ratio.kind == "own" and theory in (theories := predicted(predictions, ratio.setting))
-    ]
-
-
-for claim_id, theory, source, statement, content in _THEORIES:
-    claim(
-        id=claim_id,
-        kind="own prediction",
-        statement=statement,
-        figure="own",
-        criterion=(
-            f"The theory `{theory}` of the preset's section `predictions`, {content}. In every condition it speaks "
-            "of (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
-            "predicted ratio within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise)"
-            ". The estimate is the measured over the predicted ratio."
-            " The beginnings of longer runs are the same steps as runs of that length, so they are not judged again. "
-            "Parameters that are fitted were fitted to explored seeds, so that held-out ones test the theory"
-        ),
-        needs=f"{SWEEP}, at several widths, lengths, batch sizes and values of alpha; seeds around the optima",
-        paper_value=source,
-        unit="measured / predicted",
-        experiments=_EXPERIMENTS,
-        over=partial(_predicted_ratios, theory),
-        columns=_COLUMNS,
-    )(lambda ratio_and_prediction: ratio_and_prediction[0].judge(ratio_and_prediction[1]))
-
-
-def write_predictions(tables: Tables, margins: Margins | None, predictions: Predictions | None, out: Path) -> None:
-    """Write `predictions.csv` into a folder: one row per condition and theory (see `prediction_table`).
-
-    Without runs of the experiment `lr_ratio`, or with a table `runs` that lacks a column for it, nothing is written.
-    Margins and predictions are those of `judge_claims`.
-    """
-    if not {*NEEDED_BY["sft"], *_COLUMNS, "experiments"} <= set(tables.runs.columns):
-        return
-    runs = tables.runs[in_experiments(tables.runs, _EXPERIMENTS) & ~is_rl(tables.runs)]
-    if runs.empty:
-        return
-    known = predictions or DEFAULT_PREDICTIONS
-    judging = Judging(margins or DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses), predictions=known)
-    ratios = measured_ratios(with_arm_columns(runs), curves_of(tables.curves, runs), judging)
-    write_csv(prediction_table(ratios, known.lr_ratio), out / "predictions.csv")

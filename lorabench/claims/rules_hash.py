@@ -1,7 +1,8 @@
 """The hash of the rules: of everything that turns tables into verdicts.
 
-It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, with all criteria, the number of
-draws of an error, and the margins and predictions of a preset. Two verdicts with the same hash were reached by the same
+It covers the code of `lorabench.analysis`, `lorabench.claims`, `lorabench.runs` and the packages of studies but for
+their figures and scripts, with all criteria, the number of draws of an error, and the margins and predictions of a
+preset. Two verdicts with the same hash were reached by the same
 rules. Comments, docstrings and the layout of the code do not count, and neither does the version of Python.
 """
 
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.analysis.estimate import N_DRAWS
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import Predictions, default_predictions
 from lorabench.utils.files import digest
+from lorabench.utils.studies import studies
 
 _PARTS = ("analysis/*.py", "claims/*.py", "runs.py")
 
@@ -22,18 +25,21 @@ _PARTS = ("analysis/*.py", "claims/*.py", "runs.py")
 def rules_sha256(margins: Margins | None = None, predictions: Predictions | None = None) -> str:
     """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions.
 
-    Without margins or predictions, DEFAULT_MARGINS or DEFAULT_PREDICTIONS hold, as in `judge_claims`.
+    Without margins or predictions the default ones hold, as in `judge_claims`.
     """
-    stated = (margins or DEFAULT_MARGINS).model_dump(), (predictions or DEFAULT_PREDICTIONS).model_dump()
-    return digest([_code(), N_DRAWS, *stated], 64)
+    predicted = default_predictions() if predictions is None else predictions
+    return digest([_code(), N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
 
 
 @cache
 def _code() -> dict[str, str]:
     """Return the hash of each module that judges, by its path in the project."""
     root = Path(__file__).parents[1]
-    files = sorted(path for part in _PARTS for path in root.glob(part))
-    return {path.relative_to(root).as_posix(): digest(syntax(path.read_text(encoding="utf-8")), 64) for path in files}
+    files = {path.relative_to(root).as_posix(): path for part in _PARTS for path in root.glob(part)}
+    for study in studies():
+        own = (path for path in study.folder.glob("*.py") if path.name != "figures.py")
+        files |= {f"studies/{study.name}/{path.name}": path for path in own}
+    return {name: digest(syntax(path.read_text(encoding="utf-8")), 64) for name, path in sorted(files.items())}
 
 
 def syntax(code: str) -> str:

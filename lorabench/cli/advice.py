@@ -15,6 +15,10 @@ from lorabench.errors import UserError
 
 COMMANDS = {
     "audit": "Say what is wrong in the configurations of other trainers, from the files alone.",
+    "check": "Say what an adapter's files say, and whether merging and serving keep what it computes.",
+    "recommend": "Recommend learning rates with their interval, rank and placement for a model, each with its source.",
+    "convert": "Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant.",
+    "trainer": "Write a folder to train from with the recommended settings, each with its reason.",
 }
 """The help of each command."""
 

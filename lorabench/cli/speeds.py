@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorabench.config.loading import PRESETS, load_preset, split_name
+from lorabench.config.loading import is_shipped, load_preset
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
@@ -107,7 +107,7 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU. Runs in another
     # precision tell nothing: on a CPU the speeds may be a hundred times apart.
     for name in dict.fromkeys(folder.resolve().parent.name for folder in tables):
-        if (PRESETS / f"{split_name(name)[0]}.yaml").is_file():
+        if is_shipped(name):
             preset = load_preset(name)
             alike = preset.protocol.precision == plan.preset.protocol.precision
             if alike and (preset.execution.gpu is None) == (gpu is None):

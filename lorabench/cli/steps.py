@@ -312,7 +312,7 @@ def verdicts_by_margin(preset: PresetOption = "laptop") -> None:
 
     planned, layout = plan_and_layout(preset)
     tables, stated = layout.tables(), planned.preset
-    judged = judge_by_margins(Tables.read(tables), read_claims(tables), stated.margins, stated.judged_predictions)
+    judged = judge_by_margins(Tables.read(tables), read_claims(tables), stated.margins, stated.predictions or {})
     write_frame(judged, "verdicts_by_margin", tables)
 
 

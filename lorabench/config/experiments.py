@@ -196,7 +196,7 @@ class Block(Strict):
     variants: Annotated[
         list[Annotated[Variant, BeforeValidator(_trainable, json_schema_input_type=Variant)]], Field(min_length=1)
     ] = ["lora"]
-    """Variants of LoRA, each trained at every rank, alpha and LR (docs/variants.md). `rslora` is `alpha_power: 0.5` and
+    """Variants of LoRA, each trained at every rank, alpha and LR (studies/variants). `rslora` is `alpha_power: 0.5` and
     `lora_plus` is `lr_ratios: [16]`; the others are allowed in the experiments `variants` and `variants_rl`."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
     """LoRA's alpha, in place of the protocol's."""

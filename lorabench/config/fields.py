@@ -47,7 +47,7 @@ CHANGES_BASE: tuple[Method, ...] = (*FROM_WEIGHTS, "qlora")
 """Methods that change the base's weights before training."""
 
 Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlora"]
-"""The variants of LoRA that a block of an experiment can compare (docs/variants.md)."""
+"""The variants of LoRA that a block of an experiment can compare (studies/variants/README.md)."""
 
 VARIANT_NAMES: dict[Variant, str] = {
     "lora": "LoRA",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,7 @@ from lorabench.config.margins import Margins
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.studies import studies
 from lorabench.utils.yaml_files import read_yaml
 
 PRESETS = WORKFLOW / "presets"
@@ -49,10 +50,10 @@ def preset_path(preset: str) -> Path:
         PresetError: there is no such preset.
     """
     preset, _ = split_name(preset)
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else _shipped(preset)
     if not os.path.isfile(path):
         raise PresetError(
-            f"preset {preset!r}: no file {path}; allowed: {shipped_names('*')}, or the path of a .yaml file"
+            f"preset {preset!r}: no file {path}; allowed: {', '.join(shipped('*'))}, or the path of a .yaml file"
         )
     check_name(path)
     return path
@@ -75,10 +76,30 @@ def check_name(path: Path) -> None:
         )
 
 
-def shipped_names(*patterns: str) -> str:
-    """Return the names of the shipped presets that match glob patterns, separated by commas."""
-    paths = (path for pattern in patterns for path in sorted(PRESETS.glob(f"{pattern}.yaml")))
-    return ", ".join(path.relative_to(PRESETS).with_suffix("").as_posix() for path in paths)
+def _folders() -> Iterator[Path]:
+    """Yield the folder of the suite's presets, and then those of studies, which are looked for only if asked for."""
+    yield PRESETS
+    yield from (study.folder / "presets" for study in studies())
+
+
+def _shipped(name: str) -> Path:
+    """Return the file of a shipped preset or suite; that of the suite's presets, where it is not, if there is none."""
+    paths = (folder / f"{name}.yaml" for folder in _folders())
+    return next((path for path in paths if os.path.isfile(path)), PRESETS / f"{name}.yaml")
+
+
+def is_shipped(preset: str) -> bool:
+    """Return whether a name, which may have a first seed, is that of a shipped preset."""
+    return _shipped(split_name(preset)[0]).is_file()
+
+
+def shipped(*patterns: str) -> list[str]:
+    """Return the names of the shipped presets, those of studies included, by glob pattern, sorted for each."""
+    names: list[str] = []
+    for pattern in patterns:
+        paths = [path.relative_to(folder) for folder in _folders() for path in folder.glob(f"{pattern}.yaml")]
+        names += sorted(path.with_suffix("").as_posix() for path in paths)
+    return names
 
 
 def load_preset(preset: str) -> Preset:
@@ -176,9 +197,9 @@ def _with_parents(path: Path, children: tuple[Path, ...], known: dict[Path, dict
     whole: dict[str, Any] = {}
     for parent in parents:
         # A path is relative to the folder of the preset that names it.
-        file = path.parent / parent if parent.endswith((".yaml", ".yml")) else PRESETS / f"{parent}.yaml"
+        file = path.parent / parent if parent.endswith((".yaml", ".yml")) else _shipped(parent)
         if not file.is_file():
-            allowed = shipped_names("*", "suites/*")
+            allowed = ", ".join(shipped("*", "suites/*"))
             raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
         whole = _laid_over(whole, _with_parents(file, (*children, path), known))
     known[path.resolve()] = whole = _laid_over(whole, raw)

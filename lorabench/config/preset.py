@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
@@ -21,7 +21,8 @@ from lorabench.config.inputs import (
     ProblemSpec,
     model_catalogue,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Margins, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import checked_predictions
 
 MOST_ARMS, MOST_RUNS = 1_000, 50_000
 """The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
@@ -43,8 +44,8 @@ class Preset(Strict):
     protocol: Protocol = Protocol()
     margins: Annotated[Margins, Field(examples=[DEFAULT_MARGINS.model_dump()])]
     """The smallest effects that matter, written down before the runs; verdicts on claims are judged by them."""
-    predictions: Predictions | None = None
-    """What theories predict, written down before the runs and judged like claims; null for no predictions."""
+    predictions: Annotated[dict[str, Any], AfterValidator(checked_predictions)] | None = None
+    """What studies predict, by study, written down before the runs and judged like claims; null for no predictions."""
     first_seed: NotNegative = 0
     """The first seed of every sweep: 100 gives the seeds 100, 101, and so on. Wherever examples are generated, another
     first seed than 0 also gives other test examples."""
@@ -151,11 +152,6 @@ class Preset(Strict):
                     f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
                     f"allowed: {', '.join(allowed) or 'none in this preset'}"
                 )
-
-    @property
-    def judged_predictions(self) -> Predictions:
-        """The predictions that are judged: those that the preset states, and else none."""
-        return self.predictions or Predictions(lr_ratio=LrRatioPredictions())
 
     @property
     def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:

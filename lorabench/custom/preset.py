@@ -18,13 +18,13 @@ import jinja2
 import yaml
 
 from lorabench.config.experiments import AutoLrs
+from lorabench.config.fields import VARIANT_NAMES
 from lorabench.config.inputs import HubModel, TinyModel
-from lorabench.config.loading import PRESETS, check_name, parse_preset
+from lorabench.config.loading import check_name, is_shipped, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
 from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
-from lorabench.custom.variants import checked_variant, lr_factor
 from lorabench.errors import UserError
 from lorabench.planning.plan import starting_lr
 from lorabench.runs import Lattice
@@ -47,6 +47,8 @@ _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
+_VARIANT_STARTS = {"rslora": 0.24, "lora_plus": 0.13, "pissa": 0.24, "olora": 0.31}
+"""About the best LR of a variant over that of LoRA at rank 32 (studies/variants), where its sweep starts."""
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
 
@@ -118,7 +120,7 @@ def init_preset(
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     check_name(path)
-    if os.path.isfile(PRESETS / f"{path.stem}.yaml"):
+    if is_shipped(path.stem):
         raise UserError(
             f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
         )
@@ -198,17 +200,18 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
         ranks=list(ranks),
         start=formats.lr(start, 2),
         seeds=choices.seeds,
-        variants=_variants_by_start(choices.variants, start, max(ranks)) if choices.variants else {},
+        variants=_variants_by_start(choices.variants, start) if choices.variants else {},
         **settings,
     )
 
 
-def _variants_by_start(variants: Sequence[str], start: float, rank: int) -> dict[float, list[str]]:
+def _variants_by_start(variants: Sequence[str], start: float) -> dict[float, list[str]]:
     """Return LoRA and its variants by the learning rate at which their sweeps start, first those that start as LoRA."""
     lattice, groups = Lattice(AutoLrs().per_decade, 0), dict[float, list[str]]()
     for variant in dict.fromkeys(("lora", *variants)):
-        factor = 1.0 if variant == "lora" else lr_factor(checked_variant(variant), rank).value
-        _, nearest, _ = lattice.around(start * factor)
+        if variant not in VARIANT_NAMES:
+            raise UserError(f"variant {variant!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
+        _, nearest, _ = lattice.around(start * _VARIANT_STARTS.get(variant, 1.0))
         groups.setdefault(nearest, []).append(variant)
     return groups
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
@@ -19,6 +19,7 @@ from lorabench.errors import NothingToDrawError, UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import read_claims, table_path, with_all_columns, write_csv
 from lorabench.store.tables import Tables
+from lorabench.utils.studies import studies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +42,14 @@ class PaperFigure:
     """An explanation for a reader who sees only the figure and this text."""
     experiments: tuple[str, ...]
     drawn_by: str
-    """The module of this package and its function that draw it, with a dot between them."""
+    """The module and its function that draw it, with a dot between them."""
     task: Task = "sft"
     table: str = "runs"
     """The table that it shows."""
     settings: int = 8
     """The most combinations of model, dataset, batch size and length that it draws; no shipped preset has more."""
+    package: str = __package__
+    """The package of the module, which is that of a study if the figure is."""
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
         """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table.
@@ -59,7 +62,7 @@ class PaperFigure:
         tables = replace(tables, **{name: with_all_columns(getattr(tables, name), name) for name in names})
         module, function = self.drawn_by.split(".")
         with applied():
-            drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{__package__}.{module}"), function)(tables)
+            drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{self.package}.{module}"), function)(tables)
         return drawn
 
     def own_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
@@ -100,17 +103,26 @@ def drawn_runs(runs: pd.DataFrame, settings: int) -> tuple[pd.DataFrame, str]:
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
 _SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
-for _name, _text in _TEXTS["shared"].items():
-    _SHARED[_name] = _text.format_map(_SHARED)
 
-FIGURES = {
-    name: PaperFigure(
-        name,
-        **about | {"caption": about["caption"].format_map(_SHARED), "experiments": tuple(about["experiments"])},
-    )
-    for name, about in _TEXTS["figures"].items()
-}
-"""All figures by name: the verdicts, then the others in the paper's order."""
+
+def _figures(texts: Mapping[str, Any], package: str) -> dict[str, PaperFigure]:
+    """Return the figures of the suite or of a study, in whose captions texts in `shared` stand for their names."""
+    for name, text in texts.get("shared", {}).items():
+        _SHARED[name] = text.format_map(_SHARED)
+    return {
+        name: PaperFigure(
+            name,
+            package=package,
+            **about | {"caption": about["caption"].format_map(_SHARED), "experiments": tuple(about["experiments"])},
+        )
+        for name, about in texts["figures"].items()
+    }
+
+
+FIGURES = _figures(_TEXTS, __package__)
+"""All figures by name: the verdicts, then the others in the paper's order, and then those of studies."""
+for _study in studies():
+    FIGURES |= _figures(_study.texts, _study.package)
 
 
 def figures_of_preset(preset: Preset) -> list[PaperFigure]:

@@ -16,16 +16,18 @@ from matplotlib.transforms import blended_transform_factory
 
 from lorabench.figures import style
 from lorabench.store.tables import Tables
+from lorabench.utils.studies import studies
 
 _NAMES: dict[str, dict[str, str]] = yaml.safe_load(
     Path(__file__).with_name("claim_names.yaml").read_text(encoding="utf-8")
 )
 
-FAMILIES = _NAMES["families"]
-"""The subject of each family of claims, by the first letter of their ids."""
-
-SHORT_NAMES = _NAMES["claims"]
-"""What each claim says, in at most 34 characters."""
+FAMILIES, SHORT_NAMES = _NAMES["families"], _NAMES["claims"]
+"""The subject of each family of claims, by the first letter of their ids; what each claim says, in at most 34
+characters."""
+for _study in studies():
+    FAMILIES |= _study.texts["families"]
+    SHORT_NAMES |= _study.texts["claims"]
 
 LINEAR, LAST, END = 2.0, 20.0, 30.0
 """Margins up to which the axis is linear, at which marks beyond its end are drawn, and at which it ends."""

@@ -38,7 +38,7 @@ _LAYER_SECONDS = 0.8e-3
 _SHARDED = 0.8
 # Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
 _TF32 = 2.0
-# Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (docs/variants.md).
+# Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (studies/variants).
 _OVER_LORA: dict[str, float] = {"dora": 1.2}
 # Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
 # sum written; backward the gradient of the sum is written, and read for both factors.

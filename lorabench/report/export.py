@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from lorabench.config.loading import PRESETS, split_name
+from lorabench.config.loading import shipped, split_name
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report.publish import NOT_PUBLISHED, provenance, table
@@ -68,10 +68,10 @@ _CROISSANT_TERMS = (
 def exportable() -> list[str]:
     """Return the shipped presets of which there are tables here, with those on published held-out seeds."""
     names = []
-    for path in sorted(PRESETS.glob("*.yaml")):
-        layout = Layout.of(path.stem)
+    for preset in shipped("*"):
+        layout = Layout.of(preset)
         published = map(read_provenance, (layout.published, layout.published / HELD_OUT))
-        named = {path.stem, *(made["preset"] for made in published if made)}
+        named = {preset, *(made["preset"] for made in published if made)}
         names += [name for name in sorted(named) if _published(Layout.of(name)) or _has_runs(Layout.of(name))]
     return names
 

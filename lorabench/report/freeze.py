@@ -103,7 +103,7 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         raise UserError(
             f"preset {preset!r} has the first seed 0, which was explored; give one such as --first-seed 100"
         )
-    rules = rules_sha256(stated.margins, stated.judged_predictions)
+    rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
     if other := set(explored["rules"]) - {rules}:
         judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)

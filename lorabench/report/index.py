@@ -16,7 +16,7 @@ import pandas as pd
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
-from lorabench.config.loading import PRESETS, load_preset, split_name
+from lorabench.config.loading import is_shipped, load_preset, split_name
 from lorabench.errors import UserError
 from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
@@ -72,7 +72,7 @@ def write_index(results: Path) -> Path:
             [(_, address)] = links = _links({"Report": report}, results)
             entry = _preset(name, results / name / "tables", links, _head(report))
             entry.report = address
-            (shipped if _shipped(name) else own).append(entry)
+            (shipped if is_shipped(name) else own).append(entry)
         groups = {
             "Your own models and data": own,
             "Presets of the paper, run here": shipped,
@@ -94,10 +94,6 @@ def _reports(results: Path) -> dict[str, Path]:
     return {path.parents[1].name: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
 
 
-def _shipped(name: str) -> bool:
-    return (PRESETS / f"{split_name(name)[0]}.yaml").is_file()
-
-
 def _head(report: Path) -> dict[str, str]:
     """Return the title, the description and the answer (`abstract`) that the head of a report has."""
     with report.open("rb") as file:
@@ -108,8 +104,8 @@ def _head(report: Path) -> dict[str, str]:
 
 def _preset(name: str, folder: Path, links: list[tuple[str, str]], head: Mapping[str, str]) -> Entry:
     """Return the entry of a preset by the tables in a folder, or by what is published there."""
-    title = name if _shipped(name) else head.get("title") or name
-    preset = load_preset(split_name(name)[0]).description if _shipped(name) else ""
+    title = name if is_shipped(name) else head.get("title") or name
+    preset = load_preset(split_name(name)[0]).description if is_shipped(name) else ""
     entry = Entry(title, head.get("description") or preset, links, head.get("abstract", ""))
     # What is damaged of one preset keeps no other from being listed.
     try:

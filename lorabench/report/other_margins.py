@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.config.margins import Margins, Predictions
+from lorabench.config.margins import Margins
+from lorabench.config.predictions import Predictions
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
 
@@ -46,7 +47,7 @@ def verdicts_by_margin(
         tables: the tidy tables by which the claims were judged.
         judged: the table `claims`, whose verdicts are those at the factor 1.
         margins: the margins of the preset.
-        predictions: what theories predict; see `judge_claims`.
+        predictions: what studies predict; see `judge_claims`.
         factors: how many times as large as the preset's the other margins are.
 
     Returns:

@@ -24,7 +24,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
-from lorabench.config.loading import PRESETS, split_name
+from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
 from lorabench.figures.catalog import PaperFigure, drawn_runs, figures_of_preset
@@ -37,11 +37,13 @@ from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
+from lorabench.utils.studies import studies
 
 _HERE = Path(__file__).parent
 
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
-"""The page's sections in the paper's order: which figures and claims are shown together."""
+"""The page's sections in the paper's order, and then those of studies: which figures and claims are shown together."""
+SECTIONS += [study.texts["section"] for study in studies()]
 
 
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
@@ -65,7 +67,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     listed = runs.head(ROWS)
     judged = read_claims(tables)
     # A shipped preset reruns the paper. A user's own asks a question, and its page has only claims that it can test.
-    question = not (PRESETS / f"{split_name(layout.name)[0]}.yaml").is_file()
+    question = not is_shipped(layout.name)
     judged = judged[~judged["verdict"].isin(["not tested", "setting not met"])] if question else judged
     claims = summary.claims(judged, runs, set(listed["run_id"]))
     tested = [claim for claim in claims if claim["verdict"] != "not tested"]

@@ -46,6 +46,7 @@ from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.studies import studies
 from lorabench.utils.yaml_files import read_yaml
 
 DEFAULT_PRESET = "laptop"
@@ -58,9 +59,8 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 
-CONTROLS = ("lr_decay", "lr_noise", "lr_pretraining", "lr_smollm2", "lr_subspace")
-"""The presets that test a theory alone, on schedules, bases and arms that are not the paper's or with runs of
-`overnight`."""
+CONTROLS = tuple(name for study in studies() for name in study.texts.get("controls", ()))
+"""The presets that test a theory alone, on schedules, bases and arms that are not the paper's or with others' runs."""
 
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
@@ -295,8 +295,8 @@ def answers_part(root: Path, page: Path) -> str:
         text = answer(question, cells)
         if question.claim_id == "B1":
             text += (
-                f"{_mean_ratio(summarized)} [What the ratio depends on]({_link('docs/lr-ratio.md', page)}); `lorabench "
-                "recommend` estimates a learning rate for your model."
+                f"{_mean_ratio(summarized)} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); "
+                "`lorabench recommend` estimates a learning rate for your model."
             )
         lines.append(f"- {text}")
     picture = _link(PUBLISHED / "evidence/matrix.svg", page)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from benchmarks.lr_left_out import by_source, compared, left_out
-from lorabench.config.margins import DEFAULT_PREDICTIONS
+from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.report.publish import evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.studies import read_studies, source_folders
+from studies.lr_ratio.predictions import DEFAULT
 
 from ..conftest import REPOSITORY
 
@@ -47,7 +47,7 @@ def test_beyond_its_grid_the_loss_is_at_least_that_of_the_edge():
 
 def test_lora_is_predicted_from_the_full_fine_tuning_of_its_own_source():
     # At width 2000 and alpha 32, 780 steps: the LR of FullFT at which the theory asks for a ratio of 20.
-    theory = DEFAULT_PREDICTIONS.lr_ratio.movement
+    theory = DEFAULT.movement
     unit = theory.u0 * 128 / 2000 * math.sqrt(50 / 780)
     target = theory.c * 2000 / 32 / (1 + theory.k / 64)
     fullft = unit / 20 * math.sqrt((target / 20) ** 2 - 1)

@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.claims import rules_hash
 from lorabench.claims.rules_hash import rules_sha256, syntax
-from lorabench.config.margins import DEFAULT_MARGINS, LrRatioPredictions, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS
 
 CODE = '''
 """What the module holds."""
@@ -44,12 +44,13 @@ def test_margins_predictions_and_every_module_count(monkeypatch):
     assert re.fullmatch("[0-9a-f]{64}", rules)
     assert rules == rules_sha256(DEFAULT_MARGINS)
     assert rules_sha256(DEFAULT_MARGINS.model_copy(update={"loss": 0.03})) != rules
-    assert rules_sha256(predictions=Predictions(lr_ratio=LrRatioPredictions())) != rules
+    assert rules_sha256(predictions={}) != rules
     modules = rules_hash._code()
     package = Path(rules_hash.__file__).parents[1]
     for part in ("analysis", "claims"):
         names = {path.name for path in (package / part).glob("*.py")}
         assert names == {name.partition("/")[2] for name in modules if name.startswith(part)}
-    for name in ("analysis/rules.py", "claims/judge.py"):
+    for name in ("analysis/rules.py", "claims/judge.py", "studies/lr_ratio/theories.py", "studies/variants/claims.py"):
+        assert name in modules
         monkeypatch.setattr(rules_hash, "_code", lambda name=name: modules | {name: "0" * 64})
         assert rules_sha256() != rules

@@ -13,21 +13,21 @@ from pydantic import TypeAdapter
 from lorabench.config.experiments import AutoLrs
 from lorabench.config.fields import PresetError
 from lorabench.config.inputs import MODELS, ModelSpec
-from lorabench.config.loading import PRESETS, SCHEMA, load_preset, preset_path
+from lorabench.config.loading import PRESETS, SCHEMA, load_preset, preset_path, shipped
 from lorabench.config.preset import Preset, json_schema
 from lorabench.store.layout import Layout
 
-from ..conftest import MARGINS
+from ..conftest import MARGINS, REPOSITORY
 
 
 def test_what_is_shipped_is_valid_and_the_schema_is_current():
-    for path in PRESETS.glob("*.yaml"):
-        load_preset(path.stem)
+    for name in shipped("*"):
+        load_preset(name)
     assert SCHEMA.read_text() == json_schema(), "run: lorabench step schema > workflow/presets/schema.json"
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    for path in PRESETS.rglob("*.yaml"):
+    for path in (*PRESETS.rglob("*.yaml"), *(REPOSITORY / "studies").glob("*/presets/**/*.yaml")):
         validator.validate(yaml.safe_load(path.read_text()))
     for spec in yaml.safe_load(MODELS.read_text()).values():
         TypeAdapter(ModelSpec).validate_python(spec)
@@ -209,7 +209,7 @@ def test_several_mistakes_are_all_named(raw_preset, write_preset):
 
 
 def test_a_file_that_is_not_there_or_no_mapping(write_preset):
-    allowed = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    allowed = ", ".join(shipped("*"))
     with pytest.raises(PresetError, match=rf"preset 'lpatop': .*allowed: {allowed}, or"):
         load_preset("lpatop")
     no_mapping = "a preset is a mapping of description"

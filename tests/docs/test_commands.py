@@ -1,4 +1,4 @@
-"""The shell commands of the README and of the pages in docs/ run as they are written.
+"""The shell commands of the README and of the pages in docs/ and studies/ run as they are written.
 
 Commands that train are run by Snakemake as a dry run. Commands that a test here must not run are named below with the
 reason, so a new command on a page is either run or named.
@@ -31,7 +31,7 @@ from ..forks import run_forked
 from ..handmade import curves_of, make_sweep, runs_table
 from ..workflow.checkout import fresh_clone, shell
 
-PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), *REPOSITORY.glob("studies/*/README.md")]
 
 ELSEWHERE = {
     "python3 -m venv .venv": "CI begins with it",

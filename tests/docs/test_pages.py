@@ -20,7 +20,8 @@ from lorabench.store.schemas import SCHEMAS
 from ..conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-PAGES = [*REPOSITORY.glob("*.md"), REPOSITORY / "config/README.md", *DOCS.glob("*.md")]
+STUDIES = sorted((REPOSITORY / "studies").glob("*/README.md"))
+PAGES = [*REPOSITORY.glob("*.md"), REPOSITORY / "config/README.md", *DOCS.glob("*.md"), *STUDIES]
 
 
 def anchors(page: Path) -> set[str]:
@@ -48,7 +49,7 @@ def test_pages_that_code_names_exist():
     """Messages and docstrings name pages by their path from the root."""
     named = {
         match
-        for folder in ("lorabench", "workflow", "benchmarks", "tests", "paper_figures", ".ci", "slurm")
+        for folder in ("lorabench", "workflow", "benchmarks", "studies", "tests", "paper_figures", ".ci", "slurm")
         for path in (REPOSITORY / folder).rglob("*")
         if path.suffix in (".py", ".smk", ".yaml", ".json", ".md", ".j2", "") and path.is_file()
         for match in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(errors="ignore"))
@@ -58,7 +59,7 @@ def test_pages_that_code_names_exist():
 
 def test_files_and_names_that_the_pages_state_exist():
     pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
-    path = r"`((?:lorabench|workflow|benchmarks|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
+    path = r"`((?:lorabench|workflow|benchmarks|studies|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
     named = {(page.name, name) for page in pages for name in re.findall(path, page.read_text())}
     assert sorted((page, name) for page, name in named if not (REPOSITORY / name).exists()) == []
     for page in (REPOSITORY / "docs/reference").glob("*.md"):
@@ -78,6 +79,7 @@ def test_links_to_files_with_a_page_lead_to_it_and_others_become_text(hooks):
     text = "[a](../paper_figures/published/laptop/claims.csv) [b](../CONTRIBUTING.md) [c](results.md)"
     assert hooks.site_links(text) == "[a](all-laptop.md) b [c](results.md)"
     assert hooks.site_links("[a](../../lorabench/claims/judge.py)", "../") == "[a](../claims.md)"
+    assert hooks.site_links("[a](../studies/lr_ratio/README.md#the-theory)") == "[a](lr-ratio.md#the-theory)"
     picture = "![v](../paper_figures/published/laptop/verdicts.svg)"
     assert hooks.site_links(picture) == "![v](published/laptop/verdicts.svg)"
     assert [file for file in hooks.PAGES if not (REPOSITORY / file).is_file()] == []
@@ -91,15 +93,17 @@ def test_the_navigation_is_short_hand_written_pages_too_and_every_page_is_reacha
     written = sorted(
         path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"
     )
+    pages = {name: (DOCS / name).read_text() for name in written}
+    pages |= {hooks.STUDIES[path.relative_to(REPOSITORY).as_posix()]: hooks.study_page(path) for path in STUDIES}
     generated = re.compile(r"<!-- (\w+): written by .*?<!-- end of \1 -->", re.S)
-    by_hand = {name: generated.sub("", (DOCS / name).read_text()).count("\n") for name in written}
+    by_hand = {name: generated.sub("", text).count("\n") for name, text in pages.items()}
     assert {name: lines for name, lines in by_hand.items() if lines > 250} == {}
     reached, next_ones = set(), set(named)
     while next_ones:
         reached |= next_ones
         links = set()
-        for name in next_ones & set(written):
-            text = hooks.site_links((DOCS / name).read_text(), "../" * name.count("/"))
+        for name in next_ones & set(pages):
+            text = hooks.site_links(pages[name], "../" * name.count("/"))
             found = re.findall(r"\]\(([\w./-]+\.md)\b", text)
             links |= {os.path.normpath(Path(name).parent / link) for link in found}
         next_ones = links - reached

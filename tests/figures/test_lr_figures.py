@@ -1,4 +1,4 @@
-"""The figures about learning rates: the LR law, short and long runs, published losses in figure 2, and the LR ratio."""
+"""The figures about learning rates: the LR law, short and long runs, and published losses in figure 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
 from lorabench.figures.grid import optima
 
-from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
 from .layout import DIVERGED, draw, legend, lines, only, texts, titles
 
@@ -179,24 +178,3 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
     assert shown.max() < high
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].get_lines()}
     assert drawn >= {tuple(sweep) for _, sweep in shown.groupby("rank")}
-
-
-# The LR ratio by condition, with theories.
-
-
-def test_lr_ratio_plots_conditions_theories_and_published_ratios():
-    runs, curves = world(following("scale"))
-    _, plotted = draw("lr_ratio", runs, curves)
-    conditions = only(plotted, "condition")
-    assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
-    np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
-    factors = only(plotted, "theory").set_index("theory")["rms_factor"]
-    assert factors["scale"] == pytest.approx(1.0, abs=0.01)
-    assert (factors.drop("scale") > 1.05).all()
-    published = only(plotted, "published").set_index("source")["predicted"]
-    assert "Orbit E4" in published
-    # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
-    assert published["LoRA Without Regret"].between(5, 20).all()
-    figure, plotted = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
-    assert "no condition" in texts(figure)
-    assert plotted.empty

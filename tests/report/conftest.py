@@ -135,8 +135,7 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
                 (layout.figures / f"{name}.svg").write_text(picture)
                 (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
             with monkeypatch.context() as patched:
-                # The folder in which shipped presets are looked for holds this preset too.
-                patched.setattr(page, "PRESETS", Path() if shipped else page.PRESETS)
+                patched.setattr(page, "is_shipped", lambda _: shipped)
                 build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
         monkeypatch.chdir(built[key])
         return Page(Layout.of("mine.yaml").report.read_text())

@@ -62,7 +62,7 @@ def kept(tmp_path: Path, monkeypatch, raw_preset, write_preset) -> SimpleNamespa
     preset = write_preset(raw_preset)
     git("init", "-q")
     before = commit("before the freeze")
-    rules = rules_sha256(load_preset(preset).margins, load_preset(preset).judged_predictions)
+    rules = rules_sha256(load_preset(preset).margins, load_preset(preset).predictions or {})
     claims = claims_table(
         [
             *(make_claim("B1", rules=rules), make_claim("B2", "inconclusive", rules=rules)),

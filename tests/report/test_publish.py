@@ -141,7 +141,7 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
 ):
     publish(finished, Path())
     preset = finished.preset
-    explored = judged.assign(rules=rules_sha256(preset.margins, preset.judged_predictions))
+    explored = judged.assign(rules=rules_sha256(preset.margins, preset.predictions or {}))
     frozen = root / "frozen.yaml"
     write_frozen(freeze("laptop@100", explored), frozen)
     held_out, runs = Layout.of("laptop@100"), laptop_like()
@@ -245,7 +245,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     readme, index = (root / "README.md").read_text(), (root / "docs/index.md").read_text()
     assert "*Undecided* at 0.13B, at 0.6B, at 8B and at 70B. Over 6 sources the mean is 13.9 times" in readme
     assert "#laptop) 5 of 7 (not: In RL, LoRA of rank 1 reaches the peak" in readme
-    for link in ("docs/lr-ratio.md", "docs/results.md#laptop", "paper_figures/published/evidence/matrix.svg"):
+    for link in ("studies/lr_ratio/README.md", "docs/results.md#laptop", "paper_figures/published/evidence/matrix.svg"):
         assert f"]({link})" in readme
         assert f"]({link.removeprefix('docs/') if link.startswith('docs/') else f'../{link}'})" in index
     page = (root / "docs/other-runs.md").read_text()

@@ -131,7 +131,7 @@ def test_it_is_judged_and_drawn(loss, source, tmp_path):
     assert set(read_table(tmp_path / "merged", "runs")) == set(read_table(tables, "runs"))
 
 
-def test_predictions_are_compared_with_it_and_the_reason_names_what_it_does_not_say(source, tmp_path):
+def test_the_reason_names_what_it_does_not_say(source, tmp_path):
     model = {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}
     said = {"precision": "unknown", "schedule": "constant", "alpha": "32", "base_kind": "mixed"}
     rows = [f"{line},lr_ratio rank" for line in SEEDS]
@@ -139,7 +139,6 @@ def test_predictions_are_compared_with_it_and_the_reason_names_what_it_does_not_
     reason = verdicts(tables, tmp_path).loc["B2", "reason"]
     assert reason.count("the precision of its runs is unknown, so they may differ in it") == 1
     assert reason.count("its runs differ in base_kind, and the source does not say which has which") == 1
-    assert (pd.read_csv(tmp_path / "verdicts/predictions.csv")["ratio"] > 1).all()
 
 
 def test_a_source_that_lacks_a_column_is_not_tested(source, tmp_path):

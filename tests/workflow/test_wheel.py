@@ -47,12 +47,13 @@ def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers
         "import json, lorabench.config.loading as files; from lorabench.utils import files as packaged; "
         "from lorabench.analysis.published import paper_numbers, published_sweeps; "
         "rules = sorted(path.name for path in packaged.WORKFLOW.glob('rules/*.smk')); "
-        "print(json.dumps([packaged.__file__, files.shipped_names('*'), rules, len(paper_numbers()), "
+        "print(json.dumps([packaged.__file__, files.shipped('*'), rules, len(paper_numbers()), "
         "len(published_sweeps())]))"
     )
     place, presets, rules, numbers, sweeps = json.loads(shell(f'python -P -c "{script}"', folder, commands))
     assert Path(place).is_relative_to(Path(commands).parent)
-    assert presets == ", ".join(sorted(path.stem for path in (REPOSITORY / "workflow/presets").glob("*.yaml")))
+    folders = (REPOSITORY / "workflow/presets", *(REPOSITORY / "studies").glob("*/presets"))
+    assert presets == sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
     assert rules == sorted(path.name for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
     assert numbers > 10
     assert sweeps > 10

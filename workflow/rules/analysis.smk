@@ -93,12 +93,6 @@ rule claims:
             category="Claims",
             labels={"table": "claims with verdicts"},
         ),
-        # What theories predict of the LR ratio, next to what was measured.
-        *(
-            [LAYOUT.tables() / "predictions.csv"]
-            if LAYOUT.preset.experiments.lr_ratio
-            else []
-        ),
     log:
         LAYOUT.root / "logs/claims.log",
     conda:
@@ -108,7 +102,7 @@ rule claims:
         tables=LAYOUT.tables(),
         # Claims are judged again when the preset's margins or predictions change, which are not in its tables.
         margins=LAYOUT.preset.margins.model_dump(),
-        predictions=LAYOUT.preset.predictions and LAYOUT.preset.predictions.model_dump(),
+        predictions=LAYOUT.preset.predictions,
     shell:
         "HF_HUB_OFFLINE=1 lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
         "2> >(tee {log:q} >&2)"

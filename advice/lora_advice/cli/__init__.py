@@ -11,7 +11,9 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
+from lora_advice.cli import settings
 from lora_advice.cli.audit import audit
+from lora_advice.cli.check import check
 from lora_advice.errors import UserError
 from lora_advice.formats import printable
 
@@ -54,7 +56,8 @@ def main(
     """The options that stand before a command."""
 
 
-app.command()(audit)
+for command in (audit, check, settings.recommend, settings.convert, settings.trainer):
+    app.command()(command)
 
 
 def run(args: Sequence[str] | None = None, name: str = "lora-advice") -> None:

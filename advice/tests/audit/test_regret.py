@@ -24,12 +24,15 @@ RUN = replace(RUN, rank=10**6, alpha=32, lines={"lr": 7})
 
 
 @cache
-def evidence(curvature=0.1, spread=math.log(1.25)):
-    """Return made-up evidence: optima whose logarithms differ by `spread`, and one curvature on both sides."""
+def evidence(curvature=0.1, spread=0.22):
+    """Return made-up evidence: optima whose logarithms differ by `spread`, and one curvature on both sides.
+
+    The optima grow with the batch size to the power 0.3.
+    """
     measured = {"width": [2000], "batch_size": [BATCH], "steps": [STEPS]}
     pool = {"sources": 24, "measured": measured, "shares": [1.0], "variances": [[spread**2, 0, 0, 0, 0, 0]]}
     optima = {
-        task: dict.fromkeys(("lora", "fullft"), {**pool, "means": [[shift, 0, 0]]})
+        task: {method: pool | {"means": [[shift, 0.3, 0]]} for method in ("lora", "fullft")}
         for task, shift in (("sft", 0.0), ("rl", -math.log(100)))
     }
     columns = [f"{unit}_{side}" for unit in ("share", "loss") for side in ("below", "above")]
@@ -72,7 +75,7 @@ def test_levels():
     error = found(lr=BEST / 30)
     assert (error.code, error.level) == ("lr", "error")
     assert "30 times lower than the recommended 0.0005" in error.message
-    assert "of what training gains (the recommended one 1%)" in error.message
+    assert "of what training gains (the recommended one 0%)" in error.message
     # Where LRs hardly matter, a distance that chance does not explain is no error.
     assert found(evidence(curvature=1e-5), lr=BEST / 30).level == "warning"
     # Where sources differ by a factor of ten, the same LR may be right.

@@ -1,0 +1,1 @@
+"""Full fine-tuning whose weights are held in bf16."""

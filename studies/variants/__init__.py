@@ -1,0 +1,1 @@
+"""Variants of LoRA, each at its own best learning rate: the claims X1 to X7."""

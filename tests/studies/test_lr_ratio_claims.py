@@ -1,0 +1,148 @@
+"""Claims P1 to P7, measured ratios and their figure in worlds whose LR ratios follow one of the theories."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.arms import with_arm_columns
+from lorabench.analysis.comparison import Judging
+from studies.lr_ratio.conditions import COLUMNS, measured_ratios, prediction_table
+from studies.lr_ratio.predictions import DEFAULT
+from studies.lr_ratio.theories import Setting, predicted
+
+from ..claims import judged
+from ..figures.layout import draw, only, texts
+from ..handmade.sft import arm, tables
+
+IDS = {
+    "movement": "P1",
+    "scale": "P2",
+    "fixed_lora": "P3",
+    "constant": "P4",
+    "naive": "P5",
+    "mu_a": "P6",
+    "still": "P7",
+}
+FULLFT_LR = 3e-4
+CONDITIONS = [(64, 50, 8, 32.0), (128, 50, 8, 32.0), (256, 50, 8, 32.0), (64, 50, 8, 8.0), (64, 400, 8, 32.0)]
+CONDITIONS += [(64, 50, 2, 32.0)]
+
+
+def world(ratio, conditions=CONDITIONS, **settings):
+    """Make runs in which the LR ratio of each condition is that of a function of it."""
+    arms = []
+    for width, steps, batch_size, alpha in conditions:
+        about = {"model": f"llama-{width}", "hidden_size": width, "steps": steps, "batch_size": batch_size}
+        about |= {"experiments": "lr_ratio"} | settings
+        setting = Setting(width, steps, batch_size, alpha)
+        for rank in (None, 16) if alpha == 32 else (16,):
+            optimum = FULLFT_LR * (1 if rank is None else ratio(setting))
+            lrs = [optimum * factor for factor in (1 / 4.64, 1 / 2.15, 1.1, 2.15, 4.64)]
+            arms.append(arm(rank, optimum=optimum, lrs=lrs, **about, **({} if rank is None else {"alpha": alpha})))
+    return tables(arms)
+
+
+def following(name):
+    def ratio(setting):
+        theory = predicted(DEFAULT, setting).get(name)
+        return 5.0 if theory is None else float(np.exp(theory(np.asarray(math.log(FULLFT_LR)))))
+
+    return ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scale", lambda setting: 2.0 if setting.steps == 400 else 1.0),
+        ("movement", lambda setting: 2.0 if setting.batch_size == 2 else 1.0),
+        ("fixed_lora", lambda setting: 0.5 if setting.width == 256 else 1.0),
+        ("constant", lambda setting: 0.5 if setting.width == 128 else 1.0),
+        ("naive", lambda setting: 0.5 if setting.alpha == 8 else 1.0),
+        ("mu_a", lambda setting: 0.5 if setting.alpha == 8 else 1.0),
+        ("still", lambda setting: 0.5 if setting.alpha == 8 else 1.0),
+    ],
+)
+def test_a_theory_is_confirmed_where_all_conditions_follow_it_and_contradicted_by_one(name, change):
+    ratio = following(name)
+    row = judged(IDS[name], *world(ratio))
+    assert (row["verdict"], row["kind"]) == ("confirmed", "own prediction")
+    assert row["estimate"] == pytest.approx(1.0, abs=0.01)
+    row = judged(IDS[name], *world(lambda setting: ratio(setting) * change(setting)))
+    assert row["verdict"] == "contradicted"
+    assert abs(math.log2(row["estimate"])) == pytest.approx(1.0, abs=0.015)
+
+
+def test_a_theory_whose_parameters_are_not_stated_has_no_verdict():
+    rows = judged(IDS.values(), *world(following("scale"), CONDITIONS[:1]), predictions={})
+    assert (rows["verdict"] == "not tested").all()
+    assert rows["reason"].str.startswith("the preset states no prediction").all()
+
+
+def conditions(runs, curves):
+    return prediction_table(measured_ratios(with_arm_columns(runs), curves, Judging()), DEFAULT)
+
+
+def test_the_beginnings_of_long_runs_are_conditions_that_count_in_no_verdict():
+    table = conditions(*world(following("scale")))
+    assert list(table.columns) == COLUMNS
+    by_scale = table[table["theory"] == "scale"]
+    np.testing.assert_allclose(by_scale["off_by"], 1.0, rtol=0.01)
+    np.testing.assert_allclose(table["off_by"], table["ratio"] / table["predicted"], rtol=1e-6)
+    runs, curves = world(following("scale"), [(64, 400, 8, 32.0)])
+    curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
+    # In the curves of these runs the loss at every step has the optimum of the end.
+    table = conditions(runs, curves).query("theory == 'movement'").set_index(["runs", "steps"])
+    assert list(table.index) == [("own", 400), ("prefix", 25)]
+    np.testing.assert_allclose(table["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
+    # The theory of A's movement predicts other ratios at both lengths from the same optimal LRs.
+    assert table.loc[("own", 400), "predicted"] < table.loc[("prefix", 25), "predicted"]
+    assert "prefix" not in judged("P1", runs, curves)["reason"]
+
+
+def test_where_the_lr_falls_a_moves_by_the_mean_and_beginnings_do_not_count():
+    condition = (64, 400, 8, 32.0)
+    by_mean = predicted(DEFAULT, Setting(*condition))["movement"](np.log([FULLFT_LR / 2]))
+    runs, curves = world(lambda setting: float(np.exp(by_mean[0])), [condition], schedule="linear")
+    curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
+    [row] = conditions(runs, curves).query("theory == 'movement'").to_dict("records")
+    assert (row["runs"], row["mean_lr"]) == ("own", 0.5)
+    assert row["off_by"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_with_a_frozen_a_the_lr_is_that_of_b():
+    about = {"model": "llama-64", "hidden_size": 64, "steps": 50, "batch_size": 8, "experiments": "lr_ratio"}
+    theory = predicted(DEFAULT, Setting(64, 50, 8, 32.0, frozen=True))["movement"]
+    of_b = FULLFT_LR * float(np.exp(theory(np.asarray(0.0))))
+    arms = []
+    for rank, optimum, parametrization in (
+        (None, FULLFT_LR, {}),
+        (16, of_b / 1000, {"alpha": 32.0, "lr_ratio": 1000.0}),
+    ):
+        lrs = [optimum * factor for factor in (1 / 4.64, 1 / 2.15, 1.1, 2.15, 4.64)]
+        arms.append(arm(rank, optimum=optimum, lrs=lrs, **about, **parametrization))
+    [row] = conditions(*tables(arms)).query("theory == 'movement' and runs == 'own'").to_dict("records")
+    assert row["frozen"]
+    assert row["lora_lr"] == pytest.approx(of_b, rel=0.01)
+    assert row["off_by"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_the_figure_has_conditions_theories_and_published_ratios():
+    runs, curves = world(following("scale"))
+    _, plotted = draw("lr_ratio", runs, curves)
+    conditions = only(plotted, "condition")
+    assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
+    np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
+    factors = only(plotted, "theory").set_index("theory")["rms_factor"]
+    assert factors["scale"] == pytest.approx(1.0, abs=0.01)
+    assert (factors.drop("scale") > 1.05).all()
+    published = only(plotted, "published").set_index("source")["predicted"]
+    assert "Orbit E4" in published
+    # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
+    assert published["LoRA Without Regret"].between(5, 20).all()
+    figure, plotted = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
+    assert "no condition" in texts(figure)
+    assert plotted.empty

@@ -1,0 +1,57 @@
+"""The constants of the theories of the LR ratio are found again in ratios that follow them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.store.tables import Tables
+from studies.lr_ratio.predictions import MovementTheory, Predictions
+from studies.lr_ratio.scripts.constants import factors, fitted, variants
+from studies.lr_ratio.theories import Setting, predicted
+
+from ..conftest import REPOSITORY
+from .test_variants_claims import PREDICTED, world
+
+
+def test_constants_are_found_again():
+    theory = Predictions(movement=MovementTheory(c=2.0, u0=3e-3, k=0.7))
+    rows = []
+    for width, steps, init_a, rank, frozen in (
+        *((width, 50, 1.0, rank, True) for width in (64, 256) for rank in (1, 16)),
+        *((width, steps, init_a, 16, False) for width in (64, 256) for steps in (50, 800) for init_a in (0.25, 1.0)),
+    ):
+        setting, lr = Setting(width, steps, 8, 32.0, init_a, frozen, rank), 0.05 / width
+        ratio = float(np.exp(predicted(theory, setting)["movement"](np.asarray(math.log(lr)))))
+        ends = {"ratio": ratio, "ratio_low": 0.8 * ratio, "ratio_high": 1.25 * ratio}
+        rows.append(asdict(setting) | {"fullft_lr": lr} | ends)
+    found = fitted(pd.DataFrame(rows))
+    assert found.movement.model_dump() == pytest.approx({"c": 2.0, "u0": 3e-3, "k": 0.7}, rel=0.01)
+    assert found.mu_a.c > 0
+
+
+def test_the_factors_on_the_pages_are_those_of_the_theory():
+    table = factors()
+    page = (REPOSITORY / "studies/lr_ratio/README.md").read_text()
+    for width, row in table.iterrows():
+        [cells] = re.findall(rf"^\| {width:,} \(.*?\) \| (.*) \|$", page, re.MULTILINE)
+        expected = [row[f"rank {rank}, {steps} steps"] for steps in (100, 1000, 10_000) for rank in (32, 1)]
+        assert [float(number) for number in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, rel=0.07)
+    said = re.search(r"by (\d+) \(0\.6B\), (\d+) \(1B\) or (\d+) \(8B\)", (REPOSITORY / "README.md").read_text())
+    expected = [table.loc[width, "rank 32, 1000 steps"] for width in (1024, 2048, 4096)]
+    assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.07)
+
+
+def test_theories_are_told_apart_by_variants():
+    """In this world rsLoRA and LoRA+ have the best LRs that `movement` predicts."""
+    off = variants(Tables(*world())).iloc[-1]
+    assert off["movement"] == pytest.approx(1.0, abs=0.05)
+    # By the others the ratios are 1/2 and 1/16, or the roots of these.
+    for theory, power in (("still", 1.0), ("mu_a", 0.5)):
+        logs = [math.log(PREDICTED[variant] * more**power) for variant, more in (("rslora", 2), ("lora_plus", 16))]
+        assert off[theory] == pytest.approx(math.exp(math.hypot(*logs) / math.sqrt(2)), rel=0.05)

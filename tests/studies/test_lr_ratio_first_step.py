@@ -1,0 +1,83 @@
+"""The ratio of learning rates from a first step, on gradients and losses whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.config.inputs import TinyModel
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.base import load_model
+from lorabench.models.lora import targets
+from lorabench.training.run import Machine
+from studies.lr_ratio.scripts.first_step import best_lr, first_ratio, input_means, lowest, without
+
+
+def uniform(rank: int, d_in: int = 256) -> torch.Tensor:
+    return (2 * torch.rand(rank, d_in, generator=torch.Generator().manual_seed(rank)) - 1) / math.sqrt(d_in)
+
+
+def test_even_inputs_give_sqrt_3_width_over_alpha_and_few_large_ones_give_less():
+    even = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    expected, total = math.sqrt(3) * 256 / 32, float(even.abs().sum())
+    for rank in (4, 64):
+        assert first_ratio(total, {"even": even}, {"even": uniform(rank)}) == pytest.approx(expected, rel=0.05)
+    # All of the gradient is in a quarter of the inputs.
+    few = even * (torch.arange(256) < 64)
+    a = uniform(64)
+    assert first_ratio(float(few.abs().sum()), {"few": few}, {"few": a}) == pytest.approx(expected / 2, rel=0.1)
+    # The layers' sums are added, and a weight that only full fine-tuning trains raises the ratio.
+    gradients, factors = {"even": even, "few": few, "norm": few}, {"even": a, "few": a}
+    assert expected / 2 < first_ratio(total + float(few.abs().sum()), gradients, factors) < expected
+    assert first_ratio(2 * total, {"even": even}, {"even": a}) == pytest.approx(2 * expected, rel=0.05)
+
+
+@pytest.mark.parametrize("start", [1e-5, 2e-3, 1.0])
+def test_the_walk_finds_the_lowest_loss_from_either_side(start: float):
+    seen = []
+
+    def loss(lr: float) -> float:
+        seen.append(lr)
+        return math.log(lr / 3e-3) ** 2
+
+    assert best_lr(loss, start) == pytest.approx(3e-3)
+    assert len(seen) == len(set(seen))
+
+
+def test_a_lowest_loss_at_an_edge_is_none():
+    # A step that raises the loss at any LR ends the walk too.
+    assert math.isnan(best_lr(lambda lr: lr, 1e-4))
+    assert math.isnan(lowest({1.0: 0.0, 2.0: 1.0, 4.0: 2.0}))
+    assert lowest({4.0: 1.0, 1.0: 1.0, 2.0: 0.0}) == pytest.approx(2)
+
+
+def test_a_without_the_mean_input_does_not_see_it():
+    mean, a = torch.randn(8), torch.randn(3, 8)
+    changed = without(a, mean)
+    assert changed @ mean == pytest.approx(0, abs=1e-5)
+    other = torch.randn(8)
+    other -= mean * (other @ mean) / (mean @ mean)
+    assert torch.allclose(changed @ other, a @ other, atol=1e-5)
+
+
+def test_the_mean_input_is_all_of_equal_inputs_and_nothing_of_opposite_ones():
+    model = load_model(TinyModel(kind="tiny", name="llama-64"))
+    layers = {name: model.get_submodule(name) for name in targets(model, "all", include_unembedding=False)[0]}
+    # The last of these is no input.
+    ids = np.arange(65, dtype=np.int32) % 16
+    split = TokenizedSplit(ids=ids, scored=np.ones(65, bool), offsets=np.array([0, 65]))
+    machine = Machine(torch.device("cpu"), 4096)
+    _, share = input_means(model, layers, split, machine)
+    assert 0.05 < share < 0.5
+    embedding = model.get_input_embeddings().weight.data
+    embedding[:] = embedding[3]
+    means, share = input_means(model, layers, split, machine)
+    assert share == pytest.approx(1, abs=1e-4)
+    first = "model.layers.0.self_attn.q_proj"
+    assert torch.allclose(means[first], model.model.layers[0].input_layernorm(embedding[3]), atol=1e-5)
+    embedding[1::2] *= -1
+    means, share = input_means(model, {first: layers[first]}, split, machine)
+    assert share == pytest.approx(0, abs=1e-6)

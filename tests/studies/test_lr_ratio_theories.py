@@ -1,0 +1,101 @@
+"""Theories of the LR ratio: predictions solve the theory's own equation, and the derivation holds for random data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studies.lr_ratio.conditions import rms_factors
+from studies.lr_ratio.predictions import DEFAULT, MovementTheory, Predictions
+from studies.lr_ratio.theories import Setting, converted_lr, predicted
+
+FULLFT_LR = 3e-4
+
+
+def ratios(setting, predictions=DEFAULT, lr=FULLFT_LR):
+    theories = predicted(predictions, setting)
+    return {name: float(np.exp(theory(np.asarray(math.log(lr))))) for name, theory in theories.items()}
+
+
+@given(
+    width=st.floats(64, 8192),
+    steps=st.floats(25, 1600),
+    alpha=st.sampled_from([8.0, 32.0]),
+    init_a=st.sampled_from([0.25, 1.0, 4.0]),
+    rank=st.sampled_from([1, 16]),
+)
+def test_predictions_solve_their_equations(width, steps, alpha, init_a, rank):
+    setting = Setting(width, steps, 8, alpha, init_a, rank=rank)
+    stated, theories = ratios(setting), DEFAULT
+    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps)
+    movement = stated["movement"]
+    frozen = ratios(replace(setting, frozen=True))["movement"]
+    assert movement * math.hypot(init_a, movement * FULLFT_LR / at_unit) == pytest.approx(frozen * init_a)
+    still = theories.movement.c * width / alpha / init_a
+    assert frozen == pytest.approx(still / (1 + theories.movement.k / rank))
+    assert stated["still"] / still == pytest.approx(theories.still.c / theories.movement.c)
+    assert stated["mu_a"] == pytest.approx(theories.mu_a.c * math.sqrt(width / alpha))
+    if init_a == 1:
+        scale = stated["scale"]
+        assert scale * (1 + theories.scale.kappa * scale) == pytest.approx(theories.scale.c * width / alpha)
+        assert stated["naive"] == pytest.approx(width / (2 * alpha))
+
+
+def test_while_a_stands_still_it_does_not_matter_whether_it_is_trained():
+    moving, frozen = (Setting(64, 25, 8, 32.0, frozen=frozen) for frozen in (False, True))
+    assert ratios(moving, lr=1e-12)["movement"] == pytest.approx(ratios(frozen)["movement"])
+
+
+@given(lr=st.floats(1e-6, 1e-1), steps=st.sampled_from([25, 800]), alpha=st.sampled_from([8.0, 128.0]))
+def test_a_learning_rate_is_converted_as_the_theory_predicts_both(lr, steps, alpha):
+    theory, lora = DEFAULT.movement, []
+    here, there = Setting(512, 100, 8, 32.0, rank=16), Setting(512, steps, 8, alpha, init_a=4.0, rank=1)
+    for setting in (here, there):
+        # FullFT's optimum is twice as high there.
+        fullft = lr * (1 if setting is here else 2)
+        lora.append(fullft * ratios(setting, lr=fullft)["movement"])
+    assert converted_lr(lora[0], here, there, theory, 2.0) == pytest.approx(lora[1])
+    assert converted_lr(lora[0], here, here, theory) == pytest.approx(lora[0])
+
+
+def test_theories_are_silent_where_they_say_nothing():
+    everything = {"movement", "still", "mu_a", "scale", "fixed_lora", "constant", "naive"}
+    assert set(ratios(Setting(256, 50, 8, 32.0))) == everything
+    assert "fixed_lora" not in ratios(Setting(256, 100, 8, 32.0))
+    assert set(ratios(Setting(256, 50, 8, 8.0))) == everything - {"fixed_lora", "constant"}
+    assert set(ratios(Setting(256, 50, 8, 32.0, init_a=4.0))) == {"movement", "still", "mu_a"}
+    assert set(ratios(Setting(256, 50, 8, 32.0, frozen=True))) == {"movement", "still"}
+    alone = Predictions(movement=MovementTheory(c=1.0, u0=1e-3, k=0.0))
+    assert set(ratios(Setting(64, 25, 8, 32.0), alone)) == {"movement"}
+
+
+def test_the_factors_by_which_theories_are_off():
+    off = {"off_by": [2.0, 0.5, 1.0, None], "off_by_low": [1.7, 0.4, 0.9, None], "off_by_high": [2.2, 0.7, 1.1, None]}
+    [row] = rms_factors(pd.DataFrame(off | {"theory": "movement"})).to_dict("records")
+    assert row == {
+        "theory": "movement",
+        "conditions": 3,
+        "rms_factor": pytest.approx(math.exp(math.sqrt(2 / 3) * math.log(2))),
+        "bias": pytest.approx(1.0),
+        "worst": pytest.approx(2.0),
+        "beyond": 1,
+    }
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_first_steps_of_both_methods_learn_equally_fast_at_the_derived_ratio(rank):
+    d_in, d_out, alpha = 256, 64, 32.0
+    random = np.random.default_rng(0)
+    falls = []
+    for _ in range(200):
+        x, g = random.standard_normal(d_in), random.standard_normal(d_out)
+        a = random.uniform(-1, 1, (rank, d_in)) / math.sqrt(d_in)
+        falls.append((np.abs(np.outer(g, x)).sum(), alpha / rank * np.abs(np.outer(g, a @ x)).sum()))
+    fullft, lora = np.mean(falls, axis=0)
+    assert fullft / lora == pytest.approx(math.sqrt(3) * d_in / alpha, rel=0.05)

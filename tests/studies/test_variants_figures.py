@@ -1,0 +1,105 @@
+"""The figures of variants of LoRA, from tables made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ..figures.layout import draw, legend, lines, only, texts, titles
+from ..handmade import rl
+from ..handmade.sft import arm, tables
+
+STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
+
+
+def method(name, made):
+    """Make the runs of an arm those of another method."""
+    runs, curves = made
+    for row in (*runs, *curves):
+        row["run_id"] += name
+    return [run | {"method": name} for run in runs], curves
+
+
+def adapters(rank, **columns):
+    """Make LoRA, rsLoRA with a lower loss and PiSSA with a higher one, and alpha 8, which is not a variant."""
+    return [
+        arm(rank, optimum=2e-3, **(STANDARD | columns)),
+        arm(
+            rank, optimum=2e-3 / math.sqrt(rank), floor=1.9, **(STANDARD | {"alpha": 32.0 * math.sqrt(rank)} | columns)
+        ),
+        method("pissa", arm(rank, optimum=5e-4, floor=2.1, **(STANDARD | columns))),
+        arm(rank, optimum=2e-3, floor=1.5, **(STANDARD | {"alpha": 8.0} | columns)),
+    ]
+
+
+def test_gaps_and_ratios_are_to_lora_of_the_same_rank():
+    size = {"hidden_size": 128, "steps": 50}
+    figure, plotted = draw(
+        "variants_of_lora", *tables([arm(optimum=4e-4, **size), *adapters(4, **size), *adapters(16, **size)])
+    )
+    gaps = only(plotted, "gap")
+    assert list(zip(gaps["variant"], gaps["rank"], strict=True)) == [
+        (variant, rank) for variant in ("fullft", "rslora", "pissa") for rank in (4, 16)
+    ]
+    assert gaps["gap"].tolist() == pytest.approx([0.0, 0.0, -0.1, -0.1, 0.1, 0.1], abs=1e-6)
+    assert gaps["lr_ratio"].tolist() == pytest.approx([0.2, 0.2, 1 / 2, 1 / 4, 0.25, 0.25])
+    # LR sqrt(1 + (LR / 1.69e-3)^2) is 3.10e-3 for LoRA, and half of it at 1.247e-3, for rsLoRA at rank 4.
+    assert gaps["lr_ratio_predicted"].notna().tolist() == [False, False, True, True, False, False]
+    assert gaps["lr_ratio_predicted"].iloc[2] == pytest.approx(1.247 / 2, rel=1e-3)
+    for value in ("gap", "lr_ratio"):
+        assert (gaps[f"{value}_low"] <= gaps[value] + 1e-9).all()
+        assert (gaps[f"{value}_high"] >= gaps[value] - 1e-9).all()
+    # 2% of the gain from the base's 5 nats to the validation loss of full fine-tuning.
+    assert gaps["margin"].tolist() == pytest.approx([0.02 * (5 - 2.1)] * 6, rel=0.01)
+    assert gaps["comparable"].all()
+    assert gaps["resolved"].all()
+    assert gaps["n_seeds"].tolist() == [3] * 6
+    assert set(plotted["variant"]) == {"fullft", "lora", "rslora", "pissa"}
+    assert not plotted["arm"].str.contains("alpha 8").any()
+    low, high, left, right = figure.axes
+    assert titles(figure)[:2] == ["rank 4", "rank 16"]
+    assert low.get_ylim() == high.get_ylim()
+    assert low.get_xlim() == high.get_xlim()
+    names = [text.get_text() for text in left.get_yticklabels()]
+    assert names == ["FullFT, r4", "FullFT, r16", "rsLoRA, r4", "rsLoRA, r16", "PiSSA, r4", "PiSSA, r16"]
+    for axes, value in ((left, "gap"), (right, "lr_ratio")):
+        marks = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() in ("s", "<", "v")]
+        assert marks == gaps[value].tolist()
+    assert legend(figure)[:4] == ["FullFT", "LoRA", "rsLoRA", "PiSSA"]
+
+
+def test_a_gap_of_one_seed_has_an_open_mark_and_no_interval():
+    figure, plotted = draw("variants_of_lora", *tables(adapters(4, placement="attn", offsets=(0.0,))))
+    gaps = only(plotted, "gap")
+    assert gaps["arm"].tolist() == ["LoRA r4 attn alpha 64", "PiSSA r4 attn"]
+    assert gaps[["gap_low", "lr_ratio_high"]].isna().all(axis=None)
+    assert not gaps[["comparable", "resolved"]].any(axis=None)
+    faces = [line.get_markerfacecolor() for axes in figure.axes[1:] for line in lines(axes, marker="<")]
+    assert faces == ["white"] * 2
+    assert titles(figure)[0] == "rank 4, attn"
+    assert "1 seed" in texts(figure, 1)
+    assert legend(figure)[-1] == "no verdict"
+
+
+def test_in_rl_gaps_are_of_error_rates():
+    columns = STANDARD | {"experiments": None}
+    arms = [rl.arm(optimum=1e-4, experiments=None), rl.arm(64, optimum=1e-3, **columns)]
+    arms += [rl.arm(1, optimum=1e-3, peak=0.7, **columns)]
+    arms += [method("dora", rl.arm(64, optimum=2e-3, peak=0.75, **columns))]
+    figure, plotted = draw("variants_of_lora_rl", *tables(arms))
+    gaps = only(plotted, "gap").set_index(["variant", "rank"])
+    assert gaps["gap"].to_dict() == pytest.approx(
+        {("fullft", 1): -0.1, ("fullft", 64): 0.0, ("dora", 64): 0.05}, abs=0.005
+    )
+    assert gaps.loc[("dora", 64), "lr_ratio"] == pytest.approx(2.0, rel=0.05)
+    assert len(only(plotted, "base")) == 1
+    assert figure.axes[2].get_xlabel() == "lowest error rate minus LoRA's"
+
+
+def test_lora_alone_has_no_panels_of_gaps():
+    figure, plotted = draw("variants_of_lora", *tables([arm(4, optimum=2e-3, diverges_from=1e-2)]))
+    assert only(plotted, "gap").empty
+    assert len(figure.axes) == 1
+    _, plotted = draw("variants_of_lora", *tables([arm(4, optimum=2e-3, **(STANDARD | {"alpha": 8.0}))]))
+    assert plotted.empty
