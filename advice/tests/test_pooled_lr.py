@@ -39,7 +39,7 @@ def test_the_law_of_a_place():
 def test_intervals_hold_as_many_further_sources_as_they_say():
     rng = np.random.default_rng(2)
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
-    for _ in range(60):
+    for _ in range(40):
         # The truth of each coefficient is drawn from its prior.
         batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
         truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
@@ -48,9 +48,9 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
             for probability, held in inside.items():
                 predicted = pooled.predict(further.place, probability, error=further.error)
                 held.append(predicted.low <= further.log_lr <= predicted.high)
-    # 240 draws in 60 worlds: two standard errors are 0.1 at most.
+    # 160 draws in 40 worlds: two standard errors are 0.12 at most.
     # The flat priors of the deviations err on the wide side.
-    assert 0.72 < np.mean(inside[0.8]) < 0.92
+    assert 0.7 < np.mean(inside[0.8]) < 0.92
     assert np.mean(inside[0.95]) > 0.9
 
 

@@ -88,8 +88,8 @@ def test_a_learning_rate_is_converted_to_an_alpha_a_rank_and_a_variant(tmp_path)
         return convert(model, lr, LoraRun(**here or {}), LoraRun(**settled), results=tmp_path)
 
     # Between no movement of A and nothing but its movement, an eighth of alpha asks for 1/8 to 1/sqrt(8) of the LR.
-    assert 2e-4 / 8 <= converted(here={"alpha": 16.0}, there={"alpha": 2.0}).value < 2e-4 / math.sqrt(8)
-    assert converted(here={"rank": 1}, there={"rank": 64}).value > 2.6e-4
+    assert 2e-4 / 8 <= converted(here={"alpha": 2.0}).value < 2e-4 / math.sqrt(8)
+    assert converted(here={"rank": 1}, there={"rank": 64}).value > 2.5e-4
     # rsLoRA is LoRA with 4 times the alpha at rank 16, and LoRA+ with 16 times.
     for variant, alpha in (("rslora", 64.0), ("lora_plus", 256.0)):
         lr = converted(there={"variant": variant})
