@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from advice.benchmarks.lr_left_out import pooled_optimum
 from lora_advice.audit.lr import level
-from lora_advice.audit.regret import REACH, LrEvidence, Place, pooled_curvature
+from lora_advice.audit.regret import REACH, LrEvidence, Place
 from lora_advice.pooled_lr import ALPHA_EXPONENT, PRIORS, REFERENCE, UNKNOWN, UNKNOWN_WIDTH, PooledLr
 from lora_advice.theory import MOVEMENT
+
+from advice.benchmarks.lr_left_out import pooled_optimum
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.lr_law import PIVOT
@@ -61,6 +61,25 @@ MARGINS = {"sft": DEFAULT_MARGINS.loss, "rl": DEFAULT_MARGINS.reward}
 # Parts of a mixture with a smaller share are left out.
 _LEAST_SHARE = 2e-5
 _FIGURES = ("fig2_lr_by_rank", "fig4_placement", "fig6_rl_lr", "short_run")
+
+
+def pooled_curvature(values: Sequence[float], sources: Sequence[str]) -> tuple[float, float]:
+    """Pool curvatures, of which those above 0 count; all sources weigh the same.
+
+    Returns:
+        The mean of ln c, and its standard deviation for a further run.
+
+    Raises:
+        ValueError: fewer than two count.
+    """
+    known = [(math.log(value), source) for value, source in zip(values, sources, strict=True) if value > 0]
+    if len(known) < 2:
+        raise ValueError(f"pooling needs two curvatures above 0; there are {len(known)}")
+    logs, names = np.array([log for log, _ in known]), [source for _, source in known]
+    weights = np.array([1 / names.count(name) for name in names]) / len(set(names))
+    mean, few = float(weights @ logs), float(weights @ weights)
+    # The mean has an error too, and the variance around it is too low by the weights of few values.
+    return mean, math.sqrt(float(weights @ (logs - mean) ** 2) / (1 - few) * (1 + few))
 
 
 def measured_runs(studies: Sequence[Study], presets: Sequence[Path]) -> pd.DataFrame:

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
-
-from advice.benchmarks.audit_regret import rounded
-from lora_advice.audit.checks import audit
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit import check_run, compare_runs
+from lora_advice.audit.config import Knowledge, TrainingConfig
 from lora_advice.audit.files import read_paths
 from lora_advice.audit.lr import judge
 from lora_advice.audit.regret import shipped_evidence
 from lora_advice.finding import Finding
 from lora_advice.models import facts
+from matplotlib.figure import Figure
+
+from advice.benchmarks.audit_regret import rounded
 from lorabench.errors import UserError
 from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED, write_part
@@ -106,7 +106,8 @@ def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
 def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the runs that a framework's examples state, and the findings above a note, one row each."""
     configs = read_paths([folder]).configs
-    findings = audit(configs)
+    alone = [finding for config in configs for finding in check_run(config, Knowledge())]
+    findings = alone + compare_runs(configs)
     about = {"framework": framework.name, "repository": framework.repository, "commit": framework.commit}
     runs = pd.DataFrame([about | _run(config, folder, findings) for config in configs])
     rows = [
@@ -243,7 +244,9 @@ def main() -> None:
     write_csv(findings, out / "framework_findings.csv")
     for kind in ("png", "svg"):
         style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
-    write_part(PAGE, "tables", "`python -m advice.benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings)))
+    write_part(
+        PAGE, "tables", "`python -m advice.benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings))
+    )
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from scipy.interpolate import PchipInterpolator
-from scipy.special import stdtrit
-
 from lora_advice import lr_ratio
 from lora_advice.optima import LrOptimum as PooledOptimum
 from lora_advice.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
 from lora_advice.theory import ALPHA, PIVOT
+from matplotlib.figure import Figure
+from scipy.interpolate import PchipInterpolator
+from scipy.special import stdtrit
+
 from lorabench.figures import style
 from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded

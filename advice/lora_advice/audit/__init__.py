@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lora_advice.errors import UserError
 
 if TYPE_CHECKING:
+    from lora_advice.audit.config import Knowledge, TrainingConfig
     from lora_advice.audit.output import Report
+    from lora_advice.finding import Finding
 
 
 def audit(
@@ -30,9 +34,7 @@ def audit(
 
     Returns:
         A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
-        (`not_read`), and the number of findings by level (`counts`); advice/docs/audit.schema.json describes it. A
-        finding has a `code`, a `level` (`error`, `warning` or `note`), a `message`, a `source`, how `sure` it is, and
-        its place.
+        (`not_read`), and the number of findings by level (`counts`); advice/docs/audit.schema.json describes it.
 
     Raises:
         UserError: no path is given, or a path or the format does not exist, or a number of tokens is not above 0.
@@ -48,10 +50,8 @@ def audit(
         6 note lr-text
         3 note parameters
     """
-    from lora_advice.audit.checks import check_run, compare_runs
     from lora_advice.audit.config import Knowledge
-    from lora_advice.audit.files import read_paths
-    from lora_advice.audit.limits import SECONDS
+    from lora_advice.audit.files import SECONDS, read_paths
     from lora_advice.audit.output import Report
 
     if not paths or "" in paths:
@@ -62,4 +62,22 @@ def audit(
     # The hub may take its time.
     seconds = 60 if hub else SECONDS
     reading = read_paths([*map(Path, paths)], file_format, lambda run: check_run(run, known), skip_unknown, seconds)
-    return Report.of(reading, compare_runs(reading.configs, known))
+    return Report.of(reading, compare_runs(reading.configs))
+
+
+def check_run(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return what the reader and the checks find of a run alone, errors first."""
+    from lora_advice.audit import lr, settings, structure
+    from lora_advice.finding import Level
+
+    checks = (lr.check_lr, *structure.CHECKS, *settings.CHECKS)
+    findings = [*config.findings, *(finding for check in checks for finding in check(config, known))]
+    findings.sort(key=lambda finding: get_args(Level).index(finding.level))
+    return [replace(finding, path=finding.path or config.path, run=config.name) for finding in findings]
+
+
+def compare_runs(configs: Sequence[TrainingConfig]) -> list[Finding]:
+    """Return what is found of runs beside each other; each finding names its path."""
+    from lora_advice.audit.settings import check_alpha_lr, check_lr_differs, check_same_lr
+
+    return [*check_same_lr(configs), *check_alpha_lr(configs), *check_lr_differs(configs)]

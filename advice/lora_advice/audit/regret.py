@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -213,25 +213,6 @@ class LrEvidence:
         """Return equally probable regrets at equally probable distances."""
         below, above = (self._curvatures[place.task, f"{unit}_{side}"] for side in ("below", "above"))
         return regret(x[:, None], np.where(x[:, None] < 0, below, above), saturates=place.rl or unit == "share")
-
-
-def pooled_curvature(values: Sequence[float], sources: Sequence[str]) -> tuple[float, float]:
-    """Pool curvatures, of which those above 0 count; all sources weigh the same.
-
-    Returns:
-        The mean of ln c, and its standard deviation for a further run.
-
-    Raises:
-        ValueError: fewer than two count.
-    """
-    known = [(math.log(value), source) for value, source in zip(values, sources, strict=True) if value > 0]
-    if len(known) < 2:
-        raise ValueError(f"pooling needs two curvatures above 0; there are {len(known)}")
-    logs, names = np.array([log for log, _ in known]), [source for _, source in known]
-    weights = np.array([1 / names.count(name) for name in names]) / len(set(names))
-    mean, few = float(weights @ logs), float(weights @ weights)
-    # The mean has an error too, and the variance around it is too low by the weights of few values.
-    return mean, math.sqrt(float(weights @ (logs - mean) ** 2) / (1 - few) * (1 + few))
 
 
 def regret(x: np.ndarray, curvature: np.ndarray, saturates: bool) -> np.ndarray:

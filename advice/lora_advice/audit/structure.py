@@ -1,20 +1,23 @@
 """Findings about what is trained: layers without LoRA, experts that it misses, tied layers, parameters and capacity.
 
 What PEFT does with fused experts was tried with PEFT 0.21 and transformers 5.24 on tiny models of each family.
+`experts.csv` has by family the names of an expert's former modules that PEFT takes for the fused ones, of which the
+first two are one; whether it has another MLP than that of the experts; and whether these were fused before transformers
+5. `missed_experts.csv` decides what is said of experts without LoRA: the first row that fits counts.
 """
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from lora_advice import formats
 from lora_advice.audit.config import Knowledge, TrainingConfig
-from lora_advice.audit.readers.options import THE_FILE
-from lora_advice.audit.settings import RATIO, RATIO_HIGH, RATIO_LOW
+from lora_advice.audit.texts import say
 from lora_advice.finding import Finding, Level
 from lora_advice.layers import FUSED, Kind, module_kind
 from lora_advice.models import ModelFacts, facts
@@ -28,44 +31,36 @@ QUERIES_AND_VALUES = frozenset(
 )
 """The families of which PEFT adapts `q_proj` and `v_proj` where no targets are said."""
 
-CONVERTED = {
-    **dict.fromkeys(
-        [
-            *("qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe", "afmoe"),
-            *("ernie4_5_moe", "qwen3_next"),
-        ],
-        ("gate_proj", "up_proj", "down_proj"),
-    ),
-    **dict.fromkeys(["mixtral", "minimax_m2"], ("w1", "w3", "w2")),
-}
-"""By family, the names of an expert's former modules that PEFT takes for the fused ones; the first two are one."""
 
-NO_OTHER_MLP = frozenset(
-    ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "granitemoe", "phimoe", "minimax_m2", "qwen3_vl_moe"]
-)
-"""Families with no MLP but that of the experts: no dense layers and no shared experts."""
+@dataclass(frozen=True)
+class Family:
+    """How a family of mixtures holds its experts."""
 
-_OTHERS = frozenset(
-    [
-        *("qwen2_moe", "llama4", "llama4_text", "kimi_linear", "qwen3_5_moe", "qwen3_5_moe_text", "jamba"),
-        *("nemotron_h",),
-    ]
-)
+    former_modules: tuple[str, ...]
+    other_mlp: str
+    fused_before: str
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return the families of `experts.csv`."""
+    rows = _rows("experts.csv")
+    return {row.pop("family"): Family(tuple(row.pop("former_modules").split()), **row) for row in rows}
+
+
+@cache
+def _rows(name: str) -> list[dict[str, str]]:
+    with Path(__file__).with_name(name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # The frameworks that hand their targets to PEFT; the first two look for the names of all linear layers themselves.
 _OWN_NAMES = ("axolotl", "llamafactory")
 _PEFT = (*_OWN_NAMES, "trl", "peft")
-# PEFT 0.18, which LLaMA-Factory asks for, does not know that experts are fused.
-_WITHOUT_CONVERSION = ("llamafactory",)
-
-_TRIED = "PEFT 0.21 and transformers 5.24, tried on tiny models"
-_MODULES = "the names of modules in transformers 5"
-_PLACEMENT = "the paper, figure 4; claims E1, E2 and E5 of docs/results.md"
-_MEASURED = (
-    "the paper found it on 8B and 30B models without intervals; measured here: 0.020 nats [0.004, 0.037] at 0.13B, "
-    "which is borderline, and 0.008 [0.000, 0.016] at 0.8M parameters, which is undecided"
-)
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 _EXPERT_PARAMETERS = frozenset({"gate_up_proj", "down_proj", "up_proj", "gate_proj", "w1", "w2", "w3"})
+H100 = 0.35 * 989.5e12
+"""FLOP/s of training on an H100: an assumed 35% of its peak in bf16."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +74,6 @@ class Adapted:
     all_linear: bool = False
     by_default: bool = False
     """Whether PEFT chooses them, since the file does not."""
-
-    @property
-    def attention_alone(self) -> bool:
-        """Whether all of them are of attention."""
-        return self.kinds == {"attention"}
 
 
 def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
@@ -137,23 +127,15 @@ def _matching(pattern: str) -> list[str] | SlowPatternError:
     return names
 
 
-def check_patterns(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return which targets are regular expressions that take too long."""
-    results = [_matching(target) for target in config.targets or () if _is_pattern(target)]
-    sure, line = "certain for PEFT, which matches them too", config.line("targets")
-    return [
-        Finding("not-read", "warning", f"{error}, so the layers with LoRA are not known", THE_FILE, sure, line=line)
-        for error in results
-        if isinstance(error, SlowPatternError)
-    ]
-
-
-H100 = 0.35 * 989.5e12
-"""FLOP/s of training on an H100: an assumed 35% of its peak in bf16."""
-
-
 def _known(config: TrainingConfig, known: Knowledge) -> ModelFacts | None:
     return facts(config.model, Path(config.path).parent, known.hub)
+
+
+def check_patterns(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return which targets are regular expressions that take too long."""
+    results = (_matching(target) for target in config.targets or () if _is_pattern(target))
+    slow = (result for result in results if isinstance(result, SlowPatternError))
+    return [say("slow-pattern", config.line("targets"), error=error) for error in slow]
 
 
 def check_experts(config: TrainingConfig, known: Knowledge) -> list[Finding]:
@@ -162,63 +144,59 @@ def check_experts(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     lora = adapted(config, model)
     if model is None or not model.mixture or lora is None:
         return []
-    line = config.line("targets", "target_parameters", "method")
-    reached = "experts" in lora.kinds
-    finding = None if reached else _missed(config, model, lora)
-    if finding is None and config.format in _PEFT and config.format not in ("axolotl", "peft"):
-        # Axolotl leaves out dropout on experts, and a finished adapter was trained.
-        by_name = lora.all_linear or lora.names & {*CONVERTED.get(model.family, ())}
-        if config.dropout and (reached or (by_name and model.family in CONVERTED)):
-            message = (
-                f"LoRA on the fused experts of {model.name} does not work with lora_dropout {config.dropout:g}: PEFT "
-                "stops with an error; it has to be 0"
-            )
-            finding = Finding("experts", "error", message, _TRIED, "certain for PEFT 0.21 and transformers 5")
-    return [] if finding is None else [replace(finding, line=line)]
+    reached, line = "experts" in lora.kinds, config.line("targets", "target_parameters", "method")
+    missed = None if reached else _missed(config, model, lora)
+    if missed is not None:
+        return [replace(missed, line=line)]
+    # Axolotl leaves out dropout on experts, and a finished adapter was trained.
+    if config.dropout and config.format in ("llamafactory", "trl"):
+        family = families().get(model.family)
+        by_name = family is not None and (lora.all_linear or lora.names & {*family.former_modules})
+        if reached or (by_name and family is not None and family.former_modules):
+            return [say("dropout", line, model=model.name, dropout=config.dropout)]
+    return []
 
 
 def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
     """Return the finding that no expert has LoRA; None if they have it, or if that is not known."""
-    number = f"{model.experts} " if model.experts else ""
-    experts, right = f"none of the {number}experts of {model.name}", _how_to_reach(config, model)
+    values = {"names": listed(lora.names), "model": model.name, "right": _how_to_reach(config, model), "rest": ""}
+    values["experts"] = f"none of the {f'{model.experts} ' if model.experts else ''}experts of {model.name}"
     if not lora.kinds & {"mlp", "experts"} and None not in lora.kinds:
-        message = f"LoRA on {_listed(lora.names)} trains {experts}, which hold most of its parameters{right}"
-        return Finding("experts", "warning", message, _MODULES, "certain that no expert is trained; " + _MEASURED)
-    if config.format not in _PEFT or not model.fused_experts:
+        return say("no-experts", **values)
+    family = families().get(model.family)
+    if family is None or config.format not in _PEFT or not model.fused_experts:
         return None
-    converted = CONVERTED.get(model.family)
-    convertible = converted is not None and config.format not in _WITHOUT_CONVERSION
-    if converted is None and model.family not in NO_OTHER_MLP | _OTHERS:
-        return None
-    certain = "certain for transformers 5"
-    if model.family not in ("gpt_oss", "llama4", "llama4_text", "granitemoe"):
-        certain += ", which fuses experts; in transformers 4 they are modules"
+    stated, former = {name for name in lora.names if module_kind(name) == "mlp"}, family.former_modules
+    targets = "other modules"
     if lora.all_linear:
-        if convertible and (config.format not in _OWN_NAMES or model.family not in NO_OTHER_MLP):
-            return None
-        rest = ", but attention alone" if model.family in NO_OTHER_MLP else ""
-        message = f"LoRA on all linear layers trains {experts}, which are no linear layers{rest}{right}"
-        return Finding("experts", "warning", message, _TRIED, certain)
-    stated = sorted(name for name in lora.names if module_kind(name) == "mlp")
-    if not stated:
+        targets = "all-linear"
+    elif not stated:
         return None
-    if convertible and converted and set(stated) & set(converted):
-        if len({*converted[:2]} & lora.names) == 1:
-            message = (
-                f"PEFT stops with an error: of {converted[0]} and {converted[1]}, which are one fused parameter of the "
-                f"experts of {model.name}, the targets have one alone"
-            )
-            return Finding("experts", "error", message, _TRIED, certain)
+    elif stated & {*former}:
+        targets = "half of a fused one" if len({*former[:2]} & lora.names) == 1 else "former modules"
+    # PEFT 0.18, which LLaMA-Factory asks for, does not know that experts are fused.
+    situation = {
+        "targets": targets,
+        "converts": "yes" if former and config.format != "llamafactory" else "no",
+        "own_names": "yes" if config.format in _OWN_NAMES else "no",
+        "other_mlp": family.other_mlp,
+    }
+    fits = (row for row in _rows("missed_experts.csv") if all(row[key] in ("any", situation[key]) for key in situation))
+    row = next(fits)
+    if not row["text"]:
         return None
-    if model.family in NO_OTHER_MLP:
-        # In transformers 4, what PEFT would convert are modules.
-        level: Level = "warning" if set(stated) & set(converted or ()) else "error"
-        certain = certain if level == "warning" else "certain"
-        message = f"{_listed(stated)} match nothing, and LoRA trains {experts}, which are fused parameters{right}"
-    else:
-        level = "warning"
-        message = f"{_listed(stated)} are dense layers and shared experts alone, and LoRA trains {experts}{right}"
-    return Finding("experts", level, message, _TRIED, certain)
+    sure = "certain for transformers 5"
+    if family.fused_before == "no":
+        sure += ", which fuses experts; in transformers 4 they are modules"
+    if row["text"] == "unmatched-experts" and row["level"] == "error":
+        sure = "certain"
+    if not lora.all_linear:
+        values["names"] = listed(stated)
+    elif family.other_mlp == "no":
+        values["rest"] = ", but attention alone"
+    if row["text"] == "half-fused":
+        values |= {"first": former[0], "second": former[1]}
+    return say(row["text"], level=row["level"], sure=sure, **values)
 
 
 def _how_to_reach(config: TrainingConfig, model: ModelFacts) -> str:
@@ -241,38 +219,35 @@ def check_fused(config: TrainingConfig, known: Knowledge) -> list[Finding]:
         return []
     if model.mixture or lora.all_linear or config.unsloth or "unsloth" in model.name.lower():
         return []
-    fused = [name for name in FUSED if name in model.linear and name not in lora.names]
-    missed = sorted(part for name in fused for part in FUSED[name] & lora.names)
-    if not missed:
+    fused = [name for name in FUSED if name in model.linear and name not in lora.names and FUSED[name] & lora.names]
+    if not fused:
         return []
     trained = lora.names & set(model.linear)
     # The name of a copy does not say whether the layers are apart in it, as in unsloth's.
     original = model.name.startswith("microsoft/") or model.source.startswith("its config.json")
     level: Level = "error" if original and not trained else "warning"
-    happens = f"trains {_listed(trained)} alone" if trained else "stops with an error"
-    right = " and ".join(name for name in fused if FUSED[name] & lora.names)
-    message = f"{_listed(missed)} match nothing in {model.name}, where they are {right}, and PEFT {happens}"
-    sure = "certain" if original else "certain unless the copy has them apart, as unsloth's have"
-    return [Finding("no-effect", level, message, _MODULES, sure, line=config.line("targets"))]
+    values = {
+        "names": listed(set().union(*(FUSED[name] for name in fused)) & lora.names),
+        "model": model.name,
+        "right": " and ".join(fused),
+        "happens": f"trains {listed(trained)} alone" if trained else "stops with an error",
+        "sure": "certain" if original else "certain unless the copy has them apart, as unsloth's have",
+    }
+    return [say("fused", config.line("targets"), level=level, **values)]
 
 
 def check_attention_only(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     """Return whether a dense model has LoRA on attention alone."""
     model = _known(config, known)
     lora = adapted(config, model)
-    if lora is None or not lora.attention_alone or (model is not None and model.mixture):
+    if lora is None or lora.kinds != {"attention"} or (model is not None and model.mixture):
         return []
     if check_fused(config, known):
         return []
     which = "attention alone"
     if lora.names == {"q_proj", "v_proj"}:
         which = "queries and values alone" + (", PEFT's default where no targets are said" if lora.by_default else "")
-    message = (
-        f"LoRA is on {which} ({_listed(lora.names)}); on the MLP, or on all linear layers, it learns more, even at the "
-        "same number of parameters"
-    )
-    line = config.line("targets", "rank", "method")
-    return [Finding("attention-only", "warning", message, _PLACEMENT, _MEASURED, line=line)]
+    return [say("attention-only", config.line("targets", "rank", "method"), which=which, names=listed(lora.names))]
 
 
 def check_unembedding(config: TrainingConfig, known: Knowledge) -> list[Finding]:
@@ -284,26 +259,14 @@ def check_unembedding(config: TrainingConfig, known: Knowledge) -> list[Finding]
     targets, saved = _EMBEDDINGS & {*(config.targets or ())}, _EMBEDDINGS & {*config.saved_modules}
     if model is not None and model.tied and targets | saved and config.format in _PEFT:
         happens = "merging LoRA changes both" if targets else "each that is saved becomes a copy of its own"
-        message = (
-            f"embedding and unembedding of {model.name} are one matrix, and with {_listed(targets | saved)} trained "
-            f"{happens}; leave that out, or set ensure_weight_tying"
-        )
-        source, sure = "PEFT 0.21, tried on a tiny model; it warns of it", "certain unless ensure_weight_tying is set"
-        findings.append(
-            Finding("unembedding", "warning", message, source, sure, line=config.line("saved_modules", "targets"))
-        )
+        line = config.line("saved_modules", "targets")
+        findings.append(say("tied", line, model=model.name, names=listed(targets | saved), happens=happens))
     if saved:
-        size = ""
+        size = " are" if len(saved) > 1 else " is"
         if model is not None and model.vocabulary:
-            size = f" ({formats.parameters(len(saved) * model.vocabulary * model.width)} parameters)"
+            size = f" ({formats.parameters(len(saved) * model.vocabulary * model.width)} parameters){size}"
         at = f" {config.lr:g}" if config.lr is not None else ""
-        message = (
-            f"{_listed(saved)}{size} {'are' if len(saved) > 1 else 'is'} trained whole at LoRA's learning rate{at}; "
-            "full matrices do best at about a tenth of it, and trainable_token_indices trains new tokens alone"
-        )
-        source = "optima of 6 sources, docs/other-runs.md; PEFT"
-        sure = f"the ratio is {RATIO:g} [{RATIO_LOW:g}, {RATIO_HIGH:g}] for whole models, and not known for these"
-        findings.append(Finding("unembedding", "note", message, source, sure, line=config.line("saved_modules")))
+        findings.append(say("whole", config.line("saved_modules"), names=listed(saved), size=size, at=at))
     return findings
 
 
@@ -319,7 +282,8 @@ def trained_parameters(config: TrainingConfig, model: ModelFacts | None) -> dict
     if model.mixture:
         by_parameter = {name.rpartition(".")[2] for name in config.target_parameters}
         factors = dict.fromkeys(by_parameter & {"gate_up_proj", "down_proj"}, 1)
-        converted = CONVERTED.get(model.family, ())
+        family = families().get(model.family)
+        converted = family.former_modules if family else ()
         if config.format in _PEFT and not by_parameter and _missed(config, model, lora) is None:
             # PEFT doubles the rank where two former modules are one.
             factors = {"gate_up_proj": 2, "down_proj": 1} if lora.all_linear or names & {*converted} else {}
@@ -355,7 +319,7 @@ def check_parameters(config: TrainingConfig, known: Knowledge) -> list[Finding]:
             f"of the model's {formats.parameters(model.parameters)}: {', '.join(parts)}"
         )
     costs, sure = _costs(config, model, total if trained else None)
-    return [Finding("parameters", "note", f"{what}{costs}", f"counted; {model.source}", sure, line=config.line("rank"))]
+    return [say("parameters", config.line("rank"), what=what, costs=costs, source=model.source, sure=sure)]
 
 
 def _costs(config: TrainingConfig, model: ModelFacts, lora: int | None) -> tuple[str, str]:
@@ -396,15 +360,23 @@ def check_capacity(config: TrainingConfig, known: Knowledge) -> list[Finding]:
     if tokens is None or tokens <= parameters:
         return []
     bound = known.completion_tokens is None
-    message = (
-        f"{what}, and LoRA of rank {config.rank} has {formats.parameters(parameters)} parameters; by the authors' rule "
-        f"of a parameter for each scored token, rank {-(-round(tokens) * (config.rank or 1) // parameters)} has enough"
-    )
-    sure = "a rule of thumb; " + ("an upper bound of the tokens" if bound else "the tokens are yours")
-    source = "the documentation of the authors' library; docs/your-model.md"
-    return [Finding("capacity", "note" if bound else "warning", message, source, sure, line=config.line("rank"))]
+    values = {
+        "what": what,
+        "rank": config.rank,
+        "parameters": formats.parameters(parameters),
+        "enough": -(-round(tokens) * (config.rank or 1) // parameters),
+        "bound": "an upper bound of the tokens" if bound else "the tokens are yours",
+    }
+    return [say("capacity", config.line("rank"), level="note" if bound else "warning", **values)]
 
 
-def _listed(names: Sequence[str] | frozenset[str]) -> str:
-    ordered = sorted(names)
-    return ordered[0] if len(ordered) == 1 else f"{', '.join(ordered[:-1])} and {ordered[-1]}"
+def listed(names: Collection[str]) -> str:
+    """Return names in their order, as a part of a sentence."""
+    *most, last = sorted(names) or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+CHECKS = (
+    *(check_patterns, check_experts, check_fused, check_attention_only, check_unembedding, check_parameters),
+    check_capacity,
+)

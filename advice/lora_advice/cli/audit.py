@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from lora_advice.audit import audit as audit_paths
+from lora_advice.errors import UserError
 from lora_advice.files import write_text
 
 
@@ -36,6 +38,9 @@ def audit(
 
     Exits with status 1 if a finding is an error, and with 2 if a file or folder that was named could not be read.
     """
+    # As root, a device would be replaced.
+    if sarif is not None and os.path.exists(sarif) and not os.path.isfile(sarif):
+        raise UserError(f"--sarif {sarif}: it is not a file; allowed: a file, or a name that is not there yet")
     report = audit_paths(
         *paths, file_format=file_format, completion_tokens=completion_tokens, hub=hub, skip_unknown=skip_unknown
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from lora_advice.audit.config import Knowledge, TrainingConfig
-from lora_advice.audit.structure import CONVERTED, check_experts, trained_parameters
+from lora_advice.audit.structure import check_experts, families, trained_parameters
 from lora_advice.models import facts
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def test_experts_are_trained_as_is_said(family, targets, tmp_path):
     weights = trained(family, tmp_path, target_modules=asked)
     reached = any(".experts." in name for name in weights)
     assert (check_experts(run, Knowledge()) == []) == reached
-    counted = trained_parameters(run, facts(run, tmp_path))
+    counted = trained_parameters(run, facts(run.model, tmp_path))
     if counted is not None and asked != "all-linear":
         assert sum(counted.values()) == sum(weights.values())
 
@@ -76,7 +76,7 @@ def test_dropout_on_experts_is_refused(tmp_path):
     run = TrainingConfig(str(tmp_path / "a.yaml"), "trl", method="lora", rank=2, targets=ATTENTION)
     run = replace(run, target_parameters=tuple(parameters))
     weights = trained("gpt_oss", tmp_path, target_modules=list(ATTENTION), target_parameters=parameters)
-    assert sum(trained_parameters(run, facts(run, tmp_path)).values()) == sum(weights.values())
+    assert sum(trained_parameters(run, facts(run.model, tmp_path)).values()) == sum(weights.values())
     with pytest.raises(ValueError, match="lora_dropout"):
         trained("gpt_oss", tmp_path, target_modules=[], target_parameters=parameters, lora_dropout=0.1)
     assert check_experts(replace(run, dropout=0.1), Knowledge())[0].level == "error"
@@ -87,4 +87,5 @@ def test_peft_converts_these_families():
 
     known = {*conversion._MOE_TARGET_MODULE_MAPPING}
     patterns = conversion._MODEL_TO_CONVERSION_PATTERN
-    assert {*CONVERTED} <= {family for family, pattern in patterns.items() if pattern in known}
+    converted = {family for family, about in families().items() if about.former_modules}
+    assert converted <= {family for family, pattern in patterns.items() if pattern in known}

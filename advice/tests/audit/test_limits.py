@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from lora_advice.audit import audit
 from lora_advice.audit.limits import in_limits
 from lora_advice.errors import UserError
-
-from lorabench import api
 
 AXOLOTL = (
     "base_model: Qwen/Qwen3-8B\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 0.0002\n"
@@ -74,7 +73,7 @@ def once_failed(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "right.yml").write_text(AXOLOTL.replace("adapter: lora", "adapter:"))
-    return api.audit(folder), folder
+    return audit(folder), folder
 
 
 def test_every_file_stands_on_its_own(once_failed):
@@ -103,7 +102,7 @@ def test_every_file_stands_on_its_own(once_failed):
 def test_numbers_without_meaning_are_errors(tmp_path, key, said, value):
     lines = [line for line in AXOLOTL.splitlines() if not line.startswith(key)]
     (tmp_path / "a.yml").write_text("\n".join([*lines, f"{key}: {value}\n"]))
-    errors = [finding for finding in api.audit(tmp_path).findings if finding.level == "error"]
+    errors = [finding for finding in audit(tmp_path).findings if finding.level == "error"]
     assert [(said in error.message, error.line) for error in errors] == [(True, len(lines) + 1)]
 
 
@@ -120,7 +119,7 @@ def test_numbers_without_meaning_are_errors(tmp_path, key, said, value):
 )
 def test_every_format_has_the_numbers_checked(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    report = api.audit(tmp_path)
+    report = audit(tmp_path)
     assert [f.message[: len(message)] for f in report.findings if f.code == "number"] == [message]
     assert json.dumps(report.json(), allow_nan=False)
 
@@ -130,7 +129,7 @@ def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):
     (tmp_path / "b.sh").write_text(f"{TRL} --max_steps 10 --num_train_epochs -1 --gradient_accumulation_steps auto\n")
     (tmp_path / "c.sh").write_text(f"{TRL.replace('--use_peft', '--use_peft false')} --lora_r 0 --max_steps -1\n")
     (tmp_path / "d.yaml").write_text(NEMO_RL.replace("max_num_steps: 10", "max_num_epochs: -1"))
-    report = api.audit(tmp_path)
+    report = audit(tmp_path)
     assert len(report.configs) == 4
     assert [finding for finding in report.findings if finding.code == "number"] == []
 

@@ -2,20 +2,12 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.models import facts, module_kind, public_models
-
-from ..hub.server import serving
-
-CONFIG = TrainingConfig(path="a.yaml", format="axolotl")
-
-
-def known(model: str):
-    return facts(replace(CONFIG, model=model))
+from lora_advice.errors import UserError
+from lora_advice.layers import module_kind
+from lora_advice.models import facts, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
@@ -43,30 +35,30 @@ def test_counted_parameters_are_the_published_ones() -> None:
     ],
 )
 def test_names_of_popular_models(name: str, family: str, width: int, billions: float, experts: int) -> None:
-    model = known(name)
+    model = facts(name)
     assert model is not None
     assert (model.family, model.width, model.experts, model.width_error) == (family, width, experts, 0)
     assert model.parameters == pytest.approx(billions * 1e9, rel=0.01)
 
 
 def test_torchtune_writes_a_decimal_point_as_an_underscore() -> None:
-    assert known("torchtune.models.qwen2_5.lora_qwen2_5_0_5b").width == 896
-    assert known("torchtune.models.qwen3.lora_qwen3_1_7b_base").width == 2048
+    assert facts("torchtune.models.qwen2_5.lora_qwen2_5_0_5b").width == 896
+    assert facts("torchtune.models.qwen3.lora_qwen3_1_7b_base").width == 2048
 
 
 def test_a_size_that_contradicts_the_name_is_believed() -> None:
-    tiny = known("axolotl-ai-co/DeepSeek-V3-11M")
+    tiny = facts("axolotl-ai-co/DeepSeek-V3-11M")
     assert (tiny.family, tiny.parameters, tiny.source) == ("", 11_000_000, "the size in its name")
 
 
 def test_a_name_with_a_size_gives_an_estimate() -> None:
-    model = known("someone/My-Llama-v7-9B-chat")
+    model = facts("someone/My-Llama-v7-9B-chat")
     assert (model.family, model.parameters, model.sizes) == ("llama", 9_000_000_000, None)
     assert abs(math.log(model.width / 4096)) < 2 * model.width_error
     assert 0.05 < model.width_error < 0.35
-    mixture = known("someone/Thing-100B-A10B")
+    mixture = facts("someone/Thing-100B-A10B")
     assert (mixture.mixture, mixture.fused_experts, mixture.experts) == (True, True, None)
-    assert mixture.width < known("someone/Thing-100B").width
+    assert mixture.width < facts("someone/Thing-100B").width
 
 
 @pytest.mark.parametrize(
@@ -82,7 +74,7 @@ def test_a_name_with_a_size_gives_an_estimate() -> None:
     ],
 )
 def test_a_name_without_a_size_gives_nothing(name: str) -> None:
-    assert known(name) is None
+    assert facts(name) is None
 
 
 def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
@@ -91,7 +83,7 @@ def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
     folder = tmp_path / "Qwen3-8B"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 32}))
-    for model in (facts(replace(CONFIG, model="Qwen3-8B"), tmp_path), known(str(folder)), facts(CONFIG, folder)):
+    for model in (facts("Qwen3-8B", tmp_path), facts(str(folder)), facts(None, folder)):
         assert (model.family, model.width, model.experts, model.tied) == ("qwen3_moe", 64, 4, False)
         assert model.linear["gate_up_proj"] == ("experts", 64, 64, 8)
         assert model.source == "its config.json"
@@ -100,7 +92,7 @@ def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
 def test_a_model_of_images_has_its_sizes_in_a_part(tmp_path: Path) -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
-    model = facts(CONFIG, tmp_path)
+    model = facts(None, tmp_path)
     assert (model.family, model.width, model.layers, model.tied, model.sizes) == ("gemma3", 2560, 34, True, None)
 
 
@@ -121,20 +113,22 @@ def test_kinds_of_modules(module: str, kind: str | None) -> None:
     assert module_kind(module) == kind
 
 
-def test_the_hub_is_asked_only_if_the_user_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
-    config |= {"intermediate_size": 128, "vocab_size": 1000}
-    folder = tmp_path / "models/x/own-7b"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    run = replace(CONFIG, model="x/own-7b")
-    with serving(tmp_path) as hub:
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        assert facts(run).width_error > 0
-        assert not hub.requests
-        asked = facts(run, hub=True)
-        assert facts(replace(CONFIG, model="x/other-7b"), hub=True).width_error > 0
+    requests = []
+
+    def look_up(name: str, file: str) -> str:
+        requests.append((name, file))
+        if name == "x/other-7b":
+            raise UserError("it is not there")
+        return json.dumps(config)
+
+    monkeypatch.setattr("lora_advice.models.look_up", look_up)
+    assert facts("x/own-7b").width_error > 0
+    assert requests == []
+    asked = facts("x/own-7b", hub=True)
     assert (asked.width, asked.width_error, asked.source) == (96, 0.0, "its config.json on the hub")
+    assert facts("x/other-7b", hub=True).width_error > 0
+    assert requests == [("x/own-7b", "config.json"), ("x/other-7b", "config.json")]
+    # The table knows this one.
+    assert facts("Qwen/Qwen3-8B", hub=True).width == 4096

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lora_advice.audit.checks import audit
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit import check_run
+from lora_advice.audit.config import Knowledge, TrainingConfig
 from lora_advice.audit.files import read_paths
 
 CASES = yaml.safe_load(Path(__file__).with_name("real_configs.yaml").read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def test_real_config(case, tmp_path):
     for field, value in case["record"].items():
         expected = tuple(value) if isinstance(value, list) else value
         assert (field, getattr(config, field)) == (field, expected)
-    findings = audit(reading.configs)
+    findings = check_run(config, Knowledge())
     said = {f"{finding.code} {finding.level}" for finding in findings} | {finding.code for finding in findings}
     assert set(case.get("says", ())) - said == set()
     assert set(case["silent"]) & said == set()

@@ -9,31 +9,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_advice.adapter_config import NAME, AdapterConfig, OtherMethodError, parse_adapter
-from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.flat import Options
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, checked, variant_of
+from lora_advice.adapter_config import NAME, OtherMethodError, parse_adapter
+from lora_advice.audit.config import Method, TrainingConfig
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, flatten, names_of, read_yaml, record
 from lora_advice.audit.readers.trl_options import plain_fields, task_of
-from lora_advice.audit.yaml_lines import load
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
-KEYS = {
-    "model": ("base_model_name_or_path",),
-    "rank": ("r",),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "targets": ("target_modules",),
-    "target_parameters": ("target_parameters",),
-    "saved_modules": ("modules_to_save",),
-    "rslora": ("use_rslora",),
-    "dora": ("use_dora",),
-    "variant": ("init_lora_weights",),
-}
-OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
+_OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
 """Options that alter where LoRA is, or how large, and that a record does not hold."""
 _CARD = {
     "learning_rate": "learning_rate",
@@ -50,147 +37,122 @@ _CARD = {
 
 
 def matches(path: Path, text: str) -> bool:
+    """Return whether a file is the configuration of an adapter."""
     return path.name == NAME
 
 
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the run that made an adapter."""
-    options = Options()
+    options, findings = Options(), list[Finding]()
     for number, line in enumerate(text.splitlines(), 1):
         if match := re.match(r'\s*"(\w+)"\s*:', line):
             options.lines.setdefault(match[1], number)
-    findings = []
-    fields: dict[str, Any] = {"method": None}
+
+    def not_read(message: str, sure: str = CERTAIN, name: str = "") -> None:
+        findings.append(Finding("not-read", "note", message, THE_FILE, sure, line=options.lines.get(name)))
+
+    method: Method | None = None
     try:
         adapter = parse_adapter(text, path.name)
     except OtherMethodError as error:
-        message = f"{error}, so no check is about it"
-        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get("peft_type")))
+        not_read(f"{error}, so no check is about it", name="peft_type")
     else:
-        options.values = adapter.model_dump(exclude_none=True)
-        fields = _lora(adapter, options)
-        others = [name for name in OTHER_PATTERNS if options.get(name)]
-        if others:
+        method, options.values = "lora", adapter.model_dump(exclude_none=True)
+        if isinstance(adapter.target_modules, tuple):
+            options.values["target_modules"] = adapter.targets
+        if others := [name for name in _OTHER_PATTERNS if options.get(name)]:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
-            findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN, line=options.lines.get(others[0])))
-    about, lines = _run(path.parent, findings), options.lines_of(KEYS)
-    fields |= about
-    lines = {field: line for field, line in lines.items() if fields.get(field)}
-    lines |= {field: 1 for field, value in about.items() if value is not None}
-    if fields.get("lr") is None and (path.parent / "training_args.bin").is_file():
-        message = "training_args.bin may say the learning rate, but is a pickle, which could run code and is not read"
-        findings.append(Finding("not-read", "note", message, THE_FILE, CERTAIN))
-    config = TrainingConfig(shown, "peft", lines=lines, findings=tuple(findings), **fields)
-    return [checked(config, options.said(KEYS))]
+            not_read(message, name=others[0])
+    keys = {**names_of("peft"), "model": "base_model_name_or_path"}
+    run = _of_record(_beside(path.parent.parent / "record.json", not_read)) or _of_trainer(path.parent, not_read)
+    for field, value in run.items():
+        options.set(f"run.{field}", value, 1)
+        keys[field] = f"run.{field}"
+    if run.get("lr") is None and (path.parent / "training_args.bin").is_file():
+        not_read("training_args.bin may say the learning rate, but is a pickle, which could run code and is not read")
+    others = {field: run.get(field) for field in ("task", "bits", "rounded") if field in run}
+    return [record(shown, "peft", options, keys, findings, method=method, **others)]
 
 
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError("it has no options: it is not a mapping")
-    return data
-
-
-def _lora(config: AdapterConfig, options: Options) -> dict[str, Any]:
-    method: Method = "lora"
-    return {
-        "method": method,
-        "model": options.text("base_model_name_or_path"),
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "targets": (config.targets,) if isinstance(config.targets, str) else config.targets,
-        "target_parameters": config.target_parameters or (),
-        "saved_modules": config.modules_to_save or (),
-        "rslora": bool(config.use_rslora),
-        "dora": bool(config.use_dora),
-        "variant": variant_of(options.text("init_lora_weights")),
-    }
-
-
-def _run(folder: Path, findings: list[Finding]) -> dict[str, Any]:
-    """Return the fields that the files beside an adapter say; adds to the findings what could not be read."""
-    record = _beside(folder.parent / "record.json", findings)
-    if isinstance(record.get("spec"), dict) and "run_id" in record:
-        return _of_record(record["spec"])
-    card, tags = _card(folder / "README.md", findings)
-    for name in ("args.json", "training_args.json"):
-        card.update(Options(_beside(folder / name, findings)))
-    task, _ = task_of(*tags)
-    fields, _ = plain_fields(card, task)
-    fields |= {"task": task, "devices": card.count("num_devices", "world_size")}
-    state = Options(_state(folder, findings))
-    if steps := state.count("global_step"):
-        fields |= {"steps": float(steps), "epochs": state.number("epoch")}
-    if fields["micro_batch"] is None:
-        fields["micro_batch"] = state.count("train_batch_size")
-    if fields["lr"] is None:
-        fields |= _logged_lr(state, findings)
-    return fields
-
-
-def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run of this project, whose learning rate is constant."""
-    options = Options(spec)
-    task: Task = "rl" if spec.get("task") == "rl" else "sft"
-    protocol, method, variant = spec.get("protocol"), options.text("method"), dict[str, Any]()
-    if method in ("pissa", "olora"):
-        # They are saved as LoRA of twice the rank.
-        variant = {"variant": method, "rank": options.count("rank"), "alpha": options.number("alpha")}
-    return variant | {
+def _of_record(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the record of a run of this project says, whose learning rate is constant."""
+    if not isinstance(found.get("spec"), dict) or "run_id" not in found:
+        return {}
+    options = Options(flatten(found["spec"]))
+    method = options.text("method")
+    fields = {
+        "task": "rl" if options.text("task") == "rl" else "sft",
         "bits": 4 if method == "qlora" else None,
-        "lr_ratio": options.number("lr_ratio"),
-        "task": task,
         "lr": options.number("lr"),
+        "lr_ratio": options.number("lr_ratio"),
         "schedule": "constant",
         "optimizer": "adam",
         "global_batch": options.count("batch_size"),
         "steps": options.number("steps"),
-        "precision": Options(protocol).text("precision") if isinstance(protocol, dict) else None,
+        "precision": options.text("protocol.precision"),
     }
+    if method in ("pissa", "olora"):
+        # They are saved as LoRA of twice the rank.
+        fields |= {"variant": method, "rank": options.count("rank"), "alpha": options.number("alpha")}
+    return fields
 
 
-def _beside(path: Path, findings: list[Finding]) -> dict[str, Any]:
+def _of_trainer(folder: Path, not_read: Callable[..., None]) -> dict[str, Any]:
+    """Return the fields that the files of Hugging Face's Trainer beside an adapter say."""
+    options, tags = _card(folder / "README.md", not_read)
+    for name in ("args.json", "training_args.json"):
+        options.update(Options(_beside(folder / name, not_read)))
+    task, _ = task_of(*tags)
+    state = Options(_state(folder, not_read))
+    fields = options.fields(names_of("trl")) | plain_fields(options, task)
+    fields |= {"task": task, "devices": options.count("num_devices world_size")}
+    if steps := state.count("global_step"):
+        fields |= {"steps": float(steps), "epochs": state.number("epoch")}
+    if fields["micro_batch"] is None:
+        fields["micro_batch"] = state.count("train_batch_size")
+    return fields if fields["lr"] is not None else fields | _logged_lr(state, not_read)
+
+
+def _beside(path: Path, not_read: Callable[..., None]) -> dict[str, Any]:
+    """Return the object in a JSON file beside the adapter; empty if there is none, or if it can't be read."""
     if not path.is_file():
         return {}
     try:
-        return _parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, UserError) as error:
-        findings.append(Finding("not-read", "note", f"{path.name} could not be read: {error}", THE_FILE, CERTAIN))
-        return {}
-
-
-def _state(folder: Path, findings: list[Finding]) -> dict[str, Any]:
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    for place in (folder, *checkpoints[-1:]):
-        if state := _beside(place / "trainer_state.json", findings):
-            return state
+        data = json.loads(path.read_text(encoding="utf-8"))
+        reason = "it has no options: it is not a mapping"
+    except OSError as error:
+        data, reason = None, str(error)
+    except (ValueError, RecursionError) as error:
+        data, reason = None, f"it is not valid JSON: {error}"
+    if isinstance(data, dict):
+        return data
+    not_read(f"{path.name} could not be read: {reason}")
     return {}
 
 
-def _card(path: Path, findings: list[Finding]) -> tuple[Options, list[str]]:
+def _state(folder: Path, not_read: Callable[..., None]) -> dict[str, Any]:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    last = sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))[-1:]
+    states = (_beside(place / "trainer_state.json", not_read) for place in (folder, *last))
+    return next(filter(None, states), {})
+
+
+def _card(path: Path, not_read: Callable[..., None]) -> tuple[Options, list[str]]:
     """Return the hyperparameters of a model card, by the Trainer's names, and its tags."""
-    options = Options()
+    options, tags = Options(), list[str]()
     if not path.is_file():
-        return options, []
-    tags: list[str] = []
+        return options, tags
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        findings.append(Finding("not-read", "note", f"README.md could not be read: {error}", THE_FILE, CERTAIN))
+        not_read(f"README.md could not be read: {error}")
         return options, tags
     if head := re.match(r"---\n(.*?)\n---\n", text, re.DOTALL):
         try:
-            data, _ = load(head[1])
+            said = read_yaml(head[1]).get("tags")
+            tags = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
         except UserError as error:
-            findings.append(Finding("not-read", "note", f"the head of README.md: {error}", THE_FILE, CERTAIN))
-            data = None
-        said = data.get("tags") if isinstance(data, dict) else None
-        tags = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
+            not_read(f"the head of README.md: {error}")
     section = re.search(r"^#+ Training hyperparameters\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     for name, value in re.findall(r"^- (\w+): (.+)$", section[1] if section else "", re.MULTILINE):
         if name in _CARD:
@@ -202,7 +164,7 @@ def _card(path: Path, findings: list[Finding]) -> tuple[Options, list[str]]:
     return options, tags
 
 
-def _logged_lr(state: Options, findings: list[Finding]) -> dict[str, Any]:
+def _logged_lr(state: Options, not_read: Callable[..., None]) -> dict[str, Any]:
     """Return the highest learning rate in the log of the Trainer."""
     log = state.get("log_history")
     entries = [Options(entry) for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
@@ -212,8 +174,6 @@ def _logged_lr(state: Options, findings: list[Finding]) -> dict[str, Any]:
     highest, step = max(logged, key=lambda item: item[0])
     if len(logged) > 1 and all(lr == highest for lr, _ in logged):
         return {"lr": highest, "schedule": "constant"}
-    message = (
-        f"the learning rate {highest:g} is the highest that trainer_state.json logged (step {step}); its peak may be"
-    )
-    findings.append(Finding("not-read", "note", f"{message} higher", THE_FILE, "at least this"))
+    message = f"the learning rate {highest:g} is the highest that trainer_state.json logged (step {step})"
+    not_read(f"{message}; its peak may be higher", "at least this")
     return {"lr": highest}

@@ -4,63 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers import options
-from lora_advice.audit.readers.options import count, flag, names, number, text
+from lora_advice.audit.readers.options import Options, at, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import Word, is_script, read_commands, read_flags
-from lora_advice.audit.yaml_lines import load, resolve
-from lora_advice.errors import UserError
-from lora_advice.finding import Finding, Level
+from lora_advice.finding import Finding
 
-_KEYS = {
-    "model": "model_name_or_path",
-    "method": "finetuning_type",
-    "task": "stage",
-    "bits": "quantization_bit",
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler_type",
-    "optimizer": "optim",
-    "micro_batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "max_length": "cutoff_len",
-    "packing": "packing",
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-    "lr_ratio": "loraplus_lr_ratio",
-    "variant": "pissa_init",
-    "targets": "lora_target",
-    "saved_modules": "additional_target",
+_DEFAULTS = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
+    "cutoff_len": 2048,
+    "lora_rank": 8,
+    "lora_dropout": 0.0,
+    "lora_target": "all",
 }
-_KEYS_V1 = {
-    "model": "model",
-    "method": "peft_config.name",
-    "bits": "quant_config.quantization_bit",
-    "lr": "learning_rate",
-    "schedule": "lr_scheduler_config.name",
-    "optimizer": "optim_config.name",
-    "micro_batch": "micro_batch_size",
-    "global_batch": "global_batch_size",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "max_length": "cutoff_len",
-    "rank": "peft_config.r",
-    "alpha": "peft_config.lora_alpha",
-    "dropout": "peft_config.lora_dropout",
-    "rslora": "peft_config.use_rslora",
-    "dora": "peft_config.use_dora",
-    "targets": "peft_config.target_modules",
-    "saved_modules": "peft_config.modules_to_save",
+_DEFAULTS_V1 = {
+    "learning_rate": 1e-4,
+    "bf16": True,
+    "micro_batch_size": 1,
+    "num_train_epochs": 3,
+    "cutoff_len": 2048,
+    "peft_config.r": 8,
+    "peft_config.lora_alpha": 16,
+    "peft_config.lora_dropout": 0.05,
+    "peft_config.target_modules": "all",
 }
 _STAGES: dict[str, Task] = {
     "pt": "pretraining",
@@ -74,6 +46,7 @@ _TRAINING = ("learning_rate", "per_device_train_batch_size", "num_train_epochs",
 """Options of which a file has none if it only writes the tokens of datasets into the folder `tokenized_path`."""
 # Of an optimizer that an option of its own chooses.
 _OPTIMIZERS = ("galore", "apollo", "badam", "adam_mini", "muon")
+_LORA = ("lora_rank", "lora_alpha", "lora_target", "lora_dropout")
 
 
 def matches(path: Path, text: str) -> bool:
@@ -90,160 +63,117 @@ def matches(path: Path, text: str) -> bool:
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the run of a file, or those of a script's commands that state all options themselves."""
     if is_script(path, text):
-        return [config for words in read_commands(text) for config in _of_command(shown, words)]
+        return [config for words in read_commands(text) for config in _of_command(path, shown, words)]
     # The framework reads files with OmegaConf, to which 2e-4 is a number.
-    raw, lines = load(text, as_omegaconf=True)
-    if not isinstance(raw, dict):
-        raise UserError("it has no options: a configuration of LLaMA-Factory is a mapping")
-    repeated = options.repeated_findings(lines.repeated, lines, "OmegaConf, which reads it, refuses the file")
-    data = resolve(raw)
-    return [
-        config if config.packing else replace(config, examples=_examples(path, data))
-        for config in _run(shown, "", data, lines, repeated)
-    ]
+    options = read_yaml(text, as_omegaconf=True).resolved()
+    return _run(path, shown, options)
 
 
-def _examples(path: Path, data: Mapping[str, Any]) -> int | None:
-    """Return the number of examples of datasets that `dataset_info.json` describes."""
-    folder = options.text(data.get("dataset_dir")) or "data"
-    for file in (Path(folder), path.parent / folder):
-        with suppress(OSError, ValueError, RecursionError):
-            described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
-            files = [options.at(described, f"{name}.file_name") for name in names(data.get("dataset")) or ()]
-            return options.examples(file / "dataset_info.json", files)
-    return None
-
-
-def _of_command(shown: str, words: list[Word]) -> list[TrainingConfig]:
+def _of_command(path: Path, shown: str, words: list[Word]) -> list[TrainingConfig]:
     texts = [word.text for word in words]
-    for at, word in enumerate(texts):
-        if (word == "train" and at and texts[at - 1] == "llamafactory-cli") or Path(word).name == "train.py":
-            given = read_flags(words[at + 1 :])
-            named = "model_name_or_path" in given and ("finetuning_type" in given or "stage" in given)
-            return _run(shown, f"line {words[0].line}", given.values, given.lines, []) if named else []
+    for place, word in enumerate(texts):
+        if (word == "train" and place and texts[place - 1] == "llamafactory-cli") or Path(word).name == "train.py":
+            options = read_flags(words[place + 1 :])
+            named = "model_name_or_path" in options and ("finetuning_type" in options or "stage" in options)
+            return _run(path, shown, options, f"line {words[0].line}") if named else []
     return []
 
 
-def _run(
-    shown: str, name: str, data: Mapping[str, Any], lines: Mapping[str, int], found: list[Finding]
-) -> list[TrainingConfig]:
-    first = "model_name_or_path" in data
+def _run(path: Path, shown: str, options: Options, name: str = "") -> list[TrainingConfig]:
+    first = "model_name_or_path" in options
     # Without do_train, and without training data, it is an evaluation, an export or a chat.
-    if not flag(data.get("do_train")) if first else not data.get("train_dataset"):
+    if not (options.flag("do_train") if first else options.has("train_dataset")):
         return []
-    if first and data.get("tokenized_path") and not any(key in data for key in _TRAINING):
+    if first and options.has("tokenized_path") and not any(option in options for option in _TRAINING):
         return []
-    said, findings = _first(data, lines) if first else (_second(data), [])
-    keys = _KEYS if first else _KEYS_V1
-    places = options.lines_of(keys, lines)
-    for key in ("warmup_ratio", "warmup_steps"):
-        if data.get(key) is not None:
-            places["warmup"] = lines[key]
-    config = TrainingConfig(shown, "llamafactory", name, lines=places, findings=(*findings, *found), **said)
-    return [options.checked(config, {field: options.at(data, key) for field, key in keys.items()})]
+    findings = options.set_twice("OmegaConf, which reads it, refuses the file")
+    return [(_first if first else _second)(path, shown, name, options, findings)]
 
 
-def _first(data: Mapping[str, Any], lines: Mapping[str, int]) -> tuple[dict[str, Any], list[Finding]]:
-    kind = text(data.get("finetuning_type")) or "lora"
-    method: Method | None = {"lora": "lora", "full": "fullft"}.get(kind)  # type: ignore[assignment]
-    continued = text(data.get("adapter_name_or_path")) if not flag(data.get("create_new_adapter")) else None
-    optimizer = next((name for name in _OPTIMIZERS if flag(data.get(f"use_{name}"))), text(data.get("optim")))
-    steps = number(data.get("max_steps"))
-    said: dict[str, Any] = {
-        "task": _STAGES.get(text(data.get("stage")) or "sft"),
-        "method": method,
-        "model": text(data.get("model_name_or_path")),
-        "bits": count(data.get("quantization_bit")),
-        "precision": _precision(data),
-        "rounded": flag(data.get("pure_bf16")) and not data.get("deepspeed"),
-        # Where nothing is said, these are the defaults of transformers.
-        "lr": number(data.get("learning_rate", 5e-5)),
-        "schedule": text(data.get("lr_scheduler_type", "linear")),
-        "warmup": number(data.get("warmup_steps")) or number(data.get("warmup_ratio")),
-        "optimizer": optimizer,
-        "micro_batch": count(data.get("per_device_train_batch_size", 8)),
-        "accumulation": count(data.get("gradient_accumulation_steps", 1)),
-        "steps": steps if steps is not None and steps > 0 else None,
-        "epochs": number(data.get("num_train_epochs", 3)),
-        "max_length": count(data.get("cutoff_len", 2048)),
-        "packing": flag(data.get("packing")) or flag(data.get("neat_packing")),
-    }
-    if method == "lora" and continued is None:
-        rank = count(data.get("lora_rank", 8))
-        said |= {
-            "rank": rank,
-            "alpha": number(data.get("lora_alpha")) or (None if rank is None else 2.0 * rank),
-            "dropout": number(data.get("lora_dropout", 0.0)),
-            "rslora": flag(data.get("use_rslora")),
-            "dora": flag(data.get("use_dora")),
-            "lr_ratio": number(data.get("loraplus_lr_ratio")),
-            # KTransformers holds the experts itself; which of its layers have LoRA is not said.
-            "targets": None if flag(data.get("use_kt")) else _targets(data.get("lora_target", "all")),
-            "saved_modules": names(data.get("additional_target")) or (),
-            "variant": _variant(data),
-        }
-    return said, _without_effect(data, kind, continued, lines)
-
-
-def _second(data: Mapping[str, Any]) -> dict[str, Any]:
-    adapter = data.get("peft_config")
-    kind = text(options.at(data, "peft_config.name"))
-    continued = bool(adapter) and text(options.at(data, "peft_config.adapter_name_or_path")) is not None
-    steps = number(data.get("max_steps"))
-    said: dict[str, Any] = {
-        # The command says whether it is SFT or preference training, not the file.
-        "method": "lora" if kind == "lora" else "fullft" if not adapter else None,
-        "model": text(data.get("model")),
-        "bits": count(options.at(data, "quant_config.quantization_bit")),
-        "precision": "bf16" if flag(data.get("bf16", True)) else "fp32",
-        "lr": number(data.get("learning_rate", 1e-4)),
-        "schedule": text(options.at(data, "lr_scheduler_config.name")),
-        "optimizer": text(options.at(data, "optim_config.name")),
-        "micro_batch": count(data.get("micro_batch_size", 1)),
-        "global_batch": count(data.get("global_batch_size")),
-        "steps": steps if steps is not None and steps > 0 else None,
-        "epochs": number(data.get("num_train_epochs", 3)),
-        "max_length": count(data.get("cutoff_len", 2048)),
-    }
-    if kind == "lora" and not continued:
-        said |= {
-            "rank": count(options.at(data, "peft_config.r") or 8),
-            "alpha": number(options.at(data, "peft_config.lora_alpha") or 16),
-            "dropout": number(adapter.get("lora_dropout", 0.05)) if isinstance(adapter, Mapping) else None,
-            "rslora": flag(options.at(data, "peft_config.use_rslora")),
-            "dora": flag(options.at(data, "peft_config.use_dora")),
-            "targets": _targets(options.at(data, "peft_config.target_modules") or "all"),
-            "saved_modules": names(options.at(data, "peft_config.modules_to_save")) or (),
-        }
-    return said
-
-
-def _precision(data: Mapping[str, Any]) -> str | None:
-    if flag(data.get("bf16")) or flag(data.get("pure_bf16")):
-        return "bf16"
-    return "fp16" if flag(data.get("fp16")) else None
-
-
-def _targets(value: Any) -> tuple[str, ...] | None:
-    said = names(value)
-    # `all` leaves out the unembedding, and the vision tower where that is frozen.
-    return ("all-linear",) if said == ("all",) else said
-
-
-def _variant(data: Mapping[str, Any]) -> str | None:
-    if flag(data.get("pissa_init")):
-        return "pissa"
-    return "llama_pro" if flag(data.get("use_llama_pro")) else None
-
-
-def _without_effect(
-    data: Mapping[str, Any], kind: str, continued: str | None, lines: Mapping[str, int]
-) -> list[Finding]:
-    stated = [key for key in ("lora_rank", "lora_alpha", "lora_target", "lora_dropout") if data.get(key)]
-    if not stated or (kind == "lora" and continued is None):
-        return []
+def _first(path: Path, shown: str, name: str, options: Options, findings: list[Finding]) -> TrainingConfig:
+    kind = options.text("finetuning_type") or "lora"
+    methods: dict[str, Method] = {"lora": "lora", "full": "fullft"}
+    continued = None if options.flag("create_new_adapter") else options.text("adapter_name_or_path")
     if kind != "lora":
-        level: Level = "error" if stated[0] == "lora_rank" else "warning"
-        return [options.without_effect(data, stated, f"finetuning_type is {kind}", level, lines)]
-    reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"
-    return [options.without_effect(data, stated, reason, "warning", lines)]
+        level = "error" if options.has("lora_rank") else "warning"
+        findings = options.without_effect(_LORA, f"finetuning_type is {kind}", level) + findings
+    elif continued is not None:
+        reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"
+        findings = options.without_effect(_LORA, reason, "warning") + findings
+    options.fill(_DEFAULTS)
+    rank, packing = options.count("lora_rank"), bool(options.flag("packing") or options.flag("neat_packing"))
+    bf16 = options.flag("bf16") or options.flag("pure_bf16")
+    chosen = (optimizer for optimizer in _OPTIMIZERS if options.flag(f"use_{optimizer}"))
+    return record(
+        shown,
+        "llamafactory",
+        options,
+        names_of("llamafactory"),
+        findings,
+        name=name,
+        lora=kind == "lora" and continued is None,
+        task=_STAGES.get(options.text("stage") or "sft"),
+        method=methods.get(kind),
+        bits=options.count("quantization_bit"),
+        precision="bf16" if bf16 else "fp16" if options.flag("fp16") else None,
+        rounded=bool(options.flag("pure_bf16")) and not options.has("deepspeed"),
+        optimizer=next(chosen, options.text("optim")),
+        steps=_steps(options),
+        packing=packing,
+        examples=None if packing or name else _examples(path, options),
+        alpha=options.number("lora_alpha") or (None if rank is None else 2.0 * rank),
+        # KTransformers holds the experts itself; which of its layers have LoRA is not said.
+        targets=None if options.flag("use_kt") else _targets(options, "lora_target"),
+        saved_modules=_split(options.names("additional_target")),
+        variant="pissa" if options.flag("pissa_init") else "llama_pro" if options.flag("use_llama_pro") else None,
+    )
+
+
+def _second(path: Path, shown: str, name: str, options: Options, findings: list[Finding]) -> TrainingConfig:
+    kind, method = options.text("peft_config.name"), None
+    if kind == "lora" or not options.has("peft_config"):
+        method = "lora" if kind == "lora" else "fullft"
+    options.fill(_DEFAULTS_V1)
+    return record(
+        shown,
+        "llamafactory",
+        options,
+        names_of("llamafactory_v1"),
+        findings,
+        name=name,
+        lora=kind == "lora" and options.text("peft_config.adapter_name_or_path") is None,
+        # The command says whether it is SFT or preference training, not the file.
+        method=method,
+        bits=options.count("quant_config.quantization_bit"),
+        precision="bf16" if options.flag("bf16") else "fp32",
+        steps=_steps(options),
+        targets=_targets(options, "peft_config.target_modules"),
+        examples=_examples(path, options),
+    )
+
+
+def _steps(options: Options) -> float | None:
+    steps = options.number("max_steps")
+    return steps if steps is not None and steps > 0 else None
+
+
+def _split(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return names in which commas separate further names."""
+    return tuple(part.strip() for name in names or () for part in name.split(",") if part.strip()) or None
+
+
+def _targets(options: Options, name: str) -> tuple[str, ...] | None:
+    targets = _split(options.names(name))
+    # `all` leaves out the unembedding, and the vision tower where that is frozen.
+    return ("all-linear",) if targets == ("all",) else targets
+
+
+def _examples(path: Path, options: Options) -> int | None:
+    """Return the number of examples of datasets that `dataset_info.json` describes."""
+    folder = options.text("dataset_dir") or "data"
+    for file in (Path(folder), path.parent / folder):
+        with suppress(OSError, ValueError, RecursionError):
+            described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
+            files = [at(at(described, name), "file_name") for name in _split(options.names("dataset")) or ()]
+            return examples(file / "dataset_info.json", files)
+    return None

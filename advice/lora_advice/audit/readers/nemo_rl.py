@@ -9,13 +9,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.flat import Options
-from lora_advice.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, checked
-from lora_advice.audit.readers.shell import Word, find_file, is_script, read_commands
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, flatten, read_yaml, record
+from lora_advice.audit.readers.shell import Word, find_file, is_script, read_commands, read_overrides
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -31,6 +28,7 @@ _TASKS: dict[str, Task | None] = {
 _SECTION = re.compile(rf"^(policy|{'|'.join(_TASKS)}) *:", re.MULTILINE)
 _BASE = re.compile(r"^defaults *:|^ +model_name *:", re.MULTILINE)
 _PROGRAM = re.compile(rf"\brun_(?:vlm_)?({'|'.join(_TASKS)})\w*\.py$")
+_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _NO_LIMIT = 1e5
 """Steps that NeMo-RL's own files set where the epochs decide."""
 
@@ -51,11 +49,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         note = f"{missing}, from which the file inherits, is not there: what it sets is not known"
         findings = [Finding("not-read", "note", note, THE_FILE, CERTAIN)] if missing else []
         return [_config(shown, "", options, "", findings, whole=not missing)]
-    configs = []
-    for words in read_commands(text):
-        if config := _from_command(path, shown, words):
-            configs.append(config)
-    return configs
+    configs = (_from_command(path, shown, words) for words in read_commands(text))
+    return [config for config in configs if config is not None]
 
 
 def _read_file(path: Path, text: str, read: dict[str, tuple[Options, str] | None]) -> tuple[Options, str]:
@@ -64,7 +59,7 @@ def _read_file(path: Path, text: str, read: dict[str, tuple[Options, str] | None
     Args:
         read: what is inherited from files that were read before, and null of those that are being read.
     """
-    own = read_yaml(text)
+    own = read_yaml(text, as_omegaconf=True)
     missing = ""
     bases = own.values.pop("defaults", [])
     merged = Options()
@@ -88,9 +83,10 @@ def _read_file(path: Path, text: str, read: dict[str, tuple[Options, str] | None
 
 
 def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig | None:
-    program = next((at for at, word in enumerate(words) if _PROGRAM.search(word.text)), None)
-    if program is None:
+    programs = [(at, match[1]) for at, word in enumerate(words) if (match := _PROGRAM.search(word.text))]
+    if not programs:
         return None
+    program, section = programs[0]
     arguments = words[program + 1 :]
     overrides = read_overrides(arguments)
     options, whole = Options(), False
@@ -103,97 +99,80 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
     if not options.values and not any(name.startswith("policy.") for name in overrides.values):
         return None
     options.update(overrides)
-    match = _PROGRAM.search(words[program].text)
-    return _config(shown, f"line {words[0].line}", options, match[1] if match else "", [], whole=whole)
+    return _config(shown, f"line {words[0].line}", options, section, [], whole=whole)
 
 
 def _config(
     shown: str, name: str, options: Options, section: str, findings: list[Finding], whole: bool
 ) -> TrainingConfig:
     """Make a record; `whole` says that all files of options are there, so that what they do not say is off."""
-    options = resolved(options)
+    options = options.resolved()
     section = section or next((s for s in _TASKS if any(key.startswith(f"{s}.") for key in options.values)), "")
-    task = _TASKS.get(section)
-    megatron = options.flag("policy.megatron_cfg.enabled")
+    task, megatron = _TASKS.get(section), options.flag("policy.megatron_cfg.enabled")
     if megatron is None and not whole:  # a file that is not there may set it
         of_megatron = ("policy.megatron_cfg.peft.", "policy.megatron_cfg.optimizer.")
         megatron = any(key.startswith(of_megatron) for key in options.values)
-    backend = "policy.megatron_cfg." if megatron else "policy."
-    lora, other = "policy.megatron_cfg.peft.", "policy.dtensor_cfg.lora_cfg."
-    if not megatron:
+    lora, other = "policy.dtensor_cfg.lora_cfg.", "policy.megatron_cfg.peft."
+    optimizer = {"lr": "policy.optimizer.kwargs.lr", "optimizer": "policy.optimizer.name"}
+    if megatron:
         lora, other = other, lora
-    keys = {
-        "model": ("policy.model_name",),
-        "lr": (f"{backend}optimizer.lr" if megatron else f"{backend}optimizer.kwargs.lr",),
-        "optimizer": (f"{backend}optimizer.optimizer" if megatron else f"{backend}optimizer.name",),
-        "group_size": (f"{section}.num_generations_per_prompt",),
-        "global_batch": ("policy.train_global_batch_size",),
-        "steps": (f"{section}.max_num_steps",),
-        "epochs": (f"{section}.max_num_epochs",),
-        "max_length": ("policy.max_total_sequence_length",),
-        "packing": ("policy.sequence_packing.enabled",),
-        "precision": ("policy.precision",),
-        "method": (f"{lora}enabled",),
-        "rank": (f"{lora}dim",),
-        "alpha": (f"{lora}alpha",),
-        "dropout": (f"{lora}dropout",),
-        "targets": (f"{lora}target_modules",),
+        of_megatron = "policy.megatron_cfg.optimizer"
+        optimizer = {"lr": f"{of_megatron}.lr", "optimizer": f"{of_megatron}.optimizer"}
+    keys = optimizer | {
+        "model": "policy.model_name",
+        "group_size": f"{section}.num_generations_per_prompt",
+        "global_batch": "policy.train_global_batch_size",
+        "steps": f"{section}.max_num_steps",
+        "epochs": f"{section}.max_num_epochs",
+        "max_length": "policy.max_total_sequence_length",
+        "packing": "policy.sequence_packing.enabled",
+        "precision": "policy.precision",
+        "method": f"{lora}enabled",
+        "rank": f"{lora}dim",
+        "alpha": f"{lora}alpha",
+        "dropout": f"{lora}dropout",
+        "targets": f"{lora}target_modules",
     }
     enabled = options.flag(f"{lora}enabled")
     method: Method | None = "lora" if enabled else "fullft" if enabled is False or whole else None
-    batch, group = options.count(*keys["global_batch"]), options.count(*keys["group_size"])
-    if product := re.fullmatch(r"\$\{mul: *(\d+), *(\d+)\}", str(options.get(*keys["global_batch"]))):
+    batch, group = options.count(keys["global_batch"]), options.count(keys["group_size"])
+    if product := re.fullmatch(r"\$\{mul: *(\d+), *(\d+)\}", str(options.get(keys["global_batch"]))):
         batch = int(product[1]) * int(product[2])
-    steps = options.number(*keys["steps"])
+    steps = options.number(keys["steps"])
     steps = None if steps is None or not 0 < steps < _NO_LIMIT else steps
-    prompts = options.count(f"{section}.num_prompts_per_step")
+    epochs, prompts = options.number(keys["epochs"]), options.count(f"{section}.num_prompts_per_step")
     if steps and batch and group and prompts:  # a step of RL is one or more of the optimizer
         steps *= max(1.0, prompts * group / batch)
     if task == "rl" and batch and group and batch % group == 0:
         batch //= group
     else:
         group = None
-    optimizer = options.text(*keys["optimizer"])
+    if method != "lora":
+        findings = findings + _without_effect(options, lora, other, bool(megatron), method)
     per_node, nodes = options.count("cluster.gpus_per_node"), options.count("cluster.num_nodes")
     schedule, warmup = _schedule(options, bool(megatron))
-    fields: dict[str, Any] = {
-        "model": options.text(*keys["model"]),
-        "precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
-            options.text("policy.precision") or ""
-        ),
-        "lr": options.number(*keys["lr"]),
-        "schedule": schedule,
-        "warmup": warmup,
-        "optimizer": None if optimizer is None else optimizer.rpartition(".")[2],
-        "devices": None if per_node is None else per_node * (nodes or 1),
-        "group_size": group,
-        "global_batch": batch,
-        "steps": steps,
-        "epochs": options.number(*keys["epochs"]),
-        "max_length": options.count(*keys["max_length"]),
-        "packing": options.flag(*keys["packing"]),
-    }
-    if method == "lora":
-        fields |= {
-            "rank": options.count(*keys["rank"]),
-            "alpha": options.number(*keys["alpha"]),
-            "dropout": options.number(*keys["dropout"]),
-            "targets": _targets(options, lora),
-        }
-    else:
-        findings = [*findings, *_without_effect(options, lora, other, bool(megatron), method)]
-    config = TrainingConfig(
+    return record(
         shown,
         "nemo-rl",
-        name,
-        task,
-        method,
-        lines={field: line for field, line in options.lines_of(keys).items() if fields.get(field, method) is not None},
-        findings=tuple(findings),
-        **fields,
+        options,
+        # -1 epochs have no end.
+        keys if epochs != -1 else {**keys, "epochs": ""},
+        findings,
+        name=name,
+        lora=method == "lora",
+        task=task,
+        method=method,
+        precision=_PRECISIONS.get(options.text("policy.precision") or ""),
+        schedule=schedule,
+        warmup=warmup,
+        optimizer=(options.text(keys["optimizer"]) or "").rpartition(".")[2] or None,
+        devices=None if per_node is None else per_node * (nodes or 1),
+        group_size=group,
+        global_batch=batch,
+        steps=steps,
+        epochs=epochs,
+        targets=_targets(options, lora),
     )
-    # -1 epochs have no end.
-    return checked(config, {**options.said(keys), "epochs": config.epochs if config.epochs != -1 else None})
 
 
 def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | None]:
@@ -203,12 +182,11 @@ def _schedule(options: Options, megatron: bool) -> tuple[str | None, float | Non
     parts = options.get("policy.scheduler")
     schedule, warmup = None, None
     for part in parts if isinstance(parts, list) else []:
-        if isinstance(part, dict) and isinstance(part.get("name"), str):
-            schedule = part["name"].rpartition(".")[2]
-            arguments = part.get("kwargs")
-            of_part = Options(arguments if isinstance(arguments, dict) else {})
-            if schedule == "LinearLR" and (of_part.number("start_factor") or 1) < 1:
-                warmup = of_part.number("total_iters")
+        of_part = Options(flatten(part) if isinstance(part, dict) else {})
+        if name := of_part.text("name"):
+            schedule = name.rpartition(".")[2]
+            if schedule == "LinearLR" and (of_part.number("kwargs.start_factor") or 1) < 1:
+                warmup = of_part.number("kwargs.total_iters")
     return schedule, warmup
 
 

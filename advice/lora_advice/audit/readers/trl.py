@@ -15,24 +15,15 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.flat import Options
-from lora_advice.audit.readers.options import at as value_at
-from lora_advice.audit.readers.options import checked, examples
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_options import (
-    FIELDS,
-    MODEL_CONFIG_DEFAULTS,
-    lora_fields,
-    plain_fields,
-    set_defaults,
-    task_of,
-)
-from lora_advice.audit.yaml_lines import load
+from lora_advice.audit.readers.trl_options import plain_fields, set_defaults, task_of
 from lora_advice.errors import UserError
-from lora_advice.finding import Finding
+from lora_advice.finding import Finding, Level
 
 _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
 _CLASSES = {
@@ -44,30 +35,14 @@ _CLASSES = {
     "rloo": "RLOOConfig",
 }
 """By the word that says the task."""
+_MODEL_CONFIG_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 """A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
-_MODEL = ("model_name_or_path", "model_name")
-"""Python's command lines take the beginning of an option for it, and other programs have the shorter name."""
-_TRAINING = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "use_peft",
-    "lora_r",
-    "num_train_epochs",
-    "max_steps",
-)
+_TRAINING = (*("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps"),)
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-LORA = {
-    "rank": ("lora_r",),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "targets": ("lora_target_modules",),
-    "target_parameters": ("lora_target_parameters",),
-    "saved_modules": ("lora_modules_to_save",),
-    "rslora": ("use_rslora",),
-    "dora": ("use_dora",),
-}
+# Python's command lines take the beginning of an option for it, and other programs have the shorter name of the model.
+_MODEL = "model_name_or_path model_name"
 _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("num_generations", "reward_funcs", "reward_weights")),
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
@@ -82,6 +57,7 @@ _OTHER_YAML = re.compile(rf"^({'|'.join(_OTHER_FRAMEWORKS)}) *:", re.MULTILINE)
 
 
 def matches(path: Path, text: str) -> bool:
+    """Return whether a file has options, a command or calls of TRL or transformers."""
     if path.suffix in (".yaml", ".yml"):
         return _YAML.search(text) is not None and _OTHER_YAML.search(text) is None
     if path.suffix in (".py", ".ipynb", ".md"):
@@ -90,6 +66,7 @@ def matches(path: Path, text: str) -> bool:
 
 
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+    """Return the runs that a file states."""
     if path.suffix in (".yaml", ".yml"):
         return [_yaml(path, shown, text)]
     if path.suffix == ".py":
@@ -111,17 +88,15 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
 
 
 def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
-    data, lines = load(text)
-    if not isinstance(data, dict):
-        raise UserError("it is not a mapping of TRL's options")
-    options = Options(dict(data), dict(lines))
+    options = read_yaml(text)
     task, word = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
     if task is None:
-        task = next((task for task, names in _TASK_OPTIONS if any(name in data for name in names)), None)
+        task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
     config = _config(path, shown, "", options, task, _CLASSES.get(word), "yaml")
-    if config.packing or not isinstance(datasets := data.get("datasets"), list):
+    datasets = options.get("datasets")
+    if config.packing or not isinstance(datasets, list):
         return config
-    return replace(config, examples=examples(path, [value_at(dataset, "data_files") for dataset in datasets]))
+    return replace(config, examples=examples(path, [at(dataset, "data_files") for dataset in datasets]))
 
 
 def _in_text(path: Path, shown: str, text: str, first_line: int) -> list[TrainingConfig]:
@@ -194,11 +169,9 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
     launcher, options = read_flags(words[:start]), read_flags(words[start + 1 :])
     said = options.text("config")
     if said is not None and (config_file := find_file(path, said)) is not None:
-        data, _ = load(config_file.read_text(encoding="utf-8", errors="replace"))
-        if isinstance(data, dict):
-            from_file = Options(dict(data))
-            from_file.update(options)
-            options = from_file
+        from_file = Options(_values(config_file))
+        from_file.update(options)
+        options = from_file
     if any(option in options for option in _OTHER_FRAMEWORKS):
         return None
     if not options.values or not (texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)):
@@ -214,27 +187,32 @@ def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig |
 
 def _program(texts: list[str]) -> tuple[int | None, str, bool]:
     """Return where the program stands in a command, its name, and whether it is one of TRL's own."""
-    for at, text in enumerate(texts):
-        if text == "trl" and at + 1 < len(texts) and texts[at + 1] in _COMMANDS:
-            return at + 1, texts[at + 1], True
-        if text == "-m" and at + 1 < len(texts) and texts[at + 1].startswith("trl.scripts."):
-            return at + 1, texts[at + 1].removeprefix("trl.scripts."), True
+    for place, text in enumerate(texts):
+        if text == "trl" and place + 1 < len(texts) and texts[place + 1] in _COMMANDS:
+            return place + 1, texts[place + 1], True
+        if text == "-m" and place + 1 < len(texts) and texts[place + 1].startswith("trl.scripts."):
+            return place + 1, texts[place + 1].removeprefix("trl.scripts."), True
         if text.endswith(".py"):
             stem = Path(text).stem
-            return at, stem, stem in _COMMANDS or "examples/scripts/" in text
+            return place, stem, stem in _COMMANDS or "examples/scripts/" in text
     return None, "", False
 
 
 def _devices(path: Path, options: Options) -> int | None:
-    processes = options.count("num_processes")
-    if processes is None and (per_node := options.count("nproc_per_node")) is not None:
+    processes, per_node = options.count("num_processes"), options.count("nproc_per_node")
+    if processes is None and per_node is not None:
         processes = per_node * (options.count("nnodes") or 1)
-    said = options.text("config_file", "accelerate_config")
-    if processes is None and said is not None and (found := find_file(path, said)) is not None:
-        data, _ = load(found.read_text(encoding="utf-8", errors="replace"))
-        if isinstance(data, dict):
-            processes = Options(data).count("num_processes")
+    said = options.text("config_file accelerate_config")
+    if processes is None and said is not None and (file := find_file(path, said)) is not None:
+        processes = Options(_values(file)).count("num_processes")
     return processes
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """Return the options of another file that a command names, if it is one of options."""
+    with suppress(UserError):
+        return read_yaml(file.read_text(encoding="utf-8", errors="replace")).values
+    return {}
 
 
 def _config(
@@ -245,59 +223,44 @@ def _config(
     if peft is None and "use_peft" not in options and kind != "script":
         peft = False
     method: Method | None = None if peft is None else "lora" if peft else "fullft"
-    bits = 4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None
     findings = []
-    if method == "fullft":
-        first = next((option for (option,) in LORA.values() if option in options), None)
-        if first is not None:
-            yaml = kind == "yaml"
-            message = f"{first} has no effect without use_peft: TRL then trains all weights"
-            added = "certain unless the command line adds --use_peft"
-            sure = added if yaml else "certain if the program takes TRL's ModelConfig, as TRL's own do"
-            findings.append(
-                Finding(
-                    code="no-effect",
-                    level="warning" if yaml else "error",
-                    message=message,
-                    source="TRL's get_peft_config",
-                    sure=sure,
-                    line=options.lines.get(first),
-                )
-            )
+    if method == "fullft" and (
+        first := next((option for option in names_of("trl_lora").values() if option in options), None)
+    ):
+        level: Level = "warning" if kind == "yaml" else "error"
+        message = f"{first} has no effect without use_peft: TRL then trains all weights"
+        sure = "certain if the program takes TRL's ModelConfig, as TRL's own do"
+        sure = "certain unless the command line adds --use_peft" if kind == "yaml" else sure
+        line = options.lines.get(first)
+        findings.append(Finding("no-effect", level, message, "TRL's get_peft_config", sure, line=line))
     targets = options.names("lora_target_modules") if method != "fullft" else None
     if kind == "script" and targets is not None and len(targets) == 1:  # another program may take them as one text
         targets = tuple(name for name in targets[0].split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
-        findings.append(
-            Finding(
-                code="no-effect",
-                level="warning" if kind == "script" else "error",
-                message=f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module "
-                "is called so; a command line separates names by spaces",
-                source="the file alone",
-                sure="certain unless the program removes the commas" if kind == "script" else "certain",
-                line=options.lines.get("lora_target_modules"),
-            )
+        message = (
+            f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module is called so; "
+            "a command line separates names by spaces"
         )
+        level, sure = "error", CERTAIN
+        if kind == "script":
+            level, sure = "warning", "certain unless the program removes the commas"
+        line = options.lines.get("lora_target_modules")
+        findings.append(Finding("no-effect", level, message, THE_FILE, sure, line=line))
     if kind == "command":
         set_defaults(options, config_class or "")
         if method == "lora":
-            options.fill(MODEL_CONFIG_DEFAULTS)
-    fields, lines = plain_fields(options, task)
-    if method != "fullft":
-        fields |= lora_fields(options, LORA) | {"targets": targets}
-        lines |= options.lines_of(LORA)
-    config = TrainingConfig(
-        path=shown,
-        format="trl",
+            options.fill(_MODEL_CONFIG_DEFAULTS)
+    return record(
+        shown,
+        "trl",
+        options,
+        {**names_of("trl"), **names_of("trl_lora"), "model": _MODEL, "method": "use_peft"},
+        findings,
         name=name,
         task=task,
         method=method,
-        model=options.text(*_MODEL),
-        bits=bits,
+        bits=4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None,
         devices=_devices(path, options),
-        lines={**lines, **options.lines_of({"model": _MODEL, "method": ("use_peft",)})},
-        findings=tuple(findings),
-        **fields,
+        targets=targets,
+        **plain_fields(options, task),
     )
-    return checked(config, options.said(FIELDS | LORA))

@@ -14,18 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lora_advice.audit.config import Method, TrainingConfig
-from lora_advice.audit.readers.adapter import KEYS
-from lora_advice.audit.readers.flat import Options
-from lora_advice.audit.readers.options import checked, variant_of
-from lora_advice.audit.readers.trl_options import (
-    DEFAULT_LRS,
-    FIELDS,
-    LORA_CONFIG_DEFAULTS,
-    lora_fields,
-    plain_fields,
-    set_defaults,
-    task_of,
-)
+from lora_advice.audit.readers.options import Options, names_of, record
+from lora_advice.audit.readers.trl_options import DEFAULT_LRS, plain_fields, set_defaults, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -37,6 +27,7 @@ CALL = re.compile(
 
 _CLASS = re.compile(CALL.pattern.removesuffix(r"\("))
 _NEW_LORA = ("get_peft_model", "add_adapter")
+_LORA_CONFIG_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 _NOT_SAID = object()
 
 
@@ -192,34 +183,30 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         set_defaults(options, re.sub(r"(?<=.)Trainer$", "Config", _name(call)))
     model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
-    fields, lines = plain_fields(options, task)
-    said = options.said(FIELDS)
+    keys = dict(names_of("trl"))
     if lora is not None:
         settings = module.options(lora)
         if _is_lora(lora) and not lora.args and all(keyword.arg for keyword in lora.keywords):
-            settings.fill(LORA_CONFIG_DEFAULTS)
-        fields |= lora_fields(settings, KEYS) | {"variant": variant_of(settings.text("init_lora_weights"))}
-        lines |= settings.lines_of(KEYS)
-        said |= settings.said(KEYS)
+            settings.fill(_LORA_CONFIG_DEFAULTS)
+        options.update(settings.below("peft"))
+        keys |= {field: f"peft.{name}" for field, name in names_of("peft").items()}
     if (optimizer := _loraplus(module, trainer)) is not None:
-        of_optimizer = module.options(optimizer)
-        fields |= {"lr": of_optimizer.number("lr"), "lr_ratio": of_optimizer.number("loraplus_lr_ratio")}
-        lines |= of_optimizer.lines_of({"lr": ("lr",), "lr_ratio": ("loraplus_lr_ratio",)})
-        said["lr"] = of_optimizer.get("lr")
-    config = TrainingConfig(
-        path=shown,
-        format="trl",
+        options.update(module.options(optimizer).below("plus"))
+        keys |= {"lr": "plus.lr", "lr_ratio": "plus.loraplus_lr_ratio"}
+    return record(
+        shown,
+        "trl",
+        options,
+        keys,
+        _unused_lora(module, trainer),
         name=f"line {module.lines[call.lineno - 1]}",
         task=task,
         method=method,
         model=model,
         bits=bits,
         unsloth=unsloth,
-        lines=lines,
-        findings=tuple(_unused_lora(module, trainer)),
-        **fields,
+        **plain_fields(options, task),
     )
-    return checked(config, said)
 
 
 def _loraplus(module: _Module, trainer: ast.Call | None) -> ast.Call | None:

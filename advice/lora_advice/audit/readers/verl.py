@@ -7,52 +7,14 @@ step of verl, which counts `total_training_steps`, takes `train_batch_size` prom
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.flat import Options
-from lora_advice.audit.readers.hydra import read_overrides, read_yaml, resolved
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, checked
-from lora_advice.audit.readers.shell import Word, cut_off, is_script, read_commands
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, names_of, read_yaml, record
+from lora_advice.audit.readers.shell import Word, cut_off, is_script, read_commands, read_overrides
 from lora_advice.finding import Finding
 
-_RL = {
-    "model": ("actor_rollout_ref.model.path",),
-    "lr": ("actor_rollout_ref.actor.optim.lr",),
-    "schedule": (
-        "actor_rollout_ref.actor.optim.lr_scheduler_type",
-        "actor_rollout_ref.actor.optim.warmup_style",
-        "actor_rollout_ref.actor.optim.lr_decay_style",
-    ),
-    "optimizer": ("actor_rollout_ref.actor.optim.optimizer",),
-    "group_size": ("actor_rollout_ref.rollout.n",),
-    "global_batch": ("actor_rollout_ref.actor.ppo_mini_batch_size",),
-    "steps": ("trainer.total_training_steps",),
-    "epochs": ("trainer.total_epochs",),
-    "rank": ("actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora.rank"),
-    "adapter": ("actor_rollout_ref.model.lora_adapter_path",),
-    "alpha": ("actor_rollout_ref.model.lora_alpha", "actor_rollout_ref.model.lora.alpha"),
-    "dropout": ("actor_rollout_ref.model.lora.dropout",),
-    "targets": ("actor_rollout_ref.model.target_modules", "actor_rollout_ref.model.lora.target_modules"),
-    "warmup": ("actor_rollout_ref.actor.optim.lr_warmup_steps", "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio"),
-}
-_SFT = {
-    "model": ("model.partial_pretrain", "model.path"),
-    "lr": ("optim.lr",),
-    "schedule": ("optim.lr_scheduler", "optim.lr_scheduler_type", "optim.lr_decay_style"),
-    "optimizer": ("optim.optimizer",),
-    "global_batch": ("data.train_batch_size",),
-    "steps": ("trainer.total_training_steps",),
-    "epochs": ("trainer.total_epochs",),
-    "max_length": ("data.max_length",),
-    "rank": ("model.lora_rank", "model.lora.rank"),
-    "adapter": ("model.lora_adapter_path",),
-    "alpha": ("model.lora_alpha", "model.lora.alpha"),
-    "dropout": ("model.lora.dropout",),
-    "targets": ("model.target_modules", "model.lora.target_modules"),
-    "warmup": ("optim.lr_warmup_steps", "optim.lr_warmup_steps_ratio", "optim.warmup_steps_ratio"),
-}
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
 _DOTTED = re.compile(r"[+]*[\w@/]+\.[\w.@/]+=")
 _RL_OPTION = re.compile(r"\bactor_rollout_ref\.(actor|model)\.")
@@ -61,22 +23,21 @@ _RL_OPTION = re.compile(r"\bactor_rollout_ref\.(actor|model)\.")
 def matches(path: Path, text: str) -> bool:
     """Return whether a script calls a trainer of verl, or a YAML file has its options."""
     if path.suffix in (".yaml", ".yml"):
-        sft = re.search(r"^[ \t]+(partial_pretrain|total_epochs) *:", text, re.MULTILINE)
-        return re.search(r"^actor_rollout_ref *:", text, re.MULTILINE) is not None or (
-            sft is not None and re.search(r"^optim *:", text, re.MULTILINE) is not None
-        )
+        rl, sft, optim = (r"^actor_rollout_ref *:", r"^[ \t]+(partial_pretrain|total_epochs) *:", r"^optim *:")
+        rl_there, *sft_there = (re.search(pattern, text, re.MULTILINE) is not None for pattern in (rl, sft, optim))
+        return rl_there or all(sft_there)
     return is_script(path, text) and (_RL_OPTION.search(text) is not None or "sft_trainer" in text)
 
 
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return a run for each command that calls a trainer, or the run of a YAML file."""
     if path.suffix in (".yaml", ".yml"):
-        options = resolved(read_yaml(text))
-        config = _config(shown, "", options, "rl" if any(map(_RL_OPTION.match, options.values)) else "sft", ())
+        options = read_yaml(text, as_omegaconf=True).resolved()
+        config = _config(shown, "", options, "rl" if any(map(_RL_OPTION.match, options.values)) else "sft", [])
         return [] if config.lr is None and config.model is None and config.global_batch is None else [config]
-    configs = []
+    configs: list[TrainingConfig] = []
     commands = read_commands(text)
-    for at, words in enumerate(commands):
+    for words, following in zip(commands, [*commands[1:], []], strict=True):
         options = read_overrides(words)
         task: Task | None = None
         if any(map(_RL_OPTION.match, options.values)):
@@ -85,76 +46,67 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             task = "sft"
         if task is None or _DOTTED.match(words[0].text):
             continue
-        rest = commands[at + 1] if at + 1 < len(commands) else []
-        cut = (cut_off(rest[0]),) if rest and _DOTTED.match(rest[0].text) else ()
-        configs.append(_config(shown, f"line {words[0].line}", options, task, words, cut))
+        cut = [cut_off(following[0])] if following and _DOTTED.match(following[0].text) else []
+        configs.append(_config(shown, f"line {words[0].line}", options, task, cut, words))
     return configs
 
 
 def _config(
-    shown: str, name: str, options: Options, task: Task, words: list[Word] | tuple[()], cut: tuple[Finding, ...] = ()
+    shown: str, name: str, options: Options, task: Task, findings: list[Finding], words: Sequence[Word] = ()
 ) -> TrainingConfig:
-    keys = _RL if task == "rl" else _SFT
-    rank = options.count(*keys["rank"])
-    said_unknown = any(key in options and options.values[key] is None for key in keys["rank"])
+    keys = names_of(f"verl_{task}")
+    ranks = keys["rank"].split()
     # Training may go on from an adapter, which has a rank of its own.
-    continued = options.get(*keys["adapter"]) is not None
-    method: Method | None = "lora" if options.number(*keys["rank"]) or continued else None if said_unknown else "fullft"
-    fields: dict[str, Any] = {
-        field: options.text(*keys[field]) for field in ("model", "schedule", "optimizer") if field in keys
-    }
-    fields |= {
-        field: options.count(*keys[field]) for field in ("group_size", "global_batch", "max_length") if field in keys
-    }
-    fields |= {"lr": options.number(*keys["lr"]), "warmup": _positive(options, keys["warmup"])}
-    fields["steps"] = _positive(options, keys["steps"])
-    fields["epochs"] = options.number(*keys["epochs"]) if fields["steps"] is None else None
+    continued = options.get(ranks[0].replace("lora_rank", "lora_adapter_path")) is not None
+    method: Method | None = "fullft"
+    if options.number(keys["rank"]) or continued:
+        method = "lora"
+    elif any(key in options and options.values[key] is None for key in ranks):
+        method = None
+    if method == "fullft" and words and not any(key in options for key in ranks):
+        stated = [key for key in f"{keys['alpha']} {keys['targets']}".split() if options.get(key)]
+        if stated:
+            message = f"{stated[0]} has no effect: all weights are trained, since {ranks[0]} is 0 unless it is set"
+            line = options.lines.get(stated[0])
+            findings = [*findings, Finding("no-effect", "error", message, THE_FILE, CERTAIN, line=line)]
+    steps = _positive(options, keys["steps"])
+    said: dict[str, int | None] = {}
     if task == "rl":
-        train = options.count("data.train_batch_size")
-        if fields["steps"] is not None and train is not None and fields["global_batch"]:
-            fields["steps"] *= max(1, train / fields["global_batch"])
+        train, batch = options.count("data.train_batch_size"), options.count(keys["global_batch"])
+        if steps is not None and train is not None and batch:
+            steps *= max(1, train / batch)
         prompt, response = options.count("data.max_prompt_length"), options.count("data.max_response_length")
-        fields["max_length"] = None if prompt is None or response is None else prompt + response
-    findings = list(cut)
-    if method == "lora":
-        fields |= {
-            "rank": rank,
-            "alpha": options.number(*keys["alpha"]),
-            "dropout": options.number(*keys["dropout"]),
-            "targets": options.names(*keys["targets"]),
-        }
-    elif method == "fullft":
-        stated = next((key for field in ("alpha", "targets") for key in keys[field] if options.get(key)), None)
-        if stated is not None and words and not any(key in options for key in keys["rank"]):
-            message = f"{stated} has no effect: all weights are trained, since {keys['rank'][0]} is 0 unless it is set"
-            findings.append(Finding("no-effect", "error", message, THE_FILE, CERTAIN, line=options.lines.get(stated)))
-    config = TrainingConfig(
+        said["max_length"] = None if prompt is None or response is None else prompt + response
+    return record(
         shown,
         "verl",
-        name,
-        task,
-        method,
+        options,
+        keys,
+        findings,
+        name=name,
+        lora=method == "lora",
+        task=task,
+        method=method,
+        steps=steps,
+        epochs=options.number(keys["epochs"]) if steps is None else None,
+        warmup=_positive(options, keys["warmup"]),
         devices=_devices(options, words),
-        lines={field: line for field, line in options.lines_of(keys).items() if fields.get(field) is not None},
-        findings=tuple(findings),
-        **fields,
+        **said,
     )
-    return checked(config, options.said(keys))
 
 
-def _positive(options: Options, names: tuple[str, ...]) -> float | None:
+def _positive(options: Options, names: str) -> float | None:
     """Return the first number above 0; verl has -1 for what is not set."""
-    numbers = (options.number(name) for name in names)
+    numbers = map(options.number, names.split())
     return next((number for number in numbers if number is not None and number > 0), None)
 
 
-def _devices(options: Options, words: list[Word] | tuple[()]) -> int | None:
+def _devices(options: Options, words: Sequence[Word]) -> int | None:
     per_node, nodes = options.count("trainer.n_gpus_per_node"), options.count("trainer.nnodes")
-    launcher = {
-        match[1]: int(match[2])
-        for word in words
-        if (match := re.fullmatch(r"--(nproc[-_]per[-_]node|nnodes)=(\d+)", word.text))
-    }
-    per_node = next((count for name, count in launcher.items() if name.startswith("nproc")), per_node)
-    nodes = launcher.get("nnodes", nodes)
+    for word in words:
+        if match := re.fullmatch(r"--(nproc[-_]per[-_]node|nnodes)=(\d+)", word.text):
+            if match[1] == "nnodes":
+                nodes = int(match[2])
+            else:
+                per_node = int(match[2])
     return None if per_node is None else per_node * (nodes or 1)
