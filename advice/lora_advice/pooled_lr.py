@@ -171,13 +171,16 @@ class PooledLr:
         centre, spread = np.array(means), np.sqrt(variances)
         weights = (self.shares @ np.array(gains)) @ self._source
 
+        heavy = self.shares > 1e-12
+        parts = [*zip(self.shares[heavy].tolist(), centre[heavy].tolist(), spread[heavy].tolist(), strict=True)]
+
         def quantile(share: float) -> float:
             """Return a quantile of the mixture of normal distributions, by bisection."""
             low, high = float((centre - 12 * spread).min()), float((centre + 12 * spread).max())
             while high - low > 1e-12:
                 middle = (low + high) / 2
-                below = [math.erfc(z) / 2 for z in ((centre - middle) / spread / math.sqrt(2)).tolist()]
-                low, high = (middle, high) if float(self.shares @ below) < share else (low, middle)
+                below = sum(weight * math.erfc((mean - middle) / sd / math.sqrt(2)) / 2 for weight, mean, sd in parts)
+                low, high = (middle, high) if below < share else (low, middle)
             return low
 
         low, high = quantile((1 - probability) / 2), quantile((1 + probability) / 2)

@@ -7,16 +7,17 @@ and of its authors' code, which is tinker-cookbook, their library's public repos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_advice import formats, lr_ratio
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum
 from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
-from lora_advice.user_model import lora_parameters
+from lora_advice.user_model import find_model, lora_parameters, model_of_config
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
@@ -93,7 +94,7 @@ def recommended_rank(model: ModelFacts, tokens: float | None) -> int:
 
 
 def recommend(
-    model: ModelFacts,
+    model: ModelFacts | str | Mapping[str, Any],
     tokens: float | None = None,
     examples: int | None = None,
     batch_size: int | None = None,
@@ -103,7 +104,7 @@ def recommend(
     """Recommend settings for a model.
 
     Args:
-        model: the model, as from `find_model`.
+        model: a model as from `find_model`, or the name that it takes, or the content of a `config.json`.
         tokens: the number of scored tokens of the training data; None if unknown.
         examples: the number of training examples; None if unknown.
         batch_size: the number of examples per step; None for the recommended one.
@@ -111,8 +112,11 @@ def recommend(
         results: the folder of your own finished presets, whose optimal learning rates count too.
 
     Raises:
-        UserError: the batch size is larger than the data, or a table in `results` can't be read.
+        UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
+            read.
     """
+    if not isinstance(model, ModelFacts):
+        model = find_model(model) if isinstance(model, str) else model_of_config(model)
     if batch_size and examples and batch_size > examples:
         raise UserError(f"batch size {batch_size} is more than the {examples} training examples")
     count = examples or math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS)

@@ -3,7 +3,7 @@
 By the theory `movement` (docs/lr-ratio.md) rsLoRA is LoRA with alpha times the square root of the rank, and LoRA+, for
 the LR of A, LoRA with alpha times the LR of B over that of A. For the others it was measured: `variant_lrs.csv` has the
 best LR of a variant over that of LoRA, by rank, width of the model, and data. Its source is `variants` for the
-published runs of that preset (`python -m tests.custom.test_variants` writes these rows), or the name of a source in
+published runs of that preset (`workflow/scripts/facts.py` writes these rows), or the name of a source in
 docs/variants.md.
 """
 

@@ -1,4 +1,4 @@
-"""The pooled optimal LR and the random-effects summary, against made-up sources and statsmodels."""
+"""The pooled optimal LR, against made-up sources and a Gibbs sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, p_of_groups, random_effects
+from lora_advice.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
 
@@ -36,22 +36,10 @@ def test_the_law_of_a_place():
     assert Place.at("llama", math.nan, "lora", 8, 100).law_error == pytest.approx(0.781 * math.log(2))
 
 
-def test_without_further_terms_it_is_the_random_effects_summary():
-    rng = np.random.default_rng(1)
-    values = rng.normal(-0.5, 0.6, 25).tolist()
-    optima = [Optimum(str(place), "m", HERE, HERE.log_law + value, 0.2) for place, value in enumerate(values)]
-    summary, predicted = random_effects(values, [0.2] * 25), PooledLr(optima).predict(HERE, 0.95)
-    assert predicted.mean - HERE.log_law == pytest.approx(summary.mean, abs=0.01)
-    assert predicted.low - HERE.log_law == pytest.approx(summary.predicted_low, abs=0.2)
-    assert predicted.high - HERE.log_law == pytest.approx(summary.predicted_high, abs=0.2)
-    assert sum(predicted.weights.values()) == pytest.approx(1, abs=0.01)
-    assert all(weight == pytest.approx(1 / 25, abs=0.005) for weight in predicted.weights.values())
-
-
 def test_intervals_hold_as_many_further_sources_as_they_say():
     rng = np.random.default_rng(2)
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
-    for _ in range(60):
+    for _ in range(40):
         # The truth of each coefficient is drawn from its prior.
         batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
         truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
@@ -60,9 +48,9 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
             for probability, held in inside.items():
                 predicted = pooled.predict(further.place, probability, error=further.error)
                 held.append(predicted.low <= further.log_lr <= predicted.high)
-    # 240 draws in 60 worlds: two standard errors are 0.1 at most.
+    # 160 draws in 40 worlds: two standard errors are 0.12 at most.
     # The flat priors of the deviations err on the wide side.
-    assert 0.72 < np.mean(inside[0.8]) < 0.92
+    assert 0.7 < np.mean(inside[0.8]) < 0.92
     assert np.mean(inside[0.95]) > 0.9
 
 
@@ -135,45 +123,6 @@ def test_mistakes_are_refused():
     for wrong in ({"error": 0.0}, {"log_lr": math.nan}):
         with pytest.raises(ValueError, match="a number and an error above 0"):
             PooledLr([*optima, replace(optima[0], **wrong)])
-    with pytest.raises(ValueError, match="above 0"):
-        random_effects([1.0], [0.0])
-
-
-VALUES, ERRORS = [1.2, 0.3, 2.5, 1.9, 0.8], [0.3, 0.2, 0.4, 0.5, 0.25]
-
-
-def test_mean_variance_and_interval_are_those_of_statsmodels():
-    from statsmodels.stats.meta_analysis import combine_effects
-
-    theirs = combine_effects(np.array(VALUES), np.array(ERRORS) ** 2, method_re="iterated", use_t=True)
-    ours = random_effects(VALUES, ERRORS)
-    assert ours.between**2 == pytest.approx(theirs.tau2, rel=1e-4)
-    assert ours.mean == pytest.approx(theirs.mean_effect_re, rel=1e-4)
-    assert ours.error == pytest.approx(theirs.sd_eff_w_re_hksj, rel=1e-3)
-    assert (ours.low, ours.high) == pytest.approx(theirs.conf_int()[3], rel=1e-3)
-    assert ours.share == pytest.approx(theirs.i2)
-
-
-def test_groups_far_apart_are_told_by_welchs_test_and_one_source_has_no_interval():
-    from statsmodels.stats.oneway import anova_oneway
-
-    # Where the sources have no error of their own, the groups are samples of single values.
-    samples = [[1.2, 0.3, 2.5], [2.9, 3.1], [0.1, 1.9, 0.8, 1.4]]
-    ours = p_of_groups([random_effects(sample, [1e-4] * len(sample)) for sample in samples])
-    assert ours == pytest.approx(anova_oneway(samples, use_var="unequal").pvalue, rel=1e-3)
-    single = random_effects([1.0], [0.1])
-    assert (single.mean, single.k, math.isnan(single.low)) == (1.0, 1, True)
-
-
-def test_groups_of_two_or_three_sources_that_are_alike_are_seldom_told_apart():
-    # The errors of such means have one or two degrees of freedom; chi-squared gives p < 0.05 in every ninth case.
-    rng, worlds = np.random.default_rng(7), 400
-    told = 0
-    for _ in range(worlds):
-        errors = [rng.uniform(0.1, 0.6, k) for k in (2, 3)]
-        groups = [random_effects(rng.normal(0, np.hypot(error, 0.5)).tolist(), error.tolist()) for error in errors]
-        told += p_of_groups(groups) < 0.05
-    assert told / worlds <= 0.05
 
 
 def test_known_coefficients_are_recovered_from_many_sources():

@@ -3,11 +3,12 @@
     python workflow/scripts/facts.py ROOT
 
 They are the published evidence on learning rates, the constants of the theories, and what identifies the shipped bases.
-Tables that are written by hand, such as `variant_lrs.csv`, are only hashed.
+Of the learning rates of variants, the rows of this project are those of its published figures; others are kept.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -15,13 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED
 from lorabench.claims.learning_rate import SHORT_RATIO
 from lorabench.config.inputs import TinyModel, model_catalogue
-from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS
+from lorabench.config.loading import load_preset
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.models.base import weights_sha256
-from lorabench.models.specs import shipped_folder
+from lorabench.models.specs import dimensions, shipped_folder
+from studies.lr_ratio.predictions import DEFAULT
 
 _COPIED = ("lr_optima.csv", "lr_evidence.json")
 # What lora-advice reads of a configuration.
@@ -37,9 +42,10 @@ def write_facts(root: Path) -> None:
     Args:
         root: the repository's root, with the published evidence.
     """
-    folder, evidence = root / "advice/lora_advice/facts", root / "paper_figures/published/evidence"
+    folder, published = root / "advice/lora_advice/facts", root / "paper_figures/published"
     for name in _COPIED:
-        shutil.copyfile(evidence / name, folder / name)
+        shutil.copyfile(published / "evidence" / name, folder / name)
+    _write_variants(folder / "variant_lrs.csv", published)
     (folder / "theory.json").write_text(json.dumps(theory(), indent=2) + "\n")
     (folder / "bases.json").write_text(json.dumps(bases(), indent=2) + "\n")
     files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
@@ -47,10 +53,28 @@ def write_facts(root: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=2) + "\n")
 
 
+def _write_variants(path: Path, published: Path) -> None:
+    """Write the rows of the published runs, on explored and on held-out seeds, into the table of variants."""
+    figures = {"variants": published / "variants", "variants@100": published / "variants/held_out"}
+    with path.open(encoding="utf-8", newline="") as file:
+        others = [row for row in csv.DictReader(file) if row["source"] not in figures]
+    models, rows = load_preset("variants").models, []
+    for source, folder in figures.items():
+        figure = pd.read_csv(folder / "variants_of_lora.csv")
+        chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & figure["lr_ratio_low"].notna()]
+        for row in chosen.to_dict("records"):
+            width = str(dimensions(models[row["model"]]).hidden)
+            measured = {"dataset": row["dataset"], "lr_ratio": f"{row['lr_ratio']:.3g}", "source": source}
+            rows.append({"variant": row["variant"], "rank": f"{row['rank']:.0f}", "width": width} | measured)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
+        table.writeheader()
+        table.writerows([*rows, *others])
+
+
 def theory() -> dict[str, Any]:
     """Return the constants of the law, of the theory `movement`, and of the paper."""
-    movement = DEFAULT_PREDICTIONS.lr_ratio.movement
-    assert movement
+    assert DEFAULT.movement
     return {
         "law": {
             "base": PUBLISHED.base,
@@ -58,7 +82,7 @@ def theory() -> dict[str, Any]:
             "exponents": dict(PUBLISHED.exponents),
             "pivot": PIVOT,
         },
-        "movement": movement.model_dump(),
+        "movement": DEFAULT.movement.model_dump(),
         "alpha": ALPHA,
         "lr_factor": DEFAULT_MARGINS.lr_factor,
         "short_ratio": SHORT_RATIO,
