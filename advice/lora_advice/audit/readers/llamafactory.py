@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers.options import Options, at, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import Word, is_script, read_commands, read_flags
-from lora_advice.finding import Finding
+from lora_advice.finding import Finding, Level
 
 _DEFAULTS = {
     "learning_rate": 5e-5,
@@ -95,7 +95,7 @@ def _first(path: Path, shown: str, name: str, options: Options, findings: list[F
     methods: dict[str, Method] = {"lora": "lora", "full": "fullft"}
     continued = None if options.flag("create_new_adapter") else options.text("adapter_name_or_path")
     if kind != "lora":
-        level = "error" if options.has("lora_rank") else "warning"
+        level: Level = "error" if options.has("lora_rank") else "warning"
         findings = options.without_effect(_LORA, f"finetuning_type is {kind}", level) + findings
     elif continued is not None:
         reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"

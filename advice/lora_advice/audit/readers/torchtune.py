@@ -43,7 +43,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         options.fill({f"{role}.{name}": value for name, value in _LORA_DEFAULTS.items()})
     precision, packing = options.text(keys["precision"]), bool(options.flag(keys["packing"]))
     schedule = re.sub(r"^get_|_schedule_with_warmup$", "", _component(options, keys["schedule"]) or "")
-    batch = {"global_batch": None, "group_size": None, "steps": None}
+    batch: dict[str, float | None] = {"global_batch": None, "group_size": None, "steps": None}
     if task == "rl":
         batch = _rl_batch(options, keys)
     elif task == "sft" and not packing:

@@ -60,7 +60,7 @@ def matches(path: Path, text: str) -> bool:
     """Return whether a file has options, a command or calls of TRL or transformers."""
     if path.suffix in (".yaml", ".yml"):
         return _YAML.search(text) is not None and _OTHER_YAML.search(text) is None
-    if path.suffix in (".py", ".ipynb", ".md"):
+    if path.suffix in (".py", ".ipynb"):
         return trl_python.CALL.search(text) is not None or _COMMAND.search(text) is not None
     return is_script(path, text) and _COMMAND.search(text) is not None
 
@@ -76,14 +76,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         return [*in_strings, *trl_python.read(shown, text, range(1, text.count("\n") + 2))]
     if path.suffix == ".ipynb":
         return trl_python.read(shown, *_notebook(text))
-    if path.suffix == ".md":
-        blocks = re.finditer(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        configs = _in_text(path, shown, text, 1)
-        for block in blocks:
-            with suppress(UserError):  # code in a text is often not complete
-                first = text.count("\n", 0, block.start(1)) + 1
-                configs += trl_python.read(shown, block[1], range(first, first + block[1].count("\n") + 1))
-        return sorted(configs, key=lambda config: int(config.name.removeprefix("line ")))
     return _from_commands(path, shown, read_commands(text))
 
 
