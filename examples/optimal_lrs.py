@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pandas as pd
+from lora_advice.audit import audit
+from lora_advice.recommend import recommend
 
 from lorabench.analysis.loss_fit import Noise
-from lorabench.api import audit, fit_lr, judge, recommend
+from lorabench.api import fit_lr, judge
 from lorabench.utils.files import REFERENCE
 
 SOURCE = REFERENCE / "nhckdvrl"  # Qwen3-0.6B on 32,768 examples of NuminaMath-CoT at four batch sizes

@@ -1,9 +1,7 @@
-"""The functions for other programs: `judge`, `recommend`, `audit` and `fit_lr`.
+"""The functions for other programs: `judge` and `fit_lr`.
 
-Their names, arguments and records are stable (docs/tables.md). They are imported from here and not from `lorabench`,
-where `audit` is a package: `from lorabench.api import audit, fit_lr, judge, recommend`.
-
-Importing this module takes no time; each function imports what it needs when it is called.
+Their names, arguments and records are stable (docs/tables.md). Importing this module takes no time, since each function
+imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorabench.errors import UserError
 
@@ -21,10 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lorabench.analysis.loss_fit import Noise
-    from lorabench.audit.output import Report
-    from lorabench.custom.recommend import Recommendation
 
-__all__ = ["LrFit", "audit", "fit_lr", "judge", "recommend"]
+__all__ = ["LrFit", "fit_lr", "judge"]
 
 
 def judge(
@@ -87,115 +82,6 @@ def judge(
         judged = [studies.judge(study, chosen, stated) for study in studies.studies_of(Path(tables))]
         return pd.concat(judged, ignore_index=True)
     return judge_claims(Tables.read(Path(tables)), chosen, stated, noise)
-
-
-def recommend(
-    model: str | Mapping[str, Any],
-    tokens: float | None = None,
-    data: str | Path | None = None,
-    *,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    gpu: str = "H100-80GB",
-    results: str | Path = "results",
-) -> Recommendation:
-    """Recommend rank, alpha, learning rates with their intervals, and batch size for a model, as `lorabench recommend`.
-
-    Args:
-        model: the id of a model on the Hugging Face hub, the path of a folder or a .gguf file, the name of a shipped
-            base such as `tiny`, or the content of a model's `config.json`. Ids of known architectures, such as Llama
-            3 and Qwen3, and configurations need no hub.
-        tokens: the number of scored tokens of the training data, which are the assistant's.
-        data: in place of `tokens`, the training data, which are examined: a .jsonl, .json, .csv or .parquet file, or
-            the id of a dataset on the hub.
-        batch_size: examples per step, in place of the recommended number.
-        steps: the number of steps, in place of those of an epoch.
-        gpu: the GPU to estimate costs for, a name of lorabench/utils/gpus.py.
-        results: the folder of your own finished presets, whose optimal learning rates count too.
-
-    Returns:
-        A record whose `settings` hold, by name, a value, its source and, of a learning rate, the ends `low` and `high`
-        of its 80% interval. Among the names are `lora_lr`, `fullft_lr`, `rank`, `alpha`, `placement` and `batch_size`.
-        `notes` are sentences on what is known less well.
-
-    Raises:
-        UserError: the model, the data or the GPU is not known, the model's sizes can't be read, or both `tokens` and
-            `data` are given.
-
-    Examples:
-        >>> advice = recommend("meta-llama/Llama-3.1-8B", tokens=10_000_000)
-        >>> advice.settings["rank"].value, advice.settings["alpha"].value
-        (32, 32.0)
-        >>> lr = advice.settings["lora_lr"]
-        >>> lr.low < lr.value < lr.high
-        True
-    """
-    from lorabench.custom.data import examine
-    from lorabench.custom.model import find_model, model_of_config
-    from lorabench.custom.recommend import recommend as recommended
-
-    if tokens is not None and data is not None:
-        raise UserError("tokens and data: give one of them")
-    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("steps", steps)):
-        if value is not None and not 1 <= value < math.inf:
-            raise UserError(f"{name} {value}: allowed: numbers from 1 up")
-    with TemporaryDirectory() as folder:
-        described = find_model(model) if isinstance(model, str) else model_of_config(model, Path(folder))
-        examined = None if data is None else examine(described, str(data), None)[0]
-        count = examined.usable * examined.mean_completion_tokens if examined else tokens
-        return recommended(described, count, examined, gpu, Path(results), batch_size, steps)
-
-
-def audit(
-    *paths: str | Path,
-    file_format: str | None = None,
-    completion_tokens: float | None = None,
-    hub: bool = False,
-    skip_unknown: bool = False,
-) -> Report:
-    """Say what is wrong in the configurations of other trainers and in adapters, from the files alone.
-
-    Args:
-        paths: files and folders.
-        file_format: read the files as this format, such as `axolotl`, in place of recognizing it.
-        completion_tokens: the mean number of scored tokens of an example, which no configuration says.
-        hub: whether models that are not known here may be looked up on the hub.
-        skip_unknown: whether to pass over named files that state no training run, as over those in folders.
-
-    Returns:
-        A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
-        (`not_read`), and the number of findings by level (`counts`); docs/audit.schema.json describes it. A finding has
-        a `code`, a `level` (`error`, `warning` or `note`), a `message`, a `source`, how `sure` it is, and its place.
-
-    Raises:
-        UserError: no path is given, or a path or the format does not exist, or a number of tokens is not above 0.
-
-    Examples:
-        >>> path = Path("sft.yaml")
-        >>> _ = path.write_text("base_model: Qwen/Qwen3-8B\\nadapter: lora\\nlora_r: 16\\nlora_alpha: 32\\n"
-        ...                     "lora_target_modules: [q_proj, v_proj]\\nlearning_rate: 2e-5\\ndatasets: []\\n")
-        >>> for finding in audit(path).findings:
-        ...     print(finding.line, finding.level, finding.code)
-        6 warning lr
-        5 warning attention-only
-        6 note lr-text
-        3 note parameters
-    """
-    from lorabench.audit.checks import check_run, compare_runs
-    from lorabench.audit.config import Knowledge
-    from lorabench.audit.files import read_paths
-    from lorabench.audit.limits import SECONDS
-    from lorabench.audit.output import Report
-
-    if not paths or "" in paths:
-        raise UserError("audit: no path is given; a file or a folder is needed, and an empty path is neither")
-    if completion_tokens is not None and not 0 < completion_tokens < math.inf:
-        raise UserError(f"completion_tokens {completion_tokens}: allowed: numbers above 0")
-    known = Knowledge(completion_tokens, hub)
-    # The hub may take its time.
-    seconds = 60 if hub else SECONDS
-    reading = read_paths([*map(Path, paths)], file_format, lambda run: check_run(run, known), skip_unknown, seconds)
-    return Report.of(reading, compare_runs(reading.configs, known))
 
 
 @dataclass(frozen=True)

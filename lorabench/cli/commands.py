@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lorabench.cli.audit import audit
-from lorabench.cli.check import check as check_command
+from lorabench.cli.advice import add_advice
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.cli.steps import steps
 from lorabench.errors import UserError
@@ -58,8 +57,7 @@ def main(
 
 
 app.add_typer(steps, name="step", hidden=True)
-app.command()(audit)
-app.command()(check_command)
+add_advice(app)
 
 
 @app.command()
@@ -221,107 +219,6 @@ def doctor(preset: PresetOption = "laptop") -> None:
 
 
 @app.command()
-def recommend(
-    model: ModelName,
-    dataset_tokens: Annotated[
-        int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
-    ] = None,
-    data: Annotated[str | None, Option(help="The training data, as for init.")] = None,
-    data_format: DataFormat = None,
-    batch_size: Annotated[
-        int | None, Option(min=1, help="Examples per step, in place of the recommended number.")
-    ] = None,
-    steps: Annotated[int | None, Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
-    from_lr: Annotated[
-        float | None,
-        Option(help="A learning rate to convert to these settings; what is not said of it is as here."),
-    ] = None,
-    from_alpha: Annotated[float | None, Option(help="The alpha of --from-lr.")] = None,
-    from_rank: Annotated[int | None, Option(min=1, help="The rank of --from-lr.")] = None,
-    from_steps: Annotated[int | None, Option(min=1, help="The number of steps of --from-lr.")] = None,
-    from_batch_size: Annotated[int | None, Option(min=1, help="The examples per step of --from-lr.")] = None,
-    from_variant: Annotated[str, Option(help="The variant of LoRA of --from-lr, as for --variant.")] = "lora",
-    alpha: Annotated[float, Option(help="The alpha to convert --from-lr to.")] = 32.0,
-    rank: Annotated[int | None, Option(min=1, help="The rank to convert --from-lr to.")] = None,
-    variant: Annotated[
-        str,
-        Option(
-            help="The variant to convert --from-lr to, by default LoRA's recommended learning rate: "
-            "rslora, lora_plus, dora, pissa, olora or qlora."
-        ),
-    ] = "lora",
-    gpu: Annotated[str, Option(help="The GPU to estimate costs for.")] = "H100-80GB",
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    trainer: Annotated[
-        str | None,
-        Option("--for", help="Write a folder to train from, for trl, axolotl, llamafactory, torchtune or verl (RL)."),
-    ] = None,
-    out: Annotated[Path | None, Option(help="The folder of --for; finetune-NAME by default.")] = None,
-    grader: Annotated[str | None, Option(help="For --for verl: how responses are graded, as for init.")] = None,
-    full: Annotated[bool, Option("--full", help="Full fine-tuning in the folder of --for, in place of LoRA.")] = False,
-) -> None:
-    """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
-    from lorabench.custom.model import find_model
-    from lorabench.custom.recommend import KnownLr, recommendation_table
-    from lorabench.custom.recommend import recommend as recommend_settings
-    from lorabench.custom.variants import checked_variant
-
-    for name, value in (("--from-lr", from_lr), ("--from-alpha", from_alpha), ("--alpha", alpha)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name} {value:g}: must be above 0")
-    to_variant, of_variant = checked_variant(variant), checked_variant(from_variant)
-    if from_lr is None and (from_alpha or from_rank or from_steps or from_batch_size or of_variant != "lora"):
-        raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size and --from-variant need --from-lr")
-    if from_lr is None and to_variant == "lora" and (rank or alpha != 32.0):
-        raise UserError("--alpha and --rank need --from-lr or --variant")
-    if to_variant != "lora" and trainer is not None:
-        raise UserError("--variant and --for: give one of them; the folder of --for trains LoRA")
-    if from_lr is not None and trainer is not None and (full or grader is not None):
-        raise UserError(
-            "--from-lr is of LoRA in supervised fine-tuning: a folder of --for with it can't have --full or --grader"
-        )
-    known = None
-    if from_lr is not None or to_variant != "lora":
-        known = KnownLr(
-            from_lr, from_alpha, from_rank, from_steps, from_batch_size, alpha, rank, of_variant, to_variant
-        )
-    if dataset_tokens is not None and data is not None:
-        raise UserError("--dataset-tokens and --data: give one of them")
-    if as_json and trainer is not None:
-        raise UserError("--json and --for: give one of them")
-    if trainer is None and (full or out is not None):
-        raise UserError("--out and --full need --for")
-    if grader is not None and (trainer is None or data is None):
-        raise UserError("--grader needs --for verl and --data, a file of problems")
-    described, examined, problems, template = find_model(model), None, None, None
-    if data is not None:
-        from lorabench.custom.data import examine, examine_problems
-
-        if grader is not None:
-            problems, template = examine_problems(described, data, grader)
-        else:
-            examined, template = examine(described, data, data_format)
-    tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
-    recommendation = recommend_settings(
-        described, tokens, examined, gpu, batch_size=batch_size, steps=steps, known=known
-    )
-    if as_json:
-        import json
-        from dataclasses import asdict
-
-        print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
-    elif trainer is not None:
-        from lorabench.custom.trainer_configs import write_config
-
-        folder = out or Path(f"finetune-{trainer}")
-        command = write_config(trainer, folder, described, recommendation, problems or examined, template, full, steps)
-        print(f"{folder} is written; start with: {command}")
-    else:
-        print(described if examined is None else f"{described}\n{examined}")
-        recommendation_table(recommendation)
-
-
-@app.command()
 def claims(
     tables: Annotated[Path, Option(help="Folder with the tidy tables.")],
     out: Annotated[Path, Option(help="Folder for the claims table.")],
@@ -346,7 +243,8 @@ def claims(
     from lorabench.analysis.optima import pooled_noise
     from lorabench.claims.judge import judge_claims
     from lorabench.config.loading import read_margins
-    from lorabench.store.io import write_frame
+    from lorabench.sources.lr_optima import measured_optima
+    from lorabench.store.io import write_csv, write_frame
     from lorabench.store.layout import Layout
     from lorabench.store.tables import Tables
 
@@ -368,6 +266,8 @@ def claims(
     read = Tables.read(tables)
     judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
     write_frame(judged, "claims", out)
+    if len(optima := measured_optima(read)):
+        write_csv(optima, out / "optima.csv")
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
     print(f"{len(judged)} claims: {verdicts}; written to {out / 'claims.csv'}")
     untested = judged.loc[judged["verdict"].eq("not tested"), "reason"].value_counts()

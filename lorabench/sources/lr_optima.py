@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.comparison import MIN_LRS
+from lorabench.analysis.comparison import MIN_LRS, Judging
+from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.optima import mean_lr
-from lorabench.analysis.pooled_lr import ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps, vertex
+from lorabench.claims.recipe import measured_recipe
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
@@ -33,6 +34,9 @@ from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
 from lorabench.sources.measurements import PROJECT, Z
 from lorabench.sources.studies import Study
+from lorabench.store.checks import is_rl
+from lorabench.store.io import with_all_columns
+from lorabench.store.tables import Tables
 
 AUTHORS = "the paper's authors"
 """The law and the published sweep of its authors are one source, since the law was fitted to such sweeps."""
@@ -87,24 +91,6 @@ class LrOptimum:
         if "rank" in known:
             known["rank"] = int(known["rank"])
         return cls(**known | {"lr": rounded(known["lr"])})
-
-    @property
-    def shift(self) -> float:
-        """What to add to ln LR to state it at ALPHA."""
-        known = self.method == "lora" and math.isfinite(self.alpha)
-        return -ALPHA_EXPONENT * math.log(self.alpha / ALPHA) if known else 0.0
-
-    @property
-    def pooled(self) -> Optimum:
-        """The optimum for pooling, at ALPHA."""
-        unknown = self.method == "lora" and math.isnan(self.alpha)
-        error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
-        return Optimum(self.source, self.model, self.place, math.log(self.lr) + self.shift, error)
-
-    @property
-    def place(self) -> Place:
-        """Where the optimum lies: family, width, method, batch size and steps."""
-        return Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
 
 
 def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list[LrOptimum]:
@@ -281,6 +267,34 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
     """Return the optima of a table, the inverse of `optima_table`."""
     return [LrOptimum.from_row(row) for row in table.to_dict("records")]
+
+
+def measured_optima(tables: Tables) -> pd.DataFrame:
+    """Return the optimal LRs of supervised runs, of full fine-tuning and of the LoRA to use, for `lora-advice recommend`.
+
+    Returns:
+        The columns of `optima_table`, without a source, and the ends `lr_low` and `lr_high` of the 95% interval, the
+        number of the model's `parameters`, what identifies its `weights`, and whether LoRA `matches`. An optimum
+        without an interval does not count. Runs without a family or a width are left out.
+    """
+    runs = with_all_columns(tables.runs, "runs")
+    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
+    judging, rows = Judging(examples=ExampleLosses.of(tables.test_losses)), []
+    for _, group in runs.groupby(["family", "hidden_size", "base_params", "model_sha256"], dropna=False):
+        first = group.iloc[0]
+        weights = "" if pd.isna(first["model_sha256"]) else str(first["model_sha256"])
+        about = {"family": first["family"], "width": first["hidden_size"], "alpha": ALPHA, "weights": weights}
+        for recipe in measured_recipe(group, tables.curves, judging).recommendations:
+            about |= {name: recipe.setting[name] for name in ("dataset", "batch_size", "steps")}
+            about |= {"model": weights or recipe.setting["model"], "parameters": first["base_params"]}
+            for method, choice, matches in (("fullft", recipe.fullft, ""), ("lora", recipe.use, recipe.answer)):
+                lr, low, high = choice.lr_opt, choice.lr_low, choice.lr_high
+                counts = lr > 0 and low > 0 and math.isfinite(high)
+                row = {"method": method, "rank": choice.rank, "rl": False, "lr": lr, "lr_low": low, "lr_high": high}
+                row["error"] = max(LEAST_ERROR, math.log(high / low) / (2 * Z)) if counts else NAN
+                row |= {"counts": counts, "remark": "fitted" if choice.resolved else "fitted, not resolved"}
+                rows.append(about | row | {"matches": matches})
+    return pd.DataFrame(rows)
 
 
 def _family(model: str) -> str:

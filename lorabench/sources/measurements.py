@@ -30,7 +30,7 @@ import pandas as pd
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
-from lorabench.analysis.pooled_lr import p_of_groups, random_effects
+from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, one sentence about a damaged file, hashes, and the packaged files.
 
-The package needs the workflow with its presets, published numbers, and known optimal LRs: in a clone,
+The package needs the workflow with its presets and published numbers: in a clone,
 `lorabench/packaged` holds links to the repository's files, in a wheel copies of them.
 """
 
@@ -28,10 +28,6 @@ WORKFLOW = _PACKAGED / "workflow"
 SNAKEFILE = WORKFLOW / "Snakefile"
 REFERENCE = _PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
-LR_OPTIMA = _PACKAGED / "lr_optima.csv"
-"""The optimal learning rates that are known, a table that `lorabench evidence` writes."""
-LR_EVIDENCE = _PACKAGED / "lr_evidence.json"
-"""The optimal learning rates, pooled, and what others lose, a file that `python -m benchmarks.audit_regret` writes."""
 
 
 @contextmanager

@@ -5,13 +5,13 @@ import math
 
 import pandas as pd
 import pytest
+from lora_advice.audit.regret import LrEvidence, Place
+from lora_advice.theory import FACTS
 
-from benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
-from lorabench.audit.regret import LrEvidence, Place
+from advice.benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.published import evidence_folders
-from lorabench.utils.files import LR_EVIDENCE
 
 from ..conftest import REPOSITORY
 
@@ -32,7 +32,7 @@ def test_what_is_shipped_follows_from_the_sources(published, runs):
     table = curvatures(runs)
     committed = pd.read_csv(EVIDENCE / "lr_curvatures.csv")
     pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3)
-    made, shipped = evidence(known_optima(*published), table), json.loads(LR_EVIDENCE.read_text())
+    made, shipped = evidence(known_optima(*published), table), json.loads((FACTS / "lr_evidence.json").read_text())
     assert made.keys() == shipped.keys()
     pools = {"optima", "curvatures"}
     assert [made[name] for name in made.keys() - pools] == [shipped[name] for name in made.keys() - pools]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.lr import judge
+from lora_advice.audit.regret import shipped_evidence
+from lora_advice.models import facts
 
-from benchmarks.framework_defaults import PAGE, SAID, page_parts
-from lorabench.audit.config import TrainingConfig
-from lorabench.audit.lr import judge
-from lorabench.audit.models import facts
-from lorabench.audit.regret import shipped_evidence
+from advice.benchmarks.framework_defaults import PAGE, SAID, page_parts
 from lorabench.store.published import PUBLISHED
 
 from ..conftest import REPOSITORY
@@ -32,7 +32,7 @@ def test_verdicts_follow_from_what_the_rows_say():
         said |= {name: said[name] == "True" for name in ("rslora", "dora") if name in said}
         if row["factor"]:
             config = TrainingConfig(row["path"], row["format"], **said)
-            judged = judge(config, facts(config), shipped_evidence())
+            judged = judge(config, facts(config.model), shipped_evidence())
             assert not isinstance(judged, str), row
             assert math.exp(judged[0].log_factor) == pytest.approx(float(row["factor"]), rel=2e-3), row
             compared += 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from benchmarks.lr_left_out import by_source, compared, left_out
+from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.published import evidence_folders

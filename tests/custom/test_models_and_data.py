@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from lora_advice.models import facts
 
 from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, load_tokenizer
@@ -83,6 +84,22 @@ def test_nonsense_in_a_configuration_is_one_sentence(base, tmp_path, key, value,
             read()
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
+    # Beside another file it may be the configuration of something else.
+    # lora-advice reads no positions.
+    if key != "rope_scaling":
+        assert facts(None, folder) is None
+        assert facts(str(folder)) is None
+
+
+def test_what_transformers_does_not_foresee_is_one_sentence(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    path, config = folder / "config.json", json.loads((folder / "config.json").read_text())
+    for key, value in (("rms_norm_eps", "x"), ("bos_token_id", {"a": None}), ("attention_bias", 7)):
+        path.write_text(json.dumps(config | {key: value}))
+        model = find_model(str(folder))
+        with pytest.raises(UserError, match=r"^model .*model can't be loaded: \S"):
+            load_model(model.spec)
+    assert load_tokenizer(find_model("tiny"))[0] is not None
 
 
 def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):

@@ -17,9 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import lora_advice.errors
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from lora_advice.cli import app as advice
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
@@ -27,8 +30,6 @@ from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
 from lorabench.store.run_folder import RunFolder
 
-from ..audit.test_real_configs import CASES, write
-from ..check.conftest import factors
 from ..conftest import REPOSITORY
 from ..forks import FORKS
 from ..handmade import curves_of, make_sweep, runs_table
@@ -100,7 +101,8 @@ def command(*words: object, prints: str = "") -> Run:
     """
 
     def run() -> int:
-        result = CliRunner().invoke(app, list(map(str, words)))
+        house = advice if words[0] in ("audit", "check", "recommend") else app
+        result = CliRunner().invoke(house, list(map(str, words)))
         error = result.exception
         if error is not None and not isinstance(error, SystemExit):
             raise error
@@ -120,7 +122,7 @@ def sentence(read: Callable[[], object]) -> Run:
     def run() -> int:
         try:
             read()
-        except UserError:
+        except (UserError, lora_advice.errors.UserError):
             return 2
         return 0
 
@@ -131,14 +133,23 @@ FILES = 10
 """How many mutated configurations one audit reads."""
 
 
+CONFIGS = yaml.safe_load((REPOSITORY / "advice/tests/audit/cases.yaml").read_text())
+"""Files of each format that the audit reads."""
+
+
+def _write_config(case: dict, folder: Path) -> Path:
+    for name, text in case["files"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / case["file"]
+
+
 def config(folder: Path, chance: random.Random) -> Run:
     for number in range(FILES):
-        place = folder / str(number)
-        place.mkdir()
-        path = write(chance.choice(CASES), place)
+        path = _write_config(chance.choice(CONFIGS), folder / str(number))
         path.write_bytes(mutated(path.read_bytes(), chance))
     # No file ends the others'.
-    whole = write(next(case for case in CASES if case["format"] == "axolotl"), folder)
+    whole = _write_config(next(case for case in CONFIGS if case["format"] == "axolotl"), folder)
     return command("audit", folder, "--json", prints=f'"path": "{whole}"')
 
 
@@ -148,7 +159,10 @@ def _write_adapter(folder: Path) -> list[Path]:
     about = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "use_dora": False}
     about |= {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}, "init_lora_weights": True}
     (folder / "adapter_config.json").write_text(json.dumps(about))
-    save_file(factors(), folder / "adapter_model.safetensors")
+    a, b = np.ones((4, 12), np.float32), np.ones((10, 4), np.float32)
+    stems = [f"base_model.model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    tensors = {f"{stem}.lora_{part}.weight": factor for stem in stems for part, factor in (("A", a), ("B", b))}
+    save_file(tensors, folder / "adapter_model.safetensors")
     return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
 
 
@@ -165,7 +179,7 @@ def model(folder: Path, chance: random.Random) -> Run:
     change = chance.choice([mutated, other_value, other_value])
     (folder / "config.json").write_bytes(change((base / "config.json").read_bytes(), chance))
     if chance.random() < 0.5:
-        return command("recommend", "--model", folder, "--dataset-tokens", 10_000, "--json")
+        return command("recommend", folder, "--dataset-tokens", 10_000, "--json")
     _write_adapter(folder)
     return command("check", folder, "--model", folder, "--json")
 
@@ -208,7 +222,7 @@ def record(folder: Path, chance: random.Random) -> Run:
 
 
 def server(folder: Path, chance: random.Random) -> Run:
-    from lorabench.check.served import _nlls  # The probe of a model would take most of the time.
+    from lora_advice.check.served import _nlls  # The probe of a model would take most of the time.
 
     ids = list(range(8))
     choice = {"logprobs": {"token_logprobs": [None, *[-0.5] * 8]}, "prompt_logprobs": [None]}

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.sources.lr_optima import known_optima, optima_of_table, optima_table
+from lorabench.sources.lr_optima import known_optima, measured_optima, optima_of_table, optima_table
 from lorabench.sources.studies import read_studies
+from lorabench.store.tables import Tables
 
 from ..conftest import REPOSITORY
+from ..handmade import make_sweep, runs_table
 from .conftest import row
 
 
@@ -26,9 +28,6 @@ def test_the_optimum_of_a_grid(source):
     assert fullft.error == pytest.approx(math.log(2) / math.sqrt(12))
     assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 200, True, 8)
     assert fullft.losses == (2.1, 2.0, 2.2)
-    # For pooling, the LR of LoRA is stated at alpha 32.
-    assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))
-    assert fullft.pooled.log_lr == pytest.approx(math.log(fullft.lr))
 
 
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
@@ -78,3 +77,20 @@ def test_rank_1_does_not_stand_for_lora(tmp_path):
     own = {optimum.method: optimum for optimum in known_optima([], [folder]) if optimum.source == "lorabench"}
     assert (own["fullft"].lr, own["lora"].lr, own["lora"].rank) == (2e-4, 6e-4, 16)
     assert own["lora"].losses == (2.1, 2.0)
+
+
+def test_optima_of_own_runs_have_their_model_and_interval():
+    about = {"family": "llama", "hidden_size": 128, "base_params": 828_288, "model_sha256": '{"weights": "1"}'}
+    rows = [row | about for rank in (None, 32) for row in make_sweep(rank=rank)]
+    unknown = [row | {"model": "other"} for row in make_sweep(rank=None)]
+    table = measured_optima(Tables.of({"runs": runs_table([*rows, *unknown])}))
+    assert list(table["method"]) == ["fullft", "lora"]
+    for row in table.to_dict("records"):
+        assert (row["family"], row["width"], row["parameters"]) == ("llama", 128, 828_288)
+        assert row["model"] == row["weights"] == '{"weights": "1"}'
+        assert 0 < row["lr_low"] < row["lr"] < row["lr_high"]
+        assert row["error"] >= math.log(1.15)
+        assert row["counts"]
+    assert table["remark"].tolist() == ["fitted", "fitted, not resolved"]
+    assert table["matches"].tolist()[0] == ""
+    assert measured_optima(Tables.of({"runs": runs_table(unknown)})).empty

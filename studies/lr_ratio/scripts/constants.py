@@ -39,6 +39,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from lora_advice.models import ModelFacts
+from lora_advice.optima import KnownOptima
 from scipy.optimize import least_squares
 
 from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
@@ -46,12 +48,9 @@ from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.config.fields import LORA_PLUS_RATIO
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.custom.learning_rates import recommended_lr
 from lorabench.errors import UserError
-from lorabench.sources.lr_optima import optima_of_table
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
-from lorabench.utils.files import LR_OPTIMA
 from studies.lr_ratio.conditions import MeasuredRatio, measured_ratios, prediction_table, rms_factors
 from studies.lr_ratio.predictions import DEFAULT, MovementTheory, MuATheory, Predictions, ScaleTheory
 from studies.lr_ratio.theories import BATCH_SIZE, STEPS, Setting, predicted
@@ -191,12 +190,11 @@ def variants(tables: Tables) -> pd.DataFrame:
 
 def factors() -> pd.DataFrame:
     """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
-    optima = optima_of_table(pd.read_csv(LR_OPTIMA))
     rows = {}
     for width in (576, 1024, 2048, 4096, 8192):
-        row = {}
+        row, known = {}, KnownOptima(ModelFacts("", "llama", width, ""), Path("results"))
         for steps in (100, 1000, 10_000):
-            lr = recommended_lr(optima, "llama", width, "fullft", 32, steps)[0][0]
+            lr = known.recommend("fullft", 32, steps)[0][0]
             row[f"FullFT's LR, {steps} steps"] = lr
             for rank in (32, 1):
                 setting = Setting(width, steps, 32, ALPHA, rank=rank)

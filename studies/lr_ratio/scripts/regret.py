@@ -7,7 +7,7 @@ published preset in which LoRA has a grid of LRs and the optimal LR of full fine
 
 - ten and fifteen times FullFT's optimal LR, at alpha 32;
 - `movement`: as many times as the theory of the page says;
-- `recommend`: the LR that is pooled from all other sources, as in benchmarks/lr_left_out.py, where nothing of FullFT is
+- `recommend`: the LR that is pooled from all other sources, as in advice/benchmarks/lr_left_out.py, where nothing of FullFT is
   known.
 
 Losses are interpolated in ln LR (monotone cubic); beyond the grid, the cost is at least that of its edge. The published
@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.lr_left_out import condition_of, left_out, loss_above_best, movement_ratio
+from advice.benchmarks.lr_left_out import condition_of, left_out, loss_above_best, movement_ratio, pooled_optimum
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -82,7 +82,8 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
             margin = DEFAULT_MARGINS.reward * gain
             if not lora.rl:
                 margin = min(DEFAULT_MARGINS.loss * gain, DEFAULT_MARGINS.final_loss * lowest)
-        at = {"ten": log_fullft + math.log(10) - lora.shift, "fifteen": log_fullft + math.log(15) - lora.shift}
+        shift = pooled_optimum(lora).shift
+        at = {"ten": log_fullft + math.log(10) - shift, "fifteen": log_fullft + math.log(15) - shift}
         at["movement"] = log_fullft + math.log(row["movement"])
         at["recommend"] = math.log(recommended[key])
         for name, log_lr in at.items():

@@ -1,0 +1,162 @@
+"""What an `adapter_config.json` of PEFT says of LoRA, for the audit and for the checks of weights; without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lora_advice.errors import UserError
+from lora_advice.foreign import Foreign, typed
+from lora_advice.patterns import matching
+
+NAME = "adapter_config.json"
+_MOST_RANK, _MOST_ALPHA, _LONGEST = 65_536, 1e9, 1000
+
+_Name = Annotated[str, Field(max_length=_LONGEST)]
+_Rank = Annotated[int, Field(ge=1, le=_MOST_RANK)]
+_Alpha = Annotated[float, Field(gt=0, le=_MOST_ALPHA)]
+_RANK = f"a whole number from 1 to {_MOST_RANK:,}"
+_ALPHA = f"a number above 0 and up to {_MOST_ALPHA:,.0f}"
+_NAMES = f"a list of names of up to {_LONGEST:,} characters"
+
+
+def _may_be_null(allowed: str) -> Any:
+    return Field(None, description=allowed)
+
+
+class AdapterConfig(Foreign):
+    """The options of LoRA by PEFT's names; null is what the file does not say."""
+
+    r: _Rank = Field(description=_RANK)
+    lora_alpha: _Alpha = Field(description=_ALPHA)
+    lora_dropout: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
+    base_model_name_or_path: str | None = _may_be_null("a name")
+    use_rslora: bool | None = _may_be_null("true or false")
+    use_dora: bool | None = _may_be_null("true or false")
+    init_lora_weights: bool | _Name | None = Field(True, description="true, false or a name")
+    rank_pattern: dict[_Name, _Rank] | None = _may_be_null(f"a mapping of patterns to {_RANK}")
+    alpha_pattern: dict[_Name, _Alpha] | None = _may_be_null(f"a mapping of patterns to {_ALPHA}")
+    target_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
+    exclude_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
+    target_parameters: tuple[_Name, ...] | None = _may_be_null(_NAMES)
+    modules_to_save: tuple[_Name, ...] | None = _may_be_null(_NAMES)
+    layers_to_transform: tuple[int, ...] | int | None = _may_be_null("the number of a layer, or a list of them")
+    layers_pattern: tuple[_Name, ...] | str | None = _may_be_null(f"a pattern, or {_NAMES}")
+    layer_replication: Any = None
+    # PEFT imports the module that they name.
+    megatron_config: None = _may_be_null("null, since Megatron's layers are not supported here")
+
+    @property
+    def targets(self) -> tuple[str, ...] | str | None:
+        """Names of modules, in order, or a regular expression of them."""
+        named = self.target_modules
+        return tuple(sorted(named)) if isinstance(named, tuple) else named
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, Sequence[str]]:
+        """The last parts of the names of target parameters, by what stands before."""
+        by_owner: dict[str, list[str]] = {}
+        for name in sorted(self.target_parameters or ()):
+            owner, _, last = name.rpartition(".")
+            by_owner.setdefault(owner, []).append(last)
+        return by_owner
+
+    def parameters_in(self, module: str) -> list[str]:
+        """Return the names of the parameters of a module that carry LoRA without being modules."""
+        return [f"{module}.{last}" for owner in ends(module) for last in self._parameters.get(owner, ())]
+
+    def targeted(self, modules: Sequence[str]) -> set[str]:
+        """Return the modules on which the configuration puts LoRA."""
+        if self.targets == "all-linear":
+            named = list(modules)
+        elif isinstance(self.targets, str):
+            [named] = matching([self.targets], modules)
+        else:
+            wanted = set(self.targets or ())
+            named = [module for module in modules if not wanted.isdisjoint(ends(module))]
+        return {*named, *filter(self.parameters_in, modules)}
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """Return the factor of B A for a rank and an alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Return the rank and the scale of each module, as PEFT finds them."""
+        names = {module: [*self.parameters_in(module), module] for module in modules}
+        ranks = _of_patterns(self.rank_pattern or {}, names, self.r)
+        alphas = _of_patterns(self.alpha_pattern or {}, names, self.lora_alpha)
+        return {module: (ranks[module], self.scale(ranks[module], alphas[module])) for module in modules}
+
+    @property
+    def patterns(self) -> Iterator[str]:
+        """All regular expressions that PEFT matches with names of modules, as it does."""
+        yield from (named for named in (self.target_modules, self.exclude_modules) if isinstance(named, str))
+        pattern = self.layers_pattern or ()
+        yield from (rf"(^|.*\.){name}($|\..*)" for name in self.modules_to_save or ())
+        yield from (rf"(?:^|.*?\.){name}\.\d+\..*" for name in ([pattern] if isinstance(pattern, str) else pattern))
+        yield from map(_after_any_path, [*(self.rank_pattern or ()), *(self.alpha_pattern or ())])
+
+
+class _Kind(Foreign):
+    peft_type: str | None = _may_be_null("LORA")
+
+
+class OtherMethodError(UserError):
+    """An adapter is of another method than LoRA."""
+
+
+def parse_adapter(text: str | bytes, where: str) -> AdapterConfig:
+    """Return the configuration of an adapter.
+
+    Raises:
+        OtherMethodError: it is of another method than LoRA.
+        UserError: it is not valid; the sentence begins with `where`.
+    """
+    kind = typed(_Kind, text, where).peft_type
+    if kind != "LORA":
+        raise OtherMethodError(f"{where} has peft_type {kind!r}; allowed: LORA")
+    return typed(AdapterConfig, text, where)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read the configuration in an adapter's folder.
+
+    Raises:
+        UserError: it is missing, not valid, or of another method than LoRA.
+    """
+    try:
+        return parse_adapter((folder / NAME).read_bytes(), str(folder / NAME))
+    except FileNotFoundError:
+        raise UserError(f"adapter folder {str(folder)!r} has no {NAME}, which PEFT writes") from None
+    except OSError as error:
+        raise UserError(f"{folder / NAME} can't be read: {error}") from error
+
+
+def ends(name: str) -> Iterator[str]:
+    """Yield a full name, and what is left of it from each of its further parts on: the names that end it."""
+    while True:
+        yield name
+        _, dot, name = name.partition(".")
+        if not dot:
+            return
+
+
+def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:
+    """Return for each module the value of the first pattern that matches one of its names, or the default."""
+    every = [name for own in names.values() for name in own]
+    matched = matching([_after_any_path(pattern) for pattern in patterns], every)
+    found = [(value, set(matches)) for value, matches in zip(patterns.values(), matched, strict=True)]
+    return {
+        module: next((value for value, matches in found if matches.intersection(own)), default)
+        for module, own in names.items()
+    }
+
+
+def _after_any_path(pattern: str) -> str:
+    """Return the regular expression that PEFT makes of a key of `rank_pattern`."""
+    return rf"(.*\.)?({pattern})"

@@ -1,0 +1,131 @@
+"""One training run as a user's file states it, whatever the framework. Readers make it, checks read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_advice.finding import Finding
+from lora_advice.variants import Variant
+
+Task = Literal["sft", "rl", "preference", "pretraining"]
+Method = Literal["lora", "fullft"]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the user says about the runs and no file does."""
+
+    completion_tokens: float | None = None
+    """Mean number of scored tokens of an example."""
+    hub: bool = False
+    """Whether models that are not known here may be looked up on the hub."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run; null is what the file does not say. Nothing is guessed."""
+
+    path: str
+    """The file as the user named it, or the path below the folder that the user named."""
+    format: str
+    """The format it was read as, such as `axolotl`."""
+    name: str = ""
+    """Which run of the file this is, where it has several, such as `line 12`."""
+    task: Task | None = None
+    method: Method | None = None
+    model: str | None = None
+    """The id on the hub or the path of the base model."""
+    bits: int | None = None
+    """Bits of a quantized base, 4 or 8 (QLoRA)."""
+    precision: str | None = None
+    """`bf16`, `fp16` or `fp32`, of weights or autocast."""
+    rounded: bool = False
+    """Whether full fine-tuning holds its weights in bf16 and in nothing finer, so that each step is rounded."""
+    lr: float | None = None
+    schedule: str | None = None
+    """The framework's own word, such as `cosine`."""
+    warmup: float | None = None
+    """Steps of warm-up; a share of all steps if below 1."""
+    optimizer: str | None = None
+    """The framework's own word, such as `adamw_torch`."""
+    micro_batch: int | None = None
+    """Examples (in RL, responses) per device at once."""
+    accumulation: int | None = None
+    devices: int | None = None
+    group_size: int | None = None
+    """Responses to each prompt, in RL."""
+    global_batch: int | None = None
+    """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
+    steps: float | None = None
+    epochs: float | None = None
+    examples: int | None = None
+    """Training examples, where the file or what lies beside it says so."""
+    max_length: int | None = None
+    """The longest sequence in tokens."""
+    packing: bool | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    rslora: bool = False
+    dora: bool = False
+    lr_ratio: float | None = None
+    """The learning rate of B over that of A in LoRA+, where `lr` is that of A."""
+    variant: str | None = None
+    """An other variant or initialization, by its name in PEFT, such as `pissa`."""
+    unsloth: bool = False
+    """Whether unsloth loads the model, which makes the fused layers of Phi-3 separate ones."""
+    targets: tuple[str, ...] | None = None
+    """Names of modules with LoRA; `("all-linear",)` for all but the unembedding. Null if the framework's default."""
+    target_parameters: tuple[str, ...] = ()
+    """Names of parameters with LoRA that are no modules, such as fused experts."""
+    saved_modules: tuple[str, ...] = ()
+    """Modules that are trained whole beside LoRA."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Lines (from 1) where fields of this record are said, by field."""
+    findings: tuple[Finding, ...] = ()
+    """What the reader alone can see, such as a learning rate that YAML reads as text."""
+
+    def line(self, *names: str) -> int | None:
+        """Return the line of the first of some fields that the file says."""
+        return next((self.lines[name] for name in names if name in self.lines), None)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples (in RL, responses) per step; a number of devices that is not said counts as 1."""
+        if self.global_batch is not None:
+            return self.global_batch * (self.group_size or 1)
+        if self.micro_batch is not None:
+            return self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
+        return None
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants of LoRA that the run combines, of those whose best learning rate is known here."""
+        if self.method != "lora":
+            return ()
+        # `pissa_niter_4` is PiSSA with an approximate decomposition.
+        start = (self.variant or "").lower().partition("_niter_")[0]
+        used: dict[Variant, bool] = {
+            # At rank 1 rsLoRA is LoRA.
+            "rslora": self.rslora and self.rank != 1,
+            "lora_plus": (self.lr_ratio or 0.0) > 0 and self.lr_ratio != 1,
+            "dora": self.dora,
+            "pissa": start == "pissa",
+            "olora": start == "olora",
+            "qlora": self.bits == 4,
+        }
+        return tuple(variant for variant, is_used in used.items() if is_used)
+
+    @property
+    def alpha_factor(self) -> float:
+        """The factor by which alpha counts more than in LoRA: the root of the rank in rsLoRA, `lr_ratio` in LoRA+."""
+        root = math.sqrt(max(1, self.rank or 1)) if "rslora" in self.variants else 1.0
+        return root * (self.lr_ratio or 1.0) if "lora_plus" in self.variants else root
+
+    @property
+    def where(self) -> str:
+        """The file, and which run of it."""
+        return f"{self.path} ({self.name})" if self.name else self.path

@@ -1,0 +1,147 @@
+"""The runs that files and folders state, what is found of each, and which files were not understood."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.limits import SECONDS, in_limits
+from lora_advice.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding
+
+READERS: dict[str, ModuleType] = {
+    "peft": adapter,
+    "axolotl": axolotl,
+    "torchtune": torchtune,
+    "llamafactory": llamafactory,
+    "verl": verl,
+    "nemo-rl": nemo_rl,
+    "trl": trl,
+}
+"""By format; of those that recognize a file, the first reads it."""
+
+SUFFIXES = frozenset({".yaml", ".yml", ".json", ".py", ".ipynb", ".sh", ".bash", ".slurm", ".sbatch"})
+LARGEST = 1_000_000
+"""Bytes; what is larger is data, not a configuration."""
+_SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """A file that was not read."""
+
+    path: str
+    reason: str
+    """A sentence in which the file is `it`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found at some paths."""
+
+    configs: list[TrainingConfig]
+    not_read: list[NotRead]
+    """Files that the user named, and files of a known format, that could not be read."""
+    findings: list[Finding]
+    """Of each run alone, in the order of the runs."""
+
+
+def read_paths(
+    paths: Sequence[Path],
+    file_format: str | None = None,
+    check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
+    skip_unknown: bool = False,
+    seconds: float = SECONDS,
+) -> Reading:
+    """Return the training runs that files state, in the order of the paths and then by name.
+
+    Args:
+        paths: files and folders.
+        file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
+        check: what is to be found of a run.
+        skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
+        seconds: that reading and checking a file may take.
+
+    Raises:
+        UserError: a path or the format is not there.
+    """
+    if file_format is not None and file_format not in READERS:
+        raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
+    files, not_read = dict[str, tuple[Path, bool]](), list[NotRead]()
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: there is no such file or folder")
+        try:
+            for file in _files(path, not_read):
+                files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
+        except RecursionError:
+            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+
+    def answer(item: tuple[Path, bool]) -> dict[str, Any]:
+        configs = _read(item[0], file_format, named=item[1])
+        return {
+            "configs": [asdict(config) for config in configs],
+            "findings": [asdict(finding) for config in configs for finding in check(config)],
+        }
+
+    reading = Reading([], not_read, [])
+    for (file, _), said in zip(files.values(), in_limits(answer, list(files.values()), seconds), strict=True):
+        if isinstance(said, UserError):
+            not_read.append(NotRead(file.as_posix(), str(said)))
+        else:
+            reading.configs.extend(map(_config, said["configs"]))
+            reading.findings.extend(Finding(**finding) for finding in said["findings"])
+    return reading
+
+
+def _config(said: dict[str, Any]) -> TrainingConfig:
+    """Return a record from plain data, in which tuples have become lists."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    fields["findings"] = tuple(Finding(**finding) for finding in said["findings"])
+    return TrainingConfig(**fields)
+
+
+def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:
+    """Yield the file that a path names, or the files of its folder; adds what is neither, or can't be listed."""
+    if os.path.isfile(path):
+        yield path
+        return
+    if not os.path.isdir(path):
+        not_read.append(NotRead(path.as_posix(), "it is neither a file nor a folder"))
+
+    def unlisted(error: OSError) -> None:
+        not_read.append(NotRead(Path(error.filename).as_posix(), f"the folder cannot be listed: {error.strerror}"))
+
+    for folder, folders, names in os.walk(path, onerror=unlisted):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            # A broken link and a pipe are no files.
+            if file.suffix in SUFFIXES and os.path.isfile(file) and os.path.getsize(file) <= LARGEST:
+                yield file
+
+
+def _read(file: Path, file_format: str | None, named: bool) -> list[TrainingConfig]:
+    try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"it has more than {LARGEST / 1e6:g} MB, so it is no configuration")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"it cannot be read: {error.strerror}") from error
+    formats = [name for name in READERS if file_format in (None, name) and READERS[name].matches(file, text)]
+    if named and file_format is not None:
+        formats = [file_format]
+    for name in formats:
+        if configs := READERS[name].read(file, file.as_posix(), text):
+            return list(configs)
+    if named and not formats:
+        raise UserError(f"it is of no format that is known: {', '.join(READERS)}; --format names one")
+    if named:
+        raise UserError(f"it states no training run of {' or '.join(formats)}")
+    return []

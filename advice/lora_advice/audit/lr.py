@@ -1,0 +1,172 @@
+"""The findings `lr`, `rl-lr` and `lr-unknown`: a learning rate against the recommended one, and what it would cost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import get_args
+
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
+from lora_advice.finding import Finding, Level
+from lora_advice.models import ModelFacts, facts
+from lora_advice.variants import VARIANT_NAMES, measured_factor
+
+SURE = 0.9
+"""An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability, and
+outside of the 95% interval an error if runs may diverge there."""
+
+MOST_DEVICES = 8
+"""A finding must hold from one to this number of devices where the file does not say how many there are."""
+
+_METHODS = {"lora": "LoRA", "fullft": "full fine-tuning"}
+_TASKS = {False: "supervised fine-tuning", True: "reinforcement learning"}
+_UNITS = {False: "nats per token", True: "of accuracy"}
+# Optimizers whose LR is that of Adam, by what their names hold, and those that only sound like it.
+_ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adamax")
+
+
+def check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
+    """Return what a run's learning rate would cost by the shipped evidence."""
+    return lr_findings(config, facts(config.model, Path(config.path).parent, known.hub), shipped_evidence())
+
+
+def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
+    """Return what a run's learning rate would cost.
+
+    Args:
+        config: the run.
+        model: what is known of its base model.
+        evidence: the optima and curvatures to judge it by.
+    """
+    if config.lr is None or not config.lr > 0:
+        return []
+    line, judged = config.line("lr"), judge(config, model, evidence)
+    if isinstance(judged, str):
+        message = f"nothing is said about the learning rate, since {judged}"
+        return [Finding("lr-unknown", "note", message, "the shipped optimal learning rates", "certain", line=line)]
+    verdict, place = judged
+    code, message = "lr", _message(config, verdict, math.exp(_variant_factor(config, evidence)[0]))
+    if place.rl and verdict.outside_80 and verdict.log_factor > 0:
+        sft = place._replace(rl=False, batch_size=math.nan, steps=math.nan)
+        if not _verdict(config, sft, evidence).outside_80:
+            code, message = "rl-lr", f"{message}; it would be usual in {_TASKS[False]}"
+    assumed = []
+    if model is None:
+        assumed.append("the model is not known")
+    elif model.width_error:
+        assumed.append(f"the model's width is an estimate by {model.source}")
+    if math.isnan(place.batch_size):
+        assumed.append("the batch size is not said")
+    elif _devices_matter(config):
+        assumed.append(f"the number of devices is not said, and 1 to {MOST_DEVICES} are allowed for")
+    if math.isnan(place.steps):
+        assumed.append("the number of steps is not said")
+    # The others are LoRA with another alpha.
+    measured = [variant for variant in config.variants if measured_factor(variant, config.rank).where]
+    if place.rl and measured:
+        names = " and ".join(VARIANT_NAMES[variant] for variant in measured)
+        assumed.append(f"the learning rate of {names} over LoRA's was measured in {_TASKS[False]}")
+    recommended = verdict.recommended
+    sure = f"95% interval of the optimal learning rate {recommended.low:.2g} to {recommended.high:.2g}"
+    source = f"optimal learning rates of {evidence.sources(place)} sources (docs/other-runs.md)"
+    return [Finding(code, level(verdict), message, source, "; ".join([sure, *assumed]), line=line)]
+
+
+def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> tuple[Verdict, Place] | str:
+    """Return what a run's learning rate would cost and where, or why nothing is known of it, as the end of a sentence.
+
+    Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES.
+    """
+    if why := _not_covered(config):
+        return why
+    verdicts: list[tuple[Verdict, Place]] = []
+    for devices in (1, MOST_DEVICES) if _devices_matter(config) else (1,):
+        place = _place(config, model, devices)
+        if far := evidence.unmeasured(place):
+            return f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}"
+        verdicts.append((_verdict(config, place, evidence), place))
+        if level(verdicts[-1][0]) == "note":
+            break
+    return max(verdicts, key=lambda judged: (get_args(Level).index(level(judged[0])), -judged[0].share.mean))
+
+
+def _not_covered(config: TrainingConfig) -> str:
+    """Return why the evidence does not cover a run; an empty string if it does."""
+    optimizer = (config.optimizer or _ADAM).lower()
+    if config.task is None:
+        return "the file does not say whether this is supervised fine-tuning or reinforcement learning"
+    if config.task not in ("sft", "rl"):
+        return f"no source has measured learning rates of {config.task} runs"
+    if config.method is None:
+        return "the file does not say whether this is LoRA or full fine-tuning"
+    if _ADAM not in optimizer or any(word in optimizer for word in _NO_ADAM):
+        return f"all sources are of Adam, and the optimizer is {config.optimizer}"
+    if config.rslora and (config.rank or 0) < 1:
+        return "the file does not say the rank, on which the learning rate of rsLoRA depends"
+    if config.variant and not {"pissa", "olora"} & {*config.variants}:
+        return f"no source has measured learning rates of the variant {config.variant}"
+    return ""
+
+
+def _devices_matter(config: TrainingConfig) -> bool:
+    return config.devices is None and config.global_batch is None and config.micro_batch is not None
+
+
+def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Place:
+    """Return where the learning rate is used, with a number of devices that counts where the file says none."""
+    batch, steps, rl = math.nan, math.nan, config.task == "rl"
+    # Of RL, a global batch counts prompts, and a batch per device responses.
+    group = config.group_size if rl else 1
+    if config.batch_size is not None and (group or config.global_batch is None):
+        batch = float(config.batch_size * (devices if _devices_matter(config) else 1))
+    if config.steps is not None and config.steps > 0:
+        steps = float(config.steps)
+    elif config.epochs and config.examples and group and math.isfinite(batch):
+        steps = max(1.0, config.epochs * config.examples * group / batch)
+    place = Place("", math.nan, str(config.method), rl, batch, steps)
+    if model is None:
+        return place
+    return place._replace(family=model.family, width=float(model.width), width_error=model.width_error)
+
+
+def _verdict(config: TrainingConfig, place: Place, evidence: LrEvidence) -> Verdict:
+    shift, error = (0.0, 0.0) if place.method == "fullft" else evidence.shift(config.alpha, config.rank)
+    log_factor, factor_error = _variant_factor(config, evidence)
+    return evidence.verdict(math.log(config.lr or math.nan), place, shift - log_factor, math.hypot(error, factor_error))
+
+
+def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float, float]:
+    """Return the natural logarithm of the optimal LR of a run's variants over that of LoRA, and its standard error."""
+    log_factor, error = evidence.alpha_exponent * math.log(config.alpha_factor), 0.0
+    for variant in config.variants:
+        factor = measured_factor(variant, config.rank)
+        log_factor, error = log_factor + math.log(factor.value), math.hypot(error, factor.log_error)
+    return log_factor, error
+
+
+def level(verdict: Verdict) -> Level:
+    """Return the level of a finding; docs/audit-codes.md has how often each is right."""
+    costs = verdict.outside_80 and verdict.p_margin > SURE
+    # Where runs may diverge, the interval of the loss has no meaning.
+    if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):
+        return "error"
+    return "warning" if verdict.outside_95 or costs else "note"
+
+
+def _message(config: TrainingConfig, verdict: Verdict, variant_factor: float) -> str:
+    factor = math.exp(abs(verdict.log_factor))
+    size = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
+    distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than" if factor > 1.05 else "about"
+    share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
+    unit = _UNITS[config.task == "rl"]
+    comparison = f" (the recommended one {verdict.recommended_share:.0%})" if factor > 1.05 else ""
+    method, recommended = _METHODS[config.method or ""], f"{verdict.recommended.mean:.2g}"
+    if config.variants:
+        method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
+        recommended += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
+    return (
+        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {recommended}; it is expected to "
+        f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "
+        f"{loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
+    )

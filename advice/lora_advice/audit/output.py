@@ -1,0 +1,194 @@
+"""What `lora-advice audit` prints: text, JSON, and SARIF for code hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, get_args
+from urllib.parse import quote
+
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.files import NotRead, Reading
+from lora_advice.finding import Finding, Level
+from lora_advice.formats import lr
+
+FEW = 10
+"""Up to so many runs are shown in full."""
+_TASKS = {"sft": "SFT", "rl": "RL", "preference": "preference training", "pretraining": "pretraining"}
+_METHODS = {"lora": "LoRA", "fullft": "full fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was read and found, as `--json` prints it; docs/audit.schema.json is its schema."""
+
+    configs: list[TrainingConfig]
+    findings: list[Finding]
+    not_read: list[NotRead]
+    counts: dict[Level, int] = field(default_factory=dict)
+    """Number of findings by level."""
+    version: int = 1
+    """It is raised when a field changes its meaning or goes."""
+
+    @classmethod
+    def of(cls, reading: Reading, findings: Sequence[Finding]) -> Report:
+        """Return the report of a reading and of what was found beside it, of runs compared with each other."""
+        all_findings = [*reading.findings, *findings]
+        counted = Counter(finding.level for finding in all_findings)
+        counts = {level: counted[level] for level in get_args(Level)}
+        return cls(reading.configs, all_findings, reading.not_read, counts)
+
+    def json(self) -> dict[str, Any]:
+        """Return it as `--json` prints it."""
+        return asdict(self)
+
+    def lines(self, show_all: bool) -> Iterator[str]:
+        """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
+
+        What names of files and texts in them could tell a terminal, or GitHub's log, is written as an escape sequence.
+
+        Args:
+            show_all: show also the notes, and the runs without findings, where there are many runs.
+        """
+        for line in self._lines(show_all):
+            shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+            yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", shown)
+
+    def _lines(self, show_all: bool) -> Iterator[str]:
+        full = show_all or len(self.configs) <= FEW
+        by_run: dict[tuple[str, str], list[Finding]] = {(config.path, config.name): [] for config in self.configs}
+        elsewhere = [finding for finding in self.findings if (finding.path, finding.run) not in by_run]
+        for finding in self.findings:
+            by_run.get((finding.path, finding.run), []).append(finding)
+        hidden = 0
+        for config in self.configs:
+            findings = by_run.pop((config.path, config.name), [])
+            if not full and all(finding.level == "note" for finding in findings):
+                hidden += 1
+                continue
+            yield heading(config)
+            yield from (_line(finding, "  ") for finding in findings if full or finding.level != "note")
+        for finding in elsewhere:
+            if full or finding.level != "note":
+                place = finding.path if finding.line is None else f"{finding.path}:{finding.line}"
+                yield f"{place or 'all files'}"
+                yield _line(finding, "  ")
+        if hidden:
+            yield f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)"
+        reasons: dict[str, list[str]] = {}
+        for missing in self.not_read:
+            reasons.setdefault(missing.reason, []).append(missing.path)
+        for reason, paths in reasons.items():
+            others = "" if len(paths) == 1 else f" and {_count(len(paths) - 1, 'other file')}"
+            yield f"{paths[0]}{others}: not read: {reason}"
+        found = ", ".join(_count(number, level) for level, number in self.counts.items())
+        unread = f", {_count(len(self.not_read), 'file')} not read" if self.not_read else ""
+        yield f"{_count(len(self.configs), 'run')}{unread}: {found}"
+
+    def sarif(self) -> dict[str, Any]:
+        """Return it as SARIF 2.1.0, which code hosts show beside the lines."""
+        return {
+            "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+            "version": "2.1.0",
+            "runs": [
+                {
+                    "tool": {
+                        "driver": {
+                            "name": "lora-advice audit",
+                            "version": version("lora-advice"),
+                            "rules": [{"id": code} for code in sorted({finding.code for finding in self.findings})],
+                        }
+                    },
+                    "results": [_result(finding) for finding in self.findings],
+                }
+            ],
+        }
+
+
+def heading(config: TrainingConfig) -> str:
+    """Return the line that says how a run was understood, and what the file does not say."""
+    missing = [
+        name
+        for name, value in (
+            ("task", config.task),
+            ("model", config.model),
+            ("method", config.method),
+            ("LR", config.lr),
+            ("batch size", config.batch_size),
+            ("steps or epochs", config.steps or config.epochs),
+        )
+        if value is None
+    ]
+    parts = [" ".join(part for part in _kind(config) if part)]
+    if config.lr is not None:
+        parts.append(f"LR {lr(config.lr)}{_default(config, 'lr')}{_optional(' (', config.schedule, ')')}")
+    if config.batch_size is not None:
+        alone = config.devices is None and config.global_batch is None
+        parts.append(f"batch {config.batch_size}{' per device' if alone else ''}")
+    if config.steps is not None and config.steps > 0:
+        parts.append(f"{config.steps:g} steps")
+    elif config.epochs is not None:
+        parts.append(_count(config.epochs, "epoch"))
+    if config.method == "lora":
+        for name, value in (("rank", config.rank), ("alpha", config.alpha)):
+            parts.append(f"{name} not said" if value is None else f"{name} {value:g}{_default(config, name)}")
+        parts.append(f"on {_targets(config)}")
+        parts += [word for word, on in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if on]
+        parts += [f"LoRA+ with ratio {config.lr_ratio:g}"] if "lora_plus" in config.variants else []
+        parts += [config.variant] if config.variant else []
+    if config.optimizer is not None and "adam" not in config.optimizer.lower():
+        parts.append(config.optimizer)
+    if config.bits is not None:
+        parts.append(f"{config.bits}-bit base")
+    if missing:
+        parts.append(f"not known: {', '.join(missing)}")
+    return f"{config.where}: {', '.join(parts)}"
+
+
+def _kind(config: TrainingConfig) -> Iterator[str | None]:
+    yield f"{config.format}:"
+    yield _TASKS[config.task] if config.task else "training"
+    yield f"of {config.model}" if config.model else None
+    yield f"by {_METHODS[config.method]}" if config.method else None
+
+
+def _targets(config: TrainingConfig) -> str:
+    targets = [*(config.targets or ()), *config.target_parameters]
+    if config.targets is None and not targets:
+        return "the default modules"
+    return "all linear layers" if targets == ["all-linear"] else " ".join(targets)
+
+
+def _default(config: TrainingConfig, name: str) -> str:
+    return "" if name in config.lines else " (default)"
+
+
+def _optional(before: str, value: object, after: str) -> str:
+    return "" if value is None else f"{before}{value}{after}"
+
+
+def _line(finding: Finding, indent: str) -> str:
+    line = f"line {finding.line}: " if finding.line is not None else ""
+    return f"{indent}{finding.level} {finding.code}: {line}{finding.message} [{finding.source}; {finding.sure}]"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def _result(finding: Finding) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "ruleId": finding.code,
+        "level": finding.level,
+        "message": {"text": f"{finding.message} (source: {finding.source}; {finding.sure})"},
+    }
+    if finding.path:
+        location: dict[str, Any] = {"artifactLocation": {"uri": quote(os.fsencode(finding.path))}}
+        if finding.line is not None:
+            location["region"] = {"startLine": finding.line}
+        result["locations"] = [{"physicalLocation": location}]
+    return result

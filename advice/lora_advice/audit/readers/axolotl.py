@@ -1,0 +1,144 @@
+"""Configurations of Axolotl, as its schemas (axolotl/utils/schemas) read them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
+from lora_advice.finding import Finding, Level
+
+_LORA = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "lora_target_parameters"),
+    *("peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "loraplus_lr_ratio"),
+)
+# With these, some of the weights are trained, whole.
+_PARTIAL = ("unfrozen_parameters", "lisa_n_layers", "spectrum_top_fraction")
+_PREFERENCE = ("dpo", "ipo", "orpo", "kto", "simpo")
+
+
+def matches(path: Path, text: str) -> bool:
+    """Return whether a file has the options that every configuration of Axolotl has."""
+    others = r"^(micro_batch_size|sequence_len|datasets|pretraining_dataset|num_epochs|learning_rate)\s*:"
+    return path.suffix in (".yml", ".yaml") and all(
+        re.search(pattern, text, re.MULTILINE) for pattern in (r"^base_model\s*:", others)
+    )
+
+
+def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+    """Return the run of a file."""
+    options = read_yaml(text)
+    if not any(name in options for name in ("learning_rate", "datasets", "pretraining_dataset", "adapter")):
+        return []
+    adapter, optimizer = options.text("adapter"), options.text("optimizer") or ""
+    method: Method | None = None
+    if adapter in ("lora", "qlora"):
+        method = "lora"
+    elif adapter is None and not any(map(options.has, _PARTIAL)):
+        method = "fullft"
+    continued = options.text("lora_model_dir")
+    findings = _lr_findings(options) + options.set_twice("the last one counts")
+    if adapter is None:
+        reason = "`adapter` is not set: all weights are trained"
+        level: Level = "error" if options.has("lora_r") else "warning"
+        findings += options.without_effect(_LORA, reason, level)
+    elif continued is not None:
+        reason = f"training goes on from the adapter in lora_model_dir, {continued}, which has its own"
+        findings += options.without_effect(_LORA, reason, "warning")
+    micro, accumulation = options.count("micro_batch_size") or 1, options.count("gradient_accumulation_steps")
+    if accumulation is None:
+        # `batch_size` is that of a device; a file sets only one of the two.
+        accumulation = max(1, (options.count("batch_size") or micro) // micro)
+    precision, packing = _precision(options), bool(options.flag("sample_packing"))
+    sharded = any(map(options.has, ("deepspeed", "fsdp", "fsdp_config")))
+    datasets = options.get("datasets") if isinstance(options.get("datasets"), list) else []
+    return [
+        record(
+            shown,
+            "axolotl",
+            options,
+            names_of("axolotl") | ({"targets": "lora_target_linear"} if options.flag("lora_target_linear") else {}),
+            findings,
+            lora=method == "lora" and continued is None,
+            task=_task(options, datasets),
+            method=method,
+            bits=4
+            if options.flag("load_in_4bit") or options.flag("gptq")
+            else 8
+            if options.flag("load_in_8bit")
+            else None,
+            precision=precision,
+            # The model is loaded in bf16. DeepSpeed keeps an fp32 copy, FSDP in accelerate holds what is trained in
+            # fp32, and optimi's optimizers add what rounding loses to the next step.
+            rounded=precision == "bf16" and not sharded and not optimizer.startswith("optimi"),
+            schedule=options.text("lr_scheduler") or "cosine",
+            epochs=options.number("num_epochs") or 1.0,
+            packing=packing,
+            micro_batch=micro,
+            accumulation=accumulation,
+            # In GRPO, the examples of a batch are responses.
+            group_size=options.count("trl.num_generations") if options.text("rl") in ("grpo", "gdpo") else None,
+            examples=None if packing else examples(path, [at(dataset, "path") for dataset in datasets]),
+            dropout=options.number("lora_dropout") or 0.0,
+            targets=_targets(options),
+            variant=_variant(options),
+        )
+    ]
+
+
+def _task(options: Options, datasets: list[object]) -> Task | None:
+    objective = options.text("rl")
+    if objective in ("grpo", "gdpo", "ebft"):
+        return "rl"
+    if objective in _PREFERENCE or options.flag("reward_model"):
+        return "preference"
+    if objective is not None or options.flag("process_reward_model"):
+        return None
+    # Of plain texts, every token is scored.
+    plain = bool(datasets) and all(at(dataset, "type") == "completion" for dataset in datasets)
+    return "pretraining" if plain or options.has("pretraining_dataset") else "sft"
+
+
+def _precision(options: Options) -> str | None:
+    # `auto` is bf16 on every GPU since Ampere; `full` evaluates in bf16 too.
+    if any(options.get(name) in ("auto", "full") or options.flag(name) for name in ("bf16", "bfloat16")):
+        return "bf16"
+    if options.flag("fp16") or options.flag("float16"):
+        return "fp16"
+    return "fp32" if options.get("bf16") is False else None
+
+
+def _targets(options: Options) -> tuple[str, ...] | None:
+    targets = options.names("lora_target_modules")
+    if options.flag("lora_target_linear"):
+        return ("all-linear", *(name for name in targets or () if name in ("lm_head", "embed_tokens")))
+    return () if targets is None and options.names("lora_target_parameters") else targets
+
+
+def _variant(options: Options) -> str | None:
+    initialization = options.get("peft_init_lora_weights")
+    if isinstance(initialization, str):
+        return None if initialization == "gaussian" else initialization
+    if options.has("peft.loftq_config"):
+        return "loftq"
+    return "relora" if options.flag("relora") else None
+
+
+def _lr_findings(options: Options) -> list[Finding]:
+    """Return what a learning rate as PyYAML reads it calls for, which Axolotl makes a number itself."""
+    value, line = options.get("learning_rate"), options.line("learning_rate")
+    if not isinstance(value, str) or options.text("learning_rate") is None:
+        return []
+    number = options.number("learning_rate")
+    if number is None:
+        message = f"learning_rate: {value!r} is no number, so Axolotl cannot start"
+        return [Finding("lr-text", "error", message, THE_FILE, CERTAIN, line=line)]
+    # YAML 1.1 asks for a dot, and a sign of the exponent.
+    mantissa, exponent = f"{number:e}".split("e")
+    message = (
+        f"YAML reads learning_rate: {value} as text, since it has no dot or its exponent no sign; Axolotl makes it a "
+        f"number, and other programs may not: {float(mantissa)}e{exponent[0]}{int(exponent[1:])} is a number to all of "
+        "them"
+    )
+    return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]

@@ -1,0 +1,330 @@
+"""What the file of a finished LoRA adapter says by itself, without the model's weights and without torch.
+
+The update of a weight is scale * B A. Its singular values come from the triangular factors of B and A (by QR), which
+have r rows and columns each, so the update itself is never formed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median_high
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_advice.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
+from lora_advice.errors import UserError
+from lora_advice.finding import Finding, Level
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT writes before the name of each module."""
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""The types of tensors that are read, as numpy has them; it has no bf16."""
+_DIRECTION = 1e-5
+"""A direction whose singular value is below this share of the largest one does not count towards the rank."""
+_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
+_LAYER = re.compile(r"\.(\d+)\.")
+_SHOWN = 5
+_LONGEST = 1000
+"""Characters of the longest name of a tensor."""
+
+
+@dataclass(frozen=True)
+class ModuleUpdate:
+    """LoRA on one module; of a stack of experts, on all of them together."""
+
+    module: str
+    rank: int
+    """The rank of each expert's LoRA, of a stack of experts."""
+    experts: int
+    d_in: int
+    d_out: int
+    scale: float
+    """alpha/r, or alpha/sqrt(r) with rsLoRA."""
+    a_scale: float | None
+    """Root mean square of A over that of PEFT's default initialization; null with another one."""
+    b_norm: float
+    """Frobenius norm of B."""
+    norm: float
+    """Frobenius norm of scale B A."""
+    numerical_rank: int
+    """Directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts."""
+    effective_rank: float
+    """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
+    first_share: float
+    """Share of the squared norm that lies in the strongest direction."""
+
+    @property
+    def kind(self) -> str:
+        """The last part of the module's name, such as `q_proj`."""
+        return _plain(self.module).rpartition(".")[2]
+
+    @property
+    def limit(self) -> int:
+        """The highest rank that the update can have."""
+        return min(self.rank, self.d_in, self.d_out)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as its folder describes it; as a dict it is what `--json` prints."""
+
+    folder: str
+    base_model: str | None
+    rank: int
+    alpha: float
+    scale: float
+    rslora: bool
+    dora: bool
+    initialization: bool | str | None
+    targets: tuple[str, ...] | str | None
+    target_parameters: tuple[str, ...]
+    dtypes: dict[str, int]
+    """The number of tensors by their type."""
+    parameters: int
+    modules: tuple[ModuleUpdate, ...]
+    saved_whole: dict[str, int]
+    """The number of parameters of each tensor that is no part of LoRA."""
+    findings: tuple[Finding, ...]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter's folder, and judge what its files say.
+
+    Raises:
+        UserError: a file is missing or can't be read.
+    """
+    config, tensors = read_adapter_config(folder), _Tensors(folder / WEIGHTS)
+    factors: dict[str, dict[str, str]] = defaultdict(dict)
+    whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()
+    for key, (_, shape) in tensors.shapes.items():
+        name = key.removeprefix(PREFIX)
+        match = _LORA.fullmatch(name)
+        if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
+            foreign.append(key)
+        elif match:
+            factors[match[1]][match[3]] = key
+        elif "lora_" not in name:
+            whole[name] = math.prod(shape)
+            not_finite += [] if _finite(tensors.read(key)) else [name]
+    modules, findings = list[ModuleUpdate](), list[Finding]()
+    scales = config.scales([*map(_plain, factors)])
+    for module, keys in factors.items():
+        if len(keys) < 2:
+            continue
+        a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
+        if not _finite(a) or not _finite(b):
+            not_finite.append(module)
+            continue
+        update = _update(module, a, b, config, scales[_plain(module)], "lora_embedding_" in keys["A"])
+        if isinstance(update, Finding):
+            findings.append(update)
+        else:
+            modules.append(update)
+    if not_finite:
+        message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
+        findings.append(_finding("not-finite", "error", message))
+    findings += _finding_keys(config, factors, foreign, whole)
+    findings += _finding_effects(modules, len(factors))
+    dtypes = Counter(dtype for dtype, _ in tensors.shapes.values())
+    if len(dtypes) > 1:
+        types = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
+        findings.append(_finding("dtype", "note", f"the tensors have several types: {types}"))
+    return Adapter(
+        str(folder),
+        config.base_model_name_or_path,
+        config.r,
+        config.lora_alpha,
+        config.scale(config.r, config.lora_alpha),
+        bool(config.use_rslora),
+        bool(config.use_dora),
+        config.init_lora_weights,
+        config.targets,
+        tuple(sorted(config.target_parameters or ())),
+        dict(dtypes),
+        sum(math.prod(shape) for _, shape in tensors.shapes.values()),
+        tuple(modules),
+        whole,
+        tuple(findings),
+    )
+
+
+class _Tensors:
+    """The tensors of a safetensors file as arrays of numpy; bf16 is read as fp32."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            other = [file.name for file in sorted(path.parent.glob("adapter_model.*"))]
+            pickled = f" ({', '.join(other)} is not loaded)" if other else ""
+            raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
+        try:
+            # It checks that the header and the length of the file agree.
+            with safe_open(path, "numpy"):
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is not a safetensors file: {error}") from error
+        self._path, self._data = path, np.memmap(path, np.uint8, "r", 8 + length)
+        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self.shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self._entries.items()}
+        if bad := next((name for name in self.shapes if len(name) > _LONGEST or not name.isprintable()), None):
+            raise UserError(f"{path}: tensor {bad[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor."""
+        dtype, shape = self.shapes[name]
+        if dtype not in _TYPES:
+            raise UserError(f"{self._path}: tensor {name} has the type {dtype}; allowed: {', '.join(_TYPES)}")
+        start, end = self._entries[name]["data_offsets"]
+        values = np.frombuffer(self._data[start:end].tobytes(), _TYPES[dtype]).reshape(shape)
+        return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+
+
+def _update(
+    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, rank_and_scale: tuple[int, float], embedding: bool
+) -> ModuleUpdate | Finding:
+    """Describe the update of a module by its factors, A (r, d_in) and B (d_out, r), or say why they can't be right."""
+    rank, scale = rank_and_scale
+    sized = a.ndim == b.ndim == 2 and a.size and b.size
+    experts = len(a) // rank if sized and config.parameters_in(_plain(module)) else 1
+    if not sized or len(a) != b.shape[1] or len(a) != experts * rank:
+        shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+        return _finding("shape", "error", f"{module} has {shapes}, and the configuration gives it rank {rank}")
+    # PEFT keeps the rows of A by expert, and the columns of B by direction.
+    by_expert = zip(a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True)
+    spectra = np.array([_singular_values(own_a, own_b) for own_a, own_b in by_expert])
+    energy = float((spectra**2).sum())
+    effective, numerical = zip(*map(_ranks, spectra), strict=True)
+    initial = None
+    if config.init_lora_weights is True and not embedding:
+        initial = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1]))
+    return ModuleUpdate(
+        module,
+        rank,
+        experts,
+        a.shape[1],
+        len(b),
+        scale,
+        initial,
+        float(np.linalg.norm(b.astype(np.float64))),
+        scale * math.sqrt(energy),
+        min(numerical),
+        float(np.mean(effective)),
+        float((spectra[:, 0] ** 2).sum() / energy) if energy else 0.0,
+    )
+
+
+def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the singular values of B A, of which there are at most r, in descending order."""
+    right: np.ndarray = np.linalg.qr(a.T.astype(np.float64), mode="r")  # type: ignore[assignment]
+    left: np.ndarray = np.linalg.qr(b.astype(np.float64), mode="r")  # type: ignore[assignment]
+    values: np.ndarray = np.linalg.svd(left @ right.T, compute_uv=False)
+    return np.pad(values, (0, len(a) - len(values)))
+
+
+def _ranks(values: np.ndarray) -> tuple[float, int]:
+    """Return the effective rank and the numerical rank that singular values show; both are 0 if all values are."""
+    if not values[0]:
+        return 0.0, 0
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())), int((values > _DIRECTION * values[0]).sum())
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Return whether all values are finite as fp32, in which PEFT computes."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32)).all())
+
+
+def _plain(module: str) -> str:
+    """Return the name without what PEFT adds for the second parameter of a module."""
+    return re.sub(r"(\.base_layer)+$", "", module)
+
+
+def _finding(code: str, level: Level, message: str) -> Finding:
+    return Finding(code, level, message, "the adapter's files", "certain")
+
+
+def listed(names: Sequence[str], count: int | None = None) -> str:
+    """Return the first of some names as a part of a sentence; `count` says how many there are if `names` lacks some."""
+    others = (count or len(names)) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
+
+
+def _finding_keys(
+    config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], foreign: list[str], whole: Mapping[str, int]
+) -> Iterator[Finding]:
+    """Compare the names in the file with those in the configuration."""
+    for there, lacking in ("AB", "BA"):
+        half = [module for module, keys in factors.items() if there in keys and lacking not in keys]
+        if half:
+            yield _finding("missing", "error", f"{len(half)} modules have {there} but no {lacking}: {listed(half)}")
+    if not factors:
+        yield _finding("missing", "error", "the file has no LoRA weights")
+    if foreign:
+        message = f"{len(foreign)} names are not of the form `{PREFIX}MODULE.lora_A.weight`, so PEFT ignores them"
+        yield _finding("keys", "error", f"{message}: {listed(foreign)}")
+    plain = {module: _plain(module) for module in factors}
+    targeted = config.targeted([*plain.values()])
+    unnamed = [module for module, name in plain.items() if name not in targeted]
+    if unnamed and (config.targets is not None or config.target_parameters):
+        message = f"{len(unnamed)} modules in the file are not among the targets of {NAME}, so PEFT ignores them"
+        yield _finding("keys", "error", f"{message}: {listed(unnamed)}")
+    if not isinstance(config.targets, str):
+        used = set(config.targets or ()).intersection(end for module in plain.values() for end in ends(module))
+        unused = [name for name in config.targets or () if name not in used]
+        if unused:
+            message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
+            yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
+    by_kind: dict[str, set[int]] = defaultdict(set)
+    for name in set(plain.values()):
+        if match := _LAYER.search(f".{name}."):
+            by_kind[f".{name}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
+    layers = set().union(*by_kind.values())
+    gaps = (f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own))
+    count = sum(len(layers) - len(own) for own in by_kind.values())
+    if count and config.layers_to_transform is None:
+        shown = listed([*islice(gaps, _SHOWN)], count)
+        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
+    # PEFT also trains single tokens of an embedding.
+    named, trained, saved = set(config.modules_to_save or ()), list[str](), list[str]()
+    for name in whole:
+        is_named = "token_adapter" in name or not named.isdisjoint(ends(name.rpartition(".")[0]))
+        (trained if is_named else saved).append(name)
+    if trained:
+        count = sum(whole[name] for name in trained)
+        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(trained)}")
+    if saved:
+        message = f"the file holds {sum(whole[name] for name in saved):,} parameters that are no LoRA and not in "
+        message += f"modules_to_save, such as PEFT's copy of an embedding with LoRA: {listed(saved)}"
+        yield _finding("whole", "note", message)
+
+
+def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
+    """Find updates without effect, of lower rank than they could have, and hardly used ranks."""
+    zero = [module.module for module in modules if not module.norm]
+    if zero and len(zero) == count:
+        message = "B A is zero in all modules, so the adapter has no effect: it was not trained, or not saved"
+        yield _finding("no-effect", "error", message)
+    elif zero:
+        message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
+        yield _finding("no-effect", "warning", message)
+    deficient = [f"{m.module} ({m.numerical_rank} of {m.rank})" for m in modules if 0 < m.numerical_rank < m.limit]
+    if deficient:
+        message = f"the update of {len(deficient)} modules has a lower rank than r: {listed(deficient)}"
+        yield _finding("rank", "warning", message)
+    shares = [module.effective_rank / module.limit for module in modules if module.norm]
+    if shares and (middle := median_high(shares)) < 0.1:
+        message = f"half of the modules have an effective rank below {middle:.0%} of r"
+        yield _finding("rank", "note", f"{message}: a lower rank might have done")

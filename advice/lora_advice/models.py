@@ -1,0 +1,375 @@
+"""What is known of a base model without loading it: by its `config.json`, or by its name in a table of public facts.
+
+`public_models.csv` has the sizes of models whose matrices are those of `Dimensions`, and width, depth and vocabulary of
+others; the first pattern that a name contains counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from lora_advice.errors import UserError
+from lora_advice.foreign import Foreign, typed, whole
+from lora_advice.hub import look_up
+from lora_advice.layers import Kind
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+PUBLIC = Path(__file__).with_name("public_models.csv")
+
+GATED = frozenset(
+    [
+        *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "gemma", "gemma2"),
+        *("gemma3_text", "phi3", "smollm3", "stablelm", "gpt_oss"),
+    ]
+)
+"""Families whose matrices `Dimensions` describes: a gated MLP, no shared experts, and no layers of other kinds."""
+
+UNFUSED = frozenset({"nllb_moe", "switch_transformers"})
+"""The families whose experts are modules of their own in transformers 5; all others hold them in 3-D parameters."""
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
+_ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
+# How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
+_SIZE_FACTOR = 1.5
+# The families that the law of learning rates tells apart.
+_LINEAGES = ("llama", "qwen")
+_Width = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class ModelConfig(Foreign):
+    """What is read of a model's `config.json`; null is what it does not say. Real models stay far below the limits."""
+
+    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$", description="a name such as llama")
+    hidden_size: int | None = whole(1, 1_000_000)
+    num_hidden_layers: int | None = whole(1, 1000)
+    num_attention_heads: int | None = whole(1, 100_000)
+    num_key_value_heads: int | None = whole(1, 100_000)
+    head_dim: int | None = whole(1, 1_000_000)
+    # Some families have a width for each layer.
+    intermediate_size: _Width | list[_Width] | None = Field(None, description="a whole number from 1 to 10,000,000")
+    moe_intermediate_size: int | None = whole(1, 10_000_000)
+    vocab_size: int | None = whole(1, 100_000_000)
+    max_position_embeddings: int | None = whole(1, 1_000_000_000)
+    num_experts: int | None = whole(0, 100_000)
+    num_local_experts: int | None = whole(0, 100_000)
+    n_routed_experts: int | None = whole(0, 100_000)
+    moe_num_experts: int | None = whole(0, 100_000)
+    num_experts_per_tok: int | None = whole(0, 100_000)
+    tie_word_embeddings: bool | None = Field(None, description="true or false")
+    text_config: dict[str, object] | None = Field(None, description="a mapping")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        # An expert of none is none.
+        active = self.num_experts_per_tok if self.experts else None
+        for key, value, other in (
+            ("num_key_value_heads", self.num_key_value_heads, "num_attention_heads"),
+            ("num_attention_heads", None if self.head_dim else self.num_attention_heads, "hidden_size"),
+            ("num_experts_per_tok", active, "experts"),
+        ):
+            most = getattr(self, other)
+            if value is not None and most is not None and not 1 <= value <= most:
+                raise ValueError(f"{key} = {value}: allowed: 1 to the number of {other}, {most}")
+        return self
+
+    @property
+    def experts(self) -> int:
+        """The number of experts of a layer, 0 of a dense model."""
+        return self.num_experts or self.num_local_experts or self.n_routed_experts or self.moe_num_experts or 0
+
+
+class Linear(NamedTuple):
+    """Linear layers of one name: `number` of them in the model, with all experts."""
+
+    kind: Kind
+    d_in: int
+    d_out: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a decoder of the families `GATED`, dense or a mixture of experts."""
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    """Width of a dense MLP, or of an expert."""
+    vocabulary: int
+    tied: bool = False
+    """Whether embedding and unembedding are one matrix."""
+    experts: int = 0
+    active_experts: int = 0
+
+    @cached_property
+    def linear(self) -> Mapping[str, Linear]:
+        """All linear layers but the routers, by the last part of their name; experts are fused as in transformers 5."""
+        d, ff, n = self.hidden, self.intermediate, self.layers
+        queries, keys, mlp = self.heads * self.head_dim, self.kv_heads * self.head_dim, n * max(1, self.experts)
+        kind: Kind = "experts" if self.experts else "mlp"
+        layers = {
+            "lm_head": Linear("unembedding", d, self.vocabulary, 1),
+            "o_proj": Linear("attention", queries, d, n),
+            "down_proj": Linear(kind, ff, d, mlp),
+        }
+        if self.family == "phi3":
+            layers["qkv_proj"] = Linear("attention", d, queries + 2 * keys, n)
+        else:
+            layers["q_proj"] = Linear("attention", d, queries, n)
+            layers |= {name: Linear("attention", d, keys, n) for name in ("k_proj", "v_proj")}
+        if self.experts or self.family == "phi3":
+            layers["gate_up_proj"] = Linear(kind, d, 2 * ff, mlp)
+        else:
+            layers |= {name: Linear("mlp", d, ff, n) for name in ("gate_proj", "up_proj")}
+        return layers
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of parameters of the whole model."""
+        linear = sum(layer.number * layer.d_in * layer.d_out for layer in self.linear.values())
+        routers = self.layers * self.hidden * self.experts
+        embedding = 0 if self.tied else self.vocabulary * self.hidden
+        norms = self.hidden * (2 * self.layers + 1)
+        if self.family.startswith("qwen3"):
+            norms += 2 * self.head_dim * self.layers  # of queries and keys
+        return linear + routers + embedding + norms
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A base model; null is what is not known."""
+
+    name: str
+    """As the configuration names it."""
+    family: str
+    """The `model_type` of transformers; of an estimate the beginning of one, or an empty string."""
+    width: int
+    """The hidden size."""
+    source: str
+    """Where this is known from, for a reader."""
+    parameters: int | None = None
+    layers: int | None = None
+    vocabulary: int | None = None
+    max_length: int | None = None
+    """The longest sequence in tokens."""
+    tied: bool | None = None
+    """Whether embedding and unembedding are one matrix."""
+    mixture: bool = False
+    """Whether it is a mixture of experts."""
+    experts: int | None = None
+    active_experts: int | None = None
+    width_error: float = 0.0
+    """The standard error of the logarithm of the width, of an estimate from the model's size."""
+    sizes: Dimensions | None = None
+    """The sizes of all matrices."""
+
+    @property
+    def fused_experts(self) -> bool:
+        """Whether transformers 5 holds the experts in 3-D parameters, which are no linear modules."""
+        # Axolotl has copies of Llama 4 whose experts are modules again.
+        return self.mixture and self.family not in UNFUSED and "linearized" not in self.name.lower()
+
+    @property
+    def linear(self) -> Mapping[str, Linear]:
+        """The linear layers by the last part of their name; empty if the sizes are not known."""
+        return {} if self.sizes is None else self.sizes.linear
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the configuration of the model in a folder.
+
+    Raises:
+        UserError: it is missing, can't be read, or is not valid.
+    """
+    path = folder / "config.json"
+    try:
+        return typed(ModelConfig, path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UserError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def dimensions_of_config(config: ModelConfig) -> Dimensions:
+    """Return the sizes in a Hugging Face configuration.
+
+    Raises:
+        KeyError: the configuration is not of a known family.
+    """
+
+    def size(key: str) -> int:
+        value = getattr(config, key)
+        if not isinstance(value, int):
+            raise KeyError(key)
+        return value
+
+    experts = config.num_experts or config.num_local_experts or 0
+    hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
+    return Dimensions(
+        family=config.model_type or "",
+        hidden=hidden,
+        layers=size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=config.num_key_value_heads or heads,
+        head_dim=config.head_dim or hidden // heads,
+        intermediate=(config.moe_intermediate_size or intermediate) if experts else intermediate,
+        vocabulary=size("vocab_size"),
+        tied=config.tie_word_embeddings or False,
+        experts=experts,
+        active_experts=size("num_experts_per_tok") if experts else 0,
+    )
+
+
+@cache
+def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> ModelFacts | None:
+    """Return what is known of a base model; None if nothing is.
+
+    Args:
+        name: a model's id or path.
+        folder: a folder in which a `config.json` is looked for, and from which a path may start.
+        hub: whether the hub is asked for a model of which nothing else but its name tells.
+    """
+    places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
+    for place in [*places, *([folder] if folder else [])]:
+        # It may be the configuration of something else.
+        with suppress(UserError):
+            return facts_of_config(read_config(place), name or str(place))
+    listed = None if name is None else _facts_of_name(name)
+    if hub and name is not None and HUB_ID.fullmatch(name) and (listed is None or listed.width_error):
+        with suppress(UserError):
+            config = typed(ModelConfig, look_up(name, "config.json"), name)
+            return facts_of_config(config, name, "its config.json on the hub")
+    return listed
+
+
+def facts_of_config(config: ModelConfig, name: str, source: str = "its config.json") -> ModelFacts:
+    """Return the facts in a Hugging Face configuration.
+
+    Raises:
+        UserError: it has no model type or no width, or its part about text is not valid.
+    """
+    text, family = typed(ModelConfig, config.text_config, name) if config.text_config else config, config.model_type
+    if family is None or text.hidden_size is None:
+        raise UserError(f"the configuration of {name} has no model_type or no hidden_size")
+    # Gemma ties them where its configuration does not say.
+    ties = (config.tie_word_embeddings, text.tie_word_embeddings, family.startswith("gemma"))
+    tied = next(tie for tie in ties if tie is not None)
+    sizes = None
+    if family in GATED:
+        with suppress(KeyError):
+            sizes = replace(dimensions_of_config(text), family=family, tied=tied)
+    return ModelFacts(
+        name,
+        family,
+        text.hidden_size,
+        source,
+        parameters=sizes.parameters if sizes else None,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        max_length=text.max_position_embeddings,
+        tied=tied,
+        mixture=text.experts > 0,
+        experts=text.experts,
+        active_experts=text.num_experts_per_tok or 0,
+        sizes=sizes,
+    )
+
+
+def _facts_of_name(name: str) -> ModelFacts | None:
+    short = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")][-1:]
+    if not short:
+        return None
+    words = re.sub(r"[._]", "-", short[0].lower())
+    for pattern, known in public_models():
+        if match := pattern.search(words):
+            # A size that the name states outside of the match may contradict the model.
+            outside = f"{words[: match.start()]}-{words[match.end() :]}"
+            ratios = [_size(stated) / (known.parameters or math.inf) for stated in _SIZE.finditer(outside)]
+            if all(1 / _SIZE_FACTOR < ratio < _SIZE_FACTOR for ratio in ratios):
+                return replace(known, name=name)
+    return _estimate(name, short[0].lower())
+
+
+def _size(match: re.Match[str]) -> float:
+    size = float(match["size"]) * (1e9 if match["unit"] == "b" else 1e6)
+    return size * int(match["experts"] or 1)
+
+
+@cache
+def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
+    """Return the models of `public_models.csv` without a name, each with the pattern that the names of it contain."""
+    models = []
+    with PUBLIC.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            family, tied = row["family"], row["tied"] == "yes"
+            numbers = {key: int(value) for key, value in row.items() if value.isdecimal() and key != "billions"}
+            width, max_length = numbers.pop("width"), numbers.pop("max_length", None)
+            sizes = Dimensions(family, width, tied=tied, **numbers) if "heads" in numbers else None
+            counts = {key: numbers[key] for key in ("layers", "vocabulary", "experts", "active_experts")}
+            model = ModelFacts(
+                "",
+                family,
+                width,
+                "public facts of this model",
+                parameters=round(float(row["billions"]) * 1e9),
+                max_length=max_length,
+                tied=tied,
+                mixture=numbers["experts"] > 0,
+                sizes=sizes,
+                **counts,
+            )
+            models.append((re.compile(rf"(?<![a-z0-9])(?:{row['pattern']})(?![a-z0-9])"), model))
+    return tuple(models)
+
+
+def _estimate(name: str, words: str) -> ModelFacts | None:
+    """Return the facts that the size in a name allows: the number of parameters, and an estimate of the width."""
+    stated = _SIZE.search(words)
+    if stated is None:
+        return None
+    active, total = _ACTIVE.search(words), _size(stated)
+    # The width of a mixture goes with the parameters that a token passes, of which at least a part is known.
+    passed = float(active["size"]) * 1e9 if active else total / max(1, int(stated["experts"] or 1))
+    if not passed > 0:
+        return None
+    slope, intercept, error = _width_by_size()
+    return ModelFacts(
+        name,
+        next((lineage for lineage in _LINEAGES if lineage in words), ""),
+        round(math.exp(intercept + slope * math.log(passed))),
+        "the size in its name",
+        parameters=round(total),
+        mixture=bool(active or stated["experts"]),
+        width_error=error,
+    )
+
+
+@cache
+def _width_by_size() -> tuple[float, float, float]:
+    """Fit the width of known dense models to their number of parameters, both as logarithms.
+
+    Returns:
+        Slope, intercept and the standard deviation of the residuals.
+    """
+    dense = [model for _, model in public_models() if not model.mixture and model.parameters]
+    x = [math.log(model.parameters or 1) for model in dense]
+    y = [math.log(model.width) for model in dense]
+    slope, intercept = statistics.linear_regression(x, y)
+    residuals = [b - intercept - slope * a for a, b in zip(x, y, strict=True)]
+    return slope, intercept, statistics.stdev(residuals)

@@ -1,0 +1,278 @@
+"""The optimal learning rates (LRs) that are known, and the LR to start from that is pooled from them.
+
+Those of published sources are the table `facts/lr_optima.csv`. Those of your own finished presets are the tables
+`optima.csv` that the suite writes beside its verdicts; together they are one more source.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from lora_advice.errors import UserError
+from lora_advice.models import HUB_ID, ModelFacts
+from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr, Prediction
+from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
+from lora_advice.user_model import shipped_base, shipped_bases
+
+OWN, PROJECT = "your own presets", "lorabench"
+"""The names of the optima that the user's presets measured, and of those that this project did."""
+
+PROBABILITY = 0.8
+"""The probability that the optimal LR of a further source lies in the recommended interval."""
+
+NAN = math.nan
+# An attribute is outside of the evidence if the nearest value with evidence is further away than this factor.
+_NEAR = 2.0
+# An own model counts as of the same size if its number of parameters differs by less than this share.
+_SAME_SIZE = 0.02
+_MATCHES = {
+    "yes": "; LoRA matches",
+    "no": "; LoRA does not match",
+    "undecided": "; undecided whether LoRA matches",
+}
+
+
+@dataclass(frozen=True)
+class LrOptimum:
+    """One known optimal LR, with its place; NaN where the source does not say."""
+
+    source: str = OWN
+    model: str = ""
+    family: str = ""
+    dataset: str = ""
+    method: str = ""
+    rank: float = NAN
+    width: float = NAN
+    batch_size: float = NAN
+    """Examples per step; in RL, responses per step."""
+    steps: float = NAN
+    alpha: float = NAN
+    rl: bool = False
+    lr: float = NAN
+    error: float = NAN
+    """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
+    counts: bool = False
+    remark: str = ""
+    mean_lr: float = 1.0
+    """The mean LR of a run over its highest."""
+    lr_low: float = NAN
+    """Of own runs: the ends of the 95% interval, the number of the model's parameters, what identifies its weights, and
+    whether LoRA matches full fine-tuning."""
+    lr_high: float = NAN
+    parameters: float = NAN
+    weights: str = ""
+    matches: str = ""
+
+    @property
+    def shift(self) -> float:
+        """What to add to ln LR to state it at ALPHA."""
+        known = self.method == "lora" and math.isfinite(self.alpha)
+        return -ALPHA_EXPONENT * math.log(self.alpha / ALPHA) if known else 0.0
+
+    @property
+    def pooled(self) -> Optimum:
+        """The optimum for pooling, at ALPHA."""
+        unknown = self.method == "lora" and math.isnan(self.alpha)
+        error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
+        return Optimum(self.source, self.model, self.place, math.log(self.lr) + self.shift, error)
+
+    @property
+    def place(self) -> Place:
+        """Where the optimum lies: family, width, method, batch size and steps."""
+        return Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """A source that a recommended LR rests on."""
+
+    source: str
+    widths: str
+    """The hidden sizes of its models, such as `64 to 256`."""
+    low: float
+    """The lowest of its optimal LRs, of LoRA at alpha 32."""
+    high: float
+    weight: float
+    """By how much ln of the recommended LR rises if all ln LRs of the source rise by 1."""
+
+
+@dataclass(frozen=True)
+class LrSources:
+    """What a recommended LR rests on."""
+
+    law: float
+    """The LR of the law alone; of a family without an exponent, in the middle of its families."""
+    measured_by: str | None
+    """The source that measured this very model, whose deviation is then part of the recommendation."""
+    sources: tuple[SourceShare, ...]
+    """The sources, the heaviest first."""
+
+
+@dataclass(frozen=True)
+class SeenOptimum:
+    """An optimal LR that your own runs measured on a model of this family and size."""
+
+    method: str
+    rank: int | None
+    lr: float
+    low: float | None
+    high: float | None
+    where: str
+    """The preset, with dataset, batch size and steps where they are known."""
+
+
+def read_optima(path: Path) -> list[LrOptimum]:
+    """Read a table of optima.
+
+    Raises:
+        UserError: a row is not valid.
+    """
+    kinds = {field.name: field.type for field in fields(LrOptimum)}
+    optima = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            known: dict[str, Any] = {}
+            try:
+                for name, text in row.items():
+                    if name in kinds and text:
+                        known[name] = {"float": float, "bool": "True".__eq__}.get(str(kinds[name]), str)(text)
+                optimum = LrOptimum(**known)
+                if optimum.counts and not (optimum.lr > 0 and optimum.error > 0):
+                    raise ValueError("an optimum that counts has an LR and an error above 0")
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path} is not a table of optima: {error}") from error
+            optima.append(optimum)
+    return optima
+
+
+class KnownOptima:
+    """The optima that are known for a model: to be pooled, and to be shown."""
+
+    def __init__(self, model: ModelFacts, results: Path) -> None:
+        """Read the published optima, and those of the finished presets in a folder of results.
+
+        Raises:
+            UserError: a table of optima can't be read.
+        """
+        self.model = model
+        published = read_optima(FACTS / "lr_optima.csv")
+        own = {path: read_optima(path) for path in sorted(results.glob("*/tables/optima.csv"))}
+        self.optima = published + [optimum for table in own.values() for optimum in table]
+        identity = cache(lambda: _identity(model.name))
+        known_as = {
+            name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]
+        }
+        self.same = {(PROJECT, name) for name in known_as}
+        """The sources and names by which they have this very model, not one of its family and width alone."""
+        self.seen: list[SeenOptimum] = []
+        for path, table in own.items():
+            for optimum in table:
+                alike = (optimum.family, optimum.width) == (model.family, model.width)
+                if alike and model.parameters and abs(optimum.parameters / model.parameters - 1) < _SAME_SIZE:
+                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity() or "unknown")
+                    self.same |= {(OWN, optimum.model)} if is_same else set()
+                    self.seen.append(_seen(optimum, is_same, path.parents[1]))
+        self._pools: dict[tuple[str, bool], PooledLr] = {}
+
+    def chosen(self, method: str, rl: bool) -> list[LrOptimum]:
+        """Return the optima of a method and a task that count."""
+        return [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
+
+    def predict(
+        self, method: str, batch_size: float, steps: float, rl: bool = False
+    ) -> tuple[Prediction, tuple[str, str] | None, float]:
+        """Predict the optimal LR of a method for the model, with the interval of PROBABILITY for a further source.
+
+        Args:
+            method: `lora`, at ALPHA, or `fullft`.
+            batch_size: examples per step; in RL, responses per step.
+            steps: NaN if they are not known.
+            rl: whether the runs are of RL.
+
+        Returns:
+            The natural logarithm, the source and name of the optima of this very model if there are any, and the
+            natural logarithm of the law's LR.
+        """
+        chosen = self.chosen(method, rl)
+        if (method, rl) not in self._pools:
+            self._pools[method, rl] = PooledLr([optimum.pooled for optimum in chosen])
+        place = Place.at(self.model.family, self.model.width, method, batch_size, steps)
+        named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
+        measured = next((pair for pair in named if pair in self.same), None)
+        return self._pools[method, rl].predict(place, PROBABILITY, measured), measured, place.log_law
+
+    def recommend(
+        self, method: str, batch_size: float, steps: float, rl: bool = False
+    ) -> tuple[tuple[float, float, float], LrSources]:
+        """Return the LR with the ends of its interval, and the sources that it rests on; see `predict`."""
+        predicted, measured, log_law = self.predict(method, batch_size, steps, rl)
+        shares = []
+        for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
+            own = [optimum for optimum in self.chosen(method, rl) if optimum.source == source]
+            lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
+            widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
+            ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
+            share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
+            shares.append(share)
+        lr, low, high, law = (
+            _rounded(math.exp(log)) for log in (predicted.mean, predicted.low, predicted.high, log_law)
+        )
+        return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
+
+    def outside(self, batch_size: float, steps: float) -> list[str]:
+        """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""
+        sentences = []
+        if lineage(self.model.family) not in EXPONENTS:
+            names = " and ".join(name.capitalize() for name in EXPONENTS)
+            sentences.append(
+                f"The law has no exponent for the family {self.model.family!r}: the learning rates rest on the middle "
+                f"of those of {names}, and their intervals are wider for it."
+            )
+        for field, name, value in (
+            ("width", "width", self.model.width),
+            ("batch_size", "batch size", batch_size),
+            ("steps", "length, in steps,", steps),
+        ):
+            measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
+            known = sorted(other for other in measured if math.isfinite(other / value))
+            nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
+            if max(nearest / value, value / nearest) > _NEAR:
+                sentences.append(
+                    f"No source has measured a {name} near {value:,.0f}; the nearest is {nearest:,.0f}, so the "
+                    "learning rates are an extrapolation and their intervals may be too narrow."
+                )
+        return sentences
+
+
+def _identity(name: str) -> str | None:
+    """Return what runs record of a model's weights, as JSON; of a model of the hub the beginning, without the commit."""
+    if base := shipped_base(name):
+        return str(base["weights"])
+    if HUB_ID.fullmatch(name) and not Path(name).is_dir():
+        return json.dumps({name: ""}).partition(": ")[0]
+    digests = {}
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = file_digest(file, "sha256").hexdigest()
+    return json.dumps(digests, sort_keys=True) if digests else None
+
+
+def _seen(optimum: LrOptimum, is_same: bool, preset: Path) -> SeenOptimum:
+    steps = f", {optimum.steps:.0f} steps" if math.isfinite(optimum.steps) else ""
+    where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {optimum.dataset}, "
+    where += f"batch {optimum.batch_size:.0f}{steps}{_MATCHES.get(optimum.matches, '')}"
+    where += "; not resolved" if "not resolved" in optimum.remark else ""
+    low, high = (None if math.isnan(end) else _rounded(end) for end in (optimum.lr_low, optimum.lr_high))
+    rank = None if math.isnan(optimum.rank) else int(optimum.rank)
+    return SeenOptimum(optimum.method, rank, _rounded(optimum.lr), low, high, where)
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.4g}")

@@ -1,0 +1,287 @@
+"""Settings to start from for a model and its data, each with its source, and the conversion of a known learning rate.
+
+The learning rates (LRs) are pooled from all optima that are known (`optima`). The other settings are those of the paper
+and of its authors' code, which is tinker-cookbook, their library's public repository.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_advice import formats, lr_ratio
+from lora_advice.errors import UserError
+from lora_advice.models import ModelFacts
+from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum
+from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
+from lora_advice.user_model import find_model, lora_parameters, model_of_config
+from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
+
+TITLES = {"lora": "LoRA", "fullft": "FullFT"}
+DEFAULT_RANK, MAX_RANK = 32, 512
+"""The default rank of the authors' library, and the paper's largest."""
+SHORT_STEPS = 100
+"""Steps below which the paper calls a run short."""
+GROUP_SIZE = PROBLEMS_PER_STEP = 16
+RL_STEPS = 50
+"""The number of steps in reinforcement learning where none is given."""
+SMALLEST_WIDTH = 1000
+"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
+
+_LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
+# The data if the user names none: scored tokens, and tokens of an example.
+_TOKENS, _EXAMPLE_TOKENS = 1_000_000, 500
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recommended setting: its name for a reader, its value, and where the value comes from."""
+
+    what: str
+    value: float | int | str
+    source: str
+    low: float | None = None
+    """The ends of its interval, of a learning rate."""
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The recommended settings for a model and its data; as a dict it is what `--json` prints."""
+
+    model: dict[str, str | int | None]
+    """The model's name, family, number of parameters and hidden size."""
+    settings: dict[str, Setting]
+    sources_of_lr: dict[str, LrSources]
+    """By method, the sources that its learning rate rests on."""
+    seen: tuple[SeenOptimum, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoraRun:
+    """LoRA, or a variant of it, in a setting; fields left as None take the values of the other setting."""
+
+    variant: Variant = "lora"
+    alpha: float | None = None
+    rank: int | None = None
+    steps: float | None = None
+    batch_size: int | None = None
+
+
+def recommended_batch(examples: int) -> int:
+    """Return a batch size: 32, halved down to 4 until an epoch has 100 steps.
+
+    In the paper both methods reach their lowest loss at small batches, and LoRA loses more at large ones.
+    """
+    size = _LARGEST_BATCH
+    while size > _SMALLEST_BATCH and examples // size < SHORT_STEPS:
+        size //= 2
+    return min(size, examples)
+
+
+def recommended_rank(model: ModelFacts, tokens: float | None) -> int:
+    """Return the authors' default rank, or a higher one if the data need it.
+
+    By the documentation of the authors' library, LoRA needs a parameter for each scored token; the smallest power of
+    two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the weights.
+    """
+    share = max(1.0, (tokens or 1.0) / lora_parameters(model, 1))
+    return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.width // 2)
+
+
+def recommend(
+    model: ModelFacts | str | Mapping[str, Any],
+    tokens: float | None = None,
+    examples: int | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    results: Path = Path("results"),
+) -> Recommendation:
+    """Recommend settings for a model.
+
+    Args:
+        model: a model as from `find_model`, or the name that it takes, or the content of a `config.json`.
+        tokens: the number of scored tokens of the training data; None if unknown.
+        examples: the number of training examples; None if unknown.
+        batch_size: the number of examples per step; None for the recommended one.
+        steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
+        results: the folder of your own finished presets, whose optimal learning rates count too.
+
+    Raises:
+        UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
+            read.
+    """
+    if not isinstance(model, ModelFacts):
+        model = find_model(model) if isinstance(model, str) else model_of_config(model)
+    if batch_size and examples and batch_size > examples:
+        raise UserError(f"batch size {batch_size} is more than the {examples} training examples")
+    count = examples or math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS)
+    batch = batch_size or recommended_batch(count)
+    length = float(steps or (max(1, count // batch) if examples or tokens else math.nan))
+    rank, known = recommended_rank(model, tokens), KnownOptima(model, results)
+    settings, rl_settings, sources_of_lr = {}, {}, {}
+    rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or RL_STEPS
+    for method, title in TITLES.items():
+        lr, sources_of_lr[method] = known.recommend(method, batch, length)
+        why = f"pooled over {len(sources_of_lr[method].sources)} sources; {PROBABILITY:.0%} interval"
+        measured_by = sources_of_lr[method].measured_by
+        why += f"; {measured_by} measured this model" if measured_by else ""
+        settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr[0], why, *lr[1:])
+        lr, sources = known.recommend(method, rl_batch, rl_length, rl=True)
+        why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
+        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr[0], why, *lr[1:])
+    why = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
+    settings |= rl_settings | {"rank": Setting("LoRA rank", rank, why)}
+    settings["lora_parameters"] = Setting("LoRA parameters", lora_parameters(model, rank), "counted")
+    why = "the paper: attention alone is worse"
+    settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
+    settings["alpha"] = Setting("alpha, at every rank", ALPHA, "the paper")
+    settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", "the paper")
+    why = "your choice" if batch_size else "the paper: both methods do best at small batches, LoRA above all"
+    settings["batch_size"] = Setting("batch size", batch, why)
+    notes = [
+        *known.outside(batch, length),
+        f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
+        *_notes(model, rank, length, tokens),
+        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says what "
+        "it costs.",
+    ]
+    about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
+    return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
+
+
+def convert(
+    model: ModelFacts,
+    lr: float | None,
+    here: LoraRun,
+    there: LoraRun,
+    tokens: float | None = None,
+    results: Path = Path("results"),
+) -> Setting:
+    """Convert an optimal LR of LoRA to other settings and another variant.
+
+    The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
+    LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
+
+    Args:
+        model: the model, as from `find_model`.
+        lr: the LR that is known to be good; None for the recommended one of LoRA at alpha 32.
+        here: the run that it is from; what is None is as there.
+        there: the run to convert it to, whose length is needed.
+        tokens: the scored tokens of the data, by which rank and batch size are recommended where none is given.
+        results: see `recommend`.
+
+    Raises:
+        UserError: the number of steps is not known, or a table in `results` can't be read.
+    """
+    if not there.steps:
+        raise UserError("a learning rate can't be converted without a number of steps: give --steps")
+    batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
+    alpha, rank = there.alpha or ALPHA, there.rank or here.rank or recommended_rank(model, tokens)
+    there = replace(there, alpha=alpha, rank=rank, batch_size=batch)
+    known, log_error = KnownOptima(model, results), 0.0
+    if lr is None:
+        (lr, low, high), _ = known.recommend("lora", batch, there.steps)
+        here, log_error = LoraRun(alpha=ALPHA), math.log(high / low) / 2
+    here = replace(
+        here,
+        alpha=here.alpha or alpha,
+        rank=here.rank or rank,
+        steps=here.steps or there.steps,
+        batch_size=here.batch_size or batch,
+    )
+    fullft, as_lora, factors = [], [], []
+    for run in (here, there):
+        assert run.alpha and run.rank and run.steps and run.batch_size
+        predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
+        fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
+        alpha = run.alpha * alpha_factor(run.variant, run.rank)
+        as_lora.append(lr_ratio.Setting(model.width, run.steps, alpha, run.rank))
+        factors.append(measured_factor(run.variant, run.rank))
+    converted = lr_ratio.converted_lr(lr / factors[0].value, *as_lora, fullft[1] / fullft[0]) * factors[1].value
+    # Between settings of one variant its factor cancels.
+    error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
+    ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
+    stated = [
+        f"{VARIANT_NAMES[run.variant]} at alpha {run.alpha:g}, rank {run.rank:g}, {run.steps:g} steps of "
+        f"{run.batch_size:g} examples"
+        for run in (here, there)
+    ]
+    rules = [lr_rule(variant) for variant in dict.fromkeys((here.variant, there.variant)) if variant != "lora"]
+    why = "; ".join([f"by the theory `movement` from {lr:g} of {stated[0]} to {stated[1]}", *rules])
+    return Setting(f"{VARIANT_NAMES[there.variant]} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
+
+
+def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> list[str]:
+    """Return sentences about short runs, narrow models, and the capacity of LoRA for the data."""
+    notes = []
+    if steps < SHORT_STEPS:
+        notes.append(
+            f"The run has {steps:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
+            f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
+        )
+    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
+        notes.append(
+            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
+        )
+    if tokens is not None:
+        parameters = lora_parameters(model, rank)
+        if parameters < tokens:
+            notes.append(
+                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
+                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
+            )
+        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
+        notes.append(
+            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; generalizing "
+            f"takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+        )
+    return notes
+
+
+def recommendation_table(recommendation: Recommendation) -> None:
+    """Print the settings with their sources, the optimal LRs of your own runs, and the notes."""
+    rows: list[Sequence[str]] = []
+    for name, setting in recommendation.settings.items():
+        value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
+        rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
+    formats.print_table(("setting", "value", "source"), rows)
+    shares = {
+        method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()
+    }
+    everyone = {share.source: share for lr in recommendation.sources_of_lr.values() for share in lr.sources}
+    weights = {name: sum(own[name].weight for own in shares.values() if name in own) for name in everyone}
+    rows = []
+    for source in sorted(everyone, key=lambda name: -weights[name]):
+        row = [source, everyone[source].widths]
+        for method in TITLES:
+            share = shares[method].get(source)
+            row += [_interval(share.low, share.high, 2), f"{share.weight:.0%}"] if share else [formats.DASH] * 2
+        rows.append(row)
+    laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
+    rows.append(["the law alone", "", laws[0], "", laws[1], ""])
+    formats.print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
+    if recommendation.seen:
+        rows = []
+        for seen in recommendation.seen:
+            arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
+            interval = "" if seen.low is None or seen.high is None else _interval(seen.low, seen.high)
+            rows.append((arm, formats.lr(seen.lr), interval, seen.where))
+        formats.print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
+    for note in recommendation.notes:
+        print(f"- {note}")
+
+
+def lr_text(lr: Setting) -> str:
+    """Return a learning rate with its interval, if it has one."""
+    assert not isinstance(lr.value, str)
+    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high, 2)})")
+
+
+def _interval(low: float, high: float, digits: int = 3) -> str:
+    ends = (formats.lr(low, digits), formats.lr(high, digits))
+    return " to ".join(ends) if low != high else ends[0]

@@ -1,0 +1,320 @@
+"""The recommended settings as a folder for a trainer: its configuration, each line with its reason, and the data.
+
+The configurations are the templates in `trainers/`, with the options of TRL 1.16, Axolotl 0.18, LLaMA-Factory 0.9.6,
+torchtune 0.7 and verl 0.8. RL is by verl's GRPO without the division by the standard deviation of rewards. Its
+importance ratios are 1, since each response is used for one update, so that this is the paper's policy gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import jinja2
+import yaml
+
+from lora_advice import formats
+from lora_advice.data import Messages, UserData, examples
+from lora_advice.errors import UserError
+from lora_advice.files import write_text
+from lora_advice.models import ModelFacts
+from lora_advice.recommend import GROUP_SIZE, PROBLEMS_PER_STEP, RL_STEPS, Recommendation
+from lora_advice.user_model import shipped_base
+
+TRAINERS = {
+    "trl": ("trl.yaml", "trl sft --config"),
+    "axolotl": ("axolotl.yaml", "axolotl train"),
+    "llamafactory": ("llamafactory.yaml", "llamafactory-cli train"),
+    "torchtune": ("torchtune.yaml", "tune run {}_finetune_single_device --config"),
+    "verl": ("verl.sh", "bash"),
+}
+"""For each trainer the name of its configuration, and the command that starts it."""
+
+RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
+"""The longest response in tokens by grader: a few steps up to the last number, or a solution up to its \\boxed{}."""
+
+_TEMPLATES = Path(__file__).with_name("trainers")
+_MICRO_BATCH, _MAX_TOKENS, _HELD_OUT, _MOST_HELD_OUT = 4, 4096, 0.2, 1500
+_COMMENTS_FROM = 44
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""The stacks of experts as transformers 5 names them, which are no linear layers."""
+_TORCHTUNE = {
+    ("llama", 2048, 16): ("llama3_2_1b", "LLAMA3_2"),
+    ("llama", 3072, 28): ("llama3_2_3b", "LLAMA3_2"),
+    ("llama", 4096, 32): ("llama3_1_8b", "LLAMA3"),
+    ("qwen3", 1024, 28): ("qwen3_0_6b", "QWEN3"),
+    ("qwen3", 2048, 28): ("qwen3_1_7b", "QWEN3"),
+    # Its unembedding is not in its files, as with Qwen2.
+    ("qwen3", 2560, 36): ("qwen3_4b", "QWEN2"),
+    ("qwen3", 4096, 36): ("qwen3_8b", "QWEN3"),
+    ("qwen3", 5120, 40): ("qwen3_14b", "QWEN3"),
+}
+"""torchtune's builder and type of checkpoint of a model, by family, hidden size and number of layers."""
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+# The minus in `10-3` is an operator, not a sign.
+_ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
+_BOX = r"\boxed{"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose for a folder."""
+
+    lr: float | None = None
+    """None for the recommended learning rate."""
+    rank: int | None = None
+    alpha: float | None = None
+    steps: int | None = None
+    """None for an epoch, or in RL for the usual number."""
+    full: bool = False
+    """Whether all weights are trained, in place of LoRA."""
+    grader: str | None = None
+    """How responses to problems are graded, in RL: a key of RESPONSE_TOKENS."""
+    columns: str | None = None
+    """The column of the turns of a dataset on the hub, `messages` or `conversations`."""
+
+
+def write_folder(
+    trainer: str,
+    folder: Path,
+    model: ModelFacts,
+    recommendation: Recommendation,
+    data: UserData | str,
+    choices: Choices,
+) -> str:
+    """Write a new folder with a trainer's configuration, and the data in a form that it reads.
+
+    Args:
+        trainer: a key of TRAINERS.
+        folder: the folder to write.
+        model: the model, of a folder or the hub.
+        recommendation: the settings.
+        data: examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
+            configuration names a file that the user has to write.
+        choices: what differs from the recommendation.
+
+    Returns:
+        The command that starts the training.
+
+    Raises:
+        UserError: the folder exists, or the trainer does not support the model or the data.
+    """
+    if trainer not in TRAINERS:
+        raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
+    if folder.exists():
+        raise UserError(f"{folder} exists; --out names another folder")
+    template = _lacks_template(model)
+    _check(trainer, model, template, data, choices)
+    form, local = _form(trainer, data, template), isinstance(data, UserData) or not data
+    form = form if local else choices.columns or "messages"
+    values = _values(model, recommendation, choices)
+    values |= {"folder": str(folder), "out": str(folder / "out"), "form": form, "local": local}
+    values["data"] = str(folder / "train.jsonl") if local else data
+    if trainer == "torchtune":
+        values |= _torchtune_model(model)
+    if isinstance(data, UserData) and choices.grader:
+        for name, problems in _problems(data, choices.grader).items():
+            write_text("".join(json.dumps(problem) + "\n" for problem in problems), folder / f"{name}.jsonl")
+        if choices.grader == "number":
+            write_text(_rendered("verl_reward.py", {"number": repr(_ANY_NUMBER)}), folder / "reward.py")
+    elif isinstance(data, UserData):
+        rows = (json.dumps(_row(messages, form)) + "\n" for messages in examples(data.path, data.form))
+        write_text("".join(rows), folder / "train.jsonl")
+    if template and form != "text":
+        folder.mkdir(parents=True, exist_ok=True)
+        values["template"] = str(folder / "chat_template.jinja")
+        shutil.copyfile(_TEMPLATES / "chat_template.jinja", values["template"])
+    if trainer == "llamafactory":
+        info = {"train": _llamafactory_dataset(form, None if local else str(data))}
+        write_text(json.dumps(info, indent=2) + "\n", folder / "dataset_info.json")
+    name, command = TRAINERS[trainer]
+    command = f"{command.format('full' if choices.full else 'lora')} {shlex.quote(str(folder / name))}"
+    method = "full fine-tuning" if choices.full else "LoRA"
+    title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
+    # A comment must not leave its line.
+    heading = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
+    lines = [_aligned(line) for line in _rendered(name, values).splitlines()]
+    write_text("\n".join([*heading, *lines]) + "\n", folder / name)
+    return command
+
+
+def _lacks_template(model: ModelFacts) -> bool:
+    """Return whether a model's folder has a tokenizer without a chat template; of the hub's models it is not known."""
+    folder = Path(model.name)
+    if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
+        return False
+    return '"chat_template"' not in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
+def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str, choices: Choices) -> None:
+    """Raise a UserError if a trainer does not support a model, its data or a choice."""
+    if shipped_base(model.name):
+        raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
+    if (trainer == "verl") != (choices.grader is not None and isinstance(data, UserData)):
+        raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
+    if choices.grader and choices.grader not in RESPONSE_TOKENS:
+        raise UserError(f"grader {choices.grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
+    if choices.lr is None and (choices.rank or choices.alpha):
+        raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
+    if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
+        raise UserError(
+            f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: --full trains them, and in SFT "
+            "trl and axolotl reach them"
+        )
+    if template and trainer == "verl":
+        raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
+
+
+def _form(trainer: str, data: UserData | str, template: bool) -> str:
+    """Return the columns of local data; a `pair` has the last turn in `completion`, and those before it in `prompt`."""
+    if isinstance(data, UserData) and data.form == "text":
+        return "text"
+    # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
+    pair = trainer == "trl" and isinstance(data, UserData) and data.one_answer and not template
+    return "pair" if pair else "messages"
+
+
+def _row(messages: Messages, form: str) -> dict[str, Any]:
+    if form == "text":
+        return {"text": messages[0]["content"]}
+    return {"prompt": messages[:-1], "completion": messages[-1:]} if form == "pair" else {"messages": messages}
+
+
+def _rendered(name: str, values: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
+    return environment.get_template(f"{name}.j2").render(values)
+
+
+def _yaml_text(value: object) -> str:
+    """Return a value as YAML of one line: a plain word without quotes, any other text in quotes."""
+    style = '"' if isinstance(value, str) and not re.fullmatch(r"[A-Za-z][\w./-]*", value) else None
+    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=math.inf, sort_keys=False)
+    return str(text).removesuffix("...\n").strip()
+
+
+def _aligned(line: str) -> str:
+    """Return a line with its comment, which is what follows the last `#`, in a column."""
+    setting, mark, comment = line.rpartition("  # ")
+    return f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line
+
+
+def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices) -> dict[str, Any]:
+    """Return what templates are filled with that is the same for every trainer, with the reasons."""
+    settings, rl = recommendation.settings, choices.grader is not None
+    lr = settings[f"{'rl_' if rl else ''}{'fullft' if choices.full else 'lora'}_lr"]
+    batch, rank = int(settings["batch_size"].value), choices.rank or int(settings["rank"].value)
+    micro, own = math.gcd(batch, _MICRO_BATCH), "your choice"
+    why = {
+        "lr": own if choices.lr else f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
+        "schedule": settings["schedule"].source,
+        "ours": "as in the runs of this project; the paper says nothing of it",
+        "micro_batch": "examples at once on a GPU: raise it, and lower the next, where memory allows",
+        "accumulation": f"{batch} examples a step on one GPU; divide it by their number",
+        "checkpointing": "less memory for a third more time",
+        "seed": "of the order of the examples and of LoRA's A",
+        "rank": own if choices.rank else settings["rank"].source,
+        "alpha": f"{own if choices.alpha else settings['alpha'].source}; at every rank",
+        "placement": settings["placement"].source,
+        "length": "tokens; what is longer is cut",
+        "bf16": "autocast; the weights that are trained are in fp32, since bf16 would lose small updates",
+        "scored": "only the assistant's tokens are scored",
+        "held_out": "held out, to see what was not trained on",
+    }
+    return {
+        "why": why,
+        "model": model.name,
+        "full": choices.full,
+        "lr": choices.lr or lr.value,
+        "rank": rank,
+        "alpha": f"{choices.alpha or settings['alpha'].value:g}",
+        "steps": choices.steps or (RL_STEPS if rl else None),
+        "micro_batch": micro,
+        "accumulation": batch // micro,
+        "length": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
+        "experts": _EXPERTS if model.mixture and not choices.full else None,
+        "active_experts": model.active_experts or 0,
+        "expert_rank": max(1, rank // (model.active_experts or 1)),
+        "template": None,
+        "problems": PROBLEMS_PER_STEP,
+        "group": GROUP_SIZE,
+        "grader": choices.grader,
+        "response": min(RESPONSE_TOKENS.get(choices.grader or "", _MAX_TOKENS), (model.max_length or _MAX_TOKENS) // 2),
+    }
+
+
+def _llamafactory_dataset(form: str, dataset: str | None) -> dict[str, Any]:
+    """Return the entry of LLaMA-Factory's dataset_info.json for the local file, or for a dataset of the hub."""
+    place = {"hf_hub_url": dataset} if dataset else {"file_name": "train.jsonl"}
+    if form == "text":
+        return {**place, "columns": {"prompt": "text"}}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry = {**place, "formatting": "sharegpt", "columns": {"messages": form}}
+    return entry if form == "conversations" else {**entry, "tags": {**tags, "system_tag": "system"}}
+
+
+def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
+    """Return torchtune's names for a model in a local folder, and the names of its files."""
+    folder = Path(model.name)
+    if not folder.is_dir():
+        raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
+    config = json.loads((folder / "config.json").read_bytes())
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    known = _TORCHTUNE.get((model.family, model.width, model.layers or 0))
+    if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
+        names = ", ".join(name for name, _ in _TORCHTUNE.values())
+        raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")
+    builder, checkpoint = known
+    package = builder.rpartition("_")[0]
+    if model.family == "qwen3":
+        # The two differ in the longest sequence only.
+        package, builder = "qwen3", builder + ("_base" if model.max_length == 32768 else "_instruct")
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    return {"builder": builder, "package": package, "checkpoint": checkpoint, "files": files}
+
+
+def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
+    """Return problems as verl reads them, by the name of their file; a fifth of them is held out for the test."""
+    rows = []
+    for question, answer in examples(data.path, data.form):
+        solution = answer["content"].strip()
+        box, mark = solution.rpartition(_BOX), solution.rpartition("####")
+        short = _braced(box[2]) if box[1] else mark[2].strip().replace(",", "") if mark[1] else solution
+        prompt = question["content"].strip()
+        if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
+            raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
+        prompt += "" if grader == "number" or r"\boxed" in prompt else r" Write your answer in \boxed{} format."
+        rows.append(
+            {
+                # verl grades this set of problems by the last box of a response.
+                "data_source": "number" if grader == "number" else "lighteval/MATH",
+                "prompt": [{"role": "user", "content": prompt}],
+                "reward_model": {"style": "rule", "ground_truth": short},
+            }
+        )
+    Random(0).shuffle(rows)
+    held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
+    return {"train": rows[held_out:], "test": rows[:held_out]}
+
+
+def _braced(text: str) -> str:
+    """Return the text up to the brace that closes it."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:place].strip()
+    return text.strip()

@@ -1,0 +1,129 @@
+"""What the audit says of the layers that LoRA trains, and of settings, in one run and among several."""
+
+import csv
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+from lora_advice.audit import check_run, compare_runs, settings, structure
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.texts import say
+from lora_advice.models import facts
+
+PUBLISHED = Path(__file__).parents[3] / "paper_figures/published"
+CASES = yaml.safe_load(Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8"))
+LLAMA = TrainingConfig(
+    path="a.yaml",
+    format="trl",
+    task="sft",
+    method="lora",
+    model="meta-llama/Llama-3.1-8B",
+    lr=2e-4,
+    rank=16,
+    alpha=32.0,
+    targets=("all-linear",),
+    lines={"targets": 7, "lr": 3},
+)
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def changed(changes):
+    return replace(
+        LLAMA, **{name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["about"])
+def test_what_is_said_of_runs(case):
+    runs, known = [changed(run) for run in case["runs"]], Knowledge(case.get("completion_tokens"))
+    findings = [finding for run in runs for finding in check_run(run, known)] + compare_runs(runs)
+    assert [
+        f"{finding.level} {finding.code} {finding.path} {finding.line}: {finding.message} "
+        f"[{finding.source}; {finding.sure}]"
+        for finding in findings
+        if finding.code not in ("lr", "rl-lr", "lr-unknown")
+    ] == case["says"]
+
+
+def test_a_regular_expression_that_would_take_years_is_one_sentence():
+    hostile = replace(LLAMA, targets=("q_proj", r"(\w+\.?)+!"))
+    started = time.monotonic()
+    assert structure.adapted(hostile, None) is None
+    (finding,) = structure.check_patterns(hostile, Knowledge())
+    assert time.monotonic() - started < 20
+    assert (finding.code, finding.level, finding.line) == ("not-read", "warning", 7)
+    assert finding.message == (
+        r"the regular expression '(\\w+\\.?)+!' takes longer than 1 s on 30 names of modules, "
+        "so the layers with LoRA are not known"
+    )
+
+
+def test_parameters_of_llama_are_those_of_the_paper():
+    counted = structure.trained_parameters(
+        replace(LLAMA, rank=256, targets=("all-linear", "lm_head")), facts(LLAMA.model)
+    )
+    assert counted == {"attention": 851_968 * 256, "mlp": 1_769_472 * 256, "unembedding": 132_352 * 256}
+
+
+def test_parameters_of_experts_are_those_of_peft():
+    model = facts("Qwen/Qwen3-30B-A3B")
+    moe = replace(LLAMA, model=model.name, rank=2, targets=("q_proj", *MLP))
+    experts = 48 * 128 * (2 * 2 * (2048 + 2 * 768) + 2 * (768 + 2048))
+    assert structure.trained_parameters(moe, model) == {"attention": 48 * 2 * (2048 + 4096), "experts": experts}
+    by_parameter = replace(moe, targets=(), target_parameters=("mlp.experts.down_proj",))
+    assert structure.trained_parameters(by_parameter, model) == {"experts": 48 * 128 * 2 * (768 + 2048)}
+
+
+def test_measured_numbers_are_those_that_are_published():
+    with (PUBLISHED / "evidence/summary.csv").open() as file:
+        summary = {row["measure"]: row for row in csv.DictReader(file) if not row["attribute"]}
+    ratio = [math.exp(float(summary["lr_ratio"][end])) for end in ("mean", "low", "high")]
+    assert ratio == pytest.approx([14, 3.2, 61], 0.1)
+    assert "14 [3.2, 61]" in say("whole", names="", size="", at="").sure
+    growth = [float(summary["gap_growth"][end]) for end in ("mean", "low", "high")]
+    assert growth == pytest.approx([-0.002, -0.075, 0.070], abs=0.003)
+    assert "-0.002 nats [-0.075, 0.070]" in say("batch", batch=512).sure
+    attention, short = say("attention-only", which="", names="").sure, say("short", steps=60.0).sure
+    said = {"laptop": ("{:.3f} [{:.3f}, {:.3f}]", "{:.2g} [{:.2g}, {:.2g}]")}
+    said |= {"overnight": ("{:.3f} nats [{:.3f}, {:.3f}]", "{:.2g} [{:.2g}, {:.2g}]")}
+    for preset, (of_e1, of_b9) in said.items():
+        with (PUBLISHED / preset / "claims.csv").open() as file:
+            claims = {row["claim_id"]: row for row in csv.DictReader(file)}
+        ends = {
+            name: [float(claims[name][column]) for column in ("estimate", "ci_low", "ci_high")] for name in ("E1", "B9")
+        }
+        assert of_e1.format(*ends["E1"]) in attention
+        assert of_b9.format(*ends["B9"]) in short
+
+
+def test_no_value_stops_the_checks():
+    values = {
+        "model": ("Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.2-1B", "x/0x0b", "a0b-0b", "", "\0", "a" * 5000, None),
+        "targets": ((), ("all-linear",), ("*bad(",), ("",), ("w1", "gate_proj"), ("lm_head", "q_proj"), None),
+        "target_parameters": ((), ("experts.gate_up_proj",), ("",)),
+        "rank": (0, -1, 10**9, None),
+        "alpha": (0.0, -1.0, 1e-300, math.inf, math.nan, None),
+        "lr": (0.0, -1.0, math.inf, math.nan, None),
+        "steps": (0.0, 1e-300, math.inf, math.nan, None),
+        "global_batch": (0, 10**9, None),
+        "rslora": (True, False),
+        "dora": (True, False),
+        "lr_ratio": (16.0, 0.0, -1.0, None),
+        "variant": ("pissa", "", "eva", None),
+        "method": ("lora", "fullft"),
+        "task": ("sft", "rl"),
+        "format": ("axolotl", "trl", "llamafactory", "torchtune"),
+    }
+    random = Random(1)
+    base = replace(LLAMA, examples=10, epochs=1.0, max_length=8, packing=True, saved_modules=("lm_head",))
+    odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(2000)]
+    for config in odd:
+        # Those of learning rates read tables, and have tests of their own.
+        for check in (*structure.CHECKS, *settings.CHECKS):
+            assert all(finding.message for finding in check(config, Knowledge(completion_tokens=5.0)))
+        compared = compare_runs([config, odd[0], replace(config, path="c.yaml", alpha=64.0)])
+        assert all(finding.message for finding in compared)

@@ -1,0 +1,129 @@
+"""Files are found, recognized and read with their lines, and what is not understood is said."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from lora_advice.audit import files
+from lora_advice.audit.files import read_paths
+from lora_advice.audit.readers.options import Options, read_yaml
+from lora_advice.audit.yaml_lines import load
+from lora_advice.errors import UserError
+
+AXOLOTL = "base_model: org/model-8b\nadapter: lora\nlora_r: 8\nlearning_rate: 0.0002\nmicro_batch_size: 2\n"
+
+
+def test_yaml_has_the_line_of_each_key():
+    data, lines = load("a: 1\nb:\n  - c: 2\n    d: [3, 4]\n  - &x {e: 5}\nf: *x\n")
+    assert data == {"a": 1, "b": [{"c": 2, "d": [3, 4]}, {"e": 5}], "f": {"e": 5}}
+    assert {key: lines[key] for key in ("a", "b", "b.0.d", "b.1.e", "f")} == {
+        "a": 1,
+        "b": 2,
+        "b.0.d": 4,
+        "b.1.e": 5,
+        "f": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "pyyaml", "omegaconf"),
+    [("2e-4", "2e-4", 2e-4), ("2.0e-4", 2e-4, 2e-4), ("1.0e5", "1.0e5", 1e5), ("2e", "2e", "2e"), ("no", False, False)],
+)
+def test_numbers_are_read_as_the_framework_reads_them(text, pyyaml, omegaconf):
+    assert load(f"lr: {text}")[0] == {"lr": pyyaml}
+    assert load(f"lr: {text}", as_omegaconf=True)[0] == {"lr": omegaconf}
+
+
+def test_the_last_of_repeated_keys_counts_and_is_named():
+    data, lines = load("a: 1\nb: {c: 1, c: 2}\na: 3\n")
+    assert data == {"a": 3, "b": {"c": 2}}
+    assert (lines.repeated, lines["a"]) == (("a", "b.c"), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", r"not valid YAML: .* \(line \d\)"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("a: !include other.yaml", "not valid YAML: could not determine a constructor for the tag '!include'"),
+        ("a: &a [*a]\n" + "[" * 5000, "not valid YAML"),
+        ("{% if x %}\na: 1\n{% endif %}", "Jinja template"),
+    ],
+)
+def test_what_is_no_yaml_is_one_sentence(text, message):
+    with pytest.raises(UserError, match=message):
+        load(text)
+
+
+def test_aliases_of_aliases_are_read_at_once():
+    layers = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40)]
+    data, lines = load("\n".join(["l0: &l0 [1]", *layers]))
+    assert len(data["l39"]) == 9
+    assert lines["l39"] == 40
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("lr: {{ lr }}  # filled in", "{{ lr }}"),
+        ("lr: {{ lr }} of {{ unit }} ", "{{ lr }} of {{ unit }}"),
+        ("lr: {{ lr }}  # don't {{ omit }}", "{{ lr }}"),
+        ("lr: {{ a }} # {{ b }}", "{{ a }} # {{ b }}"),
+        ("lr: '{{ lr }}'", "{{ lr }}"),
+        ("lr:\n  - {{ lr }}", ["{{ lr }}"]),
+    ],
+)
+def test_places_to_fill_in_are_kept_as_text(line, value):
+    assert load(line)[0] == {"lr": value}
+
+
+def test_simple_references_are_resolved():
+    text = "dir: /a\nx: {y: '${dir}/b', n: 3}\nz: '${x.y}/c'\nn: ${x.n}\nloop: ${loop}\nlist: ['${n}', 1]\n"
+    others = {"env": "${oc.env:HOME}", "missing": "${nothing}", "section": "${x}"}
+    options = read_yaml(text)
+    options.update(Options(others))
+    values = options.resolved().values
+    assert (values["z"], values["n"], values["x.y"], values["list"]) == ("/a/b/c", 3, "/a/b", [3, 1])
+    assert {key: values[key] for key in others} == others
+    assert values["loop"] == "${loop}"
+
+
+def test_a_folder_is_read_without_what_is_hidden_or_large(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "LARGEST", 1000)
+    for name in ("b/run.yml", "a.yaml", ".git/run.yml", "node_modules/x/run.yml", "run.txt"):
+        path = tmp_path / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(AXOLOTL)
+    (tmp_path / "configs/large.yaml").write_text(AXOLOTL + "#" * 1000)
+    (tmp_path / "configs/other.yaml").write_text("a: 1")
+    (tmp_path / "configs/bad.yaml").write_text(AXOLOTL + "a: [")
+    os.symlink(tmp_path / "configs", tmp_path / "configs/loop")
+    os.symlink(tmp_path / "nowhere", tmp_path / "configs/broken.yaml")
+    reading = read_paths([tmp_path.joinpath("configs").relative_to(tmp_path)])
+    assert [config.path for config in reading.configs] == ["configs/a.yaml", "configs/b/run.yml"]
+    (bad,) = reading.not_read
+    assert bad.path == "configs/bad.yaml"
+    assert bad.reason.startswith("it is not valid YAML")
+    # A file that is named twice is read once.
+    assert len(read_paths([tmp_path / "configs", tmp_path / "configs/a.yaml"]).configs) == 2
+
+
+def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
+    file = tmp_path / "other.yaml"
+    for text, file_format, reason in (
+        ("a: 1", None, "it is of no format that is known: "),
+        ("a: 1", "axolotl", "it states no training run of axolotl"),
+        ("- 1", "axolotl", "it has no options"),
+    ):
+        file.write_text(text)
+        (missing,) = read_paths([file], file_format).not_read
+        assert missing.reason.startswith(reason)
+
+
+def test_what_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        read_paths([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="--format keras: allowed: .*axolotl"):
+        read_paths([tmp_path], "keras")

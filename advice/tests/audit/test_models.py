@@ -1,0 +1,134 @@
+"""What the audit knows of a base model from a configuration file, the catalogue, the table of models, or a name."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from lora_advice.errors import UserError
+from lora_advice.layers import module_kind
+from lora_advice.models import facts, public_models
+
+
+def test_counted_parameters_are_the_published_ones() -> None:
+    sized = [model for _, model in public_models() if model.sizes]
+    assert len(sized) > 50
+    for model in sized:
+        assert model.sizes.parameters == pytest.approx(model.parameters, rel=0.03), model
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "width", "billions", "experts"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama", 4096, 8.03, 0),
+        ("/tmp/Meta-Llama-3.1-8B-Instruct/", "llama", 4096, 8.03, 0),
+        ("torchtune.models.llama3_1.lora_llama3_1_8b", "llama", 4096, 8.03, 0),
+        ("NousResearch/Llama-3.2-1B", "llama", 2048, 1.236, 0),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3", 2560, 4.02, 0),
+        ("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen2", 1536, 1.54, 0),
+        ("$HOME/models/deepseek-llm-7b-chat", "llama", 4096, 6.91, 0),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral", 4096, 46.7, 8),
+        ("Qwen/Qwen3-30B-A3B", "qwen3_moe", 2048, 30.5, 128),
+        ("openai/gpt-oss-20b", "gpt_oss", 2880, 20.9, 32),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi3", 3072, 3.82, 0),
+        ("TechxGenus/Meta-Llama-3-8B-Instruct-AWQ", "llama", 4096, 8.03, 0),
+    ],
+)
+def test_names_of_popular_models(name: str, family: str, width: int, billions: float, experts: int) -> None:
+    model = facts(name)
+    assert model is not None
+    assert (model.family, model.width, model.experts, model.width_error) == (family, width, experts, 0)
+    assert model.parameters == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_torchtune_writes_a_decimal_point_as_an_underscore() -> None:
+    assert facts("torchtune.models.qwen2_5.lora_qwen2_5_0_5b").width == 896
+    assert facts("torchtune.models.qwen3.lora_qwen3_1_7b_base").width == 2048
+
+
+def test_a_size_that_contradicts_the_name_is_believed() -> None:
+    tiny = facts("axolotl-ai-co/DeepSeek-V3-11M")
+    assert (tiny.family, tiny.parameters, tiny.source) == ("", 11_000_000, "the size in its name")
+
+
+def test_a_name_with_a_size_gives_an_estimate() -> None:
+    model = facts("someone/My-Llama-v7-9B-chat")
+    assert (model.family, model.parameters, model.sizes) == ("llama", 9_000_000_000, None)
+    assert abs(math.log(model.width / 4096)) < 2 * model.width_error
+    assert 0.05 < model.width_error < 0.35
+    mixture = facts("someone/Thing-100B-A10B")
+    assert (mixture.mixture, mixture.fused_experts, mixture.experts) == (True, True, None)
+    assert mixture.width < facts("someone/Thing-100B").width
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./outputs/my-model",
+        "someone/model-4bit",
+        "",
+        f"x-{'9' * 400}b",
+        f"x-{'9' * 5000}x7b",
+        f"x-a{'9' * 400}b",
+        "x\0y",
+    ],
+)
+def test_a_name_without_a_size_gives_nothing(name: str) -> None:
+    assert facts(name) is None
+
+
+def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "vocab_size": 512, "num_experts": 4, "num_experts_per_tok": 2}
+    folder = tmp_path / "Qwen3-8B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 32}))
+    for model in (facts("Qwen3-8B", tmp_path), facts(str(folder)), facts(None, folder)):
+        assert (model.family, model.width, model.experts, model.tied) == ("qwen3_moe", 64, 4, False)
+        assert model.linear["gate_up_proj"] == ("experts", 64, 64, 8)
+        assert model.source == "its config.json"
+
+
+def test_a_model_of_images_has_its_sizes_in_a_part(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    model = facts(None, tmp_path)
+    assert (model.family, model.width, model.layers, model.tied, model.sizes) == ("gemma3", 2560, 34, True, None)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("q_proj", "attention"),
+        ("model.layers.3.mlp.down_proj", "mlp"),
+        ("mlp.experts.gate_up_proj", "experts"),
+        ("model.layers.0.mlp.gate", "router"),
+        ("gate.weight", "router"),
+        ("lm_head", "unembedding"),
+        ("embed_tokens", "embedding"),
+        ("c_proj", None),
+    ],
+)
+def test_kinds_of_modules(module: str, kind: str | None) -> None:
+    assert module_kind(module) == kind
+
+
+def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    requests = []
+
+    def look_up(name: str, file: str) -> str:
+        requests.append((name, file))
+        if name == "x/other-7b":
+            raise UserError("it is not there")
+        return json.dumps(config)
+
+    monkeypatch.setattr("lora_advice.models.look_up", look_up)
+    assert facts("x/own-7b").width_error > 0
+    assert requests == []
+    asked = facts("x/own-7b", hub=True)
+    assert (asked.width, asked.width_error, asked.source) == (96, 0.0, "its config.json on the hub")
+    assert facts("x/other-7b", hub=True).width_error > 0
+    assert requests == [("x/own-7b", "config.json"), ("x/other-7b", "config.json")]
+    # The table knows this one.
+    assert facts("Qwen/Qwen3-8B", hub=True).width == 4096

@@ -1,0 +1,153 @@
+"""Files of each format are read as their frameworks read them; `cases.yaml` has them with the runs that they state."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from lora_advice.audit import check_run
+from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit.files import READERS, Reading
+from lora_advice.audit.output import Report
+from lora_advice.audit.readers import adapter, torchtune, trl, trl_options, trl_python
+from lora_advice.audit.readers.options import Options, names_of
+from lora_advice.audit.readers.shell import UNKNOWN, read_commands
+from lora_advice.errors import UserError
+
+CASES = yaml.safe_load(Path(__file__).with_name("cases.yaml").read_text(encoding="utf-8"))
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
+
+
+def written(config):
+    """Return a record as `cases.yaml` has it."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+        if name not in ("path", "format", "lines", "findings") and value != DEFAULTS[name]
+    }
+    said = [f"{finding.code} {finding.level} {finding.line}: {finding.message}" for finding in config.findings]
+    return fields | ({"findings": said} if said else {})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["about"])
+def test_the_runs_of_a_file(case, tmp_path):
+    for name, text in case["files"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    path, reader = tmp_path / case["file"], READERS[case["format"]]
+    text = path.read_text()
+    assert reader.matches(path, text) == case.get("recognized", True)
+    if "error" in case:
+        with pytest.raises(UserError) as raised:
+            reader.read(path, "shown", text)
+        assert str(raised.value) == case["error"]
+    else:
+        assert [written(config) for config in reader.read(path, "shown", text)] == case["runs"]
+
+
+def test_lines_are_those_of_the_options():
+    text = "base_model: m\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nlearning_rate: 1e-4\ndatasets: []\n"
+    (config,) = READERS["axolotl"].read(Path("c.yml"), "c.yml", text)
+    assert dict(config.lines) == {"model": 1, "method": 2, "rank": 3, "targets": 4, "lr": 5}
+
+
+@pytest.mark.parametrize("framework", ["axolotl", "llamafactory", "torchtune"])
+def test_odd_values_are_not_known_and_stop_nothing(framework):
+    """Each option in turn has a value of another type than the framework asks for."""
+    odd = (None, [], {"a": 1}, [[1]], 0, -1, True, "x", "${a}", float("nan"), 10**30)
+    case = next(case for case in CASES if case["format"] == framework)
+    data = yaml.safe_load(case["files"][case["file"]])
+    for key in data:
+        for value in odd:
+            changed = yaml.safe_dump(data | {key: value})
+            for config in READERS[framework].read(Path("c.yaml"), "c.yaml", changed):
+                report = Report.of(Reading([config], [], check_run(config, Knowledge())), [])
+                json.dumps(report.json(), allow_nan=False)
+                assert list(report.lines(show_all=True))
+
+
+def test_files_of_others_are_left_to_their_readers():
+    assert not torchtune.matches(Path("evaluation.yaml"), "model:\n  _component_: torchtune.models.llama2.llama2_7b\n")
+    assert not trl.matches(Path("a.yaml"), "model_name_or_path: m\nfinetuning_type: lora\n")
+
+
+def test_words_as_bash_makes_them() -> None:
+    text = r"""A=(x "y z") B= C=$(nproc)
+run "${A[@]}" $B "$(echo "$(date)")" ${C:-1} "${D:-2 3}" 'c"d' "e\"f" $((2 * (1 + 1))) "$@"
+run x <<EOF 2>&1 >log # comment
+run inside
+EOF
+run `# comment` "${1:-v}" last
+"""
+    commands = [[word.text for word in command] for command in read_commands(text)]
+    assert commands == [
+        ["run", "x", "y z", UNKNOWN, UNKNOWN, "2 3", 'c"d', 'e"f', "4"],
+        ["run", "x"],
+        ["run", UNKNOWN, "last"],
+    ]
+
+
+@pytest.mark.slow  # imports TRL
+def test_options_and_defaults_are_those_of_the_installed_classes():
+    import peft
+    import transformers
+    import trl as installed
+
+    classes = {name: getattr(installed, name, None) or getattr(transformers, name) for name in trl_options.DEFAULT_LRS}
+    fields = {name: {field.name: field for field in dataclasses.fields(cls)} for name, cls in classes.items()}
+    for name, own in fields.items():
+        options = Options()
+        trl_options.set_defaults(options, name)
+        values = {option: value for option, value in options.values.items() if value is not None}
+        assert values == {option: own[option].default for option in values}
+    model = {field.name: field.default for field in dataclasses.fields(installed.ModelConfig)}
+    assert model | trl._MODEL_CONFIG_DEFAULTS == model
+    assert model["use_peft"] is False
+    assert {*names_of("trl_lora").values()} <= set(model)
+    lora = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
+    assert lora | trl_python._LORA_CONFIG_DEFAULTS == lora
+    of_earlier_versions = {"max_seq_length", "max_prompt_length", "warmup_ratio", "torch_dtype"}
+    every = set(model) | {name for own in fields.values() for name in own} | of_earlier_versions
+    assert {name for names in names_of("trl").values() for name in names.split()} <= every
+
+
+@pytest.mark.slow  # imports transformers and PEFT, and trains
+def test_a_folder_that_the_installed_trainer_writes(tmp_path):
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    tokens = torch.arange(8).tolist()
+    data = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 8)
+    options = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        warmup_steps=2,
+        logging_steps=1,
+        save_steps=3,
+        report_to="none",
+        use_cpu=True,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    path = tmp_path / "adapter_config.json"
+    options_there = json.loads(path.read_text())
+    assert {*names_of("peft").values(), "base_model_name_or_path", *adapter._OTHER_PATTERNS} <= set(options_there)
+    (config,) = adapter.read(path, "shown", path.read_text())
+    assert (config.rank, config.targets, config.lr, config.batch_size) == (2, ("q_proj",), 1e-3, 4)
+    assert (config.steps, config.schedule, config.warmup, config.optimizer) == (3, "linear", 2, "adamw_torch_fused")
+    # The checkpoint has no model card, so the highest logged learning rate is all that it says.
+    path = tmp_path / "checkpoint-3" / "adapter_config.json"
+    (config,) = adapter.read(path, "shown", path.read_text())
+    assert (config.steps, config.lr) == (3, 1e-3)
+    assert [finding.code for finding in config.findings] == ["not-read"]

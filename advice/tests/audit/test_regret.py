@@ -1,0 +1,201 @@
+"""What learning rates would cost, on made-up optima and curvatures whose answer is known, and the findings of it."""
+
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.lr import lr_findings
+from lora_advice.audit.regret import EVIDENCE, REACH, LrEvidence, Place, regret, shipped_evidence
+from lora_advice.models import ModelFacts
+from lora_advice.variants import lr_factor
+
+MODEL = ModelFacts("m", "llama", 2000, "made up")
+SHIPPED = json.loads(EVIDENCE.read_text())
+BATCH, STEPS = (int(SHIPPED["reference"][name]) for name in ("batch_size", "steps"))
+PLACE = Place("llama", 2000.0, "lora", False, BATCH, STEPS)
+# At the pivot the law of LoRA is 5e-4, and so are all optima of SFT here; those of RL are a hundredth.
+BEST = 5e-4
+RUN = TrainingConfig("a.yaml", "made-up", task="sft", method="lora", lr=BEST, global_batch=BATCH, steps=STEPS)
+RUN = replace(RUN, rank=10**6, alpha=32, lines={"lr": 7})
+
+
+@cache
+def evidence(curvature=0.1, spread=0.22):
+    """Return made-up evidence: optima whose logarithms differ by `spread`, and one curvature on both sides.
+
+    The optima grow with the batch size to the power 0.3.
+    """
+    measured = {"width": [2000], "batch_size": [BATCH], "steps": [STEPS]}
+    pool = {"sources": 24, "measured": measured, "shares": [1.0], "variances": [[spread**2, 0, 0, 0, 0, 0]]}
+    optima = {
+        task: {method: pool | {"means": [[shift, 0.3, 0]]} for method in ("lora", "fullft")}
+        for task, shift in (("sft", 0.0), ("rl", -math.log(100)))
+    }
+    columns = [f"{unit}_{side}" for unit in ("share", "loss") for side in ("below", "above")]
+    curvatures = {task: dict.fromkeys(columns, (math.log(curvature), 0.0)) for task in ("sft", "rl")}
+    return LrEvidence(SHIPPED | {"optima": optima, "curvatures": curvatures})
+
+
+def found(known=None, base=MODEL, **changes):
+    findings = lr_findings(replace(RUN, **changes), base, known or evidence())
+    assert len(findings) == 1
+    return findings[0]
+
+
+@pytest.mark.parametrize("x", [-2.0, 0.0, 1.5])
+def test_the_expected_regret_is_that_of_the_parabola(x):
+    verdict = evidence().verdict(math.log(BEST) + x, PLACE)
+    assert verdict.log_factor == pytest.approx(x, abs=2e-3)
+    # The variance between sources adds to the squared distance.
+    sd = math.log(verdict.recommended.high / verdict.recommended.low) / (2 * 1.96)
+    assert sd == pytest.approx(math.log(1.25), rel=0.25)
+    assert verdict.loss.mean == pytest.approx(0.1 * (x**2 + sd**2), rel=0.15)
+    assert verdict.share.mean == pytest.approx(1 - math.exp(-0.1 * (x**2 + sd**2)), rel=0.15)
+    assert verdict.recommended_share == pytest.approx(1 - math.exp(-0.1 * sd**2), rel=0.15)
+    assert verdict.share.low <= verdict.share.mean <= verdict.share.high
+    assert (verdict.share.low > 0) == verdict.outside_95 == (x != 0)
+
+
+def test_the_regret_saturates_or_goes_on_in_a_line():
+    saturated, linear = (regret(np.array([0.1, 50.0]), 0.1, flag) for flag in (True, False))
+    assert saturated == pytest.approx([0.1 * 0.01, 1.0], rel=1e-3)
+    assert linear == pytest.approx([0.1 * 0.01, 0.1 * REACH * (100 - REACH)])
+    # The line continues the parabola without a step or a kink.
+    near = regret(np.array([REACH - 1e-6, REACH, REACH + 1e-6]), 1.0, False)
+    assert near[2] - near[1] == pytest.approx(near[1] - near[0], rel=1e-4)
+
+
+def test_levels():
+    assert found().level == "note"
+    assert found().line == 7
+    error = found(lr=BEST / 30)
+    assert (error.code, error.level) == ("lr", "error")
+    assert "30 times lower than the recommended 0.0005" in error.message
+    assert "of what training gains (the recommended one 0%)" in error.message
+    # Where LRs hardly matter, a distance that chance does not explain is no error.
+    assert found(evidence(curvature=1e-5), lr=BEST / 30).level == "warning"
+    # Where sources differ by a factor of ten, the same LR may be right.
+    assert found(evidence(spread=2.0), lr=BEST / 10).level == "note"
+
+
+def test_a_number_of_devices_that_is_not_said_may_explain_the_learning_rate():
+    per_device = {"global_batch": None, "micro_batch": BATCH // 4, "lr": 5 * BEST}
+    said = found(devices=1, **per_device)
+    assert said.level == "error"
+    unsaid = found(**per_device)
+    assert "1 to 8" in unsaid.sure
+    assert float(unsaid.message.split(" times")[0].split()[-1]) < float(said.message.split(" times")[0].split()[-1])
+
+
+def test_alpha_and_rank_move_the_recommendation():
+    shift = evidence().shift
+    assert shift(32, None) == (0.0, 0.0)
+    assert shift(64, 10**6)[0] == pytest.approx(0.75 * math.log(2), abs=1e-4)
+    assert shift(32, 1)[0] == pytest.approx(0.75 * math.log(2.2))
+    assert shift(None, 16) == (0.0, pytest.approx(0.75 * math.log(2)))
+    assert found(lr=BEST / 2**0.75, alpha=64).message.startswith("the learning rate 0.000297302 of LoRA is about")
+    # Alpha is no matter of full fine-tuning.
+    assert "is about" in found(lr=BEST / 10, alpha=64, method="fullft").message
+
+
+PISSA = lr_factor("pissa", 144).value
+VARIANTS = {
+    # rsLoRA's alpha / sqrt(r) is the usual scale with sqrt(r) times the alpha.
+    "rsLoRA": ({"rslora": True}, 12**-0.75),
+    "LoRA+": ({"lr_ratio": 10.0}, 10**-0.75),
+    "DoRA": ({"dora": True}, 1.0),
+    "QLoRA": ({"bits": 4}, 1.0),
+    "PiSSA": ({"variant": "pissa_niter_4"}, PISSA),
+    "OLoRA": ({"variant": "olora"}, lr_factor("olora", 144).value),
+    "rsLoRA and LoRA+ and PiSSA and QLoRA": (
+        {"rslora": True, "lr_ratio": 4.0, "variant": "pissa", "bits": 4},
+        48**-0.75 * PISSA,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
+    changes, factor = VARIANTS[name]
+    plain = found(rank=144)
+    variant = found(rank=144, lr=BEST * factor, **changes)
+    assert variant.message.startswith(f"the learning rate {BEST * factor:g} of {name} is about the recommended")
+    clause = "as for LoRA" if factor == 1 else f"which is {factor:.2g} times LoRA's"
+    assert f", {clause}; it is" in variant.message
+
+    def ends(finding):
+        words = finding.sure.split()
+        return [float(words[-3]), float(words[-1])]
+
+    low, high = ends(plain)
+    own_low, own_high = ends(variant)
+    # What depends on the weights is known less well.
+    if {"pissa", "olora"} & {*str(changes.get("variant")).split("_")}:
+        assert own_high / own_low > 1.2 * high / low
+    else:
+        assert [own_low, own_high] == pytest.approx([low * factor, high * factor], rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"task": "preference"}, "preference"),
+        ({"task": None}, "does not say"),
+        ({"method": None}, "does not say"),
+        ({"optimizer": "lion_8bit"}, "lion_8bit"),
+        ({"variant": "eva"}, "of the variant eva"),
+        ({"rslora": True, "rank": None}, "does not say the rank"),
+        ({"rslora": True, "rank": -1}, "does not say the rank"),
+        ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
+        ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
+    ],
+)
+def test_nothing_is_said_where_nothing_was_measured(changes, why):
+    finding = found(**changes)
+    assert (finding.code, finding.level) == ("lr-unknown", "note")
+    assert why in finding.message
+
+
+def test_what_is_not_said_widens_the_interval():
+    def width(**changes):
+        ends = found(**changes).sure.split("; ")[0].split()
+        return float(ends[-1]) / float(ends[-3])
+
+    assert width(steps=None) > width()
+    assert width(global_batch=None) > width()
+    assert width(base=None) > width(base=replace(MODEL, width_error=0.2)) > width()
+    assert width(alpha=None) > width()
+    # The number of steps may follow from what else is said.
+    assert width(steps=None, epochs=2.0, examples=STEPS * BATCH // 2) == width()
+    assert lr_findings(replace(RUN, lr=None), MODEL, evidence()) == []
+
+
+def test_reinforcement_learning_at_a_learning_rate_of_supervised_fine_tuning():
+    rl = {"task": "rl", "global_batch": BATCH // 8, "group_size": 8}
+    # 16 prompts with 8 responses each, and 16 responses on each of 8 devices.
+    assert found(**rl).sure == found(**rl | {"global_batch": None, "micro_batch": BATCH // 8, "devices": 8}).sure
+    assert "the batch size is not said" in found(**rl | {"group_size": None}).sure
+    finding = found(lr=BEST, **rl)
+    assert (finding.code, finding.level) == ("rl-lr", "error")
+    assert "usual in supervised" in finding.message
+    assert found(lr=BEST / 100, **rl).code == "lr"
+    assert found(lr=BEST * 100, **rl).code == "lr"
+    # rsLoRA is LoRA with another alpha; of PiSSA nothing is known but in supervised fine-tuning.
+    both = {"rslora": True, "variant": "pissa"}
+    assert "the learning rate of PiSSA over LoRA's was measured in supervised fine-tuning" in found(**rl, **both).sure
+    assert "PiSSA" not in found(**both).sure
+
+
+def test_the_shipped_evidence_on_an_ordinary_configuration():
+    llama = ModelFacts("meta-llama/Llama-3.1-8B", "llama", 4096, "made up")
+    run = {"global_batch": 32, "steps": 1000, "rank": 16}
+    levels = {lr: found(shipped_evidence(), llama, lr=lr, **run).level for lr in (2e-4, 2e-7)}
+    assert levels == {2e-4: "note", 2e-7: "error"}
+    # Far above the optimum of full fine-tuning runs may diverge, also where the file hardly says more.
+    full = {"method": "fullft", "global_batch": None, "micro_batch": 2, "steps": None}
+    levels = {lr: found(shipped_evidence(), llama, lr=lr, **full).level for lr in (2e-5, 1e-3)}
+    assert levels == {2e-5: "note", 1e-3: "error"}

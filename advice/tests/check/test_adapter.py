@@ -1,0 +1,229 @@
+"""What `lorabench check --adapter` finds in the files of an adapter, on adapters with one thing wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from lorabench.audit.readers import adapter as reader
+from lorabench.check.adapter import read_adapter
+from safetensors.torch import save_file
+
+from lorabench.errors import UserError
+
+from .conftest import LAYER, Write, factors
+
+Q0 = f"{LAYER}.0.self_attn.q_proj"
+
+
+def codes(adapter) -> list[tuple[str, str]]:
+    return [(finding.code, finding.level) for finding in adapter.findings]
+
+
+def test_a_whole_adapter_is_described_as_numpy_computes_it(write: Write):
+    tensors = factors()
+    adapter = read_adapter(write(tensors))
+    assert adapter.findings == ()
+    assert (adapter.scale, adapter.parameters, adapter.dtypes) == (2.0, 4 * 4 * 22, {"F32": 8})
+    json.dumps(asdict(adapter), allow_nan=False)
+    [q0] = [module for module in adapter.modules if module.module == "model.layers.0.self_attn.q_proj"]
+    a, b = (tensors[f"{Q0}.lora_{part}.weight"].astype(float) for part in "AB")
+    values = np.linalg.svd(b @ a, compute_uv=False)[:4]
+    shares = values / values.sum()
+    assert q0.norm == pytest.approx(2 * np.linalg.norm(b @ a))
+    assert q0.b_norm == pytest.approx(np.linalg.norm(b))
+    assert q0.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert q0.first_share == pytest.approx(values[0] ** 2 / (values**2).sum())
+    assert (q0.numerical_rank, q0.kind) == (4, "q_proj")
+    assert q0.a_scale == pytest.approx(1, abs=0.2)
+
+
+def test_patterns_and_rslora_set_a_modules_scale(write: Write):
+    tensors = factors()
+    tensors |= {f"{Q0}.lora_A.weight": np.ones((2, 12), "f4"), f"{Q0}.lora_B.weight": np.ones((10, 2), "f4")}
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.0\..*q_proj": 6}}
+    adapter = read_adapter(write(tensors, use_rslora=True, **patterns))
+    assert {module.scale for module in adapter.modules if module.rank == 2} == {6 / math.sqrt(2)}
+    assert {module.scale for module in adapter.modules if module.rank == 4} == {8 / 2}
+    assert codes(adapter) == [("rank", "warning")]
+    assert "q_proj (1 of 2)" in adapter.findings[0].message
+
+
+def test_bf16_is_read_as_torch_reads_it(write: Write):
+    tensors = factors()
+    folder = write(tensors)
+    rounded = {name: torch.from_numpy(value).bfloat16() for name, value in tensors.items()}
+    save_file(rounded, folder / "adapter_model.safetensors")
+    adapter = read_adapter(folder)
+    b = rounded[f"{Q0}.lora_B.weight"].double()
+    assert adapter.dtypes == {"BF16": 8}
+    assert adapter.modules[0].b_norm == pytest.approx(float(torch.linalg.norm(b)))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "words"),
+    [
+        (lambda t: t[f"{Q0}.lora_B.weight"].fill(0), [("no-effect", "warning")], "zero in 1 of 4 modules"),
+        (lambda t: [b.fill(0) for n, b in t.items() if "lora_B" in n], [("no-effect", "error")], "no effect"),
+        (lambda t: t[f"{Q0}.lora_B.weight"][:, 2:].fill(0), [("rank", "warning")], "q_proj (2 of 4)"),
+        (lambda t: t[f"{Q0}.lora_A.weight"][:1].fill(np.nan), [("not-finite", "error")], "1 modules"),
+        (lambda t: t.pop(f"{Q0}.lora_B.weight"), [("missing", "error")], "have A but no B"),
+        (lambda t: [t.pop(f"{Q0}.lora_{x}.weight") for x in "AB"], [("gap", "warning")], "q_proj of layer 0"),
+        (lambda t: t.update({f"{Q0}.lora_B.default.weight": np.ones(1, "f4")}), [("keys", "error")], "1 names"),
+        (lambda t: t.update({f"{LAYER}.0.norm.weight": np.ones(3, "f4")}), [("whole", "note")], "no LoRA"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 12), "f4")}), [("shape", "error")], "rank 4"),
+    ],
+    ids=["zero B", "all zero", "low rank", "NaN", "missing", "gap", "foreign key", "whole", "shape"],
+)
+def test_what_is_wrong_is_found_and_nothing_else(write: Write, change, expected, words):
+    tensors = factors()
+    change(tensors)
+    adapter = read_adapter(write(tensors))
+    assert codes(adapter) == expected
+    assert words in adapter.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "words"),
+    [
+        ({"target_modules": ["q_proj"]}, [("keys", "error")], "PEFT ignores them: model.layers.0.self_attn.v_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "Wqkv"]}, [("keys", "warning")], "no weights in the file: Wqkv"),
+        ({"target_modules": r".*\.(q|v)_proj"}, [], ""),
+    ],
+)
+def test_names_are_compared_with_the_configuration(write: Write, changes, expected, words):
+    adapter = read_adapter(write(factors(), **changes))
+    assert codes(adapter) == expected
+    assert not words or words in adapter.findings[0].message
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
+def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write, key):
+    pattern = r"(\w+\.?)+!"
+    folder = write(factors(), **{key: pattern if key == "target_modules" else {pattern: 2}})
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on 4 names of modules$"):
+        read_adapter(folder)
+    assert time.monotonic() - started < 20
+    with pytest.raises(UserError, match=r"^the regular expression '\(q' is not valid: missing \), unterminated"):
+        read_adapter(write(factors(), target_modules="(q"))
+
+
+NONSENSE = (
+    *(("r", value) for value in ("0", "-1", "1.5", "null", '"8"', "[]", "true", "1e400", "1" + "0" * 30)),
+    *(("lora_alpha", value) for value in ("0", "-8", "NaN", "Infinity", "-Infinity", "1e400", "null", '"8"', "{}")),
+    *(("target_modules", value) for value in ("[1, 2]", "3", "{}", '["' + "x" * 2000 + '"]')),
+    *(("rank_pattern", value) for value in ("[]", '["q_proj"]', '{"q_proj": 0}', '{"q_proj": "a"}')),
+    *(("alpha_pattern", value) for value in ('{"q_proj": NaN}', '{"q_proj": -1}')),
+    *(("base_model_name_or_path", "5"), ("use_rslora", '"yes"'), ("layers_to_transform", '["a"]')),
+    *(("modules_to_save", "1"), ("target_parameters", '"x"'), ("init_lora_weights", "{}")),
+    # PEFT imports the module that it names.
+    ("megatron_config", "{}"),
+)
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE, ids=[f"{key} {value[:20]}" for key, value in NONSENSE])
+def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Write, key, value):
+    path = write(factors()) / "adapter_config.json"
+    entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
+    path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = .*: allowed: [^\n]*$"):
+        read_adapter(path.parent)
+    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = .*: allowed: [^\n]*$"):
+        reader.read(path, "shown", path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "\ufeff{}", "[" * 100_000, '{"peft_type": "LORA"', '{"r": "\\ud800"}']
+)
+def test_what_is_no_mapping_is_one_sentence_of_both_readers(write: Write, text):
+    path = write(factors()) / "adapter_config.json"
+    path.write_text(text)
+    for read in (lambda: read_adapter(path.parent), lambda: reader.read(path, "shown", text)):
+        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON: |is not a mapping)[^\n]*$"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "words"),
+    [
+        ({"lora_A": (10**9, 0), "lora_B": (0, 10**9)}, {"r": 1, "target_parameters": ["q_proj.weight"]}, "A \\(10+, 0"),
+        ({"lora_A": (4,), "lora_B": (4,)}, {}, "has A \\(4,\\) and B"),
+        ({"lora_A": (4, 0), "lora_B": (0, 4)}, {}, "has A \\(4, 0\\)"),
+    ],
+)
+def test_factors_without_weights_have_no_update(write: Write, tensors, changes, words):
+    arrays = {f"{Q0}.{name}.weight": np.zeros(shape, "f4") for name, shape in tensors.items()}
+    adapter = read_adapter(write(arrays, **changes))
+    assert re.search(words, adapter.findings[0].message)
+    assert adapter.findings[0].code == "shape"
+
+
+def test_numbers_that_fp32_does_not_hold_are_not_finite(write: Write):
+    tensors = factors()
+    adapter = read_adapter(write(tensors | {f"{Q0}.lora_B.weight": np.full((10, 4), 1e300)}))
+    assert codes(adapter)[0] == ("not-finite", "error")
+    json.dumps(asdict(adapter), allow_nan=False)
+
+
+def test_names_that_are_no_names_are_refused(write: Write):
+    for name in ("a." * 600, "a\x1b[31m", "a\nb"):
+        with pytest.raises(UserError, match="allowed: names of up to 1,000 printable characters"):
+            read_adapter(write({f"base_model.model.{name}.lora_A.weight": np.ones((4, 2), "f4")}))
+
+
+def test_many_names_take_seconds_and_not_hours(write: Write):
+    """Comparing each target with each module took minutes, and listing all gaps gigabytes."""
+    tensors = {f"{LAYER}.{number}.k{number}.lora_A.weight": np.ones((4, 1), "f4") for number in range(3000)}
+    folder = write(tensors, target_modules=[f"m{number}" for number in range(30_000)])
+    started = time.process_time()
+    adapter = read_adapter(folder)
+    assert time.process_time() - started < 5
+    gap = next(finding.message for finding in adapter.findings if finding.code == "gap")
+    assert gap.endswith(f" and {3000 * 2999 - 5} more")
+
+
+def test_modules_that_are_saved_whole_are_named(write: Write):
+    tensors = factors() | {"base_model.model.lm_head.weight": np.ones((5, 12), "f4")}
+    adapter = read_adapter(write(tensors, modules_to_save=["lm_head"]))
+    assert codes(adapter) == [("whole", "note")]
+    assert adapter.saved_whole == {"lm_head.weight": 60}
+
+
+def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
+    rng = np.random.default_rng(1)
+    own_a, own_b = rng.normal(size=(3, 2, 6)), rng.normal(size=(3, 5, 2))
+    own_b[1] = 0
+    stem = f"{LAYER}.0.mlp.experts"
+    # PEFT keeps the rows of A by expert, and the columns of B by direction.
+    tensors = {
+        f"{stem}.lora_A.weight": own_a.reshape(6, 6).astype("f4"),
+        f"{stem}.lora_B.weight": own_b.transpose(1, 2, 0).reshape(5, 6).astype("f4"),
+    }
+    config = {"r": 4, "rank_pattern": {r"experts\..+": 2}, "target_modules": []}
+    adapter = read_adapter(write(tensors, **config, target_parameters=["experts.down_proj"]))
+    [module] = adapter.modules
+    norm = 4 * math.sqrt(sum(np.linalg.norm(b @ a) ** 2 for a, b in zip(own_a, own_b, strict=True)))
+    assert (module.experts, module.rank, module.scale) == (3, 2, 4.0)
+    assert module.norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("adapter_config.json", '{"peft_type": "LOHA"}', "peft_type 'LOHA'; allowed: LORA"),
+        ("adapter_config.json", "{", "adapter_config.json is not valid JSON"),
+        ("adapter_model.safetensors", "no", "is not a safetensors file"),
+    ],
+)
+def test_what_cannot_be_read_is_said(write: Write, file, text, words):
+    folder = write(factors())
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_adapter(folder)

@@ -1,0 +1,75 @@
+"""Data files: what counts as an example, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from lora_advice.data import examples, read_data
+from lora_advice.errors import UserError
+
+CHAT = [{"from": "system", "value": ""}, {"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]
+
+
+def test_rows_that_are_no_examples_are_counted_by_their_reason(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = [CHAT, CHAT, [*CHAT, CHAT[1]], [{"from": "tool", "value": "x"}], "text", [{"from": "human"}]]
+    lines = [json.dumps({"conversations": row}) for row in rows] + ["{", "5", ""]
+    path.write_text("\ufeff" + "\n".join(lines))
+    data = read_data(path)
+    assert (data.form, data.usable, data.one_answer) == ("conversations", 1, True)
+    assert data.tokens == pytest.approx(1 / 3)
+    assert dict(data.unusable) == {
+        "repeated prompt": 1,
+        "does not end with a turn of the assistant": 1,
+        "a turn of unknown role (known: user, human, assistant, gpt, system)": 1,
+        "not a list of turns": 1,
+        "no text": 1,
+        "not JSON": 1,
+        "not an object": 1,
+    }
+    [messages] = examples(path, "conversations")
+    assert messages == [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps([{"instruction": "add", "input": "2+2", "output": 4}])),
+        ("a.csv", 'instruction,input,output\nadd,2+2,4\n"a\nb"\n'),
+    ],
+)
+def test_arrays_and_csv_are_read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    [messages] = examples(path, read_data(path).form)
+    assert [turn["content"] for turn in messages] == ["add\n\n2+2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", "must end in .jsonl, .json or .csv"),
+        ("a.json", "[1", "can't be read: "),
+        ("a.json", "5", "must be an array of objects"),
+        ("a.jsonl", '{"x": 1}', "has the columns 'x'; needed are those of one format: messages, "),
+        ("a.jsonl", "", "has no rows with columns"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": "b", "response": "c"}',
+            "may be read as prompt/completion or prompt",
+        ),
+        ("a.jsonl", '{"text": " "}', "none of its rows can be used as text: 1 no text"),
+        ("a.jsonl", '{"text": "\\ud800"}', "1 text that is not valid Unicode"),
+    ],
+)
+def test_a_file_without_examples_is_one_sentence(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_data(path)
+
+
+def test_a_format_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="format 'alpaca': allowed: messages, conversations, "):
+        read_data(tmp_path / "a.jsonl", "alpaca")

@@ -1,0 +1,136 @@
+"""The pooled optimal LR, against made-up sources and a Gibbs sampler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from lora_advice.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr
+
+HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
+
+
+def made(rng, sources, between, offset=0.0, batch=0.5, steps=0.0, within=0.0, error=0.1, each=2):
+    """Return optima of made-up sources, the same number of each, of two models, at random batch sizes and lengths."""
+    optima = []
+    for source in range(sources):
+        effect, deviations = rng.normal(0, between), rng.normal(0, within, 2)
+        for number in range(each):
+            place = replace(HERE, batch_size=float(8 * 2 ** rng.integers(0, 6)), steps=float(10 ** rng.uniform(2, 4)))
+            log_lr = place.log_law + offset + effect + deviations[number % 2] + rng.normal(0, error)
+            log_lr += batch * math.log(place.batch_size / 128) + steps * math.log(place.steps / 780)
+            optima.append(Optimum(f"source {source}", f"model {number % 2}", place, log_lr, error))
+    return optima
+
+
+def test_the_law_of_a_place():
+    assert math.exp(HERE.log_law) == pytest.approx(5e-5)
+    assert math.exp(Place.at("qwen3", 2000, "lora", 8, 100).log_law) == pytest.approx(5e-4)
+    llama, qwen, other = (Place.at(name, 1000, "lora", 8, 100) for name in ("llama", "qwen2", "mistral"))
+    assert other.log_law == pytest.approx((llama.log_law + qwen.log_law) / 2)
+    assert (llama.law_error, qwen.law_error) == (0, 0)
+    assert other.law_error == pytest.approx((0.781 - 0.0775) * math.log(2) / 2)
+    assert Place.at("llama", math.nan, "lora", 8, 100).law_error == pytest.approx(0.781 * math.log(2))
+
+
+def test_intervals_hold_as_many_further_sources_as_they_say():
+    rng = np.random.default_rng(2)
+    inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
+    for _ in range(40):
+        # The truth of each coefficient is drawn from its prior.
+        batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
+        truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
+        pooled = PooledLr(made(rng, 8, 0.7, within=0.3, **truth))
+        for further in made(rng, 4, 0.7, within=0.3, each=1, **truth):
+            for probability, held in inside.items():
+                predicted = pooled.predict(further.place, probability, error=further.error)
+                held.append(predicted.low <= further.log_lr <= predicted.high)
+    # 160 draws in 40 worlds: two standard errors are 0.12 at most.
+    # The flat priors of the deviations err on the wide side.
+    assert 0.7 < np.mean(inside[0.8]) < 0.92
+    assert np.mean(inside[0.95]) > 0.9
+
+
+def gibbs_predictions(optima, place, draws):
+    """Draw the optimum of a further source at a place by a Gibbs sampler of all coefficients, effects and their SDs."""
+    rng = np.random.default_rng(5)
+    pairs = sorted({(optimum.source, optimum.model) for optimum in optima})
+    sources = sorted({source for source, _ in pairs})
+    columns = [
+        [1.0, math.log(at.place.batch_size / 128), math.log(at.place.steps / 780)]
+        + [at.source == name for name in sources]
+        + [(at.source, at.model) == pair for pair in pairs]
+        for at in optima
+    ]
+    design = np.array(columns, float)
+    values = np.array([optimum.log_lr - optimum.place.log_law for optimum in optima])
+    precision = np.array([optimum.error**-2 for optimum in optima])
+    means = np.array([0.0, PRIORS["batch_size"].mean, PRIORS["steps"].mean, *np.zeros(len(sources) + len(pairs))])
+    grids = {name: np.linspace(1e-3, top, 1000) for name, top in (("between", 3.0), ("within", 1.2))}
+    between, within, drawn = 1.0, 0.5, []
+    for _ in range(draws):
+        sds = [5.0, PRIORS["batch_size"].sd, PRIORS["steps"].sd] + [between] * len(sources) + [within] * len(pairs)
+        posterior = (design.T * precision) @ design + np.diag(np.array(sds) ** -2.0)
+        root = np.linalg.cholesky(posterior)
+        mean = np.linalg.solve(posterior, design.T @ (precision * values) + means / np.array(sds) ** 2)
+        theta = mean + np.linalg.solve(root.T, rng.normal(size=len(mean)))
+        effects, deviations = np.split(theta[3:], [len(sources)])
+        new = []
+        for grid, numbers in ((grids["between"], effects), (grids["within"], deviations)):
+            log_density = -len(numbers) * np.log(grid) - (numbers**2).sum() / (2 * grid**2)
+            density = np.exp(log_density - log_density.max())
+            new.append(float(rng.choice(grid, p=density / density.sum())))
+        between, within = new
+        terms = np.array([1.0, math.log(place.batch_size / 128), math.log(place.steps / 780)])
+        drawn.append(place.log_law + terms @ theta[:3] + rng.normal(0, math.hypot(between, within)))
+    return np.array(drawn[draws // 10 :])
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_a_gibbs_sampler():
+    optima = made(np.random.default_rng(3), 7, 0.7, offset=0.4, within=0.3, error=0.15, each=4)
+    place = replace(HERE, batch_size=16.0, steps=3000.0)
+    predicted = PooledLr(optima).predict(place, 0.8)
+    low, middle, high = np.quantile(gibbs_predictions(optima, place, 20_000), [0.1, 0.5, 0.9])
+    assert predicted.mean == pytest.approx(middle, abs=0.03)
+    assert (predicted.low, predicted.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
+
+
+def test_a_source_that_measured_the_place_pulls_its_own_prediction():
+    optima = made(np.random.default_rng(3), 6, 0.05, error=0.1, each=3)
+    high = [Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1), Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1)]
+    pooled = PooledLr([*optima, *high])
+    own, further = pooled.predict(HERE, measured=("mine", "m")), pooled.predict(HERE)
+    assert own.mean - HERE.log_law == pytest.approx(2, abs=0.3)
+    assert abs(further.mean - HERE.log_law) < 1
+    assert own.high - own.low < further.high - further.low
+
+
+def test_what_is_not_known_widens_and_does_not_move():
+    pooled = PooledLr(made(np.random.default_rng(4), 6, 0.3))
+    known, unknown = pooled.predict(HERE), pooled.predict(replace(HERE, batch_size=math.nan, steps=math.nan))
+    assert unknown.mean == pytest.approx(known.mean)
+    assert unknown.high - unknown.low > known.high - known.low
+
+
+def test_mistakes_are_refused():
+    optima = made(np.random.default_rng(5), 2, 0.3)
+    with pytest.raises(ValueError, match="pooling needs two sources; there are 1"):
+        PooledLr(optima[:2])
+    for wrong in ({"error": 0.0}, {"log_lr": math.nan}):
+        with pytest.raises(ValueError, match="a number and an error above 0"):
+            PooledLr([*optima, replace(optima[0], **wrong)])
+
+
+def test_known_coefficients_are_recovered_from_many_sources():
+    pooled = PooledLr(made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4))
+    here = pooled.predict(HERE)
+    assert here.mean - HERE.log_law == pytest.approx(-0.7, abs=0.12)
+    larger = pooled.predict(replace(HERE, batch_size=128 * math.e))
+    longer = pooled.predict(replace(HERE, steps=780 * math.e))
+    assert larger.mean - here.mean == pytest.approx(0.25, abs=0.12)
+    assert longer.mean - here.mean == pytest.approx(-0.15, abs=0.12)
+    # The interval of a further source is that of a normal distribution with the SD between sources.
+    assert here.high - here.low == pytest.approx(2 * 1.282 * 0.3, rel=0.35)

@@ -1,0 +1,237 @@
+"""Recommended settings and conversions: the answers of before, and what moves them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from lora_advice.cli import app
+from lora_advice.errors import UserError
+from lora_advice.optima import LrOptimum
+from lora_advice.recommend import LoraRun, convert, recommend
+from lora_advice.theory import FACTS
+from lora_advice.user_model import find_model
+from lora_advice.variants import lr_factor
+from typer.testing import CliRunner
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+LRS = ("lora_lr", "fullft_lr")
+HERE = Path(__file__).parent
+
+
+def table(name):
+    with (HERE / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("known", table("known_answers.csv"), ids=lambda row: f"{row['model']} {row['steps']}")
+def test_the_settings_are_those_of_before(tmp_path, known):
+    given = {name: int(known[name]) for name in ("tokens", "batch_size", "steps") if known[name]}
+    advice = recommend(known["model"], results=tmp_path, **given)
+    for name in (*LRS, "rl_lora_lr", "rl_fullft_lr"):
+        setting = advice.settings[name]
+        expected = [float(known[f"{name}{end}"]) for end in ("", "_low", "_high")]
+        assert [setting.value, setting.low, setting.high] == expected
+    counts = {"rank": "rank", "lora_parameters": "lora_parameters", "batch_size": "recommended_batch"}
+    assert {name: str(advice.settings[name].value) for name in counts} == {n: known[c] for n, c in counts.items()}
+    sources = advice.sources_of_lr["lora"]
+    assert (sources.measured_by or "", sources.sources[0].source) == (known["measured_by"], known["heaviest_source"])
+
+
+@pytest.mark.parametrize("known", table("known_conversions.csv"), ids=lambda row: row["options"])
+def test_the_conversions_are_those_of_before(tmp_path, monkeypatch, known):
+    monkeypatch.chdir(tmp_path)
+    result = command("convert", known["model"], *known["options"].split(), "--json")
+    setting = json.loads(result.stdout)
+    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [
+        known[n] for n in ("value", "low", "high")
+    ]
+
+
+def test_facts_have_their_hashes():
+    manifest = json.loads((FACTS / "manifest.json").read_text())
+    files = {path.name: sha256(path.read_bytes()).hexdigest() for path in FACTS.iterdir()}
+    del files["manifest.json"]
+    assert manifest == files
+
+
+def test_batch_size_and_length_move_the_learning_rates_and_beyond_the_evidence_it_says_so(tmp_path):
+    small, large, far = (
+        recommend(LLAMA, batch_size=batch, steps=steps, results=tmp_path)
+        for batch, steps in ((8, 1000), (512, 1000), (4096, 100_000))
+    )
+    assert (small.settings["batch_size"].value, small.settings["batch_size"].source) == (8, "your choice")
+    assert any("No source has measured a batch size near 4,096; the nearest is 512" in note for note in far.notes)
+    assert any("No source has measured a length, in steps, near 100,000" in note for note in far.notes)
+    assert not any("No source has measured" in note for note in small.notes)
+    for name in LRS:
+        few, many, beyond = (recommendation.settings[name] for recommendation in (small, large, far))
+        # Between no effect and the square root of the batch size.
+        assert 1 < many.value / few.value < 8
+        assert beyond.high / beyond.low > many.high / many.low
+
+
+def test_a_learning_rate_is_converted_to_an_alpha_a_rank_and_a_variant(tmp_path):
+    model = find_model(LLAMA)
+
+    def converted(lr=2e-4, here=None, there=None):
+        settled = {"rank": 16, "alpha": 16.0, "steps": 1000, "batch_size": 32} | (there or {})
+        return convert(model, lr, LoraRun(**here or {}), LoraRun(**settled), results=tmp_path)
+
+    # Between no movement of A and nothing but its movement, an eighth of alpha asks for 1/8 to 1/sqrt(8) of the LR.
+    assert 2e-4 / 8 <= converted(here={"alpha": 2.0}).value < 2e-4 / math.sqrt(8)
+    assert converted(here={"rank": 1}, there={"rank": 64}).value > 2.5e-4
+    # rsLoRA is LoRA with 4 times the alpha at rank 16, and LoRA+ with 16 times.
+    for variant, alpha in (("rslora", 64.0), ("lora_plus", 256.0)):
+        lr = converted(there={"variant": variant})
+        assert (lr.value, lr.low) == (converted(here={"alpha": 16.0}, there={"alpha": alpha}).value, None)
+        assert converted(lr.value, here={"variant": variant}).value == pytest.approx(2e-4, rel=0.03)
+    assert "from 0.0002 of LoRA at alpha 16, rank 16," in lr.source
+    assert converted(there={"variant": "dora"}).value == converted(here={"variant": "qlora"}).value == 2e-4
+    pissa, factor = converted(there={"variant": "pissa"}), lr_factor("pissa", 16)
+    expected = [2e-4 * ratio for ratio in (factor.low, factor.value, factor.high)]
+    assert [pissa.low, pissa.value, pissa.high] == pytest.approx(expected, rel=0.05)
+    assert f"PiSSA was measured as {factor}" in pissa.source
+    # Between settings of one variant nothing is uncertain that was measured of it.
+    same = converted(here={"variant": "pissa"}, there={"variant": "pissa"})
+    assert (same.value, same.low, same.high) == (2e-4, None, None)
+
+
+def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
+    llama = recommend(str(base), results=tmp_path).settings["lora_lr"]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    recommendation = recommend(str(base), results=tmp_path)
+    lr = recommendation.settings["lora_lr"]
+    assert lr.high / lr.low > llama.high / llama.low
+    assert any("The law has no exponent for the family 'mistral'" in note for note in recommendation.notes)
+
+
+OWN = {"family": "llama", "width": 128, "alpha": 32, "dataset": "d", "batch_size": 16, "steps": 200, "rl": False}
+OWN |= {"parameters": 828_288, "model": "m", "rank": "", "matches": "", "error": 0.14, "counts": True}
+
+
+def write_optima(results, weights, **changes):
+    """Write the optima of a preset, far from what other sources say, as the suite does."""
+    rows = [
+        OWN | {"method": "fullft", "lr": 1e-2, "lr_low": 8e-3, "lr_high": 1.2e-2, "remark": "fitted"},
+        OWN | {"method": "lora", "lr": 5e-2, "lr_low": "", "lr_high": "", "remark": "fitted, not resolved"},
+    ]
+    rows[1] |= {"rank": 32, "matches": "yes", "counts": False, "error": ""}
+    (results / "mine/tables").mkdir(parents=True)
+    with (results / "mine/tables/optima.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "weights"])
+        writer.writeheader()
+        writer.writerows(row | {"weights": weights, "model": weights} | changes for row in rows)
+
+
+def test_own_optima_are_shown_and_pooled(tmp_path, shipped):
+    weights = {"model.safetensors": sha256((shipped / "llama-128/model.safetensors").read_bytes()).hexdigest()}
+    write_optima(tmp_path, json.dumps(weights))
+    near = {"batch_size": 16, "steps": 200}
+    before = recommend("tiny", results=tmp_path / "none", **near)
+    for name in ("tiny", str(shipped / "llama-128")):
+        after = recommend(name, results=tmp_path, **near)
+        fullft, lora = after.seen
+        assert fullft.where == f"measured, {tmp_path / 'mine'}: d, batch 16, 200 steps"
+        assert (fullft.lr, fullft.low, fullft.high) == (1e-2, 8e-3, 1.2e-2)
+        assert (lora.rank, lora.low) == (32, None)
+        assert lora.where.endswith("; LoRA matches; not resolved")
+        assert after.sources_of_lr["fullft"].measured_by == "your own presets"
+        # Without an error it is shown, and does not count.
+        assert after.settings["lora_lr"] == before.settings["lora_lr"]
+        was, now = (abs(math.log(advice.settings["fullft_lr"].value / 1e-2)) for advice in (before, after))
+        assert now < was / 2
+    # A base of the same family and sizes with other weights was not measured.
+    other = recommend("llama-128-tenth", results=tmp_path, **near)
+    assert other.seen[0].where.startswith("measured on another model of this size, ")
+    assert other.sources_of_lr["fullft"].measured_by is None
+    assert recommend("llama-64", results=tmp_path).seen == ()
+
+
+def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
+    measured = [recommend(str(base), results=tmp_path).sources_of_lr["lora"].measured_by]
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    measured.append(recommend(str(base), results=tmp_path).sources_of_lr["lora"].measured_by)
+    assert measured == ["lorabench", None]
+
+
+def test_a_model_of_the_hub_is_known_by_its_id(tmp_path):
+    write_optima(tmp_path, json.dumps({LLAMA: "0" * 40}), width=4096, parameters=8_030_261_248)
+    for name, source in ((LLAMA, "your own presets"), ("somebody/Llama-3.1-8B", None)):
+        assert recommend(name, results=tmp_path).sources_of_lr["fullft"].measured_by == source
+
+
+def test_a_configuration_stands_for_the_model_that_it_describes(tmp_path):
+    config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
+    by_name, by_config = (recommend(model, 1e6, steps=200, results=tmp_path) for model in ("Qwen/Qwen3-8B", config))
+    assert by_config.settings == by_name.settings
+    assert by_config.model["parameters"] == by_name.model["parameters"] == 8_190_735_360
+
+
+def test_capacity_and_short_runs_are_noted(tmp_path):
+    recommendation = recommend("tiny", 10_000_000, results=tmp_path)
+    assert recommendation.settings["rank"].value == 64
+    notes = recommendation.notes + recommend("tiny", 400.0, 40, results=tmp_path).notes
+    for words in ("LoRA may run out of capacity", "10 Mbit in the data", "1.06 Mbit in the adapter"):
+        assert any(words in note for note in notes)
+    for words in ("an extrapolation", "The run has 10 steps"):
+        assert any(words in note for note in notes)
+
+
+def test_json_and_table_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = json.loads(command("recommend", LLAMA, "--json").stdout)
+    assert printed == json.loads(json.dumps(asdict(recommend(LLAMA))))
+    assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
+    shown = command("recommend", LLAMA).stdout
+    assert all(text in shown for text in ("2.86e-4", "2.86e-5", "tinker", "tulu3")[:2])
+    assert "LoRA learning rate, converted: 2e-4" in command("convert", LLAMA, "--lr", "2e-4", "--steps", 99).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("recommend nosuch", "model 'nosuch' is no folder, no hub id"),
+        ("recommend a.gguf", "is a GGUF file: name the folder or hub id of the model it was made from"),
+        ("recommend tiny --data x.csv", "x.csv can't be read: No such file"),
+        ("recommend tiny --data own.jsonl --batch-size 64", "batch size 64 is more than the 20 training examples"),
+        ("convert tiny --variant eva", "variant 'eva' is not known; allowed: lora, rslora"),
+        ("convert tiny --from-variant dora --steps 9", "need --lr"),
+        ("convert tiny --lr 1e-4 --alpha 16", "can't be converted without a number of steps: give --steps"),
+        ("convert tiny --lr 0", "--lr 0: must be above 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(20)))
+    result = command(*arguments.split())
+    assert result.exit_code == 2
+    assert re.search(re.escape(message), result.stderr)
+    assert result.stderr.count("\n") == 1
+
+
+def test_optima_of_lora_are_stated_at_alpha_32():
+    known = {"family": "llama", "width": 2000, "lr": 1e-4, "error": 0.1, "alpha": 16}
+    lora, fullft = (LrOptimum(method=method, **known) for method in ("lora", "fullft"))
+    assert lora.pooled.log_lr == pytest.approx(math.log(1e-4) - 0.75 * math.log(2))
+    assert fullft.pooled.log_lr == pytest.approx(math.log(1e-4))
+    assert replace(lora, alpha=math.nan).pooled.error > 0.5
+
+
+def test_a_table_of_optima_that_is_none_is_named(tmp_path):
+    write_optima(tmp_path, "w", error=-1)
+    with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
+        recommend("tiny", results=tmp_path)

@@ -1,0 +1,342 @@
+"""The folders that `lora-advice trainer` writes: trainers know every key, and TRL trains as the suite does."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from lora_advice.audit.checks import audit
+from lora_advice.audit.files import read_paths
+from lora_advice.cli import app
+from lora_advice.errors import UserError
+from lora_advice.recommend import recommend
+from lora_advice.trainer_files import Choices, write_folder
+from lora_advice.user_model import find_model
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
+# The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at
+# ff6d4d12 (src/llamafactory/hparams, and TrainingArguments of transformers), of torchtune at bd2a0fc7 (its recipes, and
+# the parameters of the components) and of verl at b178a3cd (verl/trainer/config/_generated_ppo_trainer.yaml).
+KNOWN = {
+    "axolotl": """
+        adam_beta1 adam_beta2 adapter base_model bf16 chat_template chat_template_jinja datasets evals_per_epoch
+        gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lora_alpha lora_dropout lora_r
+        lora_rank_pattern lora_target_linear lora_target_parameters lr_scheduler max_grad_norm max_steps
+        micro_batch_size num_epochs optimizer output_dir sample_packing seed sequence_len tf32 val_set_size warmup_steps
+        weight_decay
+    """,
+    "llamafactory": """
+        adam_beta1 adam_beta2 bf16 cutoff_len dataset dataset_dir disable_gradient_checkpointing do_train eval_on_start
+        eval_strategy finetuning_type gradient_accumulation_steps learning_rate logging_steps lora_alpha lora_dropout
+        lora_rank lora_target lr_scheduler_type max_grad_norm max_steps model_name_or_path num_train_epochs optim
+        output_dir packing per_device_train_batch_size seed stage template val_size warmup_steps weight_decay
+    """,
+    "torchtune": """
+        batch_size checkpointer.checkpoint_dir checkpointer.checkpoint_files checkpointer.model_type
+        checkpointer.output_dir compile dataset.column dataset.conversation_column dataset.conversation_style
+        dataset.data_files dataset.source dataset.train_on_input device dtype enable_activation_checkpointing epochs
+        gradient_accumulation_steps log_every_n_steps log_level lr_scheduler.num_cycles lr_scheduler.num_warmup_steps
+        max_steps_per_epoch metric_logger.log_dir model.apply_lora_to_mlp model.lora_alpha model.lora_attn_modules
+        model.lora_dropout model.lora_rank optimizer.betas optimizer.lr optimizer.weight_decay optimizer_in_bwd
+        output_dir resume_from_checkpoint seed shuffle tokenizer.max_seq_len tokenizer.merges_file tokenizer.path
+    """,
+    "verl": """
+        actor.entropy_coeff actor.grad_clip actor.loss_agg_mode actor.optim.betas actor.optim.lr
+        actor.optim.lr_scheduler_type actor.optim.lr_warmup_steps actor.optim.weight_decay
+        actor.ppo_micro_batch_size_per_gpu actor.ppo_mini_batch_size actor.use_kl_loss algorithm.adv_estimator
+        algorithm.norm_adv_by_std_in_grpo custom_reward_function.path data.filter_overlong_prompts
+        data.max_prompt_length data.max_response_length data.seed data.train_batch_size data.train_files data.val_files
+        model.enable_gradient_checkpointing model.lora_alpha model.lora_rank model.path model.target_modules
+        rollout.load_format rollout.log_prob_micro_batch_size_per_gpu rollout.n rollout.name rollout.temperature
+        rollout.tensor_model_parallel_size trainer.default_local_dir trainer.logger trainer.n_gpus_per_node
+        trainer.save_freq trainer.test_freq trainer.total_epochs trainer.total_training_steps
+    """,
+}
+COMPONENTS = {
+    "torch.optim.AdamW",
+    "torchtune.datasets.chat_dataset",
+    "torchtune.models.qwen3.lora_qwen3_8b_base",
+    "torchtune.models.qwen3.qwen3_8b_base",
+    "torchtune.models.qwen3.qwen3_tokenizer",
+    "torchtune.modules.loss.LinearCrossEntropyLoss",
+    "torchtune.training.FullModelHFCheckpointer",
+    "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+    "torchtune.training.metric_logging.DiskLogger",
+}
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """Write examples in JSON lines: reverse two words."""
+    rows = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def written(trainer, folder, model, *options):
+    """Write a folder by the command; return its settings, its text, and the rows of its data."""
+    arguments = [trainer, model, "--out", folder, *options]
+    result = CliRunner().invoke(app, ["trainer", *map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    text = (folder / f"{trainer}.yaml").read_text()
+    start = next(line for line in text.splitlines() if line.startswith("# Start with: "))
+    assert " ".join(result.stdout.split()).endswith(start.removeprefix("# Start with: "))
+    data = folder / "train.jsonl"
+    lines = data.read_text().splitlines() if data.exists() else []
+    return yaml.safe_load(text), text, [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """Return a folder with the configuration of Qwen3-8B-Base, and with files of its kind."""
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    for part in (1, 2):
+        save_file({f"w{part}": np.zeros((4096, 8), np.float32)}, folder / f"model-0000{part}-of-00002.safetensors")
+    return folder
+
+
+def flat(settings, prefix=""):
+    """Return settings by dotted key, in their order."""
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, qwen, full):
+    recommended = recommend(str(qwen), batch_size=8, steps=500).settings
+    options = ["--steps", 500, "--batch-size", 8, *(["--full"] if full else [])]
+    for trainer in TRAINERS:
+        settings, text, _ = written(trainer, tmp_path / trainer, qwen, *options)
+        keys = flat(settings) if trainer == "torchtune" else settings
+        assert {value for key, value in keys.items() if key.endswith("_component_")} <= COMPONENTS
+        named = {key for key in keys if not key.endswith("_component_")}
+        assert trainer == "trl" or named <= set(KNOWN[trainer].split())
+        assert any("lora" in key or value == "lora" for key, value in keys.items()) != full
+        assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
+        if trainer == "torchtune":
+            assert keys["checkpointer.checkpoint_files"][1] == "model-00002-of-00002.safetensors"
+    configs = [config for trainer in TRAINERS for config in read_paths([tmp_path / trainer]).configs]
+    assert [config.format for config in configs] == list(TRAINERS)
+    for config in configs:
+        assert (config.task, config.method) == ("sft", "fullft" if full else "lora")
+        # A learning rate such as 1e-4 would be text to PyYAML.
+        assert config.lr == recommended["fullft_lr" if full else "lora_lr"].value
+        assert config.batch_size == 8
+        assert (config.rank, config.alpha) == ((None, None) if full else (recommended["rank"].value, 32))
+        if config.format == "torchtune":
+            assert config.model == "qwen3_8b_base"
+        else:
+            assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
+    assert {finding.level for finding in audit(configs)} <= {"note"}
+
+
+def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tmp_path, qwen):
+    data = write_rows(tmp_path / "own.jsonl", 800)
+    for trainer in TRAINERS:
+        written(trainer, tmp_path / trainer, qwen, "--data", data)
+        [config] = read_paths([tmp_path / trainer]).configs
+        assert (config.examples, config.batch_size) == (800, 8)
+        findings = {finding.code: finding for finding in audit([config])}
+        assert findings["lr"].level == "note"
+        assert "about the recommended" in findings["lr"].message
+
+
+def test_a_learning_rate_of_the_users_has_its_alpha_and_rank(tmp_path, qwen):
+    settings, _, _ = written("trl", tmp_path / "trl", qwen, "--lr", 2e-4, "--rank", 4, "--alpha", 64, "--steps", 9)
+    assert (settings["learning_rate"], settings["lora_r"], settings["lora_alpha"]) == (2e-4, 4, 64)
+
+
+CHATS = {
+    "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
+    "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},
+    "instruction/output": {"instruction": "2+2", "input": "", "output": "4"},
+    "text": {"text": "2+2 is 4"},
+}
+TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_each_form_of_data_becomes_one_that_the_trainers_read(tmp_path, shipped, form):
+    data = tmp_path / "a'b\"c  # \n{x}.jsonl"
+    data.write_text(json.dumps(CHATS[form]) + "\n{}\n")
+    for name in ("trl", "axolotl", "llamafactory"):
+        folder = tmp_path / f"# {name}"
+        settings, _, [row] = written(name, folder, shipped / "llama-128", "--data", data)
+        chats = {"messages": TURNS * (1 + (form == "messages"))}
+        if name == "trl":
+            scored = {"messages": (None, True), "text": (None, None)}.get(form, (True, None))
+            assert (settings.get("completion_only_loss"), settings.get("assistant_only_loss")) == scored
+            assert settings["datasets"] == [{"path": "json", "data_files": str(folder / "train.jsonl")}]
+            chats = chats if form == "messages" else {"prompt": TURNS[:1], "completion": TURNS[1:]}
+        elif name == "axolotl":
+            kind = {"type": "completion"} if form == "text" else {"type": "chat_template", "field_messages": "messages"}
+            assert kind.items() <= settings["datasets"][0].items()
+            assert settings["datasets"][0]["path"] == str(folder / "train.jsonl")
+        else:
+            info = json.loads((folder / "dataset_info.json").read_text())[settings["dataset"]]
+            assert (settings["dataset_dir"], info["file_name"]) == (str(folder), "train.jsonl")
+            columns = {"prompt": "text"} if form == "text" else {"messages": "messages"}
+            assert (settings["stage"], info["columns"]) == ("pt" if form == "text" else "sft", columns)
+        assert row == ({"text": "2+2 is 4"} if form == "text" else chats)
+
+
+def test_data_of_the_hub_are_named_and_not_read(tmp_path, qwen):
+    settings, _, _ = written("trl", tmp_path / "trl", qwen, "--data", "owner/chats")
+    assert (settings["datasets"], settings["assistant_only_loss"]) == ([{"path": "owner/chats"}], True)
+    settings, _, _ = written("axolotl", tmp_path / "ax", qwen, "--data", "owner/chats", "--format", "conversations")
+    assert settings["datasets"][0]["message_property_mappings"] == {"role": "from", "content": "value"}
+    written("llamafactory", tmp_path / "lf", qwen, "--data", "owner/chats")
+    info = json.loads((tmp_path / "lf/dataset_info.json").read_text())["train"]
+    assert (info["hf_hub_url"], info["columns"]) == ("owner/chats", {"messages": "messages"})
+
+
+def test_a_model_without_a_chat_template_gets_one(tmp_path, base):
+    data = write_rows(tmp_path / "own.jsonl", 8)
+    settings, _, [row, *_] = written("trl", tmp_path / "trl", base, "--data", data)
+    assert settings["assistant_only_loss"]
+    assert "{% generation %}" in Path(settings["chat_template_path"]).read_text()
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+
+
+def test_experts_get_lora(tmp_path, shipped):
+    stacks, model = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], shipped / "moe-128"
+    settings, text, _ = written("trl", tmp_path / "trl", model)
+    assert settings["lora_target_parameters"] == stacks
+    assert "their rank is 2 times the paper's" in text
+    settings, _, _ = written("axolotl", tmp_path / "axolotl", model)
+    assert settings["lora_target_parameters"] == stacks
+    assert settings["lora_rank_pattern"] == {r"experts\..+": settings["lora_r"] // 2}
+    assert {finding.level for finding in audit(read_paths([tmp_path]).configs)} == {"note"}
+    written("llamafactory", tmp_path / "llamafactory", model, "--full")
+
+
+@pytest.mark.parametrize("grader", ["number", "boxed"])
+def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
+    data, folder, full = tmp_path / "problems.jsonl", tmp_path / "verl", grader == "boxed"
+    answers = ["#### {}", "{}"] if grader == "number" else [r"so \boxed{{{}}}", "{}"]
+    rows = [{"question": f"What is {n} + 2?", "answer": answers[n % 2].format(n + 2)} for n in range(20)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--out", folder, "--data", data, "--grader", grader, *(["--full"] if full else [])]
+    result = CliRunner().invoke(app, ["trainer", "verl", str(shipped / "llama-128"), *map(str, options)])
+    assert result.exit_code == 0, result.stderr
+    text = (folder / "verl.sh").read_text()
+    keys = re.findall(r"^  '?(?:actor_rollout_ref\.)?([\w.]+)=.*  # .+$", text, re.MULTILINE)
+    assert set(keys) <= set(KNOWN["verl"].split())
+    # Beside them there are a heading of two lines, the ends of the array, and the command.
+    assert len(keys) == len(text.splitlines()) - 5
+    [config] = read_paths([folder]).configs
+    settings = recommend(str(shipped / "llama-128")).settings
+    assert (config.task, config.lr) == ("rl", settings["rl_fullft_lr" if full else "rl_lora_lr"].value)
+    assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
+    assert {finding.level for finding in audit([config])} <= {"note"}
+    train, test = (
+        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    )
+    assert (len(train), len(test)) == (16, 4)
+    truths = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in train + test}
+    box = " Write your answer in \\boxed{} format." if full else ""
+    assert truths == {f"What is {n} + 2?{box}": str(n + 2) for n in range(20)}
+    assert {row["data_source"] for row in train} == {"lighteval/MATH" if full else "number"}
+    if not full:
+        score = runpy.run_path(str(folder / "reward.py"))["compute_score"]
+        rewards = {"1,200 + 34 = 1,234.0": 1, "1234 or 1": 0, "none": 0, "10-1234": 1, "it is -1234": 0}
+        assert {response: score("number", response, "1234") for response in rewards} == rewards
+
+
+def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base, shipped):
+    new, tiny = tmp_path / "new", str(shipped / "llama-128")
+    for trainer, folder, model, choices, message in (
+        ("trl", tmp_path, tiny, {}, "exists; --out names another folder"),
+        ("verl", new, tiny, {}, "verl, and no other trainer here, is for problems"),
+        ("nemo", new, tiny, {}, "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
+        ("torchtune", new, "Qwen/Qwen3-8B", {}, "is no local folder, which torchtune needs"),
+        (
+            "torchtune",
+            new,
+            str(base),
+            {},
+            "has not the sizes of a model of torchtune that is known here: llama3_2_1b, ",
+        ),
+        ("llamafactory", new, str(shipped / "moe-128"), {}, "is a mixture of experts, which get no LoRA from llamafac"),
+        ("trl", new, "tiny", {}, "tiny is a base of the suite, which no trainer knows by this name"),
+        ("trl", new, tiny, {"rank": 4}, "--rank and --alpha need --lr"),
+    ):
+        described = find_model(model)
+        with pytest.raises(UserError, match=message):
+            write_folder(trainer, folder, described, recommend(described), "", Choices(**choices))
+        assert not new.exists()
+
+
+def trained_by_trl(folder, text):
+    """Train by TRL as `trl sft --config` does, but in fp32 on the CPU; return the losses and the learning rates."""
+    sft = pytest.importorskip("trl.scripts.sft")
+    path = folder / "trl.yaml"
+    held_out = ("test_split_size", "eval_strategy", "eval_on_start")
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(held_out)))
+    options = ("--config", str(path), "--use_cpu", "--bf16", "false")
+    sft.main(*sft.make_parser().parse_args_and_config(options, fail_with_unknown_args=True))
+    [state] = (folder / "out").glob("checkpoint-*/trainer_state.json")
+    steps = [step for step in json.loads(state.read_text())["log_history"] if "loss" in step]
+    return [step["loss"] for step in steps], {step["learning_rate"] for step in steps}
+
+
+def encoded(model, rows):
+    """Return examples as the suite encodes them."""
+    from lorabench.config.inputs import PathModel
+    from lorabench.data.tokens import encode_chat
+    from lorabench.models.base import load_tokenizer
+
+    spec = PathModel(kind="path", path=str(model), chat_template="plain", parameters=1, hidden_size=1)
+    tokenizer = load_tokenizer(spec)
+    return [encode_chat(tokenizer, row.get("messages") or row["prompt"] + row["completion"]) for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_trl_trains_as_the_reference_of_the_suite_does(tmp_path, base, full, monkeypatch):
+    reference = pytest.importorskip("lorabench.training.reference")
+    data = write_rows(tmp_path / "own.jsonl", 8)
+    # Each step has all examples, so that their order does not matter.
+    options = ["--data", data, "--steps", 4, "--batch-size", 8, *(["--full"] if full else [])]
+    settings, text, rows = written("trl", tmp_path / "trl", base, *options)
+    losses, lrs = trained_by_trl(tmp_path / "trl", text)
+    assert lrs == {settings["learning_rate"]}
+    # TRL puts no LoRA on the unembedding.
+    monkeypatch.setattr(reference, "LAYERS", [name for name in reference.LAYERS if name != "lm_head"])
+    rank = None if full else settings["lora_r"]
+    expected, _ = reference.train_sft(base, encoded(base, rows), 4, 8, settings["learning_rate"], rank, 32.0, seed=0)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0] - 2
+
+
+@pytest.mark.slow
+def test_trl_trains_experts_and_not_the_router(tmp_path, shipped):
+    pytest.importorskip("trl.scripts.sft")
+    from safetensors.torch import load_file
+
+    model = Path(shutil.copytree(shipped / "moe-128", tmp_path / "moe"))
+    data = write_rows(tmp_path / "own.jsonl", 8)
+    settings, text, _ = written("trl", tmp_path / "trl", model, "--data", data, "--batch-size", 8)
+    trained_by_trl(tmp_path / "trl", text)
+    adapter = load_file(tmp_path / "trl/out/adapter_model.safetensors")
+    sizes = {name: len(value) for name, value in adapter.items() if "lora_A" in name}
+    experts = [name for name in sizes if "experts" in name]
+    # Beside the experts of the three layers it is on attention, and not on the router.
+    assert (len(experts), len(sizes) - len(experts)) == (2 * 3, 4 * 3)
+    # A stack has the rank for each of its eight experts.
+    assert {sizes[name] for name in experts} == {8 * settings["lora_r"]}
+    assert all(value.abs().max() > 0 for value in adapter.values())

@@ -1,1 +1,0 @@
-"""What the configurations and finished adapters that people have would cost, without a run: `lorabench audit`."""

@@ -1,1 +1,0 @@
-"""Tests of the audit of other trainers' configurations."""
