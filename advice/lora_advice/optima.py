@@ -167,7 +167,9 @@ class KnownOptima:
         own = {path: read_optima(path) for path in sorted(results.glob("*/tables/optima.csv"))}
         self.optima = published + [optimum for table in own.values() for optimum in table]
         identity = cache(lambda: _identity(model.name))
-        known_as = {name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]}
+        known_as = {
+            name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]
+        }
         self.same = {(PROJECT, name) for name in known_as}
         """The sources and names by which they have this very model, not one of its family and width alone."""
         self.seen: list[SeenOptimum] = []

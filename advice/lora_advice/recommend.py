@@ -250,7 +250,9 @@ def recommendation_table(recommendation: Recommendation) -> None:
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
         rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
     formats.print_table(("setting", "value", "source"), rows)
-    shares = {method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()}
+    shares = {
+        method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()
+    }
     everyone = {share.source: share for lr in recommendation.sources_of_lr.values() for share in lr.sources}
     weights = {name: sum(own[name].weight for own in shares.values() if name in own) for name in everyone}
     rows = []

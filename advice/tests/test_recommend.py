@@ -54,7 +54,9 @@ def test_the_conversions_are_those_of_before(tmp_path, monkeypatch, known):
     monkeypatch.chdir(tmp_path)
     result = command("convert", known["model"], *known["options"].split(), "--json")
     setting = json.loads(result.stdout)
-    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [known[n] for n in ("value", "low", "high")]
+    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [
+        known[n] for n in ("value", "low", "high")
+    ]
 
 
 def test_facts_have_their_hashes():

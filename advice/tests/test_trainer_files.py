@@ -244,7 +244,8 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
     assert {finding.level for finding in audit([config])} <= {"note"}
     train, test = (
-        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "test")
+        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
     )
     assert (len(train), len(test)) == (16, 4)
     truths = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in train + test}
@@ -264,7 +265,13 @@ def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base, shipped):
         ("verl", new, tiny, {}, "verl, and no other trainer here, is for problems"),
         ("nemo", new, tiny, {}, "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
         ("torchtune", new, "Qwen/Qwen3-8B", {}, "is no local folder, which torchtune needs"),
-        ("torchtune", new, str(base), {}, "has not the sizes of a model of torchtune that is known here: llama3_2_1b, "),
+        (
+            "torchtune",
+            new,
+            str(base),
+            {},
+            "has not the sizes of a model of torchtune that is known here: llama3_2_1b, ",
+        ),
         ("llamafactory", new, str(shipped / "moe-128"), {}, "is a mixture of experts, which get no LoRA from llamafac"),
         ("trl", new, "tiny", {}, "tiny is a base of the suite, which no trainer knows by this name"),
         ("trl", new, tiny, {"rank": 4}, "--rank and --alpha need --lr"),
