@@ -82,7 +82,7 @@ def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     assert beside[0].lrs == main[0].lrs
     sweeps = make_plan(preset).sweeps
     assert sorted(len(sweep.experiments) for sweep in sweeps) == [1, 1, 1, 1, 2, 2]
-    # Sweeps of variants start where LoRA's would, times about what was measured, on the nearest point of a third of a decade.
+    # Sweeps of variants start where LoRA's would, times about what was measured, on points of a third of a decade.
     start = starting_lr(128, "rl" if grader else "sft")
     for sweep in sweeps:
         condition = sweep.condition

@@ -356,12 +356,15 @@ def commands(*words):
 NO_CONNECTION = "can't be fetched at main: no connection to http://127.0.0.1:"
 
 
+INIT = "init mine.yaml --model nosuch/model --data own.jsonl"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "words", "reason"),
     [
-        ("none", "init mine.yaml --model nosuch/model --data own.jsonl", NO_CONNECTION),
-        ("refused", "init mine.yaml --model nosuch/model --data own.jsonl", NO_CONNECTION),
+        ("none", INIT, NO_CONNECTION),
+        ("refused", INIT, NO_CONNECTION),
         (
             "broken",
             "init mine.yaml --model tiny --data nosuch/data",
