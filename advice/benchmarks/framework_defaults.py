@@ -35,8 +35,9 @@ from matplotlib.figure import Figure
 from advice.benchmarks.audit_regret import rounded
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, write_part
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED
+from lorabench.utils.markdown import write_part
 
 
 class Framework(NamedTuple):
