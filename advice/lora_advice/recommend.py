@@ -147,7 +147,7 @@ def recommend(
         *known.outside(batch, length),
         f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
         *_notes(model, rank, length, tokens),
-        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` estimates "
+        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
         "what it costs.",
     ]
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
