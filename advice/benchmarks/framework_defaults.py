@@ -81,7 +81,7 @@ SAID = (
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
 
 PAGE = Path("advice/docs/defaults.md")
-COSTLIEST = 10
+COSTLIEST = 5
 
 
 def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
