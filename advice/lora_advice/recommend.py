@@ -200,8 +200,7 @@ def convert(
         assert run.rank
         assert run.steps
         assert run.batch_size
-        predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
-        fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
+        fullft.append(known.recommend("fullft", run.batch_size, run.steps)[0][0])
         alpha = run.alpha * alpha_factor(run.variant, run.rank)
         as_lora.append(lr_ratio.Setting(model.width, run.steps, alpha, run.rank))
         factors.append(measured_factor(run.variant, run.rank))
