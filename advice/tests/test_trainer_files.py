@@ -84,7 +84,7 @@ def write_rows(path: Path, count: int) -> Path:
 def audit(configs):
     """Return all findings in configurations."""
     known = Knowledge()
-    return [*(finding for config in configs for finding in check_run(config, known)), *compare_runs(configs, known)]
+    return [*(finding for config in configs for finding in check_run(config, known)), *compare_runs(configs)]
 
 
 def written(trainer, folder, model, *options):
