@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import file_digest
@@ -134,15 +135,13 @@ def read_optima(path: Path) -> list[LrOptimum]:
     Raises:
         UserError: a row is not valid.
     """
-    kinds = {field.name: field.type for field in fields(LrOptimum)}
+    kinds = {field.name: str(field.type) for field in fields(LrOptimum)}
+    readers: dict[str, Callable[[str], Any]] = {"float": float, "bool": "True".__eq__, "str": str}
     optima = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            known: dict[str, Any] = {}
             try:
-                for name, text in row.items():
-                    if name in kinds and text:
-                        known[name] = {"float": float, "bool": "True".__eq__}.get(str(kinds[name]), str)(text)
+                known = {name: readers[kinds[name]](text) for name, text in row.items() if name in kinds and text}
                 optimum = LrOptimum(**known)
                 if optimum.counts and not (optimum.lr > 0 and optimum.error > 0):
                     raise ValueError("an optimum that counts has an LR and an error above 0")

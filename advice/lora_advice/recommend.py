@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,41 +181,29 @@ def convert(
     if not there.steps:
         raise UserError("a learning rate can't be converted without a number of steps: give --steps")
     batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
-    alpha, rank = there.alpha or ALPHA, there.rank or here.rank or recommended_rank(model, tokens)
-    there = replace(there, alpha=alpha, rank=rank, batch_size=batch)
+    rank = there.rank or here.rank or recommended_rank(model, tokens)
+    wanted: tuple[float, ...] = (there.alpha or ALPHA, rank, there.steps, batch)
     known, log_error = KnownOptima(model, results), 0.0
     if lr is None:
         (lr, low, high), _ = known.recommend("lora", batch, there.steps)
         here, log_error = LoraRun(alpha=ALPHA), math.log(high / low) / 2
-    here = replace(
-        here,
-        alpha=here.alpha or alpha,
-        rank=here.rank or rank,
-        steps=here.steps or there.steps,
-        batch_size=here.batch_size or batch,
-    )
-    fullft, as_lora, factors = [], [], []
-    for run in (here, there):
-        assert run.alpha
-        assert run.rank
-        assert run.steps
-        assert run.batch_size
-        fullft.append(known.recommend("fullft", run.batch_size, run.steps)[0][0])
-        alpha = run.alpha * alpha_factor(run.variant, run.rank)
-        as_lora.append(lr_ratio.Setting(model.width, run.steps, alpha, run.rank))
-        factors.append(measured_factor(run.variant, run.rank))
-    converted = lr_ratio.converted_lr(lr / factors[0].value, *as_lora, fullft[1] / fullft[0]) * factors[1].value
+    stated = (here.alpha, here.rank, here.steps, here.batch_size)
+    given = tuple(own or other for own, other in zip(stated, wanted, strict=True))
+    fullft, as_lora, factors, runs = [], [], [], []
+    for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
+        fullft.append(known.recommend("fullft", size, steps)[0][0])
+        as_lora.append(lr_ratio.Setting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        factors.append(measured_factor(variant, own_rank))
+        name = VARIANT_NAMES[variant]
+        runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")
+    first, last = as_lora
+    converted = lr_ratio.converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
     # Between settings of one variant its factor cancels.
     error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
     ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
-    stated = [
-        f"{VARIANT_NAMES[run.variant]} at alpha {run.alpha:g}, rank {run.rank:g}, {run.steps:g} steps of "
-        f"{run.batch_size:g} examples"
-        for run in (here, there)
-    ]
     rules = [lr_rule(variant) for variant in dict.fromkeys((here.variant, there.variant)) if variant != "lora"]
-    why = "; ".join([f"by the theory `movement` from {lr:g} of {stated[0]} to {stated[1]}", *rules])
-    return Setting(f"{VARIANT_NAMES[there.variant]} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
+    why = "; ".join([f"by the theory `movement` from {lr:g} of {runs[0]} to {runs[1]}", *rules])
+    return Setting(f"{name} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
 
 
 def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> list[str]:

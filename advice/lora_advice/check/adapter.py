@@ -192,7 +192,7 @@ def _update(
     for own_a, own_b in zip(
         a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True
     ):
-        right, left = (np.linalg.qr(factor.astype(np.float64), mode="r") for factor in (own_a.T, own_b))
+        right, left = (np.asarray(np.linalg.qr(part.astype(np.float64), mode="r")) for part in (own_a.T, own_b))
         values = np.linalg.svd(left @ right.T, compute_uv=False)
         energy += float((values**2).sum())
         first += float(values[0] ** 2)

@@ -113,9 +113,11 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
             row = _row(probe, str(own), dtype, computed, logits(unmerged, probe.ids))
         rows.append(row)
         findings += [] if row.same else [finding("merged", "error", row.verdict)]
-    nlls = (float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits))
+    nll, adapter_nll = (
+        float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits)
+    )
     about = (probe.model.name, str(probe.adapter), len(probe.ids))
-    return Merging(*about, *nlls, effect, tuple(rows), tuple(findings))
+    return Merging(*about, nll, adapter_nll, effect, tuple(rows), tuple(findings))
 
 
 def _difference(reference: Tensor, other: Tensor) -> Difference | None:

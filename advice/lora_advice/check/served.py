@@ -99,8 +99,8 @@ def _compare(probe: Probe, name: str, nlls: Tensor) -> Served:
             serves = "adapter" if abs(strength - 1) <= _NEAR else "base" if abs(strength) <= _NEAR else "neither"
         sentence = f"model {name!r} serves {'neither of them' if serves == 'neither' else f'the {serves}'}"
         sentence += f": it has {strength:.0%} of the adapter's effect, and {rest:.2g} nats per token besides"
-    means = (float(values.mean()) for values in (nlls, base, full))
-    return Served(name, serves, strength, *means, sentence)
+    own_nll, base_nll, adapter_nll = (float(values.mean()) for values in (nlls, base, full))
+    return Served(name, serves, strength, own_nll, base_nll, adapter_nll, sentence)
 
 
 def _rms(values: Tensor) -> float:
