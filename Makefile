@@ -10,7 +10,7 @@ help:  ## List the targets.
 
 setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
-	pip install -c constraints.txt -e '.[test,docs]'
+	pip install -c constraints.txt -e '.[test,docs]' -e ./advice
 
 test:  ## Run the fast tests, 5 to 7 minutes on 2 cores.
 	pytest
