@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lorabench.audit.checks
 import pandas as pd
 import pytest
 
-import lorabench.audit.checks
 from lorabench import api
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.loss_fit import Noise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from lora_advice.data import examples, read_data
 from lora_advice.errors import UserError
 

@@ -11,8 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.optima import LrOptimum
@@ -20,6 +18,7 @@ from lora_advice.recommend import LoraRun, convert, recommend
 from lora_advice.theory import FACTS
 from lora_advice.user_model import find_model
 from lora_advice.variants import lr_factor
+from typer.testing import CliRunner
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 LRS = ("lora_lr", "fullft_lr")

@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
-from typer.testing import CliRunner
-
 from lora_advice.audit.checks import audit
 from lora_advice.audit.files import read_paths
 from lora_advice.cli import app
@@ -21,6 +18,8 @@ from lora_advice.errors import UserError
 from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
 from lora_advice.user_model import find_model
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
 # The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-
 from lorabench.audit.config import TrainingConfig
 from lorabench.audit.models import facts
+
 from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model

@@ -7,13 +7,13 @@ import math
 from dataclasses import replace
 
 import pytest
+from lorabench.custom.variants import lr_factor
 
 from lorabench.config.experiments import AutoLrs
 from lorabench.config.inputs import FileDataset, PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
-from lorabench.custom.variants import lr_factor
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat

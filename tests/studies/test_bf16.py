@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-
 from lorabench.audit.settings import kept_in_bf16
+
 from studies.bf16.weights import PAGE, TABLE, kept, page_part, round_weights
 
 from ..conftest import REPOSITORY

@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-
 from lora_advice.audit.readers import adapter as reader
 from lora_advice.check.adapter import plain, read_adapter
 from lora_advice.errors import UserError

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
-from typer.testing import CliRunner
-
 from lora_advice.check.adapter import read_adapter
 from lora_advice.check.merging import check_merging
 from lora_advice.check.probe import probe
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.user_model import find_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
 from .conftest import SHIPPED, load, save_adapter
 

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from typer.testing import CliRunner
-
 from lora_advice.check.probe import logits, probe
 from lora_advice.check.served import check_served
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.user_model import find_model
+from peft import PeftModel
+from typer.testing import CliRunner
 
 from .conftest import SHIPPED, load
 
