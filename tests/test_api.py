@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import doctest
 import inspect
-import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import lorabench.audit.checks
 import pandas as pd
 import pytest
 
@@ -20,7 +18,6 @@ from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.loss_fit import Noise
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
-from lorabench.models.specs import ARCHITECTURES
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 from lorabench.utils.files import REFERENCE
@@ -39,7 +36,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("function", ["judge", "recommend", "audit", "fit_lr"])
+@pytest.mark.parametrize("function", ["judge", "fit_lr"])
 def test_examples_of_docstrings_hold(elsewhere, function):
     [example] = doctest.DocTestFinder().find(getattr(api, function), function, globs=vars(api).copy())
     assert example.examples
@@ -57,11 +54,6 @@ def test_examples_of_the_page_hold_and_its_table_has_all_functions_and_arguments
 def test_importing_it_imports_no_large_package():
     code = "import sys, lorabench.api; print({'torch', 'pandas', 'numpy', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-def test_the_package_of_the_same_name_does_not_hide_the_function():
-    assert lorabench.audit.checks.audit is not api.audit
-    assert inspect.isfunction(api.audit)
 
 
 def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
@@ -109,40 +101,12 @@ def test_a_source_has_a_row_for_each_claim_and_model_and_its_own_noise():
         (lambda: api.judge(REFERENCE / "orbit", margins={"loss": 2}), "margins.loss = 2: input should be less than 1"),
         (lambda: api.judge(REFERENCE / "orbit", margins={"los": 0.1}), "margins: unknown key 'los'; allowed: .*"),
         (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
-        (lambda: api.recommend("tiny", tokens=0), "tokens 0: allowed: numbers from 1 up"),
-        (lambda: api.recommend("tiny", tokens=9, data="a.jsonl"), "tokens and data: give one of them"),
-        (lambda: api.recommend({"model_type": "new"}), "config.json of model 'of this.*' has no hidden_size; .*"),
-        (lambda: api.audit(), "audit: no path is given; .*"),
-        (lambda: api.audit("nowhere"), "nowhere: there is no such file or folder"),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_sentence(elsewhere, call, message):
     with pytest.raises(UserError) as raised:
         call()
     assert re.fullmatch(message, str(raised.value))
-
-
-def test_a_configuration_stands_for_the_model_that_it_describes(elsewhere):
-    config = json.loads((ARCHITECTURES / "qwen3-8b.json").read_text())
-    by_name, by_config = (api.recommend(model, tokens=1e6, steps=200) for model in ("Qwen/Qwen3-8B", config))
-    assert by_config.settings == by_name.settings
-    assert by_config.model["parameters"] == by_name.model["parameters"] == 8_190_735_360
-
-
-@pytest.mark.slow
-def test_data_are_examined(elsewhere):
-    rows = [{"prompt": f"What is {n} + 1?", "completion": str(n + 1)} for n in range(60)]
-    Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert api.recommend("tiny", data=Path("my.jsonl"), steps=50).settings["batch_size"].value <= 60
-
-
-def test_audit_takes_several_paths(tmp_path):
-    config = "base_model: a/b\nadapter: lora\nlora_r: 8\nlora_alpha: 0\ndatasets: []\n"
-    for name in "ab":
-        (tmp_path / f"{name}.yaml").write_text(config)
-    report = api.audit(tmp_path / "a.yaml", str(tmp_path / "b.yaml"), file_format="axolotl")
-    assert [Path(config.path).name for config in report.configs] == ["a.yaml", "b.yaml"]
-    assert report.counts["error"] == 2
 
 
 LRS = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)

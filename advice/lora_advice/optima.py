@@ -252,7 +252,7 @@ class KnownOptima:
 
 
 def _identity(name: str) -> str | None:
-    """Return what runs record of a model's weights, as JSON; of a model of the hub the beginning, without the commit."""
+    """Return what runs record of a model's weights, as JSON; of one of the hub the beginning, without the commit."""
     if base := shipped_base(name):
         return str(base["weights"])
     if HUB_ID.fullmatch(name) and not Path(name).is_dir():

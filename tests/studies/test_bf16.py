@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from lorabench.audit.settings import kept_in_bf16
+from lora_advice.audit.settings import kept_in_bf16
 
 from studies.bf16.weights import PAGE, TABLE, kept, page_part, round_weights
 

@@ -69,12 +69,6 @@ def test_plan_and_init_work_in_an_empty_folder(commands, folder):
         assert "rule train:" in shell(f"lorabench run {arguments} --dry-run", folder, commands)
 
 
-def test_audit_reads_a_configuration(commands, folder):
-    facts = {"base_model": "Qwen/Qwen3-8B", "adapter": "lora", "lora_r": 8, "learning_rate": 1e-6, "datasets": []}
-    (folder / "axolotl.yaml").write_text(yaml.safe_dump(facts))
-    assert "axolotl.yaml" in shell("lorabench audit axolotl.yaml || [ $? = 1 ]", folder, commands)
-
-
 def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder, raw_preset):
     package = Path(shell("python -P -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}

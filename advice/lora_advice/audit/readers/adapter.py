@@ -70,8 +70,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         keys[field] = f"run.{field}"
     if run.get("lr") is None and (path.parent / "training_args.bin").is_file():
         not_read("training_args.bin may say the learning rate, but is a pickle, which could run code and is not read")
-    others = {field: run.get(field) for field in ("task", "bits", "rounded") if field in run}
-    return [record(shown, "peft", options, keys, findings, method=method, **others)]
+    said = {field: run[field] for field in ("task", "bits", "rounded") if field in run}
+    return [record(shown, "peft", options, keys, findings, method=method, **said)]
 
 
 def _of_record(found: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
-from lora_advice.finding import Finding
+from lora_advice.finding import Finding, Level
 
 _LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "lora_target_parameters"),
@@ -40,7 +40,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     continued = options.text("lora_model_dir")
     findings = _lr_findings(options) + options.set_twice("the last one counts")
     if adapter is None:
-        reason, level = "`adapter` is not set: all weights are trained", "error" if options.has("lora_r") else "warning"
+        reason = "`adapter` is not set: all weights are trained"
+        level: Level = "error" if options.has("lora_r") else "warning"
         findings += options.without_effect(_LORA, reason, level)
     elif continued is not None:
         reason = f"training goes on from the adapter in lora_model_dir, {continued}, which has its own"

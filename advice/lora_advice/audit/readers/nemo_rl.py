@@ -116,8 +116,8 @@ def _config(
     optimizer = {"lr": "policy.optimizer.kwargs.lr", "optimizer": "policy.optimizer.name"}
     if megatron:
         lora, other = other, lora
-        of_megatron = "policy.megatron_cfg.optimizer"
-        optimizer = {"lr": f"{of_megatron}.lr", "optimizer": f"{of_megatron}.optimizer"}
+        section_of = "policy.megatron_cfg.optimizer"
+        optimizer = {"lr": f"{section_of}.lr", "optimizer": f"{section_of}.optimizer"}
     keys = optimizer | {
         "model": "policy.model_name",
         "group_size": f"{section}.num_generations_per_prompt",

@@ -111,7 +111,8 @@ def read_overrides(words: list[Word]) -> Options:
     options = Options()
     for word in words:
         if match := _OVERRIDE.fullmatch(word.text):
-            value, said = None, known(match[2])
+            said = known(match[2])
+            value: str | list[str] | None = None
             if said is not None and said.startswith("[") and said.endswith("]"):
                 value = [item.strip().strip("'\"") for item in said[1:-1].split(",") if item.strip()]
             elif said is not None and said.lower() != "null":

@@ -19,9 +19,19 @@ from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import (
+    CERTAIN,
+    THE_FILE,
+    Options,
+    at,
+    defaults,
+    examples,
+    names_of,
+    read_yaml,
+    record,
+)
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_options import plain_fields, set_defaults, task_of
+from lora_advice.audit.readers.trl_options import plain_fields, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
@@ -35,7 +45,6 @@ _CLASSES = {
     "rloo": "RLOOConfig",
 }
 """By the word that says the task."""
-_MODEL_CONFIG_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 """A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
 _TRAINING = (*("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps"),)
@@ -60,7 +69,7 @@ def matches(path: Path, text: str) -> bool:
     """Return whether a file has options, a command or calls of TRL or transformers."""
     if path.suffix in (".yaml", ".yml"):
         return _YAML.search(text) is not None and _OTHER_YAML.search(text) is None
-    if path.suffix in (".py", ".ipynb", ".md"):
+    if path.suffix in (".py", ".ipynb"):
         return trl_python.CALL.search(text) is not None or _COMMAND.search(text) is not None
     return is_script(path, text) and _COMMAND.search(text) is not None
 
@@ -76,14 +85,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         return [*in_strings, *trl_python.read(shown, text, range(1, text.count("\n") + 2))]
     if path.suffix == ".ipynb":
         return trl_python.read(shown, *_notebook(text))
-    if path.suffix == ".md":
-        blocks = re.finditer(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        configs = _in_text(path, shown, text, 1)
-        for block in blocks:
-            with suppress(UserError):  # code in a text is often not complete
-                first = text.count("\n", 0, block.start(1)) + 1
-                configs += trl_python.read(shown, block[1], range(first, first + block[1].count("\n") + 1))
-        return sorted(configs, key=lambda config: int(config.name.removeprefix("line ")))
     return _from_commands(path, shown, read_commands(text))
 
 
@@ -247,9 +248,9 @@ def _config(
         line = options.lines.get("lora_target_modules")
         findings.append(Finding("no-effect", level, message, THE_FILE, sure, line=line))
     if kind == "command":
-        set_defaults(options, config_class or "")
+        options.fill(defaults()[config_class] if config_class else {})
         if method == "lora":
-            options.fill(_MODEL_CONFIG_DEFAULTS)
+            options.fill(defaults()["ModelConfig"])
     return record(
         shown,
         "trl",

@@ -1,0 +1,46 @@
+"""The commands of lora-advice, which `lorabench` finds by entry points and does not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.cli import advice
+from lorabench.cli.commands import app
+
+
+@pytest.mark.parametrize("name", advice.COMMANDS)
+def test_all_words_go_to_the_command_of_the_other_package(monkeypatch, name):
+    calls = []
+
+    class Entry:
+        def load(self):
+            return lambda words, program: calls.append((words, program))
+
+    def entry_points(**asked):
+        assert asked == {"group": "lorabench.commands", "name": name}
+        return [Entry()]
+
+    monkeypatch.setattr(advice, "entry_points", entry_points)
+    words = ["a.yaml", "--json", "--help", "--", "-b"]
+    assert CliRunner().invoke(app, [name, *words]).exit_code == 0
+    assert calls == [([name, *words], "lorabench")]
+
+
+def test_one_sentence_says_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(advice, "entry_points", lambda **asked: [])
+    result = CliRunner().invoke(app, ["audit", "a.yaml"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "lorabench: `lorabench audit` needs the package lora-advice: pip install lora-advice\n"
+
+
+def test_the_help_lists_them_and_imports_nothing_of_them():
+    code = (
+        "import sys; from lorabench.cli.commands import app; app(['--help'], standalone_mode=False);"
+        "assert 'lora_advice' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in advice.COMMANDS)
