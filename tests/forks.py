@@ -14,7 +14,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("lorabench.cli.commands", "lorabench.training.sft", "lorabench.training.rl.trainer"),
-        *("lorabench.claims.judge", "lorabench.custom.recommend", "lorabench.check.placement", "snakemake.cli"),
+        *("lorabench.claims.judge", "lorabench.custom.preset", "snakemake.cli"),
         *("peft", "pyarrow.dataset", "scipy.stats", "transformers.models.llama.modeling_llama"),
     ]
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import file_digest
@@ -167,7 +166,9 @@ class KnownOptima:
         own = {path: read_optima(path) for path in sorted(results.glob("*/tables/optima.csv"))}
         self.optima = published + [optimum for table in own.values() for optimum in table]
         identity = cache(lambda: _identity(model.name))
-        known_as = {name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]}
+        known_as = {
+            name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]
+        }
         self.same = {(PROJECT, name) for name in known_as}
         """The sources and names by which they have this very model, not one of its family and width alone."""
         self.seen: list[SeenOptimum] = []
@@ -251,7 +252,7 @@ class KnownOptima:
 
 
 def _identity(name: str) -> str | None:
-    """Return what runs record of a model's weights, as JSON; of a model of the hub the beginning, without the commit."""
+    """Return what runs record of a model's weights, as JSON; of one of the hub the beginning, without the commit."""
     if base := shipped_base(name):
         return str(base["weights"])
     if HUB_ID.fullmatch(name) and not Path(name).is_dir():

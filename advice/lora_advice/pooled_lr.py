@@ -196,5 +196,3 @@ def _terms(place: Place) -> np.ndarray:
 def _unknown_variance(place: Place) -> float:
     unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(place, name))]
     return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * UNKNOWN**2 for prior in unknown)
-
-

@@ -87,7 +87,7 @@ def recommended_rank(model: ModelFacts, tokens: float | None) -> int:
     """Return the authors' default rank, or a higher one if the data need it.
 
     By the documentation of the authors' library, LoRA needs a parameter for each scored token; the smallest power of
-    two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the weights.
+    two that has them is taken. The highest rank is the paper's, or that at which LoRA's matrices outgrow the weights.
     """
     share = max(1.0, (tokens or 1.0) / lora_parameters(model, 1))
     return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.width // 2)
@@ -147,8 +147,8 @@ def recommend(
         *known.outside(batch, length),
         f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
         *_notes(model, rank, length, tokens),
-        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says what "
-        "it costs.",
+        "`lorabench init` writes a preset that measures these settings on your own data; `lorabench plan` estimates its "
+        "cost.",
     ]
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
     return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
@@ -196,7 +196,10 @@ def convert(
     )
     fullft, as_lora, factors = [], [], []
     for run in (here, there):
-        assert run.alpha and run.rank and run.steps and run.batch_size
+        assert run.alpha
+        assert run.rank
+        assert run.steps
+        assert run.batch_size
         predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
         fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
         alpha = run.alpha * alpha_factor(run.variant, run.rank)
@@ -237,8 +240,8 @@ def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> 
             )
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
-            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; generalizing "
-            f"takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
+            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
         )
     return notes
 
@@ -250,7 +253,9 @@ def recommendation_table(recommendation: Recommendation) -> None:
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
         rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
     formats.print_table(("setting", "value", "source"), rows)
-    shares = {method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()}
+    shares = {
+        method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()
+    }
     everyone = {share.source: share for lr in recommendation.sources_of_lr.values() for share in lr.sources}
     weights = {name: sum(own[name].weight for own in shares.values() if name in own) for name in everyone}
     rows = []

@@ -82,7 +82,12 @@ class Choices:
 
 
 def write_folder(
-    trainer: str, folder: Path, model: ModelFacts, recommendation: Recommendation, data: UserData | str, choices: Choices
+    trainer: str,
+    folder: Path,
+    model: ModelFacts,
+    recommendation: Recommendation,
+    data: UserData | str,
+    choices: Choices,
 ) -> str:
     """Write a new folder with a trainer's configuration, and the data in a form that it reads.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from lora_advice.data import examples, read_data
 from lora_advice.errors import UserError
 
@@ -55,7 +54,11 @@ def test_arrays_and_csv_are_read(tmp_path, name, text):
         ("a.json", "5", "must be an array of objects"),
         ("a.jsonl", '{"x": 1}', "has the columns 'x'; needed are those of one format: messages, "),
         ("a.jsonl", "", "has no rows with columns"),
-        ("a.jsonl", '{"prompt": "a", "completion": "b", "response": "c"}', "may be read as prompt/completion or prompt"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": "b", "response": "c"}',
+            "may be read as prompt/completion or prompt",
+        ),
         ("a.jsonl", '{"text": " "}', "none of its rows can be used as text: 1 no text"),
         ("a.jsonl", '{"text": "\\ud800"}', "1 text that is not valid Unicode"),
     ],

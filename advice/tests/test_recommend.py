@@ -11,8 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.optima import LrOptimum
@@ -20,6 +18,7 @@ from lora_advice.recommend import LoraRun, convert, recommend
 from lora_advice.theory import FACTS
 from lora_advice.user_model import find_model
 from lora_advice.variants import lr_factor
+from typer.testing import CliRunner
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 LRS = ("lora_lr", "fullft_lr")
@@ -54,7 +53,9 @@ def test_the_conversions_are_those_of_before(tmp_path, monkeypatch, known):
     monkeypatch.chdir(tmp_path)
     result = command("convert", known["model"], *known["options"].split(), "--json")
     setting = json.loads(result.stdout)
-    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [known[n] for n in ("value", "low", "high")]
+    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [
+        known[n] for n in ("value", "low", "high")
+    ]
 
 
 def test_facts_have_their_hashes():

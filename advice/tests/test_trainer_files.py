@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
-from typer.testing import CliRunner
-
 from lora_advice.audit.checks import audit
 from lora_advice.audit.files import read_paths
 from lora_advice.cli import app
@@ -21,6 +18,8 @@ from lora_advice.errors import UserError
 from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
 from lora_advice.user_model import find_model
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
 # The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at
@@ -244,7 +243,8 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
     assert {finding.level for finding in audit([config])} <= {"note"}
     train, test = (
-        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "test")
+        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
     )
     assert (len(train), len(test)) == (16, 4)
     truths = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in train + test}
@@ -264,7 +264,13 @@ def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base, shipped):
         ("verl", new, tiny, {}, "verl, and no other trainer here, is for problems"),
         ("nemo", new, tiny, {}, "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
         ("torchtune", new, "Qwen/Qwen3-8B", {}, "is no local folder, which torchtune needs"),
-        ("torchtune", new, str(base), {}, "has not the sizes of a model of torchtune that is known here: llama3_2_1b, "),
+        (
+            "torchtune",
+            new,
+            str(base),
+            {},
+            "has not the sizes of a model of torchtune that is known here: llama3_2_1b, ",
+        ),
         ("llamafactory", new, str(shipped / "moe-128"), {}, "is a mixture of experts, which get no LoRA from llamafac"),
         ("trl", new, "tiny", {}, "tiny is a base of the suite, which no trainer knows by this name"),
         ("trl", new, tiny, {"rank": 4}, "--rank and --alpha need --lr"),

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from lora_advice.variants import TABLE, VARIANT_NAMES, _measured, lr_factor
 
 PAGE = Path(__file__).parents[2] / "studies/variants/README.md"

@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-
-from advice.benchmarks.framework_defaults import PAGE, SAID, page_parts
 from lora_advice.audit.config import TrainingConfig
 from lora_advice.audit.lr import judge
-from lora_advice.models import facts
 from lora_advice.audit.regret import shipped_evidence
+from lora_advice.models import facts
+
+from advice.benchmarks.framework_defaults import PAGE, SAID, page_parts
 from lorabench.report.publish import PUBLISHED
 
 from ..conftest import REPOSITORY

@@ -32,11 +32,9 @@ from lorabench.report.publish import (
     results_part,
     table,
 )
-from lorabench.sources.lr_optima import optima_of_table
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
-from lorabench.utils.files import LR_OPTIMA
 
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim
@@ -256,7 +254,6 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
 
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
-    assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
     columns = [name for name in optima if name != "rank"]
     pd.testing.assert_frame_equal(
         evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6

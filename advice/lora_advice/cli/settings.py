@@ -1,4 +1,4 @@
-"""The commands `recommend`, `convert` and `trainer`: settings to start from, a learning rate elsewhere, and a folder."""
+"""The commands `recommend`, `convert` and `trainer`: settings to start from, and a folder with them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from lora_advice.data import UserData
 
 Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a model's id on the hub, or a base of the suite.")]
-Tokens = Annotated[
-    int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
-]
+Tokens = Annotated[int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")]
 Data = Annotated[str | None, Option(help="The training data, a .jsonl, .json or .csv file.")]
 Form = Annotated[
     str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")

@@ -39,10 +39,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
-
 from lora_advice.models import ModelFacts
 from lora_advice.optima import KnownOptima
+from scipy.optimize import least_squares
+
 from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
