@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from lora_advice.audit.checks import audit
+from lora_advice.audit import check_run
+from lora_advice.audit.config import Knowledge
 from lora_advice.audit.files import read_paths
 from lora_advice.cli import app
 from lora_advice.errors import UserError
@@ -71,6 +72,11 @@ COMPONENTS = {
     "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
     "torchtune.training.metric_logging.DiskLogger",
 }
+
+
+def audited(configs):
+    """Return what the audit finds of runs, each alone."""
+    return [finding for config in configs for finding in check_run(config, Knowledge())]
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -140,7 +146,7 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
             assert config.model == "qwen3_8b_base"
         else:
             assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
-    assert {finding.level for finding in audit(configs)} <= {"note"}
+    assert {finding.level for finding in audited(configs)} <= {"note"}
 
 
 def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tmp_path, qwen):
@@ -149,7 +155,7 @@ def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tm
         written(trainer, tmp_path / trainer, qwen, "--data", data)
         [config] = read_paths([tmp_path / trainer]).configs
         assert (config.examples, config.batch_size) == (800, 8)
-        findings = {finding.code: finding for finding in audit([config])}
+        findings = {finding.code: finding for finding in audited([config])}
         assert findings["lr"].level == "note"
         assert "about the recommended" in findings["lr"].message
 
@@ -219,7 +225,7 @@ def test_experts_get_lora(tmp_path, shipped):
     settings, _, _ = written("axolotl", tmp_path / "axolotl", model)
     assert settings["lora_target_parameters"] == stacks
     assert settings["lora_rank_pattern"] == {r"experts\..+": settings["lora_r"] // 2}
-    assert {finding.level for finding in audit(read_paths([tmp_path]).configs)} == {"note"}
+    assert {finding.level for finding in audited(read_paths([tmp_path]).configs)} == {"note"}
     written("llamafactory", tmp_path / "llamafactory", model, "--full")
 
 
@@ -241,7 +247,7 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     settings = recommend(str(shipped / "llama-128")).settings
     assert (config.task, config.lr) == ("rl", settings["rl_fullft_lr" if full else "rl_lora_lr"].value)
     assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
-    assert {finding.level for finding in audit([config])} <= {"note"}
+    assert {finding.level for finding in audited([config])} <= {"note"}
     train, test = (
         [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         for split in ("train", "test")
