@@ -59,9 +59,9 @@ dist:  ## Build the source archive and the wheel into dist/, and check them.
 
 # Of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
 gpu-pins: SHELL := bash -o pipefail
-gpu-pins:  ## Check from metadata that on a GPU the commands of docs/vllm.md install one torch, vLLM's.
+gpu-pins:  ## Check from metadata that on a GPU the commands of docs/cluster.md install one torch, vLLM's.
 	pip install -q uv==0.13.9
-	sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/vllm.md | grep . | \
+	sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/cluster.md | grep . | \
 		uv pip compile -q --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 		- pyproject.toml -c constraints-vllm.txt --override <(grep ^numpy== constraints-vllm.txt) --no-annotate | \
 		grep -E '^(vllm|torch|triton|transformers)=='
@@ -70,4 +70,4 @@ bench:  ## Measure the speed against other trainers and print the table.
 	python -m benchmarks.speed
 
 publish:  ## Copy the figures and verdicts of a finished preset (PRESET=laptop) to where the repository shows them.
-	lorabench publish --preset $(PRESET)
+	python workflow/scripts/publish.py --preset $(PRESET)

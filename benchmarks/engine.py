@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine
 
-vLLM must be installed (docs/vllm.md). The program prints the tokens per second of both
+vLLM must be installed (docs/cluster.md). The program prints the tokens per second of both
 and their ratio, of a turn after a warming one, and appends a row for each number of responses to
 `benchmarks/engine.csv`. The engine's seconds include handing over the adapter.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,27 +20,20 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
+
+from export import MEANINGS, type_name
 from lorabench.claims.claim import Claim
 from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.export import MEANINGS, type_name
-from lorabench.report.publish import (
-    NOT_PUBLISHED,
-    PUBLISHED,
-    SOURCES,
-    escaped,
-    held_out,
-    held_out_lines,
-    published_folders,
-    table,
-    verdict_columns,
-)
-from lorabench.sources.measurements import read_held_out
 from lorabench.store.io import read_claims
+from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out
 from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
+from lorabench.utils.markdown import escaped, table
+from pages import SOURCES, held_out, held_out_lines, verdict_columns
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -92,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if name == "results.md":
         page.meta["hide"] = ["toc"]
     elif name.startswith("all-") or name == "rule-changes.md":
-        page.meta["hide"], text = ["navigation", "toc"], f"[All long tables](in-full.md)\n\n{text}"
+        page.meta["hide"], text = ["navigation", "toc"], f"[All results](results.md)\n\n{text}"
     return text
 
 
@@ -296,7 +290,7 @@ def calibration_page() -> str:
         [
             "# Right and wrong verdicts on simulated sweeps",
             "",
-            "[How often verdicts are wrong](calibration.md) explains the simulation. "
+            "[How often verdicts are wrong](estimates.md#how-often-verdicts-are-wrong) explains the simulation. "
             "`effect` is in margins; `wrong` has a 95% interval.",
             "",
             "## Sweeps that break the assumptions of the fit",
@@ -347,7 +341,7 @@ def rule_changes_page(changes: Sequence[RuleChange]) -> str:
             "A rule that is made or changed after a look at results can be made to fit them, on purpose or not. This "
             "table has every change of the rules of judging, and every choice of a design that was made after results "
             "had been seen: what was known then, and which verdicts turned. Verdicts on [held-out "
-            "seeds](held-out.md) come from rules that were fixed before.",
+            "seeds](verdicts.md#held-out-seeds) come from rules that were fixed before.",
             "",
             f"{sum(change.seen is not None for change in changes)} of {len(changes)} changes were made after results "
             "that they are about had been seen.",

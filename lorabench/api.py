@@ -1,6 +1,6 @@
 """The functions for other programs: `judge` and `fit_lr`.
 
-Their names, arguments and records are stable (docs/python.md). Importing this module takes no time, since each function
+Their names, arguments and records are stable (docs/tables.md). Importing this module takes no time, since each function
 imports what it needs when it is called.
 """
 

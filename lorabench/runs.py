@@ -118,9 +118,9 @@ class Run:
 
 
 EXPECTED_FURTHER_LRS = 1
-"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/your-preset.md)."""
+"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
 EXPECTED_RACERS = 2
-"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/your-preset.md)."""
+"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/presets.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
@@ -142,10 +142,9 @@ _NARROW = 0.7
 
 @dataclass(frozen=True)
 class Lattice:
-    """Learning rates at `per_decade` points per decade, on which sweeps with `lrs: auto` walk.
+    """Learning rates at `per_decade` points per decade, the same for all sweeps with `lrs: auto`.
 
-    They are the same in all sweeps, so that the grids of several arms overlap. Between two neighbours lies one finer
-    LR, which is used where a neighbour diverged.
+    Between two neighbours lies one finer LR, which is used where a neighbour diverged.
     """
 
     per_decade: int
@@ -196,7 +195,7 @@ class Racing:
     """When one of the three LRs around the best gets no more seeds.
 
     The losses of an LR minus those of the best one, paired by seed, are tested by a one-sided t-test, whose variance is
-    pooled over the LRs. The choice depends on nothing but the validation losses of one sweep, so it knows no verdict.
+    pooled over the LRs.
     """
 
     level: float
@@ -342,10 +341,9 @@ Losses = Mapping[tuple[float, int], float]
 
 
 def validation_loss(record: Mapping[str, Any]) -> float:
-    """Return the loss by which a sweep selects its LRs, from a run's record.
+    """Return the loss by which a sweep selects its LRs, from a run's record; infinite if the run diverged.
 
-    It is the final validation NLL in nats per token, in RL minus the final validation reward; infinite if the run
-    diverged.
+    It is the final validation NLL in nats per token, in RL minus the final validation reward.
     """
     outcome = record["outcome"]
     nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
@@ -448,29 +446,25 @@ def _means(sweep: Sweep, losses: Losses, number: int = 1) -> dict[float, float]:
 
 
 def _given_up(sweep: Sweep, losses: Losses, lr: float, around: Sequence[float], best: float) -> bool:
-    """Return whether one of the LRs around the best is surely worse than it, by the seeds that this LR has."""
+    """Return whether one of the LRs around the best is surely worse than it, by a t-test on the seeds that it has."""
     racing = sweep.seeds.racing
     seeds = [seed for seed in sweep.seeds.leading(sweep.seeds.around) if {(lr, seed), (best, seed)} <= losses.keys()]
     if racing is None or lr == best or len(seeds) < racing.least:
         return False
 
+    from scipy.special import stdtrit
+
     def behind(other: float) -> list[float]:
         return [losses[other, seed] - losses[best, seed] for seed in seeds if (other, seed) in losses]
 
-    return _surely_worse(behind(lr), [behind(other) for other in around if other != best], racing.level)
-
-
-def _surely_worse(behind: Sequence[float], all_behind: Iterable[Sequence[float]], level: float) -> bool:
-    """Return whether the mean of a sample is above 0 by a t-test, whose variance is that within several samples."""
-    from scipy.special import stdtrit
-
-    if not all(map(math.isfinite, behind)):
+    if not all(map(math.isfinite, behind(lr))):
         return True
-    samples = [sample for sample in all_behind if sample and all(map(math.isfinite, sample))]
+    samples = [sample for other in around if other != best and (sample := behind(other))]
+    samples = [sample for sample in samples if all(map(math.isfinite, sample))]
     squares = sum((value - fmean(sample)) ** 2 for sample in samples for value in sample)
     freedom = sum(len(sample) - 1 for sample in samples)
-    error = math.sqrt(squares / freedom / len(behind))
-    return fmean(behind) > max(TIE, error * float(stdtrit(freedom, 1 - level)))
+    error = math.sqrt(squares / freedom / len(seeds))
+    return fmean(behind(lr)) > max(TIE, error * float(stdtrit(freedom, 1 - racing.level)))
 
 
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:

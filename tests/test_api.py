@@ -25,7 +25,7 @@ from lorabench.utils.files import REFERENCE
 from .conftest import MARGINS, REPOSITORY
 from .handmade import curves_of, make_sweep, runs_table
 
-PAGE = REPOSITORY / "docs/python.md"
+PAGE = REPOSITORY / "docs/tables.md"
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_examples_of_docstrings_hold(elsewhere, function):
 
 def test_examples_of_the_page_hold_and_its_table_has_all_functions_and_arguments(elsewhere):
     assert doctest.testfile(str(PAGE), module_relative=False).failed == 0
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", PAGE.read_text(), re.M)
+    section = PAGE.read_text().partition("\n## From Python\n")[2]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", section, re.M)
     stated = {name: re.findall(r"`(\w+)`", arguments) for name, arguments in rows}
     functions = [name for name in api.__all__ if inspect.isfunction(getattr(api, name))]
     assert stated == {name: list(inspect.signature(getattr(api, name)).parameters) for name in functions}

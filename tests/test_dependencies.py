@@ -12,16 +12,18 @@ from .conftest import REPOSITORY
 # What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and vLLM, which users install themselves.
 BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
 
+OWN = {"lorabench", "studies", "benchmarks"}
+
 
 def test_every_imported_package_is_a_dependency():
     imported = set()
-    for path in (REPOSITORY / "lorabench").rglob("*.py"):
+    for path in (path for folder in ("lorabench", "studies") for path in (REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module)
-    top = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"lorabench"}
+    top = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - OWN
     assert {"torch", "peft"} <= top
     declared = {
         re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")

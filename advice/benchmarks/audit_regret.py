@@ -40,11 +40,11 @@ from lorabench.analysis.lr_law import PIVOT
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.published import published_sweeps
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS
-from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED, evidence_folders
 from lorabench.utils.files import atomic_path
 
 ARM = ["task", "source", "model", "dataset", "method", "rank", "batch_size", "steps"]

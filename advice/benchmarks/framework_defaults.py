@@ -35,8 +35,9 @@ from matplotlib.figure import Figure
 from advice.benchmarks.audit_regret import rounded
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, write_part
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED
+from lorabench.utils.markdown import write_part
 
 
 class Framework(NamedTuple):
@@ -80,7 +81,7 @@ SAID = (
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
 
 PAGE = Path("advice/docs/defaults.md")
-COSTLIEST = 10
+COSTLIEST = 5
 
 
 def extracted(framework: Framework, clones: Path, folder: Path) -> Path:

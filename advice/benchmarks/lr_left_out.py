@@ -35,11 +35,11 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 from lorabench.figures import style
-from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED, evidence_folders
 
 RULES = {
     "pooled": "pooled from the other sources",

@@ -147,8 +147,8 @@ def recommend(
         *known.outside(batch, length),
         f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
         *_notes(model, rank, length, tokens),
-        "`lorabench init` writes a preset that measures these settings on your own data; `lorabench plan` estimates its "
-        "cost.",
+        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
+        "what it costs.",
     ]
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
     return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))

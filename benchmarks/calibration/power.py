@@ -9,9 +9,7 @@ in a scene, the arm has as few seeds and learning rates (LRs) as any.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
@@ -20,7 +18,7 @@ from typing import Literal
 import pandas as pd
 
 from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
-from benchmarks.calibration.run import CHUNK, Making, Seen, Task, shares, worlds_of
+from benchmarks.calibration.run import Making, Task, counted_on, shares
 from benchmarks.calibration.truths import COVERED, EFFECTS, Covered
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
@@ -125,22 +123,8 @@ def power_of_plan(
     if absent := sorted(set(claim_ids) - {covered.claim_id for covered, _ in chosen}):
         allowed = ", ".join(covered.claim_id for covered, _ in chosen)
         raise UserError(f"calibration does not cover {', '.join(absent)} in this preset; allowed: {allowed or 'none'}")
-    tasks = [
-        (
-            Task(covered.scene, effect, first, min(CHUNK, worlds - first)),
-            [covered.claim_id],
-            replace(making, design=design),
-        )
-        for covered, design in chosen
-        for effect in EFFECTS
-        for first in range(0, worlds, CHUNK)
-    ]
-    counts: dict[tuple[str, float], Counter[Seen]] = {}
-    with ProcessPoolExecutor(processes) as pool:
-        results = pool.map(worlds_of, *zip(*tasks, strict=True))
-        for (task, *_), task_counts in zip(tasks, results, strict=True):
-            for seen, number in task_counts.items():
-                counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
+    scenes = [(covered.scene, [covered.claim_id], replace(making, design=design)) for covered, design in chosen]
+    counts = counted_on(scenes, worlds, processes)
     counted = shares(counts).set_index(["claim_id", "effect"])
     rows = []
     for covered, design in chosen:
@@ -150,28 +134,11 @@ def power_of_plan(
             for number in range(min(worlds, RUNS_COUNTED))
         ]
         power = [float(counted.loc[(covered.claim_id, effect), "power"]) for effect in AT]
-        wrong = float(counted.loc[covered.claim_id, "wrong"].max())
-        rows.append(_row(covered, design, fmean(sizes), power, wrong, worlds))
+        arms = list(design.arms.values())
+        swept = [_span([arm.n_lrs for arm in arms]), _span([arm.seeds for arm in arms]), design.test_examples]
+        about = [covered.claim_id, covered.kind, covered.effect, *swept]
+        rows.append([*about, worlds, fmean(sizes), *power, float(counted.loc[covered.claim_id, "wrong"].max())])
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _row(
-    covered: Covered, design: Design, runs: float, power: Sequence[float], wrong: float, worlds: int
-) -> dict[str, object]:
-    arms = list(design.arms.values())
-    return {
-        "claim_id": covered.claim_id,
-        "kind": covered.kind,
-        "what": covered.effect,
-        "lrs": _span([arm.n_lrs for arm in arms]),
-        "seeds": _span([arm.seeds for arm in arms]),
-        "test_examples": design.test_examples,
-        "n_worlds": worlds,
-        "runs": runs,
-        "power_at_0": power[0],
-        "power_at_2": power[1],
-        "wrong": wrong,
-    }
 
 
 def _span(numbers: Sequence[int]) -> str:

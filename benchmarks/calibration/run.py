@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise, repeat
-from pathlib import Path
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,19 +40,8 @@ _COUNTED = {
 CHUNK = 26
 """The number of worlds that a process makes at a time, an even one."""
 
-COLUMNS = [
-    "claim_id",
-    "kind",
-    "what",
-    "effect",
-    "truth",
-    "n_worlds",
-    *_COUNTED,
-    "wrong",
-    "wrong_low",
-    "wrong_high",
-    "power",
-]
+COLUMNS = ["claim_id", "kind", "what", "effect", "truth", "n_worlds", *_COUNTED]
+COLUMNS += ["wrong", "wrong_low", "wrong_high", "power"]
 """The columns of the table: shares of worlds with each verdict, the share with a wrong one (at the margin of an
 equality the larger of the two shares) with its 95% interval, and the share with a right one."""
 
@@ -140,13 +127,13 @@ def worlds_of(task: Task, claim_ids: Sequence[str], making: Making) -> Counter[S
     return counts
 
 
+Counts = dict[tuple[str, float], Counter[Seen]]
+"""By claim and effect, what was seen in its worlds."""
+
+
 def counted(
-    worlds: int = 500,
-    claim_ids: Sequence[str] = (),
-    processes: int = 1,
-    making: Making | None = None,
-    kept: Path | None = None,
-) -> dict[tuple[str, float], Counter[Seen]]:
+    worlds: int = 500, claim_ids: Sequence[str] = (), processes: int = 1, making: Making | None = None
+) -> Counts:
     """Judge made-up worlds and count the verdicts.
 
     Args:
@@ -154,10 +141,6 @@ def counted(
         claim_ids: the claims; by default all that calibration covers.
         processes: the number of processes.
         making: how the worlds are made.
-        kept: a file that keeps the counts of finished parts, with which an interrupted calibration goes on.
-
-    Returns:
-        By claim and effect, what was seen in its worlds.
 
     Raises:
         UserError: calibration does not cover a claim.
@@ -165,17 +148,28 @@ def counted(
     by_scene: dict[str, list[str]] = {}
     for claim in covered(claim_ids):
         by_scene.setdefault(claim.scene, []).append(claim.claim_id)
+    of_scenes = [(scene, claims, making or Making()) for scene, claims in by_scene.items()]
+    return counted_on(of_scenes, worlds, processes)
+
+
+def counted_on(scenes: Sequence[tuple[str, Sequence[str], Making]], worlds: int, processes: int) -> Counts:
+    """Judge made-up worlds of scenes, each with its claims and how its worlds are made, and report progress."""
     worlds += worlds % 2
     tasks = [
-        Task(scene, effect, first, min(CHUNK, worlds - first))
+        (Task(scene, effect, first, min(CHUNK, worlds - first)), claims, making)
         for first in range(0, worlds, CHUNK)
-        for scene in by_scene
+        for scene, claims, making in scenes
         for effect in EFFECTS
     ]
-    counts: dict[tuple[str, float], Counter[Seen]] = {}
-    for task, task_counts in _counted(tasks, by_scene, making or Making(), processes, kept):
-        for seen, number in task_counts.items():
-            counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
+    total, done = sum(task.n for task, _, _ in tasks), 0
+    counts: Counts = {}
+    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
+        apply = pool.map if pool else map
+        for (task, _, _), task_counts in zip(tasks, apply(worlds_of, *zip(*tasks, strict=True)), strict=True):
+            done += task.n
+            print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect:g} margins)", file=sys.stderr)
+            for seen, number in task_counts.items():
+                counts.setdefault((seen.claim_id, task.effect), Counter())[seen] += number
     return counts
 
 
@@ -191,13 +185,13 @@ def covered(claim_ids: Sequence[str] = ()) -> list[Covered]:
     return [known[claim_id] for claim_id in claim_ids] or list(COVERED)
 
 
-def shares(counts: Mapping[tuple[str, float], Counter[Seen]]) -> pd.DataFrame:
+def shares(counts: Counts) -> pd.DataFrame:
     """Return the table of verdicts: a row for each claim and effect, with the columns COLUMNS."""
     rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim, effect in _judged(counts)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _judged(counts: Mapping[tuple[str, float], Counter[Seen]]) -> list[tuple[Covered, float]]:
+def _judged(counts: Counts) -> list[tuple[Covered, float]]:
     return [(claim, effect) for claim in COVERED for effect in EFFECTS if (claim.claim_id, effect) in counts]
 
 
@@ -232,7 +226,7 @@ AGAIN_ENDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """The ends of the classes of probabilities in the table of twins."""
 
 
-def twins(counts: Mapping[tuple[str, float], Counter[Seen]]) -> pd.DataFrame:
+def twins(counts: Counts) -> pd.DataFrame:
     """Return the table of twins for all claims together and for each: columns AGAIN_COLUMNS, without empty classes."""
     rows = []
     everything: Counter[Seen] = Counter()
@@ -252,39 +246,3 @@ def twins(counts: Mapping[tuple[str, float], Counter[Seen]]) -> pd.DataFrame:
                 same = sum(number for seen, number in chosen.items() if seen.same) / n
                 rows.append((claim_id, low, high, n, predicted, same))
     return pd.DataFrame(rows, columns=AGAIN_COLUMNS)
-
-
-def _counted(
-    tasks: Sequence[Task], by_scene: Mapping[str, Sequence[str]], making: Making, processes: int, kept: Path | None
-) -> Iterator[tuple[Task, Counter[Seen]]]:
-    """Yield the counts of each task, from the file of finished parts where it has them, and report progress."""
-    names = {task: f"{making};{task};{' '.join(by_scene[task.scene])}" for task in tasks}
-    finished = _read(kept)
-    left = [task for task in tasks if names[task] not in finished]
-    yield from ((task, finished[names[task]]) for task in tasks if names[task] in finished)
-    total, done = sum(task.n for task in left), 0
-    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
-        apply = pool.map if pool else map
-        claims = [by_scene[task.scene] for task in left]
-        for task, counts in zip(left, apply(worlds_of, left, claims, repeat(making)), strict=True):
-            done += task.n
-            print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect:g} margins)", file=sys.stderr)
-            if kept is not None:
-                lines = [json.dumps([names[task], *seen, number]) for seen, number in counts.items()]
-                with kept.open("a", encoding="utf-8") as file:
-                    file.write("\n".join([*lines, json.dumps([names[task]]), ""]))
-            yield task, counts
-
-
-def _read(kept: Path | None) -> dict[str, Counter[Seen]]:
-    """Return the counts that are kept by the name of their task; a part without its last line was interrupted."""
-    by_task: dict[str, Counter[Seen]] = {}
-    whole = set()
-    for line in kept.read_text(encoding="utf-8").splitlines() if kept is not None and kept.is_file() else []:
-        name, *seen = json.loads(line)
-        if seen:
-            *fields, number = seen
-            by_task.setdefault(name, Counter())[Seen(*fields)] = number
-        else:
-            whole.add(name)
-    return {name: counts for name, counts in by_task.items() if name in whole}

@@ -4,7 +4,6 @@
     python -m benchmarks.speed --keep       # also writes the numbers to speed.csv
     python -m benchmarks.speed --quick      # the smallest form, to check that everything works
     python -m benchmarks.speed --arm lorabench --arm trl
-    python -m benchmarks.speed --gpu H100-80GB --out speed_h100.csv    # SmolLM2-135M in bf16; a 1B model's steps
 
 - sweep: the wall-clock time of a whole sweep of LoRA's learning rates, start-up included, the median of turns in which
   the arms alternate. The losses of all arms must agree.
@@ -20,11 +19,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from benchmarks.speed import rl, steps, sweep, table
-from benchmarks.speed.models import SMOLLM2
-from lorabench.utils.gpus import GPUS, processor
+from lorabench.utils.gpus import processor
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class Form:
     repeats: int
     rl: rl.Shape
 
-    def with_options(self, threads: int, turns: int | None, gpu: str | None) -> Form:
-        """Return the form with a number of threads, a GPU or None, and turns of the sweep (None: those of the form)."""
-        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns, gpu=gpu)
-        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads, gpu=gpu))
+    def with_options(self, threads: int, turns: int | None) -> Form:
+        """Return the form with a number of threads, and turns of the sweep (None: those of the form)."""
+        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns)
+        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads))
 
 
 FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
@@ -49,15 +45,6 @@ QUICK = Form(
     1,
     rl.Shape(problems=2, group_size=4, steps=rl.WARM_UP + 4),
 )
-ON_A_GPU = Form(
-    sweep.Shape(
-        lrs=(5e-5, 1e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3), batch_size=16, model=SMOLLM2, precision="bf16", max_chars=400
-    ),
-    steps.ON_A_GPU,
-    7,
-    # SmolLM2-135M gets no reward here, and runs without rewards end early; RL is of the tiny base.
-    rl.Shape(precision="bf16"),
-)
 STEPS = "steps"
 
 
@@ -65,8 +52,7 @@ def measure(form: Form, arms: list[str]) -> list[table.Row]:
     """Measure the chosen arms and return their rows."""
     rows = sweep.measure(form.sweep, [name for name in sweep.ARMS if name in arms])
     if STEPS in arms:
-        device = torch.device("cpu" if form.sweep.gpu is None else "cuda")
-        rows += steps.measure(form.settings, form.sweep.threads, form.repeats, device)
+        rows += steps.measure(form.settings, form.sweep.threads, form.repeats)
     rows += rl.measure(form.rl, [name for name in rl.ARMS if name in arms])
     return table.with_ratios(rows)
 
@@ -81,27 +67,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every arm (2)")
     parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
-    parser.add_argument("--gpu", choices=GPUS, help="measure on this machine's GPU, which is of this kind")
     options = parser.parse_args()
-    if options.keep and (options.quick or options.arm or options.gpu):
-        parser.error("--keep is for the whole benchmark on a CPU")
-    if options.gpu is None:
-        # Measurements on a CPU must not use a GPU of the machine.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        parser.error(f"--gpu {options.gpu}: torch {torch.__version__} finds no GPU on this machine")
+    if options.keep and (options.quick or options.arm):
+        parser.error("--keep is for the whole benchmark")
+    # The measurements must not use a GPU of the machine.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
-    form = QUICK if options.quick else FULL if options.gpu is None else ON_A_GPU
-    form = form.with_options(options.threads, options.turns, options.gpu)
-    # The arm of two processes of one thread is for a CPU only.
-    usual = [arm for arm in every if options.gpu is None or arm != "halves"]
-    rows = measure(form, options.arm or usual)
+    form = (QUICK if options.quick else FULL).with_options(options.threads, options.turns)
+    rows = measure(form, options.arm or every)
     print(table.shown(rows))
     out = table.RESULTS if options.keep else options.out
     if out:
-        device = torch.cuda.get_device_name() if options.gpu else processor()
-        table.write(rows, table.facts(load, form.sweep.turns, device), out)
+        table.write(rows, table.facts(load, form.sweep.turns, processor()), out)
 
 
 if __name__ == "__main__":

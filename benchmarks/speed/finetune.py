@@ -34,10 +34,9 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "adam_epsilon": settings["eps"],
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
-        "bf16": settings["bf16"],
         "gradient_checkpointing": False,
-        "use_cpu": not settings["gpu"],
-        "dataloader_pin_memory": settings["gpu"],
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -62,18 +61,16 @@ def make_trainer(settings: dict[str, Any], model: Any, tokenizer: Any, train: Da
 
 
 @torch.no_grad()
-def mean_nll(model: Any, rows: Dataset, batch_size: int, bf16: bool) -> float:
+def mean_nll(model: Any, rows: Dataset, batch_size: int) -> float:
     """Return the nats per scored token; padding is on the right, so causal attention does not see it."""
     total, count = 0.0, 0
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_length = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
     for part in by_length.iter(batch_size):
         width = max(map(len, part["input_ids"]))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in part["input_ids"]], device=model.device)
-        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for row in part["labels"]], device=model.device)
-        labels = labels[:, 1:]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in part["input_ids"]])
+        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for row in part["labels"]])[:, 1:]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()
@@ -96,7 +93,7 @@ def main(path: str) -> None:
     model.save_pretrained(settings["out"], save_embedding_layers=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tested = Dataset.load_from_disk(settings["test"])
-    test = mean_nll(model.eval(), tested, settings["batch_size"], settings["bf16"])
+    test = mean_nll(model.eval(), tested, settings["batch_size"])
     with open(settings["result"], "w") as file:
         json.dump({"train": losses, "test": test}, file)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,17 +13,7 @@ from lorabench.models.base import converted_folder, load_model
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-SMOLLM2, ONE_B = "smollm2-135m", "llama-1b"
-# The sizes of Llama-3.2-1B. The weights are random: a step takes as long, and nothing has to be downloaded.
-_ONE_B = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
+SMOLLM2 = "smollm2-135m"
 
 
 def spec_of(model: str) -> ModelSpec:
@@ -36,38 +25,10 @@ def spec_of(model: str) -> ModelSpec:
 
 def is_there(model: str) -> bool:
     """Return whether a model's files are on this machine."""
-    if model == ONE_B:
-        return True
     spec = spec_of(model)
     return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
 
 
-def loaded(model: str, device: torch.device) -> Any:
+def loaded(model: str) -> Any:
     """Load a model by its name, with fp32 weights."""
-    if model != ONE_B:
-        return load_model(spec_of(model)).to(device)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**_ONE_B)).train()
-
-
-def preset_entry(model: str) -> dict[str, Any]:
-    """Return the entry of a model for a preset that is used in another folder.
-
-    Raises:
-        SystemExit: its files are not on this machine.
-    """
-    spec = spec_of(model)
-    if not isinstance(spec, GgufModel):
-        return spec.model_dump()
-    if not is_there(model):
-        raise SystemExit(f"{model} is not here; `lorabench step convert {model}` gets it")
-    folder = str(Path(converted_folder(spec)).resolve())
-    return {"kind": "path", "path": folder, "parameters": spec.parameters, "hidden_size": spec.hidden_size}
-
-
-def done(device: torch.device) -> None:
-    """Wait until a device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return load_model(spec_of(model))

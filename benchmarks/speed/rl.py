@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from benchmarks.speed.models import Precision
 from benchmarks.speed.sweep import execution, finish, lorabench, start
 from benchmarks.speed.table import Row, say
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -32,14 +31,11 @@ class Shape:
     lr: float = 6e-4
     steps: int = 12
     threads: int = 2
-    precision: Precision = "fp32"
-    gpu: str | None = None
 
     @property
     def case(self) -> str:
         """The description of the case in the table."""
-        what = f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
-        return what if self.gpu is None else f"{self.precision}, {what}"
+        return f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
 
 
 ARMS = {
@@ -57,7 +53,7 @@ def preset(shape: Shape) -> dict[str, Any]:
         "models": {"tiny": {"kind": "tiny"}},
         "problems": {"gcd": {"kind": "arithmetic", **sizes}},
         # TRL refuses LoRA on the unembedding.
-        "protocol": {"include_unembedding": False, "precision": shape.precision},
+        "protocol": {"include_unembedding": False},
         "experiments": {
             "rl_arithmetic": [
                 {
@@ -76,7 +72,7 @@ def preset(shape: Shape) -> dict[str, Any]:
             ]
         },
         "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": execution(shape.threads, shape.gpu),
+        "execution": execution(shape.threads),
     }
 
 

@@ -1,7 +1,7 @@
 """A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-The steps of this project are computed as in a run (`batch_gradient`). Every token is scored unless a setting says
-otherwise, and there is no padding. At LR 0 a step does all its work and does not change the weights.
+The steps of this project are computed as in a run (`batch_gradient`). Every token is scored, and
+there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
+from benchmarks.speed.models import DTYPES, SMOLLM2, Precision, is_there, loaded
 from benchmarks.speed.table import Row, say
-from lorabench.config.fields import METHOD_NAMES, Method
+from lorabench.config.fields import Method
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
@@ -29,19 +29,12 @@ from lorabench.training.run import Machine
 from lorabench.utils.exhaustion import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
-MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""`execution.max_batch_tokens` of presets, by device type."""
+MAX_BATCH_TOKENS = 4096
+"""`execution.max_batch_tokens` of presets."""
 WARM_UP = 1
-
-CPU = torch.device("cpu")
 
 ARMS: dict[str, Method | Literal["peft"]] = {"PEFT": "peft", "LoRA": "lora", "FullFT": "fullft"}
 """The way of making a step by its name; the arm without this project comes first."""
-
-VARIANTS: dict[str, Method | Literal["peft"]] = {
-    METHOD_NAMES[name]: name for name in ("dora", "pissa", "olora", "qlora")
-}
-"""Variants of LoRA, which are measured beside the arms where a setting says so."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +46,17 @@ class Setting:
     batch: int = 8
     length: int = 128
     precision: Precision = "fp32"
-    scored: float = 1.0
-    """Share of a row's tokens that are scored, from its end."""
-    variants: bool = False
-    """Whether variants of LoRA are measured, too."""
 
     @property
     def case(self) -> str:
         """The description of the case in the table."""
-        scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
-        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
+        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens, {self.precision}"
 
 
 SETTINGS = [
     Setting(),
     Setting(rank=1),
-    *(Setting(rank=rank, variants=True) for rank in (4, 64)),
+    *(Setting(rank=rank) for rank in (4, 64)),
     *(Setting(length=length) for length in (64, 256)),
     Setting(precision="bf16"),
     Setting(model="llama-64"),
@@ -78,64 +66,48 @@ SETTINGS = [
     Setting(model=SMOLLM2, batch=4, precision="bf16"),
     Setting(model=SMOLLM2, batch=16, length=127, precision="bf16"),
 ]
-ON_A_GPU = [
-    Setting(model=SMOLLM2, batch=16, precision="bf16"),
-    *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16") for rank in (1, 128)),
-    *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16") for length in (512, 1024)),
-    Setting(model=ONE_B, batch=8, length=1024, precision="bf16"),
-]
 QUICK = [Setting(model="llama-64", batch=2, length=16)]
 
-_SQUARE = {"cpu": 2048, "cuda": 8192}
-"""Most rows and columns of the matrices whose product measures a device's peak."""
+_SQUARE = 2048
+"""Most rows and columns of the matrices whose product measures the machine's peak."""
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_peak(dtype: torch.dtype) -> float:
     """Return the highest FLOP/s of the product of two square matrices, in about a second whatever the speed."""
     side, best, seconds, end = 128, 0.0, 0.0, time.perf_counter() + 1.0
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     while time.perf_counter() < end:
         # Larger matrices are multiplied next only if a product took little of the time.
-        if best and seconds < 0.06 and side < _SQUARE[device.type]:
+        if best and seconds < 0.06 and side < _SQUARE:
             side *= 2
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        wait()
+        left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
         started = time.perf_counter()
         left @ right
-        wait()
         seconds = time.perf_counter() - started
         best = max(best, 2 * side**3 / seconds)
     return best
 
 
-def training_step(
-    setting: Setting, method: Method | Literal["peft"], device: torch.device = CPU
-) -> tuple[Callable[[], None], int]:
+def training_step(setting: Setting, method: Method | Literal["peft"]) -> tuple[Callable[[], None], int]:
     """Return a function that makes one optimizer step, and the step's FLOPs as the paper counts them."""
-    model: Any = loaded(setting.model, device)
+    model: Any = loaded(setting.model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
-        variant = "lora" if method == "peft" else method
-        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, method=variant)
+        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0)
     flops = setting.batch * setting.length * train_flops_per_token(model)
     if method == "peft":
         # PEFT is measured without this project's attention.
         model.set_attn_implementation("sdpa")
-        return _peft_step(model, ids.to(device), setting.precision), flops
+        return _peft_step(model, ids, setting.precision), flops
     if method != "fullft":
         use_fast_products(model)
     parameters = list(trained_parameters(model).values())
     optimizer = _adam(parameters)
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
-    scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
+    scored = np.ones(setting.batch * (setting.length + 1), bool)
     split, examples = TokenizedSplit(ids.flatten().numpy(), scored, offsets), np.arange(setting.batch)
     autocast = torch.bfloat16 if setting.precision == "bf16" else None
-    machine = Machine(device, MAX_BATCH_TOKENS[device.type], autocast=autocast)
+    machine = Machine(torch.device("cpu"), MAX_BATCH_TOKENS, autocast=autocast)
 
     def step() -> None:
         batch_gradient(model, split, examples, machine)
@@ -151,7 +123,7 @@ def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[
     optimizer = _adam([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def step() -> None:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -164,49 +136,37 @@ def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
 
-def median_seconds(
-    steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device = CPU
-) -> dict[str, float]:
+def median_seconds(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each step; steps take turns, so that changes of the machine's speed affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + repeats):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
-            done(device)
             if turn >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure(
-    settings: list[Setting],
-    threads: int,
-    repeats: int,
-    device: torch.device = CPU,
-    say: Callable[[str], None] = say,
-) -> Iterator[Row]:
-    """Yield the device's peaks, then a row for each arm of each setting whose model is on this machine."""
+def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = say) -> Iterator[Row]:
+    """Yield the machine's peaks, then a row for each arm of each setting whose model is on this machine."""
     torch.set_num_threads(threads)
-    if device.type == "cpu":
-        # Training processes do this too; PEFT's steps share the process and also gain by it.
-        keep_freed_memory()
-        bf16_products.choose_faster()
-    peaks: dict[str, float] = {precision: matmul_peak(dtype, device) for precision, dtype in DTYPES.items()}
+    # Training processes do this too; PEFT's steps share the process and also gain by it.
+    keep_freed_memory()
+    bf16_products.choose_faster()
+    peaks: dict[str, float] = {precision: matmul_peak(dtype) for precision, dtype in DTYPES.items()}
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
-        side = _SQUARE[device.type]
-        case = f"matmul of up to {side}, {precision}"
-        yield Row("peak", case, "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9)
+        case = f"matmul of up to {_SQUARE}, {precision}"
+        yield Row("peak", case, "torch", threads, 1, 2 * _SQUARE**3 / speed, gflops=speed / 1e9)
     for setting in settings:
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
-        arms = ARMS | (VARIANTS if setting.variants else {})
-        made = {name: training_step(setting, arm, device) for name, arm in arms.items()}
-        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)
+        made = {name: training_step(setting, arm) for name, arm in ARMS.items()}
+        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats)
         say(f"step: {setting.case}: {len(made)} arms")
-        for name in arms:
+        for name in ARMS:
             speed = made[name][1] / seconds[name]
             share = speed / peaks[setting.precision]
             yield Row("step", setting.case, name, threads, 1, seconds[name], gflops=speed / 1e9, share_of_peak=share)

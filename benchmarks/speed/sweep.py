@@ -25,7 +25,6 @@ import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks.speed.models import Precision, preset_entry
 from benchmarks.speed.table import REPOSITORY, Row, say
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -44,8 +43,8 @@ from lorabench.training.run import data_order
 disable_progress_bar()
 
 FINETUNE = Path(__file__).with_name("finetune.py")
-NAME, DATASET = "speed", "instruct"
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 3e-2}
+NAME, MODEL, DATASET = "speed", "llama-128", "instruct"
+TOLERANCE = 1e-3
 """Nats per token by which the losses of two arms may differ in a run."""
 LAST = 5
 """Number of last steps whose mean loss is the final training loss."""
@@ -62,17 +61,11 @@ class Shape:
     test: int = 64
     threads: int = 2
     turns: int = 3
-    model: str = "llama-128"
-    precision: Precision = "fp32"
-    max_chars: int = 220
-    gpu: str | None = None
-    """Name of the GPU in `lorabench.utils.gpus`; None for a CPU."""
 
     @property
     def case(self) -> str:
         """The description of the case in the table."""
-        what = f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
-        return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
+        return f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -89,26 +82,18 @@ LossesByLr = dict[float, Losses]
 
 def preset(shape: Shape) -> dict[str, Any]:
     """Return the preset of the sweep."""
-    train = shape.steps * shape.batch_size
+    sizes = {"train": shape.steps * shape.batch_size, "validation": 16, "test": shape.test, "max_chars": 220}
     return {
         "description": "The sweep whose speed is measured",
-        "models": {shape.model: preset_entry(shape.model)},
-        "datasets": {
-            DATASET: {
-                "kind": DATASET,
-                "train": train,
-                "validation": 16,
-                "test": shape.test,
-                "max_chars": shape.max_chars,
-            }
-        },
+        "models": {MODEL: {"kind": "tiny", "name": MODEL}},
+        "datasets": {DATASET: {"kind": DATASET, **sizes}},
         # Validation is as rare as possible, since the other trainers have none.
         # TRL refuses LoRA on the unembedding.
-        "protocol": {"curve_points": 2, "include_unembedding": False, "precision": shape.precision},
+        "protocol": {"curve_points": 2, "include_unembedding": False},
         "experiments": {
             "rank": [
                 {
-                    "models": [shape.model],
+                    "models": [MODEL],
                     "datasets": [DATASET],
                     "ranks": {"all": [shape.rank]},
                     "batch_sizes": [shape.batch_size],
@@ -118,13 +103,13 @@ def preset(shape: Shape) -> dict[str, Any]:
             ]
         },
         "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": execution(shape.threads, shape.gpu),
+        "execution": execution(shape.threads),
     }
 
 
-def execution(threads: int, gpu: str | None) -> dict[str, Any]:
-    """Return a preset's settings of `execution` for a number of CPU threads, or for a GPU."""
-    return {"threads": threads} | ({"gpu": gpu} if gpu else {"max_batch_tokens": 4096, "gflops": 50.0})
+def execution(threads: int) -> dict[str, Any]:
+    """Return a preset's settings of `execution` for a number of CPU threads."""
+    return {"threads": threads, "max_batch_tokens": 4096, "gflops": 50.0}
 
 
 def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
@@ -201,7 +186,7 @@ class _Job:
         self.path.write_text(yaml.safe_dump(preset(shape)))
         self.plan = make_plan(load_preset(str(self.path)))
         finish(start(lorabench("step", "dataset", DATASET, self.path), folder, shape.threads))
-        finish(start(lorabench("step", "tokens", shape.model, DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("step", "tokens", MODEL, DATASET, self.path), folder, shape.threads))
 
     def losses(self, run: Run) -> Losses:
         """Return the final losses of a run; the test loss is NaN if it diverged."""
@@ -242,7 +227,7 @@ class Trainings:
         order = data_order(len(data["train"]), shape.steps, shape.batch_size, run.seed).ravel().tolist()
         Dataset.from_dict(rows(data["train"], order)).save_to_disk(folder / "train")
         Dataset.from_dict(rows(data["test"], range(len(data["test"])))).save_to_disk(folder / "test")
-        spec, condition = job.plan.preset.models[shape.model], run.condition
+        spec, condition = job.plan.preset.models[MODEL], run.condition
         assert condition.placement
         self.settings = {
             "trainer": trainer,
@@ -252,8 +237,6 @@ class Trainings:
             "steps": shape.steps,
             "batch_size": shape.batch_size,
             "threads": shape.threads,
-            "gpu": shape.gpu is not None,
-            "bf16": shape.precision == "bf16",
             "rank": condition.rank,
             "alpha": condition.alpha,
             "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding)[0],
@@ -351,7 +334,7 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
                 of_cpu[name].append(_cpu_seconds() - cpu_before)
                 say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
             losses = {name: arm.losses() for name, arm in arms.items()}
-            check_agreement(losses, TOLERANCE[shape.precision])
+            check_agreement(losses, TOLERANCE)
     return [
         Row(
             "sweep",

@@ -47,8 +47,8 @@ ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
 
 LEAST_WEIGHTS = 1e-3, 0.03
-"""The least weights of what is known before the runs of the curvatures and of the asymmetry, over that of a run: it
-counts where there is hardly any noise."""
+"""Floors on the prior weights of (curvature, asymmetry), relative to the weight of one run; they hold where there is
+hardly any noise."""
 
 LEAST_SIZE = 0.1
 """The least curvature of an arm over the mean of all by which its asymmetry is scaled."""

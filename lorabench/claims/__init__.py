@@ -2,7 +2,8 @@
 
 Each module judges the claims of one subject. A claim is a decorator, with its statement, its criterion and what it is
 judged on, above the function that judges one part of that; a new claim is such a function in a module that `judge`
-imports. `judge` lists the claims of all modules and judges them on tables.
+imports. `judge` lists the claims of all modules and judges them on tables. Studies declare theirs in the same way
+(`lorabench.utils.studies`).
 
 The first letter of an id is the claim's family: A learning curves and capacity, N stored bits, B learning rate, C early
 curves and parametrization, D batch size, E placement, M mixtures of experts, F reinforcement learning, G compute.

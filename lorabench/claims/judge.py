@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import re
-import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, groupby
-from multiprocessing import get_context
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -219,57 +215,15 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     order = sorted(range(len(parts)), key=lambda place: (len(keys[place]) != 1, keys[place]))
     groups += [[parts[place] for place in same] for _, same in groupby(order, key=lambda place: keys[place])]
     del parts
-    for claim_id, place, judged_part in chain.from_iterable(_each_judged(groups)):
-        if claim_id in findings:
-            findings[claim_id][place] = judged_part
-        else:
-            judged[claim_id] = judged_part
+    # A group is taken from the list before it is judged, so that its comparisons can be dropped from memory.
+    groups.reverse()
+    while groups:
+        for claim_id, place, judged_part in _judge_group(groups.pop()):
+            if claim_id in findings:
+                findings[claim_id][place] = judged_part
+            else:
+                judged[claim_id] = judged_part
     return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
-
-
-MANY = 100
-"""The number of groups of parts from which they are judged by several processes, which takes a while to start."""
-
-PROCESSES = 8
-"""The most processes that judge."""
-
-_GROUPS: list[list[_Part]] = []
-"""What the processes that judge have from the one that started them."""
-
-
-def _each_judged(groups: list[list[_Part]]) -> Iterator[list[tuple[str, int, Finding]]]:
-    """Yield what `_judge_group` returns of each group and empty the list, by several processes if there are many."""
-    if len(groups) < MANY:
-        groups.reverse()
-        while groups:
-            yield _judge_group(groups.pop())
-        return
-    _GROUPS[:] = groups
-    groups.clear()
-    # What is in memory already stays there, so that it is in vain to look for garbage in it again and again.
-    gc.freeze()
-    try:
-        # Only Linux says how many cores a process may use, and starts a process as a copy of this one safely.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        if cores == 1:
-            yield from map(_judge_numbered, range(len(_GROUPS)))
-        else:
-            with get_context("fork").Pool(min(cores, PROCESSES), _end_silently) as pool:
-                yield from pool.imap_unordered(_judge_numbered, range(len(_GROUPS)))
-    finally:
-        gc.unfreeze()
-        _GROUPS.clear()
-
-
-def _end_silently() -> None:
-    """Let signals end this process without a message; the process that started it has one."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def _judge_numbered(number: int) -> list[tuple[str, int, Finding]]:
-    group, _GROUPS[number] = _GROUPS[number], []
-    return _judge_group(group)
 
 
 def _judge_group(group: list[_Part]) -> list[tuple[str, int, Finding]]:

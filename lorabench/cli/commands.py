@@ -1,4 +1,4 @@
-"""The commands for people: plan and run a preset, write one for an own model, merge tables, judge, draw and publish."""
+"""The commands for people: plan and run a preset, write one for an own model, merge tables, judge and draw."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def status(preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def doctor(preset: PresetOption = "laptop") -> None:
-    """Check this machine for a preset in some minutes: device, memory, disk, vLLM, numbers and speed.
+    """Check this machine for a preset in some minutes: its device, and the numbers, memory and speed of a step.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
@@ -327,19 +327,17 @@ def evidence(
         list[Path] | None,
         Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
     ] = None,
-    publish: Annotated[
-        Path | None, Option(help="The repository's root: write the answers into its README and docs too.")
-    ] = None,
 ) -> None:
     """Judge all published runs by the paper's claims.
 
     Writes the verdicts, those on core claims by scale with a picture, the forest plot, and the known optimal learning
     rates.
     """
-    from lorabench.report.publish import evidence_folders, evidence_tables, publish_evidence, write_evidence
+    from lorabench.report.evidence import evidence_tables, write_evidence
     from lorabench.sources.measurements import read_own
+    from lorabench.store.published import evidence_folders
 
-    folders = evidence_folders(publish or Path())
+    folders = evidence_folders(Path())
     own = {folder.name: read_own(folder, folder.name) for folder in folders}
     for folder in tables or []:
         # A finished preset stands for what was published of it.
@@ -347,8 +345,6 @@ def evidence(
         own[name] = read_own(folder, name)
     gathered = evidence_tables(source or (), list(own.values()), folders)
     write_evidence(gathered, out)
-    if publish is not None:
-        publish_evidence(gathered, publish)
     models = len(gathered["claims"].drop_duplicates(["source", "model"]))
     print(f"{models} models of public sources judged; their answers are in {out / 'matrix.svg'}")
 
@@ -380,9 +376,9 @@ def freeze(
     from lorabench.config.loading import split_name
     from lorabench.report.freeze import freeze as fix
     from lorabench.report.freeze import write_frozen
-    from lorabench.report.publish import NOT_PUBLISHED
     from lorabench.store.io import read_claims, table_path
     from lorabench.store.layout import Layout
+    from lorabench.store.published import NOT_PUBLISHED
 
     name, given = split_name(preset)
     explored, seeded = Layout.of(name), f"{name}@{first_seed if given is None else given}"
@@ -407,85 +403,4 @@ def freeze(
     path = out or Path("workflow/frozen") / f"{explored.name}.yaml"
     write_frozen(frozen, path)
     print(f"wrote {path}; commit it, then run: lorabench run {seeded}")
-    print(f"and at the end: lorabench publish --held-out {path}")
-
-
-@app.command()
-def publish(
-    preset: PresetOption = "laptop",
-    held_out: Annotated[
-        Path | None,
-        Option(help="Publish the runs on held-out seeds of a file that `freeze` wrote, if they kept to it."),
-    ] = None,
-) -> None:
-    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
-    from lorabench.report.publish import publish as write_published
-    from lorabench.report.publish import publish_held_out
-
-    if held_out is None:
-        write_published(plan_and_layout(preset)[1], Path())
-    else:
-        print(publish_held_out(held_out, Path()))
-
-
-@app.command()
-def export(
-    out: Annotated[Path, Argument(metavar="FOLDER", help="A new folder for the dataset.")],
-    preset: Annotated[
-        list[str] | None,
-        Option(
-            help="A preset to export, as its name or YAML file; may be repeated. Default: all that have tables here."
-        ),
-    ] = None,
-    licence: Annotated[str, Option(help="The licence of the tables, by its name on hubs.")] = "apache-2.0",
-    url: Annotated[str | None, Option(help="The address at which the dataset will be, for its metadata.")] = None,
-) -> None:
-    """Write the tables of finished and published presets as a dataset: parquet, a card for data hubs, and Croissant."""
-    from lorabench.report.export import export as write_dataset
-    from lorabench.report.export import exportable
-
-    presets = preset or exportable()
-    if not presets:
-        raise UserError(
-            "no shipped preset has tables in results or paper_figures; run one, or name yours with --preset"
-        )
-    for name, rows in write_dataset(presets, out, licence, url).items():
-        print(f"{name}: {', '.join(f'{count:,} {table}' for table, count in rows.items())}")
-    print(f"wrote {out}; its page is {out / 'README.md'}")
-
-
-@app.command()
-def index(
-    results: Annotated[Path, Option(help="The folder of all results.")] = Path("results"),
-) -> None:
-    """Write the page that lists all reports, the published presets, and what the runs of others say.
-
-    Each report that is made writes it too.
-    """
-    from lorabench.report.index import write_index
-
-    if not results.is_dir():
-        raise UserError(f"--results {results}: there is no such folder")
-    print(write_index(results))
-
-
-@app.command("save-runs")
-def save_runs(preset: PresetOption = "laptop") -> None:
-    """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
-    from lorabench.training.saved_runs import save_runs as save
-
-    planned, layout = plan_and_layout(preset)
-    runs, size = save(planned, layout)
-    print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
-
-
-@app.command("restore-runs")
-def restore_runs(preset: PresetOption = "laptop") -> None:
-    """Restore the runs that `save-runs` saved, so that the preset goes on from them."""
-    from lorabench.training.saved_runs import restore_runs as restore
-
-    planned, layout = plan_and_layout(preset)
-    restored, present, unknown = restore(planned, layout)
-    print(f"restored {restored} runs from {layout.saved_runs}; {present} were there already")
-    if unknown:
-        print(f"{unknown} saved runs are not in the plan of preset {layout.name} and were left out")
+    print(f"and at the end: python workflow/scripts/publish.py --held-out {path}")

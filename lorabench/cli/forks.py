@@ -15,13 +15,13 @@ import importlib
 import json
 import os
 import select
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -106,35 +106,25 @@ def run_in_fork() -> int | None:
             process = 0
         if not process:
             return None
-        # A shell starts background jobs with SIGINT ignored, which must stay so.
-        signals, _ = _wake_on(*(number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        while connection not in select.select([connection, signals], [], [])[0]:
-            for number in signals.recv(1 << 12):
+
+        def pass_on(number: int, frame: object) -> None:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
+
+        # A shell starts background jobs with SIGINT ignored, which must stay so.
+        for number in HANDLED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        status = replies.readline()
         # A repeated signal must not change the exit status.
         for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)
-        if status := replies.readline():
+        if status:
             return int(status)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGTERM)
-    print("lorabench: the fork server has ended, and this step with it", file=sys.stderr)
+    pass_on(signal.SIGTERM, None)
+    print("lorabench: the process that waited for this step was killed, and the step is stopped", file=sys.stderr)
     return 1
-
-
-def _wake_on(*numbers: int) -> tuple[socket.socket, socket.socket]:
-    """Return a socket from which the numbers of arriving signals can be read, and the one that they are written to.
-
-    The signals have no other effect.
-    """
-    reader, writer = socket.socketpair()
-    for end in (reader, writer):
-        end.setblocking(False)
-    for number in numbers:
-        signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    return reader, writer
 
 
 def start() -> None:
@@ -225,66 +215,53 @@ def _next_request(listener: socket.socket) -> _Request:
         importlib.import_module(module)
     # A signal to the whole process group must not end this process before those that it has forked.
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    children, woken = _wake_on(signal.SIGCHLD)
-    selector, running = selectors.DefaultSelector(), dict[int, socket.socket]()
-    for source in (sys.stdin, listener, children):
-        selector.register(source, selectors.EVENT_READ)
-    folder, serving = Path(listener.getsockname()).parent, True
-    while serving or running:
-        for key, _ in selector.select():
-            if key.fileobj is listener:
-                if not serving:  # It was closed in this round; the command runs by itself.
-                    continue
-                connection = listener.accept()[0]
-                request = _receive(connection, identity)
-                if request is None:
-                    connection.close()
-                    continue
+    # The standard input ends with the process that started this server.
+    while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+        with listener.accept()[0] as connection:
+            request = _receive(connection, identity)
+            if request is not None:
                 _preload(request.argv)
                 gc.freeze()
-                try:
-                    process = os.fork()
-                except OSError:  # There is no memory for a copy, and the command runs by itself.
-                    process = -1
-                if process == 0:
-                    gc.enable()
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    selector.close()
-                    for other in (listener, children, woken, connection, *running.values()):
-                        other.close()
-                    return request
+                # Where there is no memory for a copy, the command runs by itself.
+                with contextlib.suppress(OSError):
+                    if os.fork() == 0:
+                        gc.enable()
+                        listener.close()
+                        _fork_command(request, connection)
+                        return request
                 for file in request.files:
                     os.close(file)
-                if process < 0:
-                    connection.close()
-                    continue
-                running[process] = connection
-                selector.register(connection, selectors.EVENT_READ, process)
-                _reply(connection, process)
-            elif key.fileobj is children:
-                children.recv(1 << 12)
-            elif key.fileobj is sys.stdin:
-                # The process that started this server has ended.
-                serving = False
-                for source in (sys.stdin, listener):
-                    selector.unregister(source)
-                listener.close()
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                # The process that gave the command was killed.
-                selector.unregister(key.fileobj)
-                os.kill(key.data, signal.SIGTERM)
-        for process, connection in list(running.items()):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                del running[process]
-                with contextlib.suppress(KeyError):
-                    selector.unregister(connection)
-                # Shells report a signal that ended a process in this way.
-                _reply(connection, code if code >= 0 else 128 - code)
-                connection.close()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+    listener.close()
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    os._exit(0)
+
+
+def _fork_command(request: _Request, connection: socket.socket) -> None:
+    """Fork a process for a command, and return in that process only.
+
+    This one reports the end of the command to the process that gave it, and ends the command if that is killed.
+    """
+    process = os.fork()
+    if process == 0:
+        return
+    for file in request.files:
+        os.close(file)
+    _reply(connection, process)
+
+    def end_with_giver() -> None:
+        connection.recv(1)
+        os.kill(process, signal.SIGTERM)
+
+    threading.Thread(target=end_with_giver, daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    # Shells report a signal that ended a process in this way.
+    _reply(connection, code if code >= 0 else 128 - code)
     os._exit(0)
 
 

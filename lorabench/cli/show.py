@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lorabench.planning.costs import Chain, Cost, chains, minutes, per_experiment
+from lorabench.planning.costs import Cost, minutes, path_hours, per_experiment
 from lorabench.planning.memory import gpus_needed, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
+from lorabench.runs import Job
 from lorabench.utils import formats
 from lorabench.utils.formats import print_table
 from lorabench.utils.gpus import GB, GPUS
@@ -27,7 +28,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         notes: sentences to print below the table: where the machine's speed was measured.
     """
     execution, rows = plan.preset.execution, per_experiment(plan)
-    longest = chains(plan) if execution.gpu else []
+    longest = _longest(plan) if execution.gpu else []
     at_once = max(1, cores // execution.threads)
     columns = ["experiment", "jobs", "runs", "tokens", "PFLOPs"]
     if execution.gpu is None:
@@ -52,20 +53,23 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     print_table(columns, table, columns[1:], plan.preset.description, (*caption, *notes), total=True)
 
 
-def _least_hours(name: str, row: Cost, longest: Sequence[Chain]) -> float:
-    """Return the hours of the longest chain of an experiment, of all (`total`) or of those with an evaluation."""
-    for chain in longest:
-        if name == "total" or name in chain.job.experiments or (name == "evaluation" and chain.evaluating):
-            return chain.hours
-    # The experiment `compute`, or a preset without runs.
-    return row.job_hours
+def _longest(plan: Plan) -> list[tuple[float, Job]]:
+    """Return the path hours of each training job, and the job; the longest, which is the critical path, first."""
+    return sorted(((path_hours(plan, job), job) for job in plan.jobs), key=lambda path: -path[0])
+
+
+def _least_hours(name: str, row: Cost, longest: Sequence[tuple[float, Job]]) -> float:
+    """Return the hours of the longest path of an experiment, or of all (`total`)."""
+    hours = (hours for hours, job in longest if name == "total" or name in job.experiments)
+    # No training job belongs to the experiment `compute` and to evaluations.
+    return next(hours, row.longest_job_hours)
 
 
 def _and_most(row: Cost, expected: str, most: str) -> str:
     return f"{expected} (most {most})" if row.most_runs > row.runs else expected
 
 
-def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], measured: bool) -> list[str]:
+def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[tuple[float, Job]], measured: bool) -> list[str]:
     """Return the sentences on how the costs were estimated."""
     execution = plan.preset.execution
     rate, gpu = flops_per_second(execution), execution.gpu
@@ -77,7 +81,7 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
         caption = [
             f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
             f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
-            f"the critical path{_chain_in_words(plan, longest)}",
+            f"the critical path{_path_in_words(plan, longest)}",
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]
@@ -95,18 +99,17 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[Chain], me
     return caption
 
 
-def _chain_in_words(plan: Plan, longest: Sequence[Chain]) -> str:
-    """Return how long the critical path is and what it consists of, as the end of a sentence."""
+def _path_in_words(plan: Plan, longest: Sequence[tuple[float, Job]]) -> str:
+    """Return how long the critical path is and which job it is, as the end of a sentence."""
     if not longest:
         return ""
-    job, *hours = longest[0]
+    hours, job = longest[0]
     conditions = [sweep.condition for sweep in job.sweeps]
     what = title(conditions[0]) + (f" and {len(conditions) - 1} more" if len(conditions) > 1 else "")
     waves = f" in {len(job.sweeps[0].expected_waves())} waves" if plan.is_split(job) else ""
-    verbs = ("tokenize", f"train {job.n_runs} runs{waves}", "evaluate")
-    parts = [f"{formats.number(part, 2)} to {verb}" for part, verb in zip(hours, verbs, strict=True) if part]
-    days = formats.number(longest[0].hours / 24, 2)
-    return f" ({days} days), {what}: {', '.join(parts)}"
+    return (
+        f" ({formats.number(hours / 24, 2)} days), {what}: {formats.number(hours, 2)} to train {job.n_runs} runs{waves}"
+    )
 
 
 def _jobs_in_words(plan: Plan, total: Cost) -> list[str]:
@@ -131,7 +134,7 @@ def _jobs_in_words(plan: Plan, total: Cost) -> list[str]:
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
     """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
-    costs, longest = per_experiment(plan), chains(plan)
+    costs, longest = per_experiment(plan), _longest(plan)
     rows = {name: asdict(row) | {"path_hours": _least_hours(name, row, longest)} for name, row in costs.items()}
     for row in rows.values():
         # What a single job requests of a cluster says nothing of an experiment.

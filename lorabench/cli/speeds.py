@@ -1,56 +1,26 @@
-"""The speed of a machine, by which `lorabench plan` states times; imports no torch unless the speed is measured now.
+"""The speed of a machine, by which `lorabench plan` states times; imports no torch.
 
-Finished runs say most about a preset, then what `lorabench doctor` measured on a GPU. On a CPU whose speed in bf16 is
-not known yet, it is measured now in about a second, since it differs by a factor of 100 between processors. Where
-nothing was measured, the preset's `gflops` holds, or what lorabench/utils/gpus.py assumes of the GPU.
+Finished runs say most about a preset, then what `lorabench doctor` measured. Where nothing was measured, the preset's
+`gflops` holds, or what lorabench/utils/gpus.py assumes of the GPU.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from lorabench.config.loading import is_shipped, load_preset
 from lorabench.config.preset import Preset
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
-from lorabench.planning.memory import peak_bytes, sweep_memory
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.planning.seconds import flops_per_second, gpus_used, run_seconds
-from lorabench.runs import Sweep
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import GPUS, is_called, processor
 
 RESULTS = Path("results")
-
-
-def speed_of(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[float, str] | None:
-    """Return the measured speed of the machine that a plan is for; `speed_of_runs` says what the folders are.
-
-    Returns:
-        Useful GFLOP/s of a job on a CPU or of one GPU, and a sentence that says where they were measured; None if
-        nothing was measured.
-
-    Raises:
-        UserError: see `speed_of_runs` and `record_for`.
-    """
-    execution = plan.preset.execution
-    if (measured := speed_of_runs(plan, folders)) is not None:
-        return measured
-    if execution.gpu is not None:
-        record = record_for(execution)
-        return None if record is None or record.gflops is None else (record.gflops, record.sentence)
-    kept = read_speed(layout.speed, execution.threads)
-    if kept is None and plan.preset.protocol.precision == "bf16":
-        from lorabench.doctor.bench import measure_speed
-
-        return measure_speed(plan, layout)
-    return kept
 
 
 def on_gpu(preset: Preset, gpu: str) -> Preset:
@@ -64,18 +34,23 @@ def on_gpu(preset: Preset, gpu: str) -> Preset:
     return preset.with_execution(gpu=gpu, gflops=None)
 
 
-def read_speed(path: Path, threads: int) -> tuple[float, str] | None:
-    """Return the speed that `measure_speed` kept, in GFLOP/s, and its sentence.
+def speed_of(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[float, str] | None:
+    """Return the measured speed of the machine that a plan is for; `speed_of_runs` says what the folders are.
 
     Returns:
-        None if none is kept, or one of another processor or number of threads, or in a damaged file: it takes a second
-        to measure again.
+        Useful GFLOP/s of a job on a CPU or of one GPU, and a sentence that says where they were measured; None if
+        nothing was measured.
+
+    Raises:
+        UserError: see `speed_of_runs` and `record_for`.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text())
-        if (kept["device"], kept["threads"]) == (processor(), threads):
-            return float(kept["gflops"]), kept["sentence"]
-    return None
+    if (measured := speed_of_runs(plan, folders)) is not None:
+        return measured
+    record = record_for(plan.preset.execution)
+    # A CPU's speed depends on the width of the model, the precision and the threads, and so on the preset.
+    if record is None or record.gflops is None or (plan.preset.execution.gpu is None and record.preset != layout.name):
+        return None
+    return record.gflops, record.sentence
 
 
 def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | None:
@@ -89,7 +64,7 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
 
     Returns:
         The predicted FLOPs of all runs over their seconds, in GFLOP/s, and a sentence with the ratios of predicted to
-        measured values; None if no folder is named and there is no suitable run under results/.
+        measured seconds; None if no folder is named and there is no suitable run under results/.
 
     Raises:
         UserError: the named folders have no finished run that a plan knows, on such a device.
@@ -101,7 +76,7 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
     from lorabench.store.io import read_rows
 
-    columns = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
+    columns = ("run_id", "status", "device", "wall_s")
     runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", columns)}
     plans, gpu = [plan], plan.preset.execution.gpu
     # Folders (results/NAME/tables) are named for shipped presets, which are planned on the same GPU. Runs in another
@@ -113,50 +88,26 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
             if alike and (preset.execution.gpu is None) == (gpu is None):
                 plans.append(make_plan(on_gpu(preset, gpu) if gpu else preset))
     # Every run that a plan may contain, whichever LRs prove the best.
-    sweeps = {
-        run_id: (planned.preset, sweep) for planned in plans for sweep in planned.sweeps for run_id in sweep.run_ids
-    }
-    known = [(*sweeps[run_id], row) for run_id, row in runs.items() if run_id in sweeps]
-    devices = [name for name, _ in Counter(row["device"] for *_, row in known if row["device"]).most_common()]
+    sweeps = {run_id: (plan.preset, sweep) for plan in plans for sweep in plan.sweeps for run_id in sweep.run_ids}
+    known = [row for run_id, row in runs.items() if run_id in sweeps]
+    devices = [name for name, _ in Counter(row["device"] for row in known if row["device"]).most_common()]
     fitting = [name for name in devices if (is_called(gpu, name) if gpu else folders or name == processor())]
-    measured = [
-        (preset, sweep, row)
-        for preset, sweep, row in known
-        if row["status"] == "done" and row["device"] in fitting[:1] and row["wall_s"]
-    ]
-    if measured:
-        return _fitted(measured, fitting[0])
+    # For each run the predicted FLOPs, the seconds that do not depend on the speed, and the measured seconds.
+    work = []
+    for row in known:
+        if row["status"] == "done" and row["device"] in fitting[:1] and row["wall_s"]:
+            planned, sweep = sweeps[row["run_id"]]
+            computing, waiting = run_seconds(planned, sweep, gpus_used(planned, sweep))
+            work.append((computing * flops_per_second(planned.execution), waiting, row["wall_s"]))
+    if work:
+        # The fixed seconds are an assumption, so they never count as more than half of a run's measured seconds.
+        speed = sum(flops for flops, *_ in work) / sum(max(wall - waiting, wall / 2) for _, waiting, wall in work)
+        ratios = [(flops / speed + waiting) / wall for flops, waiting, wall in work]
+        return speed / 1e9, (
+            f"measured on {len(work)} runs on {fitting[0]}: {speed / 1e9:,.3g} GFLOP/s; predicted over measured time, "
+            f"median and range: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     if folders:
         place = ", ".join(str(folder) for folder in folders)
         raise UserError(f"{place}: no finished run of this preset was made on {gpu or 'a CPU'}")
     return None
-
-
-def _fitted(runs: Sequence[tuple[Preset, Sweep, dict[str, Any]]], device: str) -> tuple[float, str]:
-    """Return the speed of a device's finished runs in GFLOP/s, and the sentence about it."""
-    work, memory = [], []
-    for preset, sweep, row in runs:
-        try:
-            gpus = gpus_used(preset, sweep)
-        except UserError:
-            # By the estimate it does not fit, and yet it ran.
-            gpus = preset.execution.max_gpus
-        computing, waiting = run_seconds(preset, sweep, gpus)
-        work.append((computing * flops_per_second(preset.execution), waiting, row["wall_s"]))
-        if row["peak_mem_bytes"]:
-            # A run reports its own process; the engine vLLM is another one.
-            own = peak_bytes(preset, sweep, gpus) - sweep_memory(preset, sweep, max(1, gpus)).engine
-            memory.append(own / row["peak_mem_bytes"])
-    # The fixed seconds are an assumption, so they never count as more than half of a run's measured seconds.
-    seconds = sum(max(wall - waiting, wall / 2) for _, waiting, wall in work)
-    speed = sum(flops for flops, *_ in work) / seconds
-    time = [(flops / speed + waiting) / wall for flops, waiting, wall in work]
-    times, memories = (
-        f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "unknown"
-        for ratios in (time, memory)
-    )
-    sentence = (
-        f"measured on {len(work)} runs on {device}: {speed / 1e9:,.3g} GFLOP/s; predicted over measured, median and "
-        f"range: time {times}, memory {memories}"
-    )
-    return speed / 1e9, sentence

@@ -165,15 +165,14 @@ def train(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.store.progress import FinishedRuns
+        from lorabench.store.progress import finished_runs
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
         group = join() if is_worker() else SINGLE_PROCESS
-        finished = FinishedRuns(planned, layout)
 
         def say(line: str) -> None:
-            done, expected, _ = finished.count()
+            done, expected, _ = finished_runs(planned, layout)
             logging.info("[%s/%s runs of %s] %s", done, expected, layout.name, line)
 
         with signals.stop_after_step():

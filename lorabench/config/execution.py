@@ -69,7 +69,7 @@ class Execution(Strict):
     vLLM takes the memory for all of them throughout a job."""
     sampler: SamplerName = "own"
     """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
-    reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/vllm.md says. Runs of
+    reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/cluster.md says. Runs of
     two samplers are different runs."""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e20)] = 5.0
     """Least minutes between a run's checkpoints, from which it resumes; more where saving would take over 2% of the

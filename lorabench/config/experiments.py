@@ -155,19 +155,6 @@ def _at_best(value: Any) -> Any:
     return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
 
 
-_NOT_TRAINED = {
-    "eva": "its start from activations of the training data took PEFT 89 s at rank 64 of a base whose runs take 4 s",
-    "corda": "it starts from activations of the training data, which no run reads before its first step",
-}
-"""Variants that people may look for, and why they are left out."""
-
-
-def _trainable(value: Any) -> Any:
-    if isinstance(value, str) and value in _NOT_TRAINED:
-        raise ValueError(f"{value!r} is not trained here: {_NOT_TRAINED[value]}")
-    return value
-
-
 _SET_BY_VARIANT: dict[Variant, tuple[str, ...]] = {
     "rslora": ("alpha_power",),
     "lora_plus": ("lr_ratios", "transforms"),
@@ -193,9 +180,7 @@ class Block(Strict):
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
-    variants: Annotated[
-        list[Annotated[Variant, BeforeValidator(_trainable, json_schema_input_type=Variant)]], Field(min_length=1)
-    ] = ["lora"]
+    variants: Annotated[list[Variant], Field(min_length=1)] = ["lora"]
     """Variants of LoRA, each trained at every rank, alpha and LR (studies/variants). `rslora` is `alpha_power: 0.5` and
     `lora_plus` is `lr_ratios: [16]`; the others are allowed in the experiments `variants` and `variants_rl`."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None

@@ -7,7 +7,6 @@ evaluation, may be a mapping by name, so that a preset can change those that it 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,8 @@ COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
 TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
 """Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
-_MOST_CHILDREN = 20
+# Numbers as people write them; those with more digits are of no use.
+_NUMBER = r"[-+]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})([eE][-+]?\d{1,2})?"
 _NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
 
 
@@ -44,11 +44,7 @@ def split_name(preset: str) -> tuple[str, int | None]:
 
 
 def preset_path(preset: str) -> Path:
-    """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file.
-
-    Raises:
-        PresetError: there is no such preset.
-    """
+    """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file."""
     preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else _shipped(preset)
     if not os.path.isfile(path):
@@ -60,12 +56,7 @@ def preset_path(preset: str) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Check that a preset's file may have its name, which its folders in results/ and paper_figures/ have too.
-
-    Raises:
-        PresetError: the name is another folder's, or has characters that the workflow or a terminal would read
-            otherwise.
-    """
+    """Raise PresetError unless a preset's file may have its name, as its folders in results/ and paper_figures/ do."""
     name = path.stem
     if name.casefold() in TAKEN or name.casefold().endswith(_ENDINGS):
         raise PresetError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
@@ -105,24 +96,17 @@ def shipped(*patterns: str) -> list[str]:
 def load_preset(preset: str) -> Preset:
     """Read and validate a preset by shipped name or path; `laptop@100` is `laptop` with the first seed 100.
 
-    Raises:
-        PresetError: there is no such preset, it is not YAML, it extends what it can't, or a field is wrong; one line
-            per field.
+    PresetError has one line for each field that is wrong.
     """
     path, (_, first_seed) = preset_path(preset), split_name(preset)
     seeded = {} if first_seed is None else {"first_seed": first_seed}
-    return parse_preset(_with_parents(path, (), {}) | seeded, path)
+    return parse_preset(_with_parents(path, ()) | seeded, path)
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
-    """Return the preset of plain data that no longer extends anything.
+    """Return the preset of plain data that no longer extends anything; the file's path is for error messages.
 
-    Args:
-        raw: the content of the preset's file, laid over that of the presets it extends.
-        path: the file, for error messages.
-
-    Raises:
-        PresetError: a field is wrong; one line per field.
+    PresetError has one line for each field that is wrong.
     """
     whole, names = _written_out(raw, path)
 
@@ -134,16 +118,12 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     try:
         return Preset.model_validate(whole)
     except ValidationError as error:
-        text = "\n".join(f"{path}: {sentence}" for sentence in _sentences(error))
+        text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
         raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
 
 
 def read_margins(path: Path) -> Margins:
-    """Read the margins for tables without a preset: a YAML file with the fields of the section `margins`.
-
-    Raises:
-        PresetError: the file does not exist or is not YAML, or a field is wrong; one line per field.
-    """
+    """Read the margins for tables without a preset: a YAML file with the fields of the section `margins`."""
     if not path.is_file():
         raise PresetError(f"margins {str(path)!r}: there is no such file")
     raw = _mapping(path, f"margins are a mapping of {', '.join(Margins.model_fields)}")
@@ -151,19 +131,12 @@ def read_margins(path: Path) -> Margins:
 
 
 def parse_margins(raw: Mapping[str, Any], place: str = "") -> Margins:
-    """Return the margins of plain data.
-
-    Args:
-        raw: the fields of the section `margins`.
-        place: what each error message begins with.
-
-    Raises:
-        PresetError: a field is wrong; one line per field.
-    """
+    """Return the margins of plain data; PresetError has one line, which begins with `place`, for each wrong field."""
     try:
         return Margins.model_validate(raw)
     except ValidationError as error:
-        raise PresetError("\n".join(f"{place}{sentence}" for sentence in _sentences(error, "margins"))) from error
+        problems = [{**problem, "loc": ("margins", *problem["loc"])} for problem in error.errors()]
+        raise PresetError("\n".join(f"{place}{explain(problem)}" for problem in problems)) from error
 
 
 def _mapping(path: Path, needed: str) -> dict[str, Any]:
@@ -177,15 +150,8 @@ def _mapping(path: Path, needed: str) -> dict[str, Any]:
     return raw
 
 
-def _with_parents(path: Path, children: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of a preset's file, laid over the content of the presets that it extends.
-
-    The contents that are `known` are not put together again, since several presets may extend the same one.
-    """
-    if path.resolve() in known:
-        return known[path.resolve()]
-    if len(children) > _MOST_CHILDREN:
-        raise PresetError(f"{path}: a preset may extend others over at most {_MOST_CHILDREN} levels")
+def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the content of a preset's file, laid over the content of the presets that it extends."""
     if path.resolve() in [child.resolve() for child in children]:
         chain = " extends ".join(str(file) for file in (*children, path))
         raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
@@ -201,9 +167,8 @@ def _with_parents(path: Path, children: tuple[Path, ...], known: dict[Path, dict
         if not file.is_file():
             allowed = ", ".join(shipped("*", "suites/*"))
             raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
-        whole = _laid_over(whole, _with_parents(file, (*children, path), known))
-    known[path.resolve()] = whole = _laid_over(whole, raw)
-    return whole
+        whole = _laid_over(whole, _with_parents(file, (*children, path)))
+    return _laid_over(whole, raw)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -264,13 +229,6 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
     return whole, names
 
 
-def _sentences(error: ValidationError, *section: str) -> list[str]:
-    """Return a sentence for each of the first mistakes in a preset, or in a section of it."""
-    first, more = error.errors()[:20], error.error_count() - 20
-    sentences = [explain({**problem, "loc": (*section, *problem["loc"])}) for problem in first]
-    return sentences + ([f"there are {more:,} more mistakes"] if more > 0 else [])
-
-
 def explain(problem: Any) -> str:
     """Return a readable sentence for one of pydantic's errors."""
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
@@ -287,7 +245,7 @@ def explain(problem: Any) -> str:
             return f"{where}: missing; for example `{line.strip()[1:-1]}`"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
-        case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
+        case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
             mantissa, mark, exponent = repr(float(value) if kind == "float_type" else int(float(value))).partition("e")
             # To YAML 1.1 an exponent needs a decimal point before it.
             number = f"{mantissa}{'.0' if mark and '.' not in mantissa else ''}{mark}{exponent}"
@@ -300,10 +258,6 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text)) and math.isfinite(float(text))
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:

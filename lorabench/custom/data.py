@@ -92,8 +92,8 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
     """Load the model's tokenizer, and give it a chat template if it has none.
 
     Returns:
-        The tokenizer, None for a model of the hub that is not on this machine and can't be fetched; and the
-        `chat_template` that it was given, None if it has its own.
+        The tokenizer, None for a model of the hub that is not on this machine; and the `chat_template` that it was
+        given, None if it has its own.
 
     Raises:
         UserError: a local model has no tokenizer.
@@ -117,15 +117,11 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
     """Examine a dataset for a model: read it, and count its usable rows and their tokens.
 
     Args:
-        model: the model, whose tokenizer counts the tokens.
         name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
         form: the format that the user named, or None.
 
     Returns:
         The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
-
-    Raises:
-        UserError: there is no such format, the data can't be read, or no example can be used.
     """
     tokenizer, template = load_tokenizer(model)
     wanted = next((known for known in FORMATS if known == form), None)
@@ -230,11 +226,7 @@ def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_lengt
 
 
 def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProblems, str | None]:
-    """Examine a file of problems for a model; return them, and a `chat_template` as `examine` does.
-
-    Raises:
-        UserError: there is no such grader or file, or the file holds no problems with answers.
-    """
+    """Examine a file of problems for a model; return them, and a `chat_template` as `examine` does."""
     if grader not in _RESPONSE_TOKENS:
         raise UserError(f"grader {grader!r}: allowed: {', '.join(_RESPONSE_TOKENS)}")
     if not os.path.isfile(name):

@@ -6,16 +6,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from safetensors import SafetensorError, safe_open
 
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.base import model_location
 from lorabench.models.specs import (
     ARCHITECTURES,
     Dimensions,
@@ -27,7 +25,6 @@ from lorabench.models.specs import (
 )
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
-from lorabench.utils.foreign import typed
 from lorabench.utils.hub import WantedRepository, look_up
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
@@ -67,8 +64,7 @@ class UserModel:
 def find_model(name: str) -> UserModel:
     """Return the model of a name: `tiny` or a shipped base, a folder, a GGUF file, or an id of the Hugging Face hub.
 
-    Raises:
-        UserError: there is no such model, or its dimensions can't be read.
+    UserError says that there is no such model, or that its dimensions can't be read.
     """
     path = Path(name)
     spec: ModelSpec
@@ -84,67 +80,40 @@ def find_model(name: str) -> UserModel:
         width = _width(config, str(path / "config.json"))
         if not any(path.glob("*.safetensors")):
             raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
-        parameters = sum(map(_parameters_in, path.glob("*.safetensors")))
+        parameters = 0
+        for file in path.glob("*.safetensors"):
+            try:
+                with safe_open(file, "numpy") as tensors:
+                    parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is not a safetensors file") from error
         if not parameters:
             raise UserError(f"model folder {name!r} has .safetensors files without weights")
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)
     elif HUB_ID.fullmatch(name):
         where = f"config.json of model {name!r}"
-        config = typed(ModelConfig, _hub_text(name), where)
-        width, parameters = _width(config, where), _sizes(config, name).parameters
+        # A model may also be a variant of a shipped configuration's, as is `llama-3.1-8b-instruct`.
+        short, known = f"{name.rpartition('/')[2].lower()}-", sorted(ARCHITECTURES.glob("*.json"))
+        shipped = [file for file in known if short.startswith(f"{file.stem}-")]
+        try:
+            repository = WantedRepository("model", name, "main")
+            text = shipped[-1].read_text() if shipped else look_up(repository, "config.json")
+        except UserError as error:
+            raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
+        config = ModelConfig.of(text, where)
+        width = _width(config, where)
+        try:
+            parameters = dimensions_of_config(config).parameters
+        except KeyError as error:
+            raise UserError(
+                f"model {name!r} is of the family {config.model_type!r}, whose configuration has no {error.args[0]}; "
+                "download it and give its folder"
+            ) from error
         spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
-        known = ", ".join(("tiny", *TINY))
-        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
+        bases = ", ".join(("tiny", *TINY))
+        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {bases}")
     return UserModel(name, spec, config.model_type or "", parameters, config.max_position_embeddings)
-
-
-def model_of_config(config: Mapping[str, Any], folder: Path) -> UserModel:
-    """Return the model of a configuration alone, as transformers writes it; it is written into a folder.
-
-    Raises:
-        UserError: the configuration is not that of a causal language model of a known family.
-    """
-    text = json.dumps(dict(config))
-    name = str(config.get("_name_or_path") or "of this configuration")
-    where = f"config.json of model {name!r}"
-    checked = typed(ModelConfig, text, where)
-    width, parameters = _width(checked, where), _sizes(checked, name).parameters
-    (folder / "config.json").write_text(text)
-    spec = PathModel(kind="path", path=str(folder), parameters=parameters, hidden_size=width)
-    return UserModel(name, spec, checked.model_type or "", parameters, checked.max_position_embeddings)
-
-
-def model_config(model: UserModel) -> dict[str, Any] | None:
-    """Return the whole configuration of a model that `find_model` has read; None of a GGUF file, which has none."""
-    match model.spec:
-        case GgufModel():
-            return None
-        case HubModel():
-            config: dict[str, Any] = json.loads(_hub_text(model.name))
-        case _:
-            config = json.loads((Path(model_location(model.spec)) / "config.json").read_bytes())
-    return config
-
-
-def _hub_text(name: str) -> str:
-    """Return the configuration of a model of the hub, by a shipped configuration of its name."""
-    short = name.rpartition("/")[2].lower()
-    # A model may also be a variant of a shipped one, as is `llama-3.1-8b-instruct`.
-    shipped = [path for path in sorted(ARCHITECTURES.glob("*.json")) if f"{short}-".startswith(f"{path.stem}-")]
-    try:
-        return shipped[-1].read_text() if shipped else look_up(WantedRepository("model", name, "main"), "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-
-
-def _parameters_in(file: Path) -> int:
-    try:
-        with safe_open(file, "numpy") as tensors:
-            names = tensors.keys()
-            return sum(math.prod(tensors.get_slice(tensor).get_shape()) for tensor in names)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a safetensors file") from error
 
 
 def _width(config: ModelConfig, where: str) -> int:
@@ -153,16 +122,6 @@ def _width(config: ModelConfig, where: str) -> int:
         lacking = "hidden_size" if config.model_type else "model_type"
         raise UserError(f"{where} has no {lacking}; a causal LM for text is needed")
     return config.hidden_size
-
-
-def _sizes(config: ModelConfig, name: str) -> Dimensions:
-    try:
-        return dimensions_of_config(config)
-    except KeyError as error:
-        raise UserError(
-            f"model {name!r} is of the family {config.model_type!r}, whose configuration has no {error.args[0]}; "
-            "download it and give its folder"
-        ) from error
 
 
 def _gguf(name: str) -> UserModel:
@@ -178,7 +137,7 @@ def _gguf(name: str) -> UserModel:
         about = dict(zip(("model_type", "hidden_size", "max_position_embeddings"), (family, *entries), strict=True))
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise UserError(f"{path} can't be read as GGUF: {error}") from error
-    config = typed(ModelConfig, about, f"GGUF file {name!r}")
+    config = ModelConfig.of(about, f"GGUF file {name!r}")
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     if not parameters:
         raise UserError(f"GGUF file {name!r} has no weights")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from lorabench.config.experiments import AutoLrs
 from lorabench.config.fields import VARIANT_NAMES
 from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import check_name, is_shipped, parse_preset
@@ -27,7 +26,6 @@ from lorabench.custom.data import UserData, UserProblems, examine, examine_probl
 from lorabench.custom.model import UserModel, find_model
 from lorabench.errors import UserError
 from lorabench.planning.plan import starting_lr
-from lorabench.runs import Lattice
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
@@ -47,8 +45,6 @@ _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
-_VARIANT_STARTS = {"rslora": 0.24, "lora_plus": 0.13, "pissa": 0.24, "olora": 0.31}
-"""About the best LR of a variant over that of LoRA at rank 32 (studies/variants), where its sweep starts."""
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
 
@@ -65,21 +61,13 @@ def recommended_batch(examples: int) -> int:
 
 
 def recommended_rank(model: UserModel, completion_tokens: float | None) -> int:
-    """Return the authors' default rank, or a higher one if the data need it.
+    """Return the authors' default rank, or the least power of two at which LoRA has a parameter per completion token.
 
-    By the documentation of the authors' library, LoRA needs a parameter for each completion token; the smallest power
-    of two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the
-    weights. The scored tokens of the training data are None if unknown.
+    That is by the documentation of the authors' library. The highest rank is the paper's, or the one at which LoRA's
+    matrices outgrow the weights. The completion tokens of the training data are None if unknown.
     """
     share = max(1.0, (completion_tokens or 1.0) / model.lora_parameters(1))
     return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.sizes.hidden // 2)
-
-
-def checked_gpu(name: str) -> str:
-    """Return the name of a GPU, or raise UserError if it is not known."""
-    if name not in GPUS:
-        raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
-    return name
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,6 @@ def init_preset(
         model: the model's name; see `find_model`.
         data: a data file or the id of a dataset of the hub; see `examine` and `examine_problems`.
         form: the format of a data file; None to recognize it by the columns.
-        choices: the user's choices.
         force: whether to overwrite an existing file.
         say: is called with lines that describe the model, the data and the splits.
 
@@ -126,6 +113,10 @@ def init_preset(
         )
     if os.path.exists(path) and not force:
         raise UserError(f"{path} exists; --force overwrites it")
+    if choices.gpu is not None and choices.gpu not in GPUS:
+        raise UserError(f"gpu {choices.gpu!r} is not known; allowed: {', '.join(GPUS)}")
+    if unknown := [variant for variant in choices.variants if variant not in VARIANT_NAMES]:
+        raise UserError(f"variant {unknown[0]!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
     if form is not None and choices.grader is not None:
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
     described = find_model(model)
@@ -182,7 +173,6 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = yaml_text
     sft = isinstance(data, UserData)
-    start = starting_lr(model.sizes.hidden, "sft" if sft else "rl")
     return environment.from_string(Path(__file__).with_name("preset.yaml.j2").read_text(encoding="utf-8")).render(
         # A comment must not leave its line.
         path=" ".join(str(path).split()),
@@ -193,35 +183,20 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
         about_data=about,
         data_name=_slug(data.name),
         data_fields=data_fields,
-        gpu=None if choices.gpu is None else checked_gpu(choices.gpu),
+        gpu=choices.gpu,
         threads=threads,
         gflops=_GFLOPS_PER_CORE * threads,
         margins=DEFAULT_MARGINS.model_dump(),
         ranks=list(ranks),
-        start=formats.lr(start, 2),
+        start=formats.lr(starting_lr(model.sizes.hidden, "sft" if sft else "rl"), 2),
         seeds=choices.seeds,
-        variants=_variants_by_start(choices.variants, start) if choices.variants else {},
+        variants=list(dict.fromkeys(("lora", *choices.variants))) if choices.variants else [],
         **settings,
     )
 
 
-def _variants_by_start(variants: Sequence[str], start: float) -> dict[float, list[str]]:
-    """Return LoRA and its variants by the learning rate at which their sweeps start, first those that start as LoRA."""
-    lattice, groups = Lattice(AutoLrs().per_decade, 0), dict[float, list[str]]()
-    for variant in dict.fromkeys(("lora", *variants)):
-        if variant not in VARIANT_NAMES:
-            raise UserError(f"variant {variant!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
-        _, nearest, _ = lattice.around(start * _VARIANT_STARTS.get(variant, 1.0))
-        groups.setdefault(nearest, []).append(variant)
-    return groups
-
-
 def splits(usable: int, share: float) -> dict[str, int]:
-    """Return the sizes of disjoint splits by name, `train`, `validation` and `test`.
-
-    The share is that of the usable examples for validation, and the same for the test. UserError says that there are
-    too few examples.
-    """
+    """Return the sizes of disjoint splits by name; validation and test each have a share of the usable examples."""
     if usable < _MIN_EXAMPLES:
         raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")
     held_out = max(1, round(usable * share))

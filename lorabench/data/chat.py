@@ -149,11 +149,7 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
 
 
 def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
-    """Return turns with `role` and `content`, or with `from` and `value`, as messages.
-
-    Raises:
-        UnusableRowError: a turn has another form, an unknown role, or no text although empty ones are not kept.
-    """
+    """Return turns with `role` and `content`, or `from` and `value`, as messages; UnusableRowError if they are none."""
     if not value and not keep_empty:
         raise UnusableRowError(NO_TEXT)
     turns = value or []
@@ -172,10 +168,9 @@ def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
 
 
 def row_text(value: Any, may_be_empty: bool = False) -> str:
-    """Return a value of a row as text; a number is converted, since JSON and parquet hold answers as numbers.
+    """Return a value of a row as text; UnusableRowError if it is none, or empty and must not be, or no valid Unicode.
 
-    Raises:
-        UnusableRowError: the value is no text, is empty and must not be, or is not valid Unicode.
+    A number is converted, since JSON and parquet hold answers as numbers.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
     text = str(value) if is_number else value

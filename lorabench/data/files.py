@@ -5,9 +5,8 @@ pair, which becomes a chat of two turns (`instruction` together with its `input`
 as plain text with the end token and without a chat template, every token of it scored. A chat takes precedence over a
 pair, a pair over a text.
 
-Rows are read one at a time. Whatever comes from outside goes through `usable`, datasets and problem sets of the hub
-too (`lorabench.data.hub`): a row that can't be used is counted in a `Tally` by its reason, never silently dropped. What
-is wrong with a file as a whole is an error of one sentence.
+Whatever comes from outside goes through `usable`, datasets and problem sets of the hub too: a row that can't be used is
+counted in a `Tally` by its reason, never silently dropped. What is wrong with a file as a whole is a `UserError`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import tempfile
-from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -100,10 +97,9 @@ def usable(
     tally: Tally,
     is_new: Callable[[Example], bool] | None = None,
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the place and the example of each usable row, in the order of the rows.
+    """Yield the place and the example of each usable row, in the order of the rows, which the tally counts.
 
     Args:
-        rows: the rows of a source, counted in the tally as they are read.
         parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
         is_new: says whether an example differs from all before it (see `is_first`); None keeps repeated ones.
     """
@@ -147,7 +143,7 @@ def json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
-    """Yield the rows of a parquet file, a batch of which is held in memory; UserError says that the file is damaged.
+    """Yield the rows of a parquet file, a batch of which is held in memory.
 
     The function `choose` is given all columns and the file's name, and returns the columns to read; None reads all.
     """
@@ -162,11 +158,7 @@ def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]]
 
 
 def file_rows(path: Path, tally: Tally) -> Iterator[RawRow]:
-    """Yield all rows of a file, and set the tally's unit.
-
-    Raises:
-        UserError: the file can't be read, is empty, or is of another kind.
-    """
+    """Yield all rows of a file, and set the tally's unit."""
     readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows, ".parquet": parquet_rows}
     if path.suffix not in readers:
         raise UserError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
@@ -230,11 +222,7 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
 
 
 def chosen_format(path: Path) -> FileFormat:
-    """Return the format that the columns of the first row with columns of a format imply.
-
-    Raises:
-        UserError: the columns imply no format or several, or the file can't be read.
-    """
+    """Return the format that the columns of the first row with columns of a format imply; UserError if none does."""
     tally = Tally("unknown")
     for _, formats in usable(file_rows(path, tally), formats_in, tally):
         if len(formats) > 1:
@@ -251,10 +239,7 @@ def chosen_format(path: Path) -> FileFormat:
 def usable_chats(
     rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None, group: str | None = None
 ) -> Iterator[Chat]:
-    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`.
-
-    The source of an example gets its value in the column `group` added, if there is one.
-    """
+    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`."""
 
     def parse(content: dict[str, Any]) -> Chat:
         chat = Chat(source_of(source, content, group), file_messages(content, tally.format))
@@ -279,7 +264,7 @@ def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
 def file_chats(
     path: Path, form: FileFormat | None, max_chars: int | None = None, group: str | None = None
 ) -> tuple[Iterator[Chat], Tally]:
-    """Return the usable examples of a file (see `usable_chats`), and the tally that counts its rows as they are read.
+    """Return the usable examples of a file, and the tally that counts its rows as they are read.
 
     If no format is given, the columns decide (`chosen_format`).
     """
@@ -288,31 +273,16 @@ def file_chats(
 
 
 def shuffled_chats(spec: FileDataset) -> Iterator[Chat]:
-    """Yield the usable examples of a dataset's file in an order that the seed decides.
-
-    Raises:
-        UserError: the file can't be read, or has too few usable rows.
-    """
+    """Yield the usable examples of a dataset's file in an order that the seed decides; UserError if too few."""
     chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)
-    # The examples wait in a file until their turn, so that memory holds one of them at a time.
-    with tempfile.TemporaryFile() as waiting:
-        starts = array("q")
-        for chat in chats:
-            starts.append(waiting.tell())
-            waiting.write(json.dumps(vars(chat)).encode() + b"\n")
-        _check_enough(tally, spec)
-        Random(spec.seed).shuffle(starts)
-        for start in starts:
-            waiting.seek(start)
-            yield Chat(**json.loads(waiting.readline()))
+    examples = list(chats)
+    _check_enough(tally, spec)
+    Random(spec.seed).shuffle(examples)
+    yield from examples
 
 
 def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
-    """Return the usable problems of a file, each question once, in an order that the seed decides, and the tally.
-
-    Raises:
-        UserError: the file can't be read, lacks a column, or has too few usable rows.
-    """
+    """Return the usable problems of a file, each question once, in an order that the seed decides, and the tally."""
     path, tally = Path(spec.path), Tally(f"{spec.question}/{spec.answer}")
 
     def parse(content: dict[str, Any]) -> Problem:
@@ -336,7 +306,7 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
 
 
 def tally_of(spec: FileDataset | FileProblems) -> Tally:
-    """Return the tally of a dataset's file, which is read once through; the errors are those of its examples."""
+    """Return the tally of a dataset's file, which is read once through."""
     if isinstance(spec, FileProblems):
         return file_problems(spec)[1]
     chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)

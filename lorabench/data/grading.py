@@ -164,16 +164,17 @@ class Grader:
         # Samples of a problem often agree, so each distinct pair is compared once.
         verdicts = {pair: _plain_verdict(*pair) for pair in boxes}
         hard = [pair for pair, verdict in verdicts.items() if verdict is None]
-        with ThreadPoolExecutor(len(self._workers)) as threads:
-            verdicts.update(zip(hard, threads.map(self._compare, hard), strict=True))
-        return [bool(verdicts[pair]) for pair in boxes]
 
-    def _compare(self, pair: tuple[str, str]) -> bool:
-        worker = self._idle.get()
-        try:
-            return worker.equal(*pair)
-        finally:
-            self._idle.put(worker)
+        def compare(pair: tuple[str, str]) -> bool:
+            worker = self._idle.get()
+            try:
+                return worker.equal(*pair)
+            finally:
+                self._idle.put(worker)
+
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            verdicts.update(zip(hard, threads.map(compare, hard), strict=True))
+        return [bool(verdicts[pair]) for pair in boxes]
 
     def __enter__(self) -> Self:
         return self

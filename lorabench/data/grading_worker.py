@@ -27,8 +27,7 @@ _LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 def equal(given: str, answer: str) -> bool:
     """Return whether two LaTeX answers are equal according to math-verify.
 
-    The time limits of math-verify are off: they are Python signal handlers, which do not run while a power of large
-    numbers is computed in C.
+    Its own time limits are off: they are signal handlers, which do not run while a power is computed in C.
     """
     right, response = (parse(f"\\boxed{{{text}}}", _LATEX, parsing_timeout=None) for text in (answer, given))
     return bool(verify(right, response, timeout_seconds=None))

@@ -23,14 +23,11 @@ def has_groups(spec: DatasetSpec | ProblemSpec) -> bool:
 
 
 def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:
-    """Return the group of each test example in the order of a run's losses.
+    """Return the group of each test example in the order of a run's losses; UserError if the dataset's file is damaged.
 
     Args:
         dataset: the file of a dataset or a problem set that has groups.
         tokens: its tokens for the runs' model, which lack the examples over its limit of tokens; None without a limit.
-
-    Raises:
-        UserError: the dataset's file is missing or damaged.
     """
     # Every start of the workflow imports this module, so it must be fast.
     import pyarrow.parquet as pq

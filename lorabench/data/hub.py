@@ -6,8 +6,7 @@
                                    conversations: [{from: string, value: string}]
 
 The files are read twice, a batch of rows at a time: first to see which rows are usable and to choose among them, then
-to read the chosen ones. Between the two passes memory holds the number of each usable row and eight bytes of its
-prompt's hash.
+to read the chosen ones.
 """
 
 from __future__ import annotations
@@ -33,17 +32,13 @@ _REPEATED = "with the prompt of another"
 def part_files(
     fetched: Mapping[str, FetchedRepository], copies: str | None, name: str, config: str | None, split: str
 ) -> list[Path]:
-    """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
+    """Return the files of a part of a dataset; UserError if they do not exist.
 
     Args:
         fetched: the fetched repositories by id.
         copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
         name: the repository, `owner/name`.
         config: the configuration within the repository; None for its only one.
-        split: the split within the configuration.
-
-    Raises:
-        UserError: the files do not exist.
     """
     if copies is None:
         return fetched[name].data_files(config, split)
@@ -60,7 +55,6 @@ def part_rows(
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
     Args:
-        files: the part's files.
         name: the dataset's name in errors.
         needed: the columns to read; of several names for a column the first that is there.
         optional: columns that are read if they are there.
@@ -101,9 +95,6 @@ def choose_chats(
     Returns:
         The chosen chats with their splits, in the order of the files, and a note: the dataset's id and commit, its
         number of rows and of usable rows, and what was left out by reason.
-
-    Raises:
-        UserError: the files do not exist, have other columns, or hold too few usable rows.
     """
 
     def parse(content: dict[str, Any]) -> Chat:

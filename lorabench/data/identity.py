@@ -5,13 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import (
-    DatasetSpec,
-    FileDataset,
-    FileProblems,
-    ProblemSpec,
-    ShippedDataset,
-)
+from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, ProblemSpec, ShippedDataset
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 

@@ -93,12 +93,7 @@ def make_problems(
 ) -> list[dict[str, Any]]:
     """Return the rows of a problem set (split, source, question, answer), distinct by question across all splits.
 
-    Args:
-        spec: the problem set.
-        fetched: the repositories of a problem set of the hub, by id.
-
-    Raises:
-        UserError: there are fewer distinct problems than the splits need, or the files can't be read.
+    The repositories of a problem set of the hub are `fetched`, by id. UserError says that there are too few problems.
     """
     match spec:
         case HubProblems():
@@ -125,17 +120,13 @@ def make_problems(
 
 
 def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
-    """Return generated problems in an order that the seed decides."""
+    """Return generated problems in an order that the seed decides.
+
+    Those of reasoning-gym are distinct, as many as the splits need, or fewer if the tasks have no more. Easy problems
+    repeat soon, so problems that come late are harder, and must not make up a split of their own.
+    """
     if isinstance(spec, SumProblems):
         return sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
-    return _reasoning_pool(spec)
-
-
-def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:
-    """Return distinct problems in random order: as many as the splits need, or fewer if the tasks have no more.
-
-    Easy problems repeat soon, so problems that come late are harder, and must not make up a split of their own.
-    """
     if spec.kind == "gsm_symbolic":
         generated = worked_solutions("odd", spec.seed)
     else:
@@ -231,19 +222,25 @@ def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) 
     """Return what a policy gets without solving problems: by the best constant answer, and by the best cheap rule.
 
     A rule reads the numbers of a question and nothing else. One adds them without carries; the others are a start plus
-    a constant for each value of a feature, such as the parities of the first two numbers: "2 if both are even, else 1"
-    is such a rule. The constants are those that are right most often on the problems to train on, on which the best
-    rule is chosen as well. A rule that solves all of them is the task itself and no control.
+    a constant for each value of a feature, such as the parities of the first two numbers. The constants are those that
+    are right most often on the problems to train on, on which the best rule is chosen as well. A rule that solves all
+    of them is the task itself and no control.
 
     Args:
-        train: questions and answers of the problems to train on, at least one; the answers may be any text. Rules are
-            fitted on the first _MOST.
+        train: questions and answers of the problems to train on, at least one. Rules are fitted on the first _MOST.
         test: questions and answers of the test problems, at least one.
     """
     constant = Counter(answer for _, answer in train).most_common(1)[0][0]
     constant_accuracy = sum(answer == constant for _, answer in test) / len(test)
     train = train[:_MOST]
-    learned, tested = ([_read(*problem) for problem in problems] for problems in (train, test))
+
+    def read(question: str, answer: str) -> _Read:
+        value = number(answer.strip())
+        # With whole numbers Python is much faster than with fractions.
+        exact = int(value) if value is not None and value.denominator == 1 else value
+        return tuple(map(int, _WHOLE.findall(question))), exact
+
+    learned, tested = ([read(*problem) for problem in problems] for problems in (train, test))
 
     def first_digits(numbers: _Numbers) -> Hashable:
         return tuple(str(value)[0] for value in numbers)
@@ -262,13 +259,6 @@ def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) 
     if best is None:
         return Controls(constant_accuracy, constant_accuracy, f"always {constant}")
     return Controls(constant_accuracy, _accuracy(rules[best], tested), best)
-
-
-def _read(question: str, answer: str) -> _Read:
-    value = number(answer.strip())
-    # With whole numbers Python is much faster than with fractions.
-    exact = int(value) if value is not None and value.denominator == 1 else value
-    return tuple(map(int, _WHOLE.findall(question))), exact
 
 
 def _accuracy(rule: Callable[[_Numbers], _Answer], problems: Sequence[_Read]) -> float:

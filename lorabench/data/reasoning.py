@@ -30,45 +30,15 @@ from types import MappingProxyType
 from typing import Literal
 
 PRETRAIN_TASKS = (
-    "aiw",
-    "base_conversion",
-    "basic_arithmetic",
-    "calendar_arithmetic",
-    "chain_sum",
-    "coin_flip",
-    "decimal_arithmetic",
-    "decimal_chain_sum",
-    "family_relationships",
-    "fraction_simplification",
-    "gcd",
-    "lcm",
-    "letter_counting",
-    "letter_jumble",
-    "number_filtering",
-    "number_sorting",
-    "prime_factorization",
-    "products",
-    "sentence_reordering",
-    "simple_equations",
-    "simple_geometry",
-    "spell_backward",
-    "syllogism",
-    "word_sorting",
+    *("aiw", "base_conversion", "basic_arithmetic", "calendar_arithmetic", "chain_sum", "coin_flip"),
+    *("decimal_arithmetic", "decimal_chain_sum", "family_relationships", "fraction_simplification", "gcd", "lcm"),
+    *("letter_counting", "letter_jumble", "number_filtering", "number_sorting", "prime_factorization", "products"),
+    *("sentence_reordering", "simple_equations", "simple_geometry", "spell_backward", "syllogism", "word_sorting"),
 )
 
 INSTRUCT_TASKS = (
-    "bitwise_arithmetic",
-    "caesar_cipher",
-    "complex_arithmetic",
-    "count_bits",
-    "dice",
-    "leg_counting",
-    "number_format",
-    "power_function",
-    "ransom_note",
-    "rotate_matrix",
-    "time_intervals",
-    "word_sequence_reversal",
+    *("bitwise_arithmetic", "caesar_cipher", "complex_arithmetic", "count_bits", "dice", "leg_counting"),
+    *("number_format", "power_function", "ransom_note", "rotate_matrix", "time_intervals", "word_sequence_reversal"),
 )
 
 

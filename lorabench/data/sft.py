@@ -57,13 +57,7 @@ def build_dataset(
 ) -> None:
     """Make a dataset and write it as parquet, from the hub or shipped with a note of what was left out (`about`).
 
-    Args:
-        spec: the dataset.
-        path: the file to write.
-        fetched: the repository of a dataset of the hub, by id.
-
-    Raises:
-        UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
+    The repository of a dataset of the hub is `fetched`, by id. UserError says that there are too few distinct chats.
     """
     if isinstance(spec, HubDataset | ShippedDataset):
         chosen, note = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_shipped(spec)
@@ -121,9 +115,6 @@ def shipped_file(kind: str) -> Path:
 def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the examples of each split at random by the spec's seed, from the packages of that split.
 
-    Training examples are drawn from all of them. Validation and test take one example of each package, in a random
-    order, then a second of each, and so on up to 10.
-
     Returns:
         The examples with their splits, and a note: the packages with their versions, owners, licences and the hashes of
         their archives, the number of examples that were read, that of usable ones, and what was left out by reason.
@@ -149,7 +140,14 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
         rng.shuffle(pool)
         limit = ""
         if split != "train":
-            pool, limit = _spread(pool, rng), f", at most {_MOST_OF_A_PACKAGE} of a package,"
+            # The first example of each package, the packages in a random order, then the second of each, and so on.
+            by_package: dict[str, list[Chat]] = defaultdict(list)
+            for chat in pool:
+                by_package[chat.source].append(chat)
+            packages = list(by_package.values())
+            rng.shuffle(packages)
+            pool = [chats[turn] for turn in range(_MOST_OF_A_PACKAGE) for chats in packages if turn < len(chats)]
+            limit = f", at most {_MOST_OF_A_PACKAGE} of a package,"
         needed = getattr(spec, split)
         if len(pool) < needed:
             raise UserError(
@@ -158,16 +156,6 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
             )
         chosen += [(split, chat) for chat in pool[:needed]]
     return iter(chosen), note | {"rows": len(usable) + sum(left_out.values()), "usable": len(usable)}
-
-
-def _spread(pool: list[Chat], rng: Random) -> list[Chat]:
-    """Return the first example of each source, the sources in a random order, then the second of each, up to 10."""
-    by_source: dict[str, list[Chat]] = defaultdict(list)
-    for chat in pool:
-        by_source[chat.source].append(chat)
-    sources = list(by_source.values())
-    rng.shuffle(sources)
-    return [chats[turn] for turn in range(_MOST_OF_A_PACKAGE) for chats in sources if turn < len(chats)]
 
 
 def _row(split: Split, chat: Chat) -> Row:

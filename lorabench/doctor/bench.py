@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from lorabench.config.fields import CHANGES_BASE, METHOD_NAMES
+from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.record import Check, judged
@@ -32,19 +30,15 @@ from lorabench.planning.flops import (
     linear_flops_per_token,
     longest_sequence,
     lora_parameters,
-    run_work,
 )
-from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
+from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
-from lorabench.store.layout import Layout
 from lorabench.training.loss import batch_gradient
-from lorabench.training.run import Machine, clip_gradient, machine_of, make_optimizer
+from lorabench.training.run import Machine, clip_gradient, make_optimizer
 from lorabench.training.step_cost import growth
-from lorabench.utils.files import write_json
-from lorabench.utils.formats import number
-from lorabench.utils.gpus import GB, GPUS, processor
+from lorabench.utils.gpus import GB, GPUS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,11 +82,8 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """The method and the model, for names of checks."""
-        condition = self.condition
-        name = METHOD_NAMES[condition.method]
-        method = name if condition.rank is None else f"{name} r{condition.rank} {condition.placement}"
-        return f"{method}, {condition.model}"
+        """The method, the model and the data, for names of checks."""
+        return title(self.condition)
 
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
@@ -117,37 +108,24 @@ def training_subjects(plan: Plan) -> list[Subject]:
 
     Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
     """
-    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps
-    return [subject_of(plan, sweep) for sweep in largest(plan.preset, trained)]
-
-
-def largest(preset: Preset, sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """Return the sweep of the largest model that fits one GPU, else of the largest, for each kind of condition.
-
-    The kinds are FullFT, LoRA at the highest rank, and LoRA on a mixture of experts, where there are any.
-    """
+    preset = plan.preset
 
     def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
-        size = dimensions(preset.models[sweep.condition.model]).parameters
-        return fits_one_gpu(preset, sweep), size, sweep.condition.rank or 0
+        try:
+            fits = gpus_needed(preset, sweep) <= 1
+        except UserError:
+            fits = False
+        return fits, dimensions(preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
 
     groups: dict[tuple[bool, bool], list[Sweep]] = {}
-    for sweep in sweeps:
+    for sweep in [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps:
         experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
     kinds = ((False, False), (False, True), (True, True))
-    return [max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups]
+    return [_subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
 
 
-def fits_one_gpu(preset: Preset, sweep: Sweep) -> bool:
-    """Return whether a sweep's job fits one GPU, or a CPU."""
-    try:
-        return gpus_needed(preset, sweep) <= 1
-    except UserError:
-        return False
-
-
-def subject_of(plan: Plan, sweep: Sweep) -> Subject:
+def _subject_of(plan: Plan, sweep: Sweep) -> Subject:
     """Return the subject of a sweep's condition, with a small batch on a CPU or fewer layers if a GPU needs it."""
     preset, condition = plan.preset, sweep.condition
     sizes, length = dimensions(preset.models[condition.model]), longest_sequence(preset, condition)
@@ -169,7 +147,6 @@ def random_model(
     device: torch.device,
     plain: bool = False,
     recomputed: int = 0,
-    folder: Path | None = None,
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
@@ -181,10 +158,8 @@ def random_model(
             say what is right, in place of those that runs use.
         recomputed: the number of layers whose activations are recomputed; if any, no second copy of the base in bf16
             is kept, as in training.
-        folder: the base model is also written there, in the type of its products.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     options: dict[str, Any] = {}
     if plain:
@@ -202,11 +177,6 @@ def random_model(
         if sizes.in_bf16:
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
-    if folder is not None:
-        logging.disable_progress_bar()
-        dtype = torch.bfloat16 if preset.protocol.precision == "bf16" else torch.float32
-        weights = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
-        model.save_pretrained(folder, state_dict=weights)
     if not plain:
         attend_in_blocks(model)
     if recomputed:
@@ -330,45 +300,12 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float
 
 
 def check_speed(preset: Preset, subject: Subject, seconds: float | None) -> Check:
-    """Return the speed of a training step on the preset's GPU, which has no limit, with that of the plan."""
+    """Return the speed of a training step on the preset's device, which has no limit, with that of the plan."""
     if seconds is None:
         return Check(status="skipped", sentence="the step failed")
     rate, tokens = subject.flops(preset) / seconds, subject.rows * subject.length
-    share = rate / GPUS[preset.execution.gpu or ""].peak_flops
-    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"
+    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s"
+    if preset.execution.gpu is not None:
+        sentence += f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s"
     planned = flops_per_second(preset.execution) / 1e9
     return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
-
-
-def slice_of(plan: Plan) -> Subject:
-    """Return the condition on which the plan spends most tokens, with two layers and a small batch.
-
-    The vocabulary is cut in proportion to the layers, so that each kind of work keeps its share.
-    """
-    preset = plan.preset
-    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_work(preset, sweep.condition).trained)
-    subject = subject_of(plan, sweep)
-    sizes, layers = subject.sizes, min(_LAYERS, subject.sizes.layers)
-    sliced = replace(sizes, layers=layers, vocabulary=max(1, sizes.vocabulary * layers // sizes.layers))
-    return replace(subject, sizes=sliced)
-
-
-def measure_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
-    """Measure the speed of a training step on the CPU in about a second, and keep it for later plans.
-
-    Returns:
-        Useful GFLOP/s, and a sentence about them for `lorabench plan`; None if there is a GPU, on which jobs compute
-        even where their preset is for a CPU.
-    """
-    machine, threads, device = machine_of(plan), plan.preset.execution.threads, processor()
-    if machine.device.type != "cpu":
-        return None
-    subject = slice_of(plan)
-    gflops = subject.flops(plan.preset) / measure_step(plan.preset, machine, subject)[1] / 1e9
-    way = "; bf16 products are computed in fp32 and rounded, since this is faster here"
-    sentence = (
-        f"measured in a few training steps on {device} on {datetime.now(UTC):%Y-%m-%d}: {number(gflops)} GFLOP/s with "
-        f"{threads} thread{'s' if threads > 1 else ''}{way if machine.bf16_products == 'fp32' else ''}"
-    )
-    write_json({"device": device, "threads": threads, "gflops": gflops, "sentence": sentence}, layout.speed)
-    return gflops, sentence

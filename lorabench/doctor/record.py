@@ -1,6 +1,6 @@
 """The result of `lorabench doctor`: a record of checks, and its file; imports no torch.
 
-`results/doctor/<device>.json` holds the last record of each device. This is the only module that reads or writes it.
+`results/doctor/<device>.json` holds the last record of each device.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from lorabench.utils.formats import number
 from lorabench.utils.gpus import is_called, processor
 
 FOLDER = Path("results/doctor")
-"""The folder of the records, which presets share."""
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 

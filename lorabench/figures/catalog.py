@@ -46,8 +46,6 @@ class PaperFigure:
     task: Task = "sft"
     table: str = "runs"
     """The table that it shows."""
-    settings: int = 8
-    """The most combinations of model, dataset, batch size and length that it draws; no shipped preset has more."""
     package: str = __package__
     """The package of the module, which is that of a study if the figure is."""
 
@@ -72,33 +70,6 @@ class PaperFigure:
         """
         runs = runs[in_experiments(runs, self.experiments)]
         return runs[is_rl(runs) == (self.task == "rl")]
-
-
-RANKS = 24
-"""The most combinations of rank and placement that a figure draws."""
-
-
-def drawn_runs(runs: pd.DataFrame, settings: int) -> tuple[pd.DataFrame, str]:
-    """Return the runs that a figure draws, and a sentence on what it leaves out, which is empty if that is nothing.
-
-    `settings` is the largest number of combinations of model, dataset, batch size and length.
-    """
-    runs = with_arm_columns(runs)
-    left_out = []
-    setting = runs.groupby(["dataset", "model", "batch_size", "steps"], dropna=False).ngroup()
-    if (count := setting.nunique()) > settings:
-        runs = runs[setting < settings]
-        left_out.append(
-            f"The first {settings} of {count:,} combinations of dataset, model, batch size and length are drawn"
-        )
-    lora = runs[runs["rank"].notna()]
-    ranks = lora.groupby(["rank", "placement"], dropna=False).ngroup()
-    if (count := ranks.nunique()) > RANKS:
-        # From the lowest to the highest rank, at equal distances.
-        chosen = [round(place * (count - 1) / (RANKS - 1)) for place in range(RANKS)]
-        runs = runs.drop(lora.index[~ranks.isin(chosen)])
-        left_out.append(f"{RANKS} of {count:,} combinations of rank and placement are drawn")
-    return runs, f"{'; '.join(left_out)}." if left_out else ""
 
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
@@ -147,8 +118,7 @@ def drawable_figures(tables: Tables) -> list[str]:
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    From merged tables it draws the runs of its own experiments only; of many, some (see `drawn_runs`). Where the tables
-    are refused, nothing is written.
+    From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
 
     Raises:
         NothingToDrawError: the tables hold nothing for this figure.
@@ -204,20 +174,17 @@ def _check(table: str, tables: Tables) -> None:
 
 
 def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
-    from lorabench.figures.style import note_above, write_figure
+    from lorabench.figures.style import write_figure
 
-    left_out = ""
     if figure.table == "runs":
         if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
             raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
         runs = figure.own_runs(tables.runs)
         if runs.empty:
             raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
-        runs, left_out = drawn_runs(runs, figure.settings)
+        runs = with_arm_columns(runs)
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
-    if left_out:
-        note_above(drawn, left_out)
     for kind in ("svg", "png"):
         write_figure(drawn, out / f"{figure.name}.{kind}")
     write_csv(plotted, out / f"{figure.name}.csv")

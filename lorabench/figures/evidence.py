@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from lorabench.analysis.finding import SEVERITY
+from lorabench.analysis.finding import BORDERLINE, SEVERITY
 from lorabench.analysis.rules import DECIDED
 from lorabench.figures import style
-from lorabench.sources.answers import ANSWERS, QUESTIONS, borderline
 from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, holds_again
+from lorabench.utils import formats
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
 _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
@@ -106,6 +106,27 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
 
 
+QUESTIONS = {
+    "B2": "LoRA's loss as low as\nfull fine-tuning's?",
+    "A1": "LoRA keeps up all along\na long run?",
+    "B1": "LoRA's best LR ten times\nfull fine-tuning's?",
+    "B3": "One best LR for all\nranks from 4 up?",
+    "A8": "Rank 1 too small where\ndata are many?",
+    "E1": "LoRA on attention alone\nworse than on the MLP?",
+    "D1": "LoRA harmed more by\nlarge batches?",
+    "F1": "Rank 1 enough in\nreinforcement learning?",
+}
+"""The questions that claims answer with yes, each in two lines of at most 28 characters."""
+
+ANSWERS = {
+    "confirmed": "yes",
+    "right sign, below the margin": "yes, but by less than matters",
+    "contradicted": "no",
+    "not seen here": "no",
+    "inconclusive": "undecided",
+}
+"""The answer by verdict. Without runs in the setting of the claim there is none."""
+
 # Inches. At a width of 360 pixels, as on a phone, letters have 10 pixels.
 _QUESTIONS, _COLUMN, _ROW_HEIGHT, _HEAD, _KEY = 2.45, 0.78, 0.52, 0.66, 1.2
 _LETTERS: dict[str, Any] = {"fontsize": 11.5, "va": "center", "linespacing": 1.15, "color": "0.1"}
@@ -136,13 +157,13 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         trained = {"us" if own else "others" for own in of_size["source"].isna()}
         head = f"{_sizes(list(of_size['scale']))}\n{'both' if len(trained) > 1 else trained.pop()}"
         axes.text(across, _HEAD / 2, head, ha="center", **_LETTERS)
-        for row, question in enumerate(QUESTIONS):
-            asked = of_size[of_size["claim_id"] == question.claim_id].to_dict("records")
+        for row, claim_id in enumerate(QUESTIONS):
+            asked = of_size[of_size["claim_id"] == claim_id].to_dict("records")
             worst = max(asked, key=lambda cell: SEVERITY.index(cell["verdict"]), default={})
             _draw_answer(axes, across, _HEAD + _ROW_HEIGHT * (row + 0.5), worst)
-    for row, question in enumerate(QUESTIONS):
+    for row, question in enumerate(QUESTIONS.values()):
         axes.axhline(_HEAD + _ROW_HEIGHT * row, color="0.85", linewidth=0.7)
-        axes.text(0.08, _HEAD + _ROW_HEIGHT * (row + 0.5), question.short, **_LETTERS)
+        axes.text(0.08, _HEAD + _ROW_HEIGHT * (row + 0.5), question, **_LETTERS)
     top = height - _KEY
     axes.axhline(top, color="0.5", linewidth=0.7)
     known: dict[str, Any] = {"verdict": "confirmed", "p_again": 1.0, "held_out": None}
@@ -178,6 +199,11 @@ def _draw_answer(axes: Axes, across: float, down: float, cell: Mapping[Any, Any]
                 axes.add_patch(FancyBboxPatch(*box, boxstyle=rounded, facecolor=face, **look))
     look = {"color": "white" if solid else colour, "va": "center_baseline"}
     axes.text(across, down, word, ha="center", weight="bold", **_LETTERS | look)
+
+
+def borderline(cell: Mapping[Any, Any]) -> bool:
+    """Return whether a repeat would reach the verdict of a cell with a probability that is known to be too small."""
+    return not formats.missing(cell["p_again"]) and bool(cell["p_again"] < BORDERLINE)
 
 
 def _sizes(scales: Sequence[str]) -> str:

@@ -17,7 +17,6 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -151,13 +150,6 @@ def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tu
             gaps = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.3}
             columns = min(int(WIDTH / widest), len(handles))
             figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
-
-
-def note_above(figure: Figure, sentence: str) -> None:
-    """Write a sentence about the whole figure above its first legend."""
-    legend = figure.legends[0] if figure.legends else figure.legend(handles=[], loc="outside upper left")
-    legend.set_title(sentence, prop=FontProperties(size=7.5))
-    legend.set_alignment("left")
 
 
 def line(label: str, **look: Any) -> Line2D:

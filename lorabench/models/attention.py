@@ -30,8 +30,8 @@ NAME = "lorabench_blocks"
 def attend_in_blocks(model: PreTrainedModel) -> None:
     """Make a model that uses PyTorch's attention compute it in blocks, where the result is the same.
 
-    PyTorch still computes attention with masks or caches, on GPUs and in long rows, and that of models that replace the
-    attention functions of transformers.
+    PyTorch still computes it with masks or caches, on GPUs, in long rows, and where a model replaces the functions of
+    transformers.
     """
     functions = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
     if functions is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
@@ -44,11 +44,8 @@ def attend_in_blocks(model: PreTrainedModel) -> None:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Return softmax(scaling q k' + causal mask) v, (rows, length, heads, width of the values).
 
-    Args:
-        query: the queries, (rows, heads, length, width).
-        key: the keys, (rows, key heads, length, width); each key head serves heads / key heads adjacent query heads.
-        value: the values, (rows, key heads, length, width of the values).
-        scaling: the factor of the scores.
+    Queries are (rows, heads, length, width), keys (rows, key heads, length, width) and values (rows, key heads, length,
+    width of the values); each key head serves heads / key heads adjacent query heads.
     """
     result: Tensor = _Blocks.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2)
@@ -82,20 +79,15 @@ def _attention(
     return output
 
 
-def _grouped(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """Return a block of (rows, heads, length, width) as a view (rows, groups, heads of a group, length, width)."""
-    parts: Tensor = tensor.unflatten(1, (groups, -1))
-    return parts[..., block, :]
-
-
 def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
     """Return a block as (rows x groups, heads of a group x length, width): heads that share keys share a product."""
-    return _grouped(tensor, groups, block).flatten(2, 3).flatten(0, 1)
+    heads: Tensor = tensor.unflatten(1, (groups, -1))
+    return heads[..., block, :].flatten(2, 3).flatten(0, 1)
 
 
 def _put(to: Tensor, groups: int, block: slice, stacked: Tensor) -> None:
     """Write a block in the form of `_stacked` into a tensor (rows, heads, length, width)."""
-    part = _grouped(to, groups, block)
+    part = to.unflatten(1, (groups, -1))[..., block, :]
     part.copy_(stacked.view(part.shape))
 
 

@@ -32,9 +32,9 @@ CONVERTED = Path("results/models")
 
 @contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """Turn any error into a ModelError that begins with `what`, of libraries that do not foresee what files may hold.
+    """Turn any error into a ModelError that begins with `what`; an error that says what to do stays as it is.
 
-    transformers, PEFT and the readers of files raise errors of all kinds. An error that says what to do stays as it is.
+    transformers, PEFT and the readers of files raise errors of all kinds.
     """
     try:
         with memory_for("loading a model", "give it more, or a larger machine"):
@@ -67,10 +67,7 @@ def model_location(spec: ModelSpec) -> str:
 
 @contextmanager
 def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
-    """Provide the arguments with which transformers loads a part of the model.
-
-    A loader's error, or missing files of a local model, become a ModelError that names the model.
-    """
+    """Provide the arguments with which transformers loads a part of the model, whose errors become a ModelError."""
     from safetensors import SafetensorError
 
     location = model_location(spec)
@@ -136,8 +133,7 @@ def max_length(spec: ModelSpec) -> int:
 def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model with fp32 master weights, in training mode.
 
-    Raises:
-        ModelError: the model can't be read, or has dropout, which would make runs of the same data order differ.
+    ModelError says that it can't be read, or has dropout, which would make runs of the same data order differ.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -179,7 +175,6 @@ def config_of(sizes: Dimensions, context: int, end: int | None = None, padding: 
     """Return transformers' configuration of a Llama, a Qwen3 or a mixture of experts of Qwen3 with the given sizes.
 
     Args:
-        sizes: the sizes; experts, or norms of queries and keys, make it a Qwen3.
         context: the longest sequence, in tokens.
         end: the id of the end token.
         padding: the id of the padding token.

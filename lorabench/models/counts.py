@@ -54,7 +54,7 @@ def counts_table() -> pd.DataFrame:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tables = []
+    tables: list[pd.DataFrame] = []
     for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
         configuration: dict[str, Any] = json.loads((ARCHITECTURES / f"{architecture}.json").read_text())
         counts = []
@@ -67,8 +67,7 @@ def counts_table() -> pd.DataFrame:
         condition = {"architecture": architecture, "placement": placement, "rank": rank}
         condition["include_unembedding"] = include_unembedding
         tables.append((whole if by_part else whole.loc[["all"]]).reset_index().assign(**condition))
-    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
-    return table
+    return pd.concat(tables, ignore_index=True)
 
 
 def _counts(model: PeftModel) -> pd.DataFrame:

@@ -62,9 +62,7 @@ def in_expert(name: str) -> bool:
 def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> tuple[list[str], list[str]]:
     """Return the full names of the layers that carry LoRA: linear layers, and parameters that are a stack of experts.
 
-    Raises:
-        UserError: the model has no layer of that placement under a known name, or has layers or experts that would
-            silently get no LoRA.
+    UserError says that the model has no such layer under a known name, or that some would silently get no LoRA.
     """
     known, head = SUFFIXES[placement], model.get_output_embeddings()
     ends = tuple(f".{name}" for name in known)
@@ -117,14 +115,11 @@ def add_lora(
     unembedding weights of its own.
 
     Args:
-        model: the base model.
         rank: the rank; in a mixture of experts the total rank of the active experts.
-        placement: the layers that carry LoRA.
         alpha: the numerator of the scaling alpha/r.
         include_unembedding: whether the unembedding carries LoRA too.
         seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
-        method: LoRA or one of its variants.
 
     Raises:
         UserError: the model has no such layers, or PEFT put LoRA on other layers.
@@ -185,8 +180,7 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
     """Save a trained adapter for the base model as it was before training.
 
     PiSSA and OLoRA have W' = W + s (B A - B0 A0), where s is the scaling and B0 A0 what was taken out of the base. They
-    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself
-    (`path_initial_model_for_weight_conversion`).
+    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself.
 
     Args:
         model: a model with the adapter `default`, which is not used after this.
@@ -218,10 +212,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return A (r, d_in), B (d_out, r) and the scaling alpha/r by linear layer, without experts.
-
-    The tensors are the parameters themselves, so they change in training.
-    """
+    """Return by linear layer, without experts, the parameters A (r, d_in) and B (d_out, r) and the scaling alpha/r."""
     return {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in lora_layers(model)
@@ -251,20 +242,13 @@ def hold_in_bf16(model: PreTrainedModel) -> None:
     """
     embedding: Any = model.get_input_embeddings()
     for layer in model.modules():
-        if (
-            isinstance(layer, nn.Linear)
-            and layer.weight.dtype == torch.float32
-            and layer.weight is not embedding.weight
-        ):
-            rounded = layer.weight.detach().bfloat16()
-            if _equal(rounded, layer.weight):
-                layer.weight.data = rounded
-                # PEFT creates A and B in this type rather than in that of the weight, which would round A.
-                layer.compute_dtype = torch.float32  # type: ignore[assignment]
-
-
-def _equal(rounded: Tensor, weight: Tensor) -> bool:
-    return bool((rounded.float() == weight).all())
+        if not isinstance(layer, nn.Linear) or layer.weight is embedding.weight or layer.weight.dtype != torch.float32:
+            continue
+        rounded = layer.weight.detach().bfloat16()
+        if bool((rounded.float() == layer.weight).all()):
+            layer.weight.data = rounded
+            # PEFT creates A and B in this type rather than in that of the weight, which would round A.
+            layer.compute_dtype = torch.float32  # type: ignore[assignment]
 
 
 def use_fast_products(model: nn.Module, keep_cast: bool = True) -> None:

@@ -25,12 +25,8 @@ def without_peft(model: nn.Module) -> Any:
 def computing_only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
     """Within the context, which must include the backward pass, the decoder's output is right at these tokens only.
 
-    All tokens are computed in a model whose layers have no `mlp`, or whose `mlp` does not map a tensor (rows, length,
-    width) to another.
-
-    Args:
-        model: a causal LM.
-        tokens: distinct indices into (rows x length).
+    The tokens are distinct indices into (rows x length). All are computed in a model whose layers have no `mlp`, or
+    whose `mlp` does not map a tensor (rows, length, width) to another.
     """
     layers: Any = getattr(without_peft(model).get_decoder(), "layers", None)
     mlp: Any = getattr(layers[-1], "mlp", None) if layers else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -16,13 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.utils.files import digest
-from lorabench.utils.foreign import Foreign, typed, whole
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -74,18 +74,15 @@ def weights_id(spec: ModelSpec) -> str:
         case GgufModel():
             return digest(spec.sha256, 8)
         case PathModel():
-            folder = Path(spec.path)
-            files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-            return digest([[path.name, path.stat().st_size, _ends_sha256(path)] for path in files], 8)
-
-
-def _ends_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's first and last MiB, which suffice to distinguish trained weights."""
-    size = 1 << 20
-    with path.open("rb") as file:
-        ends = file.read(size)
-        file.seek(max(0, path.stat().st_size - size))
-        return hashlib.sha256(ends + file.read(size)).hexdigest()
+            folder, mib, files = Path(spec.path), 1 << 20, []
+            for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+                size = path.stat().st_size
+                # The first and the last MiB suffice to distinguish trained weights.
+                with path.open("rb") as file:
+                    ends = file.read(mib)
+                    file.seek(max(0, size - mib))
+                    files.append([path.name, size, hashlib.sha256(ends + file.read(mib)).hexdigest()])
+            return digest(files, 8)
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,9 @@ class Matrix:
 
 
 def merging_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
-    """Return whether LoRA's products with A and B cost more than the gradient of the layer's weights.
+    """Return whether LoRA's products, 3 r (d_in + d_out) per token, cost more than the gradient of the weights.
 
-    Forward and backward pass together, the former take 3 r (d_in + d_out) multiplications per token, the latter takes
-    d_in d_out. Where the former take more, LoRA is computed in fp32 with merged weights
-    (`lorabench.models.lora`).
+    Then LoRA is computed in fp32 with merged weights (`lorabench.models.lora`).
     """
     return 3 * rank * (d_in + d_out) > d_in * d_out
 
@@ -197,84 +192,68 @@ class Dimensions:
         return [matrix for matrix in self.matrices if matrix.part in parts]
 
 
-_Width = Annotated[int, Field(ge=1, le=10_000_000)]
+_Size = Annotated[int, Field(ge=1, le=10**9)]
 
 
-class ModelConfig(Foreign):
-    """What is read of a model's `config.json`; null is what it does not say. Real models stay far below the limits."""
+class ModelConfig(BaseModel):
+    """What is read of a model's `config.json`; null is what it does not say."""
 
-    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$", description="a name such as llama")
-    hidden_size: int | None = whole(1, 1_000_000)
-    num_hidden_layers: int | None = whole(1, 1000)
-    num_attention_heads: int | None = whole(1, 100_000)
-    num_key_value_heads: int | None = whole(1, 100_000)
-    head_dim: int | None = whole(1, 1_000_000)
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    model_type: str | None = None
+    hidden_size: _Size | None = None
+    num_hidden_layers: _Size | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
     # Some families have a width for each layer.
-    intermediate_size: _Width | list[_Width] | None = Field(None, description="a whole number from 1 to 10,000,000")
-    moe_intermediate_size: int | None = whole(1, 10_000_000)
-    vocab_size: int | None = whole(1, 100_000_000)
-    max_position_embeddings: int | None = whole(1, 1_000_000_000)
-    num_experts: int | None = whole(0, 100_000)
-    num_local_experts: int | None = whole(0, 100_000)
-    n_routed_experts: int | None = whole(0, 100_000)
-    moe_num_experts: int | None = whole(0, 100_000)
-    num_experts_per_tok: int | None = whole(0, 100_000)
-    tie_word_embeddings: bool | None = Field(None, description="true or false")
+    intermediate_size: _Size | list[_Size] | None = None
+    moe_intermediate_size: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    tie_word_embeddings: bool | None = None
     dtype: Any = None
     torch_dtype: Any = None
-    rope_scaling: dict[str, Any] | None = Field(None, description="a mapping")
-    rope_parameters: dict[str, Any] | None = Field(None, description="a mapping")
-    text_config: dict[str, Any] | None = Field(None, description="a mapping")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        # An expert of none is none.
-        active = self.num_experts_per_tok if self.experts else None
-        for key, value, other in (
-            ("num_key_value_heads", self.num_key_value_heads, "num_attention_heads"),
-            ("num_attention_heads", None if self.head_dim else self.num_attention_heads, "hidden_size"),
-            ("num_experts_per_tok", active, "experts"),
-        ):
-            most = getattr(self, other)
-            if value is not None and most is not None and not 1 <= value <= most:
-                raise ValueError(f"{key} = {value}: allowed: 1 to the number of {other}, {most}")
-        return self
+    @classmethod
+    def of(cls, content: bytes | str | Mapping[str, Any], where: str) -> Self:
+        """Return the configuration in JSON, or in an object that was read from it.
 
-    @property
-    def experts(self) -> int:
-        """The number of experts of a layer, 0 of a dense model."""
-        return self.num_experts or self.num_local_experts or self.n_routed_experts or self.moe_num_experts or 0
+        Raises:
+            ModelError: it is not valid; the sentence begins with `where`.
+        """
+        try:
+            if isinstance(content, Mapping):
+                return cls.model_validate(content)
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            key = f"{problem['loc'][0]}: " if problem["loc"] else ""
+            raise ModelError(f"{where}: {key}{problem['msg'][0].lower()}{problem['msg'][1:]}") from None
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the configuration of the model in a folder.
-
-    Raises:
-        ModelError: it is missing or can't be read.
-        UserError: it is not valid.
-    """
+    """Return the configuration of the model in a folder; ModelError says that it is missing or not valid."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
     try:
-        if path.is_file():
-            return typed(ModelConfig, path.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
+        return ModelConfig.of(path.read_bytes(), str(path))
+    except OSError as error:
         raise ModelError(f"{path} can't be read: {error}") from error
-    raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
 
 
 @cache
 def architectures() -> dict[str, ModelConfig]:
     """Return the public configurations in `architectures/` by name."""
-    paths = sorted(ARCHITECTURES.glob("*.json"))
-    return {path.stem: typed(ModelConfig, path.read_bytes(), str(path)) for path in paths}
+    return {path.stem: ModelConfig.of(path.read_bytes(), str(path)) for path in sorted(ARCHITECTURES.glob("*.json"))}
 
 
 def dimensions_of_config(config: ModelConfig) -> Dimensions:
-    """Return the sizes in a Hugging Face configuration.
-
-    Raises:
-        KeyError: the configuration is not of a known family.
-    """
+    """Return the sizes in a Hugging Face configuration; KeyError names what one of an unknown family lacks."""
 
     def size(key: str) -> int:
         value = getattr(config, key)
@@ -345,8 +324,8 @@ def blocks(length: int) -> list[slice]:
 def blocks_pay(length: int, bf16: bool) -> bool:
     """Return whether blocks take less time than PyTorch's kernel, and little memory, in rows of `length` tokens.
 
-    Measured with `python -m benchmarks.parts`; in fp32 PyTorch's kernel is as fast in rows of up to 128 tokens. The
-    memory of the probabilities grows with the square of the length.
+    In fp32 PyTorch's kernel was measured to be as fast in rows of up to 128 tokens. The memory of the probabilities
+    grows with the square of the length.
     """
     return (1 if bf16 else 128) < length <= 512
 

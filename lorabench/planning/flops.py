@@ -20,7 +20,7 @@ _CHARS_OF_A_FACT = 40
 _CHARS_OF_A_PROBLEM = {"arithmetic": 90, "sums": 8, "deepmath": 400}
 _CHARS_OF_OTHER_PROBLEMS = 300
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
-# Unscored tokens of an example on the hub. One of Tulu3 has about 600 tokens, 309 scored (docs/paper-theory.md).
+# Unscored tokens of an example on the hub. One of Tulu3 has about 600 tokens, 309 scored (docs/paper.md).
 _UNSCORED_ON_HUB = 290
 
 SHARED_ROW = 2048

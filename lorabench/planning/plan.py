@@ -6,7 +6,6 @@ Sweeps are grouped into jobs, so that the time to start a job is a small share o
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -315,18 +314,15 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
         # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
         enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
         group.sort(key=lambda sweep: -seconds[sweep])
-        alone = [sweep for sweep in group if seconds[sweep] >= enough or sweep in split]
-        jobs += [[sweep] for sweep in alone]
-        short = [sweep for sweep in group if seconds[sweep] < enough and sweep not in split]
+        alone = {sweep for sweep in group if seconds[sweep] >= enough or sweep in split}
+        short = [sweep for sweep in group if sweep not in alone]
+        jobs += [[sweep] for sweep in group if sweep in alone]
         # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
         for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
             dealt: list[list[Sweep]] = [[] for _ in range(count)]
-            durations = [(0.0, number) for number in range(count)]
             for sweep in short:
-                shortest, number = durations[0]
-                dealt[number].append(sweep)
-                heapq.heapreplace(durations, (shortest + seconds[sweep], number))
-            if max(durations)[0] <= most:
+                min(dealt, key=duration).append(sweep)
+            if max(map(duration, dealt)) <= most:
                 jobs += dealt
                 break
     return [tuple(job) for job in sorted(jobs, key=lambda job: -duration(job))]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from math import ceil, inf, log
-from random import Random
+from math import inf, sqrt
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_batch, engine_seconds, engine_start_seconds, handover_seconds, uses_engine
+from lorabench.planning.engine import engine_batch, engine_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     RunWork,
     evaluated_documents,
@@ -20,39 +17,37 @@ from lorabench.planning.flops import (
     run_work,
     unembedding_flops_per_token,
 )
-from lorabench.planning.memory import bf16_parameters, decided, fits, gpus_needed, most_gpus
+from lorabench.planning.memory import decided, fits, gpus_needed, most_gpus
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
 # Seconds in which a job imports its libraries, loads and writes: on one core, there with lm-eval's libraries, and on a
 # GPU, where it is an assumption until runs are measured, as are the bytes/s at which weights are read from disk.
 _START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 12.0, 60.0, 1e9
+# Seconds in which vLLM starts: on a CPU measured on the tiny bases (14 to 30), on a GPU an assumption.
+_ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 # Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
 # 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
 # cores (benchmarks/engine.csv).
-_DECODING, _ENGINE_OVER_OWN = 3.0, 4.2
+_DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
-# Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
-_TF32 = 2.0
 # Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (studies/variants).
 _OVER_LORA: dict[str, float] = {"dora": 1.2}
-# Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
-# sum written; backward the gradient of the sum is written, and read for both factors.
-_ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
+# Seconds of a mixture of experts on a GPU over those of the same FLOPs in bf16: experts compute in TF32; and of LoRA on
+# the experts, which is added to their weights in each pass, and takes the gradient of their whole weights.
+_EXPERTS, _LORA_ON_EXPERTS = 1.6, 2.4
 # Positions of drawing responses whose rows waiting responses take, over those of rows that are never idle.
 _REFILLED = 1.2
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
-
-# Standard deviation of the logarithm of an example's length, on the hub and in files: an assumption.
-_SPREAD = 1.0
-PASS_TOKENS = 2048
-"""Fixed cost of a pass on a GPU, in tokens: that of `PASS_TOKENS` in training/loss.py, which imports torch."""
+# Tokens with padding over those without, less 1, in batches of one example: an assumption for log-normal lengths with a
+# standard deviation of 1. It falls with the root of the batch, whose examples are sorted into micro-batches.
+_PADDING = 1.3
 
 
 def flops_per_second(execution: Execution, gpus: int = 1) -> float:
@@ -78,29 +73,18 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         # Padding and tokens that are not scored are in the speed, which is measured on finished runs.
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         flops *= _OVER_LORA.get(condition.method, 1.0)
-        return (flops + _decoding(execution) * work.drawn_flops) / flops_per_second(execution), 0.0
-    padded = padding(preset, condition, gpus)
+        return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
+    padded = _padding(preset, condition, gpus)
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
-    experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
-    active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
-    if condition.placement not in (None, "attn"):
-        # The gradients of the experts' A and B are products with the gradient of the whole weights.
-        flops += padded * work.trained * 2.0 * active
-    if preset.protocol.precision == "bf16":
-        # Experts compute in TF32 where all other layers do in bf16.
-        flops *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
     # Logits are computed of scored tokens only.
     training, forward = unembedding_flops_per_token(preset, condition)
     flops -= (padded * work.trained - work.trained_scored) * training
     flops -= (work.evaluated - work.evaluated_scored) * forward
+    if sizes.experts:
+        flops *= _EXPERTS if condition.placement in (None, "attn") else _LORA_ON_EXPERTS
     computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
     trained, evaluated = max(condition.steps, padded * work.trained / at_once), work.evaluated / at_once
-    if condition.placement not in (None, "attn"):
-        # In each pass LoRA is added to the weights of all experts.
-        recomputed = trained * execution.recomputed_layers(sizes.layers) / sizes.layers
-        traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
-        computing += traffic * sum(matrix.parameters for matrix in experts) / GPUS[execution.gpu].bandwidth
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
@@ -111,48 +95,19 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     return computing, waiting
 
 
-def padding(preset: Preset, condition: Condition, gpus: int) -> float:
+def _padding(preset: Preset, condition: Condition, gpus: int) -> float:
     """Return the tokens that pass through the model in training, with padding, over those without, of a GPU job.
 
-    A batch is split by length into micro-batches (`lorabench.training.loss.micro_batches`), whose rows are as long as
-    the longest. Lengths are drawn for examples of the hub and of files; those of other datasets differ little. Padding
-    of RL and of evaluations, which sort all examples by length, is not counted.
+    A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
+    differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which sort
+    all examples by length, is not counted.
     """
     if condition.rollouts is not None:
         return 1.0
     dataset = preset.datasets[condition.dataset]
-    if dataset.kind not in ("hub", "file"):
+    if dataset.kind not in ("hub", "file") or 4 * dataset.mean_tokens > preset.execution.max_batch_tokens:
         return 1.0
-    longest, size = longest_sequence(preset, condition), max(1, condition.batch_size // gpus)
-    return _padding(dataset.mean_tokens, longest, size, preset.execution.max_batch_tokens)
-
-
-@cache
-def _padding(mean: int, longest: int, size: int, max_tokens: int) -> float:
-    """Return what `padding` does, for batches of `size` examples of a mean and a greatest length."""
-    # The mean of a log-normal distribution is above its median.
-    draw, log_median = Random(0), log(mean) - _SPREAD**2 / 2
-    padded = without = 0
-    for _ in range(max(4, 256 // size)):
-        batch = [min(longest, ceil(draw.lognormvariate(log_median, _SPREAD))) for _ in range(size)]
-        padded, without = padded + padded_tokens(batch, max_tokens), without + sum(batch)
-    return padded / without
-
-
-def padded_tokens(lengths: Sequence[int], max_tokens: int) -> int:
-    """Return the tokens of the micro-batches into which `lorabench.training.loss.micro_batches` splits a batch."""
-    # The least cost of the examples so far, from the shortest to the longest, and its tokens.
-    least = [(0, 0)]
-    for end, longest in enumerate(sorted(lengths), 1):
-        first = min(end - 1, max(0, end - max_tokens // longest))
-        parts = ((*least[start], (end - start) * longest) for start in range(first, end))
-        least.append(min((cost + more + PASS_TOKENS, tokens + more) for cost, tokens, more in parts))
-    return least[-1][1]
-
-
-def _decoding(execution: Execution) -> float:
-    """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
-    return _DECODING * (_ENGINE_OVER_OWN if execution.sampler == "vllm" else 1.0)
+    return 1.0 + _PADDING / sqrt(max(1, condition.batch_size // gpus))
 
 
 def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
@@ -180,14 +135,10 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
     if engine:
         handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
         return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
-    # Autocast copies frozen weights for every position and trained weights once; those that are held or kept in bf16,
-    # and the copy from which processes of a sharded model sample, are read.
-    cast = sum(bf16_parameters(preset, sizes, condition.placement, gpus, condition.method))
-    weights = 2 * cast + (8 if condition.method != "fullft" and gpus == 1 else 2) * (sizes.parameters - cast)
     # Keys and values are read, repeated for all heads, and read again.
     cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth
-    return positions * (sizes.layers * _LAYER_SECONDS + weights / bandwidth) + cache / bandwidth / gpus
+    return positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / bandwidth) + cache / bandwidth / gpus
 
 
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
@@ -195,8 +146,10 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
     A training job, whose first sweep has the given condition, may also start an engine.
     """
-    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
-    return seconds + (engine_start_seconds(preset) if condition and uses_engine(preset, condition) else 0.0)
+    starts_engine = condition is not None and uses_engine(preset, condition)
+    if preset.execution.gpu is None:
+        return _START_SECONDS + starts_engine * _ENGINE_START_SECONDS
+    return _GPU_START_SECONDS + starts_engine * _GPU_ENGINE_START_SECONDS
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
@@ -254,8 +207,10 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     assert preset.evaluation
     execution, sizes = preset.execution, dimensions(preset.models[job.model])
     gpu, engine = execution.gpu, execution.sampler == "vllm"
-    seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
-    seconds += engine_start_seconds(preset) if engine else 0.0
+    if gpu is None:
+        seconds = _EVALUATION_START_SECONDS + engine * _ENGINE_START_SECONDS
+    else:
+        seconds = _GPU_START_SECONDS + engine * _GPU_ENGINE_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
         documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
         read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
@@ -263,7 +218,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
             # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.
             seconds += read
         elif gpu is None:
-            seconds += read * _decoding(execution)
+            seconds += read * _DECODING[execution.sampler]
         # On a GPU all answers are as long as the longest.
         elif engine:
             rows = max(1.0, execution.max_cache_tokens / task.mean_tokens)

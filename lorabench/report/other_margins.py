@@ -5,7 +5,6 @@ The margins of a preset are written down before its runs, and these verdicts rep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -35,43 +34,25 @@ def scaled(margins: Margins, factor: float) -> Margins | None:
 
 
 def verdicts_by_margin(
-    tables: Tables,
-    judged: pd.DataFrame,
-    margins: Margins,
-    predictions: Predictions | None = None,
-    factors: Sequence[float] = FACTORS,
+    tables: Tables, judged: pd.DataFrame, margins: Margins, predictions: Predictions | None = None
 ) -> pd.DataFrame:
-    """Judge the claims again by other margins.
-
-    Args:
-        tables: the tidy tables by which the claims were judged.
-        judged: the table `claims`, whose verdicts are those at the factor 1.
-        margins: the margins of the preset.
-        predictions: what studies predict; see `judge_claims`.
-        factors: how many times as large as the preset's the other margins are.
+    """Judge the claims of the table `judged` that the runs test again by FACTORS times the margins of the preset.
 
     Returns:
-        The table `verdicts_by_margin`: of each claim that the runs test, a row for each factor.
+        The table `verdicts_by_margin`: of each of these claims a row for each factor; those of 1 are from `judged`.
     """
-    tested = set(judged.loc[~judged["verdict"].isin(UNTESTED), "claim_id"])
-    claims = [claim for claim in CLAIMS if claim.id in tested]
-    parts = [judged[judged["claim_id"].isin(tested)].assign(factor=1.0)]
-    for factor in factors:
+    tested = judged[~judged["verdict"].isin(UNTESTED)]
+    claims = [claim for claim in CLAIMS if claim.id in set(tested["claim_id"])]
+    parts = [tested.assign(factor=1.0)]
+    for factor in FACTORS:
         if (other := scaled(margins, factor)) is not None:
-            again = judge_claims(tables, claims, other, predictions=predictions)
-            parts.append(again.assign(factor=factor))
-    rows = pd.concat(parts)
-    place = rows["claim_id"].map({claim_id: place for place, claim_id in enumerate(judged["claim_id"])})
-    ordered = rows.assign(place=place).sort_values(["place", "factor"], ignore_index=True)
-    return ordered.reindex(columns=VERDICTS_BY_MARGIN.names)
+            parts.append(judge_claims(tables, claims, other, predictions=predictions).assign(factor=factor))
+    rows = pd.concat(parts).sort_values("factor").set_index("claim_id").loc[tested["claim_id"]]
+    return rows.reset_index().reindex(columns=VERDICTS_BY_MARGIN.names)
 
 
 def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | None:
-    """Return which verdicts other margins turn, for the page.
-
-    Args:
-        by_margin: the table `verdicts_by_margin`, empty if there is none.
-        judged: the table `claims`.
+    """Return which verdicts the table `verdicts_by_margin` turns, for the page; `judged` is the table `claims`.
 
     Returns:
         `factors`, ascending; `rows`, the claims whose verdict is not the same at all of them: each with `claim_id`,

@@ -27,12 +27,11 @@ from lorabench.config.experiments import Block
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
-from lorabench.figures.catalog import PaperFigure, drawn_runs, figures_of_preset
+from lorabench.figures.catalog import PaperFigure, figures_of_preset
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
 from lorabench.report.other_margins import turned
-from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.store.io import list_of_words, read_claims, read_table
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
@@ -40,6 +39,9 @@ from lorabench.utils.files import atomic_path
 from lorabench.utils.studies import studies
 
 _HERE = Path(__file__).parent
+
+_DEFAULT_PRESET = "laptop"
+"""The preset that Snakemake runs where none is named."""
 
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
 """The page's sections in the paper's order, and then those of studies: which figures and claims are shown together."""
@@ -64,18 +66,16 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
-    listed = runs.head(ROWS)
     judged = read_claims(tables)
     # A shipped preset reruns the paper. A user's own asks a question, and its page has only claims that it can test.
     question = not is_shipped(layout.name)
     judged = judged[~judged["verdict"].isin(["not tested", "setting not met"])] if question else judged
-    claims = summary.claims(judged, runs, set(listed["run_id"]))
+    claims = summary.claims(judged, runs)
     tested = [claim for claim in claims if claim["verdict"] != "not tested"]
     all_curves = read_table(tables, "curves")
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
-    curves = curves_to_draw(listed, all_curves)
-    advised, settings = summary.first_settings(all_runs, summary.RECIPE_SETTINGS)
-    recipe = measured_recipe(advised, all_curves, judging)
+    curves = curves_to_draw(runs, all_curves)
+    recipe = measured_recipe(all_runs, all_curves, judging)
     trained = plan.preset.experiments.trained()
     page = (
         environment()
@@ -94,12 +94,11 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             examples={
                 name: None if question else summary.example(layout.dataset(name)) for name in plan.preset.sources
             },
-            sections=arrange([_figure(figure, layout, source, all_runs) for figure in figures], tested),
+            sections=arrange([_figure(figure, layout, source) for figure in figures], tested),
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
             recipe=recipe,
             costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
-            recipe_settings={"shown": min(settings, summary.RECIPE_SETTINGS), "all": settings},
             environment=summary.environment(runs),
             rules=sorted(set(judged["rules"].dropna())),
             experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
@@ -107,16 +106,12 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
             evaluated=evaluated,
             work=summary.work(plan, runs),
-            runs=listed.to_dict("records"),
-            listed=set(listed["run_id"]),
+            runs=runs.to_dict("records"),
             inputs=summary.inputs(runs),
-            rows=ROWS,
-            settings=summary.SETTINGS,
             datasets=summary.dataset_origins(layout),
             doctor=record_for(plan.preset.execution),
             # As JSON for the page's script, escaped so that no text in it can end its HTML element.
             curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
-            points=curves["points"],
             downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
             tables=tables,
             figures_folder=layout.figures,
@@ -151,7 +146,7 @@ def inline(name: str) -> dict[str, str]:
     return {"text": Markup(text), "hash": f"sha256-{digest}"}
 
 
-def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame) -> dict[str, Any]:
+def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
     """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
@@ -160,15 +155,13 @@ def _figure(figure: PaperFigure, layout: Layout, source: str, runs: pd.DataFrame
         files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist; draw the figure with `{command}`") from error
-    left_out = drawn_runs(figure.own_runs(runs), figure.settings)[1] if figure.table == "runs" else ""
-    caption = f"{figure.caption} {left_out}".strip()
-    return {"name": figure.name, "title": figure.title, "caption": caption, "command": command, **files}
+    return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
 
 
 def _command(source: str, target: Path) -> str:
     """Return the command line that makes a file of the preset."""
     # Snakemake's --config takes all words that follow it, so it comes last.
-    config = [] if source == DEFAULT_PRESET else ["--config", f"preset={source}"]
+    config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])
 
 
@@ -192,14 +185,8 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
     return [section for section in arranged if section["figures"] or section["claims"]]
 
 
-ROWS = 2000
-"""The most rows of a table on the page; a longer table is cut, and says so and where the others are."""
-
-POINTS = 60
+_POINTS = 60
 """The largest number of points of one curve; they are log-spaced in steps."""
-
-ALL_POINTS = 250_000
-"""The largest number of points of all curves together; where there are many curves, each has fewer points."""
 
 MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
 """The largest sizes in bytes of a table that is embedded uncompressed, and of all embedded tables together."""
@@ -216,26 +203,25 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     Returns:
         `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
         of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
-        line. `points`: the largest number of points of one curve.
+        line.
     """
     styles = arm_styles(runs.rename(columns={"label": "arm"}))
     drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
     if curves.empty:
-        return {"measures": [], "grids": [], "curves": {}, "styles": drawn, "points": POINTS}
+        return {"measures": [], "grids": [], "curves": {}, "styles": drawn}
     curves = curves[curves["run_id"].isin(runs["run_id"]) & np.isfinite(curves["value"].astype(float))]
     groups = curves.sort_values("step", kind="stable").groupby(["split", "metric", "run_id"], sort=True)
-    limit = max(8, min(POINTS, ALL_POINTS // max(1, groups.ngroups)))
     measures: dict[tuple[str, str], int] = {}
     grids: dict[tuple[int, ...], int] = {}
     by_run: dict[str, list[Any]] = {}
     for (split, metric, run_id), points in groups:
         steps = points["step"].to_numpy(int)
-        kept = thinned(steps, limit)
+        kept = thinned(steps, _POINTS)
         measure = measures.setdefault((str(split), str(metric)), len(measures))
         grid = grids.setdefault(tuple(steps[kept].tolist()), len(grids))
         values = [float(f"{value:.4g}") for value in points["value"].to_numpy(float)[kept]]
         by_run.setdefault(str(run_id), []).append([measure, grid, values])
-    return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn, "points": limit}
+    return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn}
 
 
 def thinned(steps: np.ndarray, limit: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +45,11 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     return ordered.assign(label=arm_labels(ordered), software=ordered["versions"].rank(method="dense"))
 
 
-SETTINGS, RECIPE_SETTINGS = 50, 200
-"""The most combinations of model, dataset, batch size and length whose fits the page shows of an experiment, and in the
-recipe."""
+def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
+    """Return each claim as a row, those of one fact next to each other, with the runs behind it as `runs`.
 
-CLAIM_RUNS, REASON = 200, 6000
-"""The most runs, and the most characters of the reason, that the page shows of a claim."""
-
-
-def first_settings(runs: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int]:
-    """Return the runs of at most so many combinations of model, dataset, batch size and length, and their number."""
-    setting = runs.groupby(_PLACE, dropna=False).ngroup()
-    return runs[setting < most], setting.nunique()
-
-
-def claims(table: pd.DataFrame, runs: pd.DataFrame, listed: Collection[str]) -> Records:
-    """Return each claim as a row, those of one fact next to each other, with runs behind it as `runs`.
-
-    Of many runs, the first CLAIM_RUNS in the order of `runs` are taken; `listed` holds the ids of those that the page
-    lists, to which it can link. A long reason is cut, and `cut` says so. `same_fact` holds the ids of the other claims
-    that state the same fact, and `bar` the claim's numbers in units of its margin, as places on an axis.
+    `same_fact` holds the ids of the other claims that state the same fact, and `bar` the claim's numbers in units of
+    its margin, as places on an axis.
     """
     known = runs[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
     stating = {claim_id: ids for ids in facts(table)["claim_ids"] for claim_id in ids}
@@ -73,10 +57,7 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame, listed: Collection[str]) -> 
     shown = in_order(table).to_dict("records")
     for claim in shown:
         claim_id = claim["claim_id"]
-        behind = known[known["run_id"].isin(list_of_words(claim["run_ids"]))].head(CLAIM_RUNS)
-        claim["runs"] = [run | {"listed": run["run_id"] in listed} for run in behind.to_dict("records")]
-        reason = "" if pd.isna(claim["reason"]) else claim["reason"]
-        claim |= {"reason": reason[:REASON], "cut": len(reason) > REASON}
+        claim["runs"] = known[known["run_id"].isin(list_of_words(claim["run_ids"]))].to_dict("records")
         claim["same_fact"] = [other for other in stating[claim_id] if other != claim_id]
         numbers = placed.loc[claim_id]
         claim["bar"] = None if numbers.isna().any() else {name: _place(value) for name, value in numbers.items()}
@@ -106,11 +87,9 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
 
     All are numbers of the fits by which claims are judged. The result is the fitted lowest test NLL in nats per scored
     token, or in RL the highest test accuracy from 0 to 1: `best`, from `best_low` to `best_high` (95% interval).
-    Of many combinations of model, dataset, batch size and length, the first SETTINGS are taken, and `settings` is the
-    number of all. Returns None if the experiment has no LR-tuned arm.
+    Returns None if the experiment has no LR-tuned arm.
     """
     runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
-    runs, settings = first_settings(runs, SETTINGS)
     rewarded = bool(is_rl(runs).any())
     runs = with_error_rates(runs) if rewarded else runs
     tuned = [arm_runs for _, arm_runs in each_arm(runs) if arm_runs["lr"].nunique() >= MIN_LRS]
@@ -144,7 +123,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
             arms.append(row)
         comparison.forget()
     result = "accuracy" if rewarded else "NLL"
-    return {"name": name, "result": result, "settings": settings, "noise": noise, "arms": arms}
+    return {"name": name, "result": result, "noise": noise, "arms": arms}
 
 
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:

@@ -33,13 +33,12 @@ from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
-from lorabench.errors import UserError
 from lorabench.runs import lowest
 from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.io import read_claims
+from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
 from lorabench.utils import formats
-from lorabench.utils.files import read_json
 
 PROJECT = "lorabench"
 """The source that all presets of this project are: one more preset is not one more laboratory."""
@@ -109,7 +108,7 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     Raises:
         UserError: there is no such table, or it is from another version.
     """
-    claims = read_claims(folder, without=("run_ids",))
+    claims = read_claims(folder, without=NOT_PUBLISHED)
     scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
     again = read_held_out(folder)
     held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
@@ -117,37 +116,6 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     if not explored:
         held_out = claims["verdict"]
     return claims.join(scales).assign(origin=name, explored=explored, held_out=held_out)
-
-
-HELD_OUT = "held_out"
-"""The folder, in that of a published preset, of its results on held-out seeds."""
-
-_PROVENANCE = dict.fromkeys(("preset", "first_started", "last_started"), str) | {
-    **dict.fromkeys(("runs", "run_seconds"), int),
-    **dict.fromkeys(("devices", "inputs"), list),
-}
-"""The entries of provenance.json that are read."""
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the content of the file provenance.json in the folder of a published preset; empty without the file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = folder / "provenance.json"
-    if not path.is_file():
-        return {}
-    made = read_json(path, _PROVENANCE, f"restore it with `git checkout -- {path}`, or publish the preset again")
-    if not all(isinstance(row, dict) and isinstance(row.get("model"), str) for row in made["inputs"]):
-        raise UserError(f"{path}: inputs names no models")
-    return made
-
-
-def read_held_out(folder: Path) -> pd.DataFrame | None:
-    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds."""
-    path = folder / HELD_OUT / "came_out_again.csv"
-    return pd.read_csv(path) if path.is_file() else None
 
 
 def holds_again(cell: Mapping[Any, Any]) -> bool:

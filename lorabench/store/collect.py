@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
-from lorabench.store.io import write_csv, write_curves_csv, write_frame, write_table, write_tables
+from lorabench.store.io import write_csv, write_frame, write_table, write_tables
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import (
@@ -68,8 +67,6 @@ def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
 def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
-    The curves and test losses of one job at a time are in memory. Curves that are too large for CSV are parquet only.
-
     Args:
         jobs: the files of the jobs, each a table JOB.
         out: the folder of the tables.
@@ -87,20 +84,26 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
         for column in ("curve", "test_losses")
     )
 
-    @cache
-    def groups_of(model: str, dataset: str) -> pa.Array | None:
-        return None if layout is None else test_groups(layout, model, dataset)
-
     def losses_of(path: Path) -> pa.Table:
         table = read_parquet(path, losses)
-        return entries(table, "test_losses", RUN_TEST_LOSSES).append_column("group", _groups(table, groups_of))
+        rows = entries(table, "test_losses", RUN_TEST_LOSSES)
+        groups = None
+        if layout is not None and len(table):
+            # The runs of a job have the same model and dataset.
+            dataset = table["dataset"][0].as_py()
+            groups = test_groups(layout, table["model"][0].as_py(), dataset)
+        if groups is None:
+            return rows.append_column("group", pa.nulls(len(rows), pa.string()))
+        for count in set(pc.list_value_length(table["test_losses"]).to_pylist()) - {None, 0, len(groups)}:
+            raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
+        return rows.append_column("group", groups.take(rows["example"]))
 
     write_table(runs, out / "runs.parquet")
     write_csv(runs.to_pandas(), out / "runs.csv")
     write_tables(
         (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet"
     )
-    write_curves_csv(out)
+    write_csv(read_parquet(out / "curves.parquet").to_pandas(), out / "curves.csv")
     write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
 
 
@@ -111,18 +114,6 @@ def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
     flat = pa.Table.from_struct_array(pc.list_flatten(lists)).append_column("run_id", table["run_id"].take(rows))
     numbers = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return flat.append_column("example", pa.array(numbers)).select(schema.names).cast(schema)
-
-
-def _groups(table: pa.Table, groups_of: Callable[[str, str], pa.Array | None]) -> pa.ChunkedArray:
-    """Return the groups of the test examples of all runs, one run after the other; null where each is its own group."""
-    counts = pc.fill_null(pc.list_value_length(table["test_losses"]), 0).to_pylist()
-    parts = []
-    for model, dataset, count in zip(table["model"].to_pylist(), table["dataset"].to_pylist(), counts, strict=True):
-        groups = groups_of(model, dataset)
-        if groups is not None and count not in (0, len(groups)):
-            raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
-        parts.append(pa.nulls(count, pa.string()) if groups is None else groups[:count])
-    return pa.chunked_array(parts, pa.string())
 
 
 def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:

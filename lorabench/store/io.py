@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,15 +20,8 @@ from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
 from lorabench.utils.checked_parquet import add_checksum, check_parquet
 from lorabench.utils.files import atomic_path
 
-# Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
-if TYPE_CHECKING:
-    import pandas as pd
-
 ROWS_AT_ONCE = 2**20
 """Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
-
-MAX_CSV_BYTES = 100_000_000
-"""The largest CSV file of curves. Larger ones are not written, since programs that read CSV hold them whole."""
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
@@ -64,18 +56,15 @@ def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> N
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
     """Write the tidy table `name` into the folder `out`, as parquet and CSV.
 
-    A table in PARQUET_ONLY, and curves that would be too large (see `write_curves_csv`), are written as parquet only.
-
-    It has all documented columns or, without `all_columns`, those of them that the frame has.
+    A table in PARQUET_ONLY is written as parquet only. The table has all documented columns or, without `all_columns`,
+    those of them that the frame has.
     """
     schema = SCHEMAS[name]
     if not all_columns:
         schema = pa.schema([field for field in schema if field.name in frame])
     frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-    if name == "curves":
-        write_curves_csv(out)
-    elif name not in PARQUET_ONLY:
+    if name not in PARQUET_ONLY:
         write_csv(frame, out / f"{name}.csv")
 
 
@@ -87,40 +76,6 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
             flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
     with atomic_path(path) as partial:
         flat.to_csv(partial, index=False)
-
-
-class _TooLargeError(Exception):
-    """A CSV file would be larger than MAX_CSV_BYTES."""
-
-
-def write_curves_csv(folder: Path) -> None:
-    """Write the curves of a folder, which it has as parquet, as CSV too, and hold few rows at a time.
-
-    If the file would be larger than MAX_CSV_BYTES, as its rows so far tell, there is none and a sentence says so.
-    """
-    import pandas as pd
-
-    path, integers = folder / "curves.csv", {pa.int64(): pd.Int64Dtype()}
-    try:
-        with (
-            pq.ParquetFile(path.with_suffix(".parquet")) as curves,
-            atomic_path(path) as partial,
-            partial.open("w", encoding="utf-8", newline="") as file,
-        ):
-            file.write(",".join(curves.schema_arrow.names) + "\n")
-            rows, written = curves.metadata.num_rows, 0
-            for batch in curves.iter_batches(use_threads=False):
-                frame = batch.to_pandas(types_mapper=integers.get, ignore_metadata=True)
-                frame.to_csv(file, index=False, header=False, lineterminator="\n")
-                written += len(frame)
-                if file.tell() * rows > MAX_CSV_BYTES * written:
-                    raise _TooLargeError
-    except _TooLargeError:
-        path.unlink(missing_ok=True)
-        logging.warning(
-            "%s is not written, since it would be larger than about %d MB; the curves are in %s",
-            *(path, MAX_CSV_BYTES // 10**6, path.with_suffix(".parquet")),
-        )
 
 
 def table_path(folder: Path, name: str) -> Path | None:
@@ -140,8 +95,6 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there is no such file, it can't be read, or a column holds a value of another type.
     """
-    import pandas as pd
-
     path = table_path(folder, name)
     if path is None:
         if optional:
@@ -213,27 +166,15 @@ def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
 def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Read some columns of a tidy table as one dict per row, with None for a missing value.
 
-    A parquet file with the documented types is read without pandas, whose import takes longer than the reading.
-
     Raises:
         UserError: see `read_table`.
     """
-    path, fields = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
-    if path is not None and path.suffix == ".parquet":
-        # `read_table` below says what is wrong with a file that can't be read.
-        with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
-            check_parquet(path)
-            if all(field in file.schema_arrow for field in fields):
-                rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
-                return rows
     frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
     return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
 
 
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the table `name` with the documented columns that it lacks added, as nulls of their type."""
-    import pandas as pd
-
     absent = [column for column in SCHEMAS[name].names if column not in frame]
     nulls = pd.DataFrame(index=frame.index, columns=absent, dtype=object)
     return pd.concat([frame, typed_columns(nulls, name, Path(name))], axis="columns")
@@ -241,8 +182,6 @@ def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[Any]:
     """Convert a column to its documented type, or raise UserError if a value is not of that type."""
-    import pandas as pd
-
     typed: pd.Series[Any]
     numbers: pd.Series[Any] = column
     if pa.types.is_string(kind):

@@ -20,27 +20,20 @@ class Layout:
     def __init__(self, name: str, preset: Preset) -> None:
         self.name, self.preset = name, preset
         self.root = Path("results") / name
-        """The folder of all results."""
         self.figures = Path("paper_figures") / name
         """The folder of the figures that a run of the preset draws; git ignores it."""
         self.published = Path("paper_figures") / "published" / name
-        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
+        """The folder of figures, claims and provenance that the repository shows."""
         self.saved_runs = Path("paper_figures") / "partial" / name
-        """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
-        self.speed = self.root / "speed.json"
-        """The file of the speed of the preset's training steps on this machine's CPU."""
+        """The folder of finished runs that the repository keeps until the preset is finished."""
         self.runs = self.root / "runs"
-        """The folder of the runs' folders."""
         self.logs = self.root / "logs"
-        """The folder of the jobs' logs."""
         self.jobs = self.root / "jobs"
-        """The folder of the jobs' files."""
         self.patches = self.root / "patches"
         """The folder of the uncommitted changes to the code that runs were made with."""
         self.pins = self.root / "pins"
         """The folder that pins each branch or tag of the hub to the commit that was fetched first."""
         self.report = self.root / "report" / "index.html"
-        """The report page."""
         self.report_without_evaluation = self.report.with_name("without_evaluation.html")
         """The report page without scores of lm-eval, for a preset whose evaluation fails."""
 

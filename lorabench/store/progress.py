@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.planning.plan import Plan
-from lorabench.runs import Job, Run, Sweep
+from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.store.run_folder import RECORD
+from lorabench.store.run_folder import RunFolder
 from lorabench.utils.exhaustion import NoSpaceError
 from lorabench.utils.files import read_json, write_json
 
@@ -66,60 +66,34 @@ class Status:
     report: Path | None
 
 
-class FinishedRuns:
-    """Counts the finished runs of a plan again and again, in at most a hundredth of the time."""
-
-    def __init__(self, plan: Plan, layout: Layout) -> None:
-        self._plan, self._layout = plan, layout
-        self._counted, self._again = (0, 0, 0), 0.0
-
-    def count(self) -> tuple[int, int, int]:
-        """Return what `finished_runs` returns, or returned lately if that takes long."""
-        if (started := time.monotonic()) >= self._again:
-            self._counted = finished_runs(self._plan, self._layout)
-            self._again = started + 100 * (time.monotonic() - started)
-        return self._counted
-
-
 def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
     """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs.
 
     A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
     finished. The runs of a finished job may be deleted.
     """
-    files, folders = _names(layout.jobs), _names(layout.runs)
+    files, folders = (
+        set(os.listdir(folder)) if folder.is_dir() else set[str]() for folder in (layout.jobs, layout.runs)
+    )
     done = planned = jobs_done = 0
     for job in plan.jobs:
+        expected = job.n_runs
         if layout.job(job).name in files:
-            runs = _runs_of_finished(job, layout)
-            done, planned, jobs_done = done + runs, planned + runs, jobs_done + 1
+            # A sweep that finds its LRs has another number of runs than expected.
+            if any(sweep.lattice is not None for sweep in job.sweeps):
+                # Imported only here, because `lorabench status` shall answer at once.
+                import pyarrow as pa
+                import pyarrow.parquet as pq
+
+                # A damaged file counts as expected; the step that reads it names it.
+                with suppress(pa.ArrowException, OSError):
+                    expected = pq.read_metadata(layout.job(job)).num_rows
+            done, jobs_done = done + expected, jobs_done + 1
         else:
             names = [run_id for sweep in job.sweeps for run_id in sweep.run_ids & folders]
-            done += sum(os.path.isfile(f"{layout.runs}/{run_id}/{RECORD}") for run_id in names)
-            planned += job.n_runs
+            done += sum(RunFolder(layout.runs, run_id).done() for run_id in names)
+        planned += expected
     return done, planned, jobs_done
-
-
-def _runs_of_finished(job: Job, layout: Layout) -> int:
-    """Return the number of runs of a finished job."""
-    # A sweep that finds its LRs has another number of runs than expected.
-    if any(sweep.lattice is not None for sweep in job.sweeps):
-        # Imported only here, because `lorabench status` shall answer at once.
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        # A damaged file counts as expected; the step that reads it names it.
-        with suppress(pa.ArrowException, OSError):
-            return int(pq.read_metadata(layout.job(job)).num_rows)
-    return job.n_runs
-
-
-def _names(folder: Path) -> set[str]:
-    """Return the names in a folder, none if there is no such folder."""
-    try:
-        return set(os.listdir(folder))
-    except FileNotFoundError:
-        return set()
 
 
 def status(plan: Plan, layout: Layout) -> Status:
@@ -130,10 +104,8 @@ def status(plan: Plan, layout: Layout) -> Status:
     for path in sorted((layout.root / "progress").glob("*.json")):
         # A job removes the file at the end of a run, which may be now.
         with suppress(FileNotFoundError):
-            state, written = (
-                read_json(path, _STATE, "delete it; a run in training writes it again"),
-                path.stat().st_mtime,
-            )
+            state = read_json(path, _STATE, "delete it; a run in training writes it again")
+            written = path.stat().st_mtime
             # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
             now = time.time()
             with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:

@@ -68,8 +68,8 @@ RUNS = _schema(
     string base_kind: `base`, or `instruct` for a model that was instruction-tuned before; null if the model's name does
         not say; of a source also `unknown` or `mixed`
     string task: `sft` (supervised fine-tuning) or `rl`; null counts as `sft`
-    string method: `fullft` (full fine-tuning), `lora`, or a [variant of it](variants.md): `dora`, `pissa`,
-        `olora`, `qlora`
+    string method: `fullft` (full fine-tuning), `lora`, or a [variant of it](../studies/variants/README.md): `dora`,
+        `pissa`, `olora`, `qlora`
     int64 rank: rank of LoRA; null for `fullft`
     string placement: the layers with LoRA: `all`, `attn` or `mlp`; null for `fullft`
     float64 alpha: alpha of LoRA; null for `fullft`
@@ -284,8 +284,8 @@ CLAIMS = _schema(
     string reason: sentences on the numbers, and why a verdict is inconclusive or the claim not tested
     string paper_value: what the paper reports
     string published: what replications by others found
-    string rules: hash of the [rules](held-out.md) that judged: the code of analysis and claims, the margins and the
-        predictions; null in tables of older versions
+    string rules: hash of the [rules](verdicts.md#held-out-seeds) that judged: the code of analysis and claims, the
+        margins and the predictions; null in tables of older versions
     words run_ids: the runs behind the verdict
     """
 )

@@ -1,13 +1,13 @@
 """The checkpoint file of a run in progress: trained parameters, Adam's state, and the curve so far.
 
-A checkpoint is a safetensors file with a checksum, replaced atomically; nothing is pickled. The curve is JSON in one of
-its tensors, since safetensors allows no header above 100 MB, about 350,000 steps of supervised fine-tuning. A run has
-no other state: the data order follows from the seed and the step, and models have no dropout.
+A checkpoint is a safetensors file with a checksum, replaced atomically. The curve is JSON in one of its tensors, since
+safetensors allows no header above 100 MB. A run has no other state: the data order follows from the seed and the step,
+and models have no dropout.
 
 If a model is sharded over processes, each process writes its part. The file of the first process is the checkpoint: its
 header has the step and the number of parts, and it replaces the old checkpoint when all other parts are written, so
 that parts of two steps are never mixed. Any number of processes can read it; as many as wrote it read their own parts
-only. Tensors are written and read one by one, so that the host's memory never holds a whole model with Adam's state.
+only. Tensors are read one by one, so that the host's memory never holds a whole model with Adam's state.
 
 A checkpoint that is damaged or belongs to another run is ignored with a warning: the run starts again from step 1.
 """
@@ -41,11 +41,7 @@ from lorabench.utils.files import atomic_path
 class Checkpoint:
     """The checkpoint of one run: decides when the run saves, and writes and reads the file.
 
-    Args:
-        path: the file.
-        run_id: the run.
-        seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
-        processes: the processes that train the run together.
+    With 0 `seconds`, the least time between two checkpoints, the run saves after every step, whatever it costs.
     """
 
     def __init__(self, path: Path, run_id: str, seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
@@ -62,11 +58,7 @@ class Checkpoint:
     def save(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, progress: dict[str, Any]
     ) -> None:
-        """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically.
-
-        Raises:
-            Stopped: a signal has asked the job to end.
-        """
+        """Write weights, optimizer state and `progress` (JSON data with the key `step`); Stopped after a signal."""
         started, path, processes = time.perf_counter(), self._path, self._processes
         tensors = {}
         for name, parameter in parameters.items():
@@ -125,8 +117,7 @@ class Checkpoint:
     def _verify(self) -> tuple[dict[str, Any] | None, list[Path], str]:
         """Verify the parts of the checkpoint, each by one process.
 
-        Returns:
-            The progress and the parts; if the checkpoint can't be used None, no parts and the reason, in all processes.
+        Return the progress and the parts; if it can't be used None, no parts and the reason, in all processes.
         """
         progress: dict[str, Any] | None = None
         path, processes, parts = self._path, self._processes, list[Path]()
@@ -154,8 +145,7 @@ def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:
         kind, _, name = key.partition("/")
         if kind == "parameter":
             parts = [file.get_slice(key).get_shape() for file in files]
-            whole = parts[0] if len(parts) == 1 else [sum(part[0] for part in parts), *parts[0][1:]]
-            shapes[name] = tuple(whole)
+            shapes[name] = tuple(parts[0]) if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
     return shapes
 
 

@@ -28,7 +28,7 @@ from lorabench.models.specs import dimensions
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
-from lorabench.store.collect import test_groups, write_entries
+from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES
@@ -71,12 +71,6 @@ class SweepContext:
         again = preset.execution.recomputed_layers(layers)
         return again, layers - again
 
-    @cached_property
-    def _test_groups(self) -> list[str] | None:
-        condition = self.sweep.condition
-        groups = test_groups(self.layout, condition.model, condition.dataset)
-        return None if groups is None else groups.to_pylist()
-
     def provenance(self) -> dict[str, Any]:
         """Return the machine, code and model versions common to all runs of a job; trainers add hashes of the data."""
         return {
@@ -88,11 +82,11 @@ class SweepContext:
             "hub_commits": self.layout.commits(self.sweep.condition),
         }
 
-    def write(self, run: Run, model: torch.nn.Module, outcome: Outcome, environment: dict[str, Any]) -> None:
+    def write(self, run: Run, model: Any, outcome: Outcome, environment: dict[str, Any]) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
         rollouts, dataset = condition.rollouts, preset.sources[condition.dataset]
-        config: Any = model.config
+        config = model.config
         if self.machine.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.machine.device)
         else:
@@ -120,7 +114,6 @@ class SweepContext:
             "environment": environment,
         }
         keep = outcome.status != "diverged"
-        saved: Any = model
         state: dict[str, torch.Tensor] | None = None
         if keep and processes.sharded:
             # Every process takes part in gathering; the first one keeps the tensors.
@@ -133,11 +126,10 @@ class SweepContext:
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
                 if keep:
                     if condition.method == "fullft":
-                        saved.save_pretrained(staged.weights, state_dict=state)
+                        model.save_pretrained(staged.weights, state_dict=state)
                     else:
-                        save_adapter(saved, staged.weights, state)
-                    base = self.layout.model(condition.model)
-                    card = model_card(record, base, outcome.test_losses, self._test_groups)
+                        save_adapter(model, staged.weights, state)
+                    card = model_card(record, self.layout.model(condition.model))
                     (staged.weights / "README.md").write_text(card, encoding="utf-8")
         processes.wait()
 
@@ -145,8 +137,8 @@ class SweepContext:
 class Base:
     """The base model of a job's sweeps.
 
-    It is loaded once for LoRA, which does not change it, and again after each run that does, such as one of full
-    fine-tuning. A model that is sharded is loaded again for each run, since LoRA must be added before.
+    It is loaded once for LoRA, which does not change it, and again after each run that does. A model that is sharded is
+    loaded again for each run, since LoRA must be added before.
     """
 
     def __init__(self) -> None:
@@ -207,14 +199,12 @@ class Base:
 
 def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
     """Return a base model with the new adapter of a run."""
-    condition = run.condition
+    condition, head = run.condition, context.plan.preset.protocol.include_unembedding
     assert condition.rank
     assert condition.placement
     assert condition.alpha
-    head = context.plan.preset.protocol.include_unembedding
-    init_a = condition.init_a or 1.0
-    arguments = condition.rank, condition.placement, condition.alpha, head, run.seed, init_a, condition.method
-    return add_lora(model, *arguments)
+    sizes = condition.rank, condition.placement, condition.alpha
+    return add_lora(model, *sizes, head, run.seed, condition.init_a or 1.0, condition.method)
 
 
 def now() -> str:

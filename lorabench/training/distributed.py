@@ -1,15 +1,14 @@
 """Training of one run by several processes, one per GPU: their start, communication, and the sharding of the model.
 
 Each process computes its share of a batch; losses, gradients and norms are summed over all processes, so that the
-numbers equal those of one process up to the order of additions. A single process runs the same code and communicates
-with none.
+numbers equal those of one process up to the order of additions. A single process runs the same code.
 
 The model is sharded with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
 optimizer state, in fp32. The parameters of a layer are gathered in fp32 while it is computed, under the same autocast
 as on one GPU.
 
-The processes are started by torch's elastic launcher, by `launch` or by `torchrun`; each runs the same command. A
-failure of one process ends all of them. A `UserError` is passed to the launching process, which shows it once.
+The processes are started by torch's elastic launcher, and each runs the same command. A failure of one ends all of
+them; a `UserError` is passed to the launching process, which shows it once.
 """
 
 from __future__ import annotations
@@ -101,23 +100,16 @@ class Processes:
         self.gather([0.0])
 
     def share(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the indices of this process's sequences, dealt by length so that all processes have similar work."""
+        """Return the indices of this process's sequences, dealt by length so that all have similar work."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
 
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
-        """Pad this process's parts with `nothing` to the largest number of any process.
-
-        The processes must make equally many passes through the model, since they communicate in each.
-        """
+        """Pad this process's parts with `nothing`: all processes must make equally many passes through the model."""
         own = list(parts)
         return own + [nothing] * (int(self.most(len(own))) - len(own))
 
     def shard(self, model: M) -> M:
-        """Shard a model from the CPU of the first process; without sharding return it unchanged.
-
-        Args:
-            model: has its weights in the first process, and none in the others (`lorabench.models.base.skeleton`).
-        """
+        """Shard a model that has its weights in the first process, on its CPU; without sharding return it unchanged."""
         if not self.sharded:
             return model
         from accelerate import Accelerator
@@ -214,19 +206,14 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def errors_to_launcher() -> Iterator[None]:
-    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
-
-    The launching process receives the signals itself.
-    """
+    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped."""
     try:
         yield
-    except Stopped as stopped:
+    except (Stopped, UserError) as error:
         if not is_worker():
             raise
-        sys.exit(stopped.exit_status)
-    except UserError as error:
-        if not is_worker():
-            raise
+        if isinstance(error, Stopped):
+            sys.exit(error.exit_status)
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
@@ -252,13 +239,13 @@ def call_as_forward(model: torch.nn.Module, function: Callable[..., T], *inputs:
     """Call `function(model, *inputs)` as a forward pass of the model, in which FSDP gathers sharded parameters."""
     if not isinstance(model, FSDPModule):
         return function(model, *inputs)
-    entered: T = model.enter(function, *inputs)  # type: ignore[operator]
+    result: T = model.enter(function, *inputs)  # type: ignore[operator]
     if not torch.is_grad_enabled():
         # FSDP keeps the last layers gathered for a backward pass, which does not follow here.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-    return entered
+    return result
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A job: the sweeps, or the run of a long sweep, that one process, or several together, train one after another.
 
-The runs of a sweep are trained in waves, which `lorabench.runs.next_runs` determines from the validation losses so far.
-Finished runs are skipped, and unfinished ones go on from their checkpoints.
+The runs of a sweep are trained in waves (`lorabench.runs.next_runs`). Finished runs are skipped, and unfinished ones go
+on from their checkpoints.
 """
 
 from __future__ import annotations

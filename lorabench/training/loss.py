@@ -1,8 +1,8 @@
 """Losses in pieces, and the loss of SFT, the NLL in nats summed over scored tokens, with its micro-batches.
 
-Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time, also in
-sharded models, so that the logits of a whole batch with a large vocabulary are never held at once. The decoder and the
-unembedding are called as modules, so that LoRA on either takes effect.
+Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time, so that those
+of a whole batch are never held at once. The decoder and the unembedding are called as modules, so that LoRA on either
+takes effect.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ IGNORED = -100
 """Target of a position whose next token is not scored."""
 
 PASS_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Fixed cost of a pass through the model (launching kernels, reading weights) by device type, in tokens' worth of time.
-The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed."""
+"""Fixed cost of a pass through the model by device type, in tokens' worth of time. The CPU's value was slightly better
+than 32 and 64 on the laptop preset's batches; the GPU's is assumed."""
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> list[np.ndarray]:
-    """Split a batch by length into the micro-batches of least cost that fit `max_tokens`, by dynamic programming.
+    """Split a batch by length into the micro-batches of least cost, by dynamic programming.
 
-    Each example is in exactly one micro-batch: with losses that are summed over tokens the gradient is that of the
-    whole batch. A micro-batch costs its rows times its longest row, plus `pass_tokens`.
+    A micro-batch costs its rows times its longest row, plus `pass_tokens`.
 
     Args:
         lengths: tokens of each example of the batch, (examples,).
         max_tokens: limit of rows times longest row of a micro-batch; a single example always fits.
-        pass_tokens: fixed cost of a pass through the model, in tokens (see `PASS_TOKENS`).
+        pass_tokens: fixed cost of a pass through the model, in tokens.
 
     Returns:
         The positions within the batch of each micro-batch's examples, short examples first.
@@ -61,8 +60,7 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> lis
 class Batch(NamedTuple):
     """The inputs of a model and their next-token targets, each tensor (rows, width), padded on the right.
 
-    Targets are `IGNORED` where the next token is not scored. No attention mask is needed: attention is causal and
-    padding comes last, so no scored position attends to padding.
+    Targets are `IGNORED` where the next token is not scored. No attention mask is needed, since attention is causal.
     """
 
     inputs: torch.Tensor
@@ -102,7 +100,7 @@ def scored_by_example(split: TokenizedSplit) -> np.ndarray:
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
 Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
-measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed."""
+measured against a quarter of it; the GPU's is assumed."""
 
 
 OfLogits = Callable[[Tensor, slice], Tensor]
@@ -119,7 +117,7 @@ def backward_in_pieces(
     autocast: torch.dtype | None,
     at_once: int,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of a loss that is a sum over tokens.
+    """Add the gradient of a loss that is a sum over tokens; return it, and the numbers of all tokens.
 
     Args:
         inputs: arguments of the decoder.
@@ -128,9 +126,6 @@ def backward_in_pieces(
         loss: the part of the loss, a scalar, that follows from these numbers.
         autocast: the type of autocast; None for fp32.
         at_once: the most tokens whose logits are computed at once.
-
-    Returns:
-        The loss, and the numbers of all tokens, without gradients.
     """
 
     def cast() -> torch.autocast:
@@ -162,24 +157,13 @@ def backward_in_pieces(
 def of_tokens(
     model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor, compute: OfLogits, at_once: int
 ) -> Tensor:
-    """Compute numbers of tokens from their logits; the arguments are those of `backward_in_pieces`."""
-    return _of_hidden(model, _hidden(model, inputs, tokens), compute, at_once)
-
-
-def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
-    hidden: Tensor = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[tokens]
-
-
-def _of_hidden(model: nn.Module, hidden: Tensor, compute: OfLogits, at_once: int) -> Tensor:
-    """Compute numbers of tokens from the inputs of the unembedding.
+    """Compute numbers of tokens from their logits; the arguments are those of `backward_in_pieces`.
 
     The logits of more than `at_once` tokens are computed in pieces, and in the backward pass again, piece by piece. The
     unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
     pieces.
     """
-    head = without_peft(model).get_output_embeddings()
+    hidden, head = _hidden(model, inputs, tokens), without_peft(model).get_output_embeddings()
     if len(hidden) <= at_once:
         return compute(head(hidden), slice(None))
     forward = head.forward
@@ -197,6 +181,12 @@ def _of_hidden(model: nn.Module, hidden: Tensor, compute: OfLogits, at_once: int
     finally:
         head.forward = forward
     return whole
+
+
+def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
+    hidden: Tensor = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[tokens]
 
 
 def tokens_at_once(model: nn.Module, max_logits: int) -> int:
@@ -256,24 +246,17 @@ def batch_gradient(
 
 @torch.no_grad()
 def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> np.ndarray:
-    """Return the NLL of each example of a split, summed over its scored tokens, in nats: (examples,).
-
-    The machine's processes share the split, and all return the same numbers.
-    """
+    """Return the NLL of each example of a split over its scored tokens, in nats: (examples,), in all processes."""
     processes, kind = machine.processes, machine.device.type
     counts, share = scored_by_example(split), processes.share(split.lengths())
-    nats, owners = [np.zeros(0)], [share[:0]]
-
-    def nlls(model: nn.Module) -> Tensor:
-        at_once = tokens_at_once(model, MAX_LOGITS[kind])
-        return of_tokens(model, {"input_ids": batch.inputs}, tokens, _nlls(targets), at_once)
-
+    nats, owners, at_once = [np.zeros(0)], [share[:0]], tokens_at_once(model, MAX_LOGITS[kind])
     parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
         batch = collate(split, examples).to(machine.device)
         tokens, targets = _scored(batch)
         with machine.cast(), computing_only(model, tokens):
-            nats.append(call_as_forward(model, nlls).double().cpu().numpy())
+            nlls = call_as_forward(model, of_tokens, {"input_ids": batch.inputs}, tokens, _nlls(targets), at_once)
+        nats.append(nlls.double().cpu().numpy())
         owners.append(np.repeat(examples, counts[examples]))
     sums = np.bincount(np.concatenate(owners), weights=np.concatenate(nats), minlength=len(split))
     # Each process has measured its share, and has 0 for the examples of the others.
@@ -295,19 +278,11 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _nlls(targets: Tensor) -> OfLogits:
     """Return the function that computes the NLL of each target."""
-
-    def nlls(logits: Tensor, piece: slice) -> Tensor:
-        return nn.functional.cross_entropy(logits.float(), targets[piece], reduction="none")
-
-    return nlls
+    return lambda logits, piece: nn.functional.cross_entropy(logits.float(), targets[piece], reduction="none")
 
 
 def check_plain_head(model: nn.Module) -> None:
-    """Refuse models that change logits after the unembedding, which the loss would not do.
-
-    Raises:
-        UserError: the model scales or caps its logits.
-    """
+    """Raise UserError if a model scales or caps its logits after the unembedding, which the loss would not do."""
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise UserError(f"{type(model).__name__} changes its logits ({name}); such models are not supported yet")

@@ -1,9 +1,9 @@
 """Parts shared by the loops of SFT and RL: machine, outcome, data order, optimizer, and gradients that repeat.
 
 By default the backward pass of PyTorch's fused attention on a GPU, and of indexing, adds in an order that differs from
-one call to the next. Two runs that are equivalent by argument, or a run that was resumed, would then differ from the
-first step on. `torch.use_deterministic_algorithms` selects kernels with a fixed order; it has to be strict, since with
-`warn_only` fused attention keeps its default. cuBLAS also needs a workspace of a fixed size.
+one call to the next, so that a run that was resumed would differ. `torch.use_deterministic_algorithms` selects kernels
+with a fixed order; it has to be strict, since with `warn_only` fused attention keeps its default. cuBLAS also needs a
+workspace of a fixed size.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ class Machine:
 
 
 def device_of(execution: Execution) -> torch.device:
-    """Return a GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: the preset is for a GPU, and torch sees none.
-    """
+    """Return a GPU if there is one, else the CPU; UserError if the preset is for a GPU, and torch sees none."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if execution.gpu is not None and ON_CPU not in os.environ:
@@ -70,14 +66,11 @@ def device_of(execution: Execution) -> torch.device:
 
 
 def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
-    """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads.
-
-    Raises:
-        UserError: the preset is for a GPU, and torch sees none.
-    """
+    """Return the machine of this process: the GPU or CPU of `device_of`, with the preset's number of threads."""
     execution, bf16 = plan.preset.execution, plan.preset.protocol.precision == "bf16"
-    seen = device_of(execution)
-    device = seen if processes.count == 1 else processes.device
+    device = device_of(execution)
+    if processes.count > 1:
+        device = processes.device
     products: Products | None = None
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
@@ -86,8 +79,7 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     else:
         if execution.gpu is not None and processes.first:
             memory = torch.cuda.get_device_properties(device).total_memory
-            difference = difference_from(execution.gpu, torch.cuda.get_device_name(device), memory)
-            if difference is not None:
+            if difference := difference_from(execution.gpu, torch.cuda.get_device_name(device), memory):
                 logging.warning(difference)
         # cuBLAS gets workspaces of a fixed size, unless the user has chosen some, before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -209,16 +201,11 @@ def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | No
 
 
 def deterministically(compute: Callable[[], T], undo: Callable[[], None], machine: Machine) -> T:
-    """Return the result of `compute`, on a GPU with deterministic kernels.
+    """Return the result of `compute`, which computes a gradient, on a GPU with deterministic kernels.
 
-    If an operation has none, a warning names it, and this call and all later ones do without. A sharded model needs new
-    processes for that (see `lorabench.training.distributed.launch`): FSDP does not recover from a pass that was broken
-    off, and would give no gradient from then on.
-
-    Args:
-        compute: computes a gradient.
-        undo: discards what `compute` has done so far, before it is called again.
-        machine: the device that computes, and the processes that share the model.
+    If an operation has none, a warning names it, and this call, after `undo`, and all later ones do without. A sharded
+    model needs new processes for that (see `lorabench.training.distributed.launch`): FSDP does not recover from a pass
+    that was broken off, and would give no gradient from then on.
 
     Raises:
         NoKernelError: an operation of a sharded model has no deterministic kernel.

@@ -49,10 +49,7 @@ class SftOutcome(Outcome):
 
 
 def curve_steps(steps: int, protocol: Protocol) -> set[int]:
-    """Return the steps after which the validation loss is measured.
-
-    They are log-spaced from 1 to the last step, with the steps of the protocol's `validate_at` added.
-    """
+    """Return the steps after which the validation loss is measured: log-spaced, and the protocol's `validate_at`."""
     return _spaced(steps, protocol.curve_points) | {step for step in protocol.validate_at if step <= steps}
 
 

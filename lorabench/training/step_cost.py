@@ -67,11 +67,7 @@ def measure_compute(
 
     Args:
         name: name of the model in the table.
-        spec: the model.
-        experiment: the ranks, the size of the batch and the number of timed steps.
         threads: number of CPU threads.
-        protocol: provides alpha, the placement of the unembedding, Adam's settings and the precision.
-        device: where the model is computed.
 
     Returns:
         Rows of the table `compute`, FullFT first.
@@ -80,9 +76,9 @@ def measure_compute(
         UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
             takes fewer tokens than the experiment's sequences have.
     """
-    bf16 = protocol.precision == "bf16"
+    bf16, cuda = protocol.precision == "bf16", device.type == "cuda"
     torch.set_num_threads(threads)
-    if device.type == "cpu":
+    if not cuda:
         keep_freed_memory()
         if bf16:
             bf16_products.choose_faster()
@@ -103,7 +99,8 @@ def measure_compute(
     generator, shape = torch.Generator().manual_seed(0), (experiment.batch_size, length)
     tokens = (torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2))
     batch = Batch(*tokens)
-    rows, steps = [], []
+    rows: list[dict[str, Any]] = []
+    steps = []
     for rank in (None, *experiment.ranks):
         model: Any = base
         if rank is not None:
@@ -129,7 +126,18 @@ def measure_compute(
                 "trainable_params": sum(parameter.numel() for parameter in trained_parameters(model).values()),
             }
         )
-    table = pd.DataFrame(rows).assign(step_s=interleaved(steps, experiment.repeats, device))
+    seconds: list[list[float]] = [[] for _ in steps]
+    for turn in range(_WARM_UP + experiment.repeats):
+        for step, measured in zip(steps, seconds, strict=True):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn >= _WARM_UP:
+                measured.append(time.perf_counter() - start)
+    table = pd.DataFrame(rows).assign(step_s=[median(measured) for measured in seconds])
     return table.reindex(columns=COMPUTE.names).astype({"rank": "Int64"})
 
 
@@ -200,7 +208,7 @@ def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: 
     state = [value for parameter_state in optimizer.state.values() for value in parameter_state.values()]
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state)]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return int(sum(held.values())) + growth(step, next(model.parameters()).device)
+    return sum(held.values()) + growth(step, next(model.parameters()).device)
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
@@ -212,7 +220,7 @@ def growth(step: Callable[[], None], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) - before)
     with NewStorages() as new:
         step()
-    return int(new.peak)
+    return new.peak
 
 
 class NewStorages(TorchDispatchMode):
@@ -239,19 +247,3 @@ class NewStorages(TorchDispatchMode):
                 self.peak = max(self.peak, self.bytes)
                 weakref.finalize(storage, freed, storage.nbytes())
         return out
-
-
-def interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each step; the steps take turns."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for turn in range(_WARM_UP + repeats):
-        for step, measured in zip(steps, seconds, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= _WARM_UP:
-                measured.append(time.perf_counter() - start)
-    return [median(measured) for measured in seconds]

@@ -37,11 +37,7 @@ def add_checksum(path: Path) -> None:
 
 
 def check_parquet(path: Path) -> None:
-    """Check a parquet file, unless it has no checksum, as those of other programs and earlier versions.
-
-    Raises:
-        UserError: the content differs from what was written.
-    """
+    """Raise UserError if a parquet file's content differs from what was written, unless it has no checksum."""
     with path.open("rb") as file:
         tail = max(file.seek(0, os.SEEK_END) - _TAIL, 0)
         file.seek(tail)

@@ -37,21 +37,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Return the header's metadata without checking the checksum.
-
-    Raises:
-        DamagedTensorsError: the file is missing or truncated.
-    """
+    """Return the header's metadata without checking the checksum; DamagedTensorsError if the file is truncated."""
     with open_tensors(path, "numpy") as file:
         return file.metadata() or {}
 
 
 def verify_tensors(path: Path) -> dict[str, str]:
-    """Verify the checksum of a file of tensors of torch, one by one, and return the header's metadata without it.
-
-    Raises:
-        DamagedTensorsError: the file is missing or truncated, or its content differs from what was written.
-    """
+    """Verify the checksum of a file of tensors of torch, one by one, and return the header's metadata without it."""
     about = read_header(path)
     known = about.pop("sha256", None)
     with open_tensors(path) as file:
@@ -62,11 +54,7 @@ def verify_tensors(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors of torch by name, and the header's metadata without the checksum.
-
-    Raises:
-        DamagedTensorsError: the file is missing or truncated, or its content differs from what was written.
-    """
+    """Return the tensors of torch by name, and the header's metadata without the checksum, which is verified."""
     about = verify_tensors(path)
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
@@ -74,11 +62,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 @contextmanager
 def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """Open a file without checking the checksum; safetensors reads a tensor when it is asked for.
-
-    Raises:
-        DamagedTensorsError: the file is missing or truncated.
-    """
+    """Open a file without checking the checksum; safetensors reads a tensor when it is asked for."""
     try:
         with safe_open(path, framework=framework) as file:
             yield file

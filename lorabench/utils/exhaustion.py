@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import re
 import sys
@@ -94,11 +93,6 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
 
 
-def need_room(size: int) -> None:
-    """Raise an OSError unless this process may take so many bytes more; they are not touched."""
-    mmap.mmap(-1, size).close()
-
-
 def _number(error: Exception) -> int | None:
     """Return the system's error number, which some libraries give in the message only."""
     if isinstance(error, OSError):
@@ -112,7 +106,6 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns free memory at the end of its heap to the system, beyond twice the largest block that was
     freed, and each block above 32 MiB; the system then maps and clears the same pages again in every training step.
-    `python -m benchmarks.allocation` measures the cost.
 
     Returns:
         Whether the process does so from now on; False with another C library than glibc.

@@ -63,11 +63,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON, whole or not at all.
-
-    Raises:
-        ValueError: a number is NaN or infinite; a missing number is written as null.
-    """
+    """Write JSON, whole or not at all; ValueError if a number is NaN or infinite: a missing one is written as null."""
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n")
@@ -76,8 +72,7 @@ def write_json(value: Any, path: Path) -> None:
 def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) -> dict[str, Any]:
     """Read a JSON object that has these entries, each of its type.
 
-    Raises:
-        UserError: the file is damaged; the sentence ends with `mend`, what to do about it.
+    UserError says that the file is damaged, and ends with `mend`, what to do about it.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -91,13 +86,9 @@ def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) ->
 
 
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read a parquet file of the workflow, which can make it again if it is damaged.
+    """Read a parquet file of the workflow; UserError if it is damaged, or its columns have other types.
 
-    Args:
-        schema: the columns to return; those that an older file lacks are null.
-
-    Raises:
-        UserError: the file is damaged, or its columns have other types than those of the schema.
+    Of the schema's columns, those that an older file lacks are null; without a schema all columns are returned.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -80,10 +80,7 @@ def is_called(gpu: str, device: str) -> bool:
 def difference_from(gpu: str, device: str, memory: float) -> str | None:
     """Return a sentence about a GPU that is not the one of `GPUS` that a preset was planned for; None if it is.
 
-    Args:
-        gpu: the name in `GPUS`.
-        device: torch's name of the GPU.
-        memory: its bytes of memory, without those that the driver keeps.
+    Given are the name in `GPUS`, torch's name of the device, and its bytes without those that the driver keeps.
     """
     planned = GPUS[gpu].memory
     if is_called(gpu, device) and memory >= LEAST_MEMORY * planned:
@@ -95,12 +92,9 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
 
 
 def none_seen(gpu: str, torch: str, cuda: str | None) -> str:
-    """Return a sentence about a machine on which torch sees no GPU, though a preset names one.
+    """Return a sentence about a machine on which torch sees no GPU, though a preset names one of `GPUS`.
 
-    Args:
-        gpu: the name in `GPUS`.
-        torch: the version of torch.
-        cuda: the version of CUDA that torch was built for; None if it was built without.
+    Given are the version of torch and that of CUDA that it was built for; None if it was built without.
     """
     driver = next(iter(_nvidia_smi("--query-gpu=driver_version")), None)
     there = "nvidia-smi names no GPU" if driver is None else f"the driver is {driver}"
@@ -138,10 +132,7 @@ def visible_devices() -> list[str]:
 
 
 def compute_modes() -> list[str]:
-    """Return the compute mode of each visible GPU as `nvidia-smi` names it; none where it is not installed.
-
-    Only in the mode `Default` may several processes use a GPU at once.
-    """
+    """Return the compute mode of each visible GPU; only in `Default` may several processes use a GPU at once."""
     devices = visible_devices()
     return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(devices)}") if devices else []
 

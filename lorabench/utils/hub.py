@@ -14,15 +14,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from lorabench.errors import UserError
-from lorabench.utils.deadline import within
 from lorabench.utils.files import write_json
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -63,11 +64,7 @@ class FetchedRepository:
     """The names of a dataset's files by part, `configuration/split` or `split`."""
 
     def data_files(self, config: str | None, split: str) -> list[Path]:
-        """Return the local files of a part of a dataset.
-
-        Raises:
-            UserError: a file is not, or no longer, in the cache.
-        """
+        """Return the local files of a part of a dataset; UserError if one is not, or no longer, in the cache."""
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -84,11 +81,7 @@ class FetchedRepository:
 
 @cache
 def read_fetched(path: Path) -> dict[str, FetchedRepository]:
-    """Read the file that `fetch` wrote: the fetched repositories by their id on the hub.
-
-    Raises:
-        UserError: there is no such file, since nothing was fetched yet.
-    """
+    """Read the file that `fetch` wrote: the fetched repositories by their id; UserError if nothing was fetched yet."""
     if not path.is_file():
         raise UserError(
             f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
@@ -99,12 +92,8 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
 def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
     """Download repositories into the hub's cache and describe them in the JSON file `out` for `read_fetched`.
 
-    Args:
-        pins: the folder of the files that pin revisions to commits.
-
-    Raises:
-        UserError: a repository can't be downloaded, lacks a .safetensors file or a wanted part, or does not fit on the
-            disk.
+    The folder `pins` has the files that pin revisions to commits. UserError says that a repository can't be downloaded,
+    lacks a .safetensors file or a wanted part, or does not fit on the disk.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -141,10 +130,8 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
 def look_up(wanted: WantedRepository, file: str | None = None) -> str:
     """Return the text of a small file of a repository, from the hub's cache or else by one request to the hub.
 
-    Without a file, return what the hub says of the repository, which shows that it is there.
-
-    Raises:
-        UserError: the repository or its file is not on the hub, or the hub does not answer within two seconds.
+    Without a file, return what the hub says of the repository. UserError says that it is not on the hub, or that the
+    hub does not answer within two seconds.
     """
     from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -156,15 +143,23 @@ def look_up(wanted: WantedRepository, file: str | None = None) -> str:
             return Path(cached).read_text(encoding="utf-8")
         url = hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
 
-    def request() -> str:
-        response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
-        hf_raise_for_status(response)
-        text: str = response.text
-        return text
+    text: Future[str] = Future()
 
-    # A name server that does not answer blocks for longer than the request's own time-out.
+    def request() -> None:
+        try:
+            response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
+            hf_raise_for_status(response)
+            text.set_result(response.text)
+        except Exception as error:
+            text.set_exception(error)
+
     with _explained(wanted):
-        return within(_LOOK_UP_SECONDS, request)
+        # A name server that does not answer blocks for longer than the request's own time-out.
+        Thread(target=request, daemon=True).start()
+        try:
+            return text.result(_LOOK_UP_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
 
 
 def _pinned(wanted: WantedRepository, pins: Path) -> str:

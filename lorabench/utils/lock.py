@@ -28,7 +28,6 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file `path` inside the `with` block; the file is removed at its end.
 
     Args:
-        path: the lock file; its folder is made.
         what: what the lock protects, for messages.
         say: is called with one line if this process has to wait.
 

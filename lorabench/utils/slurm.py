@@ -13,10 +13,8 @@ _LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 def partition_minutes(partitions: str) -> float | None:
     """Return the longest time in minutes that all partitions give a job, as `sinfo` reports it.
 
-    The names of the partitions are separated by commas; an empty text is the default partition.
-
-    Returns:
-        Infinity where no partition has a limit; None where `sinfo` does not say.
+    The names of the partitions are separated by commas; an empty text is the default partition. Infinity stands for no
+    limit, None for what `sinfo` does not say.
     """
     if not shutil.which("sinfo"):
         return None

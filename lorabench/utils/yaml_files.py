@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from lorabench.utils.formats import printable
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1_000_000, 20_000, 50, 20
 """The limits of a file, of its keys and values with those that aliases repeat, of its levels, and of a whole number."""
-_NODE = 100  # so many letters of a text count as a further value
-_SafeLoader: Any = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # the one in C is ten times as fast, and not everywhere
+
+# The loader in C is ten times as fast, and is not everywhere.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
@@ -56,7 +54,7 @@ def parse_yaml(text: str, path: Path) -> Any:
             nodes or levels, or an alias of what contains it.
     """
     try:
-        _check(yaml.parse(text, _Loader), path)
+        _check(text, path)
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         reason = str(error).split("\n")[0]
@@ -77,22 +75,23 @@ class _Open:
     key_is_next: bool = True
 
 
-def _check(events: Iterable[Any], path: Path) -> None:
+def _check(text: str, path: Path) -> None:
     """Check a file before its data are built, since aliases of aliases can be of exponential size."""
     size, sizes, inside = 0, dict[str | None, int](), list[_Open]()
+    events: Any = yaml.parse(text, _Loader)
     for event in events:
         if isinstance(event, yaml.CollectionEndEvent):
             ended = inside.pop()
             sizes[ended.anchor] = size - ended.before
         if not isinstance(event, yaml.NodeEvent):
             continue
-        wrong, is_alias, text = "", isinstance(event, yaml.AliasEvent), getattr(event, "value", "")
+        wrong, is_alias = "", isinstance(event, yaml.AliasEvent)
         if inside and inside[-1].is_mapping:
             parent = inside[-1]
             if parent.key_is_next and isinstance(event, yaml.ScalarEvent):
-                if text in parent.keys:
-                    wrong = f"the key {text[:80]!r} is there twice"
-                parent.keys.add(text)
+                if event.value in parent.keys:
+                    wrong = f"the key {event.value[:80]!r} is there twice"
+                parent.keys.add(event.value)
             parent.key_is_next = not parent.key_is_next
         if is_alias and any(event.anchor == outer.anchor for outer in inside):
             wrong = f"*{event.anchor} is an alias of what contains it"
@@ -100,10 +99,7 @@ def _check(events: Iterable[Any], path: Path) -> None:
             wrong = f"the tag {event.tag[:80]!r} can't be used here"
         if isinstance(event, yaml.CollectionStartEvent):
             inside.append(_Open(event.anchor, size, isinstance(event, yaml.MappingStartEvent)))
-        own = sizes.get(event.anchor, 1) if is_alias else 1 + len(text) // _NODE
-        size += own
-        if isinstance(event, yaml.ScalarEvent):
-            sizes[event.anchor] = own
+        size += sizes.get(event.anchor, 1) if is_alias else 1
         if size > MAX_NODES:
             wrong = f"there are more than {MAX_NODES:,} keys and values, with those that aliases repeat"
         if len(inside) > MAX_DEPTH:

@@ -36,8 +36,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorabench.models.base import load_model
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.report.publish import table as markdown_table
-from lorabench.report.publish import write_part
 from lorabench.runs import Condition, Run, Seeds, Sweep
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
@@ -46,6 +44,8 @@ from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
+from lorabench.utils.markdown import table as markdown_table
+from lorabench.utils.markdown import write_part
 
 TABLE, PAGE = Path("studies/bf16/weights.csv"), Path("studies/bf16/README.md")
 

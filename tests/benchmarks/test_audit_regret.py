@@ -9,9 +9,9 @@ from lora_advice.audit.regret import LrEvidence, Place
 from lora_advice.theory import FACTS
 
 from advice.benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
-from lorabench.report.publish import evidence_folders
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
+from lorabench.store.published import evidence_folders
 
 from ..conftest import REPOSITORY
 

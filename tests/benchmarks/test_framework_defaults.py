@@ -13,7 +13,7 @@ from lora_advice.audit.regret import shipped_evidence
 from lora_advice.models import facts
 
 from advice.benchmarks.framework_defaults import PAGE, SAID, page_parts
-from lorabench.report.publish import PUBLISHED
+from lorabench.store.published import PUBLISHED
 
 from ..conftest import REPOSITORY
 

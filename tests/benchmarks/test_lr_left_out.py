@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from advice.benchmarks.lr_left_out import by_source, compared, left_out
-from lorabench.report.publish import evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.studies import read_studies, source_folders
+from lorabench.store.published import evidence_folders
 from studies.lr_ratio.predictions import DEFAULT
 
 from ..conftest import REPOSITORY

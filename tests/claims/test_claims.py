@@ -9,7 +9,6 @@ import pytest
 
 from lorabench.analysis import comparison
 from lorabench.analysis.loss_fit import fit_losses
-from lorabench.claims import judge
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.scope import full_runs
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -69,14 +68,6 @@ def test_fits_of_many_comparisons_are_not_held_together(monkeypatch):
     claims = judged([*IDS, "A5", "B9"], *tables_of)
     assert claims.loc["B2", "n_parts"] == len(datasets)
     assert most <= 2
-
-
-def test_several_processes_judge_as_one_does(monkeypatch):
-    given = tables(arm(rank, **settings, dataset=name) for name in ("a", "b") for rank, settings in WORLD.items())
-    alone = judged([*IDS, "A5"], *given)
-    monkeypatch.setattr(judge, "MANY", 1)
-    monkeypatch.setattr(judge.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    pd.testing.assert_frame_equal(judged([*IDS, "A5"], *given), alone)
 
 
 def test_one_seed_or_an_optimum_at_the_edge_decides_nothing():

@@ -55,7 +55,6 @@ MISTAKES = {
         "/dev/null can't be written: it exists and is no regular file",
     ),
     "a name that is too long": (("plan", "--preset", "x" * 5000), "preset 'xxx"),
-    "results": (("index", "--results", "/nowhere"), "--results /nowhere: there is no such folder"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
         "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
@@ -81,15 +80,6 @@ def test_the_log_of_a_job_has_its_errors_with_their_tracebacks(tmp_path):
     first, *_, last = log.read_text().splitlines()
     assert first == "Traceback (most recent call last):"
     assert last.endswith(result.stderr.strip().removeprefix("lorabench: "))
-
-
-def test_a_mistake_in_a_process_of_its_own_has_no_traceback():
-    arguments, message = MISTAKES["preset"]
-    command = [sys.executable, "-m", "lorabench.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"lorabench: {message}")
-    assert result.stderr.count("\n") == 1
 
 
 def test_a_name_starts_no_line_of_its_own_and_moves_no_cursor():

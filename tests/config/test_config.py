@@ -50,6 +50,16 @@ def evaluation(*tasks):
 
 
 MISTAKES = {
+    "prediction of an unknown study": (
+        ("predictions",),
+        {"lrratio": {}},
+        "predictions: unknown key 'lrratio'; allowed: lr_",
+    ),
+    "prediction that is no number": (
+        ("predictions",),
+        {"lr_ratio": {"naive": {"c": -1}}},
+        r"predictions: lr_ratio\.naive\.c = -1: input should be greater than or equal to 0",
+    ),
     "task of another source": (
         *evaluation(TASK | {"source": "worked"}),
         r"tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
@@ -58,20 +68,17 @@ MISTAKES = {
         *evaluation(TASK | {"about": "lost"}),
         r"tasks\.0\.about = 'lost': .*'learned' or 'forgotten'",
     ),
-    "the same task twice": (*evaluation(TASK, TASK), r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
     "held-out set with the name of a split": (
         ("problems", "test"),
         {"kind": "arithmetic", "train": 1, "validation": 1, "test": 1},
         r"held_out: 'test' is the name of a split",
     ),
     "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),
-    "wrong key at the top": (("modles",), {}, r"preset: unknown key 'modles'; allowed: .*models"),
     "wrong key of a model": (
         ("models", "tiny", "path"),
         "x",
         r"models\.tiny: unknown key 'path'; allowed: kind, name$",
     ),
-    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.0\.ranks = 'all': input should be a valid dict"),
     "number as text": (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
     "unknown model": (
         (*RANK, "models"),
@@ -81,7 +88,6 @@ MISTAKES = {
     "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
     "no kind of model": (("models", "tiny"), {"name": "tiny"}, r"models\.tiny: missing key 'kind'; allowed: 'tiny'"),
     "unknown placement": ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
-    "no grid": ((*RANK, "lrs"), {"fullft": [], "lora": []}, r"both grids are empty; at least one LR is needed"),
     "grid without ranks": ((*RANK, "ranks"), {}, r"ranks \{\} and lrs\.lora .*: give both for LoRA, or neither"),
     "no named block": (("experiments", "rank"), {}, r"experiments\.rank = \[\]: must not be empty"),
     "one block without a name": (
@@ -89,19 +95,11 @@ MISTAKES = {
         {"models": ["tiny"]},
         r"experiments\.rank\.models = \['tiny'\]: a block is a mapping; allowed for rank: a list of blocks, or",
     ),
-    "infinite lr": ((*RANK, "lrs", "lora"), [float("inf")], r"lrs\.lora\.0 = inf: input should be a finite number"),
     "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
     "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
     "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
     "unknown problems": ((*RL, "problems"), ["sums"], r"problems: unknown name 'sums'; allowed: gcd, gcd-of-three"),
-    "held out and trained on": ((*RL, "held_out"), ["gcd"], r"held_out: 'gcd' is trained on"),
     "a prompt without question": ((*RL, "prompt"), "Solve!", r"prompt = 'Solve!': must contain \{question\} once"),
-    "epochs": ((*RL, "epochs"), 1.0, r"rl_arithmetic\.0: unknown key 'epochs'; allowed: .*problems_per_step"),
-    "digits out of order": (
-        ("problems", "gcd", "min_digits"),
-        3,
-        r"problems\.gcd: min_digits = 3 is more than max_digits",
-    ),
     "unknown word for lrs": ((*RANK, "lrs"), "atuo", "lrs: 'atuo' is neither auto nor a mapping of fullft and lora$"),
     "unknown word for a method's lrs": (
         (*RANK, "lrs", "fullft"),
@@ -118,11 +116,6 @@ MISTAKES = {
         {"best": 2, "around": 3},
         r"rank\.0\.seeds: around = 3: at most best, which is 2$",
     ),
-    "text for a learning rate": (
-        (*RANK, "lrs", "lora"),
-        ["1e-05"],
-        r"lrs\.lora\.0 = '1e-05': this is text to YAML, not a number; write 1\.0e-05$",
-    ),
     "no such folder of a model": (
         ("models", "tiny"),
         {"kind": "path", "path": "/nowhere", "parameters": 1, "hidden_size": 1},
@@ -134,25 +127,11 @@ MISTAKES = {
         r"models\.tiny: GGUF file '/no\.gguf' does not exist",
     ),
     "a rank without meaning": ((*RANK, "ranks"), {"all": [10**19]}, r"ranks\.all\.0 = 1.*less than or equal to 65536"),
-    "a denormal lr": ((*RANK, "lrs", "lora"), [1e-320], r"lrs\.lora\.0 = 1e-320: .*greater than or equal to"),
-    "a billion seeds": ((*RANK, "seeds"), 10**9, r"seeds\.best = 1000000000: .*less than or equal to 1000"),
-    "an infinite batch": ((*RANK, "batch_sizes"), [10**19], r"batch_sizes\.0 = 1.*less than or equal to 1048576"),
-    "an infinite weight decay": (("protocol",), {"weight_decay": float("inf")}, r"weight_decay = inf: .*finite number"),
     "a number as text without an end": ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
     "more than can be planned": (
         (*RANK, "ranks"),
         {"all": list(range(1, 1000)), "mlp": [1]},
         r"experiments: 1,001 arms with up to 5,004 runs; allowed: 1,000 arms, 50,000 runs$",
-    ),
-    "a path with a zero byte": (
-        ("models", "tiny"),
-        {"kind": "hub", "id": "a/b", "chat_template": "\0", "parameters": 1, "hidden_size": 1},
-        r"chat_template: '.x00' is no file",
-    ),
-    "a path that is too long": (
-        ("models", "tiny"),
-        {"kind": "path", "path": "x" * 5000, "parameters": 1, "hidden_size": 1},
-        r"path: model folder 'x+' has no config\.json",
     ),
     "name that is too long": (("models", "m" * 51), {"kind": "tiny"}, r"models\.m+ = 'm+'"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
@@ -171,12 +150,6 @@ def test_a_mistake_is_one_sentence_that_names_the_field(mistake, raw_preset, raw
     assert "\n" not in str(caught.value)
 
 
-def test_learning_rate_that_yaml_reads_as_text(raw_preset, write_preset):
-    text = yaml.safe_dump(raw_preset).replace("- 0.01", "- 1e-2")
-    with pytest.raises(PresetError, match=r"lrs\.lora\.2 = '1e-2': this is text to YAML, not a number; write 0.01"):
-        load_preset(write_preset(text))
-
-
 def test_missing_fields_are_named(raw_preset, write_preset):
     test = raw_preset["datasets"]["instruct"].pop("test")
     with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
@@ -192,12 +165,6 @@ def test_missing_fields_are_named(raw_preset, write_preset):
     )
     del raw_preset["margins"]
     with pytest.raises(PresetError, match=rf"mine\.yaml: {whole}$"):
-        load_preset(write_preset(raw_preset))
-
-
-def test_a_falling_lr_has_no_losses_of_shorter_runs(raw_preset, write_preset):
-    raw_preset["protocol"] = {"schedule": "linear", "validate_at": [1]}
-    with pytest.raises(PresetError, match=r"validate_at \[1\] .* must be empty"):
         load_preset(write_preset(raw_preset))
 
 
@@ -276,14 +243,6 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     assert load_preset(write_preset(less, "grandchild")) == expected
 
 
-def test_a_dataset_of_another_kind_replaces_that_of_a_shipped_preset(write_preset):
-    facts = {"instruct": {"kind": "facts", "facts": 64}}
-    changes = {"datasets": facts, "experiments": {"rank": {"instruct": {"seeds": 9}}}, "evaluation": None}
-    preset = load_preset(write_preset({"extends": "laptop"} | changes))
-    assert preset.datasets["instruct"].kind == "facts"
-    assert [block.seeds.best for block in preset.experiments.rank] == [3, 9]
-
-
 @pytest.mark.parametrize("name", ["a{b}", "evidence", "Models", "published", "index.html", "..", "...", "-x", "x ",
                                   "x\ny", "x\x1b[31m", "laptop@100", "a*b", "x" * 101])  # fmt: skip
 def test_a_preset_may_not_have_the_name_of_something_else_or_a_pattern_s(name, raw_preset, write_preset):
@@ -294,24 +253,6 @@ def test_a_preset_may_not_have_the_name_of_something_else_or_a_pattern_s(name, r
 @pytest.mark.parametrize("name", ["laptop", "my preset", "größe-2", "qwen2.5_7b+x", "x" * 100])
 def test_other_names_are_a_preset_s_own(name, raw_preset, write_preset):
     assert Layout.of(write_preset(raw_preset, name)).root.as_posix() == f"results/{name}"
-
-
-def test_many_mistakes_are_counted_and_not_all_told(raw_preset, write_preset):
-    raw_preset |= {f"x{number}": 1 for number in range(50)}
-    with pytest.raises(PresetError, match=r"unknown key 'x19'; .*\n.*: there are 30 more mistakes$") as caught:
-        load_preset(write_preset(raw_preset))
-    assert str(caught.value).count("\n") == 20
-
-
-def test_what_many_presets_extend_is_read_once_and_levels_end(raw_preset, write_preset):
-    # Without that, the last of 15 presets that extend the one before twice would read the first 32,768 times.
-    write_preset(raw_preset, "level0")
-    for level in range(1, 30):
-        path = write_preset({"extends": [f"level{level - 1}.yaml"] * 2}, f"level{level}")
-        if level == 15:
-            assert load_preset(path).description == raw_preset["description"]
-    with pytest.raises(PresetError, match="a preset may extend others over at most 20 levels"):
-        load_preset(path)
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):

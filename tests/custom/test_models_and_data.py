@@ -49,9 +49,9 @@ def test_a_gguf_file(tmp_path):
 
 
 MODELS = (
-    ("config.json", b"\0", "config.json is not valid JSON"),
+    ("config.json", b"\0", "config.json: invalid JSON: "),
     ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
-    ("config.json", b"null", "config.json is not a mapping"),
+    ("config.json", b"null", "config.json: input should be an object"),
     ("config.json", b"{}", "has no model_type"),
     ("config.json", None, "has no config.json"),
     ("model.safetensors", None, "has no .safetensors file"),
@@ -64,25 +64,16 @@ MODELS = (
     ("key", "value", "words"),
     [
         *(
-            ("hidden_size", value, "hidden_size = ")
-            for value in ('"64"', "[]", "0", "-1", "1.5", "true", "1e400", "NaN")
+            ("hidden_size", value, "hidden_size: input should be ")
+            for value in ('"64"', "0", "1.5", "1e400", "9" * 400)
         ),
-        ("hidden_size", "1" + "0" * 400, r"hidden_size = 10+\.\.\.0+: allowed: a whole number from 1 to 1,000,000"),
-        ("hidden_size", "1" + "0" * 5000, "is not valid JSON: number out of range"),
-        ("num_hidden_layers", "1" + "0" * 18, "num_hidden_layers = 10+: allowed: a whole number from 1 to 1,000"),
-        ("num_key_value_heads", "9", "num_key_value_heads = 9: allowed: 1 to the number of num_attention_heads, 4"),
-        (
-            "num_experts",
-            '2, "num_experts_per_tok": 3',
-            "num_experts_per_tok = 3: allowed: 1 to the number of experts, 2",
-        ),
-        ("model_type", "5", "model_type = 5: allowed: a name such as llama"),
-        ("model_type", '"\\ud800"', "is not valid JSON"),
-        ("rope_scaling", "3", "rope_scaling = 3: allowed: a mapping"),
-        ("text_config", "[" * 5000 + "]" * 5000, "is not valid JSON: recursion limit exceeded"),
+        ("num_hidden_layers", "1" + "0" * 18, "num_hidden_layers: input should be less than"),
+        ("model_type", "5", "model_type: input should be a valid string"),
+        ("model_type", '"\\ud800"', "invalid JSON"),
+        ("text_config", "[" * 5000 + "]" * 5000, "invalid JSON: recursion limit exceeded"),
     ],
 )
-def test_nonsense_in_a_configuration_is_one_sentence_of_every_reader(base, tmp_path, key, value, words):
+def test_nonsense_in_a_configuration_is_one_sentence(base, tmp_path, key, value, words):
     folder = shutil.copytree(base, tmp_path / "model")
     path = folder / "config.json"
     entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
@@ -157,14 +148,6 @@ def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if len(text) > 1000))
     with pytest.raises(UserError, match="no example fits the 512 tokens that the model takes"):
         examine(find_model("tiny"), str(path), None)
-
-
-def test_a_large_file_is_judged_by_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorabench.custom.data._SAMPLE", 30)
-    data, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "own.jsonl", 300)), None)
-    exact, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "other.jsonl", 30)), None)
-    assert data.usable == data.tally.rows == 300
-    assert data.mean_tokens == pytest.approx(exact.mean_tokens, rel=0.2)
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,7 @@ from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.models.specs import model_id
-from lorabench.planning.plan import make_plan, starting_lr
+from lorabench.planning.plan import make_plan
 
 from .conftest import write_rows
 
@@ -67,28 +66,10 @@ def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora", "olora", "qlora"))
     preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
-    # OLoRA needs a far lower learning rate.
-    assert beside[0].variants[:2] == ["lora", "dora"]
-    assert sorted(variant for block in beside for variant in block.variants) == [
-        "dora",
-        "lora",
-        "olora",
-        "qlora",
-        "rslora",
-    ]
-    assert "olora" not in beside[0].variants
-    alike = {"variants": ["lora"], "lrs": main[0].lrs}
-    assert [block.model_copy(update=alike) for block in beside] == len(beside) * main
-    assert beside[0].lrs == main[0].lrs
-    sweeps = make_plan(preset).sweeps
-    assert sorted(len(sweep.experiments) for sweep in sweeps) == [1, 1, 1, 1, 2, 2]
-    # Sweeps of variants start where LoRA's would, times about what was measured, on the nearest point of a third of a decade.
-    start = starting_lr(128, "rl" if grader else "sft")
-    for sweep in sweeps:
-        condition = sweep.condition
-        variant = "rslora" if condition.alpha == pytest.approx(32 * 2**0.5) else condition.method
-        expected = start * {"rslora": 0.24, "olora": 0.31}.get(variant, 1.0)
-        assert abs(math.log10(sweep.lrs[1] / expected)) < 1 / 6 + 1e-3
+    [block] = beside
+    assert block.variants == ["lora", "dora", "rslora", "olora", "qlora"]
+    assert [block.model_copy(update={"variants": ["lora"]})] == main
+    assert sorted(len(sweep.experiments) for sweep in make_plan(preset).sweeps) == [1, 1, 1, 1, 2, 2]
     with pytest.raises(UserError, match="variant 'adalora' is not known; allowed: lora, rslora,"):
         init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 
@@ -185,17 +166,3 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()
     assert "it starts at 3.4e-4" in (tmp_path / "mine.yaml").read_text()
     assert len(list(make_problems(problems))) == 400
-
-
-def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_path, base):
-    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
-    (base / "config.json").write_text(json.dumps(config))
-    data = write_problems(tmp_path / "sums.jsonl", 2000)
-    preset, said = init(tmp_path / "mine.yaml", str(base), data, Choices(grader="boxed", epochs=2.0, ranks=(4,)))
-    [block] = preset.experiments.rl or []
-    assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
-    assert "chat_template: plain" in said
-    with pytest.raises(UserError, match="problems 'owner/name' is no file"):
-        init(tmp_path / "other.yaml", "tiny", "owner/name", Choices(grader="boxed"))
-    with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
-        init(tmp_path / "other.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

@@ -10,8 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data import files
@@ -24,7 +22,6 @@ from lorabench.data.files import (
     chosen_format,
     file_chats,
     json_lines,
-    shuffled_chats,
     tally_of,
     usable,
 )
@@ -73,7 +70,6 @@ FORMATS = {
     "conversations": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
     "prompt/completion": ({"prompt": "q", "completion": "a"}, PAIR),
     "turns on both sides": ({"prompt": [USER], "completion": [ASSISTANT]}, PAIR),
-    "prompt/response": ({"prompt": "q", "response": "a"}, PAIR),
     "question/answer": ({"question": "q", "answer": 42}, [("user", "q"), ("assistant", "42")]),
     "instruction/output": (
         {"instruction": "translate", "input": "q", "output": "a"},
@@ -112,30 +108,16 @@ def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula_and_bad_rows_a
     assert (len(chats), tally.bad) == (1, {NO_TEXT: (2, 2)})
 
 
-def test_an_object_a_line_may_be_called_json_and_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
-    for name, written in {"own.jsonl": "own.jsonl", "own.csv": "own.csv", "own.json": "lines.jsonl"}.items():
-        path = write(tmp_path, pairs(3), written)
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
-        chats, tally = read(path.rename(tmp_path / name))
-        assert [chat.messages[1]["content"] for chat in chats] == ["answer 0", "answer 1", "answer 2"]
-        assert tally.rows == 3
-
-
 BAD = {
     '{"messages": [': "not JSON",
     "[1, 2]": "not a JSON object",
     "[" * 100_000: "not JSON",
-    "9" * 10_000: "not JSON",
     '{"messages": "hello"}': NO_CHAT,
-    '{"messages": [[{"role": null}]]}': NO_CHAT,
-    '{"messages": null}': NO_TEXT,
     '{"other": 1}': NO_TEXT,
     '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}': NO_TEXT,
-    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  "}]}': NO_TEXT,
     '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"a": [null]}}]}': NO_TEXT,
     '{"messages": [{"role": "user", "content": "q"}]}': NO_ASSISTANT,
     '{"messages": [{"role": "assistant", "content": "a"}]}': NO_ASSISTANT,
-    '{"messages": [{"role": "robot", "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': NOT_UNICODE,
     json.dumps({"messages": [USER, ASSISTANT]}): REPEATED,
@@ -188,12 +170,9 @@ def test_rows_are_used_or_counted_by_reason_and_first_place():
 WHOLE = (
     ("own.jsonl", b"", "is empty"),
     ("own.jsonl", b"\n\n \n", "has no rows"),
-    ("own.csv", b"question,answer\n", "has no rows"),
     ("own.csv", "\ufefftext".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
     ("own.jsonl", bytes(range(128, 255)) + b"\n\0\0\n", "none of its 2 rows can be used: 1 not UTF-8"),
-    ("own.csv", b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "has the columns '\\udc89PNG'; needed are those of"),
     ("own.parquet", b"\0" * 100, "can't be read as parquet: "),
-    ("own.json", b"\x89PNG\0", "is not JSON: "),
     ("own.json", b"[" * 200_000, "is not JSON: nested too deeply"),
     ("own.json", b'[{"text": "a"},\n{"text"', "is not JSON: Expecting ':' delimiter: line 2 column 8"),
     ("own.json", b"3", "must be an array of objects, or hold one object per line"),
@@ -252,35 +231,6 @@ def test_the_content_makes_the_dataset_not_the_name(tmp_path):
     before = dataset_id(spec(path))
     write(tmp_path, pairs(10))
     assert dataset_id(spec(path)) != before
-
-
-ROWS = st.one_of(
-    st.integers(0, 30).map(lambda number: json.dumps({"prompt": f"q{number}", "completion": "a"})),
-    st.integers(33, 200).map(lambda size: json.dumps({"prompt": "p" * size, "completion": "a"})),
-    st.sampled_from([*BAD]).map(lambda line: line if len(line) < 5000 else "[" * 10),
-    st.recursive(st.none() | st.booleans() | st.text(), lambda inner: st.dictionaries(st.text(), inner)).map(
-        json.dumps
-    ),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(lines=st.lists(ROWS, max_size=30))
-def test_every_row_is_either_used_or_counted(lines, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "own.jsonl"
-    first = json.dumps({"prompt": "first", "completion": "a"})
-    path.write_bytes("".join(f"{line}\n" for line in [first, *lines]).encode(errors="surrogateescape"))
-    used, tally = file_chats(path, "prompt/completion", max_chars=100)
-    chats = list(used)
-    assert tally.rows == 1 + len(lines)
-    assert len(chats) == tally.usable
-    assert tally.usable + sum(count for count, _ in tally.bad.values()) == tally.rows
-    assert len({chat.messages[0]["content"] for chat in chats}) == len(chats)
-    good = {json.loads(line)["prompt"] for line in lines if line.startswith('{"prompt": "q')}
-    assert good <= {chat.messages[0]["content"] for chat in chats}
-    wanted = {"train": len(chats), "validation": 1, "test": 1, "max_chars": 100}
-    with pytest.raises(UserError, match=f"{len(chats)} of its {tally.rows} rows can be used"):
-        next(shuffled_chats(spec(path, format="prompt/completion", **wanted)))
 
 
 def problems(path: Path, grader: str, **changes) -> FileProblems:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.config.inputs import ChatDataset, FileDataset, FileProblems, HubDataset, ShippedDataset, SumProblems
+from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
 from lorabench.data.groups import groups_of_tests, has_groups
 from lorabench.data.identity import dataset_id
 from lorabench.data.problems import make_problems, write_problems
@@ -78,14 +77,3 @@ def test_a_column_of_the_hub_names_the_groups(tmp_path):
     assert groups_of_tests(tmp_path / "made.parquet", tmp_path / "tokens") == [*groups[1:3], *groups[4:]]
     with pytest.raises(UserError, match="missing.parquet is missing"):
         groups_of_tests(tmp_path / "missing.parquet", None)
-
-
-def test_packages_are_groups_and_the_tasks_of_generated_text_are_none(tmp_path):
-    documentation = ShippedDataset(kind="documentation", train=8, validation=4, test=96)
-    assert has_groups(documentation)
-    build_dataset(documentation, tmp_path / "made.parquet")
-    groups = Counter(groups_of_tests(tmp_path / "made.parquet", None))
-    assert len(groups) >= 28
-    assert groups.total() == 96
-    assert not has_groups(ChatDataset(kind="worked", **SIZES))
-    assert not has_groups(SumProblems(kind="sums", **SIZES))

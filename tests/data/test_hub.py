@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import NO_CHAT, NO_TEXT, prompt
+from lorabench.data.chat import prompt
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
 from ..hub.repositories import (
     openthoughts3_row,
     tulu3_row,
-    write_configs,
-    write_jsonl,
     write_openthoughts3,
     write_tulu3,
 )
@@ -104,36 +102,3 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
         "usable": 100,
         "left_out": {"without a last answer": 22, "of more than 100 characters": 9, "with the prompt of another": 34},
     }
-
-
-def test_lines_of_json_are_read_as_parquet_is_and_what_is_wrong_is_named(make, tmp_path):
-    rows = [tulu3_row(number) for number in range(100)]
-    path = tmp_path / "owner/name/train.jsonl"
-    write_jsonl(path, rows)
-    assert make(tmp_path / "owner/name") == make(write_tulu3(tmp_path, rows, files=1))
-    with path.open("a") as file:
-        file.write("{")
-    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
-        make(tmp_path / "owner/name")
-    path.unlink()
-    write_configs(tmp_path / "owner/name", {"default": {"train": [{"question": "?", "answer": "!"}]}})
-    with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
-        make(tmp_path / "owner/name")
-
-
-def test_turns_of_another_form_are_left_out_and_empty_text_is_text(make, tmp_path):
-    empty = [turn("system", ""), turn("user", ""), turn("assistant", "a")]
-    chats = [
-        [turn("tool", "x"), turn("assistant", "a")],
-        [turn("user", None), turn("assistant", "a")],
-        "text",
-        [turn("assistant", "a")],
-        empty,
-        *([turn("user", str(n)), turn("assistant", "a")] for n in range(4)),
-    ]
-    write_jsonl(tmp_path / "owner/name/train.jsonl", [{"messages": chat} for chat in chats])
-    made = make(tmp_path / "owner/name", train=3, validation=1, test=1)
-    assert empty in [row["messages"] for row in made]
-    reasons = ["a turn of unknown role (known: user, human, assistant, gpt, system)", NO_TEXT, NO_CHAT]
-    left_out = dict.fromkeys([*reasons, "without a last answer"], 1) | {"with the prompt of another": 0}
-    assert about(tmp_path / "made.parquet")["left_out"] == left_out

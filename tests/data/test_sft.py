@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from random import Random
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,11 +15,10 @@ from scipy import stats
 from lorabench.config.inputs import ChatDataset, FactsDataset, ShippedDataset
 from lorabench.config.loading import load_preset
 from lorabench.data import sft
-from lorabench.data.chat import Chat, prompt
+from lorabench.data.chat import prompt
 from lorabench.data.identity import dataset_id
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
 from lorabench.data.sft import (
-    _spread,
     about,
     build_dataset,
     choose_shipped,
@@ -149,14 +147,6 @@ def test_no_package_decides_the_losses_of_shipped_text(kind):
     assert note["rows"] == note["usable"] + sum(note["left_out"].values())
     others = list(choose_shipped(shipped(kind, train=1500, validation=64, test=192, max_chars=500, seed=1))[0])
     assert {chat.messages[1]["content"] for _, chat in others} != {chat.messages[1]["content"] for _, chat in chats}
-
-
-def test_a_package_gives_at_most_ten_examples_the_smaller_ones_all_theirs():
-    pool = [Chat.of(name, f"q{n}", "a") for name, size in {"a": 30, "b": 12, "c": 3}.items() for n in range(size)]
-    spread = _spread(pool, Random(0))
-    assert sorted(Counter(chat.source for chat in spread).items()) == [("a", 10), ("b", 10), ("c", 3)]
-    assert [sorted(chat.source for chat in spread[turn : turn + 3]) for turn in (0, 3, 6)] == [["a", "b", "c"]] * 3
-    assert [chat.messages[0]["content"] for chat in spread if chat.source == "a"] == [f"q{n}" for n in range(10)]
 
 
 def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path, monkeypatch):

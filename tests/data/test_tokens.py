@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from lorabench.config.inputs import ChatDataset, TinyModel
-from lorabench.data import sft, tokens
+from lorabench.data import tokens
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import (
     Limits,
@@ -113,23 +113,6 @@ def test_too_long_and_unscored_examples_and_a_model_without_a_template_are_refus
     with pytest.raises(UserError, match="has no assistant token"):
         write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.slow
-def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, monkeypatch):
-    rows, path = dataset
-    monkeypatch.setattr(sft, "_GROUP_ROWS", 3)
-    write_dataset(rows, path)
-    contents = []
-    for processes in (1, 2):
-        cache = tmp_path / str(processes)
-        write_tokens(path, tokenizer, cache, Limits(512), processes)
-        splits = read_tokens(cache, cache_key(tokenizer, path)).items()
-        contents.append({(name, part): getattr(split, part).tolist() for name, split in splits for part in vars(split)})
-    assert contents[0] == contents[1]
-    with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
-        write_tokens(path, tokenizer, tmp_path / "short", Limits(8), processes=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "data.parquet"]
 
 
 def test_test_examples_that_are_left_out_are_named(tokenizer, dataset, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The shell commands of the README and of the pages in docs/ and studies/ run as they are written.
+"""The shell commands of the README, of CONTRIBUTING and of the pages in docs/ and studies/ run as they are written.
 
 Commands that train are run by Snakemake as a dry run. Commands that a test here must not run are named below with the
 reason, so a new command on a page is either run or named.
@@ -31,18 +31,25 @@ from ..forks import run_forked
 from ..handmade import curves_of, make_sweep, runs_table
 from ..workflow.checkout import fresh_clone, shell
 
-PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), *REPOSITORY.glob("studies/*/README.md")]
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(REPOSITORY.glob("docs/**/*.md")),
+    *REPOSITORY.glob("studies/*/README.md"),
+]
 
 ELSEWHERE = {
     "python3 -m venv .venv": "CI begins with it",
+    "make setup": "its commands are those with which CI begins",
+    ". .venv/bin/activate": "CI does it",
+    "pre-commit install": "it changes the clone of the reader, who may leave it out",
     "pip install vllm": "CI does it, for a CPU",
     "pip install -c constraints-vllm.txt": "CI does it",
     "pip uninstall -y torchaudio torchcodec": "CI does it",
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
     "lorabench doctor": "it takes minutes; tests/doctor/test_checks.py makes its checks",
     **dict.fromkeys(
-        ("lorabench freeze", "git ", "lorabench run long_runs@100", "lorabench publish --held-out"),
-        "they need finished runs; tests/report/test_freeze.py and test_publish.py do what they do",
+        ("lorabench freeze", "git ", "lorabench run long_runs@100", "python workflow/scripts/"),
+        "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     "lorabench check --adapter ADAPTER": "it needs a server; tests/check/test_served.py starts one",

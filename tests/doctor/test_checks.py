@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +14,7 @@ from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
-from lorabench.doctor.checks import check_compute_mode, check_device, check_shared_memory, examine, made
+from lorabench.doctor.checks import check_device, examine, made
 from lorabench.doctor.record import Record, judged
 from lorabench.errors import UserError
 from lorabench.models import lora
@@ -99,8 +94,8 @@ def test_an_error_is_a_failed_check_in_one_sentence():
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
     core, paper = (make_plan(on_gpu(load_preset(name), "H100-80GB")) for name in ("core", "paper"))
     titles = [subject.title for subject in training_subjects(core)]
-    assert titles[0].startswith("FullFT, llama-3-2-")
-    assert [title.split(",")[0] for title in titles[1:]] == ["LoRA r64 all"]
+    assert titles[0].startswith("full fine-tuning of llama-3-2-")
+    assert [title.split(" of ")[0] for title in titles[1:]] == ["LoRA r64 all"]
     subjects = training_subjects(paper)
     assert "qwen3-30b-a3b" in subjects[-1].title
     # The mixture of experts fits no single GPU, so it has fewer layers of the same sizes.
@@ -109,18 +104,6 @@ def test_the_largest_models_that_fit_one_gpu_are_chosen():
     assert 1 <= subjects[-1].sizes.layers < whole.layers
     limit = USABLE * GPUS["H100-80GB"].memory
     assert all(subject.planned_memory(paper.preset) <= limit for subject in subjects)
-
-
-@pytest.mark.parametrize("preset", ["laptop", "overnight"])
-def test_a_slice_has_the_models_width_and_each_kind_of_work_its_share(preset):
-    plan = make_plan(load_preset(preset))
-    subject = bench.slice_of(plan)
-    whole = dimensions(plan.preset.models[subject.condition.model])
-    assert (subject.sizes.hidden, subject.sizes.intermediate) == (whole.hidden, whole.intermediate)
-    assert subject.sizes.layers == 2
-    share = subject.sizes.vocabulary / subject.sizes.layer_parameters / subject.sizes.layers
-    assert share == pytest.approx(whole.vocabulary / whole.layer_parameters / whole.layers, rel=0.01)
-    assert subject.rows * subject.length <= 512
 
 
 def test_parity_fails_where_lora_is_computed_wrongly(smoke, monkeypatch):
@@ -214,40 +197,6 @@ def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
         assert memory.status == "pass", f"{subject.title}: {memory.sentence}"
 
 
-def test_a_gpu_for_one_process_alone_refuses_the_engine(tmp_path, monkeypatch):
-    """The stand-in for nvidia-smi answers for each GPU that is asked for."""
-    script = tmp_path / "nvidia-smi"
-    script.write_text(
-        '#!/bin/sh\ncase $2 in --id=0) echo Default;; *) printf "Default\\nExclusive_Process\\n";; esac\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    refused = made("compute mode", check_compute_mode)
-    assert refused.status == "fail"
-    assert "compute mode Exclusive_Process" in refused.sentence
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert check_compute_mode().status == "pass"
-    script.write_text("#!/bin/sh\nexit 9\n")
-    assert check_compute_mode().status == "skipped"
-
-
-def test_the_largest_policy_must_fit_into_shared_memory(monkeypatch):
-    plan = make_plan(load_preset("core"))
-    free = {"/dev/shm": 64e6, tempfile.gettempdir(): 1e9}
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[str(folder)]))
-    # Containers often give 64 MB.
-    small = made("shared memory", partial(check_shared_memory, plan))
-    assert small.status == "fail"
-    assert "64 MB in /dev/shm" in small.sentence
-    free["/dev/shm"] = 50e9
-    large = check_shared_memory(plan)
-    assert (large.status, large.value) == ("pass", 50)
-    # Two policies of Qwen3-1.7B in bf16, with an unembedding of their own.
-    assert large.planned == pytest.approx(2 * 2 * (1.72 + 0.31), rel=0.01)
-
-
 @pytest.mark.slow
 def test_the_whole_command_on_a_small_preset_passes_within_two_minutes(tmp_path):
     command = [sys.executable, "-m", "lorabench.cli", "doctor", "--preset", "smoke"]
@@ -255,7 +204,6 @@ def test_the_whole_command_on_a_small_preset_passes_within_two_minutes(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (tmp_path / "results/doctor").iterdir()
     record = Record.model_validate_json(path.read_bytes())
-    assert {check.status for check in record.checks} == {"pass", "measured", "skipped"}
-    assert [check.name for check in record.checks if check.status == "skipped"] == ["vLLM"]
-    assert (tmp_path / "results/smoke/speed.json").is_file()
+    assert {check.status for check in record.checks} == {"pass", "measured"}
+    assert record.gflops is not None
     assert all(check.name in done.stderr for check in record.checks)

@@ -27,7 +27,7 @@ from .conftest import RAW, Prepared
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
 ]
 
 

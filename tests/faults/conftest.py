@@ -233,12 +233,6 @@ def write_preset(folder: Path) -> Place:
     return Place(folder)
 
 
-@pytest.fixture
-def planned(tmp_path) -> Place:
-    """The preset alone, without its data: enough for a plan."""
-    return write_preset(tmp_path)
-
-
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Place:
     """The preset with its data and nothing trained; to be copied."""

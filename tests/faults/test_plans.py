@@ -96,17 +96,6 @@ def test_other_names_of_an_experiment_and_a_dataset_appear_in_the_tables_of_the_
     assert set(rows().dataset) == {"chats"}
 
 
-def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(planned):
-    def paths() -> set[Path]:
-        layout, sweep = planned.layout, planned.sweep("sft")
-        runs = {layout.runs / run.run_id for run in sweep.grid()}
-        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.job(planned.job("sft")), *runs}
-
-    before = paths()
-    planned.change(lambda raw: raw["datasets"]["instruct"].update(train=96))
-    assert not before & paths()
-
-
 def snakemake(place: Place, *arguments: str, status: int = 0) -> str:
     process = start_snakemake(place, *arguments)
     output = process.communicate(timeout=300)[0]

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.curves import envelopes
 from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.slopes import log_log
 from lorabench.store.tables import Tables
@@ -68,17 +67,6 @@ def drawn():
     return draw("capacity", learning())
 
 
-def test_excess_is_that_of_the_envelopes(drawn):
-    figure, plotted = drawn
-    tables = learning()
-    envelope = envelopes(tables.runs, tables.curves).query("step > 0")
-    lowest = envelope.groupby("step")["value"].transform("min")
-    excess = only(plotted, "excess")
-    np.testing.assert_allclose(excess["excess"].astype(float), (envelope["value"] - lowest).astype(float))
-    np.testing.assert_allclose(excess["nll"].astype(float), envelope["value"].astype(float))
-    assert len(lines(figure.axes[0], marker="None")) == len(RANKS)
-
-
 def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
     figure, plotted = drawn
     [comparison] = comparisons(learning().runs, learning().curves)
@@ -102,13 +90,6 @@ def test_a_rank_that_never_leaves_is_a_triangle():
     assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
     triangles = lines(figure.axes[1], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [32_000]
-
-
-def test_without_training_losses_no_departure_is_known():
-    runs, curves = learning().runs, learning().curves
-    figure, plotted = draw("capacity", Tables(runs, curves[curves["split"] == "validation"]))
-    assert not {"departure", "threshold", "stays"} & set(plotted["element"])
-    assert "No rank is known to leave" in texts(figure)
 
 
 def test_the_fitted_line_and_the_description_length(drawn):

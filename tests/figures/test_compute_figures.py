@@ -15,7 +15,7 @@ from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
 from ..handmade import curves_of, make_sweep, runs_table
-from .layout import draw, lines, only, titles
+from .layout import draw, lines, only
 
 NOTHING = pd.DataFrame()
 
@@ -45,13 +45,6 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
     drawn = [line.get_xydata().tolist() for line in flops.get_lines()]
     assert formula[["rank", "ratio"]].to_numpy().tolist() in drawn
     assert {points[0][1] for points in drawn if len(points) == 2} == {2 / 3, 1.0}
-
-
-def test_each_model_and_setting_has_a_row_of_panels():
-    tables = [compute_table(), compute_table(model="other"), compute_table(model="other", batch_size=16)]
-    figure, plotted = draw_compute(pd.concat(tables))
-    assert titles(figure) == ["other batch_size 8", "", "other batch_size 16", "", "tiny", ""]
-    assert plotted.groupby(["model", "batch_size"]).ngroups == 3
 
 
 def test_odd_compute_tables_are_drawn():

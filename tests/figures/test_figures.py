@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
 
-from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES, RANKS, drawable_figures, drawn_runs, save_figure
+from lorabench.figures.catalog import FIGURES, save_figure
 from lorabench.figures.grid import titled
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.tables import Tables
@@ -67,27 +64,11 @@ def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, 
         np.testing.assert_allclose(written[column].astype(float), numbers, rtol=1e-12, err_msg=column)
 
 
-@pytest.mark.slow
-def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path):
-    kept = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
-    rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
-    runs = runs_table(rows)[[*kept, "final_valid_nll", "final_test_nll"]]
-    runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert drawable_figures(Tables.read(tmp_path)) == RUN_FIGURES
-    for name in RUN_FIGURES:
-        save_figure(name, [tmp_path], tmp_path / "drawn")
-    assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in RUN_FIGURES}
-    with pytest.raises(UserError, match="there is no table compute"):
-        save_figure("compute", [tmp_path], tmp_path / "drawn")
-
-
 SPARSE = {
     "an arm with all runs diverged": make_sweep(None) + make_sweep(1, diverged_from=0.0),
     "every run diverged": make_sweep(None, diverged_from=0.0) + make_sweep(8, diverged_from=0.0),
     "one learning rate": [make_run(None, 1e-3), make_run(8, 1e-3)],
-    "one run": [make_run(None, 1e-3)],
     "no full fine-tuning": make_sweep(8),
-    "no LoRA, and one batch size each": make_sweep(None, batch_size=4) + make_sweep(None, dataset="worked"),
     "no batch size in common": make_sweep(None, batch_size=4) + make_sweep(8),
     "neither placement nor counts": [
         row | {"placement": None, "trainable_params": None} for rank in (None, 16) for row in make_sweep(rank)
@@ -108,31 +89,6 @@ def test_a_figure_that_is_unknown_or_has_no_runs_is_refused(tables: Path, tmp_pa
         save_figure("fig9", [tmp_path], tmp_path)
     with pytest.raises(UserError, match="no runs of the experiment rl_gsm8k or rl_math"):
         save_figure("fig6_rl_lr", [tables], tmp_path)
-
-
-def test_of_many_settings_and_ranks_some_are_drawn_and_the_figure_says_so(tmp_path: Path):
-    settings = FIGURES["fig2_lr_by_rank"].settings
-    few = [make_run(rank, 1e-3, dataset=f"data{place:02d}") for place in range(settings) for rank in (None, 1)]
-    runs, left_out = drawn_runs(runs_table(few), settings)
-    assert (len(runs), left_out) == (len(few), "")
-    ranks = [make_run(rank, 1e-3, dataset="data00") for rank in range(2, 200)]
-    more = [make_run(rank, lr, dataset="data99") for lr in LRS for rank in (None, 1)]
-    table = runs_table([*more, *few, *ranks])
-    runs, left_out = drawn_runs(table, settings)
-    assert left_out == (
-        "The first 8 of 9 combinations of dataset, model, batch size and length are drawn; "
-        "24 of 199 combinations of rank and placement are drawn."
-    )
-    assert "data99" not in set(runs["dataset"])
-    assert runs["dataset"].nunique() == settings
-    drawn_ranks = sorted(runs["rank"].dropna().unique())
-    assert (len(drawn_ranks), drawn_ranks[0], drawn_ranks[-1]) == (RANKS, 1, 199)
-    assert (runs["method"] == "fullft").sum() == settings
-    table.to_parquet(tmp_path / "runs.parquet")
-    save_figure("fig2_lr_by_rank", [tmp_path], tmp_path)
-    assert set(pd.read_csv(tmp_path / "fig2_lr_by_rank.csv")["dataset"]) == set(runs["dataset"])
-    # Each word of a picture is in a comment above its outlines.
-    assert f"<!-- {left_out} -->" in (tmp_path / "fig2_lr_by_rank.svg").read_text()
 
 
 def test_panels_never_mix_models_datasets_or_batch_sizes():
@@ -174,26 +130,6 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     _, plotted = drawn("fig2_lr_by_rank", rows)
     best = plotted[(plotted["element"] == "loss") & (plotted["arm"] == "LoRA r1")].sort_values("nll").iloc[0]
     assert not best["above_range"]
-
-
-def test_fig2_marks_an_optimum_at_the_edge_as_not_resolved():
-    figure, plotted = drawn("fig2_lr_by_rank", make_sweep(8, lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
-    optimum = only(plotted, "optimum")
-    assert not optimum["resolved"].item()
-    assert optimum["lr"].item() == 3e-3
-    assert optimum["lr_low"].isna().all()
-    diamonds = lines(figure.axes[0], marker="D")
-    assert [line.get_markerfacecolor() for line in diamonds] == ["white"]
-
-
-def test_colours_darken_with_rank_and_fullft_is_black():
-    runs = pd.DataFrame([make_run(rank, 1e-3) for rank in (None, 1, 4, 16, 64, 512)])
-    styles = arm_styles(runs.assign(arm=[arm_label(run) for _, run in runs.iterrows()]))
-    black, *colours = [look.colour for look in styles.values()]
-    assert black == "black"
-    grey = [np.dot((0.3, 0.59, 0.11), to_rgb(colour)) for colour in colours]
-    assert len(grey) == 5
-    assert min(a - b for a, b in itertools.pairwise(grey)) > 10 / 255
 
 
 @pytest.mark.parametrize(

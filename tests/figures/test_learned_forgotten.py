@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import matplotlib.text
 import pandas as pd
 import pytest
 
-from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES, drawable_figures, figures_of_preset, save_figure
-from lorabench.store.io import write_frame
+from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables
 
 from ..handmade import evals_table, make_eval
@@ -131,16 +128,6 @@ def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
     assert "accuracy below the base:\nmean of 2 tasks" in words(figure)
 
 
-def test_each_measure_of_forgetting_has_a_panel():
-    rows = ROWS + [make_eval(rank, value, **HELLA) for rank, value in (("base", 0.7), (None, 0.6), (8, 0.7))]
-    figure, plotted = draw(rows)
-    # Panels of one height have one label.
-    assert len({axes.get_ylim() for axes in figure.axes}) == 1
-    assert [bool(axes.get_ylabel()) for axes in figure.axes] == [True, False, False]
-    lost = plotted.pivot(index="arm", columns="measure", values="forgotten")
-    assert lost.loc["FullFT"].to_dict() == pytest.approx({"bits_per_byte": 0.12, "accuracy": 0.1})
-
-
 def test_each_dataset_is_set_against_the_base_of_its_model():
     rows = ROWS + scores(8, 0.3, 2.0, dataset="worked") + scores("base", 0.1, 3.0, model="big")
     rows += scores(8, 0.2, 3.5, model="big")
@@ -157,29 +144,9 @@ def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
     assert words(figure).count("1 without a score") == 2
 
 
-def test_without_the_base_or_a_loss_there_is_a_sentence():
-    figure, plotted = draw([row for row in ROWS if row["method"]])
-    assert "the base,\nwhich has no score" in words(figure)
-    assert plotted["forgotten"].isna().all()
-    assert plotted["learned"].tolist() == [0.60, 0.55]
-    figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
-    assert "There is no test NLL" in words(figure)
-
-
 def test_a_table_that_says_nothing_is_refused():
     twice = "the score tiny .* pretraining byte_perplexity none more than once"
     refused = {"there is no table evals": [], "no trained run": scores("base", 0.1, 1.5), twice: ROWS + ROWS[-1:]}
     for message, rows in refused.items():
         with pytest.raises(UserError, match=message):
             draw(rows)
-
-
-def test_a_folder_or_preset_has_the_figure_where_it_has_scores(tmp_path: Path, raw_preset, write_preset):
-    write_frame(evals_table(ROWS), "evals", tmp_path)
-    assert drawable_figures(Tables.read(tmp_path)) == ["learned_forgotten"]
-    save_figure("learned_forgotten", [tmp_path], tmp_path / "out")
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".svg", ".png", ".csv"}
-    evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
-    for preset, has in ((raw_preset, False), (raw_preset | {"evaluation": evaluation}, True)):
-        figures = figures_of_preset(load_preset(write_preset(preset)))
-        assert ("learned_forgotten" in {figure.name for figure in figures}) == has

@@ -70,19 +70,6 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
     assert "M 8, exponent llama 0.78, qwen 0.08" in texts(figure, 0)
 
 
-def test_law_published_optima_are_those_of_the_reference():
-    _, plotted = draw("lr_law", models()[0])
-    shown = only(plotted, "published").set_index(["model", "method"])
-    assert shown.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
-    assert shown.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
-    assert shown.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
-    assert shown.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
-    # This optimum is at the edge of its grid.
-    assert not shown.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
-    only_llama = {name: MODELS[name] for name in ("l64", "l128")}
-    assert set(only(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
-
-
 ODD_MODELS = {
     "one model": lambda: models({"l64": MODELS["l64"]})[0],
     "all diverged": lambda: models()[0].assign(**DIVERGED),

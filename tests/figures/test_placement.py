@@ -97,15 +97,3 @@ def test_losses_by_parameters_are_those_of_the_fit():
     assert {line.get_linestyle() for line in shown} == {"-", "--", ":", "None"}
     assert {"o", "P", "v", "s"} <= {line.get_marker() for line in shown}
     assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
-
-
-def test_a_best_lr_at_the_edge_is_open():
-    figure, plotted = draw("fig4_placement", runs_table(placed(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0)))
-    assert only(plotted, "best", method="lora")["at_edge"].all()
-    faces = {line.get_markerfacecolor() for line in figure.axes[1].get_lines() if line.get_marker() in ("o", "P", "v")}
-    assert faces == {"white"}
-
-
-def test_arms_without_a_parameter_count_are_named():
-    rows = [row | ({"trainable_params": None} if row["placement"] == "attn" else {}) for row in placed()]
-    assert texts(draw("fig4_placement", runs_table(rows))[0], 1) == "no parameter count: LoRA r16 attn, LoRA r27 attn"

@@ -114,20 +114,6 @@ def test_the_base_and_controls_are_lines_with_an_entry():
     assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
 
 
-def test_no_accuracy_is_beyond_the_range():
-    """A policy that fell apart is drawn however low its accuracy is, unless it counts as diverged."""
-    chosen = arms((None, 16), peak=1.0)
-    for run in chosen[0][0]:
-        # A base that is hardly ever right has nothing to lose.
-        run["base_reward"] = 0.03
-        run["final_reward"] = 0.0 if run["lr"] > 1e-3 else run["final_reward"]
-    figure, plotted = draw("fig6_rl_lr", chosen)
-    low, high = figure.axes[0].get_ylim()
-    assert low < only(plotted, "accuracy")["accuracy"].min() == 0
-    assert high > 1
-    assert not lines(figure.axes[0], marker="^")
-
-
 # Placement.
 
 
@@ -193,18 +179,6 @@ def test_fig8_lengths_are_running_means_of_the_training_batches():
     assert length[10] == pytest.approx((raw[9] + raw[10]) / 2)
 
 
-def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
-    figure, plotted = draw("fig8_aime_and_length", arms())
-    assert only(plotted, "response_length").groupby("arm")["mean"].last().tolist() == pytest.approx([400.0] * 3)
-    assert only(plotted, "reflection").groupby("arm")["mean"].last().tolist() == pytest.approx([0.2] * 3)
-    assert texts(figure, 2) == "3 seeds · 1% cut at 500 tokens"
-    cut = arm(16, optimum=1e-3, max_new_tokens=500, diverges_from=9e-3, train={"truncated": grown(0, 0.3)})
-    figure, plotted = draw("fig8_aime_and_length", [*arms((None,)), cut])
-    assert len(only(plotted, "diverged")) == 1
-    assert texts(figure, 4) == "3 seeds · 1 diverged"
-    assert texts(figure, 2) == "3 seeds · 1% to 30% cut at 500 tokens"
-
-
 def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_lr():
     rl_tables = read([arm(16, optimum=1e-3, train={"kl": grown(0, -0.004)})])
     spikes = rl_tables.curves["run_id"].str.contains("-1e-05-") & (rl_tables.curves["metric"] == "kl")
@@ -240,16 +214,6 @@ ODD = {
 def test_odd_tables_are_drawn(case):
     for name in RL_FIGURES:
         draw(name, ODD[case]())
-
-
-def test_without_curves_a_sentence_says_so():
-    wanted = {
-        "fig7_rl_curves": ["no test accuracies"],
-        "fig8_aime_and_length": ["no accuracies", "no response lengths", "no KL", "no rates of reflection"],
-    }
-    for name, sentences in wanted.items():
-        figure, _ = drawn(name, Tables(read(arms()).runs, pd.DataFrame()))
-        assert all(words in texts(figure) for words in sentences)
 
 
 def test_supervised_and_rl_runs_are_never_drawn_together():

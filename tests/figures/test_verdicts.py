@@ -44,13 +44,6 @@ def test_ratios_are_measured_by_their_logarithms():
     assert scaled(**ratio, **lower)[3:] == pytest.approx([-math.inf, -1])
 
 
-def test_a_claim_without_numbers_to_scale_is_only_named():
-    unknown = [{"ci_low": None}, {"margin_low": None}, {"estimate": math.inf}]
-    ends = [(-math.inf, math.inf), (0.0, 0.0), (0.0, math.inf)]
-    for changes in unknown + [{"margin_low": low, "margin_high": high} for low, high in ends]:
-        assert all(pd.isna(value) for value in scaled(**changes)), changes
-
-
 def every_verdict() -> pd.DataFrame:
     rows = [make_claim(f"B{place}", verdict) for place, verdict in enumerate(LOOKS, start=1)]
     return claims_table([*rows, make_claim("A1", estimate=9.0, ci_low=-9.0, ci_high=9.5), make_claim("$x^$")])

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorabench.config.inputs import TinyModel
 from lorabench.models import attention
@@ -43,7 +42,6 @@ def formula(query, key, value, scaling):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 3),
     groups=st.integers(1, 3),
@@ -61,26 +59,6 @@ def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width,
     assert_close(output, expected)
     for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
         assert_close(own, other)
-
-
-def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
-    given = draw(2, 6, 2, 200, 16, 16, torch.bfloat16)
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    upstream = torch.randn(2, 200, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-    def off(output):
-        truth = formula(*exact, 0.25)
-        pairs = [(output, truth)]
-        pairs += zip(
-            torch.autograd.grad(output, given, upstream, retain_graph=True),
-            torch.autograd.grad(truth, exact, upstream.double()),
-            strict=True,
-        )
-        return [((own.double() - true).norm() / true.norm()).item() for own, true in pairs]
-
-    by_pytorch = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True, scale=0.25, enable_gqa=True)
-    for own, theirs in zip(off(causal_attention(*given, 0.25)), off(by_pytorch.transpose(1, 2)), strict=True):
-        assert own < max(0.01, 1.5 * theirs)
 
 
 @given(st.integers(1, 3000))
@@ -109,7 +87,7 @@ def loss_and_gradient(model, ids, **given):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"])
+@pytest.mark.parametrize("name", ["qwen-64", "moe-128", "gemma"])
 def test_models_have_the_loss_and_gradients_of_pytorchs_kernel(name, calls):
     model = base_of(name)
     ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
@@ -172,25 +150,3 @@ def test_loaded_models_attend_in_blocks_except_those_with_attention_of_their_own
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"
-
-
-class Operations(TorchDispatchMode):
-    """Collects the names of the operations within the context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.add(operation.overloadpacket.__name__)
-        return operation(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", ["llama-128", "qwen-128", "moe-128", "mistral"])
-def test_the_angles_of_positions_are_no_matrix_product(name):
-    """On a GPU such a product would be computed in TF32, which experts need, and round positions above 2,048."""
-    [rotary] = [module for path, module in base_of(name).named_modules() if path.endswith("rotary_emb")]
-    with Operations() as seen:
-        rotary(torch.zeros(1, 4, 8), torch.arange(4)[None])
-    assert {"mul", "cos", "sin"} <= seen.names
-    assert not [operation for operation in seen.names if "mm" in operation or "matmul" in operation]

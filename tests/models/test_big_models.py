@@ -74,8 +74,9 @@ def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placem
     assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False)[0]}
 
 
-@pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize(("placement", "rank"), [(None, None), ("attn", 16), ("all", 64)])
+@pytest.mark.parametrize(
+    ("name", "placement", "rank"), [(BIG[0], "all", 64), (BIG[2], None, None), (BIG[2], "attn", 16)]
+)
 def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counted(name, placement, rank):
     sizes = dimensions_of_config(architectures()[name])
     with torch.device("meta"):
@@ -118,8 +119,12 @@ def test_a_known_model_is_known_by_its_name_and_size_or_by_its_own_configuration
     assert dimensions(spec) == dimensions_of_config(architectures()["qwen3-4b"])
 
 
-def test_llama_8b_has_the_papers_counts_and_whole_models_their_published_sizes():
-    table = counts_table()
+@pytest.fixture(scope="module")
+def table():
+    return counts_table()
+
+
+def test_llama_8b_has_the_papers_counts_and_whole_models_their_published_sizes(table):
     key = ["placement", "rank", "include_unembedding"]
     assert not table.duplicated(["architecture", *key, "part"]).any()
     rows = table[table["architecture"] == "llama-3.1-8b"]
@@ -137,8 +142,7 @@ def test_llama_8b_has_the_papers_counts_and_whole_models_their_published_sizes()
 
 
 @pytest.mark.parametrize("rank", [8, 64])
-def test_parts_of_the_mixture_of_experts(rank):
-    table = counts_table()
+def test_parts_of_the_mixture_of_experts(rank, table):
     rows = table[(table["architecture"] == "qwen3-30b-a3b") & (table["rank"] == rank)].set_index("part")
     hidden, expert, experts, layers = 2048, 768, 128, 48
     # Gate and up share an A.
@@ -157,10 +161,9 @@ def test_parts_of_the_mixture_of_experts(rank):
     assert rows["trainable_params"].drop("all").sum() == rows["trainable_params"]["all"]
 
 
-@pytest.mark.parametrize("name", ["llama-64", "qwen-64"])
-def test_flops_of_a_token_are_those_counted(name):
-    spec = TinyModel(kind="tiny", name=name)
-    for rank in (None, 1, 16):
+def test_flops_of_a_token_are_those_counted():
+    spec = TinyModel(kind="tiny", name="qwen-64")
+    for rank in (None, 16):
         model = load_model(spec)
         if rank is not None:
             model = add_lora(model, rank, "all", 32.0, True, seed=0)

@@ -8,7 +8,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning import engine
 from lorabench.planning.costs import job_cost
-from lorabench.planning.engine import engine_seconds, handover_bytes, handover_seconds, handover_space
+from lorabench.planning.engine import handover_bytes, handover_seconds, handover_space
 from lorabench.planning.flops import run_work
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
@@ -61,13 +61,6 @@ def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
     assert engine_memory(core, full).weights - engine_memory(core, lora).weights == 2 * 128_256 * 2048
 
 
-def test_no_more_responses_run_at_once_than_a_step_draws():
-    core, plan = with_sampler("core", "vllm")
-    assert engine.engine_batch(core, sweep_of(plan, "gsm8k", 1).condition).responses == 32 * 16
-    # lm-eval, and a CPU: vLLM's own numbers.
-    assert engine.engine_batch(core) == engine.engine_batch(with_sampler("smoke", "vllm")[0]) == (256, 4096)
-
-
 def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling():
     (own, own_plan), (vllm, vllm_plan) = (with_sampler("paper", sampler) for sampler in ("own", "vllm"))
     for rank, gpus in ((None, 4), (16, 1)):
@@ -86,22 +79,6 @@ def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling
         if gpus > 1:
             # A sharded model is no longer copied whole into each process.
             assert alone.weights - with_engine.weights > 2 * LLAMA_8B
-
-
-def test_drawing_takes_twice_the_time_that_memory_and_products_need():
-    paper, _ = with_sampler("paper", "vllm")
-    llama, qwen = (dimensions(paper.models[name]) for name in ("llama-3-1-8b-base", "qwen3-8b-base"))
-    # An H200 reads 4,800 GB/s: 16.06 GB of weights at each of 1,000 positions, then 131,072 bytes of keys and values
-    # for each of 500 tokens.
-    assert engine_seconds(paper, llama, 10_000, 1000, 500) == pytest.approx(2 * (3.346 + 0.1365), rel=1e-3)
-    # Products of 7.5 billion parameters at 989.5 TFLOP/s take longer than reading the weights 100 times.
-    assert engine_seconds(paper, llama, 100_000, 100, 0) == pytest.approx(2 * 2 * 7.505e9 * 1e5 / 989.5e12, rel=1e-3)
-    # No position takes less than the host needs for it.
-    assert engine_seconds(paper, llama, 1, 1, 1) >= 5e-3
-    # Tokens a second in the order of what such engines reach: 1,024 responses of 400 tokens, and 256 of 3,000.
-    positions = 1.2 * 1024 * 400 / (196_608 / 500)
-    assert 15_000 < 1024 * 400 / engine_seconds(paper, llama, 1024 * 400, positions, 500) < 20_000
-    assert 6_000 < 256 * 3000 / engine_seconds(paper, qwen, 256 * 3000, 3000, 133 + 1500) < 9_000
 
 
 def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
-from lorabench.planning.costs import combined, job_cost, per_experiment
 from lorabench.planning.memory import gpus_needed
 from lorabench.planning.plan import START_SHARE, Plan, group_sweeps, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
@@ -53,40 +50,6 @@ def test_long_sweeps_stay_alone_and_an_experiment_trains_what_it_needs(name):
     for experiment in plan.preset.experiments.trained():
         trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
         assert trained == {sweep for sweep in plan.sweeps if experiment in sweep.experiments}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_all_is_done_no_later_than_with_a_job_per_sweep(name):
-    plan = PLANS[name]
-    together = sorted((seconds(plan, job) for job in plan.jobs), reverse=True)
-    alone = sorted((seconds(plan, Job((sweep,))) for sweep in plan.sweeps), reverse=True)
-
-    def end(jobs, cores) -> float:
-        """Return the seconds until all jobs are done, if each free core takes the longest remaining job."""
-        free = [0.0] * cores
-        for job in jobs:
-            heapq.heappush(free, heapq.heappop(free) + job)
-        return max(free)
-
-    # Where every sweep is shorter than a start, starts are saved, and many cores finish later by less than one.
-    start, longest = start_seconds(plan.preset), alone[0] - start_seconds(plan.preset)
-    later = start if longest < start else 0.0
-    for cores in (1, 2, 8, 64):
-        # Where a start takes little time compared with the work, jobs may be spread over the cores slightly worse.
-        assert end(together, cores) <= 1.001 * end(alone, cores) + (later if cores > 2 else 0.0), cores
-
-
-def test_a_start_is_paid_once_per_job_and_starts_take_little_of_the_laptop_preset():
-    plan = PLANS["laptop"]
-    start, whole = start_seconds(plan.preset), per_experiment(plan)["total"]
-    trained = combined(job_cost(plan, job) for job in plan.jobs)
-    assert len(plan.jobs) < 0.6 * len(plan.sweeps)
-    assert len(plan.jobs) * start < 1.5 * START_SHARE * trained.job_hours * 3600
-    together = max(plan.jobs, key=lambda job: len(job.sweeps))
-    alone = combined(job_cost(plan, Job((sweep,))) for sweep in together.sweeps)
-    saved = (len(together.sweeps) - 1) * start
-    assert (alone.job_hours - job_cost(plan, together).job_hours) * 3600 == pytest.approx(saved)
-    assert whole.runs == trained.runs == sum(job.n_runs for job in plan.jobs)
 
 
 def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):

@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 
-from lorabench.planning.plan import make_plan
 from lorabench.report.index import write_index
-from lorabench.report.page import build
-from lorabench.report.publish import NOT_PUBLISHED, PUBLISHED
-from lorabench.store.io import read_claims, write_frame
 from lorabench.store.layout import Layout
 
-from ..handmade import curves_of, make_eval, make_run, make_sweep, runs_table
+from ..handmade import make_eval, make_run, make_sweep
 from .conftest import EVALUATION, at_twice_the_margins, hostile_report
 
 pytestmark = pytest.mark.slow
@@ -177,21 +173,6 @@ def test_tables_sort_by_value_with_what_is_missing_last(browser, page, rows):
         assert len(done) < len(losses) == len(rows)
 
 
-def test_explorer_begins_with_one_experiment_and_draws_it_or_what_is_ticked(browser, page, rows):
-    page()
-    mine = [row for row in rows if row["dataset"] == "instruct"]
-    assert sorted(visible(browser)) == sorted(row["run_id"] for row in mine)
-    assert curves(browser) == len(mine)
-    assert matching(browser) == f"{len(mine)} of {len(rows)} runs match; {len(mine)} curves drawn."
-    boxes = browser.find_elements("css selector", "#all-runs tr:not([hidden]) input[type=checkbox]")
-    boxes[0].click()
-    boxes[2].click()
-    assert curves(browser) == 2
-    assert matching(browser).endswith("2 curves drawn, of the 2 runs ticked.")
-    # Two curves are few enough to be labelled at their ends.
-    assert len(browser.find_elements("css selector", "#chart .end")) == 2
-
-
 def test_explorer_filters_by_each_field(browser, page, rows):
     page()
     wanted = {"experiments": "batch_size", "dataset": "worked", "method": "lora", "rank": "16", "lr": "3e-2"}
@@ -209,17 +190,6 @@ def test_explorer_filters_by_each_field(browser, page, rows):
             left = [row for row in left if fields.get(name, lambda row, name=name: row[name])(row) == value]
         assert sorted(visible(browser)) == sorted(row["run_id"] for row in left)
     assert len(left) == 1
-
-
-def test_runs_without_a_curve_are_no_stumbling_block(browser, report):
-    rows = make_sweep(None) + make_sweep(16)
-    report(rows, curves=lambda table: table[table["run_id"].eq(rows[0]["run_id"]) & table["step"].eq(0)])
-    show(browser)
-    assert curves(browser) == 0
-    assert "No curve to draw" in browser.find_element("id", "chart").text
-    choose(browser, "scale", "linear")
-    assert curves(browser) == 1
-    assert browser.get_log("browser") == []
 
 
 def test_a_claim_and_a_link_lead_to_their_runs(browser, page, rows):
@@ -248,23 +218,6 @@ def test_a_link_opens_its_claim_and_paper_has_all_that_is_closed(browser, page):
         "return [...document.querySelectorAll('#claim-A7 dl, #cost ~ *, details table')].filter((e) => !e.offsetHeight)"
     )
     assert browser.execute_script(closed) == []
-
-
-def test_the_published_page_of_laptop_is_short_before_anything_is_opened(browser, tmp_path, monkeypatch):
-    published = (PUBLISHED / "laptop").absolute()
-    monkeypatch.chdir(tmp_path)
-    layout = Layout.of("laptop")
-    shutil.copytree(published, layout.figures)
-    # The claims are the published ones; runs are only in parts that are closed.
-    claims = read_claims(published, without=NOT_PUBLISHED)
-    runs = runs_table(make_sweep(None) + make_sweep(16))
-    tables = {"runs": runs, "curves": curves_of(runs), "claims": claims.assign(run_ids=[[] for _ in claims.index])}
-    for name, table in tables.items():
-        write_frame(table, name, layout.tables())
-    build(make_plan(layout.preset), layout, "laptop", layout.report)
-    for width, limit in ((WIDE, 9000), (PHONE, 13_000)):
-        show(browser, width, opened=False, preset="laptop")
-        assert browser.execute_script("return document.documentElement.scrollHeight") <= limit
 
 
 def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):

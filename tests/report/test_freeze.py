@@ -125,13 +125,6 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
     assert f"run: lorabench run {kept.preset}@100" in command(kept.preset, "--unexplored", "--redesigned")
 
 
-def test_runs_that_came_after_the_freeze_and_kept_to_it_pass(kept: SimpleNamespace):
-    assert checked(kept) == kept.frozen_in
-    # The runs may be of the commit of the freeze itself, and of several commits after it.
-    kept.runs.loc[0, "git_sha"] = kept.frozen_in
-    assert checked(kept) == kept.frozen_in
-
-
 REFUSED = {
     r"runs were made at commit \w{12}, which does not contain .*mine.yaml": lambda kept: kept.runs.assign(
         git_sha=kept.before

@@ -53,9 +53,9 @@ def test_they_are_those_of_the_engine_with_these_margins():
     given = Tables(*(pd.concat(parts, ignore_index=True) for parts in zip(*worlds, strict=True)))
     claims = chosen("D1", "D3", "F1", "F3", "F4")
     judged = judge_claims(given, claims, DEFAULT_MARGINS)
-    found = verdicts_by_margin(given, judged, DEFAULT_MARGINS, factors=(8.0,))
-    own = found[found["factor"] == 8].set_index("claim_id").drop(columns="factor")
-    again = judge_claims(given, claims, scaled(DEFAULT_MARGINS, 8)).set_index("claim_id")
+    found = verdicts_by_margin(given, judged, DEFAULT_MARGINS)
+    own = found[found["factor"] == 4].set_index("claim_id").drop(columns="factor")
+    again = judge_claims(given, claims, scaled(DEFAULT_MARGINS, 4)).set_index("claim_id")
     pd.testing.assert_frame_equal(own, again[own.columns])
     turned = found.groupby("claim_id")["verdict"].nunique().gt(1)
     assert {"D", "F"} <= {claim_id[0] for claim_id in turned.index[turned]}

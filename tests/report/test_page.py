@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
-from lorabench.report import page as page_module
-from lorabench.report import summary
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
@@ -92,35 +89,6 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     assert answer in page.header.text
 
 
-def test_a_page_of_many_runs_is_cut_and_says_where_the_others_are(report, rows, monkeypatch):
-    whole = report(rows)
-    monkeypatch.setattr(page_module, "ROWS", 5)
-    for name in ("SETTINGS", "RECIPE_SETTINGS"):
-        monkeypatch.setattr(summary, name, 1)
-    monkeypatch.setattr(summary, "CLAIM_RUNS", 3)
-    monkeypatch.setattr(summary, "REASON", 20)
-    first = replace(FIGURES["fig2_lr_by_rank"], settings=1)
-    monkeypatch.setitem(FIGURES, first.name, first)
-    others = [row | {"dataset": "worked", "run_id": f"worked-{row['run_id']}"} for row in rows]
-    page = report(rows + others)
-    table = page.section("runs")
-    assert len(re.findall(r'<tr id="run-', table.source)) == 5
-    assert "The table and the curves are those of the first 5 of 42 runs" in table.text
-    assert len(json.loads(re.search(r'id="curves">(.*?)</script>', page.source)[1])["curves"]) == 5
-    listed = set(re.findall(r'<tr id="(run-[^"]+)', page.source))
-    assert {href[1:] for href in page.all("a", "href") if href.startswith("#run-")} <= listed
-    assert "the first 1 of 2 combinations of model, dataset, batch size and length" in page.section("rates").text
-    [figure] = re.findall(r'<figure id="fig2_lr_by_rank">(.*?)</figure>', page.source, re.S)
-    assert "The first 1 of 2 combinations" in Page(figure).text
-    claim = page.claims["B2"].text
-    n_runs = int(judged_claims().set_index("claim_id").loc["B2", "n_runs"])
-    assert f"The table claims has the other {n_runs - 3} in its column run_ids." in claim
-    assert "… (the table claims has all of it)" in claim
-    assert "All 21 runs" in whole.section("runs").text
-    assert "the first 1 of 2 combinations of model, data" in page.section("recipe").text
-    assert "worked" not in page.section("recipe").text
-
-
 JUDGED = [
     make_claim("B1"),
     make_claim("B3", "inconclusive"),
@@ -150,15 +118,6 @@ def test_a_claim_is_a_line_with_what_it_says_its_verdict_and_number_and_a_senten
     assert "fact of B1, as B1" in page.claims["B5"].text
     assert "at least 0.02 nats" in page.claims["B5"].text
     assert "0.0085 nats would have been seen" in page.claims["B1"].text
-
-
-def test_the_bar_of_a_claim_is_in_margins_and_logarithmic_far_out(report, rows):
-    wide = make_claim("B1", estimate=0.01, ci_low=-0.1, ci_high=1.0)
-    bar = report(rows, claims=lambda table: claims_table([wide])).claims["B1"].source
-    # Half of the axis is 2 margins and then a factor of 15 by its logarithm; the margin is 0.01 nats.
-    unit = 50 / (2 + math.log10(15))
-    assert f'<rect x="{50 - unit:.1f}" width="31.4"' in bar
-    assert f'<path d="M{50 - unit * (2 + math.log10(5)):.1f} 6H100.0"/><circle cx="{50 + unit:.1f}"' in bar
 
 
 def test_the_first_figure_of_a_subject_stands_over_its_claims_and_links_resolve(report, rows):
@@ -235,17 +194,7 @@ def test_text_from_outside_stays_text(report):
     assert f"run_id{HOSTILE}0" in curves["curves"]
 
 
-def test_without_a_script_every_run_is_in_the_table_with_the_step_at_which_it_diverged(report, rows):
-    page = report(rows)
-    [explorer] = [attributes for _, attributes in page.tags if attributes.get("id") == "explorer"]
-    assert "hidden" in explorer
-    assert explorer["data-begin"] == "rank"
-    section = page.section("runs").text
-    assert all(f"{row['run_id']} rank tiny instruct" in section for row in rows)
-    assert section.count("node1 2026-01-02 03:0") == len(rows)
-    assert section.count("diverged at step 20") == sum(row["status"] == "diverged" for row in rows)
-
-
+@pytest.mark.slow
 def test_recipe_says_what_to_use(report):
     page = report([row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)])
     answer = r"\byes LoRA matches full fine-tuning from rank 64 on: at a learning rate of 2\.\d+e-3 its loss is within"
@@ -255,6 +204,7 @@ def test_recipe_says_what_to_use(report):
     assert [row.split()[1] for row in section.rows] == ["r1", "r64"]
 
 
+@pytest.mark.slow
 def test_recipe_says_that_nothing_matches_or_can_be_compared(report):
     page = report([row for rank in (None, 1) for row in make_sweep(rank)])
     assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in page.header.text
@@ -271,6 +221,7 @@ def test_recipe_says_that_nothing_matches_or_can_be_compared(report):
     assert "Not compared." in page.section("recipe").text
 
 
+@pytest.mark.slow
 def test_the_recipe_of_rl_speaks_of_error_rates_in_points(report):
     arms = [rl.arm(None, optimum=1e-4), rl.arm(1, optimum=1e-3)]
     page = report([make_run(run["rank"], run["lr"]) | run for runs, _ in arms for run in runs])
@@ -281,6 +232,7 @@ def test_the_recipe_of_rl_speaks_of_error_rates_in_points(report):
     assert re.search(written, page.section("recipe").text)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(report, raw_rl_preset):
     raw_rl_preset["execution"] |= {"sampler": "vllm"}
     kl = {"fullft": 0.034, "lora": 0.004}
@@ -302,6 +254,7 @@ def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(r
     ]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(report):
     unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
     sparse = [make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")]
@@ -347,6 +300,7 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     assert "learned_forgotten" in page.ids
 
 
+@pytest.mark.slow
 def test_without_scores_of_runs_there_is_no_section_and_a_page_without_evaluation_needs_none(report, rows):
     for evals in (None, [make_eval("base", 0.1)]):
         page = report(rows, evals, evaluation=EVALUATION)
@@ -371,6 +325,7 @@ def test_versions_that_are_no_object_are_named(layout, versions):
         build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
 
 
+@pytest.mark.slow
 def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
     plan, before, other = make_plan(layout.preset), layout.report.read_text(), Path("other.html")
     build(plan, layout, "mine.yaml", layout.report)

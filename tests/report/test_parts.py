@@ -81,13 +81,6 @@ def test_curves_are_those_of_the_table(runs):
     assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]
 
 
-def test_many_curves_have_fewer_points_each(runs, monkeypatch):
-    monkeypatch.setattr(page, "ALL_POINTS", 10 * len(runs))
-    drawn = curves_to_draw(runs, curves_of(runs))
-    assert drawn["points"] == 10
-    assert max(len(values) for [[_, _, values]] in drawn["curves"].values()) == 10
-
-
 def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tmp_path):
     noise = random.Random(0).choices(string.ascii_letters, k=4_000_000)
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
@@ -112,10 +105,3 @@ def test_a_table_that_is_too_large_is_named_without_being_read(tmp_path, monkeyp
     curves, evals = table_downloads(tmp_path, tmp_path)
     assert curves == {"file": "curves.parquet", "bytes": 7, "embedded": False, "uri": "curves.parquet"}
     assert evals == {"file": "evals.csv", "bytes": 400_000, "embedded": False, "uri": "evals.csv"}
-
-
-def test_tables_are_embedded_only_up_to_a_size_of_all_together(tmp_path, monkeypatch):
-    for name in ("runs", "claims", "counts"):
-        (tmp_path / f"{name}.csv").write_text("a,b\n1,2\n")
-    monkeypatch.setattr(page, "MAX_EMBEDDED", 17)
-    assert [table["embedded"] for table in table_downloads(tmp_path, tmp_path)] == [True, True, False]

@@ -60,17 +60,6 @@ def test_results_of_rl_are_accuracies():
     assert row["best_low"] < row["best"] < row["best_high"]
 
 
-def test_an_arm_at_the_edge_has_the_best_lr_and_an_arm_that_diverged_has_nothing():
-    edge = described([arm(optimum=1.0), arm(8, optimum=3e-3)])[0]["arms"][0]
-    assert edge["at_edge"]
-    assert edge["lr"] == pytest.approx(edge["lr_best"])
-    assert math.isnan(edge["lr_low"])
-    lost = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
-    diverged = described([arm(8, optimum=3e-3)], **lost)[0]["arms"][0]
-    assert math.isnan(diverged["lr"])
-    assert diverged["n_diverged"] == diverged["n_runs"]
-
-
 def test_the_example_of_a_dataset_is_its_first_question_with_the_answer(tmp_path):
     turns = {"system": "Be brief.", "user": "1+1", "assistant": "2"}
     chat = {"messages": [{"role": role, "content": content} for role, content in turns.items()]}

@@ -20,7 +20,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Job, Sweep
 from lorabench.store.layout import Layout
 
-from ..workflow.checkout import adapt_profile, snakemake
+from ..workflow.checkout import snakemake
 from .cluster import adapted_clone, job_tries, rule_jobs, saved_step, until, workflow
 
 pytestmark = pytest.mark.slurm
@@ -198,28 +198,3 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
 def test_logs_of_successful_jobs_are_kept(seen, checkout):
     logs = {path.stem for path in (checkout / "slurm_logs").rglob("*.log")}
     assert {job["JobId"] for job in seen.jobs} <= logs
-
-
-@pytest.mark.slow
-def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
-    """A preset for CPUs, whose jobs the profile gives a GPU each, with at most three jobs in the queue."""
-    checkout = adapted_clone(tmp_path, PRESET)
-    adapt_profile(checkout, "\njobs: 100\n", "\njobs: 3\n")
-    gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
-    before, queued = len(cluster.jobs()), set()
-    with workflow(cluster, checkout, *gpus, preset="smoke") as output:
-
-        def ended() -> str:
-            queued.add(len(cluster("squeue", "--noheader").splitlines()))
-            return output()
-
-        until(ended, "the end of the workflow", 900)
-    assert 1 < max(queued) <= 3
-    jobs = cluster.jobs()[before:]
-    assert len(rule_jobs(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
-    assert {job["TresPerJob"] for job in rule_jobs(jobs, "train") + rule_jobs(jobs, "evaluate")} == {"gres/gpu:1"}
-    assert {job["JobState"] for job in jobs} == {"COMPLETED"}
-    assert (checkout / "results/smoke/report/index.html").is_file()
-    shutil.copy(checkout / "workflow/presets/smoke.yaml", checkout / "alone.yaml")
-    snakemake(checkout, "results/alone/tables/runs.parquet", "--config", "preset=alone.yaml")
-    check_equal(checkout, "smoke", "alone")

@@ -9,14 +9,12 @@ import runpy
 import shutil
 from itertools import pairwise
 
-import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
 from lorabench.errors import UserError
-from lorabench.sources.measurements import measurement_table
-from lorabench.sources.studies import import_source, judge, studies_of
+from lorabench.sources.studies import import_source
 from lorabench.store.io import read_table
 from lorabench.utils.files import REFERENCE
 
@@ -141,15 +139,6 @@ def test_the_reason_names_what_it_does_not_say(source, tmp_path):
     assert reason.count("its runs differ in base_kind, and the source does not say which has which") == 1
 
 
-def test_a_source_that_lacks_a_column_is_not_tested(source, tmp_path):
-    kept = [place for place, name in enumerate(COLUMNS.split(",")) if name != "lr"]
-    lines = [",".join(line.split(",")[place] for place in kept) for line in [COLUMNS, SEEDS[0], SEEDS[-1]]]
-    tables = imported(source(lines[1:], lines[0]), tmp_path)
-    assert verdicts(tables, tmp_path).loc["B2", "reason"] == "the runs table has no column lr"
-    said = command("figure", "all", "--tables", tables, "--out", tmp_path / "figures")
-    assert "figure fig2_lr_by_rank is not drawn: the runs table has no column lr" in said
-
-
 # Texts that were no source, and once ended with a traceback or a sentence of megabytes.
 NO_SOURCE = {
     "": "a mapping of about, origin, .* is needed, not None",
@@ -179,17 +168,3 @@ def test_what_is_no_source_is_refused_in_a_short_sentence(source, text):
     assert str(refused.value).startswith(f"{folder / 'source.yaml'}")
     assert len(str(refused.value)) < 5000
     assert "\n" not in str(refused.value)
-
-
-def test_without_a_placement_lora_is_on_all_layers_in_measurements_too(source):
-    with_placement, without = (
-        source(),
-        source([line.replace(",all,", ",") for line in ROWS], COLUMNS.replace("placement,", ""), name="without"),
-    )
-    measured = []
-    for folder in (with_placement, without):
-        studies = studies_of(folder)
-        claims = pd.concat([judge(study, ()) for study in studies])
-        measured.append(measurement_table(studies, claims).drop(columns=["source", "study"]))
-    assert len(measured[0])
-    pd.testing.assert_frame_equal(*measured)

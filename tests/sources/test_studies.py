@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, range_text, read_own, share_text, summary_table
@@ -29,6 +28,7 @@ def claims(studies):
     return pd.concat([judge(study) for study in studies], ignore_index=True)
 
 
+@pytest.mark.slow
 def test_every_shipped_source_is_read_and_judged(studies, claims):
     assert {study.source for study in studies} == {path.parent.name for path in REFERENCE.glob("*/source.yaml")}
     assert {study.about.scale for study in studies} == {"0.6B", "1.7B", "3B", "8B", "70B"}
@@ -37,14 +37,7 @@ def test_every_shipped_source_is_read_and_judged(studies, claims):
         assert all(study.description.origin.model_dump().values()), study.name
 
 
-def test_one_seed_decides_nothing_without_a_named_noise(studies, claims):
-    decided = claims[claims["verdict"].isin(DECIDED)]
-    several = {study.source: study.tables.runs.groupby(["lr"])["seed"].nunique().max() for study in studies
-               if "lr" in study.tables.runs}  # fmt: skip
-    for row in decided.to_dict("records"):
-        assert several[row["source"]] >= 3 or "seed noise from" in row["reason"], row["claim_id"]
-
-
+@pytest.mark.slow
 def test_known_verdicts_of_sources(claims):
     rows = claims.set_index(["source", "claim_id"])
     ratio = rows.loc[("nhckdvrl", "B1")]
@@ -65,6 +58,7 @@ def test_known_verdicts_of_sources(claims):
     assert rows.loc[("nhckdvrl", "P4"), "estimate"] == pytest.approx(3.9, abs=0.1)
 
 
+@pytest.mark.slow
 def test_measurements_are_those_of_the_grids(studies, claims):
     table = measurement_table(studies, claims)
     gap = table[(table["measure"] == "rank_1_gap") & (table["dataset"] == "MATH outcome reward")].iloc[0]
@@ -87,14 +81,7 @@ def test_measurements_are_those_of_the_grids(studies, claims):
     assert overall.loc["lr_ratio", "k"] == table[table["counts"] & (table["measure"] == "lr_ratio")]["source"].nunique()
 
 
-def test_a_run_whose_responses_are_cut_off_is_no_optimum(studies):
-    [orbit] = [study for study in studies if study.source == "orbit"]
-    status = pd.concat(orbit.conditions()).set_index("run_id")["status"]
-    # Its accuracy of 0.6892 is within the noise of the best, 0.7415 at 3e-5, and all of its responses are cut off.
-    assert status["orbit-gsm8k-r256-lr0.0002-s0"] == "diverged"
-    assert status["orbit-gsm8k-r256-lr3e-05-s0"] == "done"
-
-
+@pytest.mark.slow
 def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several_sources(claims):
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
     cells = matrix(claims, [own])
@@ -107,20 +94,21 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
 
 
-def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_without_the_setting(claims):
+def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_without_the_setting():
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
+    nothing = own.iloc[:0].assign(source=None)
     b3 = own[own["claim_id"] == "B3"].assign(verdict="confirmed", estimate=1.1, n_hold=1, n_parts=1)
     several = [
         b3.assign(origin="more", n_hold=1, n_parts=2, part_low=0.8, part_high=1.3, verdict="contradicted"),
         b3.assign(part_low=1.1, part_high=1.1),
         b3.assign(origin="other", verdict="setting not met", n_hold=0, n_parts=0, part_low=np.nan, part_high=np.nan),
     ]
-    [cell] = matrix(claims.iloc[:0], several).to_dict("records")
+    [cell] = matrix(nothing, several).to_dict("records")
     assert (cell["verdict"], cell["origin"]) == ("contradicted", "more")
     assert (share_text(cell), range_text(cell)) == ("2 of 3 hold", "0.800 to 1.30")
-    [cell] = matrix(claims.iloc[:0], several[2:]).to_dict("records")
+    [cell] = matrix(nothing, several[2:]).to_dict("records")
     assert (cell["estimate"], share_text(cell), range_text(cell)) == (1.1, "", "")
-    [cell] = matrix(claims.iloc[:0], several[1:2]).to_dict("records")
+    [cell] = matrix(nothing, several[1:2]).to_dict("records")
     assert (share_text(cell), range_text(cell)) == ("", "1.10")
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
@@ -64,27 +61,6 @@ def same(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
         for frame in (table, other)
     ]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
-
-
-@pytest.mark.slow
-@settings(max_examples=8)
-@given(
-    parts=st.lists(st.sets(st.integers(0, len(RUNS) - 1), min_size=1), min_size=1, max_size=3),
-    kinds=st.lists(st.sampled_from(["parquet", "csv"]), min_size=4, max_size=4),
-)
-def test_merging_the_parts_of_a_table_gives_it_back(parts, kinds):
-    """The parts may overlap, and together they hold every run."""
-    missing = set(range(len(RUNS))) - set.union(*parts)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = []
-        for number, rows in enumerate([*parts, missing] if missing else parts):
-            runs = RUNS.iloc[sorted(rows)]
-            curves = CURVES[CURVES["run_id"].isin(runs["run_id"])]
-            folders.append(write(Path(scratch) / str(number), kinds[number], runs=runs, curves=curves))
-        result = merged(*folders)
-        whole = Tables.read(write(Path(scratch) / "whole", runs=RUNS, curves=CURVES))
-    same(result.runs, whole.runs, "runs")
-    same(result.curves, whole.curves, "curves")
 
 
 def test_merging_again_changes_nothing(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,9 +22,9 @@ class Net(torch.nn.Module):
         return self.tall(torch.tanh(self.wide(x)))
 
 
-def adapted(rank=RANK):
+def adapted():
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
     model = get_peft_model(Net(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     return model, optimizer
@@ -49,9 +47,11 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("rank", [1, RANK, 9])
-def test_measures_agree_with_dense_matrices_and_change_no_training(rank):
-    (model, optimizer), (unprobed, other_optimizer) = adapted(rank), adapted(rank)
+@pytest.mark.parametrize("limit", [1 << 23, 1])
+def test_measures_agree_with_dense_matrices_and_change_no_training(limit, monkeypatch):
+    """The matrices are decomposed all at once, or layer by layer."""
+    monkeypatch.setattr(sft, "_GRAM_NUMBERS", limit)
+    (model, optimizer), (unprobed, other_optimizer) = adapted(), adapted()
     pairs = adapter_pairs(model)
     assert len(pairs) == 2
     probe = AdapterProbe(pairs)
@@ -78,42 +78,3 @@ def test_measures_agree_with_dense_matrices_and_change_no_training(rank):
         other_optimizer.step()
         assert all(torch.equal(value, new[name]) for name, value in parameters(unprobed).items())
     assert all(value > 0 for name, value in measured.items() if name != "b_over_a")
-
-
-@pytest.mark.parametrize("limit", [1 << 23, 1])
-def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
-    """Layers of several sizes, some smaller than the rank, which are decomposed all at once, or layer by layer."""
-    monkeypatch.setattr(sft, "_GRAM_NUMBERS", limit)
-    pairs, generator = {}, torch.Generator().manual_seed(0)
-    for number, (d_in, d_out) in enumerate([(20, 7), (7, 16), (16, 3), (5, 5), (3, 3)]):
-        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, d_in), (d_out, 4)))
-        pairs[str(number)] = (a, b, 1.0)
-    probe = AdapterProbe(pairs)
-    probe.before_step()
-    larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
-    assert 0 < sum(larger) < len(larger)
-    assert probe.after_step()["b_over_a"] == pytest.approx(sum(map(float, larger)) / len(larger))
-
-
-def test_a_step_is_measured_that_changes_nothing_or_sets_nan():
-    model, _ = adapted()
-    pairs = adapter_pairs(model)
-    probe = AdapterProbe(pairs)
-    backward(model, 0)
-    probe.before_step()
-    assert probe.after_step() == {"a_moved": 0.0, "update_norm": 0.0, "b_over_a": 0.0, "descent": 0.0}
-    # The initial A is that of construction.
-    with torch.no_grad():
-        for a, _, _ in pairs.values():
-            a.mul_(3.0)
-    probe.before_step()
-    assert probe.after_step()["a_moved"] == pytest.approx(2.0)
-    probe.before_step()
-    with torch.no_grad():
-        pairs["wide"][0].fill_(torch.nan)
-    measured = probe.after_step()
-    assert math.isnan(measured["update_norm"])
-    assert math.isnan(measured["descent"])
-    without_layers = AdapterProbe({})
-    without_layers.before_step()
-    assert without_layers.after_step() == {}

@@ -1,19 +1,12 @@
-"""The page beside a run's weights: what hubs read of it, and the standard error of its loss."""
+"""The page beside a run's weights: what hubs read of it, and what was trained."""
 
 from __future__ import annotations
-
-import json
-import math
-from pathlib import Path
 
 import pytest
 import yaml
 
-from lorabench.config.inputs import HubModel, TinyModel
-from lorabench.store.schemas import ExampleLoss
+from lorabench.config.inputs import HubModel
 from lorabench.training.card import model_card
-
-from .conftest import trained
 
 
 def parts(card: str) -> tuple[dict, dict[str, str]]:
@@ -34,36 +27,11 @@ def record() -> dict:
 
 def test_full_fine_tuning_of_a_hubs_model(record):
     base = HubModel(kind="hub", id="own/base", revision="r", parameters=1, hidden_size=1)
-    losses = [ExampleLoss(1.0, 1), ExampleLoss(6.0, 3), ExampleLoss(5.0, 4)]
-    head, rows = parts(model_card(record, base, losses, None))
+    head, rows = parts(model_card(record, base))
     assert head["base_model"] == "own/base"
     assert (head["library_name"], head["tags"]) == ("transformers", ["lorabench"])
-    # Of a ratio: the residuals of the sums are -0.5, 1.5 and -1 at a mean of 1.5.
-    error = math.sqrt((0.25 + 2.25 + 1) * 3 / 2) / 8
-    assert rows["test loss"] == f"1.5000 nats per token (standard error {error:.4f} over 3 examples)"
+    assert rows["test loss"] == "1.5000 nats per token"
     assert rows["base model"] == "own/base at r"
     assert rows["commit of lorabench"] == "abc, with local changes"
     assert rows["learning rate"] == "2e-05, falling linearly to zero"
     assert "rank" not in rows
-
-
-def test_examples_of_a_group_count_once(record):
-    losses = [ExampleLoss(1.0, 1), ExampleLoss(2.0, 1), ExampleLoss(3.0, 2)]
-    card = model_card(record, TinyModel(kind="tiny"), losses, ["a", "a", "b"])
-    assert f"standard error {0.0:.4f} over 2 groups of examples" in card
-    assert "without a standard error" in model_card(record, TinyModel(kind="tiny"), [], None)
-
-
-@pytest.mark.slow
-def test_a_run_saves_its_page_beside_the_adapter(ready):
-    plan, layout = ready("carded", lora=[3e-3])
-    runs, _ = trained(plan, layout, "lora")
-    folder, _ = layout.runs.glob("*/weights")
-    head, rows = parts((folder / "README.md").read_text())
-    assert head["library_name"] == "peft"
-    assert "lora" in head["tags"]
-    [run] = [row for row in runs.to_dict("records") if row["run_id"] == folder.parent.name]
-    assert rows["test loss"].startswith(f"{run['final_test_nll']:.4f} nats per token (standard error ")
-    assert json.loads(Path(folder / "adapter_config.json").read_text())["r"] == int(rows["rank"])
-    assert rows["run"] == run["run_id"]
-    assert rows["trained parameters"] == f"{run['trainable_params']:,}"

@@ -104,7 +104,7 @@ def test_products_in_bf16_are_summed_in_fp32(device, plan):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_doctor_finds_no_fault_of_this_gpu(name, tmp_path):
     if name == "first_gpu" and find_spec("vllm") is None:
-        pytest.skip("vllm is not installed; docs/vllm.md says how")
+        pytest.skip("vllm is not installed; docs/cluster.md says how")
     here = torch.cuda.get_device_name()
     gpu = max((gpu for gpu in GPUS if is_called(gpu, here)), key=len, default=None)
     if gpu is None:

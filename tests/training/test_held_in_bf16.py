@@ -9,17 +9,12 @@ import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import PathModel, TinyModel
-from lorabench.config.loading import load_preset
 from lorabench.models.base import load_model
 from lorabench.models.lora import hold_in_bf16
 from lorabench.models.passes import trained_parameters
-from lorabench.planning.plan import make_plan
-from lorabench.runs import Run
-from lorabench.store.layout import Layout
-from lorabench.training.context import Base, SweepContext
 from lorabench.training.run import Machine
 
-from .conftest import condition_of, sweep_of, train, write_tied
+from .conftest import condition_of, train, write_tied
 
 BF16 = Machine(torch.device("cpu"), 4096, autocast=torch.bfloat16)
 
@@ -29,15 +24,13 @@ def types_of(model):
     return {name.split(".")[-2]: parameter.dtype for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("base", "placement"), [("llama-128", "all"), ("qwen-64", "attn"), ("moe-128", "all"), ("tied", "mlp")]
-)
+@pytest.mark.parametrize(("base", "placement"), [("qwen-64", "attn"), ("moe-128", "all"), ("tied", "mlp")])
 def test_training_gives_the_same_bits(base, placement, data, tmp_path):
     spec = TinyModel(kind="tiny", name=base) if base != "tied" else None
     if spec is None:
         write_tied(tmp_path / "tied")
         spec = PathModel(kind="path", path=str(tmp_path / "tied"), parameters=1, hidden_size=1)
-    condition = replace(condition_of("lora", 4, steps=3, batch_size=4), placement=placement)
+    condition = replace(condition_of("lora", 4, steps=2, batch_size=4), placement=placement)
     results = []
     for held in (False, True):
         model = load_model(spec)
@@ -70,24 +63,3 @@ def test_weights_that_bf16_would_round_stay_in_fp32():
         layer.weight[3, 4] = 1 + 2**-12
     hold_in_bf16(model)
     assert (layer.weight.dtype, other.weight.dtype) == (torch.float32, torch.bfloat16)
-
-
-def test_the_runs_of_a_job_start_from_the_same_base_whatever_was_trained_before():
-    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision="bf16")})
-    plan = make_plan(preset)
-    lora = sweep_of(plan, "lora")
-    fullft = next(s for s in plan.sweeps if (s.condition.model, s.condition.rank) == (lora.condition.model, None))
-    base, layout = Base(), Layout("laptop", preset)
-    contexts = [SweepContext(plan, sweep, layout, BF16) for sweep in (lora, fullft)]
-    adapters = []
-    for _ in range(2):
-        with base.trainable(contexts[0], Run(lora.condition, 1e-3, 0)) as model:
-            assert types_of(model)["base_layer"] == torch.bfloat16
-            adapters.append({name: weight.detach().clone() for name, weight in trained_parameters(model).items()})
-    for name, weight in adapters[0].items():
-        assert torch.equal(adapters[1][name], weight), name
-    with base.trainable(contexts[1], Run(fullft.condition, 1e-3, 0)) as model:
-        published = load_model(preset.models[lora.condition.model])
-        for own, weight in zip(model.parameters(), published.parameters(), strict=True):
-            assert own.dtype == torch.float32
-            assert torch.equal(own, weight)

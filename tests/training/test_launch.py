@@ -11,55 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
-
-from lorabench.config.inputs import PathModel
-from lorabench.models.base import load_model
-from lorabench.runs import Job
 
 from ..conftest import REPOSITORY
-from .conftest import TINY, children, command, sweep_of, trained, wait_for
+from .conftest import children, command, sweep_of, trained, wait_for
 
 pytestmark = pytest.mark.slow
-
-KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "trainable_params", "base_params"]
-LOSSES = ["final_valid_nll", "final_test_nll"]
-
-
-@pytest.mark.parametrize(("method", "lrs"), [pytest.param("fullft", [1e-3], marks=pytest.mark.long), ("lora", [1e-3])])
-def test_two_processes_leave_the_numbers_and_the_ordinary_weights_of_one(method, lrs, ready):
-    plan, layout = ready("sweep", {"keep_weights": "all"}, **{method: lrs})
-    alone, _ = trained(plan, layout, method)
-    layout.runs.rename("alone")
-    layout.job(Job((sweep_of(plan, method),))).unlink()
-    runs, lines = trained(plan, layout, method, processes=2)
-    assert len(runs) == len(lrs) + 1
-    assert runs[KEPT].equals(alone[KEPT])
-    for column in LOSSES:
-        assert list(runs[column]) == pytest.approx(list(alone[column]), rel=1e-5)
-    assert "\n".join(lines).count("run 1/") == 2, "only the first process says when a run starts and ends"
-    assert not list((layout.root / "progress").iterdir())
-    record = json.loads((layout.runs / runs.run_id[0] / "record.json").read_text())
-    assert record["environment"]["processes"] == 2
-    base = load_model(TINY)
-    for run_id in runs.run_id:
-        weights = []
-        for folder in (layout.runs / run_id / "weights", Path("alone") / run_id / "weights"):
-            if method == "lora":
-                model = PeftModel.from_pretrained(base, folder)
-                state = {name: p.clone() for name, p in model.named_parameters() if ".lora_" in name}
-                assert any(p.abs().max() > 0 for name, p in state.items() if ".lora_B." in name)
-                base = model.unload()
-            else:
-                model = load_model(PathModel(kind="path", path=str(folder), parameters=1, hidden_size=1))
-                state = dict(model.named_parameters())
-            config = [json.loads(path.read_text()) for path in folder.glob("config.json")]
-            weights.append((sorted(path.name for path in folder.iterdir()), config, state))
-        (files, config, ours), (other_files, other_config, theirs) = weights
-        assert (files, config) == (other_files, other_config)
-        for name, weight in ours.items():
-            # Adam may move entries with a gradient near zero either way.
-            assert (weight - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
 
 
 def test_an_error_ends_all_processes_and_is_shown_once(ready):

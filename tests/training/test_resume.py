@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorabench.config.inputs import TinyModel
 from lorabench.runs import Job, Run
 from lorabench.store.progress import status
 from lorabench.training.loss import scored_by_example
 
 from ..forks import start_forked
-from .conftest import BrokenError, children, command, condition_of, sweep_of, train, trained, wait_for
+from .conftest import BrokenError, condition_of, sweep_of, train, trained, wait_for
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("dora", 4), ("pissa", 4)])
+@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("pissa", 4)])
 def test_resumed_equals_unbroken(method, rank, data, tmp_path):
-    """The 20 steps of 4 are an epoch, so the description length is among the numbers."""
-    condition = condition_of(method, rank, steps=20, batch_size=4)
-    whole, model = train(condition, data, tmp_path / "whole", lr=3e-3)
+    """The 10 steps of 8 are an epoch, so the description length is among the numbers."""
+    condition, spec = condition_of(method, rank, steps=10, batch_size=8), TinyModel(kind="tiny", name="llama-64")
+    whole, model = train(condition, data, tmp_path / "whole", lr=3e-3, spec=spec)
 
-    def break_at_nine(step):
-        if step == 9:
+    def break_at_five(step):
+        if step == 5:
             raise BrokenError
 
     with pytest.raises(BrokenError):
-        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_nine)
+        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_five, spec=spec)
     resumed_steps = []
-    resumed, resumed_model = train(condition, data, tmp_path / "broken", lr=3e-3, tick=resumed_steps.append)
-    assert resumed_steps == list(range(9, 21))
+    resumed, resumed_model = train(condition, data, tmp_path / "broken", lr=3e-3, tick=resumed_steps.append, spec=spec)
+    assert resumed_steps == list(range(5, 11))
     assert {**vars(resumed), "wall_s": 0} == {**vars(whole), "wall_s": 0}
     assert whole.first_epoch_nats > 0
     assert whole.first_epoch_scored_tokens == scored_by_example(data["train"]).sum()
@@ -48,58 +46,6 @@ def numbers(runs) -> list[dict]:
     return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
 
 
-def kill_at(checkpoint, sweep, processes=1) -> None:
-    """Train a sweep in processes, which are killed when a run has its first checkpoint."""
-    if processes == 1:
-        alone = ["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
-        fork = start_forked(alone, Path.cwd(), "output")
-        wait_for(checkpoint, fork.is_alive)
-        fork.kill()
-        fork.join()
-        return
-    together = command(sweep.sweep_id, "--processes", str(processes))
-    process = subprocess.Popen(together, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(checkpoint, lambda: process.poll() is None)
-    for pid in children(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    # tests/faults kills jobs of LoRA in one process.
-    ("method", "processes"),
-    [("fullft", 1), *(pytest.param("lora", processes, marks=pytest.mark.long) for processes in (1, 2))],
-)
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, processes, ready):
-    execution = {"checkpoint_minutes": 0.0, "keep_weights": "all"}
-    plan, layout = ready("killed", execution, **{method: [1e-3, 3e-3]})
-    sweep = sweep_of(plan, method)
-    first, second = (layout.runs / run.run_id for run in sweep.grid())
-    checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
-
-    kill_at(checkpoint, sweep, processes)
-    # A run in progress has a checkpoint and is no result. The first run is finished by then.
-    assert not second.exists()
-    assert not layout.job(Job((sweep,))).exists()
-    finished = first / "record.json"
-    kept = finished.stat().st_mtime_ns
-
-    resumed, _ = trained(plan, layout, method, processes)
-    assert kept == finished.stat().st_mtime_ns
-    assert not checkpoint.exists()
-
-    layout.job(Job((sweep,))).unlink()
-    layout.runs.rename("resumed")
-    unbroken, _ = trained(plan, layout, method, processes)
-    assert numbers(resumed) == numbers(unbroken)
-    weights = sorted(layout.runs.glob("*/weights/*.safetensors"))
-    assert len(weights) == 3
-    for file in weights:
-        assert file.read_bytes() == ("resumed" / file.relative_to(layout.runs)).read_bytes()
-
-
 @pytest.mark.slow
 def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     plan, layout = ready("walk", {"checkpoint_minutes": 0.0}, lora={"start": 1e-4, "most": 5})
@@ -108,7 +54,10 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     fourth = Run(sweep.condition, 4.64e-4, 0)
     checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
 
-    kill_at(checkpoint, sweep)
+    fork = start_forked(["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"], Path.cwd(), "output")
+    wait_for(checkpoint, fork.is_alive)
+    fork.kill()
+    fork.join()
     resumed, lines = trained(plan, layout, "lora")
     assert "stopped at 5 LRs" in lines[-1]
 

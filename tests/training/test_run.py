@@ -93,15 +93,14 @@ def test_kernels_are_deterministic_on_a_gpu_and_a_step_without_such_is_computed_
     assert len(undone) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_equivalent_runs_are_equal_where_steps_are_deterministic(precision, short_data, tmp_path):
+def test_equivalent_runs_are_equal_where_steps_are_deterministic(short_data, tmp_path):
     """Twice A and half the LR of B, in powers of two: the same run, also where weights are rounded to bf16."""
     condition = replace(condition_of("lora", 4, steps=8, batch_size=8), eps=1e-16)
     losses = []
     for init_a, lr, lr_ratio in ((1.0, 2e-3, 1.0), (2.0, 4e-3, 0.25)):
         changed = replace(condition, init_a=init_a, lr_ratio=lr_ratio)
         spec = TinyModel(kind="tiny", name="llama-64")
-        outcome, _ = train(changed, short_data, tmp_path, lr, protocol=Protocol(precision=precision), spec=spec)
+        outcome, _ = train(changed, short_data, tmp_path, lr, protocol=Protocol(precision="bf16"), spec=spec)
         losses.append(series(outcome, "nll"))
     assert losses[0] == losses[1]
 
@@ -146,14 +145,12 @@ def test_a_run_that_gets_no_gradient_ends_with_one_sentence(data, tmp_path, monk
 @pytest.mark.parametrize(
     ("method", "rank", "base", "precision", "keeping"),
     [
-        ("fullft", None, "llama-128", "fp32", 0),
-        ("fullft", None, "llama-128", "bf16", 1),
-        ("lora", 4, "qwen-64", "fp32", 2),
+        ("fullft", None, "llama-64", "bf16", 1),
         ("lora", 4, "moe-128", "bf16", 0),
     ],
 )
 def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, keeping, data, tmp_path):
-    condition = condition_of(method, rank, steps=4, batch_size=4)
+    condition = condition_of(method, rank, steps=2, batch_size=4)
     changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
     kept, model = train(condition, data, tmp_path / "a", lr=3e-3, **changes)
     again, recomputing = train(condition, data, tmp_path / "b", lr=3e-3, keeping=keeping, **changes)

@@ -8,13 +8,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import saved_runs
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.progress import status
-from lorabench.training import saved_runs, sft
+from lorabench.training import sft
 from lorabench.training.job import SweepContext, run_job
-from lorabench.training.saved_runs import restore_runs, save_runs
+from saved_runs import restore_runs, save_runs
 
 from .conftest import BrokenError, sweep_of, trained
 

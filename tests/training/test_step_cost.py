@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow as pa
 import pytest
 import torch
@@ -15,7 +13,7 @@ from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
 from lorabench.training.loss import Batch
-from lorabench.training.step_cost import effective_width, interleaved, measure_compute
+from lorabench.training.step_cost import effective_width, measure_compute
 
 RANKS = [1, 8, 64]
 N = 64
@@ -80,64 +78,6 @@ def test_the_formula_has_the_gradients_that_a_frozen_embedding_saves(square, mon
     # Queries, keys and values of the first block save the gradient of their input, in W and in A.
     saved = 3 * (N * N + 4 * N) / (15 * 3 * N * N)
     assert ratios(saving)[4] == pytest.approx(formula(saving)[4] - saved)
-
-
-def test_attention_is_in_the_total_and_alike_in_all_arms(square):
-    for length in (16, 32):
-        table = measured(square, [4], batch_size=1, sequence_length=length)
-        [products] = set(table["total_flops"] - table["linear_flops"])
-        # Per layer there are two products forward and four backward, each 2 s^2 N, and a few for rotary positions.
-        assert products == pytest.approx(2 * 6 * 2 * length**2 * N, rel=0.01)
-
-
-def test_growth_is_that_of_the_allocator(square, tmp_path):
-    """The reference is torch.profiler, which records every block of the CPU's allocator."""
-    model = step_cost.load_model(square)
-    batch = torch.arange(32).reshape(2, 16)
-    step, _ = step_cost.training_step(model, Batch(batch, batch), Protocol())
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    blocks = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    allocated = peak = 0
-    for _, size in blocks:
-        allocated += size
-        peak = max(peak, allocated)
-    assert step_cost.growth(step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
-
-
-def test_memory_of_fullft_has_gradients_and_state_of_all_weights_which_stay_as_they_are(square, monkeypatch):
-    loaded = []
-    original = step_cost.load_model
-    monkeypatch.setattr(step_cost, "load_model", lambda spec: loaded.append(original(spec)) or loaded[-1])
-    # With one short sequence activations are small; each trained weight has two numbers of AdamW and a gradient.
-    fullft, lora = measured(square, [1], batch_size=1, sequence_length=2).to_dict("records")
-    weights = 4 * fullft["base_params"]
-    assert fullft["trainable_params"] == fullft["base_params"] == lora["base_params"]
-    assert 4 * weights < fullft["peak_mem_bytes"] < 4.5 * weights
-    trained = 4 * lora["trainable_params"]
-    assert weights + 4 * trained < lora["peak_mem_bytes"] < weights + 4 * trained + 0.5 * weights
-    [used] = loaded
-    assert all(torch.equal(a, b) for a, b in zip(used.parameters(), original(square).parameters(), strict=True))
-    assert all(parameter.requires_grad for parameter in used.parameters())
-
-
-def test_arms_take_turns_and_the_median_counts_after_the_warm_up(monkeypatch):
-    order, now = [], [0.0]
-    seconds = {"a": iter([90, 80, 3, 1, 2]), "b": iter([70, 60, 5, 4, 30])}
-
-    def step(name):
-        def run():
-            order.append(name)
-            now[0] += next(seconds[name])
-
-        return run
-
-    monkeypatch.setattr(step_cost.time, "perf_counter", lambda: now[0])
-    assert interleaved([step("a"), step("b")], 3, torch.device("cpu")) == [2, 5]
-    assert "".join(order) == "ab" * 5
 
 
 def test_what_can_not_be_measured_is_said(square):

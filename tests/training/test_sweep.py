@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from unittest.mock import create_autospec
 
 import pandas as pd
@@ -12,13 +11,12 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from lorabench.errors import UserError
-from lorabench.runs import Job, Run
-from lorabench.store.progress import Progress, status
+from lorabench.runs import Job
 from lorabench.training import context, sft
 from lorabench.training.context import Base
 from lorabench.training.job import run_job
 
-from .conftest import sweep_of, trained
+from .conftest import trained
 
 
 def rows_of(plan, layout, *sweeps):
@@ -90,21 +88,3 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
     assert_frame_equal(pd.DataFrame(together)[columns], pd.DataFrame(apart)[columns], check_exact=True)
     assert len(together) == 3 * 2
-
-
-def test_status_counts_what_lies_on_disk(ready):
-    # On such a slow machine each sweep is a job of its own.
-    plan, layout = ready("status", {"gflops": 0.005})
-    before = status(plan, layout)
-    assert (before.runs_done, before.runs_planned, before.jobs_planned) == (0, 4, 2)
-    trained(plan, layout, "lora")
-    after = status(plan, layout)
-    assert (after.runs_done, after.jobs_done) == (2, 1)
-    sweep = sweep_of(plan, "fullft")
-    progress = Progress(layout, sweep)
-    for number, seed in enumerate((0, 1), 1):
-        progress.tick(number, Run(sweep.condition, 1e-3, seed), 1)
-    # A run that another plan left is not shown.
-    own = layout.progress(sweep.grid()[0])
-    own.with_name("other.json").write_text(json.dumps(json.loads(own.read_text()) | {"sweep": "other", "label": "x"}))
-    assert [(run["run"], run["seed"], run["step"]) for run in status(plan, layout).at_work] == [(1, 0, 1), (2, 1, 1)]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lorabench.models.passes import trained_parameters
-from lorabench.training.checkpoint import Checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
 
@@ -35,30 +31,3 @@ def test_safetensors_reads_what_was_written(tmp_path):
         assert torch.equal(read[name], tensor), name
     write_tensors(path, {"ids": np.arange(7, dtype=np.int32)}, {})
     assert read_tensors(path)[0]["ids"].tolist() == list(range(7))
-
-
-def state_of(width: int):
-    model = torch.nn.Linear(width, width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(width)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return trained_parameters(model), optimizer
-
-
-def test_checkpoints_that_take_long_are_saved_less_often(tmp_path):
-    parameters, optimizer = state_of(256)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", "mine", 1e-9)
-    assert checkpoint.due()
-    started = time.perf_counter()
-    checkpoint.save(parameters, optimizer, {"step": 1})
-    cost = time.perf_counter() - started
-    assert not checkpoint.due()
-    time.sleep(50 * cost)
-    assert checkpoint.due()
-
-
-def test_a_curve_may_be_longer_than_the_longest_header_of_safetensors(tmp_path):
-    checkpoint, progress = Checkpoint(tmp_path / "checkpoint.safetensors", "mine", 0), {"step": 1, "curve": "0" * 10**8}
-    checkpoint.save(*state_of(8), progress)
-    assert checkpoint.load(*state_of(8)) == progress

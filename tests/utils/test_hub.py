@@ -16,7 +16,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
@@ -119,15 +118,6 @@ def test_of_a_model_only_what_is_read_comes(hub):
     assert not [request for request in hub.requests if "pytorch_model" in request]
     code = WantedRepository("model", "owner/tiny", model.commit, code=True)
     assert "code.py" in fetched(code)["owner/tiny"].files
-
-
-def test_what_is_fetched_is_fetched_once(hub):
-    hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(50)))
-    before = fetched(DATA)
-    files = [f"GET /datasets/{TULU3}/resolve/{before[TULU3].commit}/{name}" for name in before[TULU3].files]
-    assert [hub.requests[file] for file in files] == [1, 1]
-    assert fetched(DATA) == before
-    assert [hub.requests[file] for file in files] == [1, 1]
 
 
 def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
@@ -294,17 +284,6 @@ def test_a_split_or_a_configuration_that_is_not_there(hub):
     assert "socratic" in said
 
 
-def test_a_disk_that_is_too_small(hub, monkeypatch):
-    add_model(hub)
-    usage, free = shutil.disk_usage("/"), (1 << 30) + 1000
-    monkeypatch.setattr("lorabench.utils.hub.shutil.disk_usage", lambda path: usage._replace(free=free))
-    said = refused(MODEL)
-    needed = sum(path.stat().st_size for path in shipped_folder("llama-64").iterdir())
-    assert f"model owner/tiny needs {needed:,} bytes and 1,073,741,824 to spare in " in said
-    assert f"where {free:,} are free" in said
-    assert not [request for request in hub.requests if request.startswith("GET /owner")]
-
-
 def test_a_hub_that_does_not_answer(hub, monkeypatch, tmp_path):
     # The client waits longer after each attempt.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
@@ -356,22 +335,17 @@ def commands(*words):
 NO_CONNECTION = "can't be fetched at main: no connection to http://127.0.0.1:"
 
 
+INIT = "init mine.yaml --model nosuch/model --data own.jsonl"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "words", "reason"),
     [
-        ("none", "init mine.yaml --model nosuch/model --data own.jsonl", NO_CONNECTION),
-        ("refused", "init mine.yaml --model nosuch/model --data own.jsonl", NO_CONNECTION),
-        (
-            "broken",
-            "init mine.yaml --model tiny --data nosuch/data",
-            "can't be fetched at main: Server error '503 Service",
-        ),
-        (
-            "unknown",
-            "init mine.yaml --model nosuch/model --data own.jsonl",
-            "is not on the hub, or is private and needs a token",
-        ),
+        ("none", "--model nosuch/model --data own.jsonl", NO_CONNECTION),
+        ("refused", "--model nosuch/model --data own.jsonl", NO_CONNECTION),
+        ("broken", "--model tiny --data nosuch/data", "can't be fetched at main: Server error '503 Service"),
+        ("unknown", "--model nosuch/model --data own.jsonl", "is not on the hub, or is private and needs a token"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, words, reason, hub, monkeypatch, tmp_path, capfd):
@@ -388,7 +362,7 @@ def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, words, reaso
         with pytest.raises(UserError):
             find_model("nosuch/model")
         assert time.monotonic() - started < 3
-        status, _, said = commands(*words.split())
+        status, _, said = commands("init", "mine.yaml", *words.split())
     what, works = ("dataset nosuch/data", "file") if "nosuch/data" in words else ("model nosuch/model", "folder")
     assert status == 2
     assert said.startswith(f"lorabench: {what} {reason}")
@@ -396,17 +370,3 @@ def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, words, reaso
     assert len(said.splitlines()) == 1
     assert sum(hub.requests.values()) <= 2
     assert capfd.readouterr().err == ""
-
-
-def test_a_model_is_described_by_one_request_or_from_the_cache(hub, monkeypatch, tmp_path):
-    config = add_model(hub) / "config.json"
-    assert str(find_model("owner/tiny")).startswith("owner/tiny: llama")
-    assert hub.requests == Counter({"GET /owner/tiny/resolve/main/config.json": 1})
-    content = config.read_bytes()
-    config.unlink()
-    with pytest.raises(UserError, match=r"^model owner/tiny lacks a file that is needed: .*config\.json"):
-        find_model("owner/tiny")
-    config.write_bytes(content)
-    hf_hub_download("owner/tiny", "config.json")
-    at(monkeypatch, unused_endpoint(), tmp_path / "home")
-    assert find_model("owner/tiny").family == "llama"

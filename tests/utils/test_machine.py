@@ -12,12 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.gpus import (
-    GB,
-    GPUS,
-    difference_from,
-    is_called,
     none_seen,
     own_devices,
     processor,
@@ -107,30 +102,6 @@ def test_the_devices_that_slurm_assigned_stay_and_none_is_assigned_where_there_i
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
-@pytest.mark.parametrize(
-    ("gpu", "device", "same"),
-    [
-        ("A100-80GB", "NVIDIA A100-SXM4-80GB", True),
-        ("A100-80GB", "NVIDIA A100-SXM4-40GB", False),
-        ("A10", "NVIDIA A100-SXM4-80GB", False),
-        ("RTX-4090", "NVIDIA GeForce RTX 4090", True),
-    ],
-)
-def test_gpus_are_known_by_what_they_call_themselves(gpu, device, same):
-    assert gpu in GPUS
-    assert is_called(gpu, device) == same
-
-
-def test_another_gpu_or_a_part_of_one_is_told():
-    # An H100 reports 79.11 to 79.25 GiB; a half of it (MIG) has the same name.
-    assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3", 85.0 * GB) is None
-    assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", 42 * GB) == (
-        "this is an NVIDIA H100 80GB HBM3 MIG 3g.40gb of 42 GB, but execution.gpu is H100-80GB of 85 GB: "
-        "the plan's times do not hold, and its memory may not fit"
-    )
-    assert "NVIDIA L40S of 48 GB" in difference_from("A100-40GB", "NVIDIA L40S", 48 * GB)
-
-
 def test_a_gpu_that_torch_does_not_see_is_told_with_the_driver(program, monkeypatch):
     program("nvidia-smi", "printf '550.54.15\n550.54.15\n'")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -185,11 +156,3 @@ def test_freed_blocks_are_used_again_without_new_pages():
     # 2,048 pages in each of 20 steps.
     assert faults() > 20_000
     assert faults("keep") < 4_000
-
-
-@pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_nothing_happens_without_glibc(monkeypatch, platform):
-    library = type("Library", (), {"mallopt": lambda *_: pytest.fail("mallopt was called")})()
-    monkeypatch.setattr("lorabench.utils.exhaustion.sys.platform", platform)
-    monkeypatch.setattr("lorabench.utils.exhaustion.ctypes.CDLL", lambda name: library)
-    assert keep_freed_memory() is False

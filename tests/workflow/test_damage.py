@@ -41,7 +41,7 @@ def test_what_the_sentence_says_makes_a_damaged_file_again(raw_preset, tmp_path)
     (clone / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"execution": {"gflops": 0.01}}))
     snakemake(clone, str(TABLES / "claims.csv"), "--config", "preset=mine.yaml")
     claims = f"lorabench claims --preset mine.yaml --tables {TABLES} --out judged"
-    save = "lorabench save-runs --preset mine.yaml"
+    save = "python workflow/scripts/saved_runs.py save --preset mine.yaml"
     before = pq.read_table(clone / TABLES / "curves.parquet")
 
     flip(clone / TABLES / "curves.parquet")

@@ -24,19 +24,6 @@ def finished(tmp_path_factory):
     return folder, printed
 
 
-def test_init_reports_model_and_data_and_names_the_next_command(finished):
-    _, printed = finished
-    for line in (
-        "tiny: llama, 0.83M parameters, width 128",
-        "mine.jsonl: 48 of 50 rows can be used as prompt/completion; left out: "
-        "1 no text (line 49), 1 not JSON (line 50)",
-        "split: 38 train, 5 validation, 5 test",
-        "wrote my.yaml; next: lorabench run my.yaml",
-    ):
-        assert line in printed
-    assert "rank" in printed
-
-
 def test_the_report_answers_for_this_model_and_data(finished):
     folder, _ = finished
     results = folder / "results" / "my"

@@ -36,7 +36,7 @@ def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(raw
         shutil.rmtree(layout.runs / run_id, ignore_errors=True)
     left = {path.name for path in layout.runs.iterdir()}
     assert f"saved {len(left)} runs in paper_figures/partial/mine" in shell(
-        "lorabench save-runs --preset mine.yaml", clone
+        "python workflow/scripts/saved_runs.py save --preset mine.yaml", clone
     )
     git(clone, "add", "-A")
     git(clone, "commit", "-qm", "partial results")
@@ -45,7 +45,7 @@ def test_a_fresh_clone_trains_only_what_is_missing_and_gets_the_same_numbers(raw
     git(tmp_path, "clone", "-q", str(clone), str(fresh))
     assert not (fresh / "results/mine").exists()
     monkeypatch.chdir(fresh)
-    output = shell("lorabench restore-runs --preset mine.yaml", fresh)
+    output = shell("python workflow/scripts/saved_runs.py restore --preset mine.yaml", fresh)
     assert f"restored {len(left)} runs from paper_figures/partial/mine; 0 were there already" in output
     planned = planned_jobs(snakemake(fresh, TABLES, "--dry-run", "--quiet", "rules", "--config", "preset=mine.yaml"))
     assert planned == {"dataset": 1, "tokens": 1, "train": 3, "tables": 1}

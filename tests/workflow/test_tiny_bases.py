@@ -9,11 +9,8 @@ from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
-import torch
 
 from lorabench.config.inputs import TinyModel
-from lorabench.data.grading import last_number
-from lorabench.data.reasoning import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.specs import dimensions, shipped_folder
 
@@ -70,62 +67,11 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
     assert record(name)["parameters"] == model.num_parameters()
 
 
-LONG = ("llama-256", "moe-128", "llama-64-tenth", "llama-128-tenth")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RECIPES]
-)
+@pytest.mark.parametrize("name", ["llama-64", "qwen-64", pytest.param("moe-128", marks=pytest.mark.long)])
 def test_heldout_loss_is_as_recorded(name):
     nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "digits", "low", "high"),
-    [("llama-64-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 4, 0.08, 0.25)],
-)
-def test_a_base_of_sums_is_right_in_some_samples_and_in_few_greedy_answers(name, digits, low, high):
-    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
-    problems = list(islice(sum_problems(digits, digits, 1, seed=0), 100))
-    ids = tokenizer([f"<|user|>{problem.question}<|assistant|>" for problem in problems], return_tensors="pt")
-    shares = {}
-    for is_sampled in (False, True):
-        torch.manual_seed(0)
-        texts = model.generate(**ids, max_new_tokens=40, do_sample=is_sampled, pad_token_id=tokenizer.eos_token_id)
-        answers = tokenizer.batch_decode(texts[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [last_number(text) == int(problem.answer) for text, problem in zip(answers, problems, strict=True)]
-        shares[is_sampled] = sum(right) / len(right)
-    assert low <= shares[True] <= high
-    assert shares[False] < 0.15
-
-
-def test_every_expert_is_used():
-    """The LoRA of an expert that is never used would not be trained."""
-    name = "moe-128"
-    model, recipe, tokenizer = load_model(spec(name)), RECIPES[name], load_tokenizer(spec(name))
-    chosen = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
-    with torch.no_grad():
-        model(input_ids=torch.tensor(list(islice(tiny_bases.packed_blocks(recipe, tokenizer, recipe.seed + 1), 32))))
-    assert len(chosen) == recipe.layers
-    for experts in chosen:
-        shares = torch.bincount(experts.flatten(), minlength=recipe.experts) / experts.shape[0]
-        assert shares.sum() == pytest.approx(recipe.active_experts)
-        assert shares.min() > 0.02
-
-
-def test_the_balancing_loss_is_least_when_experts_share_the_work():
-    recipe = RECIPES["moe-128"]
-    even = torch.eye(8).repeat(3, 1) + torch.eye(8).roll(1, 0).repeat(3, 1)
-    idle = torch.zeros(24, 8)
-    idle[:, :2] = 20.0
-    assert tiny_bases.imbalance((even, even), recipe).item() == pytest.approx(recipe.active_experts)
-    assert tiny_bases.imbalance((even, idle), recipe).item() == pytest.approx((2 + 8) / 2)
-    # Each layer is balanced on its own.
-    assert tiny_bases.imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
 
 
 @pytest.mark.parametrize("name", ["llama-128", "llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])

@@ -37,7 +37,7 @@ def commands(tmp_path_factory) -> str:
 def folder(tmp_path_factory) -> Path:
     """A folder with nothing in it but files that have names of Python's modules and must not be run."""
     folder = tmp_path_factory.mktemp("empty")
-    for module in ("json", "random", "yaml"):
+    for module in ("json", "random", "studies", "yaml"):
         (folder / f"{module}.py").write_text(f"raise SystemExit('the {module}.py of the folder was run')\n")
     return folder
 

@@ -93,18 +93,6 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
     assert not (checkout / "results/wrong").exists()
 
 
-@pytest.mark.slow
-def test_what_fits_on_no_gpu_and_an_unknown_preset_are_one_sentence(checkout):
-    (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
-    for preset, sentence in (
-        ("small.yaml", r"of \S+ on \S+ needs \d+ GB on each of 4 x A10"),
-        ("lpatop", "preset 'lpatop': no file"),
-    ):
-        output = snakemake(checkout, "--dry-run", "--config", f"preset={preset}", fails=True)
-        assert re.search(sentence, output)
-        assert "Traceback" not in output
-
-
 @pytest.fixture(scope="module")
 def smoke(checkout):
     """The smoke preset, run whole, and what git then says of the clone."""
@@ -161,32 +149,6 @@ def test_the_base_and_every_condition_are_evaluated(smoke):
 
 
 @pytest.mark.slow
-def test_records_say_what_happened_and_where(smoke):
-    runs = pq.read_table(smoke[0] / "results/smoke/tables/runs.parquet").to_pandas()
-    for column in ("device", "threads", "host", "started", "versions", "model_sha256", "dataset_sha256", "wall_s"):
-        assert runs[column].notna().all(), column
-    assert (runs.peak_mem_bytes > 50e6).all()
-    assert (runs.groupby("dataset").dataset_sha256.nunique() == 1).all()
-    assert runs.tokenizer_sha256.nunique() == 1
-    # LoRA trains rank x (in + out) parameters; full fine-tuning all of them.
-    fullft = runs[runs.method == "fullft"]
-    assert (fullft.trainable_params == fullft.base_params).all()
-    lora = runs[runs.method == "lora"]
-    per_rank = {"all": 8256, "attn": 4224, "mlp": 5184}
-    assert (lora.trainable_params == lora.placement.map(per_rank) * lora["rank"]).all()
-    assert set(runs.family) == {"llama"}
-    assert set(runs.hidden_size) == {128}
-    whole_epoch = (runs.task == "sft") & (runs.steps == 5)
-    assert runs.first_epoch_nats.notna().eq(whole_epoch).all(), "early runs stop before the epoch ends"
-    assert runs.final_reward.notna().eq(runs.task == "rl").all()
-    # Weights are kept at the best LR only.
-    for _, arm in runs.groupby(ARM, dropna=False):
-        best = arm.loc[arm.seed > 0, "lr"].item()
-        for run in arm.itertuples():
-            assert (smoke[0] / "results/smoke/runs" / run.run_id / "weights").exists() == (run.lr == best), run
-
-
-@pytest.mark.slow
 def test_what_a_finished_clone_says_of_itself(smoke):
     checkout, _, changes = smoke
     assert changes == set()
@@ -202,7 +164,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
 
 
 # In each start some of 40 steps are done, and those of which the killed Snakemake knew nothing are done again.
-MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
+MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 4]
 """Beginnings of lines of Snakemake at which it is killed, one after the other."""
 
 

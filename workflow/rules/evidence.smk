@@ -18,11 +18,8 @@ rule evidence:
         "results/evidence/measurements.csv",
         "results/evidence/summary.csv",
         "results/evidence/lr_optima.csv",
-        expand(
-            "results/evidence/{figure}.{kind}",
-            figure=["matrix", "forest"],
-            kind=["svg", "png"],
-        ),
+        "results/evidence/matrix.svg",
+        "results/evidence/forest.svg",
     log:
         "results/evidence/logs/evidence.log",
     conda:

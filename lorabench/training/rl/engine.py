@@ -70,9 +70,7 @@ def llm_options(
         model: folder or hub id of the model.
         dtype: the name of the type of products.
         max_length: tokens of the longest prompt with its response.
-        cache_bytes: bytes of keys and values.
         max_rank: largest rank of the adapter; None without one.
-        batch: the most that goes through the model at once.
         gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
         tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
         adapted: names of layers, without those around them, that may carry the adapter; None for all.
@@ -125,11 +123,7 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
 
 
 def handover_folder(needed: int) -> Path:
-    """Return the folder of this machine for the files of policies of `needed` bytes: in memory, where it has room.
-
-    Raises:
-        UserError: no folder has that much free space.
-    """
+    """Return this machine's folder for files of `needed` bytes, in memory if it has room; UserError if none has."""
     memory = [MEMORY] if os.access(MEMORY, os.W_OK) else []
     folders = [*memory, Path(tempfile.gettempdir())]
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
@@ -148,9 +142,8 @@ class PolicyEngine:
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
     It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
-    folder that all processes of a job, which share a machine, see. What is compiled goes into a folder of each process.
-    This context manager ends the process and removes the folders, after those that killed jobs left behind. What vLLM
-    prints, with the tracebacks of its errors, is appended to the file `log`, which stays.
+    folder that all processes of a job see. What is compiled goes into a folder of each process. This context manager
+    ends the process and removes the folders. What vLLM prints is appended to the file `log`, which stays.
     """
 
     def __init__(self, processes: Processes, log: Path) -> None:
@@ -162,11 +155,7 @@ class PolicyEngine:
         self._folders = [self._caches]
 
     def make_room(self, needed: int) -> None:
-        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this.
-
-        Raises:
-            UserError: no folder of this machine has that much free space.
-        """
+        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this."""
         if needed > self._room:
             made = [machine_folder(handover_folder(needed))] if self._processes.first else []
             [self._folder] = self._processes.gather_objects(made)[0]
@@ -194,18 +183,11 @@ class PolicyEngine:
             model: the policy, a base model or one with an adapter.
             settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
             interrupt: called while responses are awaited; it may raise to end the drawing.
-
-        Raises:
-            UserError: the engine failed or has ended.
         """
-        hand_over = self._hand_over_adapter if isinstance(model, PeftModel) else self._hand_over_weights
-        hand_over(model, settings)
-
-        def seed(key: tuple[int, ...] | None) -> int | None:
-            """Return the seed of a response's random numbers, which depends on its key alone."""
-            if key is None:
-                return None
-            return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        if isinstance(model, PeftModel):
+            self._hand_over_adapter(model, settings)
+        else:
+            self._hand_over_weights(model, settings)
 
         def draw_share(share: list[Request]) -> list[Response]:
             if not share:
@@ -221,7 +203,14 @@ class PolicyEngine:
                 "detokenize": bool(stop.texts),
                 "skip_special_tokens": False,
             }
-            wanted = [(request.prompt, seed(request.key)) for request in share]
+            wanted: list[tuple[tuple[int, ...], int | None]] = []
+            for request in share:
+                seed: int | None = None
+                if request.key is not None:
+                    # The random numbers of a response depend on its key alone.
+                    state = np.random.SeedSequence(request.key).generate_state(1, np.uint64)
+                    seed = int(state[0] >> np.uint64(1))
+                wanted.append((request.prompt, seed))
             answers = self.ask("sample", interrupt, requests=wanted, options=options)
             return [
                 Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
@@ -231,10 +220,9 @@ class PolicyEngine:
         return sample_in_processes(requests, draw_share, self._processes)
 
     def _hand_over_weights(self, model: Any, settings: EngineSettings) -> None:
-        """Hand over all weights.
+        """Hand over all weights, in the type in which their products are computed, as in training.
 
-        They have the type in which their products are computed, as in training, so none is rounded that training does
-        not round. A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
+        A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
         """
         dtype, tensors = getattr(torch, settings.options["dtype"]), {}
         named = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
@@ -320,14 +308,11 @@ class PolicyEngine:
             self._settings = None
 
     def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
-        """Send a message to the process and return its answer.
+        """Send a message to the process and return its answer; UserError if the engine failed or has ended.
 
         Args:
             name: a method of the worker's `_Engine`; None only awaits the answer that the engine has started.
             interrupt: called while the answer is awaited; it may raise.
-
-        Raises:
-            UserError: the engine failed or has ended.
         """
         try:
             if name is not None:

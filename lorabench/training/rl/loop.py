@@ -52,8 +52,7 @@ PATIENCE, MIN_PATIENCE = 0.2, 3
 policy has not changed then."""
 
 COLLAPSED_STEPS = 20
-"""A run that has had rewards is ended after so many steps in a row without any. In these its policy has not changed:
-where no response is right, all advantages and so the gradient are exactly zero, and no update is made."""
+"""A run that has had rewards is ended after so many steps in a row without any, in which its policy has not changed."""
 
 Scores = dict[str, dict[str, float]]
 """Values of metrics by split and by metric."""
@@ -126,7 +125,7 @@ class ProblemTexts:
 
 @dataclass(frozen=True)
 class Environment:
-    """The problems that a run is trained and evaluated on, with their grading; `held_out` sets are only evaluated.
+    """The problems that a run is trained and evaluated on; `held_out` sets are only evaluated.
 
     `controls` are the accuracies of answers that solve no problem, None where they are not known.
     """
@@ -168,12 +167,8 @@ def evaluate(
 ) -> tuple[Scores, list[bool]]:
     """Return the metrics of all sets of a policy, and whether each test problem was answered right.
 
-    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
-
-    Args:
-        seed: the seed of the run, for the random numbers of the samples.
-        step: the number of finished steps, for the random numbers of the samples.
-        draw: draws from the policy.
+    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1, with
+    random numbers that follow from the run's seed and the number of finished steps.
     """
     sets = {split: (environment.splits[split], environment.grade, 1) for split in ("validation", "test")}
     sets |= {name: (*held_out, rollouts.held_out_samples) for name, held_out in environment.held_out.items()}

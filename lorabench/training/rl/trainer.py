@@ -6,6 +6,7 @@ random numbers (see `sampler.py`), so it is the same in whichever process it is 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -28,12 +29,7 @@ from lorabench.training.rl.objective import check_finite
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
 from lorabench.training.run import Machine
 from lorabench.utils import signals
-from lorabench.utils.exhaustion import need_room
 from lorabench.utils.files import file_sha256
-
-# Bytes that the threads of sampling and grading take at least. Where they can't have them, libraries in C and Rust end
-# the process by a signal.
-_LEAST_ROOM = 32 << 20
 
 
 class RlTrainer:
@@ -64,7 +60,9 @@ class RlTrainer:
                 for them.
             Stopped: a signal asked the job to end, and the run is saved.
         """
-        need_room(_LEAST_ROOM)
+        # Threads of sampling and grading take so many bytes at least. Where they can't have them, libraries in C and
+        # Rust end the process by a signal.
+        mmap.mmap(-1, 32 << 20).close()
         condition, machine, rollouts = run.condition, context.machine, run.condition.rollouts
         assert rollouts
         if rollouts.sampler == "vllm":

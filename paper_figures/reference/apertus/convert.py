@@ -1,4 +1,4 @@
-"""Writes the tidy tables runs.csv and curves.csv of this source from raw_runs.csv and raw_curves.csv.
+"""Writes the tidy tables runs.csv and curves.csv of this source from raw_runs.csv and raw_curves.csv.gz.
 
 Full fine-tuning of the 70B model stops at 100 steps. Since the learning rate is constant, the other runs of this model
 are also read as runs of 100 steps, whose final loss is the mean training loss of the last 20 of them.
@@ -13,7 +13,7 @@ SHORT_MODEL, SHORT, WINDOW, LEAST = "Apertus-70B-Instruct-2509", 100, 20, 99
 
 runs = pd.read_csv(FOLDER / "raw_runs.csv").rename(columns={"tail20_train_nll": "final_train_nll"})
 runs = runs.assign(rank=runs["rank"].astype("Int64"), placement="all", status="done", batch_size=None)
-curves = pd.read_csv(FOLDER / "raw_curves.csv").rename(columns={"train_nll": "value"})
+curves = pd.read_csv(FOLDER / "raw_curves.csv.gz").rename(columns={"train_nll": "value"})
 curves = curves.assign(split="train", metric="nll")[["run_id", "step", "split", "metric", "value"]]
 
 of_model = runs[runs["model"] == SHORT_MODEL]

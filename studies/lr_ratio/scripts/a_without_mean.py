@@ -38,12 +38,13 @@ from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.models.base import load_tokenizer
 from lorabench.models.lora import lora_layers
 from lorabench.planning.plan import make_plan
-from lorabench.report.publish import PUBLISHED, write_part
-from lorabench.report.publish import table as markdown_table
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
+from lorabench.store.published import PUBLISHED
 from lorabench.training import context
 from lorabench.training.run import machine_of
+from lorabench.utils.markdown import table as markdown_table
+from lorabench.utils.markdown import write_part
 from studies.bf16.weights import results, train_at
 from studies.lr_ratio.scripts.first_step import input_means, lowest, without
 

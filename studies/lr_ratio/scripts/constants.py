@@ -179,7 +179,7 @@ def variants(tables: Tables) -> pd.DataFrame:
             low, high = map(math.exp, switch.log_ratio.interval())
             ratio = {"ratio": math.exp(switch.log_ratio.value), "ratio_low": low, "ratio_high": high}
             theories = {"movement": switch.ratio_by_movement(movement), "still": 1 / more, "mu_a": 1 / math.sqrt(more)}
-            rows.append({"condition": f"{comparison.label} {switch.name}"} | ratio | theories)
+            rows.append({"condition": f"{comparison.label} {switch.name}", **ratio, **theories})
     if not rows:
         raise UserError("the tables have no runs of rsLoRA or LoRA+ beside LoRA of the experiment variants")
     table = pd.DataFrame(rows)

@@ -27,11 +27,11 @@ from advice.benchmarks.lr_left_out import condition_of, left_out, loss_above_bes
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.report.publish import PUBLISHED, evidence_folders
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
+from lorabench.store.published import PUBLISHED, evidence_folders
 
 Base = tuple[str, str, str]
 """A source, a model and a dataset."""

@@ -13,12 +13,10 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config.fields import SUFFIXES
-from lorabench.config.inputs import PathModel, TinyModel
-from lorabench.config.loading import load_preset
+from lorabench.config.inputs import TinyModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
+from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.engine import EngineBatch
@@ -38,7 +36,7 @@ from .conftest import learned, same_tokens
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
 ]
 
 # The size of its heads, 32, is one that vLLM computes on a CPU.
@@ -75,18 +73,7 @@ def stop(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """An empty home directory, in which caches would be."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))
-        for name in ("HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
-            patch.delenv(name, raising=False)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def engine(home, tmp_path_factory):
+def engine(tmp_path_factory):
     """The engine of the tests, which is started again where one needs other settings."""
     with PolicyEngine(SINGLE_PROCESS, tmp_path_factory.mktemp("logs") / "engine.log") as opened:
         yield opened
@@ -139,27 +126,6 @@ def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, sto
     assert engine._process is process
 
 
-def test_keys_and_values_of_an_old_adapter_would_be_noticed(engine, prompts, stop):
-    """An adapter under its old name gets the keys and values of the old one, and so other log-probabilities."""
-    model = adapted(BASE, 1)
-    # Keys and values are kept for whole blocks of tokens.
-    asked = requested([prompt * 12 for prompt in prompts])
-    engine.draw(model, settings(max_rank=1), asked, stop)
-    move(model, 0.02)
-    engine._handed_over -= 1
-    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) > 1e-2
-    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) < 1e-3
-
-
-@pytest.mark.parametrize("placement", ["attn", "mlp"])
-def test_layers_that_carry_no_adapter_have_no_room_for_one(placement, engine, prompts, stop):
-    model, asked = adapted(BASE, 8, placement), requested(prompts)
-    chosen = settings(max_rank=8, adapted=(*SUFFIXES[placement], "lm_head"))
-    for step in range(2):
-        assert largest_difference(model, asked, engine.draw(model, chosen, asked, stop)) < 1e-3
-        move(model, 0.02, step)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_weights_are_the_learners_after_updates(tied, engine, prompts, stop):
     model = load_model(BASE)
@@ -185,12 +151,6 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
     assert len(drawn[0].tokens) == 4
 
 
-def test_nothing_is_written_into_the_home_directory(engine, home, prompts, stop):
-    engine.draw(load_model(BASE), settings(tokenizes=True), requested(prompts), stop)
-    assert any(engine._caches.rglob("*"))
-    assert list(home.rglob("*")) == []
-
-
 def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
     engine.draw(load_model(BASE), settings(tokenizes=True), requested(prompts), stop)
     with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as refusal:
@@ -202,78 +162,41 @@ def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
         engine.ask("weights", folder="nowhere")
 
 
-def widen(base: str, folder: Path) -> Path:
-    """Write a Llama base with the same logits and heads of 32, not 16, which vLLM lacks on a CPU; return its folder.
-
-    Rotary embeddings turn dimensions i and i + d/2 of a head of size d at frequency theta^(-2i/d). So dimension i of 16
-    becomes dimension 2i of 32, which has the same frequency; the other dimensions are zero. Queries are multiplied by
-    sqrt(2), since scores are divided by the root of the size.
-    """
-    narrow, wide = 16, 32
-    spec = TinyModel(kind="tiny", name=base)
-    model = load_model(spec)
-    half = torch.arange(narrow // 2)
-    to = torch.cat([2 * half, wide // 2 + 2 * half])
-    heads = model.config.num_attention_heads
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        factors = {"q_proj": (wide / narrow) ** 0.5, "k_proj": 1.0, "v_proj": 1.0}
-        for name, factor in factors.items():
-            projection = attention.get_submodule(name)
-            old = projection.weight.detach().view(heads, narrow, -1)
-            new = torch.zeros(heads, wide, old.shape[-1])
-            new[:, to] = factor * old
-            projection.weight = torch.nn.Parameter(new.flatten(0, 1))
-        old = attention.o_proj.weight.detach().view(-1, heads, narrow)
-        new = torch.zeros(len(old), heads, wide)
-        new[..., to] = old
-        attention.o_proj.weight = torch.nn.Parameter(new.flatten(1))
-    model.config.head_dim = wide
-    model.save_pretrained(folder)
-    load_tokenizer(spec).save_pretrained(folder)
-    return folder
+STEPS = 5
 
 
-STEPS = 9
-
-
-def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
+def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = widen("llama-64-sums", tmp_path / "base")
-    ids = torch.randint(5, 1000, (2, 40))
-    narrow = load_model(TinyModel(kind="tiny", name="llama-64-sums"))
-    path = {"kind": "path", "path": str(base), "parameters": 300_000, "hidden_size": 64}
-    torch.testing.assert_close(load_model(PathModel(**path))(ids).logits, narrow(ids).logits, atol=1e-4, rtol=1e-4)
     block = {
-        "models": ["wide"],
-        "problems": ["sums"],
+        "models": ["tiny"],
+        "problems": ["gcd"],
         "ranks": {"all": [8]},
-        "problems_per_step": 16,
-        "group_size": 8,
+        "problems_per_step": 4,
+        "group_size": 4,
         "steps": STEPS,
-        "max_new_tokens": 28,
-        "mean_response_tokens": 19,
+        "max_new_tokens": 8,
+        "mean_response_tokens": 4,
         "evaluations": 1,
-        "held_out": [],
         "lrs": {"fullft": [], "lora": [1e-3]},
-        "seeds": {"every": 3},
+        "seeds": 1,
     }
+    gcd = {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 40, "validation": 8, "test": 8}
     preset = {
-        "description": "RL of sums by LoRA of rank 8, three seeds",
-        "models": {"wide": path},
-        "problems": {"sums": {"kind": "sums", "train": 600, "validation": 16, "test": 240}},
+        "description": "RL by LoRA of rank 8",
+        "models": {"tiny": {"kind": "tiny"}},
+        "problems": {"gcd": gcd},
         "experiments": {"rl_arithmetic": [block]},
         "margins": dict(MARGINS),
         "execution": {"gflops": 40.0, "threads": 2, "checkpoint_minutes": 0, "sampler": "vllm"},
     }
     Path("mine.yaml").write_text(yaml.safe_dump(preset))
     layout = Layout.of("mine.yaml")
-    write_problems(make_problems(layout.preset.problems["sums"]), layout.dataset("sums"))
+    write_problems(make_problems(layout.preset.problems["gcd"]), layout.dataset("gcd"))
     plan = make_plan(layout.preset)
     job = Job(tuple(plan.sweeps))
     asked, ask, before = [], PolicyEngine.ask, set(Path("/dev/shm").glob(f"lorabench-vllm-*-{os.getpid()}-*"))
-    # The engine dies in step 5 of the first run, whose base was evaluated before.
-    deadly = [6]
+    # The engine dies in step 3, whose base was evaluated before.
+    deadly = [4]
 
     def counted(engine, name, *given, **arguments):
         asked.append(name)
@@ -288,38 +211,13 @@ def test_rl_learns_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypat
     assert set(Path("/dev/shm").glob(f"lorabench-vllm-*-{os.getpid()}-*")) == before
     asked.clear()
     run_job(plan, job, layout, lambda line: None)
-    # It went on from the checkpoint: the base was evaluated again, then came the other steps of three runs, and an
-    # evaluation at the end of each.
-    assert asked.count("sample") == 1 + 3 * (STEPS + 1) - 4
+    # It went on from the checkpoint: the base was evaluated again, then came the other steps and the last evaluation.
+    assert asked.count("sample") == 1 + STEPS - 2 + 1
     collect([layout.job(job)], layout.tables())
-    runs, curve = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
-    assert runs["final_reward"].mean() - runs["base_reward"].mean() > 0.1
-    [record, *_] = layout.runs.glob("*/record.json")
+    [record] = layout.runs.glob("*/record.json")
     assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
     # The sampler's distribution is the learner's at every step.
+    curve = read_table(layout.tables(), "curves")
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
-    assert len(kl) == 3 * STEPS
+    assert len(kl) == STEPS
     assert kl.abs().max() < 1e-4
-
-
-def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(engine):
-    spec = load_preset("smollm2").models["smollm2-135m"]
-    if not (converted_folder(spec) / "model.safetensors").exists():
-        convert_gguf(spec)
-    tokenizer = load_tokenizer(spec)
-    prompts = prompts_of(tokenizer, ("Name a large city.", "What is 17 + 25?"))
-    greedy = [Request(prompt, None) for prompt in prompts]
-    end = Stop((tokenizer.eos_token_id,), 12)
-
-    model = adapted(spec, 16)
-    own = sample(model, tokenizer, greedy, end, 10_000)
-    assert same_tokens(engine.draw(model, settings(spec, max_rank=16), greedy, end), own)
-    move(model, 0.002)
-    asked = requested(prompts)
-    assert largest_difference(model, asked, engine.draw(model, settings(spec, max_rank=16), asked, end)) < 1e-3
-
-    model = load_model(spec)
-    assert same_tokens(engine.draw(model, settings(spec), greedy, end), own)
-    for step in range(2):
-        move(model, 0.001, step)
-    assert largest_difference(model, asked, engine.draw(model, settings(spec), asked, end)) < 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lorabench.config.experiments import Protocol
@@ -84,24 +82,6 @@ def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     assert not folder.exists()
 
 
-CACHES = {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
-
-
-def test_two_engines_compile_into_folders_of_their_own_on_this_machine(monkeypatch):
-    for name in CACHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CUDA_CACHE_PATH", "chosen")
-    with PolicyEngine(SINGLE_PROCESS, LOG) as first, PolicyEngine(SINGLE_PROCESS, LOG) as second:
-        folders = (first._caches, second._caches)
-        for own in folders:
-            environment = engine._environment(EngineSettings({}, None, 1), own)
-            assert all(Path(environment[name]).parent == own for name in CACHES)
-            assert own.parent == Path(tempfile.gettempdir())
-            assert environment["CUDA_CACHE_PATH"] == "chosen"
-        assert folders[0] != folders[1]
-    assert not any(folder.exists() for folder in folders)
-
-
 @pytest.fixture
 def small_memory(tmp_path, monkeypatch) -> Iterator[Path]:
     """A file system in memory of 1 MB in place of that of this machine; files go into the test's folder otherwise."""
@@ -163,24 +143,6 @@ def test_a_policy_without_room_is_refused_before_anything_is_started(small_memor
         run_job(context.plan, Job((context.sweep,)), context.layout, lambda line: None)
 
 
-def test_a_memory_that_fills_up_is_named(small_memory):
-    class Policy(torch.nn.Linear):
-        config = None
-
-        def get_output_embeddings(self):
-            return self
-
-    options = {"dtype": "float32"}
-    (small_memory / "of another job").write_bytes(bytes(900_000))
-    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
-        opened.make_room(0)
-        opened._room = 1 << 40
-        policy = Policy(500, 500)
-        policy.config = type("Config", (), {"architectures": [], "to_dict": lambda self: {}})()
-        with pytest.raises(UserError, match=f"no space left to write {opened._folder}/model; make room"):
-            opened._hand_over_weights(policy, EngineSettings(options, None, 1))
-
-
 def test_the_engine_has_the_options_that_the_plan_counts(prepared):
     context = prepared(2, gpu="A10", max_cache_tokens=400)
     preset, condition = context.plan.preset, context.sweep.condition
@@ -208,26 +170,3 @@ def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
             with pytest.raises(UserError, match=rf"^vLLM, .* failed: \w+: .*; its log is {log}$"):
                 opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
             assert log.read_text().count("Traceback (most recent call last)") >= times
-
-
-def test_a_busy_gpu_is_explained():
-    with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
-        opened._connection = Answer("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
-        with pytest.raises(UserError, match=r"^vLLM, .* busy or unavailable; the GPU may be in a compute mode"):
-            opened.ask("sample")
-
-
-class Answer:
-    """The connection to an engine that answers with an error."""
-
-    def __init__(self, error: str) -> None:
-        self.error = error
-
-    def send_bytes(self, message: bytes) -> None:
-        """Take a message."""
-
-    def poll(self, seconds: float) -> bool:
-        return True
-
-    def recv_bytes(self) -> bytes:
-        return json.dumps({"error": self.error}).encode()

@@ -26,10 +26,8 @@ from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, backward, check_finite, row_parts
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.step_cost import NewStorages
 
 from ...conftest import REPOSITORY
-from ..test_loss import tiny
 from .conftest import CPU, TINY, drawn, machine
 
 
@@ -174,30 +172,6 @@ def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups)
     assert with_idle.loss == pytest.approx(share * without.loss, abs=1e-6)
     for name, expected in gradients(base).items():
         torch.testing.assert_close(gradient[name], share * expected, rtol=1e-3, atol=1e-5)
-
-
-def test_logits_of_all_tokens_are_never_held(monkeypatch):
-    vocabulary, at_once, draw = 8192, 32, np.random.default_rng(0)
-    model, rewards = tiny("lora", False, vocabulary), np.repeat([1.0, 0.0], 8)
-    groups = [
-        ResponseGroup.of((1, 2), [response(draw.integers(vocabulary, size=16)) for _ in rewards], given)
-        for given in (rewards, np.zeros(16))
-    ]
-    peaks, steps, expected = [], [], []
-    # The first pass allocates the gradients.
-    for max_logits in (MAX_LOGITS["cpu"], MAX_LOGITS["cpu"], at_once * vocabulary):
-        monkeypatch.setitem(MAX_LOGITS, "cpu", max_logits)
-        with NewStorages() as new:
-            steps.append(backward(model, groups, machine()))
-        peaks.append(new.peak)
-        expected.append(gradients(model))
-    logits = 4 * 16 * len(rewards) * vocabulary
-    assert peaks[1] > 3 * logits
-    # With 8 pieces four times the logits of one remain, and the decoder's activations.
-    assert peaks[2] < logits
-    assert vars(steps[2]) == pytest.approx(vars(steps[1]), rel=1e-5)
-    for name, gradient in expected[1].items():
-        assert (expected[2][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):

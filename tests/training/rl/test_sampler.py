@@ -46,14 +46,10 @@ def test_what_has_no_probability_is_never_drawn(scores, uniform, masked):
     assert logprobs[0, token] > -torch.inf
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts, rank):
+def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts):
     requests = keyed(prompts[:6])
-    if rank is None:
-        assert_log_probabilities_of(base, requests, drawn(base, tokenizer, requests))
-        return
     # The reference is PEFT's own forward pass.
-    model = add_lora(base, rank, "all", 32.0, True, seed=0)
+    model = add_lora(base, 4, "all", 32.0, True, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
@@ -91,16 +87,7 @@ def test_a_sliding_window_is_kept_and_nothing_is_learned_beyond_it(tokenizer, ro
             backward(model, [group], machine())
 
 
-def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
-    longest = 12
-    responses = drawn(base, tokenizer, [Request(prompt, None) for prompt in prompts[:8]], longest)
-    for prompt, response in zip(prompts, responses, strict=False):
-        ids = torch.tensor([prompt])
-        text = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False)
-        assert response.tokens.tolist() == text[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize(("cache", "shared", "seats"), [(40, 128, 1), (200, 128, 4), (100_000, 1, 1), (100_000, 16, 2)])
+@pytest.mark.parametrize(("cache", "shared", "seats"), [(200, 128, 4), (100_000, 1, 1), (100_000, 16, 2)])
 def test_a_response_depends_neither_on_its_batch_nor_on_those_in_its_row(
     base, tokenizer, prompts, monkeypatch, row_tables, cache, shared, seats
 ):
@@ -148,3 +135,12 @@ def test_a_text_ends_a_response(base, tokenizer, prompts):
         if len(short.tokens) < len(long.tokens):
             assert any(text in said[-1] for text in texts)
             assert not short.truncated
+
+
+def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
+    longest = 12
+    responses = drawn(base, tokenizer, [Request(prompt, None) for prompt in prompts[:4]], longest)
+    for prompt, response in zip(prompts, responses, strict=False):
+        ids = torch.tensor([prompt])
+        text = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False)
+        assert response.tokens.tolist() == text[0, len(prompt) :].tolist()

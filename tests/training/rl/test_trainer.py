@@ -193,4 +193,4 @@ def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_p
     assert 0 < run["base_reward"] < 1
     assert run["status"] == "done"
     card = (layout.runs / run["run_id"] / "weights/README.md").read_text()
-    assert f"| test accuracy | {run['final_reward']:.4f} (standard error " in card
+    assert f"| test accuracy | {run['final_reward']:.4f} |" in card

@@ -1,0 +1,107 @@
+"""The sentences and the picture that answer plain questions, from matrices that are made for one answer each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from answers import QUESTIONS, answer, count_of_core
+from lorabench.claims.judge import CORE
+from lorabench.figures.evidence import QUESTIONS as DRAWN
+from lorabench.figures.evidence import draw_matrix
+from lorabench.report.claim_text import VERDICTS
+
+BATCHES = next(question for question in QUESTIONS if question.claim_id == "D1")
+ACCURACY = next(question for question in QUESTIONS if question.claim_id == "F1")
+GROWS, AS_ALWAYS = "the gap grows by 0.050 nats [0.040, 0.060]", "Choose the batch size as for full fine-tuning."
+ASKED = "Do large batches harm LoRA more than full fine-tuning?"
+SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
+
+
+def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
+    """Make a cell of the matrix with one comparison, whose numbers are those of claim D1."""
+    found = {"claim_id": "D1", "scale": scale, "parameters": SIZES[scale], "unit": "nats per token", "verdict": verdict}
+    found |= {"explored": True, "held_out": None, "p_again": None, "source": None}
+    found |= {"n_parts": 1, "part_low": 0.05, "part_high": 0.05}
+    return found | {"estimate": 0.05, "ci_low": 0.04, "ci_high": 0.06} | columns
+
+
+def batches(*cells: dict[str, Any]) -> str:
+    return answer(BATCHES, pd.DataFrame(cells))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "advice", "answered"),
+    [
+        ("confirmed", "Keep batches small.", f"*Yes* on tiny models ({GROWS})."),
+        ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
+        ("contradicted", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
+        ("not seen here", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
+        ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models."),
+        ("setting not met", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
+        ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
+    ],
+)
+def test_the_verdict_decides_the_sentence(verdict, advice, answered):
+    assert batches(cell(verdict)) == f"**{advice}** {ASKED} {answered}"
+
+
+def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_do():
+    cells = [
+        cell("not seen here", p_again=0.79, held_out="not seen here"),
+        cell("confirmed", "1B", p_again=0.8, held_out="inconclusive", n_parts=2, part_low=0.01, part_high=0.07),
+        cell("contradicted", "3B", unit="error rate"),
+        cell("confirmed", "8B", estimate=None, held_out="not tested"),
+    ]
+    text = batches(*reversed(cells), cell("setting not met", "0.13B"))
+    assert text == (
+        f"**Keep batches small.** {ASKED} *No* on tiny models ({GROWS}; borderline, but the same on held-out seeds) "
+        "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
+        "and at 8B (not tested on held-out seeds)."
+    )
+
+
+def test_a_verdict_without_explored_seeds_did_not_come_out_again():
+    once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
+    assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
+
+
+def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
+    worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
+    expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
+    assert answer(ACCURACY, pd.DataFrame([worse])).endswith(expected)
+
+
+def test_core_claims_are_counted_by_size():
+    def counted(*verdicts: tuple[str, str]) -> str:
+        ids = zip(CORE, verdicts, strict=False)
+        return count_of_core(pd.DataFrame([cell(*verdict) | {"claim_id": claim_id} for claim_id, verdict in ids]))
+
+    assert counted(("inconclusive", "tiny")) == "None of the 15 claims that carry the paper is decided at any size."
+    assert counted(("confirmed", "1B"), ("not seen here", "tiny"), ("contradicted", "tiny"), ("confirmed", "tiny")) == (
+        "Of the 15 claims that carry the paper 1 holds and 2 do not on tiny models; 1 holds at 1B. The others are "
+        "undecided or not tested."
+    )
+    assert counted(("right sign, below the margin", "tiny"), ("not tested", "1B"), ("inconclusive", "8B")) == (
+        "Of the 15 claims that carry the paper 1 holds by less than matters on tiny models. The others are undecided "
+        "or not tested, and **none is decided at 1B or above**."
+    )
+
+
+def test_the_picture_has_the_same_questions():
+    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
+
+
+def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():
+    # Of two sizes the one that is nearer to failing decides.
+    cells = [cell(verdict) | {"claim_id": q.claim_id} for q, verdict in zip(QUESTIONS, VERDICTS, strict=False)]
+    cells += [cell("confirmed", "1B", source="a"), cell("contradicted", "3B"), cell("not tested", "8B")]
+    texts = [text.get_text() for text in draw_matrix(pd.DataFrame(cells)).axes[0].texts]
+    heads = [text for text in texts if text.endswith(("us", "others", "both"))]
+    assert heads == ["tiny\nus", "1\N{EN DASH}3B\nboth", "8B\nus"]
+    key = {"yes": 3, "?": 1, "\N{EN DASH}": 1}
+    # Without a question, and without runs in the setting, there is a dash.
+    shown = {"yes": 1, "slight": 1, "no": 3, "?": 1, "\N{EN DASH}": 3 * len(QUESTIONS) - 6}
+    assert {word: texts.count(word) - key.get(word, 0) for word in shown} == shown

@@ -1,0 +1,265 @@
+"""Publishing a finished preset and the evidence: the copied files, and the generated parts of README and docs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import publish as publish_script
+from evidence import publish_evidence
+from export import exportable
+from lorabench.analysis.rules import DECIDED
+from lorabench.claims.judge import CLAIMS, CORE
+from lorabench.claims.rules_hash import rules_sha256
+from lorabench.errors import UserError
+from lorabench.report.claim_text import VERDICTS, headline
+from lorabench.report.evidence import evidence_tables
+from lorabench.report.freeze import freeze, write_frozen
+from lorabench.sources.measurements import read_own
+from lorabench.store.io import write_frame
+from lorabench.store.layout import Layout
+from lorabench.store.published import PUBLISHED, evidence_folders, published_folders, read_provenance
+from lorabench.utils.markdown import table
+from pages import SOURCES, pages, results_part
+from publish import publish, publish_held_out
+
+from ..conftest import REPOSITORY
+from ..handmade import claims_table, curves_of, laptop_like, make_claim
+
+PAGES = {
+    "README.md": ["answers"],
+    "docs/index.md": ["answers"],
+    "docs/other-runs.md": ["evidence"],
+    "docs/results.md": ["matrix", "laptop", "overnight"],
+}
+"""The pages, with their generated parts."""
+
+EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
+
+
+def places(name: str) -> str:
+    start = f"<!-- {name}: written by `workflow/scripts/`, never by hand -->"
+    return f"before {name}\n{start}\nthe last one\n<!-- end of {name} -->\nafter {name}\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a repository that has published evidence, and whose pages have places for the generated parts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for page, names in PAGES.items():
+        (tmp_path / page).write_text("".join(map(places, names)))
+    shutil.copytree(EVIDENCE, tmp_path / PUBLISHED / "evidence")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def judged() -> pd.DataFrame:
+    """Make a row for each claim, with all verdicts."""
+    verdicts = cycle(VERDICTS)
+    return claims_table([make_claim(claim.id, next(verdicts), statement=claim.statement) for claim in CLAIMS])
+
+
+@pytest.fixture
+def finished(judged: pd.DataFrame, root: Path) -> Layout:
+    """Make the laptop preset as if it had been run and published before."""
+    layout, runs = Layout.of("laptop"), laptop_like()
+    for name, frame in (("runs", runs), ("curves", curves_of(runs)), ("claims", judged)):
+        write_frame(frame, name, layout.tables())
+    for folder, name in ((layout.figures, "verdicts.svg"), (layout.published, "of_an_older_version.svg")):
+        folder.mkdir(parents=True)
+        (folder / name).write_text("<svg/>")
+    return layout
+
+
+def test_figures_claims_and_provenance_are_copied_and_parts_take_the_place_of_old_ones(
+    finished: Layout, judged: pd.DataFrame, root: Path
+):
+    publish(finished, Path())
+    assert {path.name for path in finished.published.iterdir()} == {"verdicts.svg", "claims.csv", "provenance.json"}
+    assert list(pd.read_csv(finished.published / "claims.csv")["verdict"]) == list(judged["verdict"])
+    provenance, runs = json.loads((finished.published / "provenance.json").read_text()), laptop_like()
+    assert provenance["runs"] == len(runs)
+    assert provenance["runs_by_status"] == runs["status"].value_counts().to_dict()
+    assert provenance["devices"] == ["AMD EPYC 7B13"]
+    assert provenance["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
+    written = {page: (root / page).read_text() for page in PAGES}
+    for page, names in PAGES.items():
+        for name in names:
+            assert all(part in written[page] for part in places(name).split("the last one"))
+    # The preset overnight was not published here, so its part stays.
+    assert "".join(written.values()).count("the last one") == 1
+    publish(finished, Path())
+    assert {page: (root / page).read_text() for page in PAGES} == written
+
+
+def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is_missing(
+    finished: Layout, judged: pd.DataFrame
+):
+    publish(finished, Path())
+    part = results_part(Path(), "laptop")
+    assert headline(judged) in part
+    for claim in judged.to_dict("records"):
+        decided = claim["verdict"] in DECIDED and claim["kind"] != "count"
+        shown = decided or (claim["claim_id"] in CORE and claim["verdict"] != "not tested")
+        assert (f"\n| {claim['claim_id']} | {claim['statement']} | {claim['verdict']}" in part) == shown
+    claims = [
+        make_claim("B1"),
+        make_claim("B3", "inconclusive"),
+        make_claim("B2", p_again=0.7),
+        make_claim("D1", "setting not met", missing="natural text"),
+    ]
+    claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
+    part = results_part(Path(), "laptop")
+    for verdict in (
+        "confirmed",
+        "inconclusive; to decide: 6 seeds (now 3)",
+        "confirmed, borderline",
+        "setting not met; needs natural text",
+    ):
+        assert f"| {verdict} | ±0.01 nats | 0.00200 nats [-0.00400, 0.00800] |" in part
+    assert table(["a"], [["a|b <script>\nc & d"]])[-1] == "| a\\|b &lt;script> c &amp; d |"
+
+
+def test_held_out_verdicts_stand_beside_the_explored_ones(
+    finished: Layout, judged: pd.DataFrame, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    publish(finished, Path())
+    preset = finished.preset
+    explored = judged.assign(rules=rules_sha256(preset.margins, preset.predictions or {}))
+    frozen = root / "frozen.yaml"
+    write_frozen(freeze("laptop@100", explored), frozen)
+    held_out, runs = Layout.of("laptop@100"), laptop_like()
+    turned = explored.assign(verdict=explored["verdict"].where(explored["claim_id"] != "B1", "inconclusive"))
+    for name, frame in (("runs", runs), ("claims", turned)):
+        write_frame(frame, name, held_out.tables())
+    with pytest.raises(UserError, match="preset laptop@100 has other seeds than the explored ones"):
+        publish(held_out, Path())
+    with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
+        publish_held_out(frozen, Path())
+    assert not (finished.published / "held_out").exists()
+    monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123")
+    held_out.figures.mkdir(parents=True)
+    (held_out.figures / "fig1.csv").write_text("lr\n0.1\n")
+    sentence = publish_held_out(frozen, Path())
+    folder = finished.published / "held_out"
+    tables = {"came_out_again.csv", "claims.csv", "fig1.csv"}
+    assert {path.name for path in folder.iterdir()} == tables | {"provenance.json"}
+    assert json.loads((folder / "provenance.json").read_text())["frozen"]["commit"] == "0123"
+    part = (root / "docs/results.md").read_text()
+    assert f"{sentence}." in part
+    assert "|  | claim | explored | held out | margin |" in part
+    verdict = explored.set_index("claim_id").loc["B1", "verdict"]
+    assert re.search(rf"\| B1 \|[^|]*\| {verdict}[^|]*\| inconclusive \|", part)
+    # Publishing what was explored leaves the held-out results, and is still no preset of its own.
+    publish(finished, Path())
+    assert (folder / "came_out_again.csv").is_file()
+    assert [path.name for path in published_folders(root)] == ["laptop"]
+
+
+def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held_out(
+    finished: Layout, judged: pd.DataFrame, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_frozen(freeze("laptop@100", None), root / "frozen.yaml")
+    held_out = Layout.of("laptop@100")
+    shutil.copytree(finished.tables(), held_out.tables())
+    monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123456789")
+    with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop@100 first"):
+        publish_held_out(root / "frozen.yaml", Path())
+    shutil.copytree(finished.figures, held_out.figures)
+    publish_held_out(root / "frozen.yaml", Path())
+    part = (root / "docs/results.md").read_text()
+    assert "All seeds are held out: margins, rules and data were frozen in 0123456, before any run." in part
+    assert "|  | claim | held out | margin |" in part
+    assert (finished.published / "verdicts.svg").is_file()
+    own = read_own(finished.published, "laptop")
+    assert own["held_out"].tolist() == judged["verdict"].tolist()
+    assert not own["explored"].any()
+    assert read_own(held_out.tables(), "laptop")["held_out"].isna().all()
+    shutil.rmtree(finished.tables())
+    shutil.rmtree(held_out.tables())
+    assert exportable() == ["laptop@100"]
+
+
+def test_what_cannot_be_published_is_refused_before_anything_is_written(
+    finished: Layout, judged: pd.DataFrame, root: Path
+):
+    other = Layout.of("long_runs")
+    shutil.copytree(finished.tables(), other.tables())
+    shutil.copytree(finished.figures, other.figures)
+    with pytest.raises(UserError, match=r"docs/results.md has no place for its generated part: .*<!-- long_runs: "):
+        publish(other, Path())
+    (root / "README.md").write_text("nothing")
+    with pytest.raises(UserError, match=r"README.md has no place for its generated part"):
+        publish(finished, Path())
+    (finished.figures / "verdicts.svg").unlink()
+    with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop first"):
+        publish(finished, Path())
+    judged.drop(columns="margin_low").to_parquet(finished.tables() / "claims.parquet")
+    with pytest.raises(UserError, match="no column margin_low: judge the claims again"):
+        publish(finished, Path())
+    assert not (finished.published / "claims.csv").exists()
+
+
+def test_the_committed_pages_say_what_the_committed_files_say():
+    """When it fails: python workflow/scripts/evidence.py."""
+    for page, text in pages(REPOSITORY).items():
+        assert text == (REPOSITORY / page).read_text(encoding="utf-8"), page
+
+
+@pytest.fixture(scope="module")
+def evidence() -> dict[str, pd.DataFrame]:
+    folders = evidence_folders(REPOSITORY)
+    return evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
+
+
+@pytest.mark.slow
+def test_evidence_is_published_with_its_pages(evidence, root: Path):
+    shutil.rmtree(root / PUBLISHED / "evidence")
+    shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
+    shutil.copytree(REPOSITORY / PUBLISHED / "laptop", root / PUBLISHED / "laptop")
+    publish_evidence(evidence, root)
+    written = root / PUBLISHED / "evidence"
+    # These are written by benchmarks.
+    others = ("lr_left_out", "lr_curvatures", "lr_evidence", "lr_regret", "lr_ratio_regret", "framework_")
+    committed = {path.name for path in EVIDENCE.iterdir() if not path.name.startswith(others)}
+    assert {path.name for path in written.iterdir()} == committed
+    assert (
+        "[inconclusive](other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
+        in (root / "docs/results.md").read_text()
+    )
+    readme, index = (root / "README.md").read_text(), (root / "docs/index.md").read_text()
+    assert "*Undecided* at 0.13B, at 0.6B, at 8B and at 70B. Over 6 sources the mean is 13.9 times" in readme
+    assert "#laptop) 5 of 7 (not: In RL, LoRA of rank 1 reaches the peak" in readme
+    for link in ("studies/lr_ratio/README.md", "docs/results.md#laptop", "paper_figures/published/evidence/matrix.svg"):
+        assert f"]({link})" in readme
+        assert f"]({link.removeprefix('docs/') if link.startswith('docs/') else f'../{link}'})" in index
+    page = (root / "docs/other-runs.md").read_text()
+    for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
+        assert f"\n#### {first['source']}\n" in page
+        assert first["doubts"] in page
+
+
+@pytest.mark.slow
+def test_the_committed_learning_rates_follow_from_the_sources(evidence):
+    optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
+    columns = [name for name in optima if name != "rank"]
+    pd.testing.assert_frame_equal(
+        evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"inputs": [1]}', "no model"])
+def test_a_damaged_provenance_is_refused_in_a_sentence(text: str, tmp_path: Path):
+    whole = json.loads((REPOSITORY / PUBLISHED / "laptop/provenance.json").read_text())
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps(whole | {"inputs": [{}]}) if text == "no model" else text)
+    with pytest.raises(UserError, match="provenance.json"):
+        read_provenance(tmp_path)

@@ -1,0 +1,125 @@
+"""What was found, as answers to plain questions: each is read from the cells of one claim in the matrix.
+
+A sentence names a verdict, the sizes of models at which it was reached, and what was measured there, so that it stays
+true whatever the verdicts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from lorabench.analysis.rules import DECIDED
+from lorabench.claims.judge import CORE
+from lorabench.figures.evidence import ANSWERS, borderline
+from lorabench.sources.measurements import TINY, holds_again
+from lorabench.utils import formats
+from lorabench.utils.yaml_files import read_yaml
+
+
+class Question(NamedTuple):
+    """A question that a claim answers with yes."""
+
+    claim_id: str
+    text: str
+    unit: str
+    """The unit of the numbers; a cell with another unit is shown without its numbers."""
+    measured: str
+    """What was measured, with a place for its number."""
+    form: str
+    """The format of the number."""
+    if_yes: str
+    """What to do where the largest models with a decision say yes."""
+    if_no: str
+    if_open: str
+    """What to do where nothing is decided."""
+    factor: float = 1.0
+    """By what the numbers of the table are multiplied."""
+
+
+QUESTIONS = tuple(
+    Question(claim_id, **about) for claim_id, about in read_yaml(Path(__file__).with_name("questions.yaml")).items()
+)
+
+
+def answer(question: Question, cells: pd.DataFrame) -> str:
+    """Return what to do and the answers, by the size of the model in ascending order; `cells` is the table `matrix`."""
+    own = cells[cells["claim_id"].eq(question.claim_id) & cells["verdict"].isin(list(ANSWERS))]
+    rows = own.sort_values("parameters", kind="stable").to_dict("records")
+    decided = [ANSWERS[row["verdict"]] for row in rows if row["verdict"] in DECIDED]
+    advice = question.if_open if not decided else question.if_yes if decided[-1] == "yes" else question.if_no
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        places.setdefault(ANSWERS[row["verdict"]], []).append(_place(question, row))
+    answers = [f"*{word.capitalize()}* {_listed(where)}." for word, where in places.items()]
+    return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting answer this."])])
+
+
+def _place(question: Question, cell: Mapping[Any, Any]) -> str:
+    """Return the size of a cell's models, and in brackets what was measured there and how sure the verdict is."""
+    # A number beside "undecided" would look like an answer.
+    remark = _remark(question, cell) if cell["verdict"] in DECIDED else ""
+    return at_size(cell["scale"]) + (f" ({remark})" if remark else "")
+
+
+def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
+    again, same = "", holds_again(cell) and cell["explored"]
+    if same:
+        again = "the same on held-out seeds"
+    elif holds_again(cell):
+        again = "all seeds held out"
+    elif not formats.missing(cell["held_out"]):
+        again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
+    if borderline(cell):
+        again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
+    return "; ".join(filter(None, [_measured(question, cell), again]))
+
+
+def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
+    """Return the range of several comparisons, or the number of one with its 95% interval."""
+
+    def known(*names: str) -> list[str]:
+        values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
+        return [format(value, question.form) for value in sorted(values)]
+
+    estimate, ends, interval = known("estimate"), known("part_low", "part_high"), known("ci_low", "ci_high")
+    if cell["unit"] != question.unit or not estimate:
+        return ""
+    if cell["n_parts"] > 1 and len(set(ends)) == 2:
+        return question.measured.format(" to ".join(ends))
+    return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if len(interval) == 2 else "")
+
+
+def count_of_core(cells: pd.DataFrame) -> str:
+    """Return a sentence or two on how many of the core claims of the table `matrix` hold at each size."""
+    core = cells[cells["claim_id"].isin(CORE)].sort_values("parameters", kind="stable")
+    counted, above = [], []
+    for scale, verdicts in core.groupby("scale", sort=False)["verdict"]:
+        answers = verdicts.map(ANSWERS)
+        yes, no, slight = ((answers == word).sum() for word in ("yes", "no", ANSWERS["right sign, below the margin"]))
+        if not yes + no + slight:
+            above.append(str(scale))
+            continue
+        above = []
+        counts = [f"{yes} {'holds' if yes == 1 else 'hold'}"] if yes else []
+        counts += [f"{slight} {'holds' if slight == 1 else 'hold'} by less than matters"] if slight else []
+        counts += [f"{no} {'does' if no == 1 else 'do'} not"] if no else []
+        counted.append(f"{_listed(counts)} {at_size(str(scale))}")
+    if not counted:
+        return f"None of the {len(CORE)} claims that carry the paper is decided at any size."
+    rest = f", and **none is decided {at_size(above[0])} or above**" if above else ""
+    said = f"Of the {len(CORE)} claims that carry the paper {'; '.join(counted)}."
+    return f"{said} The others are undecided or not tested{rest}."
+
+
+def at_size(scale: str) -> str:
+    """Return where something was found, such as `at 8B`."""
+    return "on tiny models" if scale == TINY else f"at {scale}"
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last

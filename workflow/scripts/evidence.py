@@ -1,0 +1,41 @@
+"""Judge all shipped sources beside the published presets; write the evidence and the pages that show it.
+
+Run it from the root of the repository: `python workflow/scripts/evidence.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from lorabench.cli.common import in_one_sentence
+from lorabench.report.evidence import evidence_tables, write_evidence
+from lorabench.sources.measurements import read_own
+from lorabench.store.published import PUBLISHED, evidence_folders
+from pages import check_places, write_pages
+
+
+def main() -> None:
+    """Judge all shipped sources, and write tables, pictures, README and docs."""
+    with in_one_sentence():
+        folders = evidence_folders(Path())
+        own = [read_own(folder, folder.name) for folder in folders]
+        publish_evidence(evidence_tables(own=own, presets=folders), Path())
+
+
+def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
+    """Write the evidence to where a repository shows it, and the generated parts of its pages.
+
+    Raises:
+        UserError: a page has no place for its part; then nothing is changed.
+    """
+    check_places(root)
+    write_evidence(tables, root / PUBLISHED / "evidence")
+    write_pages(root)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,233 @@
+"""The generated parts of the README and of the pages in `docs/`, written from the committed tables alone.
+
+A part stands between two marker lines that name it; the text around it is written by hand. Everything that is longer
+(all claims of all presets, all sources, criteria, columns, optimal learning rates) is made when the documentation is
+built, by `docs/hooks.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from answers import QUESTIONS, answer, count_of_core
+from lorabench.analysis.rules import DECIDED
+from lorabench.claims.judge import CLAIMS, CORE
+from lorabench.report import claim_text
+from lorabench.report.freeze import summary_of
+from lorabench.sources.measurements import MEASURES, holds_again, range_text, share_text
+from lorabench.store.io import read_claims
+from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out, read_provenance
+from lorabench.utils import formats
+from lorabench.utils.files import atomic_path
+from lorabench.utils.markdown import table, with_part
+from lorabench.utils.yaml_files import read_yaml
+
+SOURCES = Path("paper_figures/reference")
+"""The folder of the shipped sources, from the root of the repository."""
+
+_RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
+
+
+def write_pages(root: Path) -> None:
+    """Write the generated parts of all pages.
+
+    Raises:
+        UserError: a page has no place for its part; then nothing is changed.
+    """
+    for page, text in pages(root).items():
+        with atomic_path(root / page) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return the pages with generated parts, as paths from the root, with the text that they should have.
+
+    Raises:
+        UserError: a page has no place for its part.
+    """
+    return _filled(root, {place: make(root) for place, make in _parts(root).items()})
+
+
+def check_places(root: Path, *presets: str) -> None:
+    """Raise UserError if a page has no place for a part; presets may be named that were not published before."""
+    _filled(root, dict.fromkeys(_parts(root, *presets), ""))
+
+
+def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path], str]]:
+    """Return what makes each part, by its page and name; presets may be named that were not published before."""
+    names = {*presets, *(folder.name for folder in published_folders(root))}
+    return {
+        **{(page, "answers"): partial(answers_part, page=page) for page in (Path("README.md"), Path("docs/index.md"))},
+        (_RESULTS, "matrix"): matrix_part,
+        (_OTHER_RUNS, "evidence"): evidence_part,
+        **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
+    }
+
+
+def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str]:
+    """Return the text of each page with the given texts between the markers of its parts."""
+    texts: dict[Path, str] = {}
+    for (page, name), part in parts.items():
+        text = texts.get(page) or ((root / page).read_text(encoding="utf-8") if (root / page).is_file() else "")
+        texts[page] = with_part(text, page, name, "`workflow/scripts/`, never by hand", part)
+    return texts
+
+
+def answers_part(root: Path, page: Path) -> str:
+    """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
+    folder = root / PUBLISHED / "evidence"
+    cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
+    ratios = summarized[summarized["measure"].eq("lr_ratio") & summarized["attribute"].isna() & summarized["k"].gt(1)]
+    mean = ""
+    for row in ratios.to_dict("records"):
+        value, low, high = (f"{math.exp(row[name]):.1f}" for name in ("mean", "low", "high"))
+        mean = f" Over {row['k']} sources the mean is {value} times [{low}, {high}]."
+    lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
+    for question in QUESTIONS:
+        text = answer(question, cells)
+        if question.claim_id == "B1":
+            text += (
+                f"{mean} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench "
+                "recommend` estimates a learning rate for your model."
+            )
+        lines.append(f"- {text}")
+    picture = _link(PUBLISHED / "evidence/matrix.svg", page)
+    return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
+
+
+def _link(file: Path | str, page: Path) -> str:
+    """Return the path to a file from the folder of a page; both are paths from the root."""
+    return os.path.relpath(file, page.parent)
+
+
+def matrix_part(root: Path) -> str:
+    """Return the claims of the matrix by the size of the model, as a table whose cells link to the runs."""
+    cells = pd.read_csv(root / PUBLISHED / "evidence/matrix.csv")
+    texts = []
+    for cell in cells.to_dict("records"):
+        page = _RESULTS if pd.isna(cell["source"]) else _OTHER_RUNS
+        linked = f"[{claim_text.verdict(cell)}]({page.name}#{cell['origin']})"
+        again = "" if pd.isna(cell["p_again"]) else f" {cell['p_again']:.0%}"
+        marks = []
+        if number := range_text(cell):
+            seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
+            chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
+            marks = [share_text(cell), number, seeds + chosen]
+        if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
+            again_text = "holds on held-out seeds" if cell["explored"] else "all seeds held out"
+            marks.append(again_text if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
+        text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
+        texts.append(formats.DASH if cell["verdict"] == "not tested" else text)
+    scales = cells.sort_values("parameters", kind="stable")["scale"].unique()
+    by_scale = cells.assign(text=texts).pivot(index="claim_id", columns="scale", values="text")[scales]
+    statements = _as_stated_now(cells.drop_duplicates("claim_id"))[["claim_id", "statement"]]
+    rows = statements.join(by_scale, on="claim_id").fillna(formats.DASH).to_numpy()
+    return "\n".join(table(["", "claim", *scales], rows))
+
+
+def reproduced(root: Path, page: Path) -> str:
+    """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
+    yes = every = 0
+    each = []
+    for folder in published_folders(root):
+        if (again := read_held_out(folder)) is None:
+            continue
+        decided = _as_stated_now(again.dropna(subset="again"))
+        failed = decided.loc[decided["again"] != "yes", "statement"]
+        yes, every = yes + len(decided) - len(failed), every + len(decided)
+        without = f" (not: {'; '.join(failed)})" if len(failed) else ""
+        link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
+        each.append(f"{link} {len(decided) - len(failed)} of {len(decided)}{without}")
+    sentence = f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**"
+    return f"{sentence}: {', '.join(each)}." if each else f"{sentence}."
+
+
+def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return claims in the words that they have now; a published table keeps those of its time."""
+    words = {claim.id: claim.statement for claim in CLAIMS}
+    return claims.assign(statement=claims["claim_id"].map(words).fillna(claims["statement"]))
+
+
+def results_part(root: Path, preset: str) -> str:
+    """Return what a preset says in short: the count of its verdicts, its core claims, this project's own predictions,
+    and the claims that it decides."""
+    folder = root / PUBLISHED / preset
+    judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
+    made, again = read_provenance(folder), read_held_out(folder)
+    decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
+    always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
+    shown = judged[judged["verdict"].ne("not tested") & (decided | always)]
+    picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
+    rows = []
+    for claim in shown.to_dict("records"):
+        verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
+        numbers = [claim_text.margin(claim), claim_text.measured(claim)]
+        rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
+    lines = [
+        f"![Verdicts of the preset {preset}]({picture})",
+        "",
+        f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core on "
+        f"{' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
+        f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
+        *held_out_lines(made, again),
+        "",
+        *table(["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"], rows),
+    ]
+    return "\n".join(lines)
+
+
+def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return lines that say what of a published preset is held out; the arguments are those of `verdict_columns`."""
+    if again is not None:
+        return ["", f"{summary_of(again)}."]
+    if "frozen" not in made:
+        return []
+    commit = made["frozen"]["commit"][:7]
+    return ["", f"All seeds are held out: margins, rules and data were frozen in {commit}, before any run."]
+
+
+def verdict_columns(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return the names of the columns of verdicts, by a preset's provenance and its table `came_out_again`."""
+    if again is not None:
+        return ["explored", "held out"]
+    return ["held out"] if "frozen" in made else ["verdict"]
+
+
+def held_out(claim: Mapping[Any, Any], again: pd.DataFrame | None) -> list[str]:
+    """Return the cell with a claim's verdict on held-out seeds, if the preset was run on them."""
+    if again is None:
+        return []
+    verdicts = again.loc[again["claim_id"] == claim["claim_id"], "held_out"]
+    return [str(verdicts.iloc[0]) if len(verdicts) else formats.DASH]
+
+
+def evidence_part(root: Path) -> str:
+    """Return the numbers that several sources measured, and each source with its doubts and a count of its verdicts."""
+    folder = root / PUBLISHED / "evidence"
+    summarized, judged = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "claims.csv")
+    rows = []
+    for row in summarized[summarized["attribute"].isna()].to_dict("records"):
+        numbers = [row[name] for name in ("mean", "low", "high")]
+        is_log = row["measure"] == "lr_ratio"
+        mean, low, high = (f"{math.exp(value):.3g}" if is_log else f"{value:+.4f}" for value in numbers)
+        rows.append([MEASURES[row["measure"]], row["k"], f"{mean} [{low}, {high}]" if row["k"] > 1 else mean])
+    lines = table(["measured", "sources", "mean, 95% interval"], rows)
+    for path in sorted((root / SOURCES).glob("*/source.yaml")):
+        source, name = read_yaml(path), path.parent.name
+        verdicts = judged.loc[judged["source"].eq(name) & judged["verdict"].ne("not tested"), "verdict"]
+        counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
+        lines += [
+            "",
+            f"#### {name}",
+            "",
+            f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
+            f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}.",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Publish a finished preset: copy its figures, claims and provenance to paper_figures/published, and write the pages.
+
+Run it from the root of the repository: `python workflow/scripts/publish.py --preset laptop`, or with
+`--held-out workflow/frozen/laptop.yaml` for the runs on held-out seeds that this file fixed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from lorabench.cli.common import PresetOption, in_one_sentence
+from lorabench.config.loading import preset_path
+from lorabench.errors import UserError
+from lorabench.report import summary
+from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, summary_of
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.store.io import read_claims, read_table, write_csv
+from lorabench.store.layout import Layout
+from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
+from lorabench.utils.files import atomic_path, write_json
+from pages import check_places, write_pages
+
+_FIGURE_KINDS = (".svg", ".csv")
+"""The suffixes of a figure's published files: the picture, and the table of what it shows."""
+
+
+def main(
+    preset: PresetOption = "laptop",
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
+        ),
+    ] = None,
+) -> None:
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
+    with in_one_sentence():
+        if held_out is None:
+            publish(Layout.of(preset), Path())
+        else:
+            print(publish_held_out(held_out, Path()))
+
+
+def publish(layout: Layout, root: Path) -> None:
+    """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
+
+    Raises:
+        UserError: the preset has held-out seeds, a page has no place for its part, the figure of the verdicts has not
+            been drawn, or the table claims is from another version; then nothing is changed.
+    """
+    if layout.preset.first_seed:
+        raise UserError(
+            f"preset {layout.name} has other seeds than the explored ones; publish it with --held-out and the file "
+            "that `lorabench freeze` wrote"
+        )
+    runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
+    drawn = _drawn(layout)
+    # Nothing is written before every part is known to have its place.
+    check_places(root, layout.name)
+    _copy(drawn, claims, provenance(layout, runs), layout.published)
+    write_pages(root)
+
+
+def _drawn(layout: Layout) -> list[Path]:
+    """Return the files of a finished preset's figures."""
+    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
+    if layout.figures / "verdicts.svg" not in drawn:
+        raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
+    return drawn
+
+
+def _copy(figures: Iterable[Path], claims: pd.DataFrame, made: Mapping[str, Any], folder: Path) -> None:
+    """Make a folder's files those of a preset: its figures, claims and provenance."""
+    kept = {folder / path.name for path in figures}
+    for path in figures:
+        with atomic_path(folder / path.name) as unfinished:
+            shutil.copyfile(path, unfinished)
+    for path in set(folder.glob("*.*")) - kept:
+        path.unlink()
+    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    write_json(made, folder / "provenance.json")
+
+
+def publish_held_out(path: Path, root: Path) -> str:
+    """Copy the claims, provenance and figures' tables of runs on held-out seeds to where the repository shows them.
+
+    They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
+    explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
+
+    Returns:
+        A sentence that counts the verdicts that came out again.
+
+    Raises:
+        UserError: the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page has no
+            place for its part; then nothing is changed.
+    """
+    frozen = read_frozen(path)
+    layout = Layout.of(frozen.preset)
+    runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
+    commit = check_kept(frozen, path, layout, runs, claims)
+    again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem
+    frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}
+    made = provenance(layout, runs) | {"frozen": frozen_in}
+    if frozen.expected:
+        check_places(root)
+        _copy(sorted(layout.figures.glob("*.csv")), claims, made, folder / HELD_OUT)
+        write_csv(again, folder / HELD_OUT / "came_out_again.csv")
+    else:
+        drawn = _drawn(layout)
+        check_places(root, folder.name)
+        _copy(drawn, claims, made, folder)
+    write_pages(root)
+    return summary_of(again)
+
+
+def provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
+    """Return what the results of a preset were computed from: the preset, the runs, the machines and the code."""
+    environment = summary.environment(runs)
+    return {
+        "preset": layout.name,
+        "preset_sha256": preset_sha256(layout.preset),
+        "protocol_version": PROTOCOL_VERSION,
+        "runs": len(runs),
+        "runs_by_status": {str(status): int(count) for status, count in runs["status"].value_counts().items()},
+        "run_seconds": round(float(runs["wall_s"].sum())),
+        "devices": environment["devices"],
+        "threads_per_job": [int(threads) for threads in environment["threads"]],
+        "first_started": environment["started"][0],
+        "last_started": environment["started"][1],
+        "commits": environment["commits"],
+        "runs_of_changed_code": environment["dirty"],
+        "versions": environment["versions"],
+        "inputs": summary.inputs(runs),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,128 @@
+"""Judge everything that is published anew, from the runs that the repository keeps, and compare the answers.
+
+    python workflow/scripts/rejudge.py FOLDER [--against OTHER | --write]
+
+The saved runs of each preset in `paper_figures/partial` are judged by the rules of this code, and so are all sources
+in `paper_figures/reference`. The tables are written into FOLDER and compared with the committed ones, or with a folder
+that the same command wrote at another commit: all columns but the hash of the rules, and numbers to nine digits. Run it
+before and after a change that must not change an answer. After a change of the rules, `--write` replaces the
+committed answers on saved runs.
+
+Presets of which no runs are kept (laptop, long_runs, and overnight on its explored seeds) are run anew instead. The
+published tables of a preset were judged by the rules of their time, so they are not what is compared here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from lorabench.claims.judge import judge_claims
+from lorabench.data.groups import has_groups
+from lorabench.data.sft import build_dataset
+from lorabench.models.counts import counts_table
+from lorabench.planning.plan import make_plan
+from lorabench.report.evidence import evidence_tables
+from lorabench.sources.measurements import read_own
+from lorabench.store.collect import test_groups
+from lorabench.store.io import write_csv
+from lorabench.store.layout import Layout
+from lorabench.store.published import evidence_folders
+from lorabench.store.tables import Tables
+from saved_runs import saved_tables
+
+PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/published")
+ANSWERS = PUBLISHED / "rejudged.csv"
+ANSWER_COLUMNS = ("preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds")
+"""The columns of the committed answers on saved runs."""
+
+TOLERANCE = 1e-9
+"""The relative difference of two numbers that counts as none."""
+
+
+def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
+    """Return the table `claims` of a preset's saved runs, with the preset's name."""
+    layout = Layout.of(name)
+    parts = list(saved_tables(make_plan(layout.preset), layout))
+    frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
+    frames |= {"test_losses": _with_groups(frames["test_losses"], frames["runs"], layout), "counts": counts}
+    stated = layout.preset
+    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.judged_predictions)
+    claims.insert(0, "preset", name)
+    return claims.drop(columns="run_ids")
+
+
+def _with_groups(losses: pd.DataFrame, runs: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """Return test losses with the groups of their examples, which are in the data and made here."""
+    described = losses.merge(runs[["run_id", "model", "dataset"]], on="run_id")
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        for (model, dataset), rows in described.groupby(["model", "dataset"]):
+            if has_groups(layout.preset.sources[dataset]):
+                build_dataset(layout.preset.datasets[dataset], layout.dataset(dataset), {})
+                groups = test_groups(layout, model, dataset).to_numpy(zero_copy_only=False)
+                described.loc[rows.index, "group"] = groups[rows["example"].to_numpy()]
+    return described.drop(columns=["model", "dataset"])
+
+
+def differences(new_file: Path, old_file: Path) -> list[str]:
+    """Return a line for each cell of an earlier table that the new one lacks or has otherwise."""
+    new, old = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (new_file, old_file))
+    if len(new) != len(old):
+        return [f"{new_file.name}: {len(old)} rows before, {len(new)} now"]
+    keys = [name for name in ("preset", "source", "model", "dataset", "claim_id", "measure") if name in old]
+    lines = []
+    for column in old.columns.drop("rules", errors="ignore"):
+        if column not in new:
+            lines.append(f"{new_file.name}: there is no column {column} any more")
+            continue
+        for row in old.index[new[column].ne(old[column])]:
+            now, before = new.loc[row, column], old.loc[row, column]
+            if not _same_number(now, before):
+                place = " ".join(filter(None, old.loc[row, keys]))
+                lines.append(f"{new_file.name}, row {row}, {place}: {column} was {before!r}, is {now!r}")
+    return lines
+
+
+def _same_number(new: str, old: str) -> bool:
+    try:
+        return math.isclose(float(new), float(old), rel_tol=TOLERANCE)
+    except ValueError:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="FOLDER")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="a folder that this command wrote earlier")
+    parser.add_argument("--write", action="store_true", help=f"write the new answers to {ANSWERS}")
+    arguments = parser.parse_args()
+    counts, claims = counts_table(), []
+    for folder in sorted(PARTIAL.iterdir()):
+        print(f"judging the saved runs of {folder.name}", file=sys.stderr)
+        claims.append(saved_claims(folder.name, counts))
+    out: Path = arguments.out
+    answers = pd.concat(claims)
+    write_csv(answers, out / ANSWERS.name)
+    if arguments.write:
+        write_csv(answers[[*ANSWER_COLUMNS]], ANSWERS)
+    print("judging the sources", file=sys.stderr)
+    folders = evidence_folders(Path())
+    tables = evidence_tables((), [read_own(folder, folder.name) for folder in folders], folders)
+    for name, rows in tables.items():
+        write_csv(rows, out / "evidence" / f"{name}.csv")
+    lines = list[str]()
+    for name in (ANSWERS.name, *(f"evidence/{name}.csv" for name in tables)):
+        lines += differences(out / name, (arguments.against or PUBLISHED) / name)
+    print("\n".join(lines) or "no answer differs")
+    return min(1, len(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
+
+Run it from the root of the repository: `python workflow/scripts/saved_runs.py save --preset overnight`, or `restore`.
+
+There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
+checkpoints, and the protocol version that they were computed with. All numbers are exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import typer
+
+from lorabench.cli.common import OneSentence, PresetOption, plan_and_layout
+from lorabench.errors import UserError
+from lorabench.planning.plan import Plan
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.store.collect import entries, run_row, with_unrecorded
+from lorabench.store.io import write_table
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import CURVES, JOB, RUN_TEST_LOSSES, RUNS, TEST_LOSSES
+from lorabench.utils.files import digest, read_parquet
+
+_VERSION = b"protocol_version"
+_SCHEMA = pa.schema(
+    [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
+    metadata={_VERSION: str(PROTOCOL_VERSION)},
+)
+_FLOATS = ("curve.list.element.value", "test_losses.list.element.loss")
+_COUNTS = (
+    *("curve.list.element.step", "curve.list.element.examples", "curve.list.element.tokens"),
+    "test_losses.list.element.tokens",
+)
+_PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 15,
+    "use_dictionary": ["run_id", "record", "curve.list.element.split", "curve.list.element.metric"],
+    "column_encoding": dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | dict.fromkeys(_COUNTS, "DELTA_BINARY_PACKED"),
+}
+"""How a file is written: these encodings take 30% off the size of zstd alone."""
+
+
+app = typer.Typer(cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def save(preset: PresetOption = "laptop") -> None:
+    """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
+    planned, layout = plan_and_layout(preset)
+    runs, size = save_runs(planned, layout)
+    print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
+
+
+@app.command()
+def restore(preset: PresetOption = "laptop") -> None:
+    """Restore the runs that were saved, so that the preset goes on from them."""
+    planned, layout = plan_and_layout(preset)
+    restored, present, unknown = restore_runs(planned, layout)
+    print(f"restored {restored} runs from {layout.saved_runs}; {present} were there already")
+    if unknown:
+        print(f"{unknown} saved runs are not in the plan of preset {layout.name} and were left out")
+
+
+def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
+    """Save the finished runs of a plan, whether or not their sweep is finished; runs saved earlier are kept.
+
+    Returns:
+        The number of saved runs, and the bytes of all files.
+
+    Raises:
+        UserError: a run or a saved file is damaged.
+    """
+    run_ids: dict[Path, set[str]] = {}
+    for sweep in plan.sweeps:
+        condition = sweep.condition
+        path = layout.saved_runs / f"{condition.label}-{digest(asdict(condition), 8)}.parquet"
+        run_ids.setdefault(path, set()).update(sweep.run_ids)
+    saved = total = 0
+    for path, planned in run_ids.items():
+        rows = {run_id: row for run_id, row in _read(path).items() if run_id in planned} if path.exists() else {}
+        for folder in (RunFolder(layout.runs, run_id) for run_id in planned):
+            if folder.done():
+                record = json.dumps(folder.read_record(), separators=(",", ":"))
+                columns = [[folder.run_id], [record], *folder.read_nested().columns]
+                rows[folder.run_id] = pa.table(columns, schema=_SCHEMA)
+        if rows:
+            table = pa.concat_tables([rows[run_id] for run_id in sorted(rows)])
+            write_table(table, path, **_PARQUET)
+            saved, total = saved + len(rows), total + path.stat().st_size
+    return saved, total
+
+
+def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
+    """Write saved runs into the folders of runs.
+
+    A run that is there already is left as it is. All files are checked before anything is written.
+
+    Returns:
+        The number of runs that were restored, that were there already, and that the plan does not have.
+
+    Raises:
+        UserError: a file is damaged or was computed with another protocol version, or no saved run is in the plan.
+    """
+    planned = {run.run_id for sweep in plan.sweeps for run in sweep.possible_runs()}
+    rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path).items()]
+    known = [(run_id, row) for run_id, row in rows if run_id in planned]
+    if rows and not known:
+        raise UserError(
+            f"none of the {len(rows)} runs in {layout.saved_runs} is in the plan of preset {layout.name}: its models, "
+            "its data (such as the versions of the packages that they come from) or its settings have changed since"
+        )
+    missing = [(run_id, row) for run_id, row in known if not RunFolder(layout.runs, run_id).done()]
+    for run_id, row in missing:
+        with RunFolder(layout.runs, run_id).finishing(json.loads(row["record"][0].as_py())) as staging:
+            staged = RunFolder(staging.parent, staging.name)
+            write_table(entries(row, "curve", CURVES), staged.curves)
+            if row["test_losses"].null_count == 0:
+                write_table(entries(row, "test_losses", RUN_TEST_LOSSES), staged.test_losses)
+            staged.restored.touch()
+    return len(missing), len(known) - len(missing), len(rows) - len(known)
+
+
+def saved_tables(plan: Plan, layout: Layout) -> Iterator[dict[str, pa.Table]]:
+    """Yield the tables `runs`, `curves` and `test_losses` of saved runs, those of one condition after the other.
+
+    Runs that the plan does not have (any more) have no experiments. The groups of test examples are null, since
+    they are in the data, which are not saved.
+
+    Raises:
+        UserError: a file is damaged or was computed with another protocol version.
+    """
+    experiments = {run.run_id: sweep.experiments for sweep in plan.sweeps for run in sweep.possible_runs()}
+    for path in sorted(layout.saved_runs.glob("*.parquet")):
+        table = pa.concat_tables(_read(path).values())
+        records = map(json.loads, table["record"].to_pylist())
+        runs = [run_row(record, experiments.get(record["run_id"], ())) for record in records]
+        with_losses = table.filter(pc.is_valid(table["test_losses"]))
+        losses = entries(with_losses, "test_losses", RUN_TEST_LOSSES)
+        yield {
+            "runs": with_unrecorded(pa.Table.from_pylist(runs, schema=RUNS), layout.preset),
+            "curves": entries(table, "curve", CURVES),
+            "test_losses": losses.append_column(TEST_LOSSES.field("group"), pa.nulls(len(losses), pa.string())),
+        }
+
+
+def _read(path: Path) -> dict[str, pa.Table]:
+    """Return the row of each run in a file of saved runs."""
+    table = read_parquet(path)
+    version = (table.schema.metadata or {}).get(_VERSION, b"").decode()
+    if version != str(PROTOCOL_VERSION):
+        raise UserError(
+            f"{path} holds runs of protocol version {version or 'unknown'}, but this code computes version "
+            f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
+        )
+    return {run_id: table.slice(number, 1) for number, run_id in enumerate(table["run_id"].to_pylist())}
+
+
+if __name__ == "__main__":
+    app()
