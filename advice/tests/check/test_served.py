@@ -256,7 +256,7 @@ def test_the_command_names_what_is_served(adapters, models, serve, text):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how")
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how")
 def test_vllm_serves_the_adapter_by_its_name_and_the_base_by_its_own(text, tmp_path, adapters):
     # The size of its heads, 32, is one that vLLM computes on a CPU.
     adapter = adapters("llama-128")
