@@ -15,7 +15,7 @@ from lorabench.cli.common import in_one_sentence
 from lorabench.report.evidence import evidence_tables, write_evidence
 from lorabench.sources.measurements import read_own
 from lorabench.store.published import PUBLISHED, evidence_folders
-from pages import check_places, write_pages
+from pages import check_places, make_smaller, write_pages
 
 
 def main() -> None:
@@ -33,7 +33,10 @@ def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
         UserError: a page has no place for its part; then nothing is changed.
     """
     check_places(root)
-    write_evidence(tables, root / PUBLISHED / "evidence")
+    folder = root / PUBLISHED / "evidence"
+    write_evidence(tables, folder)
+    for path in (folder / "matrix.svg", folder / "forest.svg"):
+        make_smaller(path)
     write_pages(root)
 
 

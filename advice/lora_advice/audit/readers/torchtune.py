@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers.options import Options, defaults, examples, names_of, read_yaml, record
@@ -40,7 +41,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         options.fill({f"{role}.{name}": value for name, value in defaults()["torchtune"].items()})
     precision, packing = options.text(keys["precision"]), bool(options.flag(keys["packing"]))
     schedule = re.sub(r"^get_|_schedule_with_warmup$", "", _component(options, keys["schedule"]) or "")
-    batch: dict[str, float | None] = {"global_batch": None, "group_size": None, "steps": None}
+    batch: dict[str, Any] = {"global_batch": None, "group_size": None, "steps": None}
     if task == "rl":
         batch = _rl_batch(options, keys)
     elif task == "sft" and not packing:

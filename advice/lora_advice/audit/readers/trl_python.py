@@ -111,7 +111,7 @@ def read(shown: str, code: str, lines: Sequence[int]) -> list[TrainingConfig]:
     runs: list[tuple[ast.Call, ast.Call | None, Options]] = []
     for call in settings:
         options = module.options(call)
-        trainer = next((one for one in trainers if call in module.resolve(_argument(one, "args", 1))), None)
+        trainer = next((made for made in trainers if call in module.resolve(_argument(made, "args", 1))), None)
         if trainer is not None or "learning_rate" in options:
             runs.append((call, trainer, options))
     for trainer in trainers:  # without settings, all are defaults
@@ -177,7 +177,7 @@ def _argument(call: ast.Call, name: str, position: int) -> ast.expr | None:
 
 
 def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | None, options: Options) -> TrainingConfig:
-    task, _ = task_of(*[_name(one) for one in (trainer, call) if one is not None])
+    task, _ = task_of(*[_name(made) for made in (trainer, call) if made is not None])
     if all(keyword.arg for keyword in call.keywords) and (call is trainer or not call.args):
         options.fill(defaults().get(re.sub(r"(?<=.)Trainer$", "Config", _name(call)), {}))
     model, bits, unsloth = _model(module, trainer)
@@ -256,7 +256,7 @@ def _lora(module: _Module, trainer: ast.Call | None) -> tuple[Method | None, ast
     if given is None or (isinstance(given, ast.Constant) and given.value is None):
         for call in made:
             given_to_call = [*call.args, *(keyword.value for keyword in call.keywords)]
-            configs = [one for argument in given_to_call for one in module.resolve(argument) if _is_lora(one)]
+            configs = [value for argument in given_to_call for value in module.resolve(argument) if _is_lora(value)]
             if len(configs) == 1:
                 return "lora", cast("ast.Call", configs[0])
             if any(keyword.arg == "r" for keyword in call.keywords):
