@@ -49,7 +49,7 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # The minus in `10-3` is an operator, not a sign.
 _ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
-_BOX = r"\boxed{"
+_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     rows = []
     for question, answer in examples(data.path, data.form):
         solution = answer["content"].strip()
-        box, mark = solution.rpartition(_BOX), solution.rpartition("####")
-        short = _braced(box[2]) if box[1] else mark[2].strip().replace(",", "") if mark[1] else solution
+        boxes, (_, mark, last) = _BOX.findall(solution), solution.rpartition("####")
+        short = boxes[-1].strip() if boxes else last.strip().replace(",", "") if mark else solution
         prompt = question["content"].strip()
         if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
             raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
@@ -282,13 +282,3 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     Random(0).shuffle(rows)
     held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
     return {"train": rows[held_out:], "test": rows[:held_out]}
-
-
-def _braced(text: str) -> str:
-    """Return the text up to the brace that closes it."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[:place].strip()
-    return text.strip()
