@@ -52,9 +52,21 @@ def test_pages_that_code_names_exist():
     """Messages and docstrings name pages by their path from the root."""
     named = {
         match
-        for folder in ("lorabench", "advice", "workflow", "benchmarks", "studies", "tests", "paper_figures", ".ci", "slurm")
+        for folder in (
+            "lorabench",
+            "advice",
+            "workflow",
+            "benchmarks",
+            "studies",
+            "tests",
+            "paper_figures",
+            ".ci",
+            "slurm",
+        )
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in (".py", ".smk", ".yaml", ".json", ".j2", "") and path.is_file()
+        if path.suffix in (".py", ".smk", ".yaml", ".json", ".j2", "")
+        and path.is_file()
+        and "egg-info" not in str(path)
         for match in re.findall(r"(?<![\w/])(?:advice/)?docs/[\w/-]+\.md", path.read_text(errors="ignore"))
     }
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []

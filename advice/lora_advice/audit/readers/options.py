@@ -104,7 +104,7 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def variant_of(initialization: str | None) -> str | None:
     """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
 
-    A then starts larger, which by the theory `movement` matters in short runs alone (docs/audit-codes.md, lr).
+    A then starts larger, which by the theory `movement` matters in short runs alone (advice/docs/audit-codes.md, lr).
     """
     return None if initialization == "gaussian" else initialization
 
