@@ -54,7 +54,7 @@ def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
     frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
     frames |= {"test_losses": _with_groups(frames["test_losses"], frames["runs"], layout), "counts": counts}
     stated = layout.preset
-    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.judged_predictions)
+    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.predictions or {})
     claims.insert(0, "preset", name)
     return claims.drop(columns="run_ids")
 
