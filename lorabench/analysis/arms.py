@@ -11,8 +11,9 @@ error rate from 0 to 1 (`rewards.with_error_rates`). Tables on disk do not have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 
@@ -34,6 +35,9 @@ OPTIONAL = ["steps", *STANDARD, "eps"]
 """Columns of ARM that a table may lack; all of its runs then count as having the same value."""
 
 _INTEGERS = ("rank", "batch_size", "steps")
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
 
 def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
@@ -60,6 +64,20 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
         if value is not None and not pd.isna(value) and value != STANDARD[name]:
             words.append(template.format(value))
     return " ".join(words)
+
+
+def kept(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """Keep in the first argument, as its `made`, what a function makes of it and of arms, labels or other texts."""
+
+    @wraps(function)
+    def once(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        made: dict[Any, Made] = vars(args[0]).setdefault("made", {})
+        key = (function, *(arm_label(each) if isinstance(each, dict) else each for each in args[1:]), *kwargs.items())
+        if key not in made:
+            made[key] = function(*args, **kwargs)
+        return made[key]
+
+    return once
 
 
 def arm_labels(rows: pd.DataFrame) -> list[str]:

@@ -198,11 +198,6 @@ class FitRows:
         return np.array([place[pair] for pair in pairs], int)
 
     @cached_property
-    def same_arm_and_seed(self) -> np.ndarray:
-        """1 where two runs are of one arm and seed, 0 elsewhere, (runs, runs)."""
-        return np.asarray(self.cells[:, None] == self.cells, float)
-
-    @cached_property
     def weights(self) -> np.ndarray:
         """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
         return np.asarray(np.sqrt(self.runs["n"].astype(float)))
@@ -236,8 +231,7 @@ class FitRows:
                 times the standard deviation of e over its own. They count as further runs, with a loss of 0.
             ratio: the variance of v over that of e.
 
-        Returns:
-            The solution; None if the runs, with what is known before them, do not determine all coefficients.
+        None if the runs, with what is known before them, do not determine all coefficients.
         """
         runs, p = design.shape
         design = np.vstack([self.weights[:, None] * design, np.zeros((0, p)) if prior is None else prior])
@@ -247,7 +241,7 @@ class FitRows:
         y = np.concatenate([self.weights * self.runs["test_loss"], np.zeros(n - runs)])
         if ratio is None:
             ratio = self._mean_ratio(design, y)
-        covariance = np.eye(runs) + ratio * self.same_arm_and_seed
+        covariance = np.eye(runs) + ratio * (self.cells[:, None] == self.cells)
         inverse = np.eye(n)
         inverse[:runs, :runs] = np.linalg.inv(covariance)
         unscaled = np.linalg.inv(design.T @ inverse @ design)
@@ -282,10 +276,7 @@ class FitRows:
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:
-    """Return the runs that count for a fit, if any: the finished ones at the LRs of their arm's window.
-
-    `arms` holds the `run_array` of each arm by its label.
-    """
+    """Return the runs that count, if any: of each arm's `run_array` the finished ones at the LRs of its window."""
     parts = []
     for label, grid in grids.items():
         if len(grid.window) >= 2:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ARM, arm_label, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept
-from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
-from lorabench.analysis.estimate import Estimate
+from lorabench.analysis.arms import ARM, arm_label, kept, with_arm_columns
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
+from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.memorisation import is_memorisation
@@ -125,6 +126,45 @@ def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ..
     return tuple(error for error in (own, negative) if error is not None)
 
 
+def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full: Estimate, name: str) -> Estimate:
+    """Couple the error of a number from the losses at the end to that of one from the losses at a step of these runs.
+
+    A run that has luck at a step has some of it at the end too, so the errors of numbers from the two fits are
+    correlated as the residuals of the runs are. That correlation is taken at the lower end of its 68% interval, since
+    a large one makes the difference of the numbers look precise, times the share of runs that both fits have; and no
+    lower than 0. The number from the end is returned with its draws reordered so that their ranks have this
+    correlation; its distribution is unchanged.
+    """
+    if not (from_short.known and from_full.known):
+        return from_full
+    parts = {}
+    for key, part in (("short", short), ("full", full)):
+        off = []
+        for label, run_ids in part.fit.run_ids.items():
+            rows, (optimum, minimum) = part.rows[label].set_index("run_id").loc[list(run_ids)], part.fit.lowest[label]
+            distance = np.log(rows["lr"].astype(float)) - optimum
+            parabola = minimum + part.fit.curvature[label] * distance**2
+            off.append(rows[["seed"]].assign(residual=rows["final_test_nll"].astype(float) - parabola))
+        by_run = pd.concat(off)
+        parts[key] = by_run["residual"] - by_run.groupby("seed")["residual"].transform("mean")
+    residuals = pd.concat(parts, axis=1)
+    common = residuals.dropna()
+    products = float((common["short"] * common["full"]).sum())
+    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
+    dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
+    if dof >= 2 and squares > 0:
+        # No correlation above 0.999 is believed.
+        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
+        correlation = max(0.0, lower) * len(common) / len(residuals)
+    order = np.argsort(from_short.seed_part, kind="stable")
+    scores = np.empty(N_DRAWS)
+    scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
+    scores = correlation * scores + math.sqrt(1 - correlation**2) * normal(f"coupled {name}")
+    reordered = np.empty(N_DRAWS)
+    reordered[np.argsort(scores, kind="stable")] = np.sort(from_full.seed_part)
+    return replace(from_full, seed_part=reordered)
+
+
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     """Return the comparison by the mean training NLL of each run from one step to another.
 
@@ -219,7 +259,7 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     departure is the window with the smallest gap of these, from which on the gap must grow. The last window alone shows
     no growth, so no departure is sought there.
     """
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))
     means = curves.means(windows)
     above = [gap.known and gap.value >= margin and gap.interval(level)[0] > 0 for gap in means]

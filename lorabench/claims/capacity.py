@@ -10,8 +10,8 @@ from itertools import combinations, pairwise
 import pandas as pd
 
 from lorabench.analysis import optima
-from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, kept, require
+from lorabench.analysis.arms import arm_label, kept
+from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import (

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.comparison import Arm, Comparison, Judging, Keeper, Task, comparisons, kept, require
+from lorabench.analysis.arms import kept
+from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
@@ -37,7 +38,7 @@ SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is no
 
 
 @dataclass(frozen=True)
-class Evidence(Keeper):
+class Evidence:
     """The tidy tables that a claim is judged on; a table that does not exist is empty."""
 
     runs: pd.DataFrame

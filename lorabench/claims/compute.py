@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.curves import scan
+from lorabench.analysis.curves import log_windows, scan
 from lorabench.analysis.estimate import exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
 from lorabench.analysis.optima import lr_errors, off_optimum, runs_at_optimum
@@ -109,7 +109,7 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     runs = [runs_at_optimum(comparison, arm) for arm in (lora, fullft)]
     curves = equal_flops_curves(runs[0], runs[1], comparison.curves, f"{comparison.label} {label} at equal FLOPs")
     curves = replace(curves, lr_errors=lr_errors(comparison, fullft, lora))
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training and validation curves of paired seeds with training FLOPs in common")
     problems, margin = comparison.problems([lora, fullft]), comparison.margin
     if not problems and curves.n_seeds < MIN_SEEDS:

@@ -165,7 +165,7 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
         label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
         curve = curves_at_optimum(comparison, arm).dropna()
         unjudged_if(curve.empty, f"no training curves of {label}")
-        windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
+        windows = log_windows(curve.index, WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
         unjudged_if(len(windows) < 4, f"{label} has too few steps", "inconclusive")
         # Each window counts at its geometric middle.
         means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
@@ -342,7 +342,7 @@ def _early(
 )
 def _same_early_curves(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training losses after the first update")
     margin = comparison.margin
     problems += margin_problems(margin)

@@ -11,12 +11,12 @@ import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.beginnings import at_end, at_step, coupled
 from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
+from lorabench.analysis.curves import at_end, at_step
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
+from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Remedy, Within
 from lorabench.claims.claim import (
     SWEEP,

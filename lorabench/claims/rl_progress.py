@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, kept, require
+from lorabench.analysis.arms import arm_label, kept
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from lorabench.analysis.comparison import kept
+from lorabench.analysis.arms import kept
 from lorabench.claims.claim import SWEEP, Evidence, claim, unjudged_if
 from studies.lr_ratio.conditions import MeasuredRatio, measured_ratios, stated_predictions
 from studies.lr_ratio.theories import LogRatio, predicted

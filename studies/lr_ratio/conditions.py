@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ALPHA, arm_label
-from lorabench.analysis.beginnings import at_step
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
+from lorabench.analysis.curves import at_step
 from lorabench.analysis.estimate import Estimate, ExampleLosses, combined
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.lr_law import METHODS, SweptMethods

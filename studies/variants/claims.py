@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from lorabench.analysis.arms import is_standard
-from lorabench.analysis.comparison import Comparison, comparisons, kept, require
+from lorabench.analysis.arms import is_standard, kept
+from lorabench.analysis.comparison import Comparison, comparisons, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together
 from lorabench.analysis.optima import as_ratio, in_words, judge_ratio, ratio_text

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import STANDARD, arm_label, with_losses
-from lorabench.analysis.comparison import Arm, Comparison, kept
+from lorabench.analysis.arms import STANDARD, arm_label, kept, with_losses
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant

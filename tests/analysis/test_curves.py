@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points, paired, scan
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, log_windows, metric_points, paired, scan
 from lorabench.analysis.estimate import generator
 from lorabench.analysis.rules import Above, Within
 
@@ -81,7 +81,7 @@ def test_the_batches_of_a_seed_cancel():
     apart = paired_of(runs[runs["seed"] < 2], others, curves.assign(value=curves["value"].mask(lost)))
     assert (list(apart.by_seed), 5 in apart.by_seed.index, len(apart.run_ids)) == ([0, 1], False, 4)
     nothing = paired_of(runs, others, pd.DataFrame())
-    assert (nothing.n_seeds, nothing.last, nothing.windows(6)) == (0, 0, [])
+    assert (nothing.n_seeds, nothing.last) == (0, 0)
 
 
 def test_a_seed_may_have_several_weighted_runs():
@@ -104,12 +104,12 @@ def of(by_seed, name="test"):
 
 def test_windows_are_equally_long_in_log_step():
     curves = of({0: np.zeros(200)})
-    windows = curves.windows(6)
+    windows = log_windows(curves.by_seed.index, 6)
     assert windows == [(2, 4), (5, 9), (10, 20), (21, 43), (44, 93), (94, 200)]
-    assert curves.windows(6, first=150)[0][0] == 150
+    assert log_windows(curves.by_seed.index, 6, first=150)[0][0] == 150
     # With fewer steps than windows, each step is one.
-    assert of({0: np.zeros(4)}).windows(6) == [(2, 2), (3, 3), (4, 4)]
-    assert of({0: np.zeros(1)}).windows(6) == []
+    assert log_windows(range(1, 5), 6) == [(2, 2), (3, 3), (4, 4)]
+    assert log_windows([1], 6) == []
 
 
 def test_means_and_slopes_are_over_seeds():
@@ -160,10 +160,12 @@ def test_a_scan_of_equal_curves_rarely_contradicts():
     random, verdicts = generator("scan"), Counter()
     for _ in range(300):
         curves = of(dict(enumerate(simulated(random).T)))
-        verdicts[scan(Above(0.004), curves, curves.windows(6), "{}").verdict] += 1
+        verdicts[scan(Above(0.004), curves, log_windows(curves.by_seed.index, 6), "{}").verdict] += 1
         # The truth lies at the end of the band.
         shifted = of(dict(enumerate(simulated(random, mean=0.015).T)))
-        verdicts[f"equal {scan(Within.margin(0.015), shifted, shifted.windows(6), '{}').verdict}"] += 1
+        verdicts[
+            f"equal {scan(Within.margin(0.015), shifted, log_windows(shifted.by_seed.index, 6), '{}').verdict}"
+        ] += 1
     assert verdicts["confirmed"] <= 2
     assert verdicts["equal confirmed"] / 300 < 0.05
     assert verdicts["equal contradicted"] / 300 < 0.09

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.beginnings import at_end, at_step, coupled
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.curves import compared_ranks, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import at_end, at_step, compared_ranks, early_difference, inverse_rank_fit
 from lorabench.analysis.estimate import combined, student
+from lorabench.analysis.optima import coupled
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 from ..handmade.sft import STEPS, arm, tables
