@@ -103,9 +103,8 @@ def _standard_error(part: np.ndarray) -> float:
 def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estimate:
     """Return a function of estimates, with the error that follows from theirs.
 
-    Args:
-        function: maps one number or array for each estimate to a number or array; it must work element by element.
-        estimates: their draws are taken together, so that those of one fit keep their correlation.
+    The function maps one number or array for each estimate to a number or array, element by element. Draws are taken
+    together, so that those of one fit keep their correlation.
     """
     value = float(np.asarray(function(*(each.value for each in estimates))))
     seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
@@ -189,8 +188,8 @@ def multivariate_student(
 ) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
-    The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers). Without
-    the places of some `chosen` numbers, the draws are those of all.
+    The covariance, (numbers, numbers), is that if the degrees of freedom, which all share, were many. The draws are
+    those of the `chosen` places, or of all.
     """
     root = cholesky_root(covariance)
     even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
@@ -285,13 +284,7 @@ class ExampleLosses:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> ExampleLosses:
-        """Read the table `test_losses`: columns run_id, example, loss, tokens, and optionally group.
-
-        An example without a group is its own group.
-
-        Raises:
-            UserError: see `check_test_losses`.
-        """
+        """Read the table `test_losses`, which `check_test_losses` checks; an example without a group is its own."""
         if table.empty:
             return cls()
         check_test_losses(table)
@@ -316,7 +309,9 @@ class ExampleLosses:
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
-        splits = [(self.tokens[run_id], self._groups_of(run_id)) for run_id in run_ids]
+        splits = [
+            (self.tokens[run_id], self.groups.get(run_id, np.arange(len(self.tokens[run_id])))) for run_id in run_ids
+        ]
         tokens, groups = splits[0]
         if any(not (np.array_equal(split[0], tokens) and np.array_equal(split[1], groups)) for split in splits):
             return None
@@ -330,16 +325,12 @@ class ExampleLosses:
         falls: np.ndarray = (nats - means * tokens) / (total - tokens)
         return falls * math.sqrt((n - 1) / n)
 
-    def _groups_of(self, run_id: str) -> np.ndarray:
-        return self.groups[run_id] if run_id in self.groups else np.arange(len(self.tokens[run_id]))
-
 
 def example_draws(influences: np.ndarray, test_split: str) -> np.ndarray:
-    """Draw the error from test examples of several numbers, (N_DRAWS, numbers), given the influences of groups on them.
+    """Draw the error from test examples of several numbers, (N_DRAWS, numbers), from the influences of groups on them.
 
-    Args:
-        influences: (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN.
-        test_split: names the test split; numbers of one split have their draws in common.
+    These are (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN. Numbers of one test
+    split, which is named, have their draws in common.
     """
     n = influences.shape[1]
     multipliers, numbers = _multipliers(test_split, n), influences.T.astype(np.float32)

@@ -151,14 +151,14 @@ def decide(
     margin_rule: str = "",
     reopened: np.ndarray | None = None,
 ) -> Finding:
-    """Apply a rule to an estimate.
+    """Apply a rule to an estimate; if its error is not known, or there is any problem, the finding is inconclusive.
 
     Args:
         rule: what the claim says about the number.
-        estimate: the number with its error; if the error is not known, the finding is inconclusive.
+        estimate: the number with its error.
         text: the numbers as text.
         run_ids: ids of the runs behind it, in any order; ids may repeat.
-        problems: reasons against a verdict; with any, the finding is inconclusive.
+        problems: reasons against a verdict.
         margin_rule: the rule that gives the margin, as text.
         reopened: which replicates have a reason against a verdict, (N_AGAIN,); by default none has.
     """
@@ -249,18 +249,15 @@ def worst(findings: Sequence[Finding]) -> Finding:
     # A finding may be one of several in turn, so that the corrections multiply.
     corrected = np.minimum(1.0, np.take_along_axis(against, decisive[None], 0)[0] * tested)
     judged = ordered[decisive[0]].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
-    return _with_remedy(judged, [ordered[at] for at in np.flatnonzero(verdicts[:, 0] == _OPEN)], int(tested[0]))
-
-
-def _with_remedy(judged: Finding, opened: Sequence[Finding], tested: int) -> Finding:
-    """Return the finding that decides over several with the number of seeds, or of examples, that decides them all."""
     if judged.remedy is None or judged.remedy.plan is None:
         return judged
+    # The remedy is the number of seeds, or of examples, that decides all.
     plans = [judged.remedy.plan]
     if plans[0].holds:  # The finding nearest to failing holds, so that a confirmation of all is ahead.
-        plans = [each.remedy.plan for each in opened if each.remedy is not None and each.remedy.plan is not None]
-    together = sum(each.open for each in plans)
-    remedies = [replace(each, tests=each.tests * tested, open=together).remedy() for each in plans]
+        remedies = [ordered[at].remedy for at in np.flatnonzero(verdicts[:, 0] == _OPEN)]
+        plans = [remedy.plan for remedy in remedies if remedy is not None and remedy.plan is not None]
+    still_open = sum(plan.open for plan in plans)
+    remedies = [replace(plan, tests=plan.tests * int(tested[0]), open=still_open).remedy() for plan in plans]
     return replace(judged, remedy=max(remedies, key=lambda remedy: remedy.size, default=judged.remedy))
 
 
@@ -306,32 +303,22 @@ def error_rate(estimate: Estimate) -> str:
     return with_interval(estimate.value, *estimate.interval(), 4, "+", " in error rate")
 
 
-Unit = Callable[[float], float]
-"""A monotonic function from the unit of a rule to that of the reader."""
-
-
-def in_unit(judged: Finding, unit: Unit, unit_of_difference: Unit | None = None) -> Finding:
+def in_unit(
+    judged: Finding, unit: Callable[[float], float], unit_of_difference: Callable[[float], float] | None = None
+) -> Finding:
     """Return a finding with its numbers in another unit.
 
     Args:
         judged: the finding in the unit of its rule.
-        unit: gives the estimate, its interval and the margin in the other unit; if it decreases, ends are exchanged.
+        unit: a monotonic function of the estimate, its interval and the margin; if it decreases, ends are exchanged.
         unit_of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
     """
-    low, high = sorted((unit(judged.ci_low), unit(judged.ci_high)))
-    margin_low, margin_high = sorted((unit(judged.margin_low), unit(judged.margin_high)))
-    part_low, part_high = sorted((unit(judged.part_low), unit(judged.part_high)))
-    return replace(
-        judged,
-        estimate=unit(judged.estimate),
-        ci_low=low,
-        ci_high=high,
-        margin_low=margin_low,
-        margin_high=margin_high,
-        part_low=part_low,
-        part_high=part_high,
-        detectable=unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable,
-    )
+    ends: dict[str, float] = {}
+    for name in ("ci", "margin", "part"):
+        low, high = f"{name}_low", f"{name}_high"
+        ends[low], ends[high] = sorted((unit(getattr(judged, low)), unit(getattr(judged, high))))
+    detectable = unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable
+    return replace(judged, estimate=unit(judged.estimate), detectable=detectable, **ends)
 
 
 def exponential(logarithm: float) -> float:

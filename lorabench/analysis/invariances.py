@@ -75,10 +75,7 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and others as a control.
 
     The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
-    has the same settings and seeds.
-
-    With `plus`, only equivalent pairs are used in which one run has unequal LRs of A and B (LoRA+) and the other has
-    equal LRs.
+    has the same settings and seeds. With `plus`, one run of equivalent pairs has unequal LRs of A and B (LoRA+).
     """
     pairs = run_pairs(runs)
     wanted = pairs["equivalent"]
@@ -130,8 +127,8 @@ def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> 
     """Compute how far the training losses of paired runs (see `run_pairs`) differ, up to a step.
 
     Returns:
-        One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
-        absolute difference of the training NLL up to that step, nats per token).
+        The pair's columns for each step that both runs have, pair (its number), step, difference (the largest of the
+        training NLL up to that step, nats per token).
     """
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
     losses = metric_points(curves, "train", "nll")
@@ -147,8 +144,6 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
     Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
     alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
-
-    The curves have the metric `descent` at step 1.
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
@@ -226,9 +221,7 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their fitted optima.
-
-    The runs are of one model and dataset, and the curves have the metric `update_norm`.
+    """Compute the change of W by single steps in the longest standard LoRA runs of a dataset at their fitted optima.
 
     Returns:
         The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).

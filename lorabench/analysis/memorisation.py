@@ -112,10 +112,8 @@ def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Esti
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
     """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds.
 
-    It is near 0 where the arm no longer stores more, and NaN without curves or without stored bits.
-
-    The runs are those of one arm on random facts at one LR, one for each seed, whose validation split has the same
-    facts.
+    It is NaN without curves or without stored bits. The runs are those of an arm at one LR, one for each seed, whose
+    validation split has the same facts.
     """
     shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
     points = train_curves(facts, curves, split="validation")

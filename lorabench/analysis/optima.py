@@ -19,7 +19,7 @@ from lorabench.analysis.arms import ARM, arm_label, kept, with_arm_columns
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
 from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
-from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
+from lorabench.analysis.finding import MIN_SEEDS, Finding, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rules import LEVEL, Problem, Remedy, Rule
@@ -45,22 +45,13 @@ def mean_lr(schedule: object) -> float:
     return 0.5 if str(schedule).startswith(("linear", "cosine")) else 1.0
 
 
-@dataclass(frozen=True)
-class _Around:
-    """The runs at the three LRs around the fitted optimum of an arm, by seeds that have all three."""
-
-    runs: pd.DataFrame
-    weights: pd.DataFrame
-    """By LR, the weights with which losses give the coefficients of a parabola through them: the value at the optimum
-    (column 0), and the coefficients of the distance from it in ln LR (column 1) and of its square (column 2)."""
-
-    def weighted(self, power: int) -> pd.DataFrame:
-        """Return the runs with the weights of a coefficient in the column weight."""
-        return self.runs.assign(weight=self.runs["lr"].map(self.weights[power]))
-
-
 @kept
-def _around(comparison: Comparison, arm: Arm) -> _Around | None:
+def _around(comparison: Comparison, arm: Arm) -> pd.DataFrame | None:
+    """Return the runs at the three LRs around the fitted optimum of an arm, of the seeds that have all three, if any.
+
+    The columns 0 to 2 are the weights with which losses give the coefficients of a parabola through them: the value at
+    the optimum, and the coefficients of the distance from it in ln LR and of its square.
+    """
     label = arm_label(arm)
     grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
     if grid is None or fitted is None or len(grid.window) < 3:
@@ -72,7 +63,8 @@ def _around(comparison: Comparison, arm: Arm) -> _Around | None:
     runs = comparison.rows[label]
     runs = runs[(runs["status"] == "done") & runs["lr"].isin(lrs.tolist())]
     complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
-    return None if complete.empty else _Around(complete, pd.DataFrame(powers.T, index=lrs))
+    weights = {power: complete["lr"].map(dict(zip(lrs, powers[power], strict=True))) for power in range(3)}
+    return None if complete.empty else pd.concat([complete, pd.DataFrame(weights)], axis=1)
 
 
 @kept
@@ -83,8 +75,8 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     them, which sum to 1 for each seed. Otherwise they are those of `Comparison.at_optimum`, with weight 1.
     """
     around = _around(comparison, arm)
-    if around is not None and around.runs["seed"].nunique() >= MIN_SEEDS:
-        return around.weighted(0)
+    if around is not None and around["seed"].nunique() >= MIN_SEEDS:
+        return around.drop(columns=[1, 2]).rename(columns={0: "weight"})
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 
@@ -105,7 +97,9 @@ def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
     if around is None:
         return None
     points = comparison.points("train", "nll")
-    by_power = {power: curves_by_seed(around.weighted(power), points).mean(axis=1) for power in (1, 2)}
+    by_power = {
+        power: curves_by_seed(around.rename(columns={power: "weight"}), points).mean(axis=1) for power in (1, 2)
+    }
     optimum = comparison.fit.optima[arm_label(arm)]
     return LrError(optimum.draws - optimum.value, pd.DataFrame(by_power))
 
@@ -212,16 +206,13 @@ def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> 
 
     `effect` is the least difference that matters to the comparison, in nats per token.
     """
-
-    def lost(compared: Arm) -> float:
-        """Return the loss that an arm adds by its distance from its optimum; 0 if it is interpolated there."""
+    added = 0.0
+    for compared, sign in ((arm, 1), (other, -1)):
         label, runs = arm_label(compared), runs_at_optimum(comparison, compared)
-        fitted = comparison.fit.optima.get(label)
-        if fitted is None or runs.empty or (runs["weight"] != 1.0).any():
-            return 0.0
-        return comparison.fit.curvature[label] * (math.log(float(runs["lr"].iloc[0])) - fitted.value) ** 2
-
-    added = lost(arm) - lost(other)
+        # A curve that is interpolated at the optimum adds nothing.
+        if label in comparison.fit.lowest and len(runs) and (runs["weight"] == 1.0).all():
+            off = math.log(float(runs["lr"].iloc[0])) - comparison.fit.lowest[label][0]
+            added += sign * comparison.fit.curvature[label] * off**2
     if not abs(added) > MAX_LOST * effect:
         return []
     labels = f"{arm_label(arm)} and {arm_label(other)}"
@@ -277,19 +268,12 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
 
 
 def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
-    """Estimate where a rank runs out of capacity: where its gap to the highest rank reaches the margin.
+    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none.
 
-    The gap is that of a line, which is fitted against log10(step) from the window after that of the departure on.
-
-    Args:
-        curves: the loss of the rank minus that of the highest.
-        departure: that of these curves.
-        margin: in nats per token.
-
-    Returns:
-        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve, which does
-        not show when a lack of capacity sets in, since LoRA starts slowly. A line that reaches the margin before the
-        window before the departure, with 95% confidence, does not describe the gap.
+    There its gap to the highest rank (`curves`) reaches the margin, in nats per token. The gap is that of a line, which
+    is fitted against log10(step) from the window after that of the departure on. A rank that leaves at once never
+    joined the shared curve, which does not show when a lack of capacity sets in, since LoRA starts slowly. A line that
+    reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
     """
     if departure.first is None:
         return "does not leave"
@@ -315,12 +299,7 @@ def tokens_at(comparison: Comparison, arm: Arm, step: float) -> float:
 
 
 def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the seed noise of comparisons, as their fits have it.
-
-    Returns:
-        One row per comparison: the columns COMPARED, sigma and dof (see `LossFit`; NaN if it is not known), n_runs
-        (that count for the fit).
-    """
+    """Return a row per comparison: COMPARED, sigma and dof (see `LossFit`; NaN if not known), n_runs (of the fit)."""
     rows = []
     for part in parts:
         sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
@@ -330,12 +309,9 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
-    """Return the seed noise of supervised runs: each comparison's variance, weighted by its degrees of freedom.
+    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom.
 
-    The noise of a comparison is the sigma of its `LossFit`. Random facts are left out, since the loss on memorized
-    text varies far more.
-
-    `source` says where the runs are from, for the reasons of verdicts.
+    Random facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from.
 
     Raises:
         UserError: the table lacks a column, or no comparison has two seeds.
@@ -379,12 +355,7 @@ def as_ratio(judged: Finding) -> Finding:
 
 
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:
-    """Judge the ratio of the optimal LR of an arm to that of another.
-
-    The rule is on the natural logarithm of the ratio, and the finding has its numbers as ratios.
-    """
+    """Judge the ratio of the optimal LRs of two arms by a rule on its natural logarithm; the finding has ratios."""
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
-    text, ids = ratio_text(comparison, arm, other), comparison.run_ids([arm, other])
-    problems = comparison.problems([arm, other], resolved=True)
-    reopened = comparison.reopened([arm, other], resolved=True)
-    return as_ratio(decide(rule, log_ratio, text, ids, problems, margin_rule, reopened))
+    text = ratio_text(comparison, arm, other)
+    return as_ratio(comparison.decide(rule, log_ratio, text, [arm, other], margin_rule, resolved=True))

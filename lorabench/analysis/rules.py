@@ -94,13 +94,9 @@ class Within:
         """Return which runs have the claimed sign if they contradict, (runs,); an equality claims none."""
         return np.zeros(len(runs.shifts), bool)
 
-    @property
-    def _ends(self) -> list[float]:
-        return [end for end in (self.low, self.high) if math.isfinite(end)]
-
     def strain(self, estimate: Estimate) -> float:
         """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
-        ends = self._ends
+        ends = [end for end in self.margins if math.isfinite(end)]
         if not ends:
             return math.nan
         middle, half = float(np.mean(ends)), (max(ends) - min(ends)) / 2
@@ -109,13 +105,10 @@ class Within:
         return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
 
     def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
-        """Return the probabilities of a confirmation and of a contradiction.
+        """Return the probabilities of a confirmation and of a contradiction, given the true number.
 
-        Args:
-            truth: the true number.
-            error: the standard error of its estimate.
-            dof: the degrees of freedom of that error.
-            tests: the number of comparisons that share the level of a contradiction.
+        Its estimate has a standard error with some degrees of freedom, and the level of a contradiction is shared by a
+        number of tests.
         """
         to_high, to_low = (self.high - truth) / error, (truth - self.low) / error
         one_sided, two_sided = (stdtrit(dof, 1 - level) for level in (LEVEL, LEVEL / 2 / tests))

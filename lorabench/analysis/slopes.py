@@ -30,14 +30,11 @@ class Line:
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit log10(y) against log10(x) by ordinary least squares, with t intervals.
+    """Fit log10(y) against log10(x), (n,) each, by ordinary least squares, with t intervals.
 
-    Args:
-        x: positions, shape (n,); a point whose position or value is not positive and finite is left out.
-        y: values, shape (n,).
-        sigma: known lower bound of the standard deviation of log10(y); NaN stands for unknown. It keeps points that lie
-            on a line by chance from giving an interval that is too narrow.
-        groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
+    A point that is not positive and finite is left out. `sigma` is a known lower bound of the standard deviation of
+    log10(y), which keeps points that lie on a line by chance from giving an interval that is too narrow; it may be NaN.
+    Each of the groups, (n,), has its own intercept, and all share the slope.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})

@@ -87,11 +87,9 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute each arm's envelope of the validation NLL against the training FLOPs spent, the same on every token.
 
-    The runs have the columns train_flops and train_tokens.
-
     Returns:
-        The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step).
-        Points without a known number of FLOPs are left out.
+        The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step),
+        where they are known.
     """
     points = envelopes(runs, curves)
     per_token = _flops_per_token(runs).set_axis(runs["run_id"])
@@ -105,12 +103,6 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     Both arms see the same batch at the same step, so that its difficulty cancels there, but not where the FLOPs are
     the same, which is at different steps. So the difference at a step is that on its batch, plus what `others` gains
     from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
-
-    Args:
-        runs: the runs of one arm (see `curves_by_seed`), with the columns train_flops and train_tokens.
-        others: the runs of the other arm.
-        curves: their curves with the column tokens.
-        name: names the two arms, for draws.
 
     Returns:
         The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond
