@@ -4,9 +4,9 @@ An arm is everything that an LR sweep leaves fixed: a method (FullFT, or LoRA of
 parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in learning rate and
 seed only.
 
-Estimators pick a learning rate by the column `validation_loss` and report the column `test_loss`; lower is better. In
-supervised fine-tuning both are the NLL in nats per scored token (`with_losses`), and in reinforcement learning the
-error rate from 0 to 1 (`rewards.with_error_rates`). Tables on disk do not have these columns.
+Estimators pick a learning rate by the column `validation_loss` and report `test_loss`; lower is better. They are the
+NLL in nats per scored token (`with_losses`), in reinforcement learning the error rate (`rewards.with_error_rates`).
+Tables on disk do not have these columns.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
 
 
 def check_runs(runs: pd.DataFrame) -> None:
-    """Check that no arm has two runs with one LR and seed; the table is one that `check_table` lets pass.
+    """Check that no arm has two runs with one LR and seed.
 
     Raises:
         UserError: An arm has two runs with the same LR and seed.

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, kept, with_arm_columns, with_losses
-from lorabench.analysis.curves import metric_points, split_curves
+from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, error_rate, nats
 from lorabench.analysis.fit_rows import MAX_STEP
@@ -37,7 +37,7 @@ Task = Literal["sft", "rl"]
 OVERSHOOT: dict[Task, float] = {"sft": 1.0, "rl": 0.5}
 """How many margins a fitted minimum may lie below the lowest mean of the runs at an LR, or two of its standard errors.
 
-Between two LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
+Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
 loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
 """
 
@@ -167,10 +167,11 @@ class Comparison:
 
     @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
-        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum.
+        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else the
+        best one.
 
-        Of the LRs within a factor of MAX_STEP of the optimum, those with the most seeds come first, since further
-        seeds are trained at one LR only. Without a fit, it is the LR with the lowest loss.
+        Of the LRs within a factor of MAX_STEP of it, those with the most seeds come first, as further seeds have one LR
+        only.
         """
         label = arm_label(arm)
         grid, done = self.fit.grids.get(label), self.rows[label][self.rows[label]["status"] == "done"]
@@ -313,9 +314,8 @@ def _further_lr(label: str, lr: float) -> Remedy:
 
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
-    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
-
-    The table `curves` may hold those of other runs, too; each comparison gets those of its own.
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, each with its
+    curves.
 
     Raises:
         UserError: see `check_runs`.
@@ -327,10 +327,14 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | Non
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
     varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()
-    own_curves = split_curves(curves, [rows for _, rows in groups])
+    own_curves: dict[int, pd.DataFrame] = {}
+    if "run_id" in curves:
+        part_of = {run_id: part for part, (_, rows) in enumerate(groups) for run_id in rows["run_id"]}
+        own_curves = dict(iter(curves.groupby(curves["run_id"].map(part_of))))
     parts = []
-    for ((model, dataset, batch_size, steps), rows), points in zip(groups, own_curves, strict=True):
+    for part, ((model, dataset, batch_size, steps), rows) in enumerate(groups):
         setting = f" batch {batch_size}" if varied["batch_size"] else f" {steps} steps" if varied["steps"] else ""
+        points = own_curves.get(part, curves.iloc[:0])
         parts.append(Comparison(f"{model}/{dataset}{setting}", rows, points, judging or Judging()))
     return parts
 

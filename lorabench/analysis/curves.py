@@ -1,7 +1,7 @@
 """Curves: a metric by step, of single runs, of an arm by seed, of one arm minus another, and of early ranks.
 
-A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
-in the difference of their training losses. That makes the difference far less noisy than either loss.
+A seed fixes the order of the data, so the difficulty of a batch cancels in the difference of the training losses of two
+runs of one seed, which is far less noisy than either loss.
 """
 
 from __future__ import annotations
@@ -26,20 +26,6 @@ from lorabench.analysis.slopes import mean_log_step, slopes_by_seed
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the curves of some runs; a table without the column run_id is returned unchanged."""
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
-
-
-def split_curves(curves: pd.DataFrame, parts: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Return the curves of the runs of each part of a table `runs`, each in the order of the table `curves`.
-
-    A single part gets the whole table, and so does each part if the table has no column run_id.
-    """
-    if len(parts) == 1 or "run_id" not in curves:
-        return [curves] * len(parts)
-    part_of = {run_id: part for part, runs in enumerate(parts) for run_id in runs["run_id"]}
-    part = curves["run_id"].map(part_of).fillna(len(parts)).to_numpy(int)
-    order = np.argsort(part, kind="stable")
-    ordered, ends = curves.iloc[order], np.searchsorted(part[order], range(len(parts) + 1))
-    return [ordered.iloc[start:end] for start, end in pairwise(ends.tolist())]
 
 
 def metric_points(
@@ -118,8 +104,8 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(whole, index, columns).dropna(how="all").dropna(how="all", axis="columns")
 
 
-def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
-    """Compute each arm's pointwise minimum of a metric over its LR grid (the runs with its first seed).
+def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute each arm's pointwise minimum of the validation NLL over its LR grid (the runs with its first seed).
 
     A diverged run counts up to its last finite value.
 
@@ -132,7 +118,7 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     """
     check_runs(runs)
     columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
-    all_points = metric_points(curves, split, metric, ["run_id", "step", "examples", "tokens", "value"])
+    all_points = metric_points(curves, "validation", "nll", ["run_id", "step", "examples", "tokens", "value"])
     rows: list[dict[Any, Any]] = []
     for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
@@ -144,7 +130,8 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
 
 
 Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
-"""Function from curves by step to one number for each column, such as a mean or a slope; it is linear in the curves."""
+"""A function from curves by step to one number for each column, such as a mean or a slope; it is linear in the
+curves."""
 
 
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
@@ -208,8 +195,8 @@ class PairedCurves:
     def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
         """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
 
-        The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
-        by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
+        Steps are no substitute for seeds, which shift whole stretches of the difference, in some windows more than in
+        others: no window borrows degrees of freedom from its steps or other windows.
         """
         return [
             self._estimate(
@@ -223,13 +210,11 @@ class PairedCurves:
         return self._estimate(lambda curves: slopes_by_seed(curves.loc[first:]), f"slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
-        """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
+        """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches
+        a level.
 
-        The line may reach it before that step. The mean line of the seeds gives the value. The error is that of what
-        the line has above the level there, divided by the slope.
-
-        Returns:
-            log10(step); it is unknown if the difference does not grow.
+        The line may reach it before that step; it is unknown if the difference does not grow. The mean line of the
+        seeds gives the value. The error is that of what the line has above the level there, divided by the slope.
         """
         curves = self.by_seed.loc[first:]
         slopes, y = slopes_by_seed(curves), curves.astype(float).mean()
@@ -294,8 +279,8 @@ class EarlyDifference:
     curves: PairedCurves
     """The difference, by the steps and the seeds that both ranks finished."""
     sigma_batch: float
-    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
-    It is NaN with fewer than two seeds."""
+    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps, or
+    NaN."""
     by_inverse_rank: pd.DataFrame = field(repr=False)
     """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
     (the mean over seeds and steps)."""
@@ -304,10 +289,8 @@ class EarlyDifference:
 
 
 def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
-    """Return the ranks that stand for the paper's 16 and 256: the lowest from PAPER_RANK up, and the highest.
-
-    Without two such ranks it is the lowest above 1 and the highest; None without two ranks above 1.
-    """
+    """Return the ranks that stand for the paper's 16 and 256, if any: the lowest from PAPER_RANK up, or else above 1,
+    and the highest."""
     for lowest in (PAPER_RANK, 2):
         enough = sorted({rank for rank in ranks if rank >= lowest})
         if len(enough) > 1:
@@ -331,12 +314,7 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
     """Compute the training NLL of a rank minus that of a higher one (see `compared_ranks`), at one LR that both have.
 
     If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals. None if there are
-    no two ranks above 1 that share an LR and a finished seed.
-
-    Args:
-        runs: LoRA runs that differ in rank, LR and seed only.
-        curves: their curves.
-        first_steps: the last step to include.
+    no two ranks above 1 that share an LR and a finished seed. The runs differ in rank, LR and seed only.
     """
     pair = compared_ranks([int(rank) for rank in runs["rank"].dropna()])
     if pair is None:

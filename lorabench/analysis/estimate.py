@@ -1,13 +1,10 @@
 """Estimates: numbers with the distribution of their error, from which intervals of any level are taken.
 
-An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
-the examples of the test split, which only more examples make smaller, or more groups where examples share a source.
-Each part is kept as draws, so that a function of several estimates has an interval too, and estimates from one fit keep
-their correlation.
-
-The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
-evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
-docs/estimates.md says how precise they are.
+An error has two independent parts: one from seeds (weights, data order), and one from the examples of the test split,
+or from their groups where they share a source. Each is kept as draws, so that a function of several estimates has an
+interval too, and estimates from one fit keep their correlation. The draws are quantiles of the error's distribution, at
+points that fill the unit cube evenly and lie in an order that belongs to the name of the error. So the ends of an
+interval are continuous in the data; docs/estimates.md says how precise they are.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
 sets a smaller one, since errors of its intervals average out over many worlds."""
 
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-"""Shares of a distribution, equally far apart, (N_DRAWS,)."""
 
 POWER = 0.8
 """The probability with which an effect of the smallest detectable size would have been seen."""
@@ -126,10 +122,10 @@ def exact(value: float) -> Estimate:
 
 
 def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0) -> Estimate:
-    """Return a number with a t distributed error, given its standard error.
+    """Return a number with a t distributed error, given its standard error; it is not known below one degree of
+    freedom.
 
-    With fewer than one degree of freedom the error is not known. Draws of different names are independent, and those of
-    one name are always the same.
+    Draws of different names are independent, and those of one name are always the same.
     """
     known = dof >= 1 and math.isfinite(error)
     seed_part = error * shuffled(_t_quantiles(dof), name) if known else np.full(N_DRAWS, math.nan)
@@ -153,8 +149,7 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
     """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive.
 
-    The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
-    the paired values share cancels. It is not known with fewer than two pairs.
+    Its error, from the residuals numerator - ratio * denominator, lacks what the pairs share; two pairs are needed.
     """
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
@@ -207,8 +202,8 @@ def multivariate_student(
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others.
 
-    The root is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns them, or
-    exchanges their signs. A negligible share is added to each variance; the root of a number without error is 3e-5.
+    It is continuous in the covariance, as eigenvectors are not. A negligible share is added to each variance; the root
+    of a number without error is 3e-5.
     """
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
@@ -227,8 +222,8 @@ _BLOCK = 32
 
 @lru_cache(maxsize=4)
 def _even_points(blocks: int, normal: bool = False) -> np.ndarray:
-    """Return points, (N_DRAWS, _BLOCK * blocks), that fill the unit cube evenly, as any part of them does, or with
-    `normal` the numbers with these shares of a normal distribution."""
+    """Return points, (N_DRAWS, _BLOCK * blocks), that fill the unit cube evenly, as any part of them does, or their
+    normal quantiles."""
     if normal:
         return np.asarray(ndtri(_even_points(blocks)))
     from scipy.stats.qmc import Sobol  # takes half a second to import
@@ -270,9 +265,9 @@ class ExampleLosses:
     """The losses of runs by test example, from the table `test_losses`.
 
     Test examples that share their source, such as a package or a document, err together. The error of a mean loss is
-    therefore found by leaving out one group of examples at a time (the jackknife by clusters), and has a t distribution
-    with one degree of freedom less than there are groups. MacKinnon, Nielsen and Webb, "Cluster-robust inference: A
-    guide to empirical practice" (2023), recommend both for few groups.
+    therefore found by leaving out one group of examples at a time (the jackknife by clusters), with a t distribution
+    with one degree of freedom less than there are groups, as MacKinnon, Nielsen and Webb recommend for few groups
+    ("Cluster-robust inference: A guide to empirical practice", 2023).
     """
 
     nats: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -304,8 +299,8 @@ class ExampleLosses:
     def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:
         """Return what groups of test examples do to the mean losses of runs on one test split, (runs, groups).
 
-        The product with their transpose is the covariance of the mean losses over other groups. Influences are NaN
-        where there is one group only. None if a run lacks its losses or the runs have different splits.
+        The product with their transpose is the covariance of the mean losses over other groups. They are NaN where
+        there is one group only. None if a run lacks its losses or the runs have different splits.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
@@ -361,7 +356,7 @@ def without_run_noise(
 
     Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
     from seeds, contains these differences, and the influences of examples contain them, too. Only a difference that an
-    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The
+    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. So the
     influences on the runs are fitted like their mean losses, and the variance of the residuals is taken from that of
     the coefficients.
 
@@ -370,9 +365,6 @@ def without_run_noise(
         design: the design matrix of the fit, (runs, coefficients).
         hat: makes coefficients from losses, (coefficients, runs).
         covariance: the covariance of runs over the variance of their noise, (runs, runs).
-
-    Returns:
-        Influences on the coefficients, (coefficients, groups), otherwise changed as little as possible.
     """
     effects = hat @ influences
     # A coefficient that is held near a value known before the runs takes less than a degree of freedom.

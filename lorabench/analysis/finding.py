@@ -1,12 +1,12 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
 
-docs/verdicts.md explains the verdicts. With its verdict a finding carries those of N_AGAIN replicates, which are new
-runs of the same design on other seeds and other test examples. The truth is off the estimate by a draw of the error,
-and a new estimate is off the truth by another draw, so a replicate is the estimate shifted by the sum of two
-independent draws. The error itself is measured anew, with as many degrees of freedom. A replicate has the same number
-in all comparisons, so that what their errors share stays shared. The share of replicates with the verdict of the
-finding is `p_again`. A replicate whose optimal learning rate moves too far has a reason against a verdict
-(`Comparison.reopened`); other reasons stay as they are.
+With its verdict a finding carries those of N_AGAIN replicates, which are new runs of the same design on other seeds and
+other test examples. The truth is off the estimate by a draw of the error, and a new estimate is off the truth by
+another draw, so a replicate is the estimate shifted by the sum of two independent draws. Its error is measured anew,
+with as many degrees of freedom. A replicate has the same number in all comparisons, so that what their errors share
+stays shared. The share of replicates with the verdict of the finding is `p_again`. A replicate whose optimal LR moves
+too far has a reason against a verdict (`Comparison.reopened`); other reasons stay as they are. docs/verdicts.md
+explains the verdicts.
 """
 
 from __future__ import annotations
@@ -53,10 +53,8 @@ SEVERITY: tuple[Verdict, ...] = (
     "not seen here",
     "contradicted",
 )
-"""The verdicts by their rank: of several, the last one decides.
-
-The sign is right in all comparisons only if none of them is open, so an open one comes before it.
-"""
+"""The verdicts by their rank: of several, the last decides. The sign is right in all comparisons only if none is
+open."""
 
 _CONFIRMED, _RIGHT_SIGN, _OPEN, _CONTRADICTED = map(
     SEVERITY.index, ("confirmed", "right sign, below the margin", "inconclusive", "contradicted")
@@ -151,12 +149,10 @@ def decide(
     margin_rule: str = "",
     reopened: np.ndarray | None = None,
 ) -> Finding:
-    """Apply a rule to an estimate; if its error is not known, or there is any problem, the finding is inconclusive.
+    """Apply a rule to an estimate with its text; if its error is not known, or with any problem, the finding is
+    inconclusive.
 
     Args:
-        rule: what the claim says about the number.
-        estimate: the number with its error.
-        text: the numbers as text.
         run_ids: ids of the runs behind it, in any order; ids may repeat.
         problems: reasons against a verdict.
         margin_rule: the rule that gives the margin, as text.
@@ -199,10 +195,8 @@ def again(estimate: Estimate) -> NewRuns:
 
 @lru_cache(maxsize=2**14)
 def _widths(dof: float) -> np.ndarray:
-    """Return the errors of replicates over that of the estimate, (N_AGAIN,), which has some degrees of freedom.
-
-    Both are estimated, so that the ratio of their squares has an F distribution.
-    """
+    """Return the errors of replicates over that of the estimate, (N_AGAIN,): the ratio of their squares has an F
+    distribution."""
     shares = np.random.default_rng(0).permutation((np.arange(N_AGAIN) + 0.5) / N_AGAIN)
     return np.asarray(np.sqrt(fdtri(dof, dof, shares)))
 
@@ -216,10 +210,7 @@ def finding(
     interval: tuple[float, float] = (math.nan, math.nan),
     strain: float = -math.inf,
 ) -> Finding:
-    """Build a finding whose verdict does not follow from an `Estimate`; with any problem it is inconclusive.
-
-    See `decide` for the arguments; `interval` is the 95% interval of the number that was judged.
-    """
+    """Build a finding whose verdict does not follow from an `Estimate`; see `decide`. The interval is the 95% one."""
     return Finding(
         verdict="inconclusive" if problems else verdict,
         reason="; ".join([text, *(problem.text for problem in problems)]),
@@ -235,7 +226,7 @@ def finding(
 def worst(findings: Sequence[Finding]) -> Finding:
     """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain.
 
-    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only (see `rules`).
+    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only.
     """
     # The first of the highest rank decides, so that the most strained one comes first.
     ordered = sorted(findings, key=lambda judged: -judged.strain)
@@ -306,7 +297,7 @@ def error_rate(estimate: Estimate) -> str:
 def in_unit(
     judged: Finding, unit: Callable[[float], float], unit_of_difference: Callable[[float], float] | None = None
 ) -> Finding:
-    """Return a finding with its numbers in another unit.
+    """Return a finding with its numbers in another unit, such as ratios for logarithms.
 
     Args:
         judged: the finding in the unit of its rule.

@@ -48,8 +48,7 @@ ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
 
 LEAST_WEIGHTS = 1e-3, 0.03
-"""Floors on the prior weights of (curvature, asymmetry), relative to the weight of one run; they hold where there is
-hardly any noise."""
+"""Floors on the prior weights of (curvature, asymmetry), relative to that of a run, where there is hardly any noise."""
 
 LEAST_SIZE = 0.1
 """The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
@@ -92,33 +91,6 @@ class ByArm(UserDict[str, Any]):
 
     def __getitem__(self, label: str) -> Any:
         return super().__getitem__(label)()
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """What draws of the errors of a fit's coefficients are made from; those of all at once take much memory."""
-
-    seed_parts: tuple[tuple[np.ndarray, int, str], ...]
-    """Of each independent part of the error from seeds: the covariance of the coefficients `order`, its degrees of
-    freedom, and a name for its draws; empty where the error is not known."""
-    order: tuple[int, ...]
-    """The places of these coefficients."""
-    influences: np.ndarray | None
-    """What groups of test examples do to each coefficient, (coefficients, groups); None where this is not known."""
-    test_split: str
-    n_examples: int
-    n_groups: int
-
-    def by_seed(self, places: list[int]) -> np.ndarray:
-        """Return draws of some coefficients' error from seeds, (N_DRAWS, places)."""
-        if not self.seed_parts:
-            return np.full((N_DRAWS, len(places)), math.nan)
-        chosen = [self.order.index(at) for at in places]
-        return np.asarray(sum(multivariate_student(*part, chosen) for part in self.seed_parts))
-
-    def by_example(self, places: list[int]) -> np.ndarray | None:
-        """Return draws of some coefficients' error from test examples, (N_DRAWS, places), if it is known."""
-        return None if self.influences is None else example_draws(self.influences[places], self.test_split)
 
 
 @dataclass(frozen=True)
@@ -179,13 +151,13 @@ def fit_losses(
     """Fit the final losses of the arms of one comparison.
 
     Args:
-        runs: runs of one model, dataset, batch size and length: columns run_id, ARM, lr, seed, status, and the losses
-            (see `with_losses`); for rows that are means of several seeds also n_seeds and final_test_nll_sd.
+        runs: runs of one model, dataset, batch size and length: run_id, ARM, lr, seed, status, and the losses (see
+            `with_losses`); for rows that are means of several seeds also n_seeds and final_test_nll_sd.
         examples: the losses by test example; without them their error is not known.
         noise: seed noise from elsewhere, for a comparison with one seed.
         name: names the comparison, for the draws of the error from seeds.
-        test_split: names the test split, for the draws of the error from examples. Fits with one test split draw the
-            same examples, so that their difference keeps what they have in common.
+        test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
+            differences.
     """
     runs = with_arm_columns(with_losses(runs))
     every_run = run_array(runs)
@@ -210,8 +182,17 @@ def fit_losses(
         # The error lies between the cells of arm and seed, of which there are fewer than runs.
         cells = int(counted.cells.max()) + 1
         dof = max(1, min(dof, cells - len(counted.in_arm) - (len(counted.seeds) - 1)))
-    examples = examples or ExampleLosses()
-    errors = _errors(counted, solution, places_by_arm, dof if sigma > 0 else 0, examples, name, test_split)
+    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
+    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
+    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places_by_arm.values(), strict=True)]
+    order = [place for kind in reversed(by_kind) for place in kind]
+    seed_parts = _seed_parts(counted, solution, order, dof, f"seeds of {name}") if dof and sigma > 0 else []
+    fitted_ids, influences, n_examples, n_groups = counted.runs["run_id"].tolist(), None, 0, 0
+    on_runs = examples.influences(fitted_ids) if examples else None
+    if examples and on_runs is not None:
+        hat, weighted = solution.hat / counted.weights, counted.weights[:, None] * on_runs
+        influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
+        n_examples, n_groups = len(examples.tokens[fitted_ids[0]]), on_runs.shape[1]
     of_seeds = solution.coefficients.copy()
     of_seeds[[place for own in places_by_arm.values() for place in own]] = 0.0
     # The losses without the effects of their seeds that all arms share.
@@ -232,19 +213,23 @@ def fit_losses(
 
     @cache
     def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
+        # Draws of all coefficients at once would take much memory.
         grid, places, ends, bend = grids[label], places_by_arm[label], counted.ends[label], bends.get(label)
-        own = solution.coefficients[places]
-        value = _vertex(own, ends, bend)
-        by_seed, drawn = _vertex(own + errors.by_seed(places), ends, bend), errors.by_example(places)
-        by_example = None if drawn is None else _vertex(own + drawn, ends, bend)
+        own, drawn = solution.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
+        if seed_parts:
+            chosen = [order.index(place) for place in places]
+            drawn = np.asarray(sum(multivariate_student(*part, chosen) for part in seed_parts))
+        value, by_seed, by_example = _vertex(own, ends, bend), _vertex(own + drawn, ends, bend), None
+        if influences is not None:
+            by_example = _vertex(own + example_draws(influences[places], test_split), ends, bend)
         position, minimum = (
             Estimate(
                 float(value[part]),
                 by_seed[part] - value[part],
                 None if by_example is None else by_example[part] - value[part],
                 len(seeds[label]),
-                errors.n_examples,
-                errors.n_groups,
+                n_examples,
+                n_groups,
             )
             for part in (0, 1)
         )
@@ -255,8 +240,8 @@ def fit_losses(
         return optimum, minimum, bounded and position.known and float(outside.mean()) <= 0.025
 
     text = "" if noise is None else f"; seed noise from {noise.source}"
-    if 1 < errors.n_groups < min(errors.n_examples, FEW_GROUPS):
-        text += f"; the {errors.n_examples} test examples come from {errors.n_groups} groups"
+    if 1 < n_groups < min(n_examples, FEW_GROUPS):
+        text += f"; the {n_examples} test examples come from {n_groups} groups"
     optima, minima, resolved = (
         ByArm({label: lambda label=label, part=part: estimated(label)[part] for label in lowest}) for part in range(3)
     )
@@ -324,43 +309,25 @@ def _weight(noisy: Solution, deviation: float, least: float) -> float:
     return max(math.sqrt(noisy.variance) / deviation, least)
 
 
-def _errors(
-    rows: FitRows,
-    solution: Solution,
-    places: Places,
-    dof: int,
-    examples: ExampleLosses,
-    name: str,
-    test_split: str,
-) -> _Errors:
-    """Return what draws of the errors of coefficients are made from; with 0 as `dof`, that from seeds is unknown.
+def _seed_parts(
+    rows: FitRows, solution: Solution, order: list[int], dof: int, name: str
+) -> list[tuple[np.ndarray, int, str]]:
+    """Return the independent parts of the error from seeds: a covariance of coefficients, its dof and a name for draws.
 
     No number of an arm depends on the contrasts of seeds, so their errors are left out. In a fit of one arm they hold
     all that seeds do to it. Its optimum then has the error of the noise within seeds. Its minimum is that over new
     seeds: it has, in addition, the error of the mean of the seeds' effects.
     """
-    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
-    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
-    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
-    order = tuple(place for kind in reversed(by_kind) for place in kind)
     covariance, seeds = solution.variance * solution.unscaled[np.ix_(order, order)], len(rows.seeds)
-    seed_parts: tuple[tuple[np.ndarray, int, str], ...] = ((covariance, dof, f"seeds of {name}"),) if dof else ()
-    if dof and len(rows.in_arm) == 1 and seeds > 1:
-        # The effect of a seed moves the intercept alone, and by its share in the mean, unless rows differ in weight.
-        in_seed = rows.cells[:, None] == np.unique(rows.cells)
-        weighted, moved = ((hat @ in_seed)[list(order)] for hat in (solution.hat / rows.weights, solution.hat))
-        within = covariance - solution.variance * solution.ratio * weighted @ weighted.T
-        effects = solution.coefficients[3 : 2 + seeds]
-        variance = float(effects @ effects + effects.sum() ** 2) / (seeds - 1)
-        between = (variance * moved @ moved.T, seeds - 1, f"seeds of {name}")
-        seed_parts = (within, solution.dof, f"runs, seeds of {name}"), between
-    run_ids = rows.runs["run_id"].tolist()
-    on_runs, influences, n_examples, n_groups = examples.influences(run_ids), None, 0, 0
-    if on_runs is not None:
-        weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
-        influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
-        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
-    return _Errors(seed_parts, order, influences, test_split, n_examples, n_groups)
+    if len(rows.in_arm) > 1 or seeds < 2:
+        return [(covariance, dof, name)]
+    # The effect of a seed moves the intercept alone, and by its share in the mean, unless rows differ in weight.
+    in_seed = rows.cells[:, None] == np.unique(rows.cells)
+    weighted, moved = ((hat @ in_seed)[order] for hat in (solution.hat / rows.weights, solution.hat))
+    within = covariance - solution.variance * solution.ratio * weighted @ weighted.T
+    effects = solution.coefficients[3 : 2 + seeds]
+    variance = float(effects @ effects + effects.sum() ** 2) / (seeds - 1)
+    return [(within, solution.dof, f"runs, {name}"), (variance * moved @ moved.T, seeds - 1, name)]
 
 
 def _vertex(
@@ -368,8 +335,8 @@ def _vertex(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
-    Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
-    (n, 4), which the arm's `bend` applies.
+    Coefficients are the intercept, slope and curvature, (n, 3), of cubics also the asymmetry, (n, 4), which `bend`
+    applies.
     """
     intercept, slope, curvature = coefficients.T[:3]
     centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])

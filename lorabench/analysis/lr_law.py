@@ -1,13 +1,12 @@
 """The paper's law of the optimal LR, which depends on the method and the model's family and hidden size.
 
-    LR = base * M * (2000 / hidden size) ** exponent        M is 1 for FullFT
+LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for FullFT
 
-The paper prints the formula without a base LR; all constants are in the authors' later code, `get_lr` of
-`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The paper fits the law by the summed regret,
-which is the rise of the loss at the predicted LR as a share of the lowest loss. Here the losses of an arm are a
-parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest loss times the squared error of
-ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws of the
-optima's errors give those of the law's predictions.
+All constants are in the authors' later code, `get_lr` of `hyperparam_utils` in thinking-machines-lab/tinker-cookbook.
+The paper fits the law by the summed regret, which is the rise of the loss at the predicted LR as a share of the lowest
+loss. Here the losses of an arm are a parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest
+loss times the squared error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the
+optima, so that draws of the optima's errors give those of the law's predictions.
 """
 
 from __future__ import annotations
@@ -223,7 +222,7 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
 
     The error is that of the numbers, drawn together, or else that from their scatter around the line, where this is
     larger; then `n_seeds` is 0, since it is models that are too few. The slope is unknown if no group has two values of
-    the property x, or the error of a number y is unknown. The name is for draws.
+    the property x, or the error of a number y is unknown.
     """
     places = np.asarray(x, float)
     own = np.array([[group == other for other in groups] for group in groups])

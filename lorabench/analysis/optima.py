@@ -38,10 +38,8 @@ MAX_LOST = 0.1
 
 
 def mean_lr(schedule: object) -> float:
-    """Return the mean LR of a run over its highest, by the name of its schedule; 1 where that says nothing.
-
-    It is a half where the LR falls to zero on a line or a cosine.
-    """
+    """Return the mean LR of a run over its highest, by the name of its schedule: a half where it falls to zero on a
+    line or a cosine."""
     return 0.5 if str(schedule).startswith(("linear", "cosine")) else 1.0
 
 
@@ -88,10 +86,10 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 @kept
 def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
-    """Return what the error of an arm's optimal LR does to its training NLL there.
+    """Return what the error of an arm's optimal LR does to its training NLL there; None if no seed has the LRs around
+    it.
 
-    How the curve changes with the LR is a parabola through the three LRs around the optimum, as a mean over the seeds
-    that have all three. None if no seed has.
+    How the curve changes with the LR is a parabola through these three LRs, as a mean over the seeds that have them.
     """
     around = _around(comparison, arm)
     if around is None:
@@ -123,11 +121,10 @@ def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ..
 def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full: Estimate, name: str) -> Estimate:
     """Couple the error of a number from the losses at the end to that of one from the losses at a step of these runs.
 
-    A run that has luck at a step has some of it at the end too, so the errors of numbers from the two fits are
-    correlated as the residuals of the runs are. That correlation is taken at the lower end of its 68% interval, since
-    a large one makes the difference of the numbers look precise, times the share of runs that both fits have; and no
-    lower than 0. The number from the end is returned with its draws reordered so that their ranks have this
-    correlation; its distribution is unchanged.
+    A run that has luck at a step has some of it at the end too, so the errors are correlated as the residuals of the
+    runs are. That correlation is taken at the lower end of its 68% interval, since a large one makes the difference of
+    the numbers look precise, times the share of runs that both fits have; and no lower than 0. The number from the end
+    is returned with its draws reordered so that their ranks have this correlation.
     """
     if not (from_short.known and from_full.known):
         return from_full
@@ -162,9 +159,9 @@ def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     """Return the comparison by the mean training NLL of each run from one step to another.
 
-    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope). A fit has no bias towards
-    the arm with more LRs, as the lowest of several noisy losses has. A run that diverged later counts, and one that had
-    diverged by then bounds the lowest loss; other runs without all of these steps are left out.
+    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope), without the bias of the
+    lowest of several noisy losses. A run that diverged later counts, and one that had diverged by then bounds the
+    lowest loss; other runs without all of these steps are left out.
     """
     points = comparison.points("train", "nll")
     inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
@@ -226,8 +223,8 @@ class Departure:
     """Whether and where a curve leaves another for good; the steps are None if it has not left."""
 
     growth: Estimate | None
-    """The slope of the gap against log10(step) from there on, per tenfold steps. If the curve stays above to the end
-    but the gap does not grow, it is the slope from where it stays above; None if it does not stay above."""
+    """The slope of the gap against log10(step) from there on, per tenfold steps, or from where it stays above to the
+    end; None if it does not."""
     first: int | None = None
     """The first step of the window from which it has left."""
     before: int | None = None
@@ -242,13 +239,12 @@ class Departure:
 
 
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
-    """Find where one arm's loss leaves another's because the arm runs out of capacity.
+    """Find where one arm's loss leaves another's because the arm runs out of capacity, given their difference and the
+    margin.
 
-    `curves` is the loss of the arm minus that of the other, and `margin` the least gap that matters, in nats per token.
     The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
     windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
-    departure is the window with the smallest gap of these, from which on the gap must grow. The last window alone shows
-    no growth, so no departure is sought there.
+    departure is the window with the smallest gap of these, but not the last, from which on the gap must grow.
     """
     windows = log_windows(curves.by_seed.index, WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))

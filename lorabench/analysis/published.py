@@ -39,11 +39,9 @@ def paper_numbers() -> dict[str, float]:
 
 
 def published_sweeps() -> pd.DataFrame:
-    """Return published final test losses by learning rate.
+    """Return published final test losses by LR (SWEEP_COLUMNS), a mean for each model, method, rank, placement and LR.
 
-    Returns:
-        The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
-        averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
+    The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
     """
     sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
     cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
@@ -116,10 +114,8 @@ def interpolated_optimum(grid: pd.DataFrame) -> float:
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the position of the lowest point of the parabola through three points whose middle is the lowest.
-
-    It is the middle position if the three values are equal.
-    """
+    """Return the position of the lowest point of the parabola through three points whose middle is the lowest, and that
+    position if all are equal."""
     (left, _, right), (rise_left, _, rise_right) = (x - x[1]).tolist(), (y - y[1]).tolist()
     curvature = rise_left * right - rise_right * left
     shift = (rise_left * right**2 - rise_right * left**2) / (2 * curvature) if curvature else 0.0

@@ -165,15 +165,13 @@ def reward_curves(
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open.
+    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open; empty if there
+    are none.
 
-    Policies that end at one and the same rule have one and the same accuracy, whatever their LR, and a parabola always
-    has an optimum. Two LRs are equally good if their test error rates agree exactly with every seed that both have; so
-    are three or more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are
-    no flat top, since the optimum may lie halfway between them.
-
-    Returns:
-        The LRs, ascending, with the best one of the grid among them; empty if the top is not flat.
+    Policies that end at one rule have one accuracy, whatever their LR, and a parabola always has an optimum. Two LRs
+    are equally good if their test error rates agree exactly with every seed that both have; so are three or more that
+    can't be told from the best by the noise of the fit (two standard errors). Two such LRs are no flat top, since the
+    optimum may lie halfway between them.
     """
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
@@ -219,8 +217,7 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
     there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
     step, on the line between the means over seeds at neighbouring LRs; the line of the last two LRs goes on beyond
-    them. A breakdown counts with its accuracy, and a run without one has the accuracy 0. If the accuracy is a parabola
-    in log LR, an error of the optimum moves both means alike, and where the LRs lie hardly matters.
+    them. A breakdown counts with its accuracy, and a run without one has the accuracy 0.
 
     The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
     degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is taken to be as noisy
