@@ -172,9 +172,7 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     loss = runs["run_id"].map(means).astype(float)
     known = np.isfinite(loss)
     runs = runs.assign(
-        status=runs["status"].mask(known, "done"),
-        final_valid_nll=loss.where(known),
-        final_test_nll=loss.where(known),
+        status=runs["status"].mask(known, "done"), final_valid_nll=loss.where(known), final_test_nll=loss.where(known)
     )
     # The losses by test example, and seed noise from elsewhere, are those of final losses.
     judging = Judging(comparison.judging.margins)

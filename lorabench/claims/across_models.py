@@ -12,17 +12,7 @@ import numpy as np
 from lorabench.analysis import lr_law
 from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
-from lorabench.analysis.finding import (
-    SEVERITY,
-    Finding,
-    Outcomes,
-    decide,
-    finding,
-    in_unit,
-    together,
-    without,
-    worst,
-)
+from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, finding, in_unit, together, without, worst
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
@@ -342,10 +332,7 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{lr_law.PUBLISHED.exponents['llama']} and {lr_law.PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    conditions=(
-        papers_alpha,
-        *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
-    ),
+    conditions=(papers_alpha, *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents)),
 )
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}

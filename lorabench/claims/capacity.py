@@ -14,16 +14,7 @@ from lorabench.analysis.arms import arm_label, kept
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    Finding,
-    UnjudgedError,
-    decide,
-    finding,
-    nats,
-    without,
-    worst,
-)
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, without, worst
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed

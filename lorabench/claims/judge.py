@@ -233,11 +233,7 @@ def _judge_group(group: list[_Part]) -> list[tuple[str, int, Finding]]:
         The id of each claim, the number of the part, and the finding.
     """
     judged = [
-        (
-            claim.id,
-            place,
-            judge_part(claim.judge, part) if claim.over is None else judge_named(name, claim.judge, part),
-        )
+        (claim.id, place, judge_part(claim.judge, part) if claim.over is None else judge_named(name, claim.judge, part))
         for claim, place, name, part, _ in group
     ]
     for comparison in group[0][-1]:

@@ -61,10 +61,7 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
 
 @pytest.mark.parametrize(
     ("asymmetry", "spread", "noise", "worlds"),
-    [
-        pytest.param(0.0, 0.0, {}, 200, marks=pytest.mark.slow),
-        (0.2, 0.1, {"own": 0.002, "run": 0.002}, 100),
-    ],
+    [pytest.param(0.0, 0.0, {}, 200, marks=pytest.mark.slow), (0.2, 0.1, {"own": 0.002, "run": 0.002}, 100)],
 )
 def test_intervals_hold_the_truth_as_often_as_they_say(asymmetry, spread, noise, worlds):
     """An asymmetry that arms share, over their curvature and about as it was measured, moves no minima and optima."""

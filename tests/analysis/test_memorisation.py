@@ -8,13 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.memorisation import (
-    best_stored,
-    description_lengths,
-    is_memorisation,
-    late_growth,
-    stored_bits,
-)
+from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth, stored_bits
 
 from ..handmade.sft import arm, tables
 
