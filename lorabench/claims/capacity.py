@@ -18,18 +18,10 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
+from lorabench.claims import scope
 from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import (
-    Named,
-    chosen,
-    full_runs,
-    learning,
-    longest_run,
-    longest_runs,
-    natural_text,
-    one_at_a_time,
-)
+from lorabench.claims.scope import Named
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -123,7 +115,7 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
         f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
-    over=chosen(learning, full_runs, longest_run),
+    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_run),
     core=True,
 )
 def _departure_grows_with_rank(comparison: Comparison) -> Finding:
@@ -151,16 +143,6 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-def _with_lr_errors(share: Estimate, comparison: Comparison, arms: Sequence[Arm], first: int, full: float) -> Estimate:
-    """Add the errors of the LRs of two curves to the ratio of their slopes from a step on; `full` is the second."""
-    errors = share.seed_part
-    for arm, weight in zip(arms, (1 / full, -share.value / full), strict=True):
-        error = optima.lr_error(comparison, arm)
-        if error is not None:
-            errors = errors + weight * error.of(lambda curves: slopes_by_seed(curves.loc[first:]))
-    return replace(share, seed_part=errors)
-
-
 @long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
@@ -172,7 +154,7 @@ def _with_lr_errors(share: Estimate, comparison: Comparison, arms: Sequence[Arm]
     ),
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     unit="share of FullFT's slope",
-    over=chosen(learning, full_runs, longest_runs),
+    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs),
 )
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
@@ -189,7 +171,10 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
         share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
-        share = _with_lr_errors(share, comparison, (arm, fullft), past, full.value)
+        for compared, weight in ((arm, 1 / full.value), (fullft, -share.value / full.value)):
+            if error := optima.lr_error(comparison, compared):
+                drawn = weight * error.of(lambda curves, past=past: slopes_by_seed(curves.loc[past:]))
+                share = replace(share, seed_part=share.seed_part + drawn)
         text = (
             f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
             f"{number(share)}, {share.n_seeds} seeds"
@@ -224,7 +209,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
-    for label, comparison in one_at_a_time(chosen(learning, longest_runs)(evidence)):
+    for label, comparison in scope.one_at_a_time(scope.chosen(scope.learning, scope.longest_runs)(evidence)):
         try:
             ranks = _ranks(comparison)
         except UnjudgedError as unjudged:
@@ -276,9 +261,9 @@ def memorising(named: Named) -> Named:
     needs="runs of FullFT that go through an epoch; two seeds",
     paper_value="1 bit = 0.69 nats",
     experiments=("rank", "capacity"),
-    over=chosen(learning, longest_runs),
+    over=scope.chosen(scope.learning, scope.longest_runs),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(natural_text,),
+    conditions=(scope.natural_text,),
 )
 def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest
@@ -311,7 +296,7 @@ def _about_one_bit(comparison: Comparison) -> Finding:
     paper_value="2 (cited)",
     unit="bits per parameter",
     experiments=("capacity",),
-    over=chosen(memorising),
+    over=scope.chosen(memorising),
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
 def _two_bits_per_parameter(comparison: Comparison) -> Finding:

@@ -179,11 +179,6 @@ def findings(
         yield (claim, *_with_conditions(claim, evidence, replace(judged[claim.id], reason="; ".join(reasons))))
 
 
-_Part = tuple[Claim, int, str, Any, list[Comparison]]
-"""A part of the evidence that a claim is judged on: the claim, the number of the part among those of the claim, its
-name, the part itself, and the comparisons that it is about."""
-
-
 def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     """Return the findings by claim id, without the conditions of the claims.
 
@@ -192,13 +187,13 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     """
     judged: dict[str, Finding] = {}
     findings: dict[str, list[Finding]] = {}
-    groups: list[list[_Part]] = []
-    parts: list[_Part] = []
+    # The claim, the number of the part among those of the claim, its name, the part itself, and its comparisons.
+    parts: list[tuple[Claim, int, str, Any, list[Comparison]]] = []
     for claim, evidence in asked:
         if (untestable := _untestable(claim, evidence)) is not None:
             judged[claim.id] = untestable
         elif claim.over is None:
-            groups.append([(claim, 0, "", evidence, [])])
+            judged[claim.id] = judge_part(claim.judge, evidence)
         else:
             try:
                 named = list(claim.over(evidence))
@@ -207,38 +202,19 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
                 continue
             findings[claim.id] = [Finding("not tested", "")] * len(named)
             parts += [(claim, place, name, part, _compared_in(part)) for place, (name, part) in enumerate(named)]
-    number: dict[int, int] = {}
-    for *_, compared in parts:
-        for comparison in compared:
-            number.setdefault(id(comparison), len(number))
-    keys = [sorted(number[id(comparison)] for comparison in part[-1]) for part in parts]
-    order = sorted(range(len(parts)), key=lambda place: (len(keys[place]) != 1, keys[place]))
-    groups += [[parts[place] for place in same] for _, same in groupby(order, key=lambda place: keys[place])]
-    del parts
-    # A group is taken from the list before it is judged, so that its comparisons can be dropped from memory.
-    groups.reverse()
-    while groups:
-        for claim_id, place, judged_part in _judge_group(groups.pop()):
-            if claim_id in findings:
-                findings[claim_id][place] = judged_part
-            else:
-                judged[claim_id] = judged_part
+    number = {id(each): place for place, each in enumerate(each for *_, compared in parts for each in compared)}
+
+    def about(part: tuple[Claim, int, str, Any, list[Comparison]]) -> tuple[bool, list[int]]:
+        places = sorted(number[id(each)] for each in part[-1])
+        return len(places) != 1, places
+
+    for _, group in groupby(sorted(parts, key=about), key=about):
+        same = list(group)
+        for claim, place, name, part, _ in same:
+            findings[claim.id][place] = judge_named(name, claim.judge, part)
+        for comparison in same[0][-1]:
+            comparison.forget()
     return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
-
-
-def _judge_group(group: list[_Part]) -> list[tuple[str, int, Finding]]:
-    """Judge parts that are about the same comparisons, and forget what was made of these.
-
-    Returns:
-        The id of each claim, the number of the part, and the finding.
-    """
-    judged = [
-        (claim.id, place, judge_part(claim.judge, part) if claim.over is None else judge_named(name, claim.judge, part))
-        for claim, place, name, part, _ in group
-    ]
-    for comparison in group[0][-1]:
-        comparison.forget()
-    return judged
 
 
 def _compared_in(part: Any) -> list[Comparison]:

@@ -15,7 +15,7 @@ import numpy as np
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import (
     COLLAPSED,
@@ -101,17 +101,17 @@ def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Fi
 
     Those of the methods `lora` and `fullft` that are given must have learned for a verdict.
     """
-    return lambda judge: partial(_judge_ranks, judge, learners)
 
+    def each(judge: RankJudge, comparison: Comparison) -> Finding:
+        fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
 
-def _judge_ranks(judge: RankJudge, learners: Sequence[str], comparison: Comparison) -> Finding:
-    fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
+        def judge_rank(lora: Arm) -> Finding:
+            learned = [arm for arm in (lora, fullft) if arm["method"] in learners]
+            return if_learned(comparison, judge(comparison, lora, fullft), learned)
 
-    def judge_rank(lora: Arm) -> Finding:
-        learned = [arm for arm in (lora, fullft) if arm["method"] in learners]
-        return if_learned(comparison, judge(comparison, lora, fullft), learned)
+        return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
 
-    return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
+    return lambda judge: partial(each, judge)
 
 
 rl_claim = partial(claim, over=problem_sets, task="rl", columns=("base_reward",), conditions=CONDITIONS)
@@ -259,14 +259,14 @@ def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
 def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     lowest = next(iter(comparison.lora.values()), None)
     arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
-    labels, problems = [arm_label(arm) for arm in arms], comparison.problems(arms)
+    labels = [arm_label(arm) for arm in arms]
     if not all(label in comparison.fit.minima for label in labels):
-        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    for arm, label in zip(arms, labels, strict=True):
-        for lr in missing_lrs(comparison, arm):
-            problems.append(
-                Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
-            )
+        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in comparison.problems(arms)))
+    problems = [
+        Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
+        for arm, label in zip(arms, labels, strict=True)
+        for lr in missing_lrs(comparison, arm)
+    ]
     costs = [cost_of_a_miss(comparison, arm) for arm in arms]
     cheaper = combined(np.subtract, costs[1], costs[0])
     text = (
@@ -274,8 +274,7 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
         f"{comparison.fit.noise_text}"
     )
-    ids, reopened = comparison.run_ids(arms), comparison.reopened(arms)
-    judged = decide(Above(CHEAPER), cheaper, text, ids, problems, CHEAPER_RULE, reopened)
+    judged = comparison.decide(Above(CHEAPER), cheaper, text, arms, CHEAPER_RULE, problems)
     return if_learned(comparison, judged, arms)
 
 
