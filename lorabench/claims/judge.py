@@ -23,7 +23,6 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     batch_size,
     capacity,
     compute,
-    invariance,
     learning_curves,
     learning_rate,
     parametrization,
