@@ -65,7 +65,6 @@ _THEORIES = (
 
 @kept
 def _measured(evidence: Evidence) -> list[MeasuredRatio]:
-    """Return the conditions in which the ratio is measured, with any alpha."""
     return measured_ratios(evidence.runs, evidence.curves, evidence.judging)
 
 

@@ -99,17 +99,11 @@ def predicted(predictions: Predictions, setting: Setting) -> dict[str, LogRatio]
 
 
 def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheory, fullft_growth: float = 1.0) -> float:
-    """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`.
+    """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`, whose c does not
+    matter.
 
     By it, LR sqrt(s^2 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of FullFT, which does not depend on
-    alpha and the rank.
-
-    Args:
-        lr: the optimal LR of LoRA at `here`.
-        here: the setting that it is from, of one width with `there`.
-        there: the setting to convert it to.
-        theory: the constants; c does not matter.
-        fullft_growth: the optimal LR of FullFT there over that here, for another length or batch size.
+    alpha and the rank, and grows by `fullft_growth` to another length or batch size.
     """
 
     def size_of_a(setting: Setting, at: float) -> float:
