@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import chain, product
+from itertools import product
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -59,13 +59,14 @@ class Preset(Strict):
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
         arms, runs = 0, 0
-        for block in chain.from_iterable(self.experiments.trained().values()):
-            if isinstance(block, SftExperiment):
-                data = len(block.datasets) * len(block.batch_sizes)
-            else:
-                data = len(block.problems)
-            more_arms, more_runs = block.size(len(block.models) * data)
-            arms, runs = arms + more_arms, runs + more_runs
+        for blocks in self.experiments.trained().values():
+            for block in blocks:
+                if isinstance(block, SftExperiment):
+                    data = len(block.datasets) * len(block.batch_sizes)
+                else:
+                    data = len(block.problems)
+                more_arms, more_runs = block.size(len(block.models) * data)
+                arms, runs = arms + more_arms, runs + more_runs
         if arms > MOST_ARMS or runs > MOST_RUNS:
             raise ValueError(
                 f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"

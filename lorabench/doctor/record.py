@@ -95,16 +95,14 @@ def record_for(execution: Execution) -> Record | None:
     Raises:
         UserError: a file in the folder of records can't be read, or is no record of this version of the schema.
     """
-    gpu, advice, fitting = execution.gpu, "delete it, and run lorabench doctor again", []
+    gpu, fitting = execution.gpu, []
     for path in sorted(FOLDER.glob("*.json")):
         try:
             record = Record.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}); {advice}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-            raise UserError(f"{path} is no record of this version of lorabench doctor ({reason}); {advice}") from error
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"{path} is no record of this version of lorabench doctor; delete it, and run lorabench doctor again"
+            ) from error
         if is_called(gpu, record.device) if gpu else record.device == processor():
             fitting.append(record)
     return max(fitting, key=lambda record: record.date, default=None)

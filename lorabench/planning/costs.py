@@ -245,8 +245,6 @@ def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
         memory=memory,
         # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
         disk=MB * math.ceil(2 * 5 * tokens / MB),
-        job_hours=seconds / 3600,
-        longest_job_hours=seconds / 3600,
         cpus=processes,
         mem_mb=math.ceil(memory / MB),
         minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,

@@ -256,12 +256,8 @@ def most_gpus(preset: Preset, condition: Condition) -> int:
 
 def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
-    gpus = 1
-    while not fits(preset, sweep, gpus):
-        gpus *= 2
-        if gpus > most_gpus(preset, sweep.condition):
-            return None
-    return gpus
+    numbers = (2**power for power in range(most_gpus(preset, sweep.condition).bit_length()))
+    return next((gpus for gpus in numbers if fits(preset, sweep, gpus)), None)
 
 
 def fits(preset: Preset, sweep: Sweep, gpus: int) -> bool:

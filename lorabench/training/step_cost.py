@@ -208,7 +208,7 @@ def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: 
     state = [value for parameter_state in optimizer.state.values() for value in parameter_state.values()]
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state)]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(held.values()) + growth(step, next(model.parameters()).device)
+    return int(sum(held.values())) + growth(step, next(model.parameters()).device)
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
@@ -220,7 +220,7 @@ def growth(step: Callable[[], None], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) - before)
     with NewStorages() as new:
         step()
-    return new.peak
+    return int(new.peak)
 
 
 class NewStorages(TorchDispatchMode):

@@ -9,15 +9,11 @@ import subprocess
 import sys
 from importlib import metadata
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app, snakemake_command
-from lorabench.store.schemas import RUNS
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
-from lorabench.utils.gpus import processor
 
 MISTAKES = {
     "run": (("run", "lpatop"), "preset 'lpatop': no file "),
@@ -131,15 +127,6 @@ def test_help_and_plans_answer_at_once(tmp_path, arguments):
     if arguments[-1] == "smoke":
         for text in ("experiment", "runs", "tokens", "minutes", "rank", "total"):
             assert text in printed
-
-
-def test_a_plan_reads_measured_runs_without_pandas(tmp_path):
-    folder = tmp_path / "results" / "smoke" / "tables"
-    folder.mkdir(parents=True)
-    row = {"run_id": "unknown", "status": "done", "device": processor(), "wall_s": 1.0, "peak_mem_bytes": 1}
-    pq.write_table(pa.Table.from_pylist([row], schema=RUNS), folder / "runs.parquet")
-    packages = run(tmp_path, "plan", "--preset", "smoke")[1]
-    assert packages & HEAVY == {"numpy", "pyarrow"}
 
 
 START = [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(SNAKEFILE)]

@@ -60,22 +60,14 @@ def test_a_plan_takes_the_latest_record_of_its_own_device_as_it_was_written():
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "Invalid JSON"),
-        ('{"results": []}', "date: Field required"),
-        (json.dumps(record(H100).model_dump() | {"version": 1}), "version: Extra inputs are not permitted"),
-    ],
+    "text", ["{", json.dumps({"results": []}), json.dumps(record(H100).model_dump() | {"version": 1})]
 )
-def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text, reason):
+def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
     FOLDER.mkdir(parents=True)
     path = FOLDER / "H100.json"
     path.write_text(text)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{path} is no record of this version of lorabench doctor; delete it"):
         record_for(load_preset("core").execution)
-    assert reason in str(error.value)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def plan_of(preset: str):

@@ -127,7 +127,9 @@ def loss_of(model, length):
     return functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
 
-@pytest.mark.parametrize(("base", "method"), [("gemma", "fullft"), ("moe-128", "lora")])
+@pytest.mark.parametrize(
+    ("base", "method"), [("gemma", "fullft"), pytest.param("moe-128", "lora", marks=pytest.mark.slow)]
+)
 def test_no_product_of_a_model_is_left_out(base, method):
     model = base_of(base)
     if method == "lora":

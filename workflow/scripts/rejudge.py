@@ -21,6 +21,7 @@ import tempfile
 from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -54,7 +55,7 @@ def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
     frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
     frames |= {"test_losses": _with_groups(frames["test_losses"], frames["runs"], layout), "counts": counts}
     stated = layout.preset
-    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.predictions or {})
+    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.predictions)
     claims.insert(0, "preset", name)
     return claims.drop(columns="run_ids")
 
@@ -63,11 +64,12 @@ def _with_groups(losses: pd.DataFrame, runs: pd.DataFrame, layout: Layout) -> pd
     """Return test losses with the groups of their examples, which are in the data and made here."""
     described = losses.merge(runs[["run_id", "model", "dataset"]], on="run_id")
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        for (model, dataset), rows in described.groupby(["model", "dataset"]):
+        for model, dataset in described[["model", "dataset"]].drop_duplicates().itertuples(index=False):
             if has_groups(layout.preset.sources[dataset]):
                 build_dataset(layout.preset.datasets[dataset], layout.dataset(dataset), {})
-                groups = test_groups(layout, model, dataset).to_numpy(zero_copy_only=False)
-                described.loc[rows.index, "group"] = groups[rows["example"].to_numpy()]
+                groups = np.array(test_groups(layout, model, dataset))
+                own = described["model"].eq(model) & described["dataset"].eq(dataset)
+                described.loc[own, "group"] = groups[described.loc[own, "example"]]
     return described.drop(columns=["model", "dataset"])
 
 
