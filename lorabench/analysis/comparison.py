@@ -277,10 +277,8 @@ class Comparison:
         problems: Sequence[Problem] = (),
         resolved: bool = False,
     ) -> Finding:
-        """Apply a rule to a number that follows from fitted minima of arms, or, if `resolved`, from their optimal LRs.
-
-        The reasons of `problems` are added to those of the arms; see `finding.decide`.
-        """
+        """Apply a rule to a number that follows from fitted minima of arms, or, if `resolved`, from their optimal LRs;
+        `problems` are added to theirs."""
         problems, reopened = [*self.problems(arms, resolved), *problems], self.reopened(arms, resolved)
         return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, reopened)
 

@@ -64,12 +64,9 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
     at_that_step = points.loc[points["step"] == step, "value"].groupby(level=0).first()
     loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
     loss = loss.where(loss.abs() < math.inf)
-    diverged = (runs["status"] == "diverged") & loss.isna()
-    if "diverged_at" in runs:
-        diverged &= (runs["diverged_at"].isna() | (runs["diverged_at"] <= step)).astype(bool)
-    kept = loss.notna() | diverged
-    if "steps" in runs:
-        kept &= (runs["steps"].isna() | (runs["steps"] >= step)).astype(bool)
+    ends = runs.reindex(columns=["diverged_at", "steps"]).astype(float)
+    diverged = (runs["status"] == "diverged") & loss.isna() & ~(ends["diverged_at"] > step)
+    kept = (loss.notna() | diverged) & ~(ends["steps"] < step)
     status = diverged[kept].map({True: "diverged", False: "done"})
     as_of = runs[kept].assign(steps=step, status=status, final_valid_nll=loss[kept], final_test_nll=loss[kept])
     return as_of.astype({"steps": "Int64"})

@@ -187,7 +187,7 @@ def multivariate_student(
     those of the `chosen` places, or of all.
     """
     root = cholesky_root(covariance)
-    even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
+    even = _even_points(math.ceil(len(root) / _BLOCK))[:, : len(root)]
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
     errors = np.sqrt(np.diag(covariance))
@@ -221,16 +221,14 @@ _BLOCK = 32
 
 
 @lru_cache(maxsize=4)
-def _even_points(blocks: int, normal: bool = False) -> np.ndarray:
-    """Return points, (N_DRAWS, _BLOCK * blocks), that fill the unit cube evenly, as any part of them does, or their
-    normal quantiles."""
-    if normal:
-        return np.asarray(ndtri(_even_points(blocks)))
+def _even_points(blocks: int) -> np.ndarray:
+    """Return normal numbers, (N_DRAWS, _BLOCK * blocks), whose quantiles fill the unit cube evenly, as any part of them
+    does."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
     points = Sobol(_BLOCK * blocks + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
-    return np.asarray(points[np.argsort(points[:, 0], kind="stable"), 1:])
+    return np.asarray(ndtri(points[np.argsort(points[:, 0], kind="stable"), 1:]))
 
 
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:
@@ -285,15 +283,11 @@ class ExampleLosses:
         check_test_losses(table)
         groups = pd.factorize(table["group"])[0] if "group" in table else np.full(len(table), -1)
         groups = np.where(groups < 0, -1 - table["example"].to_numpy(int), groups)
-        place, run_ids = pd.factorize(table["run_id"])
         # A groupby of as many short groups is slow.
-        example, ends = table["example"].to_numpy(float), np.cumsum(np.bincount(place))[:-1]
-        columns = [table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups]
-        steps = np.diff(place)
-        if not ((steps > 0) | ((steps == 0) & (np.diff(example) > 0))).all():
-            order = np.lexsort((example, place))
-            columns = [values[order] for values in columns]
-        parts = (np.split(values, ends) for values in columns)
+        place, run_ids = pd.factorize(table["run_id"])
+        order, ends = np.lexsort((table["example"].to_numpy(float), place)), np.cumsum(np.bincount(place))[:-1]
+        columns = table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups
+        parts = (np.split(values[order], ends) for values in columns)
         return cls(*(dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts))
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:

@@ -20,19 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtri
 
+from lorabench.analysis import rules
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.rules import (
-    AS_IT_IS,
-    DECIDED,
-    LEVEL,
-    NewRuns,
-    Problem,
-    Remedy,
-    Rule,
-    Verdict,
-    cheapest,
-    student_shape,
-)
+from lorabench.analysis.rules import DECIDED, LEVEL, Problem, Remedy, Rule, Verdict
 from lorabench.utils.formats import with_interval
 
 MIN_SEEDS = 3
@@ -173,9 +163,9 @@ def decide(
     if problems:
         return judged
 
-    runs = AS_IT_IS
+    runs = rules.AS_IT_IS
     if high > low:
-        runs = NewRuns(*(np.concatenate(both) for both in zip(AS_IT_IS, again(estimate), strict=True)))
+        runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, again(estimate), strict=True)))
     confirmed, against = rule.confirmed(estimate, runs), rule.against(estimate, runs)
     failed = np.where(rule.right_sign(estimate, runs), _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
@@ -183,14 +173,16 @@ def decide(
         verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
     judged = judged.with_outcomes(Outcomes(verdicts, against))
     # A claim that fails in one comparison may be open as one of several (see `worst`).
-    return judged if judged.verdict == "confirmed" else replace(judged, remedy=cheapest(rule, estimate))
+    return judged if judged.verdict == "confirmed" else replace(judged, remedy=rules.cheapest(rule, estimate))
 
 
-def again(estimate: Estimate) -> NewRuns:
+def again(estimate: Estimate) -> rules.NewRuns:
     """Return the replicates of an estimate."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    return NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(student_shape(estimate.ordered)[1], 1)))
+    return rules.NewRuns(
+        errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(rules.student_shape(estimate.ordered)[1], 1))
+    )
 
 
 @lru_cache(maxsize=2**14)

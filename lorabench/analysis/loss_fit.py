@@ -28,17 +28,9 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import helmert
 
+from lorabench.analysis import estimate
 from lorabench.analysis.arms import arm_label, arm_places, kept, with_arm_columns, with_losses
-from lorabench.analysis.estimate import (
-    N_DRAWS,
-    Estimate,
-    ExampleLosses,
-    combined,
-    example_draws,
-    multivariate_student,
-    unknown,
-    without_run_noise,
-)
+from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
 SPREAD = 0.7
@@ -136,8 +128,8 @@ class LossFit:
 
     def _difference(self, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
         if label not in numbers or other not in numbers:
-            return unknown()
-        difference = combined(np.subtract, numbers[label], numbers[other])
+            return estimate.unknown()
+        difference = estimate.combined(np.subtract, numbers[label], numbers[other])
         return replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
 
 
@@ -191,7 +183,7 @@ def fit_losses(
     on_runs = examples.influences(fitted_ids) if examples else None
     if examples and on_runs is not None:
         hat, weighted = solution.hat / counted.weights, counted.weights[:, None] * on_runs
-        influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
+        influences = estimate.without_run_noise(weighted, solution.design, hat, solution.covariance)
         n_examples, n_groups = len(examples.tokens[fitted_ids[0]]), on_runs.shape[1]
     of_seeds = solution.coefficients.copy()
     of_seeds[[place for own in places_by_arm.values() for place in own]] = 0.0
@@ -218,10 +210,10 @@ def fit_losses(
         own, drawn = solution.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
         if seed_parts:
             chosen = [order.index(place) for place in places]
-            drawn = np.asarray(sum(multivariate_student(*part, chosen) for part in seed_parts))
+            drawn = np.asarray(sum(estimate.multivariate_student(*part, chosen) for part in seed_parts))
         value, by_seed, by_example = _vertex(own, ends, bend), _vertex(own + drawn, ends, bend), None
         if influences is not None:
-            by_example = _vertex(own + example_draws(influences[places], test_split), ends, bend)
+            by_example = _vertex(own + estimate.example_draws(influences[places], test_split), ends, bend)
         position, minimum = (
             Estimate(
                 float(value[part]),

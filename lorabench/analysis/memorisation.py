@@ -54,6 +54,7 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
         bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
         lr_best).
     """
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
     rows = []
     for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
         for arm in comparison.arms:
@@ -65,10 +66,8 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             minimum = comparison.fit.minima.get(label, at_lr)
             bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
             low, high = bits.interval()
-            row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
-            row |= {"lr_best": first["lr"], "trainable_params": first["trainable_params"], "n_seeds": len(chosen)}
-            rows.append(arm | row | {"run_ids": list(chosen["run_id"])})
-    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
+            rows.append(arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])})
     table = arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
     return table.assign(bits_per_parameter=table["bits_stored"].astype(float) / table["trainable_params"].astype(float))
 

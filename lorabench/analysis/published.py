@@ -93,24 +93,15 @@ def estimates_by_claim() -> Mapping[str, str]:
     }
     about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
     llama = sweep_of("Llama-3.1-8B", "tulu3")
-    optima = {
-        int(rank): interpolated_optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in set(llama["rank"])
-    }
+    optima = {}
+    for rank, grid in llama.sort_values("lr").groupby("rank"):
+        # The best LR and its neighbours; it is at no edge.
+        best = grid["lr"].tolist().index(lowest(dict(zip(grid["lr"], grid["nll"], strict=True))))
+        around = grid.iloc[best - 1 : best + 2]
+        optima[rank] = math.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy()))
     low, high = min(optima), max(optima)
     shift = f"{optima[high] / optima[low]:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
     return {claim: f"{value} {about}" for claim, value in values.items()} | {"B3": shift}
-
-
-def interpolated_optimum(grid: pd.DataFrame) -> float:
-    """Return the optimal LR of a grid, interpolated by a parabola through the best LR and its neighbours.
-
-    Args:
-        grid: rows with `lr` ascending and `nll`; the best LR must not be at an edge.
-    """
-    best = lowest(dict(zip(grid["lr"], grid["nll"], strict=True)))
-    place = grid["lr"].tolist().index(best)
-    neighbours = grid.iloc[place - 1 : place + 2]
-    return math.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy()))
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> float:

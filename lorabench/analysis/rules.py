@@ -173,6 +173,13 @@ class Margin:
     problem: str | None = None
     """Why the rule can't be applied; the value is then NaN."""
 
+    @property
+    def problems(self) -> list[Problem]:
+        """Why the margin decides nothing, if so."""
+        if self.problem or not math.isfinite(self.value):
+            return [Problem(self.problem or "the margin is not known")]
+        return []
+
 
 def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = False) -> Margin:
     """Return a margin that is a share of the gain from the base to a tuned arm, in nats per token, or in RL

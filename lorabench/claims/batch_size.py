@@ -15,16 +15,7 @@ from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem, Rule, Within
-from lorabench.claims.claim import (
-    SWEEP,
-    Evidence,
-    claim,
-    condition,
-    few_seeds,
-    margin_problems,
-    named_problems,
-    unjudged_if,
-)
+from lorabench.claims.claim import SWEEP, Evidence, claim, condition, few_seeds, named_problems, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import HIGH_RANK
 
@@ -143,7 +134,7 @@ class BatchSizes:
         for size in sizes:
             at_size = self.by_size[size].problems([arm[size] for arm in arms])
             problems += named_problems(at_size, f"batch {size}:", f" at batch {size}")
-        return problems + margin_problems(margin)
+        return problems + margin.problems
 
     def run_ids(self, *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms."""
@@ -158,10 +149,8 @@ class BatchSizes:
         arms: Sequence[ArmBySize],
         problems: Sequence[Problem] = (),
     ) -> Finding:
-        """Judge a number that follows from fitted minima at both ends, by the rule that a function makes of the margin.
-
-        The reasons of `problems` are added to those of the arms; see `finding.decide`.
-        """
+        """Judge a number that follows from fitted minima at both ends, by the rule that a function makes of the margin;
+        `problems` are added."""
         margin = self.margin(self.ends)
         problems = [*self.problems(self.ends, margin, *arms), *problems]
         reopened = [self.by_size[size].reopened([arm[size] for arm in arms]) for size in self.ends]

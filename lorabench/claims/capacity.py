@@ -19,7 +19,7 @@ from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation,
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims import scope
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
+from lorabench.claims.claim import SWEEP, Evidence, claim, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
 from lorabench.claims.scope import Named
 from lorabench.utils.formats import fixed_interval
@@ -84,7 +84,7 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         curves, problems = optima.pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
         unjudged_if(not len(curves.by_seed) and not problems, "no training curves with seeds and steps in common")
         departure = optima.paired_departure(curves, margin.value)
-        problems = [*problems, *margin_problems(margin)] or optima.off_optimum(comparison, arm, highest, margin.value)
+        problems = [*problems, *margin.problems] or optima.off_optimum(comparison, arm, highest, margin.value)
         threshold = optima.log_threshold(curves, departure, margin.value)
         ranks.append(_Rank(rank, arm, curves, departure, threshold, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")

@@ -17,7 +17,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import lr_errors, off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, unjudged_if
+from lorabench.claims.claim import SWEEP, Evidence, claim, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
@@ -114,7 +114,7 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     problems, margin = comparison.problems([lora, fullft]), comparison.margin
     if not problems and curves.n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {curves.n_seeds} paired seeds, {MIN_SEEDS} needed"))
-    problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, lora, fullft, margin.value)
+    problems = [*problems, *margin.problems] or off_optimum(comparison, lora, fullft, margin.value)
     text = f"{label} at the FLOPs of LoRA = {{}}, {curves.n_seeds} seeds,"
     return scan(Above(margin.value), curves, windows, text, problems, margin.rule)
 

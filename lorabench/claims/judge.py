@@ -81,8 +81,7 @@ def judge_claims(
     """Judge claims on the tidy tables.
 
     Args:
-        tables: the tidy tables, with the losses that stand in for others. A claim whose table or columns are missing is
-            not tested, and its reason names them.
+        tables: the tidy tables. A claim whose table or columns are missing is not tested, and its reason names them.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
@@ -260,11 +259,8 @@ def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple
 
 
 def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
-    """Return whether a claim that the paper makes about large models fails, and that only on smaller ones.
-
-    Args:
-        behind: the runs behind the finding; without any, or of a model whose size is not known, the answer is no.
-    """
+    """Return whether a claim that the paper makes about large models fails on smaller ones alone, with the runs behind
+    it."""
     if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
         return False
     return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
@@ -294,12 +290,8 @@ def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:
-    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; None without runs.
-
-    Args:
-        runs: optionally the columns base_params, model, steps, dataset, task. The names of the models stand in for
-            their numbers of parameters.
-    """
+    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; without numbers of parameters, the
+    models."""
 
     def known(name: str) -> set[Any]:
         return set(runs[name].dropna()) if name in runs else set()

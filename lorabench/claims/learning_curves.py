@@ -35,7 +35,6 @@ from lorabench.claims.claim import (
     doubted,
     few_seeds,
     highest_and_full,
-    margin_problems,
     named_problems,
     number,
     problem_if,
@@ -113,7 +112,7 @@ def _same_curve(comparison: Comparison) -> Finding:
     for low, high in windows:
         gap, problems, reopened = envelope_gap(low, high)
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
-        problems = [*problems, *margin_problems(margin)]
+        problems = [*problems, *margin.problems]
         findings.append(decide(rule, gap, text, ids, problems, margin.rule, reopened))
         by_window.append(f"{'unknown' if math.isnan(gap.value) else f'{gap.value:+.4f}'} from {low}")
     agree: int | str = "none"
@@ -214,7 +213,7 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
         margin = comparison.margin.value
         gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
         texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
-        own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
+        own_problems = [*comparison.problems(arms), *comparison.margin.problems]
         problems += named_problems(own_problems, f"{comparison.label}:")
         run_ids += comparison.run_ids(arms)
     # The largest gap is seen as a distance above 0, the smallest as one below 0; the smaller distance decides.
@@ -330,7 +329,7 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training losses after the first update")
     margin = comparison.margin
-    problems += margin_problems(margin)
+    problems += margin.problems
     text = f"{name} = {{}}, {curves.n_seeds} seeds"
     judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
