@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,15 +88,12 @@ def input_means(
     means: dict[str, list[Tensor]] = {name: [] for name in layers}
     squares: dict[str, list[float]] = {name: [] for name in layers}
 
-    def add(name: str) -> Callable[[Any, tuple[Tensor]], None]:
-        def of_pass(_: Any, inputs: tuple[Tensor]) -> None:
-            rows = inputs[0].float().flatten(0, -2)
-            means[name].append(rows.mean(0))
-            squares[name].append(rows.square().sum(1).mean().item())
+    def add(name: str, _: Any, inputs: tuple[Tensor]) -> None:
+        rows = inputs[0].float().flatten(0, -2)
+        means[name].append(rows.mean(0))
+        squares[name].append(rows.square().sum(1).mean().item())
 
-        return of_pass
-
-    hooks = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     mean_nll(model, split, machine)
     for hook in hooks:
         hook.remove()
