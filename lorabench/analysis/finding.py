@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import fdtri
@@ -231,14 +231,14 @@ def worst(findings: Sequence[Finding]) -> Finding:
     decisive = verdicts.argmax(axis=0)
     # A finding may be one of several in turn, so that the corrections multiply.
     corrected = np.minimum(1.0, np.take_along_axis(against, decisive[None], 0)[0] * tested)
-    judged = ordered[decisive[0]].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
+    judged = ordered[int(decisive[0])].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
     if judged.remedy is None or judged.remedy.plan is None:
         return judged
     # The remedy is the number of seeds, or of examples, that decides all.
     plans = [judged.remedy.plan]
     if plans[0].holds:  # The finding nearest to failing holds, so that a confirmation of all is ahead.
-        remedies = [ordered[at].remedy for at in np.flatnonzero(verdicts[:, 0] == _OPEN)]
-        plans = [remedy.plan for remedy in remedies if remedy is not None and remedy.plan is not None]
+        opened = [ordered[at].remedy for at in np.flatnonzero(verdicts[:, 0] == _OPEN).tolist()]
+        plans = [remedy.plan for remedy in opened if remedy is not None and remedy.plan is not None]
     still_open = sum(plan.open for plan in plans)
     remedies = [replace(plan, tests=plan.tests * int(tested[0]), open=still_open).remedy() for plan in plans]
     return replace(judged, remedy=max(remedies, key=lambda remedy: remedy.size, default=judged.remedy))
@@ -296,7 +296,7 @@ def in_unit(
         unit: a monotonic function of the estimate, its interval and the margin; if it decreases, ends are exchanged.
         unit_of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
     """
-    ends: dict[str, float] = {}
+    ends: dict[str, Any] = {}
     for name in ("ci", "margin", "part"):
         low, high = f"{name}_low", f"{name}_high"
         ends[low], ends[high] = sorted((unit(getattr(judged, low)), unit(getattr(judged, high))))

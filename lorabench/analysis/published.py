@@ -94,11 +94,12 @@ def estimates_by_claim() -> Mapping[str, str]:
     about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     optima = {}
-    for rank, grid in llama.sort_values("lr").groupby("rank"):
+    for rank in sorted(set(llama["rank"])):
+        grid = llama[llama["rank"] == rank].sort_values("lr")
         # The best LR and its neighbours; it is at no edge.
-        best = grid["lr"].tolist().index(lowest(dict(zip(grid["lr"], grid["nll"], strict=True))))
-        around = grid.iloc[best - 1 : best + 2]
-        optima[rank] = math.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy()))
+        place = grid["lr"].tolist().index(lowest(dict(zip(grid["lr"], grid["nll"], strict=True))))
+        around = grid.iloc[place - 1 : place + 2]
+        optima[int(rank)] = math.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy()))
     low, high = min(optima), max(optima)
     shift = f"{optima[high] / optima[low]:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
     return {claim: f"{value} {about}" for claim, value in values.items()} | {"B3": shift}

@@ -51,7 +51,8 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
     if not k or not (np.isfinite(value).all() and (variance > 0).all()):
         raise ValueError("every source needs a number and an error above 0")
     if k == 1:
-        return RandomEffects(float(value[0]), math.sqrt(variance[0]), *[math.nan] * 7, 1)
+        nan = math.nan
+        return RandomEffects(float(value[0]), math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
 
     def weighted(between: float) -> tuple[np.ndarray, float, float]:
         """Return the weights at a variance between sources, the mean, and the weighted sum of squares around it."""
