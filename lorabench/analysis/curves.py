@@ -195,12 +195,11 @@ class PairedCurves:
         Steps are no substitute for seeds, which shift whole stretches of the difference, in some windows more than in
         others: no window borrows degrees of freedom from its steps or other windows.
         """
-        return [
-            self._estimate(
-                lambda part, low=low, high=high: part.loc[low:high].mean(skipna=False), f"steps {low} to {high}"
-            )
-            for low, high in windows
-        ]
+
+        def mean(low: int, high: int) -> Numbers:
+            return lambda curves: curves.loc[low:high].mean(skipna=False)
+
+        return [self._estimate(mean(low, high), f"steps {low} to {high}") for low, high in windows]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
