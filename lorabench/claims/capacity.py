@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, pairwise
 
 import pandas as pd
@@ -143,6 +144,10 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
+def _slopes_from(first: int, curves: pd.DataFrame) -> pd.Series[float]:
+    return slopes_by_seed(curves.loc[first:])
+
+
 @long_claim(
     id="A4",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
@@ -167,14 +172,13 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
         past = rank.departure.past or 0
         curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
-        slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
+        slopes = [_slopes_from(past, curve) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
         share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
         for compared, weight in ((arm, 1 / full.value), (fullft, -share.value / full.value)):
             if error := optima.lr_error(comparison, compared):
-                drawn = weight * error.of(lambda curves, past=past: slopes_by_seed(curves.loc[past:]))
-                share = replace(share, seed_part=share.seed_part + drawn)
+                share = replace(share, seed_part=share.seed_part + weight * error.of(partial(_slopes_from, past)))
         text = (
             f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
             f"{number(share)}, {share.n_seeds} seeds"
