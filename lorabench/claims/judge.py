@@ -107,13 +107,17 @@ def judge_claims(
         behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]
         if judged.n_parts is None:
             judged = with_parts(judged, [judged])
+        verdict, sizes = judged.verdict, behind.get("base_params", pd.Series(dtype=float))
+        if verdict == "contradicted" and claim.kind in ABOUT_LARGE_MODELS and len(sizes):
+            # What the paper says of large models fails on smaller ones alone.
+            verdict = "not seen here" if sizes.lt(LARGE_MODEL).fillna(False).all() else verdict
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
             vars(claim)
             | vars(judged)
             | {
                 "claim_id": claim.id,
-                "verdict": "not seen here" if _only_small(claim, judged, behind) else judged.verdict,
+                "verdict": verdict,
                 "p_again": judged.p_again,
                 "fact": claim.fact or claim.statement,
                 "margin_rule": judged.margin_rule or None,
@@ -256,14 +260,6 @@ def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple
     missing = "; ".join(unmet)
     reason = f"it needs {missing}; measured here: {judged.reason}"
     return with_parts(replace(judged, verdict="setting not met", reason=reason), []), missing
-
-
-def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
-    """Return whether a claim that the paper makes about large models fails on smaller ones alone, with the runs behind
-    it."""
-    if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
-        return False
-    return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
 
 
 def _seeds(behind: pd.DataFrame) -> int | None:
