@@ -351,14 +351,9 @@ def without_run_noise(
     Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
     from seeds, contains these differences, and the influences of examples contain them, too. Only a difference that an
     example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. So the
-    influences on the runs are fitted like their mean losses, and the variance of the residuals is taken from that of
-    the coefficients.
-
-    Args:
-        influences: what each group does to each run's mean loss, (runs, groups); see `ExampleLosses.influences`.
-        design: the design matrix of the fit, (runs, coefficients).
-        hat: makes coefficients from losses, (coefficients, runs).
-        covariance: the covariance of runs over the variance of their noise, (runs, runs).
+    influences on the runs, (runs, groups), are fitted like their mean losses, and the variance of the residuals is
+    taken from that of the coefficients. `hat`, (coefficients, runs), makes coefficients from losses, and the covariance
+    of runs is that over the variance of their noise.
     """
     effects = hat @ influences
     # A coefficient that is held near a value known before the runs takes less than a degree of freedom.

@@ -306,9 +306,8 @@ def _seed_parts(
 ) -> list[tuple[np.ndarray, int, str]]:
     """Return the independent parts of the error from seeds: a covariance of coefficients, its dof and a name for draws.
 
-    No number of an arm depends on the contrasts of seeds, so their errors are left out. In a fit of one arm they hold
-    all that seeds do to it. Its optimum then has the error of the noise within seeds. Its minimum is that over new
-    seeds: it has, in addition, the error of the mean of the seeds' effects.
+    No number of an arm depends on the contrasts of seeds, which hold all that seeds do to an arm alone. Its optimum
+    then has the error of the noise within seeds, and its minimum also that of the mean of the seeds' effects.
     """
     covariance, seeds = solution.variance * solution.unscaled[np.ix_(order, order)], len(rows.seeds)
     if len(rows.in_arm) > 1 or seeds < 2:

@@ -35,13 +35,12 @@ class RandomEffects:
 
 
 def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
-    """Summarize the measurements of several sources.
+    """Summarize the measurements of several sources, with standard errors.
 
     The true value of each source is a draw from a normal distribution around a mean. The variance between sources is
     estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and Knapp (t, k - 1 degrees
     of freedom), and the prediction interval (t, k - 2) is where the true value of a further source would lie.
-    statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction interval, and
-    takes long to import.
+    statsmodels' `combine_effects` has the first two, and takes long to import; a test holds them together.
 
     Raises:
         ValueError: there is no source, or a standard error is not above 0.

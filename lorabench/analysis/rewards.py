@@ -168,10 +168,9 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open; empty if there
     are none.
 
-    Policies that end at one rule have one accuracy, whatever their LR, and a parabola always has an optimum. Two LRs
-    are equally good if their test error rates agree exactly with every seed that both have; so are three or more that
-    can't be told from the best by the noise of the fit (two standard errors). Two such LRs are no flat top, since the
-    optimum may lie halfway between them.
+    Two LRs are equally good if their test error rates agree exactly with every seed that both have, as policies do that
+    end at one rule; so are three or more that can't be told from the best by the noise of the fit (two standard
+    errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
     """
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
@@ -216,13 +215,13 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
 
     An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
     there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
-    step, on the line between the means over seeds at neighbouring LRs; the line of the last two LRs goes on beyond
-    them. A breakdown counts with its accuracy, and a run without one has the accuracy 0.
+    step, on the line between the means over seeds at neighbouring LRs, which goes on beyond the last two. A breakdown
+    counts with its accuracy, and a run without one has the accuracy 0.
 
     The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
-    degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is taken to be as noisy
-    as the noisiest that counts; where no LR has two, the noise of the fit stands in. An effect that a seed has on all
-    LRs of an arm cancels in its cost, but is counted, which is cautious.
+    degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is as noisy as the
+    noisiest that counts; where no LR has two, the noise of the fit stands in. What a seed does to all LRs is counted,
+    which is cautious.
     """
     rows, fit = _by_lr(comparison, arm), comparison.fit
     lrs, cell, n_runs = np.unique(rows["lr"].to_numpy(float), return_inverse=True, return_counts=True)

@@ -28,15 +28,12 @@ _MEASURED = {
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
-    Args:
-        compute: the table `compute`, with the columns FLOPS_COLUMNS; its other columns are optional.
-
     Returns:
-        One row per LoRA row, ascending in rank: the columns COMPUTE_SETTING, placement, rank, effective_width,
-        and flops_ratio (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the
-        paper's section on compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio,
-        step_ratio (seconds per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the
-        setting has no FullFT row.
+        One row per LoRA row, ascending in rank: COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
+        (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
+        compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds
+        per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the setting has no FullFT
+        row.
 
     Raises:
         UserError: A column of FLOPS_COLUMNS is missing, a method is unknown, LoRA has no rank, an arm appears twice in
@@ -85,12 +82,8 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's envelope of the validation NLL against the training FLOPs spent, the same on every token.
-
-    Returns:
-        The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step),
-        where they are known.
-    """
+    """Return the rows of `envelopes` from step 1 on with flops, the training FLOPs of the run with the lowest loss
+    there up to that step, where they are known; they are the same on every token."""
     points = envelopes(runs, curves)
     per_token = _flops_per_token(runs).set_axis(runs["run_id"])
     points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)

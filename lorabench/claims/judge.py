@@ -78,10 +78,11 @@ def judge_claims(
     reward_noise: Noise | None = None,
     predictions: Predictions | None = None,
 ) -> pd.DataFrame:
-    """Judge claims on the tidy tables.
+    """Judge claims on the tidy tables; a claim whose table or columns are missing is not tested, and its reason names
+    them.
 
     Args:
-        tables: the tidy tables. A claim whose table or columns are missing is not tested, and its reason names them.
+        tables: the tidy tables.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
@@ -89,8 +90,8 @@ def judge_claims(
         predictions: what studies predict; without them the default ones hold.
 
     Returns:
-        The table `claims` (columns of `lorabench.store.schemas.CLAIMS`), one row per claim. Where a claim is judged on
-        several models and datasets, the estimate is from the one that decides, and the reason gives all.
+        The table `claims`, one row per claim; the estimate is from the comparison that decides, and the reason gives
+        all.
 
     Raises:
         UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
