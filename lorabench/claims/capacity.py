@@ -16,13 +16,12 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, without, worst
-from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
+from lorabench.analysis.memorisation import BITS_PER_PARAMETER, late_growth, stored
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims import scope
 from lorabench.claims.claim import SWEEP, Evidence, claim, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import Named
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -249,11 +248,6 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
-def memorising(named: Named) -> Named:
-    """Choose the comparisons on random facts."""
-    return [(name, comparison) for name, comparison in named if is_memorisation(comparison.runs).any()]
-
-
 @claim(
     id="N1",
     kind="opinion",
@@ -300,7 +294,7 @@ def _about_one_bit(comparison: Comparison) -> Finding:
     paper_value="2 (cited)",
     unit="bits per parameter",
     experiments=("capacity",),
-    over=scope.chosen(memorising),
+    over=scope.chosen(scope.memorising),
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
 def _two_bits_per_parameter(comparison: Comparison) -> Finding:

@@ -31,7 +31,7 @@ from lorabench.claims.claim import (
     problem_if,
     unjudged_if,
 )
-from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN, Named
+from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN
 
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
@@ -109,9 +109,8 @@ def _spans(runs: pd.DataFrame) -> pd.Series[float]:
     return spans
 
 
-def wide_spans(named: Named) -> Named:
-    """Leave out comparisons whose ranks span less than a factor of `MIN_SPAN`, if others span more."""
-    return [(name, wide) for name, wide in named if _spans(wide.runs).max() >= MIN_SPAN] or named
+wide_spans = scope.those(lambda comparison: _spans(comparison.runs).max() >= MIN_SPAN, or_all=True)
+"""Leave out comparisons whose ranks span less than a factor of `MIN_SPAN`, if others span more."""
 
 
 @condition(
