@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.beginnings import at_end, at_step
 from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.curves import at_end, at_step
 from lorabench.analysis.published import paper_numbers
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import grid, style
