@@ -22,7 +22,6 @@ from lorabench.errors import UserError
 from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.report.evidence import evidence_tables
 from lorabench.report.freeze import freeze, write_frozen
-from lorabench.sources.lr_optima import optima_of_table
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
@@ -252,7 +251,7 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
 @pytest.mark.slow
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
-    assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
+    pd.testing.assert_frame_equal(pd.read_csv(LR_OPTIMA), optima)
     columns = [name for name in optima if name != "rank"]
     pd.testing.assert_frame_equal(
         evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.sources.lr_optima import known_optima, measured_optima, optima_of_table, optima_table
+from lorabench.sources.lr_optima import known_optima, measured_optima
 from lorabench.sources.studies import read_studies
 from lorabench.store.tables import Tables
 
@@ -40,12 +40,6 @@ def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
     by_model = {optimum.model: optimum for optimum in optima if optimum.dataset == "tulu3"}
     assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
-
-
-def test_a_table_of_optima_is_read_back(tmp_path):
-    optima = known_optima([], [REPOSITORY / "paper_figures/published/laptop"])
-    assert repr(optima_of_table(optima_table(optima))) == repr(optima)
-    assert {optimum.source for optimum in optima} >= {"lorabench", "the paper's authors", "Baseten"}
 
 
 def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
@@ -85,12 +79,12 @@ def test_optima_of_own_runs_have_their_model_and_interval():
     unknown = [row | {"model": "other"} for row in make_sweep(rank=None)]
     table = measured_optima(Tables.of({"runs": runs_table([*rows, *unknown])}))
     assert list(table["method"]) == ["fullft", "lora"]
-    for row in table.to_dict("records"):
-        assert (row["family"], row["width"], row["parameters"]) == ("llama", 128, 828_288)
-        assert row["model"] == row["weights"] == '{"weights": "1"}'
-        assert 0 < row["lr_low"] < row["lr"] < row["lr_high"]
-        assert row["error"] >= math.log(1.15)
-        assert row["counts"]
+    for own in table.to_dict("records"):
+        assert (own["family"], own["width"], own["parameters"]) == ("llama", 128, 828_288)
+        assert own["model"] == own["weights"] == '{"weights": "1"}'
+        assert 0 < own["lr_low"] < own["lr"] < own["lr_high"]
+        assert own["error"] >= math.log(1.15)
+        assert own["counts"]
     assert table["remark"].tolist() == ["fitted", "fitted, not resolved"]
     assert table["matches"].tolist()[0] == ""
     assert measured_optima(Tables.of({"runs": runs_table(unknown)})).empty
