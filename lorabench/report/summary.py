@@ -132,22 +132,13 @@ def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, A
         `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
         for runs that are not in the plan); `names` of all samplers; `n_above`, the number of runs above the KL `limit`.
     """
-    names = {
-        run_id: sweep.condition.rollouts.sampler
-        for sweep in plan.sweeps
-        if sweep.condition.rollouts
-        for run_id in sweep.run_ids
-    }
+    rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
     arms: Records = sampler_mismatch(runs, curves).to_dict("records")
     for row in arms:
-        row["label"] = arm_label(row)
-        row["sampler"] = sorted({names[run_id] for run_id in row["run_ids"] if run_id in names})
-    return {
-        "arms": arms,
-        "names": sorted({name for row in arms for name in row["sampler"]}),
-        "n_above": sum(row["n_above"] for row in arms),
-        "limit": MAX_KL,
-    }
+        sampled = [rollouts.get(run_id) for run_id in row["run_ids"]]
+        row |= {"label": arm_label(row), "sampler": sorted({drawn.sampler for drawn in sampled if drawn})}
+    names = sorted({name for row in arms for name in row["sampler"]})
+    return {"arms": arms, "names": names, "n_above": sum(row["n_above"] for row in arms), "limit": MAX_KL}
 
 
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
@@ -211,15 +202,14 @@ def _versions(table: pd.DataFrame) -> list[dict[str, str]]:
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
     planned = combined(job_cost(plan, job) for job in plan.jobs)
-    tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
+    names = {"tokens": "train_tokens", "flops": "train_flops", "seconds": "wall_s"}
     expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
     statuses = ("done", "diverged", "unrewarded", "collapsed")
-    by_status = {status: int((runs["status"] == status).sum()) for status in statuses}
     return {
         "planned": expected | {"seconds": planned.job_hours * 3600},
-        "spent": {"runs": len(runs), "tokens": tokens, "flops": flops, "seconds": seconds},
+        "spent": {"runs": len(runs)} | {name: runs[column].sum() for name, column in names.items()},
         "jobs": planned.jobs,
-        **by_status,
+        **{status: int((runs["status"] == status).sum()) for status in statuses},
         # Runs of RL that finished and count as diverged.
         "broken": int((is_rl(runs) & (runs["status"] == "done") & is_sick(runs)).sum()),
     }
