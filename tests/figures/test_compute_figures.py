@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
+from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
+from ..handmade import curves_of, make_sweep, runs_table
 from .layout import draw, lines, only
 
 NOTHING = pd.DataFrame()
@@ -57,3 +60,21 @@ def test_odd_compute_tables_are_drawn():
     for compute, message in ((NOTHING, "no table compute"), (compute_table().iloc[:1], "no LoRA")):
         with pytest.raises(UserError, match=message):
             draw_compute(compute)
+
+
+def test_loss_by_flops_draws_each_envelope_over_its_flops():
+    runs = runs_table(make_sweep(None, train_flops=3e12) + make_sweep(8, train_flops=2.1e12))
+    figure, plotted = draw("loss_by_flops", Tables(runs, curves_of(runs)))
+    wanted = loss_by_flops(runs, curves_of(runs))
+    for label, style in arm_styles(plotted).items():
+        points = wanted[wanted["method"] == ("fullft" if label == "FullFT" else "lora")]
+        [line] = lines(figure.axes[0], color=style.colour)
+        np.testing.assert_array_equal(line.get_xydata(), points[["flops", "value"]].to_numpy(float))
+        rows = only(plotted, "envelope", arm=label)
+        np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
+        # At the last step, the FLOPs are those of the whole run.
+        assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
+    assert figure.axes[0].get_xscale() == "log"
+    unknown = runs[runs["status"] == "done"].drop(columns="train_flops")
+    with pytest.raises(UserError, match="no validation curves of runs whose training FLOPs are known"):
+        draw("loss_by_flops", Tables(unknown, curves_of(unknown)))

@@ -128,6 +128,14 @@ def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
     assert "accuracy below the base:\nmean of 2 tasks" in words(figure)
 
 
+def test_each_dataset_is_set_against_the_base_of_its_model():
+    rows = ROWS + scores(8, 0.3, 2.0, dataset="worked") + scores("base", 0.1, 3.0, model="big")
+    rows += scores(8, 0.2, 3.5, model="big")
+    _, plotted = draw(rows)
+    lora = plotted[plotted["arm"] == "LoRA r8"].set_index(["model", "dataset"])["forgotten"].to_dict()
+    assert lora == pytest.approx({("tiny", "instruct"): 0.03, ("tiny", "worked"): 0.5, ("big", "instruct"): 0.5})
+
+
 def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
     worked = [make_eval(rank, 0.2, task="lorabench_worked", source="worked", **ACC) for rank in ("base", 8)]
     figure, plotted = draw(elsewhere(ROWS + worked))

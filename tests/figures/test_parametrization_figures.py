@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis.curves import early_difference
 from lorabench.figures.style import arm_styles
 
-from ..handmade.lora import a_moved, lora_run, lora_tables, nll
+from ..handmade.lora import a_moved, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
 from .layout import DIVERGED, draw, lines, only, texts
 
@@ -121,6 +121,15 @@ def test_times_until_a_moves_and_sizes_of_updates(parametrization):
     sizes = only(plotted, "update_norm", arm="LoRA r16").set_index("step")
     assert set(sizes.index) == {1, 2, 4, 8, 16, 32, 64}
     assert sizes.loc[1, "value"] == pytest.approx(1.0)
+
+
+def test_sizes_of_updates_beside_runs_in_which_a_is_still():
+    figure, plotted = draw("parametrization", *lora_tables(grid({}, {"lr": 1e-4, "lr_ratio": 10.0})))
+    still = only(plotted, "still_a").set_index("step")
+    norms = [update_norm({"lr": 1e-4, "seed": seed}, 16) / 1e-3 for seed in SEEDS]
+    assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
+    [line] = lines(figure.axes[3], linestyle="--")
+    np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
 
 
 # Variants

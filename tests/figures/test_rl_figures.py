@@ -9,6 +9,7 @@ import pytest
 from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
+from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
@@ -136,6 +137,21 @@ def test_placement_shows_best_accuracies_by_parameters():
 
 
 # Curves.
+
+
+def test_fig7_curves_are_test_accuracies_at_the_best_lr():
+    rl_tables = read(arms())
+    figure, plotted = drawn("fig7_rl_curves", rl_tables)
+    curves, expected = only(plotted, "curve"), reward_curves(rl_tables.runs, rl_tables.curves, "test", "accuracy")
+    for ours, theirs in (("accuracy", "mean"), ("accuracy_sd", "sd"), ("step", "step"), ("lr", "lr")):
+        np.testing.assert_allclose(curves[ours].astype(float), expected[theirs].astype(float))
+    assert set(curves["step"]) == {0, STEPS // 2, STEPS}
+    assert curves.loc[curves["step"] == STEPS, "accuracy"].tolist() == pytest.approx([0.8] * 3)
+    styles = arm_styles(plotted.dropna(subset=["arm"]))
+    for label, points in curves.groupby("arm"):
+        [line] = lines(figure.axes[0], color=styles[str(label)].colour)
+        np.testing.assert_allclose(line.get_ydata(), points["accuracy"])
+    assert "3 seeds" in texts(figure, 0)
 
 
 def test_fig8_shows_each_further_set():

@@ -24,7 +24,7 @@ from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
 from tests.cli.test_speeds import record
 
-from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
+from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep, rl
 from .conftest import EVALUATION, HOSTILE, Page, columns, hostile_report
 
 
@@ -195,6 +195,16 @@ def test_text_from_outside_stays_text(report):
 
 
 @pytest.mark.slow
+def test_recipe_says_what_to_use(report):
+    page = report([row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)])
+    answer = r"\byes LoRA matches full fine-tuning from rank 64 on: at a learning rate of 2\.\d+e-3 its loss is within"
+    assert re.search(answer, page.header.text)
+    section = page.section("recipe")
+    assert "tiny on instruct, batch 16, 150 steps" in section.text
+    assert [row.split()[1] for row in section.rows] == ["r1", "r64"]
+
+
+@pytest.mark.slow
 def test_recipe_says_that_nothing_matches_or_can_be_compared(report):
     page = report([row for rank in (None, 1) for row in make_sweep(rank)])
     assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in page.header.text
@@ -209,6 +219,17 @@ def test_recipe_says_that_nothing_matches_or_can_be_compared(report):
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
+
+
+@pytest.mark.slow
+def test_the_recipe_of_rl_speaks_of_error_rates_in_points(report):
+    arms = [rl.arm(None, optimum=1e-4), rl.arm(1, optimum=1e-3)]
+    page = report([make_run(run["rank"], run["lr"]) | run for runs, _ in arms for run in runs])
+    assert "its error rate is within the margin of 7.0 points of that of full fine-tuning" in page.header.text
+    written = (
+        r"Error rate minus that of full fine-tuning [+-]0\.0 points of error rate \[.*\]; the margin is 7\.0 points"
+    )
+    assert re.search(written, page.section("recipe").text)
 
 
 @pytest.mark.slow
