@@ -24,19 +24,15 @@ _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
 _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
 
 
-_RATIO = "optimal LR of LoRA over that of full fine-tuning"
-_GAP = "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"
+# The title of the panel of each measure, the format of its numbers, and the label of its axis.
+_LESS = "minus that of full fine-tuning; left is worse for LoRA"
 _GROWTH = "growth of that gap from the smallest to the largest batch, nats per token"
-_ACCURACY = "accuracy of LoRA minus that of full fine-tuning; left is worse for LoRA"
-_RANK_1 = "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA"
-
-# The title of the panel of each measure, the label of its axis, and the format of its numbers.
 _MEASURES = {
-    "lr_ratio": ("Ratio of optimal learning rates", _RATIO, ".1f"),
-    "loss_gap": ("Loss at the best LR", _GAP, "+.4f"),
-    "gap_growth": ("Growth of that gap with batch size", _GROWTH, "+.4f"),
-    "accuracy_gap": ("Accuracy at the best LR", _ACCURACY, "+.3f"),
-    "rank_1_gap": ("RL at rank 1", _RANK_1, "+.3f"),
+    "lr_ratio": ("Ratio of optimal learning rates", ".1f", "optimal LR of LoRA over that of full fine-tuning"),
+    "loss_gap": ("Loss at the best LR", "+.4f", "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"),
+    "gap_growth": ("Growth of that gap with batch size", "+.4f", _GROWTH),
+    "accuracy_gap": ("Accuracy at the best LR", "+.3f", f"accuracy of LoRA {_LESS}"),
+    "rank_1_gap": ("RL at rank 1", "+.3f", f"accuracy of rank 1 {_LESS}"),
 }
 _MEAN, _PREDICTED = ["mean", "low", "high"], ["predicted_low", "predicted_high"]
 
@@ -58,7 +54,7 @@ def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
     """Draw each measurement with its interval, then the mean as a diamond with its prediction interval in grey."""
-    title, label, digits = _MEASURES[measure]
+    title, digits, label = _MEASURES[measure]
     half, is_log = Z * rows["error"].where(rows["counts"]), measure == "lr_ratio"
     # Of the growth the paper says only that it is above 0.
     paper = PAPER_RATIO if is_log else 0.0
