@@ -18,8 +18,8 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import ARM, arm_label, with_losses
-from lorabench.analysis.beginnings import at_end, at_step
 from lorabench.analysis.comparison import Comparison, comparisons
+from lorabench.analysis.curves import at_end, at_step
 from lorabench.analysis.published import paper_numbers, sweep_of
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import grid, style
@@ -233,8 +233,8 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         for place, row in enumerate(ordered):
             across, up = (place - (len(ordered) - 1) / 2) * _DODGE, STRIP / 2
             shift = ScaledTranslation(across / 72, up / 72, axes.figure.dpi_scale_trans)
-            size, edge = (5.5, 0.6) if row["marker"] == _UNREWARDED else (4.5, 1.4)
-            look: dict[str, Any] = {"ms": size, "mew": edge, "color": styles[row["arm"]].colour, "clip_on": False}
+            size, width = (5.5, 0.6) if row["marker"] == _UNREWARDED else (4.5, 1.4)
+            look: dict[str, Any] = {"ms": size, "mew": width, "color": styles[row["arm"]].colour, "clip_on": False}
             axes.plot(row["lr"], 1, ls="none", marker=row["marker"], transform=data_by_height + shift, **look)
     counted = f"{len(unrewarded)} unrewarded" if value == "accuracy" else f"{len(above)} above the range"
     lost = grid.lacking(f"no {element}", diverged["arm"], means["arm"])

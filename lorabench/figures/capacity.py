@@ -208,8 +208,10 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
 
 def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
-    for bits, line in only(rows, "per_parameter").groupby("bits_per_parameter"):
-        axes.plot(line["trainable_params"].astype(float), line["bits"], _PER_PARAMETER[bits], **_LINE)
+    per_parameter = only(rows, "per_parameter")
+    for number, linestyle in _PER_PARAMETER.items():
+        line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
+        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
     for bits in entropy["bits"]:
         axes.axhline(bits, **_LINE, zorder=1)
     shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]

@@ -264,7 +264,7 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 
 
 def measured_optima(tables: Tables) -> pd.DataFrame:
-    """Return the optimal LRs of supervised runs, of full fine-tuning and of the LoRA to use, for `lora-advice`.
+    """Return the optimal LRs of supervised runs, of FullFT and of the LoRA to use, which `lora-advice` reads.
 
     Returns:
         The columns of `optima_table`, without a source, and the ends `lr_low` and `lr_high` of the 95% interval, the
