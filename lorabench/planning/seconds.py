@@ -28,8 +28,8 @@ _START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 1
 _ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 # Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
-# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
-# cores (benchmarks/engine.csv).
+# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M with 16
+# tokens each on two cores.
 _DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3

@@ -22,7 +22,7 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
-from lorabench.sources.measurements import MEASURES, holds_again, range_text, share_text
+from lorabench.sources.measurements import MEASURES, holds_again
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out, read_provenance
 from lorabench.utils import formats
@@ -127,10 +127,16 @@ def matrix_part(root: Path) -> str:
         linked = f"[{claim_text.verdict(cell)}]({page.name}#{cell['origin']})"
         again = "" if pd.isna(cell["p_again"]) else f" {cell['p_again']:.0%}"
         marks = []
-        if number := range_text(cell):
+        # Runs that lack the setting of a claim measure something else, so they have no number.
+        if cell["verdict"] not in ("setting not met", "not tested") and not pd.isna(cell["estimate"]):
+            several = cell["n_parts"] >= 2
+            share = f"{cell['n_hold']:.0f} of {cell['n_parts']:.0f} hold" if several else ""
+            ends = [formats.number(cell[name]) for name in ("part_low", "part_high")]
+            is_range = several and ends[0] != ends[1] and formats.DASH not in ends
+            number = " to ".join(ends) if is_range else formats.number(cell["estimate"])
             seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
-            marks = [share_text(cell), number, seeds + chosen]
+            marks = [share, number, seeds + chosen]
         if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
             again_text = "holds on held-out seeds" if cell["explored"] else "all seeds held out"
             marks.append(again_text if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
