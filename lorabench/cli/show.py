@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lorabench.planning.costs import Cost, minutes, path_hours, per_experiment
+from lorabench.planning.costs import Cost, path_hours, per_experiment
 from lorabench.planning.memory import gpus_needed, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
@@ -40,7 +40,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
         cells = [name, str(row.jobs), runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
         if execution.gpu is None:
-            durations = (formats.number(minutes(row, at_once, most), 2) for most in (False, True))
+            each = 60 / min(at_once, row.jobs)
+            durations = (formats.number(hours * each, 2) for hours in (row.job_hours, row.most_job_hours))
             cells.append(_and_most(row, *durations))
         else:
             hours = (formats.number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))

@@ -55,14 +55,10 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
 
 
 def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
-    """Return the largest batch of an engine.
+    """Return the largest batch of an engine that draws for a condition, or for an evaluation with lm-eval.
 
     On a GPU these are as many responses of mean length as the cache holds, but no more than a step draws, since memory
     for their distributions is taken throughout.
-
-    Args:
-        preset: the preset.
-        condition: what the job's runs train; None for an evaluation with lm-eval.
     """
     if preset.execution.gpu is None or condition is None:
         return EngineBatch()
@@ -71,11 +67,7 @@ def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBa
 
 
 def engine_memory(preset: Preset, model: str, condition: Condition | None = None) -> EngineMemory:
-    """Return the bytes of each engine of a job.
-
-    Args:
-        model: the model's name in the preset.
-        condition: what the job's runs train; None for an evaluation with lm-eval.
+    """Return the bytes of each engine of a job that trains a condition, or of an evaluation with lm-eval.
 
     Raises:
         UserError: vLLM does not take adapters of the condition's rank.
@@ -135,15 +127,10 @@ def handover_seconds(preset: Preset, condition: Condition) -> float:
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
-    """Return the seconds in which the engine of one GPU draws tokens.
+    """Return the seconds in which the engine of one GPU draws a number of tokens at a number of positions.
 
-    Linear layers read their weights at each position, or compute where that takes longer; then keys and values are
-    read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
-
-    Args:
-        tokens: all tokens that are drawn.
-        positions: how often all running responses go on by one token.
-        context: mean number of tokens that a drawn token attends to.
+    Linear layers read their weights at each position, or compute where that takes longer; then keys and values of the
+    mean `context` are read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
     """
     assert preset.execution.gpu
     gpu = GPUS[preset.execution.gpu]

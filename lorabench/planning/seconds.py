@@ -6,6 +6,7 @@ from math import inf, sqrt
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
+from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.engine import engine_batch, engine_seconds, handover_seconds, uses_engine
@@ -61,7 +62,7 @@ def flops_per_second(execution: Execution, gpus: int = 1) -> float:
 
 
 def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
-    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU), in two parts.
+    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU).
 
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
@@ -74,7 +75,12 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         flops *= _OVER_LORA.get(condition.method, 1.0)
         return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
-    padded = _padding(preset, condition, gpus)
+    # A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
+    # differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which
+    # sort all examples by length, is not counted.
+    dataset, padded = preset.sources[condition.dataset], 1.0
+    if isinstance(dataset, HubDataset | FileDataset) and 4 * dataset.mean_tokens <= execution.max_batch_tokens:
+        padded += _PADDING / sqrt(max(1, condition.batch_size // gpus))
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
     # Logits are computed of scored tokens only.
     training, forward = unembedding_flops_per_token(preset, condition)
@@ -95,26 +101,10 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     return computing, waiting
 
 
-def _padding(preset: Preset, condition: Condition, gpus: int) -> float:
-    """Return the tokens that pass through the model in training, with padding, over those without, of a GPU job.
-
-    A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
-    differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which sort
-    all examples by length, is not counted.
-    """
-    if condition.rollouts is not None:
-        return 1.0
-    dataset = preset.datasets[condition.dataset]
-    if dataset.kind not in ("hub", "file") or 4 * dataset.mean_tokens > preset.execution.max_batch_tokens:
-        return 1.0
-    return 1.0 + _PADDING / sqrt(max(1, condition.batch_size // gpus))
-
-
 def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
     """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
 
-    The engine also gets the run's weights. This project's own sampler launches each layer for every position, reads the
-    weights, and reads the cache.
+    The own sampler launches each layer for every position, and reads weights and cache; the engine gets the weights.
     """
     rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
     assert rollouts
@@ -142,9 +132,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
 
 
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
-    """Return the wall-clock seconds of a job before its first step, without reading a large model.
+    """Return the wall-clock seconds of a job, of training on a condition, before its first step.
 
-    A training job, whose first sweep has the given condition, may also start an engine.
+    Reading a large model is not among them.
     """
     starts_engine = condition is not None and uses_engine(preset, condition)
     if preset.execution.gpu is None:
@@ -153,14 +143,10 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps.
-
-    With `most` they are those of its largest possible number of runs, else of the expected number.
-    """
-    start = start_seconds(preset, job.sweeps[0].condition)
-    return start + sum(
-        sweep_seconds(preset, sweep, gpus, sweep.most_runs if most else sweep.n_runs) for sweep in job.sweeps
-    )
+    """Estimate the wall-clock seconds of the expected or `most` runs of a job, which starts once for all its sweeps."""
+    runs = [sweep.most_runs if most else sweep.n_runs for sweep in job.sweeps]
+    seconds = [sweep_seconds(preset, sweep, gpus, number) for sweep, number in zip(job.sweeps, runs, strict=True)]
+    return start_seconds(preset, job.sweeps[0].condition) + sum(seconds)
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
@@ -179,7 +165,7 @@ def gpus_used(preset: Preset, sweep: Sweep) -> int:
     `path_hours`.
 
     Raises:
-        TooLargeError: a job fits on no number of GPUs that the preset allows.
+        UserError: a job fits on no number of GPUs that the preset allows.
     """
     gpus, execution = gpus_needed(preset, sweep), preset.execution
     while 0 < 2 * gpus <= most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
