@@ -127,16 +127,14 @@ class RunFolder:
         try:
             yield
         except (ValueError, TypeError, RecursionError, OSError, UserError) as error:
-            raise UserError(f"run {self.run_id} is damaged ({error}); {self._again()}") from error
-
-    def _again(self) -> str:
-        """Return how the run is trained again: what its job's file holds counts as trained, whatever the folder has."""
-        ids, files = pa.schema([JOB.field("run_id")]), sorted(self.final.parents[1].glob("jobs/*.parquet"))
-        jobs = [str(path) for path in files if self.run_id in read_parquet(path, ids)["run_id"].to_pylist()]
-        if not jobs:
-            return f"delete {self.final} to have it trained again"
-        again = f"`lorabench run PRESET {' '.join(jobs)}`"
-        return f"delete {' and '.join([str(self.final), *jobs])} to have it trained again, by {again}"
+            # What its job's file holds counts as trained, whatever the folder has.
+            ids, files = pa.schema([JOB.field("run_id")]), sorted(self.final.parents[1].glob("jobs/*.parquet"))
+            jobs = [str(path) for path in files if self.run_id in read_parquet(path, ids)["run_id"].to_pylist()]
+            command = f", by `lorabench run PRESET {' '.join(jobs)}`" if jobs else ""
+            raise UserError(
+                f"run {self.run_id} is damaged ({error}); delete {' and '.join([str(self.final), *jobs])} to have it "
+                f"trained again{command}"
+            ) from error
 
     def tidy(self) -> None:
         """Remove the half-written files of a killed job; the checkpoint stays until the run is finished."""
@@ -156,8 +154,7 @@ class RunFolder:
     def finishing(self, record: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a temporary folder for the finished run's files but its record; it becomes the run's folder on success.
 
-        Raises:
-            NoSpaceError: the disk is full.
+        NoSpaceError says that the disk is full.
         """
         self.tidy()
         try:

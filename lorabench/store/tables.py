@@ -107,22 +107,20 @@ def _usable(runs: pd.DataFrame) -> pd.DataFrame:
     A run without experiments belongs to all others, whose claims and figures would take a variant for LoRA.
     """
     runs = with_stand_ins(runs)
-    if "method" not in runs:
+    variant = ~runs["method"].fillna("lora").isin(["fullft", "lora"]) if "method" in runs else pd.Series(dtype=bool)
+    if not variant.any():
         return runs
-    variant = runs["method"].notna() & ~runs["method"].isin(["fullft", "lora"])
     named = runs["experiments"].map(list_of_words) if "experiments" in runs else pd.Series([[]] * len(runs), runs.index)
     unnamed = variant & named.map(len).eq(0)
-    if not unnamed.any():
-        return runs
     own = is_rl(runs).map({True: ["variants_rl"], False: ["variants"]})
     return runs.assign(experiments=named.where(~unnamed, own))
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:
     """Return the tables that the folders hold, by name and folder."""
-    *names, last = KEYS
     for folder in folders:
         if not any(table_path(folder, name) for name in KEYS):
+            *names, last = KEYS
             raise UserError(f"no table {', '.join(names)} or {last} (.parquet or .csv) in {folder}")
     return {name: {folder: read_table(folder, name) for folder in folders if table_path(folder, name)} for name in KEYS}
 
@@ -131,11 +129,11 @@ def merge(folders: list[Path], out: Path) -> None:
     """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
 
     The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
-    `out` may be one of the folders. Nothing is written if tables contradict each other.
+    `out` may be one of the folders.
 
     Raises:
         UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
-            and `check_comparable`), or tables contradict each other (see `merge_tables`).
+            and `check_comparable`), or tables contradict each other. Nothing is written then.
     """
     merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
@@ -146,13 +144,9 @@ def merge(folders: list[Path], out: Path) -> None:
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
-    """Merge tables of one kind: rows with the same KEYS become one row, with the experiments of all of them.
+    """Merge tables of one kind by folder: rows with the same KEYS become one row, with the experiments of all of them.
 
-    Args:
-        frames: the tables by the folder that they are from, typed as by `read_table`.
-
-    Returns:
-        The table in its documented columns, rows in the order in which they first appear.
+    Rows are in the order in which they first appear.
 
     Raises:
         UserError: some tables lack a column of KEYS that others have, or rows with the same KEYS differ in a column

@@ -20,7 +20,7 @@ from lorabench.errors import UserError
 from lorabench.models import lora
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
-from lorabench.planning.memory import USABLE
+from lorabench.planning.memory import USABLE, title
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Run
@@ -93,11 +93,11 @@ def test_an_error_is_a_failed_check_in_one_sentence():
 
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
     core, paper = (make_plan(on_gpu(load_preset(name), "H100-80GB")) for name in ("core", "paper"))
-    titles = [subject.title for subject in training_subjects(core)]
+    titles = [title(subject.condition) for subject in training_subjects(core)]
     assert titles[0].startswith("full fine-tuning of llama-3-2-")
     assert [title.split(" of ")[0] for title in titles[1:]] == ["LoRA r64 all"]
     subjects = training_subjects(paper)
-    assert "qwen3-30b-a3b" in subjects[-1].title
+    assert "qwen3-30b-a3b" in title(subjects[-1].condition)
     # The mixture of experts fits no single GPU, so it has fewer layers of the same sizes.
     whole = dimensions(paper.preset.models["qwen3-30b-a3b-base"])
     assert replace(subjects[-1].sizes, layers=whole.layers) == whole
@@ -194,7 +194,7 @@ def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
                 optimizer.step()
                 optimizer.zero_grad()
         memory = bench.check_memory(preset, gpu, subject, new.peak)
-        assert memory.status == "pass", f"{subject.title}: {memory.sentence}"
+        assert memory.status == "pass", f"{title(subject.condition)}: {memory.sentence}"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import torch
 
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
-from lorabench.store.progress import status
+from lorabench.store.progress import runs_at_work
 from lorabench.utils import signals
 from lorabench.utils.checked_tensors import read_header
 from lorabench.utils.exhaustion import NoMemoryError, memory_for
@@ -83,11 +83,11 @@ def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
 @pytest.mark.slow
 def test_status_shows_when_a_killed_job_last_gave_a_sign_of_life(half, monkeypatch):
     monkeypatch.chdir(half.folder)
-    state = status(half.plan, half.layout)
-    assert {job["label"] for job in state.at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
+    at_work = runs_at_work(half.plan, half.layout)
+    assert {job["label"] for job in at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
     for path in half.path(half.layout.root).glob("progress/*"):
         os.utime(path, (time.time() - 120,) * 2)
-    assert all(job["age_s"] == pytest.approx(120, abs=10) for job in status(half.plan, half.layout).at_work)
+    assert all(job["age_s"] == pytest.approx(120, abs=10) for job in runs_at_work(half.plan, half.layout))
     assert half.run("status").count("last sign of life 2 minutes ago") == 2
 
 
