@@ -45,19 +45,12 @@ PresetArgument = Annotated[str, Argument(help="A shipped preset's name or the pa
 gc.set_threshold(20_000)
 
 
-def _print_version(asked: bool) -> None:
+@app.callback(invoke_without_command=True)
+def main(asked: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
+    """The options that stand before a command."""
     if asked:
         print(f"lorabench {version('lorabench')}")
         raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """The options that stand before a command."""
 
 
 @app.command()
@@ -65,19 +58,14 @@ def init(
     out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
     model: Annotated[str, Option(help="A folder, a .gguf file, a model's id on the hub, or the shipped base: tiny.")],
     data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
-    data_format: Annotated[
-        str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")
-    ] = None,
+    data_format: Annotated[str | None, Option("--format", help="The columns of an example, if several fit.")] = None,
     ranks: Annotated[list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones.")] = None,
     seeds: Annotated[int, Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 1.0,
-    held_out: Annotated[
-        float, Option(min=0.01, max=0.4, help="Share of the data for validation, and for the test.")
-    ] = 0.1,
+    held_out: Annotated[float, Option(min=0.01, max=0.4, help="Share for validation, and for the test.")] = 0.1,
     gpu: Annotated[str | None, Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
     grader: Annotated[
-        str | None,
-        Option(help="For RL on questions: `number` grades a response by its last number, `boxed` by \\boxed{}."),
+        str | None, Option(help="For RL: `number` grades by the last number, `boxed` by \\boxed{}.")
     ] = None,
     variants: Annotated[
         list[str] | None, Option("--variant", help="A variant of LoRA beside it, such as dora.")
@@ -102,7 +90,7 @@ def plan(
     gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
     price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
     measured: Annotated[
-        list[Path] | None, Option(help="Folder with a table `runs` to take the speed from; by default all in results/.")
+        list[Path] | None, Option(help="Folder of tables with the speed, in place of results/.")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -214,16 +202,11 @@ def claims(
     tables: Annotated[Path, Option(help="Folder with the tidy tables.")],
     out: Annotated[Path, Option(help="Folder for the claims table.")],
     preset: Annotated[str | None, Option(help="The preset of the runs, which states the margins.")] = None,
-    margins: Annotated[
-        Path | None,
-        Option(help="A YAML file with the margins, for runs without a preset: loss, final_loss, reward, lr_factor."),
-    ] = None,
+    margins: Annotated[Path | None, Option(help="A YAML file with the margins, for runs without a preset.")] = None,
     noise: Annotated[
-        Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
+        Path | None, Option(help="Folder of tables whose seed noise holds where there is one seed.")
     ] = None,
-    noise_sd: Annotated[
-        float | None, Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise.")
-    ] = None,
+    noise_sd: Annotated[float | None, Option(help="SD over seeds of the final test loss in nats, not --noise.")] = None,
     noise_dof: Annotated[int | None, Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
     noise_source: Annotated[str | None, Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
@@ -308,11 +291,9 @@ def import_source(
 def evidence(
     out: Annotated[Path, Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
     source: Annotated[
-        list[Path] | None, Option(help="A source of your own, or a folder of sources, beyond the shipped ones.")
+        list[Path] | None, Option(help="An own source, or a folder of sources, beyond the shipped.")
     ] = None,
-    tables: Annotated[
-        list[Path] | None, Option(help="Folder with the table claims of a preset of your own, as a column.")
-    ] = None,
+    tables: Annotated[list[Path] | None, Option(help="Folder with the table claims of an own preset.")] = None,
 ) -> None:
     """Judge all published runs by the paper's claims.
 
@@ -339,16 +320,10 @@ def evidence(
 def freeze(
     preset: PresetArgument,
     first_seed: Annotated[int, Option(min=1, help="The first of the held-out seeds.")] = 100,
-    claims: Annotated[
-        Path | None, Option(help="Folder with the explored table claims; by default of the runs here, or as published.")
-    ] = None,
+    claims: Annotated[Path | None, Option(help="Folder with the explored verdicts, not the preset's.")] = None,
     unexplored: Annotated[bool, Option("--unexplored", help="The preset was never run in this design.")] = False,
-    redesigned: Annotated[
-        bool, Option("--redesigned", help="With --unexplored: published verdicts are of an earlier design.")
-    ] = False,
-    power: Annotated[
-        Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
-    ] = None,
+    redesigned: Annotated[bool, Option("--redesigned", help="Published verdicts are of an earlier design.")] = False,
+    power: Annotated[Path | None, Option(help="A CSV file of python -m benchmarks.calibration.")] = None,
     out: Annotated[Path | None, Option(help="The file to write; by default workflow/frozen/<preset>.yaml.")] = None,
 ) -> None:
     """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds."""
