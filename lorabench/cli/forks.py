@@ -1,9 +1,9 @@
 """A fork server: a process that has imported what the steps of a workflow need, and forks a process for each step.
 
-Most steps of a small preset take less time than the import of PyTorch, transformers and lm-eval. The workflow starts a
-server on a machine without GPUs. The command `lorabench` of a rule hands over its arguments, folder, environment and
-open files to it, passes signals on to the forked process, and exits with the status of that. Where there is no server,
-or where the environment differs from that of the server, the command runs by itself, and does the same.
+Most steps of a small preset take less time than these imports. The workflow starts a server on a machine without GPUs.
+The command `lorabench` of a rule hands over its arguments, folder, environment and open files to it, passes signals on
+to the forked process, and exits with the status of that. Without a server, or where the environment differs from that
+of the server, the command runs by itself, and does the same.
 """
 
 from __future__ import annotations
@@ -45,30 +45,31 @@ _MAY_DIFFER = {
 }
 
 
+_LLAMA, _ANALYSIS = "transformers.models.llama.modeling_llama", ("pyarrow.dataset", "scipy.stats")
 PRELOADED = {
     "plan": ("lorabench.store.io",),
     "dataset": ("lorabench.data.files", "lorabench.data.problems", "lorabench.data.sft", "reasoning_gym"),
     "pretraining": ("lorabench.evaluation.pretraining", "reasoning_gym"),
     "tokens": ("lorabench.data.tokens", "transformers.models.auto.tokenization_auto"),
-    "train": (
-        *("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer"),
-        "transformers.models.llama.modeling_llama",
-    ),
-    "compute": ("lorabench.training.step_cost", "transformers.models.llama.modeling_llama"),
+    "train": ("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer", _LLAMA),
+    "compute": ("lorabench.training.step_cost", _LLAMA),
     "evaluate": (
-        *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect", "peft"),
-        "transformers.models.llama.modeling_llama",
+        "lorabench.evaluation.runner",
+        "lm_eval.evaluator",
+        "lm_eval.models.huggingface",
+        "langdetect",
+        _LLAMA,
     ),
     "counts": ("lorabench.models.counts",),
     "collect": ("lorabench.store.collect",),
     "collect-evals": ("lorabench.store.collect",),
-    "claims": ("lorabench.claims.judge", "lorabench.claims.learning_rate", "pyarrow.dataset", "scipy.stats"),
+    "claims": ("lorabench.claims.judge", "lorabench.claims.learning_rate", *_ANALYSIS),
     "figure": (
         *("lorabench.figures.catalog", "lorabench.figures.by_lr", "lorabench.figures.curves", "lorabench.figures.rl"),
-        *("matplotlib.backends.backend_svg", "matplotlib.style", "pyarrow.dataset", "scipy.stats"),
+        *("matplotlib.backends.backend_svg", "matplotlib.style", *_ANALYSIS),
     ),
-    "verdicts-by-margin": ("lorabench.report.other_margins", "pyarrow.dataset", "scipy.stats"),
-    "report": ("lorabench.report.index", "pyarrow.dataset", "scipy.stats"),
+    "verdicts-by-margin": ("lorabench.report.other_margins", *_ANALYSIS),
+    "report": ("lorabench.report.index", *_ANALYSIS),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
 
@@ -122,10 +123,9 @@ def run_in_fork() -> int | None:
 
 
 def start() -> None:
-    """Start a server that ends with this process, and name it in this process's environment.
+    """Start a server for the commands of rules with one thread, which ends with this process, and name it to them.
 
-    It suits the commands of rules with one thread. It is started on Linux only, since other systems' libraries do not
-    work in forked processes.
+    It is started on Linux only, since other systems' libraries do not work in forked processes.
     """
     if sys.platform != "linux":
         return

@@ -243,16 +243,12 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
 
 @steps.command()
 def collect(
-    jobs: list[Path],
-    out: Annotated[Path, Option(help="Folder of the tables.")],
-    preset: Annotated[
-        str | None, Option(help="Take only jobs of this preset's plan, and the runs' experiments from it.")
-    ] = None,
+    jobs: list[Path], out: Annotated[Path, Option(help="Folder of the tables.")], preset: PresetOption = "laptop"
 ) -> None:
-    """Merge files of jobs into the tidy tables `runs` and `curves`."""
+    """Merge files of jobs of a preset into the tidy tables `runs` and `curves`."""
     from lorabench.store.collect import collect as collect_jobs
 
-    collect_jobs(jobs, out, *(() if preset is None else plan_and_layout(preset)))
+    collect_jobs(jobs, out, *plan_and_layout(preset))
 
 
 @steps.command("collect-evals")

@@ -21,32 +21,32 @@ _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
 # and random number. So it is in the code of vLLM 0.32.
 _LOGIT = 18
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
-# reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
-_EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
-# The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
-_POSITION_SECONDS = 5e-3
+# reaches; the least seconds of a position, in which the host schedules it and takes its tokens.
+_EFFICIENCY, _POSITION_SECONDS = 0.5, 5e-3
 
 
 class EngineMemory(NamedTuple):
-    """The bytes that an engine holds throughout a job, on its GPU or in its process; their sum is what it takes."""
+    """The bytes that an engine holds throughout a job, on its GPU or in its process; their sum is what it takes.
+
+    Weights and adapters are in the type of products. The overhead has the libraries, and on a GPU activations and
+    distributions of the largest batch.
+    """
 
     weights: float
-    """The whole model in the type in which products are computed."""
     adapters: float
-    """LoRA in the same type; 0 in full fine-tuning."""
     cache: float
     """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
     overhead: float
-    """Everything else: the libraries, and on a GPU activations and distributions of the largest batch."""
 
 
 class EngineBatch(NamedTuple):
-    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU."""
+    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU.
+
+    In vLLM they are `max_num_seqs` and `max_num_batched_tokens`, the tokens of prompts included.
+    """
 
     responses: int = 256
-    """Running responses; vLLM's `max_num_seqs`."""
     tokens: int = 4096
-    """Tokens, those of prompts included; vLLM's `max_num_batched_tokens`."""
 
 
 def uses_engine(preset: Preset, condition: Condition) -> bool:
@@ -119,11 +119,6 @@ def handover_space(preset: Preset, condition: Condition) -> int:
     All weights are written beside those of the last step; an adapter is removed when it was read.
     """
     return handover_bytes(preset, condition) * (2 if condition.rank is None else 1)
-
-
-def handover_seconds(preset: Preset, condition: Condition) -> float:
-    """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
-    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:

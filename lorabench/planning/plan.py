@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import FROM_WEIGHTS, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
@@ -25,6 +25,8 @@ from lorabench.planning.flops import sweep_flops
 from lorabench.planning.seconds import gpus_used, is_split, start_seconds, sweep_seconds
 from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
+
+T = TypeVar("T")
 
 START_SHARE = 0.05
 """Share of a job's time that its start may take."""
@@ -73,15 +75,8 @@ class Plan:
         return jobs
 
     def evaluation(self, eval_id: str) -> EvalJob:
-        """Return the evaluation with an id.
-
-        Raises:
-            UserError: the plan has no such evaluation.
-        """
-        for job in self.evaluations():
-            if job.eval_id == eval_id:
-                return job
-        raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
+        """Return the evaluation with an id; UserError says that the plan has no such evaluation."""
+        return _with_id({job.eval_id: job for job in self.evaluations()}, "evaluation", eval_id)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -145,15 +140,9 @@ class Plan:
         return next(job for job in self.jobs if sweep in job.sweeps)
 
     def job(self, job_id: str) -> Job:
-        """Return the job with an id, or a job of a single sweep by the sweep's id.
-
-        Raises:
-            UserError: the plan has no such job (the preset or the protocol version has changed).
-        """
-        for job in (*self.jobs, *(Job((sweep,)) for sweep in self.sweeps)):
-            if job.job_id == job_id:
-                return job
-        raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
+        """Return the job with an id, or a job of a single sweep by the sweep's id; UserError if the plan has none."""
+        jobs = {job.job_id: job for job in (*(Job((sweep,)) for sweep in self.sweeps), *self.jobs)}
+        return _with_id(jobs, "job", job_id)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
@@ -165,6 +154,12 @@ class Plan:
             shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)} | condition
             rows += [{"run_id": run["run_id"], **shared, **run} for run in runs]
         return rows
+
+
+def _with_id(planned: Mapping[str, T], what: str, given: str) -> T:
+    if given not in planned:
+        raise UserError(f"{what} {given!r} is not in the plan; has the preset changed since the job was made?")
+    return planned[given]
 
 
 def make_plan(preset: Preset) -> Plan:

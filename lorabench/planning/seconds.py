@@ -9,7 +9,7 @@ from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_batch, engine_seconds, handover_seconds, uses_engine
+from lorabench.planning.engine import engine_batch, engine_seconds, handover_bytes, uses_engine
 from lorabench.planning.flops import (
     RunWork,
     evaluated_documents,
@@ -34,6 +34,9 @@ _ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 _DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
+# Assumed for GPUs: the bytes/s at which weights are written to shared memory for an engine and as fast read, once in a
+# step, and the least seconds of doing so.
+_THROUGH_MEMORY, _HANDOVER_SECONDS = 2e9, 0.2
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
 # Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (studies/variants).
@@ -123,8 +126,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
         refilled = max(longest, _REFILLED * rounds * rollouts.mean_response_tokens)
         positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
-        handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
-        return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
+        handover = _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
+        drawing = engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context)
+        return drawing + (condition.steps + rollouts.evaluations) * handover
     # Keys and values are read, repeated for all heads, and read again.
     cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth

@@ -63,15 +63,11 @@ def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
     return pa.table([*pa.Table.from_pylist(rows, schema=RUNS).columns, *nested.columns], schema=JOB)
 
 
-def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
+def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
-    Args:
-        jobs: the files of the jobs, each a table JOB.
-        out: the folder of the tables.
-        plan: the plan to take the runs' experiments and kinds of data and base from; without it, those are kept that
-            the files were written with.
-        layout: the files of the data, from which the groups of test examples are taken; without it, there are none.
+    The runs' experiments and kinds of data and base are those of the plan, and the groups of test examples those of the
+    layout's data.
 
     Raises:
         UserError: a file is damaged or missing, or its job is not in the plan.
@@ -79,8 +75,6 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
 
     def runs_of(path: Path) -> pa.Table:
         table = read_parquet(path, RUNS)
-        if plan is None:
-            return with_unrecorded(table, None)
         column = RUNS.field("experiments")
         experiments = pa.array([plan.job(path.stem).experiments] * len(table), column.type)
         table = table.set_column(RUNS.get_field_index("experiments"), column, experiments)
@@ -97,7 +91,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
         rows = entries(table, "test_losses", RUN_TEST_LOSSES)
         # The runs of a job have the same model and dataset.
         model, dataset = (table[name][0].as_py() if len(table) else None for name in ("model", "dataset"))
-        groups = test_groups(layout, model, dataset) if layout is not None and dataset is not None else None
+        groups = None if dataset is None else test_groups(layout, model, dataset)
         if groups is None:
             return rows.append_column("group", pa.nulls(len(rows), pa.string()))
         for count in set(pc.list_value_length(table["test_losses"]).to_pylist()) - {None, 0, len(groups)}:
@@ -131,11 +125,11 @@ def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
     return pa.array(groups_of_tests(layout.dataset(dataset), tokens), pa.string())
 
 
-def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
+def with_unrecorded(table: pa.Table, preset: Preset) -> pa.Table:
     """Return the table `runs` with the columns filled that runs don't record.
 
     In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
-    of things that the preset names; they are left as they are without a preset.
+    of things that the preset names; the preset that runs were saved from may have named other data and models since.
     """
     lora, rows = pc.not_equal(table["method"], "fullft"), len(table)
     protocols = [json.loads(text or "{}") for text in table["protocol"].to_pylist()]
@@ -146,12 +140,10 @@ def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
         "precision": pa.repeat("fp32", rows),
         "schedule": pa.array([protocol.get("schedule", "constant") for protocol in protocols], pa.string()),
     }
-    if preset is not None:
-        # The preset that runs were saved from may have named other data and models since.
-        kinds = {name: source.kind for name, source in preset.sources.items()}
-        base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
-        columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
-        columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
+    kinds = {name: source.kind for name, source in preset.sources.items()}
+    base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
+    columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
+    columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
     return table.cast(RUNS)

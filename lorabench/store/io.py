@@ -78,10 +78,7 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     """Read a tidy table from a folder, parquet or else CSV, in the documented types.
 
     Documented columns may be missing, and other columns are kept. Integers are `Int64`, since they may be null; lists
-    are lists of words.
-
-    Args:
-        optional: whether to return an empty table without columns if there is no file.
+    are lists of words. An `optional` table without a file is empty and has no columns.
 
     Raises:
         UserError: there is no such file, it can't be read, or a column holds a value of another type.

@@ -1,8 +1,7 @@
 """All tidy tables of one folder, or of several that are merged and must not contradict each other.
 
-Own runs have a validation split, by which the learning rate is picked, and a test split, which is reported. Tables from
-elsewhere may have one evaluation set only, or the training loss alone. They are judged all the same: `Tables.read` puts
-another loss in the place of one that is lacking, and the column REMARK says what stands in for what.
+Tables from elsewhere may have one evaluation set only, or the training loss alone. `Tables.read` puts another loss in
+the place of one that is lacking, and the column REMARK says what stands in for what.
 """
 
 from __future__ import annotations
@@ -19,27 +18,19 @@ from lorabench.store.checks import check_comparable, check_curves, check_table, 
 from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
 from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
 
+_SCORE = "run_id model dataset task metric filter num_fewshot n_samples sampler eval_batch_size task_version"
 KEYS = {
     "runs": ["run_id"],
     "curves": ["run_id", "step", "split", "metric"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
-    "evals": [
-        *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
-        *("sampler", "eval_batch_size", "task_version", "template_sha256"),
-    ],
+    "evals": [*_SCORE.split(), "template_sha256"],
     "test_losses": ["run_id", "example"],
 }
 """The columns that identify a row of each table."""
 
-MAY_DIFFER = {
-    "runs": [
-        *("wall_s", "peak_mem_bytes", "device", "threads", "host"),
-        *("started", "git_sha", "git_dirty_patch", "versions"),
-    ],
-    "compute": ["step_s", "peak_mem_bytes"],
-    "evals": ["versions"],
-}
+_MACHINE = "wall_s peak_mem_bytes device threads host started git_sha git_dirty_patch versions"
+MAY_DIFFER = {"runs": _MACHINE.split(), "compute": ["step_s", "peak_mem_bytes"], "evals": ["versions"]}
 """Columns that describe the machine, in which rows may differ; the first folder's values are kept."""
 
 REMARK = "remark_on_losses"
@@ -74,10 +65,8 @@ class Tables:
     def read(cls, *folders: Path) -> Tables:
         """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
-        Another loss stands in for one that the runs lack (see `with_stand_ins`).
-
-        Raises:
-            UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
+        Another loss stands in for one that the runs lack. UserError says that a folder holds none of the tables; see
+        also `read_table` and `merge_tables`.
         """
         merged = {
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
@@ -87,11 +76,7 @@ class Tables:
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
-        """Return the tables of data frames by name, as `read` would return them of files.
-
-        Raises:
-            UserError: there is no table of that name, or a column holds a value of another type.
-        """
+        """Return the tables of data frames by name, as `read` would return them of files, or raise UserError."""
         for name, frame in frames.items():
             if name not in KEYS or not isinstance(frame, pd.DataFrame):
                 what = f"of the type {type(frame).__name__}" if name in KEYS else "not known"
