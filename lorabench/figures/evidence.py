@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from lorabench.analysis.finding import BORDERLINE, SEVERITY
+from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.rules import DECIDED
 from lorabench.figures import style
-from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z, holds_again
+from lorabench.sources.measurements import MEASURES, Z, holds_again
 from lorabench.utils import formats
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
@@ -58,11 +59,13 @@ def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
     """Draw each measurement with its interval, then the mean as a diamond with its prediction interval in grey."""
     title, label, digits = _MEASURES[measure]
-    half, paper, is_log = Z * rows["error"].where(rows["counts"]), PAPER_VALUES[measure], measure == "lr_ratio"
+    half, is_log = Z * rows["error"].where(rows["counts"]), measure == "lr_ratio"
+    # Of the growth the paper says only that it is above 0.
+    paper = PAPER_RATIO if is_log else 0.0
     rows = rows.assign(mean=rows["value"], low=rows["value"] - half, high=rows["value"] + half)
     if is_log:
         # The tables hold logarithms of ratios.
-        paper, rows[_MEAN] = math.exp(paper), np.exp(rows[_MEAN])
+        rows[_MEAN] = np.exp(rows[_MEAN])
         summary = summary.assign(**{name: np.exp(summary[name]) for name in (*_MEAN, *_PREDICTED)})
     axes.set_ylim(len(rows) + 1.5, -0.7)
     axes.axvline(paper, color="0.5", linestyle="--", linewidth=1, zorder=1)

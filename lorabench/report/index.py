@@ -33,7 +33,8 @@ def write_index(results: Path) -> Path:
     """
     out = results / "index.html"
     with locked(results / "index.lock", str(out), lambda line: print(line, file=sys.stderr)):
-        own, shipped = [], []
+        own: list[dict[str, Any]] = []
+        shipped: list[dict[str, Any]] = []
         # Of a preset with two reports, the one with scores of lm-eval is listed.
         names = ("without_evaluation.html", "index.html")
         reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}

@@ -29,7 +29,6 @@ import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.finding import SEVERITY
-from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
@@ -69,15 +68,6 @@ MEASURES = {
     "rank_1_gap": "RL: highest accuracy of rank 1 minus that of full fine-tuning",
 }
 """The measurements with their descriptions."""
-
-PAPER_VALUES = {
-    "lr_ratio": math.log(PAPER_RATIO),
-    "loss_gap": 0.0,
-    "gap_growth": 0.0,
-    "accuracy_gap": 0.0,
-    "rank_1_gap": 0.0,
-}
-"""What the paper says of each measurement; of the growth it says only that it is above 0."""
 
 ATTRIBUTES = ("task", "precision", "schedule", "alpha", "base_kind")
 """The attributes by which sources are grouped to explain their differences."""

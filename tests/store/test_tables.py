@@ -171,6 +171,16 @@ def test_claims_says_what_was_judged_what_is_lacking_and_where_the_table_is(tmp_
     assert f"{number} of them not tested: {lacking}" in others
 
 
+def test_good_tables_are_accepted_with_and_without_each_column(tmp_path: Path):
+    for kind in ("csv", "parquet"):
+        tables = Tables.read(write(tmp_path / kind, RUNS, kind))
+        check_table(tables.runs)
+        check_curves(tables.curves)
+        assert sorted(tables.runs["run_id"]) == sorted(RUNS["run_id"])
+    for column in RUNS.columns:
+        check_table(RUNS.drop(columns=column))
+
+
 def test_one_dataset_may_stand_next_to_others_and_one_model_on_many():
     other = RUNS.assign(run_id=RUNS["run_id"] + "x", dataset="worked", dataset_sha256="bbb", tokenizer_sha256="t")
     check_table(pd.concat([RUNS.assign(dataset_sha256="aaa", tokenizer_sha256="t"), other]))
