@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.cli.commands import app
 from lorabench.errors import UserError
-from lorabench.store.checks import check_table
+from lorabench.store.checks import check_curves, check_table
 from lorabench.store.io import read_table, write_csv, write_frame
 from lorabench.store.schemas import EVALS, SCHEMAS, description
 from lorabench.store.tables import Tables
