@@ -1,7 +1,6 @@
-"""The functions for other programs: `judge` and `fit_lr`.
+"""The functions for other programs, `judge` and `fit_lr`, whose names, arguments and records are stable.
 
-Their names, arguments and records are stable (docs/tables.md). Importing this module takes no time, since each function
-imports what it needs when it is called.
+Each imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ def judge(
     Args:
         tables: data frames by the name of their table, of which `runs` is needed and `curves`, `test_losses`, `compute`
             and `counts` are used; or a folder with such tables in parquet or CSV; or the folder of a source, which has
-            a file `source.yaml`. Their columns are those of docs/tables.md, losses in nats per token and accuracies as
-            shares. A claim that lacks a column is not tested, and its reason names the column.
+            a file `source.yaml`. Their columns are those of docs/tables.md. A claim that lacks one is not tested.
         claims: the ids of the claims to judge, such as `B1`; all by default.
         margins: the smallest effects that matter, any of: `loss`, a share of the fall of the loss from the base to full
             fine-tuning; `final_loss`, a share of the final loss of full fine-tuning, which holds where it is less;
             `reward`, a share of the gain in accuracy; and `lr_factor`, the factor up to which two learning rates count
             as the same. Those that are not given are those of the shipped presets: 0.02, 0.1, 0.1 and 1.6.
-        noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed. A source states
-            its own.
+        noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed.
 
     Returns:
         A row for each claim with the columns `lorabench.store.schemas.CLAIMS`. For a source there is a row for each
@@ -114,8 +111,7 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
     Args:
         runs: a row for each run, with the columns `lr`, `loss` (the final loss in nats per token; null or infinite of a
             run that diverged) and `seed` (a whole number; without the column all runs have one seed).
-        noise: the noise of losses over seeds from elsewhere, for runs with one seed; without it one seed has no
-            intervals.
+        noise: the noise of losses over seeds from elsewhere, without which one seed has no intervals.
 
     Raises:
         UserError: a column is missing, a value is not allowed, or two runs have the same LR and seed.

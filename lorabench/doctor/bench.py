@@ -1,7 +1,7 @@
 """What a device computes for a preset: training steps against a plain reference on the CPU, their speed and memory.
 
-The models have random weights, so nothing is downloaded. They are built from the sizes of the plan's largest models as
-a Llama, a Qwen3 or a mixture of experts of Qwen3; a model of another family is computed as a Llama of the same size.
+The models have random weights and the sizes of the plan's largest models, as a Llama, a Qwen3 or a mixture of experts
+of Qwen3; a model of another family is computed as a Llama of the same size.
 """
 
 from __future__ import annotations
@@ -107,23 +107,19 @@ def training_subjects(plan: Plan) -> list[Subject]:
     for sweep in [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps:
         experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
-    kinds = ((False, False), (False, True), (True, True))
-    return [_subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
-
-
-def _subject_of(plan: Plan, sweep: Sweep) -> Subject:
-    """Return the subject of a sweep's condition, with a small batch on a CPU or fewer layers if a GPU needs it."""
-    preset, condition = plan.preset, sweep.condition
-    sizes, length = dimensions(preset.models[condition.model]), flops.longest_sequence(preset, condition)
-    recomputed = decided(preset, sweep).execution.recomputed_layers(sizes.layers)
-    if preset.execution.gpu is None:
-        length = min(length, _CPU_TOKENS)
-        return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputed)
-    tokens = max(length, min(preset.execution.max_batch_tokens, condition.batch_size * length))
-    subject = Subject(condition, sizes, max(1, tokens // length), length, recomputed)
-    while subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[preset.execution.gpu].memory:
-        subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
-    return subject
+    kinds, subjects = ((False, False), (False, True), (True, True)), []
+    for sweep in (max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups):
+        condition, gpu = sweep.condition, preset.execution.gpu
+        sizes, length = dimensions(preset.models[condition.model]), flops.longest_sequence(preset, condition)
+        recomputed = decided(preset, sweep).execution.recomputed_layers(sizes.layers)
+        # A batch on a CPU is small.
+        length = length if gpu else min(length, _CPU_TOKENS)
+        rows = min(condition.batch_size, (preset.execution.max_batch_tokens if gpu else _CPU_TOKENS) // length)
+        subject = Subject(condition, sizes, max(1, rows), length, recomputed)
+        while gpu and subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[gpu].memory:
+            subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
+        subjects.append(subject)
+    return subjects
 
 
 def random_model(

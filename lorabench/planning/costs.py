@@ -1,7 +1,6 @@
-"""What each job of a plan costs and requests of a cluster, and what experiments and the whole plan cost.
+"""What each job of a plan costs and requests of a cluster, and what experiments and the whole plan cost; no torch.
 
-All of it is computed for every job of the DAG, so this module imports no torch. Each function that returns costs raises
-a UserError where a job fits on no number of GPUs that the preset allows.
+Each function that returns costs raises a UserError where a job fits on no number of GPUs that the preset allows.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def combined(costs: Iterable[Cost]) -> Cost:
 
 
 def per_experiment(plan: Plan) -> dict[str, Cost]:
-    """Return the cost of each experiment alone, of the evaluation with lm-eval, and of the `total`, in which shared
-    runs count once."""
+    """Return the cost of each experiment, of the evaluation, and of the `total`, in which shared runs count once."""
     trained = {job: job_cost(plan, job) for job in plan.jobs}
     rows = {name: [trained[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
     if plan.preset.experiments.compute is not None:

@@ -162,14 +162,11 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
 
 
 def gpus_used(preset: Preset, sweep: Sweep) -> int:
-    """Return the number of GPUs of a sweep's jobs, a power of two; 0 on a CPU.
+    """Return the number of GPUs of a sweep's jobs, a power of two; 0 on a CPU, and UserError where no number holds one.
 
     It is the smallest that holds a job. Where each run is a job of its own, it is doubled, as far as `max_gpus` allows,
     until a run takes no longer than `job_hours`, and a run of each wave, one after the other, no longer than
     `path_hours`.
-
-    Raises:
-        UserError: a job fits on no number of GPUs that the preset allows.
     """
     gpus, execution = gpus_needed(preset, sweep), preset.execution
     while 0 < 2 * gpus <= most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
