@@ -24,8 +24,10 @@ NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
 
 # The entries of provenance.json that are read.
-_PROVENANCE = dict.fromkeys(("preset", "first_started", "last_started"), str)
-_PROVENANCE |= dict.fromkeys(("runs", "run_seconds"), int) | dict.fromkeys(("devices", "inputs"), list)
+_PROVENANCE = dict.fromkeys(("preset", "first_started", "last_started"), str) | {
+    **dict.fromkeys(("runs", "run_seconds"), int),
+    **dict.fromkeys(("devices", "inputs"), list),
+}
 
 
 def published_folders(root: Path) -> list[Path]:
