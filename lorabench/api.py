@@ -160,9 +160,14 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
     optimum, minimum = (values.get(label, unknown()) for values in (sweep.fit.optima, sweep.fit.minima))
     problems = sweep.problems([fitted], resolved=True)
     further = (lr for problem in problems if problem.remedy for _, lr in problem.remedy.lrs)
+    (low, high), (loss_low, loss_high) = optimum.interval(), minimum.interval()
     return LrFit(
-        *map(math.exp, (optimum.value, *optimum.interval())),
-        *(minimum.value, *minimum.interval()),
+        lr=math.exp(optimum.value),
+        lr_low=math.exp(low),
+        lr_high=math.exp(high),
+        loss=minimum.value,
+        loss_low=loss_low,
+        loss_high=loss_high,
         inside=sweep.fit.resolved.get(label, False),
         problems=tuple(problem.text.removeprefix(f"{label}: ") for problem in problems),
         next_lr=next(further, None),

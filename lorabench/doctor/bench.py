@@ -107,7 +107,7 @@ def training_subjects(plan: Plan) -> list[Subject]:
     for sweep in [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps:
         experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
-    kinds, subjects = ((False, False), (False, True), (True, True)), []
+    kinds, subjects = ((False, False), (False, True), (True, True)), list[Subject]()
     for sweep in (max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups):
         condition, gpu = sweep.condition, preset.execution.gpu
         sizes, length = dimensions(preset.models[condition.model]), flops.longest_sequence(preset, condition)

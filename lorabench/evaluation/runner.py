@@ -89,7 +89,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     if record is not None or job.sweep is None:
         spec, machine = layout.model(job.model), machine_of(plan)
         if sampler == "vllm":
-            check_vllm(spec, machine.device, placement=record and record["spec"]["placement"])
+            check_vllm(spec, machine.device, placement=None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]

@@ -106,7 +106,8 @@ class Plan:
             start = start_seconds(self.preset, group[0].condition)
             # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
             enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
-            alone, short = [], []
+            alone: list[Sweep] = []
+            short: list[Sweep] = []
             for sweep in sorted(group, key=lambda sweep: -seconds[sweep]):
                 is_long = seconds[sweep] >= enough or is_split(self.preset, sweep, self.gpus[sweep])
                 (alone if is_long else short).append(sweep)
