@@ -316,7 +316,7 @@ def run_tasks(
         )
         assert results
         files.append(result_file(results, tracker, sampler, arguments, lm.tokenizer.chat_template if chat else None))
-        common = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
+        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
         # The template is null where prompts are used without one.
         common |= {"versions": json.dumps(versions, sort_keys=True), "template_sha256": template if chat else None}
         for loaded_task in together:

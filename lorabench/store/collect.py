@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def write_entries(
     run_id: str, entries: Sequence[CurvePoint] | Sequence[ExampleLoss], schema: pa.Schema, path: Path
 ) -> None:
     """Write one run's rows of CURVES or RUN_TEST_LOSSES, and number them in the order given."""
-    rows = [asdict(entry) | {"run_id": run_id, "example": number} for number, entry in enumerate(entries)]
+    rows = [vars(entry) | {"run_id": run_id, "example": number} for number, entry in enumerate(entries)]
     write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
@@ -91,7 +90,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
         rows = entries(table, "test_losses", RUN_TEST_LOSSES)
         # The runs of a job have the same model and dataset.
         model, dataset = (table[name][0].as_py() if len(table) else None for name in ("model", "dataset"))
-        groups = None if dataset is None else test_groups(layout, model, dataset)
+        groups = test_groups(layout, model, dataset) if model and dataset else None
         if groups is None:
             return rows.append_column("group", pa.nulls(len(rows), pa.string()))
         for count in set(pc.list_value_length(table["test_losses"]).to_pylist()) - {None, 0, len(groups)}:
