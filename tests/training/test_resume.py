@@ -10,7 +10,7 @@ import torch
 
 from lorabench.config.inputs import TinyModel
 from lorabench.runs import Job, Run
-from lorabench.store.progress import status
+from lorabench.store.progress import finished_runs
 from lorabench.training.loss import scored_by_example
 
 from ..forks import start_forked
@@ -69,8 +69,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     # Weights are kept at the best LR only.
     assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds.best
     others = sum(s.n_runs for s in plan.sweeps if s != sweep)
-    done = status(plan, layout)
-    assert (done.runs_done, done.runs_planned) == (len(unbroken), sweep.n_runs + others)
+    assert finished_runs(plan, layout)[:2] == (len(unbroken), sweep.n_runs + others)
 
 
 def test_a_half_written_run_is_no_result(ready):

@@ -12,7 +12,7 @@ import saved_runs
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.store.progress import status
+from lorabench.store.progress import finished_runs
 from lorabench.training import sft
 from lorabench.training.job import SweepContext, run_job
 from saved_runs import restore_runs, save_runs
@@ -59,7 +59,7 @@ def saved(ready):
 def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, saved, monkeypatch):
     plan, layout = saved
     assert restore_runs(plan, layout) == (2, 0, 0)
-    assert status(plan, layout).runs_done == 2
+    assert finished_runs(plan, layout)[0] == 2
     started = []
     train_sft = sft.train_sft
     monkeypatch.setattr(sft, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))

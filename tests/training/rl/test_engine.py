@@ -213,7 +213,7 @@ def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
     run_job(plan, job, layout, lambda line: None)
     # It went on from the checkpoint: the base was evaluated again, then came the other steps and the last evaluation.
     assert asked.count("sample") == 1 + STEPS - 2 + 1
-    collect([layout.job(job)], layout.tables())
+    collect([layout.job(job)], layout.tables(), plan, layout)
     [record] = layout.runs.glob("*/record.json")
     assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
     # The sampler's distribution is the learner's at every step.
