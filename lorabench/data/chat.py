@@ -68,12 +68,8 @@ def prompt(messages: Messages) -> str:
     return "\n".join(" ".join(message["content"].split()) for message in identifying)
 
 
-def prompt_digest(messages: Messages) -> int:
-    """Return a 64-bit hash of the prompt; the chance that two of a million prompts collide is 3e-8."""
-    return _digest(prompt(messages))
-
-
-def _digest(text: str) -> int:
+def text_digest(text: str) -> int:
+    """Return a 64-bit hash of a text; the chance that two of a million collide is 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -115,16 +111,15 @@ def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iter
     split_of: dict[int, Split] = {}
     for row in rows:
         text = identity(row)
-        if text is not None and (first := split_of.setdefault(_digest(text), row["split"])) != row["split"]:
+        if text is not None and (first := split_of.setdefault(text_digest(text), row["split"])) != row["split"]:
             raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
         yield row
 
 
 def formats_in(columns: Iterable[str]) -> list[FileFormat]:
     """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
-    present = set(columns)
-    formats = [name for name in FORMATS if present.issuperset(name.split("/"))]
-    chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
+    formats = [name for name in FORMATS if set(name.split("/")) <= set(columns)]
+    chats = [name for name in formats if name in ("messages", "conversations")]
     return chats[:1] or [name for name in formats if "/" in name] or formats
 
 
