@@ -21,8 +21,7 @@ from lorabench.config.inputs import (
     ProblemSpec,
     model_catalogue,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import checked_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, checked_predictions
 
 MOST_ARMS, MOST_RUNS = 1_000, 50_000
 """The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""

@@ -17,7 +17,7 @@ from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileProblems, GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import FORMATS, Chat, formats_in, is_text
-from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.files import Tally, chosen_format, file_problems, file_rows, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.specs import template_text
@@ -176,10 +176,12 @@ def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], F
 
 
 def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+    tally = Tally(form, unit="row")
     if source["kind"] == "file":
-        return file_chats(Path(source["path"]), form, max_chars)
-    tally, rows = Tally(form, unit="row"), enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1)
-    return usable_chats(rows, source["id"], tally, max_chars), tally
+        return usable_chats(file_rows(Path(source["path"]), tally), source["path"], tally, max_chars), tally
+    return usable_chats(
+        enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1), source["id"], tally, max_chars
+    ), tally
 
 
 def _hub_stream(name: str) -> Any:
@@ -235,5 +237,5 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProb
     response = min(_RESPONSE_TOKENS[grader], room // 2)
     chars = min(_MOST_CHARS, max(32, _FEWEST_CHARS_PER_TOKEN * (room - response - _TEMPLATE_TOKENS)))
     source = {"kind": "file", "path": name, "grader": grader, "max_chars": chars}
-    tally = tally_of(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
+    _, tally = file_problems(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
     return UserProblems(source, tally, tally.usable, response), load_tokenizer(model)[1]

@@ -1,4 +1,4 @@
-"""What stands for the examples of a dataset, or the problems of a problem set: a hash, and the groups of those of tests.
+"""What stands for the data of a dataset or a problem set: a hash of its rules, and the groups of its test examples.
 
 Groups are what test examples are drawn from and other examples would not come from, such as the packages of docstrings:
 those of the test split are not trained on, and stand for further packages, so that what helps with one example of a

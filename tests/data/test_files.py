@@ -20,10 +20,11 @@ from lorabench.data.files import (
     TOO_LONG,
     Tally,
     chosen_format,
-    file_chats,
+    file_problems,
+    file_rows,
     json_lines,
-    tally_of,
     usable,
+    usable_chats,
 )
 from lorabench.data.identity import dataset_id
 from lorabench.data.problems import make_problems
@@ -61,8 +62,8 @@ def pairs(count, prompt="prompt", completion="completion"):
 
 
 def read(path: Path) -> tuple[list[Chat], Tally]:
-    chats, tally = file_chats(path, None)
-    return list(chats), tally
+    tally = Tally(chosen_format(path))
+    return list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=1000)), tally
 
 
 FORMATS = {
@@ -131,8 +132,8 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path):
     good = json.dumps({"messages": [USER, ASSISTANT]})
     for line, reason in BAD.items():
         path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
-        chats, tally = file_chats(path, None, max_chars=1000)
-        assert len(list(chats)) == tally.usable == 1
+        chats, tally = read(path)
+        assert len(chats) == tally.usable == 1
         [(counted, (count, first))] = tally.bad.items()
         assert (tally.rows, counted.startswith(reason), count, first) == (2, True, 1, 2), (line[:40], counted)
 
@@ -251,7 +252,7 @@ def test_problems_of_a_file(tmp_path):
     path = write(tmp_path, rows)
     answers = {row["question"]: row["answer"] for row in make_problems(problems(path, "number"))}
     assert answers == {"1+1?": "2", "2+2?": "4", "10*150?": "1,500", "1/4?": "0.25"}
-    tally = tally_of(problems(path, "number"))
+    _, tally = file_problems(problems(path, "number"))
     assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
