@@ -109,17 +109,14 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     PresetError has one line for each field that is wrong.
     """
     whole, names = _written_out(raw, path)
-
-    def called(match: re.Match[str]) -> str:
-        """Return the name of a named block or task in place of its number."""
-        known, number = names.get(match[1], []), int(match[2])
-        return f"{match[1]}.{known[number]}" if number < len(known) else match[0]
-
     try:
         return Preset.model_validate(whole)
     except ValidationError as error:
         text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
-        raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
+        # Blocks and tasks that have names are called by them, not by their numbers.
+        for place, named in names.items():
+            text = re.sub(rf"\b{place}\.(\d+)\b", lambda match: f"{place}.{named[int(match[1])]}", text)  # noqa: B023
+        raise PresetError(text) from error
 
 
 def read_margins(path: Path) -> Margins:
@@ -192,18 +189,13 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of a preset that is not validated yet; empty if it is missing or no mapping."""
-    section = raw.get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the data with lists in place of blocks and evaluation tasks by name, and with the models of the catalogue
     that experiments name and the preset does not define itself; and the names in each such list."""
     names: dict[str, list[str]] = {}
-    experiments, evaluation = dict(_section(raw, "experiments")), _section(raw, "evaluation")
-    own, catalogue = raw.get("models", {}), model_catalogue()
+    # What is no mapping where one is needed stays as it is, for pydantic to refuse.
+    sections = {key: value for key, value in raw.items() if isinstance(value, dict)}
+    experiments, evaluation = dict(sections.get("experiments", {})), sections.get("evaluation", {})
     wanted: list[str] = []
     for experiment, blocks in experiments.items():
         if isinstance(blocks, dict) and experiment in Experiments.model_fields and experiment != "compute":
@@ -218,14 +210,14 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
         for block in blocks if isinstance(blocks, list) else [blocks]:
             models = block.get("models") if isinstance(block, dict) else None
             wanted += [name for name in models if isinstance(name, str)] if isinstance(models, list) else []
-    whole = raw | {"experiments": experiments} if names else raw
-    tasks = _section(evaluation, "tasks")
-    if tasks and all(isinstance(task, dict) for task in tasks.values()):
+    whole = raw | {"experiments": experiments} if names else dict(raw)
+    tasks = evaluation.get("tasks")
+    if isinstance(tasks, dict) and tasks and all(isinstance(task, dict) for task in tasks.values()):
         names["evaluation.tasks"] = list(tasks)
-        lists = [{"name": name} | task for name, task in tasks.items()]
-        whole = whole | {"evaluation": evaluation | {"tasks": lists}}
+        whole["evaluation"] = evaluation | {"tasks": [{"name": name} | task for name, task in tasks.items()]}
+    own, catalogue = raw.get("models", {}), model_catalogue()
     if isinstance(own, dict):
-        whole = whole | {"models": own | {name: catalogue[name] for name in wanted if name in catalogue.keys() - own}}
+        whole["models"] = own | {name: catalogue[name] for name in wanted if name in catalogue.keys() - own}
     return whole, names
 
 

@@ -15,7 +15,7 @@ from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
 from lorabench.errors import UserError
-from lorabench.models.base import load_config
+from lorabench.models.base import load_config, load_model
 from lorabench.models.specs import dimensions
 
 from .conftest import rows, write_rows

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
-from lorabench.data.identity import groups_of_tests, has_groups
-from lorabench.data.identity import dataset_id
+from lorabench.data.identity import dataset_id, groups_of_tests, has_groups
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset
 from lorabench.errors import UserError
