@@ -23,14 +23,13 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
 NOT_UNICODE = "text that is not valid Unicode"
+# This many consecutive examples that are not wanted mean that there are no more.
+_MAX_MISSES = 500
 
 Row = dict[str, Any]
 """A row of a dataset file or a problem file: its `split` and `source`, and what the kind of file holds."""
 
 Example = TypeVar("Example")
-
-# This many consecutive examples that are not wanted mean that there are no more.
-_MAX_MISSES = 500
 
 
 class UnusableRowError(ValueError):
@@ -163,10 +162,7 @@ def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
 
 
 def row_text(value: Any, may_be_empty: bool = False) -> str:
-    """Return a value of a row as text; UnusableRowError if it is none, or empty and must not be, or no valid Unicode.
-
-    A number is converted, since JSON and parquet hold answers as numbers.
-    """
+    """Return a value of a row as text, or a number; UnusableRowError if it is none, empty, or no valid Unicode."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
     text = str(value) if is_number else value
     if not isinstance(text, str) or not (may_be_empty or text.strip()):

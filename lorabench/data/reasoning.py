@@ -65,10 +65,7 @@ class Problem:
 def mixture(
     tasks: Sequence[str], seed: int, settings: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 ) -> Iterator[Problem]:
-    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly; the seed decides them.
-
-    The settings are those of tasks by their names, such as the sizes of numbers.
-    """
+    """Yield problems without end, each of a task of reasoning-gym drawn uniformly, with the settings of that task."""
     import reasoning_gym
 
     def problems(task: str) -> Iterator[Problem]:
@@ -107,12 +104,9 @@ def worked_solutions(templates: Literal["even", "odd"], seed: int) -> Iterator[P
 class Writers:
     """A mix of writers of worked sums."""
 
-    careless: float = 0.55
-    """The share of writers who never carry."""
-    most_slips: float = 0.75
-    """The rates of slips of the pairs of digits are spread evenly from 0 to this share."""
-    digits: tuple[int, ...] = (2, 2, 3, 3, 4)
-    """The numbers of digits of both terms, drawn uniformly."""
+    careless: float = 0.55  # The share of writers who never carry.
+    most_slips: float = 0.75  # The rates of slips of the pairs of digits are spread evenly from 0 to this share.
+    digits: tuple[int, ...] = (2, 2, 3, 3, 4)  # The numbers of digits of both terms, drawn uniformly.
 
 
 CAREFUL = Writers(careless=0.0, most_slips=0.0)
@@ -147,10 +141,7 @@ def written_sums(writers: Writers, seed: int) -> Iterator[Problem]:
 
 
 def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
-    """Return the working of a writer drawn from a mix; its last number is the writer's answer.
-
-    Both terms have the same number of digits. The generator `rng` decides the writer and the writer's slips.
-    """
+    """Return the working of a writer drawn from a mix, of terms of equally many digits; it ends with the answer."""
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0
     for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
