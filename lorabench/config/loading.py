@@ -224,14 +224,25 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
 def explain(problem: Any) -> str:
     """Return a readable sentence for one of pydantic's errors."""
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
-    model, parts = _place(problem["loc"])
+    current: Any = Preset
+    parts: list[str] = []
+    for position, part in enumerate(problem["loc"]):
+        # pydantic adds the kind of a model or dataset after its name, and that of a grid after the method.
+        if position == 2 and (kinds := _kinds(parts[0])) and part != "[key]":
+            current = kinds[part]
+        elif part != "[key]" and not (part in ("auto", "grid") and parts[-1] in ("fullft", "lora")):
+            parts.append(str(part))
+            inner = _models_in(current.model_fields[part].annotation) if part in current.model_fields else []
+            # The last part names the field that is wrong, of the model that has it.
+            if len(inner) == 1 and position < len(problem["loc"]) - 1:
+                [current] = inner
     where = ".".join(parts)
     match kind:
         case "extra_forbidden":
-            allowed = ", ".join(sorted({*model.model_fields, *(["extends"] if model is Preset else [])}))
+            allowed = ", ".join(sorted({*current.model_fields, *(["extends"] if current is Preset else [])}))
             return f"{'.'.join(parts[:-1]) or 'preset'}: unknown key {parts[-1]!r}; allowed: {allowed}"
         case "missing":
-            if not (examples := model.model_fields[parts[-1]].examples):
+            if not (examples := current.model_fields[parts[-1]].examples):
                 return f"{where}: missing"
             line = yaml.safe_dump({parts[-1]: examples[0]}, default_flow_style=True, sort_keys=False)
             return f"{where}: missing; for example `{line.strip()[1:-1]}`"
@@ -250,27 +261,6 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
-    """Return the innermost model class along an error's location, and the location as it is written in the YAML.
-
-    pydantic adds the kind of a model or dataset after its name, and that of a grid after the method; the YAML has no
-    such levels.
-    """
-    current: type[BaseModel] = Preset
-    parts: list[str] = []
-    for position, part in enumerate(location):
-        kinds = _kinds(str(location[0])) if position == 2 else {}
-        if part in kinds:
-            current = kinds[str(part)]
-        elif part != "[key]" and not (part in ("auto", "grid") and parts[-1] in ("fullft", "lora")):
-            parts.append(str(part))
-            inner = _models_in(field.annotation) if (field := current.model_fields.get(str(part))) else []
-            # The last part names the field that is wrong, of the model that has it.
-            if len(inner) == 1 and position < len(location) - 1:
-                [current] = inner
-    return current, parts
 
 
 def _kinds(section: str) -> dict[str, type[BaseModel]]:

@@ -105,7 +105,7 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
 
 
 def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, str | None]:
-    """Read a dataset for a model, and count its usable rows and their tokens; return also the template that it is given.
+    """Read a dataset for a model, and count its usable rows and their tokens; return its template too.
 
     Given is the name of a data file, or the id of a dataset of the hub with the column `messages` or `conversations`,
     and the format, if the user named one.
