@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lorabench.config.inputs import ChatDataset, TinyModel
 from lorabench.data import tokens
-from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import build_dataset, make_dataset, write_dataset
 from lorabench.data.tokens import (
     cache_key,
     count_left_out,
@@ -114,36 +114,32 @@ def test_too_long_and_unscored_examples_and_a_model_without_a_template_are_refus
     assert not (tmp_path / "cache").exists()
 
 
-def test_test_examples_that_are_left_out_are_named(tokenizer, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
+def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(
+    tokenizer, dataset, tmp_path, caplog, monkeypatch
+):
     rows, path = dataset
-    lengths = [len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] == "test"]
-    limit = sorted(lengths)[1]
-    write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
-    left_out = left_out_of_test(tmp_path / "cache")
-    assert left_out == {number for number, length in enumerate(lengths) if length > limit} != set()
-    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
-    assert kept.tolist() == [length for number, length in enumerate(lengths) if number not in left_out]
-    write_tokens(path, tokenizer, tmp_path / "all", 512)
-    assert left_out_of_test(tmp_path / "all") == set()
-
-
-def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):
-    _, path = dataset
-    rows = list(read_dataset(path))
-    train = [row for row in rows if row["split"] == "train"]
-    lengths = sorted(len(encode_chat(tokenizer, row["messages"])[0]) for row in train)
-    limit = lengths[-2]
-    assert lengths[-1] > limit
-    assert max(len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] != "train") <= limit
+    lengths = {split: [] for split in ("train", "validation", "test")}
+    for row in rows:
+        lengths[row["split"]].append(len(encode_chat(tokenizer, row["messages"])[0]))
+    longest = sorted(lengths["train"])
+    limit = longest[-2]
+    assert max(lengths["validation"] + lengths["test"]) <= limit < longest[-1]
     write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
     split = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["train"]
-    assert sorted(split.lengths()) == lengths[:-1]
+    assert split.lengths().tolist() == [length for length in lengths["train"] if length <= limit]
     assert count_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
     assert f"1 of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
-    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {lengths[6]}"):
-        write_tokens(path, tokenizer, tmp_path / "other", 512, lengths[6])
+    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {longest[6]}"):
+        write_tokens(path, tokenizer, tmp_path / "other", 512, longest[6])
     with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
         write_tokens(path, tokenizer, tmp_path / "other", 512, 513)
     write_tokens(path, tokenizer, tmp_path / "all", 512)
-    assert count_left_out(tmp_path / "all") == {}
+    assert (count_left_out(tmp_path / "all"), left_out_of_test(tmp_path / "all")) == ({}, set())
+    # Test examples that are left out are named.
+    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
+    limit = sorted(lengths["test"])[1]
+    write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
+    left_out = left_out_of_test(tmp_path / "cache")
+    assert left_out == {number for number, length in enumerate(lengths["test"]) if length > limit} != set()
+    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
+    assert kept.tolist() == [length for length in lengths["test"] if length <= limit]
