@@ -88,11 +88,10 @@ class Condition:
     @cached_property
     def determining(self) -> dict[str, Any]:
         """The fields that determine a run's result, for `Run.run_id`."""
-        condition = {
-            name: value for name, value in asdict(self).items() if name not in ("model", "dataset", "rollouts")
-        }
-        if self.rollouts is not None:
-            condition["rollouts"] = asdict(self.rollouts)
+        condition = {name: value for name, value in asdict(self).items() if name not in ("model", "dataset")}
+        if self.rollouts is None:
+            del condition["rollouts"]
+        else:
             del condition["rollouts"]["mean_response_tokens"]
             # A sampler counts unless it is the project's own.
             if self.rollouts.sampler == "own":
@@ -187,10 +186,10 @@ class Lattice:
         middle = self.lr(round(low + high) / 2)
         return middle if min(lr, other) < middle < max(lr, other) else None
 
-    def reachable(self, lowest: float, highest: float) -> list[float]:
-        """Return every LR that a walk from LRs between two may come to."""
-        first = math.floor(self._position(lowest)) - self.further
-        last = math.ceil(self._position(highest)) + self.further
+    def reachable(self, lrs: Sequence[float]) -> list[float]:
+        """Return every LR that a walk from ascending LRs may come to."""
+        first = math.floor(self._position(lrs[0])) - self.further
+        last = math.ceil(self._position(lrs[-1])) + self.further
         return [self.lr(position / 2) for position in range(2 * first, 2 * last + 1)]
 
 
@@ -240,10 +239,8 @@ class Sweep:
     @cached_property
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
-        walk: list[Any] = []
-        if self.lattice is not None:
-            walk = [asdict(self.lattice), self.seeds.around]
-            walk += [] if self.seeds.racing is None else [asdict(self.seeds.racing)]
+        walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds.around]
+        walk += [asdict(self.seeds.racing)] if self.lattice and self.seeds.racing else []
         return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds.best, *walk], 8)}"
 
     @property
@@ -287,8 +284,7 @@ class Sweep:
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""
         yield from self.grid()
-        reachable = self.lattice.reachable(min(self.lrs), max(self.lrs)) if self.lattice else []
-        for lr in (*self.lrs, *reachable):
+        for lr in (*self.lrs, *(self.lattice.reachable(self.lrs) if self.lattice else [])):
             yield from (Run(self.condition, lr, seed) for seed in self.seeds.leading(self.seeds.best))
 
     @cached_property

@@ -50,7 +50,7 @@ VARIANT_NAMES: dict[Variant, str] = {
     "qlora": "QLoRA",
 }
 
-METHOD_NAMES: dict[Method, str] = {"fullft": "FullFT"} | {
+METHOD_NAMES: dict[str, str] = {"fullft": "FullFT"} | {
     name: VARIANT_NAMES[name] for name in ("lora", "dora", "pissa", "olora", "qlora")
 }
 

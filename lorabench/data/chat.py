@@ -118,7 +118,7 @@ def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iter
 def formats_in(columns: Iterable[str]) -> list[FileFormat]:
     """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
     formats = [name for name in FORMATS if set(name.split("/")) <= set(columns)]
-    chats = [name for name in formats if name in ("messages", "conversations")]
+    chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
     return chats[:1] or [name for name in formats if "/" in name] or formats
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import count
 from random import Random
 from types import MappingProxyType
@@ -145,7 +144,7 @@ def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0
     for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
-        rate, slip = _slips()[min(upper, lower), max(upper, lower)]
+        rate, slip = _SLIPS[min(upper, lower), max(upper, lower)]
         total = int(upper) + int(lower) + carried + (slip if rng.random() < rate * writers.most_slips else 0)
         lines.append(f"{upper}+{lower}{'+1' if carried else ''}={total}")
         answer = f"{total % 10}{answer}"
@@ -159,9 +158,10 @@ def _terms(rng: Random, digits: int) -> tuple[int, int]:
     return first, second
 
 
-@cache
-def _slips() -> dict[tuple[str, str], tuple[float, int]]:
-    """Return for each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
-    rng = Random(7)
-    pairs = [(low, high) for low in range(10) for high in range(low, 10)]
-    return {(str(low), str(high)): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}
+_RNG = Random(7)
+_SLIPS = {
+    (str(low), str(high)): (_RNG.random(), _RNG.choice((-1, 1)) if high else 1)
+    for low in range(10)
+    for high in range(low, 10)
+}
+"""For each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
