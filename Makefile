@@ -10,7 +10,7 @@ help:  ## List the targets.
 
 setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
-	pip install -c constraints.txt -e '.[test,docs]'
+	pip install -c constraints.txt -e '.[test,docs]' -e advice
 
 test:  ## Run the fast tests, 5 to 7 minutes on 2 cores.
 	pytest
@@ -21,7 +21,7 @@ plain:  ## Run the fast tests that train, held to the instructions of a processo
 
 # It takes half as long to read only the files that have such tests.
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
-	pytest -m 'slow and not long and not slurm and not gpu' $$(grep -rlE 'mark\.slow|slow_but' tests --include='test_*.py')
+	pytest -m 'slow and not long and not slurm and not gpu' $$(grep -rlE 'mark\.slow|slow_but' tests advice/tests --include='test_*.py')
 
 lint:  ## Check style, types, spelling, the floors of the packages, the workflow, and the files of a release.
 	ruff check .

@@ -14,7 +14,7 @@ SOURCE = REFERENCE / "nhckdvrl"  # Qwen3-0.6B on 32,768 examples of NuminaMath-C
 runs = pd.read_csv(SOURCE / "runs.csv").rename(columns={"final_test_nll": "loss"})
 noise = Noise(0.0012, 2, "repeated runs of this model on other data")  # its runs have one seed
 for batch, same_batch in runs.groupby("batch_size"):
-    advice = recommend("Qwen/Qwen3-0.6B", tokens=10e6, batch_size=batch, steps=32_768 // batch)
+    advice = recommend("Qwen/Qwen3-0.6B", tokens=10e6, batch_size=int(batch), steps=32_768 // batch)
     for (method, rank), sweep in same_batch.groupby(["method", "rank"], dropna=False):
         fit, lr = fit_lr(sweep, noise), advice.settings[f"{method}_lr"]
         arm = "full fine-tuning" if method == "fullft" else f"LoRA of rank {rank:.0f}"

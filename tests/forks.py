@@ -14,7 +14,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("lorabench.cli.commands", "lorabench.training.sft", "lorabench.training.rl.trainer"),
-        *("lorabench.claims.judge", "lorabench.custom.recommend", "lorabench.check.placement", "snakemake.cli"),
+        *("lorabench.claims.judge", "lorabench.custom.preset", "snakemake.cli"),
         *("peft", "pyarrow.dataset", "scipy.stats", "transformers.models.llama.modeling_llama"),
     ]
 )
@@ -51,6 +51,10 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], o
         from snakemake.cli import main
 
         main()
+    elif command[0] == "lora-advice":
+        from lora_advice.cli import run
+
+        run()
     else:
         from lorabench.cli.commands import app
 

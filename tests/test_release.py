@@ -66,29 +66,6 @@ def test_constraints_name_no_address_of_an_index():
         assert [line for line in lines if "://" in line or re.match(r"-|\s+--(?!hash=)", line)] == [], path
 
 
-def test_both_recipes_of_images_do_the_same():
-    dockerfile, recipe = ((ENVIRONMENTS / name).read_text() for name in ("Dockerfile", "lorabench.def"))
-    lines = re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)", dockerfile, re.MULTILINE)
-    # The image of Docker runs as a user; Apptainer runs as the user who starts it.
-    assert [name for name, _ in lines] == ["FROM", "COPY", "RUN", "RUN", "USER", "WORKDIR", "ENTRYPOINT"]
-    instructions = {name: re.sub(r"\s*\\\n\s*", " ", rest) for name, rest in reversed(lines)}
-    header, *parts = re.split(r"^%(\w+)\n", recipe, flags=re.MULTILINE)
-    sections = {
-        name: [line.strip() for line in body.splitlines() if line.strip()]
-        for name, body in zip(parts[::2], parts[1::2], strict=True)
-    }
-    assert [line for line in header.splitlines() if line and not line.startswith("#")] == [
-        "Bootstrap: docker",
-        f"From: {instructions['FROM']}",
-    ]
-    *files, folder = instructions["COPY"].split()
-    assert sections == {
-        "files": [f"{file} {folder}" for file in files],
-        "post": instructions["RUN"].split(" && "),
-        "runscript": ['exec lorabench "$@"'],
-    }
-
-
 def test_the_conda_environment_has_the_python_of_the_images_and_the_versions_of_the_constraints():
     dependencies = yaml.safe_load((ENVIRONMENTS / "lorabench.yaml").read_text())["dependencies"]
     versions = dict(dependency.split("=") for dependency in dependencies if "=" in dependency)

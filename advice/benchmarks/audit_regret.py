@@ -2,7 +2,7 @@
 
     python -m advice.benchmarks.audit_regret
 
-These files are written into paper_figures/published/evidence:
+These files are written into paper_figures/published/evidence; `python workflow/scripts/facts.py .` then ships them:
 
 - `lr_curvatures.csv`: the curvatures of each model and dataset in a source, over all batch sizes, lengths and arms: the
   sum of what runs lose over the sum of their squared distances from the optimum in ln LR, of all runs within a factor

@@ -5,8 +5,8 @@
 CLONES is a folder with a clone of each repository in `FRAMEWORKS`, bare or not, below OWNER/NAME or OWNER+NAME. Only
 the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
 `framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
-and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file is
-copied.
+and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file
+is copied.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ SAID = (
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
 
 PAGE = Path("advice/docs/defaults.md")
-COSTLIEST = 10
+COSTLIEST = 5
 
 
 def extracted(framework: Framework, clones: Path, folder: Path) -> Path:

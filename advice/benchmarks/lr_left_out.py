@@ -104,10 +104,10 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
 
     What the source does not say is at its reference.
     """
-    stated = optimum.width, optimum.steps, optimum.batch_size, optimum.alpha
-    reference = PIVOT, REFERENCE["steps"], REFERENCE["batch_size"], ALPHA
+    stated = optimum.width, optimum.steps, optimum.alpha
+    reference = PIVOT, REFERENCE["steps"], ALPHA
     known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
-    width, steps, batch_size, alpha = known
+    width, steps, alpha = known
     setting = lr_ratio.Setting(width, steps, alpha, optimum.rank or lr_ratio.Setting.rank, optimum.mean_lr)
     return lr_ratio.movement_ratio(setting, math.exp(log_fullft))
 

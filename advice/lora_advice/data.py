@@ -16,16 +16,12 @@ from typing import Any
 
 from lora_advice.errors import UserError
 
-FORMATS = (
-    *("messages", "conversations", "prompt/completion", "prompt/response", "instruction/output", "question/answer"),
-    "text",
-)
+CHATS = ("messages", "conversations")
+FORMATS = (*CHATS, "prompt/completion", "prompt/response", "instruction/output", "question/answer", "text")
 """The columns that hold an example; of several, a chat takes precedence over a pair, and a pair over a text."""
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _CHARS_PER_TOKEN = 3.0
 """A rough guess: English prose has about 4 characters per token, code and digits about 2."""
-_LONGEST = 50_000_000
-"""Characters of the longest field of a CSV file."""
 
 Messages = list[dict[str, str]]
 """Turns in their order, each with `role` and `content`; of a plain text, one turn of the role `text`."""
@@ -45,7 +41,7 @@ class UserData:
     usable: int
     """The number of distinct usable examples."""
     tokens: float
-    """A guess of the number of scored tokens: those of the assistant, or all of a text."""
+    """A guess of the number of scored tokens: those of the last turns, or all of a text."""
     unusable: Counter[str]
     """The number of rows that can't be used, by the reason."""
     one_answer: bool
@@ -71,72 +67,62 @@ def read_data(path: Path, form: str | None = None) -> UserData:
         one_answer &= [turn["role"] for turn in messages].count("assistant") == 1
     if not usable:
         reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.most_common())
-        raise UserError(f"{path}: none of its rows can be used as {form}: {reasons or 'it has none'}")
+        raise UserError(f"{path}: none of its rows can be used as {form}: {reasons}")
     return UserData(path, form, usable, chars / _CHARS_PER_TOKEN, unusable, one_answer)
 
 
 def examples(path: Path, form: str, unusable: Counter[str] | None = None) -> Iterator[Messages]:
     """Yield the usable examples of a file, each prompt once; `unusable` counts the other rows by their reason."""
-    seen = set[int]()
+    prompts = set[int]()
     for row in _rows(path):
         try:
             messages = _messages(row, form)
             # Hashes take less memory than prompts.
-            prompt = hash(" ".join(" ".join(turn["content"] for turn in (messages[:-1] or messages)).split()))
-            if prompt in seen:
+            prompt = hash(" ".join(" ".join(turn["content"] for turn in messages[:-1] or messages).split()))
+            if prompt in prompts:
                 raise _UnusableRowError("repeated prompt")
+            prompts.add(prompt)
+            yield messages
         except _UnusableRowError as error:
             if unusable is not None:
                 unusable[str(error)] += 1
-            continue
-        seen.add(prompt)
-        yield messages
 
 
 def _chosen_format(path: Path) -> str:
-    columns: list[str] = []
-    for row in _rows(path):
-        if not isinstance(row, dict):
-            continue
-        columns = columns or [repr(name)[:80] for name in row]
-        forms = [form for form in FORMATS if row.keys() >= set(form.split("/"))]
-        chosen = [form for form in forms if form in FORMATS[:2]][:1] or [form for form in forms if "/" in form] or forms
-        if len(chosen) > 1:
-            raise UserError(f"{path} may be read as {' or '.join(chosen)}; --format says as which")
-        if chosen:
-            return chosen[0]
-    found = f"the columns {', '.join(columns[:20])}" if columns else "no rows with columns"
-    raise UserError(f"{path} has {found}; needed are those of one format: {', '.join(FORMATS)}")
+    columns = next((list(row) for row in _rows(path) if isinstance(row, dict)), [])
+    forms = [form for form in FORMATS if set(form.split("/")) <= set(columns)]
+    chosen = [form for form in forms if form in CHATS][:1] or [form for form in forms if "/" in form] or forms
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        raise UserError(f"{path} may be read as {' or '.join(chosen)}; --format says as which")
+    names = ", ".join(repr(name)[:80] for name in columns[:20]) or "none"
+    raise UserError(f"{path} has the columns {names}; needed are those of one format: {', '.join(FORMATS)}")
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file, of which some may be no mapping."""
+    """Yield the rows of a file; one that is no mapping is no example."""
     if path.suffix not in (".jsonl", ".json", ".csv"):
         raise UserError(f"data file {str(path)!r} must end in .jsonl, .json or .csv")
     try:
-        if path.suffix == ".csv":
-            csv.field_size_limit(_LONGEST)
-            with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            if path.suffix == ".csv":
+                csv.field_size_limit(50_000_000)
                 yield from csv.DictReader(file)
-            return
-        with path.open("rb") as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if path.suffix == ".json" and not start.startswith(b"{"):
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise UserError(f"{path} must be an array of objects, or hold one object per line")
-            yield from rows
-            return
-        # Lines of bytes end at line feeds only, not at other line ends that texts contain, such as U+2028.
-        with path.open("rb") as file:
-            for line in file:
-                if text := line.removeprefix(b"\xef\xbb\xbf").strip():
-                    yield _json_row(text)
+            elif path.suffix == ".json" and not file.read(4096).lstrip().startswith("{"):
+                file.seek(0)
+                rows = json.load(file)
+                if not isinstance(rows, list):
+                    raise UserError(f"{path} must be an array of objects, or hold one object per line")
+                yield from rows
+            else:
+                file.seek(0)
+                yield from (_json(line) for line in file if line.strip())
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _json_row(line: bytes) -> Any:
+def _json(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -149,7 +135,7 @@ def _messages(row: Any, form: str) -> Messages:
         raise _UnusableRowError("not JSON" if row == "not JSON" else "not an object")
     if form == "text":
         return [{"role": "text", "content": _text(row.get("text"))}]
-    if form in FORMATS[:2]:
+    if form in CHATS:
         messages = _turns(row.get(form))
     else:
         asked, answered = (row.get(name) for name in form.split("/"))
@@ -170,10 +156,9 @@ def _turns(value: Any) -> Messages:
         raise _UnusableRowError("not a list of turns")
     messages = []
     for turn in value:
-        role = _ROLES.get(str(turn.get("role") or turn.get("from")))
+        role, content = _ROLES.get(str(turn.get("role") or turn.get("from"))), turn.get("content") or turn.get("value")
         if role is None:
             raise _UnusableRowError(f"a turn of unknown role (known: {', '.join(_ROLES)})")
-        content = turn.get("content") or turn.get("value")
         # Many datasets have an empty system prompt.
         if content or role != "system":
             messages.append({"role": role, "content": _text(content)})

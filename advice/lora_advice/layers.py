@@ -38,11 +38,3 @@ def module_kind(name: str) -> Kind | None:
     ends = {parts[-1], ".".join(parts[-2:])}
     kind = next((kind for kind, names in NAMES.items() if not ends.isdisjoint(names)), None)
     return "experts" if kind == "mlp" and "experts" in parts else kind
-
-
-def kind_by_path(name: str) -> Kind | None:
-    """Return whether a layer is of attention or of the MLP, judging by the path in its full name; None for neither."""
-    path = name.lower().split(".")[:-1]
-    if any("attn" in part or "attention" in part for part in path):
-        return "attention"
-    return "mlp" if any(word in part for part in path for word in ("mlp", "feed_forward", "ffn")) else None

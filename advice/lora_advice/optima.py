@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import file_digest
@@ -17,7 +18,7 @@ from typing import Any
 
 from lora_advice.errors import UserError
 from lora_advice.models import HUB_ID, ModelFacts
-from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr, Prediction
+from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr
 from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
 from lora_advice.user_model import shipped_base, shipped_bases
 
@@ -134,15 +135,13 @@ def read_optima(path: Path) -> list[LrOptimum]:
     Raises:
         UserError: a row is not valid.
     """
-    kinds = {field.name: field.type for field in fields(LrOptimum)}
+    kinds = {field.name: str(field.type) for field in fields(LrOptimum)}
+    readers: dict[str, Callable[[str], Any]] = {"float": float, "bool": "True".__eq__, "str": str}
     optima = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            known: dict[str, Any] = {}
             try:
-                for name, text in row.items():
-                    if name in kinds and text:
-                        known[name] = {"float": float, "bool": "True".__eq__}.get(str(kinds[name]), str)(text)
+                known = {name: readers[kinds[name]](text) for name, text in row.items() if name in kinds and text}
                 optimum = LrOptimum(**known)
                 if optimum.counts and not (optimum.lr > 0 and optimum.error > 0):
                     raise ValueError("an optimum that counts has an LR and an error above 0")
@@ -181,14 +180,10 @@ class KnownOptima:
                     self.seen.append(_seen(optimum, is_same, path.parents[1]))
         self._pools: dict[tuple[str, bool], PooledLr] = {}
 
-    def chosen(self, method: str, rl: bool) -> list[LrOptimum]:
-        """Return the optima of a method and a task that count."""
-        return [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
-
-    def predict(
+    def recommend(
         self, method: str, batch_size: float, steps: float, rl: bool = False
-    ) -> tuple[Prediction, tuple[str, str] | None, float]:
-        """Predict the optimal LR of a method for the model, with the interval of PROBABILITY for a further source.
+    ) -> tuple[tuple[float, float, float], LrSources]:
+        """Recommend the LR of a method for the model.
 
         Args:
             method: `lora`, at ALPHA, or `fullft`.
@@ -197,33 +192,26 @@ class KnownOptima:
             rl: whether the runs are of RL.
 
         Returns:
-            The natural logarithm, the source and name of the optima of this very model if there are any, and the
-            natural logarithm of the law's LR.
+            The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and
+            the sources that it rests on.
         """
-        chosen = self.chosen(method, rl)
+        chosen = [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
         if (method, rl) not in self._pools:
             self._pools[method, rl] = PooledLr([optimum.pooled for optimum in chosen])
         place = Place.at(self.model.family, self.model.width, method, batch_size, steps)
         named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
         measured = next((pair for pair in named if pair in self.same), None)
-        return self._pools[method, rl].predict(place, PROBABILITY, measured), measured, place.log_law
-
-    def recommend(
-        self, method: str, batch_size: float, steps: float, rl: bool = False
-    ) -> tuple[tuple[float, float, float], LrSources]:
-        """Return the LR with the ends of its interval, and the sources that it rests on; see `predict`."""
-        predicted, measured, log_law = self.predict(method, batch_size, steps, rl)
+        predicted = self._pools[method, rl].predict(place, PROBABILITY, measured)
         shares = []
         for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
-            own = [optimum for optimum in self.chosen(method, rl) if optimum.source == source]
+            own = [optimum for optimum in chosen if optimum.source == source]
             lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
             widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
             ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
             share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
             shares.append(share)
-        lr, low, high, law = (
-            _rounded(math.exp(log)) for log in (predicted.mean, predicted.low, predicted.high, log_law)
-        )
+        logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
+        lr, low, high, law = (_rounded(math.exp(log)) for log in logs)
         return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
 
     def outside(self, batch_size: float, steps: float) -> list[str]:
@@ -252,7 +240,7 @@ class KnownOptima:
 
 
 def _identity(name: str) -> str | None:
-    """Return what runs record of a model's weights, as JSON; of a model of the hub the beginning, without the commit."""
+    """Return what runs record of a model's weights, as JSON; of one of the hub the beginning, without the commit."""
     if base := shipped_base(name):
         return str(base["weights"])
     if HUB_ID.fullmatch(name) and not Path(name).is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def recommended_rank(model: ModelFacts, tokens: float | None) -> int:
     """Return the authors' default rank, or a higher one if the data need it.
 
     By the documentation of the authors' library, LoRA needs a parameter for each scored token; the smallest power of
-    two that has them is taken. The highest rank is the paper's, or the one at which LoRA's matrices outgrow the weights.
+    two that has them is taken. The highest rank is the paper's, or that at which LoRA's matrices outgrow the weights.
     """
     share = max(1.0, (tokens or 1.0) / lora_parameters(model, 1))
     return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.width // 2)
@@ -147,8 +147,8 @@ def recommend(
         *known.outside(batch, length),
         f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
         *_notes(model, rank, length, tokens),
-        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says what "
-        "it costs.",
+        "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
+        "what it costs.",
     ]
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
     return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
@@ -181,39 +181,29 @@ def convert(
     if not there.steps:
         raise UserError("a learning rate can't be converted without a number of steps: give --steps")
     batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
-    alpha, rank = there.alpha or ALPHA, there.rank or here.rank or recommended_rank(model, tokens)
-    there = replace(there, alpha=alpha, rank=rank, batch_size=batch)
+    rank = there.rank or here.rank or recommended_rank(model, tokens)
+    wanted: tuple[float, ...] = (there.alpha or ALPHA, rank, there.steps, batch)
     known, log_error = KnownOptima(model, results), 0.0
     if lr is None:
         (lr, low, high), _ = known.recommend("lora", batch, there.steps)
         here, log_error = LoraRun(alpha=ALPHA), math.log(high / low) / 2
-    here = replace(
-        here,
-        alpha=here.alpha or alpha,
-        rank=here.rank or rank,
-        steps=here.steps or there.steps,
-        batch_size=here.batch_size or batch,
-    )
-    fullft, as_lora, factors = [], [], []
-    for run in (here, there):
-        assert run.alpha and run.rank and run.steps and run.batch_size
-        predicted, _, _ = known.predict("fullft", run.batch_size, run.steps)
-        fullft.append(float(f"{math.exp(predicted.mean):.4g}"))
-        alpha = run.alpha * alpha_factor(run.variant, run.rank)
-        as_lora.append(lr_ratio.Setting(model.width, run.steps, alpha, run.rank))
-        factors.append(measured_factor(run.variant, run.rank))
-    converted = lr_ratio.converted_lr(lr / factors[0].value, *as_lora, fullft[1] / fullft[0]) * factors[1].value
+    stated = (here.alpha, here.rank, here.steps, here.batch_size)
+    given = tuple(own or other for own, other in zip(stated, wanted, strict=True))
+    fullft, as_lora, factors, runs = [], [], [], []
+    for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
+        fullft.append(known.recommend("fullft", size, steps)[0][0])
+        as_lora.append(lr_ratio.Setting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        factors.append(measured_factor(variant, own_rank))
+        name = VARIANT_NAMES[variant]
+        runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")
+    first, last = as_lora
+    converted = lr_ratio.converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
     # Between settings of one variant its factor cancels.
     error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
     ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
-    stated = [
-        f"{VARIANT_NAMES[run.variant]} at alpha {run.alpha:g}, rank {run.rank:g}, {run.steps:g} steps of "
-        f"{run.batch_size:g} examples"
-        for run in (here, there)
-    ]
     rules = [lr_rule(variant) for variant in dict.fromkeys((here.variant, there.variant)) if variant != "lora"]
-    why = "; ".join([f"by the theory `movement` from {lr:g} of {stated[0]} to {stated[1]}", *rules])
-    return Setting(f"{VARIANT_NAMES[there.variant]} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
+    why = "; ".join([f"by the theory `movement` from {lr:g} of {runs[0]} to {runs[1]}", *rules])
+    return Setting(f"{name} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
 
 
 def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> list[str]:
@@ -237,8 +227,8 @@ def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> 
             )
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
-            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; generalizing "
-            f"takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
+            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
         )
     return notes
 

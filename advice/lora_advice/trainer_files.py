@@ -7,6 +7,7 @@ importance ratios are 1, since each response is used for one update, so that thi
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -21,7 +22,7 @@ import jinja2
 import yaml
 
 from lora_advice import formats
-from lora_advice.data import Messages, UserData, examples
+from lora_advice.data import CHATS, Messages, UserData, examples
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
 from lora_advice.models import ModelFacts
@@ -45,22 +46,10 @@ _MICRO_BATCH, _MAX_TOKENS, _HELD_OUT, _MOST_HELD_OUT = 4, 4096, 0.2, 1500
 _COMMENTS_FROM = 44
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """The stacks of experts as transformers 5 names them, which are no linear layers."""
-_TORCHTUNE = {
-    ("llama", 2048, 16): ("llama3_2_1b", "LLAMA3_2"),
-    ("llama", 3072, 28): ("llama3_2_3b", "LLAMA3_2"),
-    ("llama", 4096, 32): ("llama3_1_8b", "LLAMA3"),
-    ("qwen3", 1024, 28): ("qwen3_0_6b", "QWEN3"),
-    ("qwen3", 2048, 28): ("qwen3_1_7b", "QWEN3"),
-    # Its unembedding is not in its files, as with Qwen2.
-    ("qwen3", 2560, 36): ("qwen3_4b", "QWEN2"),
-    ("qwen3", 4096, 36): ("qwen3_8b", "QWEN3"),
-    ("qwen3", 5120, 40): ("qwen3_14b", "QWEN3"),
-}
-"""torchtune's builder and type of checkpoint of a model, by family, hidden size and number of layers."""
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # The minus in `10-3` is an operator, not a sign.
 _ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
-_BOX = r"\boxed{"
+_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 @dataclass(frozen=True)
@@ -132,8 +121,7 @@ def write_folder(
         values["template"] = str(folder / "chat_template.jinja")
         shutil.copyfile(_TEMPLATES / "chat_template.jinja", values["template"])
     if trainer == "llamafactory":
-        info = {"train": _llamafactory_dataset(form, None if local else str(data))}
-        write_text(json.dumps(info, indent=2) + "\n", folder / "dataset_info.json")
+        write_text(_rendered("dataset_info.json", values), folder / "dataset_info.json")
     name, command = TRAINERS[trainer]
     command = f"{command.format('full' if choices.full else 'lora')} {shlex.quote(str(folder / name))}"
     method = "full fine-tuning" if choices.full else "LoRA"
@@ -159,6 +147,8 @@ def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str
         raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
     if (trainer == "verl") != (choices.grader is not None and isinstance(data, UserData)):
         raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
+    if choices.grader and isinstance(data, UserData) and (data.form in CHATS or data.form == "text"):
+        raise UserError(f"{data.path}: problems have the columns question and answer; these are {data.form}")
     if choices.grader and choices.grader not in RESPONSE_TOKENS:
         raise UserError(f"grader {choices.grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
     if choices.lr is None and (choices.rank or choices.alpha):
@@ -218,21 +208,13 @@ def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices)
     lr = settings[f"{'rl_' if rl else ''}{'fullft' if choices.full else 'lora'}_lr"]
     batch, rank = int(settings["batch_size"].value), choices.rank or int(settings["rank"].value)
     micro, own = math.gcd(batch, _MICRO_BATCH), "your choice"
-    why = {
+    why = yaml.safe_load((_TEMPLATES / "reasons.yaml").read_text()) | {
         "lr": own if choices.lr else f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
         "schedule": settings["schedule"].source,
-        "ours": "as in the runs of this project; the paper says nothing of it",
-        "micro_batch": "examples at once on a GPU: raise it, and lower the next, where memory allows",
         "accumulation": f"{batch} examples a step on one GPU; divide it by their number",
-        "checkpointing": "less memory for a third more time",
-        "seed": "of the order of the examples and of LoRA's A",
         "rank": own if choices.rank else settings["rank"].source,
         "alpha": f"{own if choices.alpha else settings['alpha'].source}; at every rank",
         "placement": settings["placement"].source,
-        "length": "tokens; what is longer is cut",
-        "bf16": "autocast; the weights that are trained are in fp32, since bf16 would lose small updates",
-        "scored": "only the assistant's tokens are scored",
-        "held_out": "held out, to see what was not trained on",
     }
     return {
         "why": why,
@@ -256,16 +238,6 @@ def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices)
     }
 
 
-def _llamafactory_dataset(form: str, dataset: str | None) -> dict[str, Any]:
-    """Return the entry of LLaMA-Factory's dataset_info.json for the local file, or for a dataset of the hub."""
-    place = {"hf_hub_url": dataset} if dataset else {"file_name": "train.jsonl"}
-    if form == "text":
-        return {**place, "columns": {"prompt": "text"}}
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    entry = {**place, "formatting": "sharegpt", "columns": {"messages": form}}
-    return entry if form == "conversations" else {**entry, "tags": {**tags, "system_tag": "system"}}
-
-
 def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
     """Return torchtune's names for a model in a local folder, and the names of its files."""
     folder = Path(model.name)
@@ -273,9 +245,11 @@ def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
         raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
     config = json.loads((folder / "config.json").read_bytes())
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    known = _TORCHTUNE.get((model.family, model.width, model.layers or 0))
+    with (_TEMPLATES / "torchtune.csv").open(newline="") as file:
+        models = {tuple(sizes): (builder, checkpoint) for *sizes, builder, checkpoint in csv.reader(file)}
+    known = models.get((model.family, str(model.width), str(model.layers)))
     if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
-        names = ", ".join(name for name, _ in _TORCHTUNE.values())
+        names = ", ".join(name for name, _ in models.values() if name != "builder")
         raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")
     builder, checkpoint = known
     package = builder.rpartition("_")[0]
@@ -291,8 +265,8 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     rows = []
     for question, answer in examples(data.path, data.form):
         solution = answer["content"].strip()
-        box, mark = solution.rpartition(_BOX), solution.rpartition("####")
-        short = _braced(box[2]) if box[1] else mark[2].strip().replace(",", "") if mark[1] else solution
+        boxes, (_, mark, last) = _BOX.findall(solution), solution.rpartition("####")
+        short = boxes[-1].strip() if boxes else last.strip().replace(",", "") if mark else solution
         prompt = question["content"].strip()
         if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
             raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
@@ -308,13 +282,3 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     Random(0).shuffle(rows)
     held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
     return {"train": rows[held_out:], "test": rows[:held_out]}
-
-
-def _braced(text: str) -> str:
-    """Return the text up to the brace that closes it."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[:place].strip()
-    return text.strip()

@@ -21,7 +21,7 @@ from lora_advice.theory import FACTS
 
 @cache
 def shipped_bases() -> Mapping[str, Mapping[str, Any]]:
-    """Return the tiny bases that the suite ships, by name: `names` of it, `config`, and what runs record of `weights`."""
+    """Return the suite's tiny bases by name: other `names`, the `config`, and what runs record of the `weights`."""
     bases: dict[str, dict[str, Any]] = json.loads((FACTS / "bases.json").read_text())
     return bases
 

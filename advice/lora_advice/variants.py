@@ -1,10 +1,10 @@
 """By how much the best learning rate (LR) moves when somebody switches from LoRA to a variant of it.
 
-By the theory `movement` (docs/lr-ratio.md) rsLoRA is LoRA with alpha times the square root of the rank, and LoRA+, for
+By the theory `movement` (studies/lr_ratio/README.md) rsLoRA is LoRA with alpha times the square root of the rank, and LoRA+, for
 the LR of A, LoRA with alpha times the LR of B over that of A. For the others it was measured: `variant_lrs.csv` has the
 best LR of a variant over that of LoRA, by rank, width of the model, and data. Its source is `variants` for the
 published runs of that preset (`workflow/scripts/facts.py` writes these rows), or the name of a source in
-docs/variants.md.
+studies/variants/README.md.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def alpha_factor(variant: Variant, rank: float) -> float:
 
 def lr_rule(variant: Variant) -> str:
     """Return in words by which rule the best LR of a variant follows from that of LoRA, and what was measured."""
-    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)} (docs/variants.md)"
+    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)} (studies/variants/README.md)"
     return f"{_LAWS.get(variant, '')}{measured}"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from lora_advice.audit.checks import audit
+from lora_advice.audit import check_run, compare_runs
+from lora_advice.audit.config import Knowledge
 from lora_advice.audit.files import read_paths
 from lora_advice.cli import app
 from lora_advice.errors import UserError
@@ -78,6 +79,12 @@ def write_rows(path: Path, count: int) -> Path:
     rows = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def audit(configs):
+    """Return all findings in configurations."""
+    known = Knowledge()
+    return [*(finding for config in configs for finding in check_run(config, known)), *compare_runs(configs)]
 
 
 def written(trainer, folder, model, *options):

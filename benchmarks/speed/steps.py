@@ -16,11 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.speed.models import DTYPES, SMOLLM2, Precision, is_there, loaded
 from benchmarks.speed.table import Row, say
 from lorabench.config.fields import Method
+from lorabench.config.inputs import GgufModel, ModelSpec, TinyModel
+from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models import bf16_products
+from lorabench.models.base import converted_folder, load_model
 from lorabench.models.counts import train_flops_per_token
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
@@ -28,6 +30,9 @@ from lorabench.training.loss import batch_gradient
 from lorabench.training.run import Machine
 from lorabench.utils.exhaustion import keep_freed_memory
 
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMOLLM2 = "smollm2-135m"
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = 4096
 """`execution.max_batch_tokens` of presets."""
@@ -87,9 +92,22 @@ def matmul_peak(dtype: torch.dtype) -> float:
     return best
 
 
+def spec_of(model: str) -> ModelSpec:
+    """Return the specification of a model by its name: that of the preset `smollm2`, or of a tiny base."""
+    if model == SMOLLM2:
+        return load_preset("smollm2").models[model]
+    return TinyModel.model_validate({"kind": "tiny", "name": model})
+
+
+def is_there(model: str) -> bool:
+    """Return whether a model's files are on this machine."""
+    spec = spec_of(model)
+    return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
+
+
 def training_step(setting: Setting, method: Method | Literal["peft"]) -> tuple[Callable[[], None], int]:
     """Return a function that makes one optimizer step, and the step's FLOPs as the paper counts them."""
-    model: Any = loaded(setting.model)
+    model: Any = load_model(spec_of(setting.model))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":

@@ -28,16 +28,17 @@ class _Unparsed(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep the words as they are."""
-        ctx.args = list(args)
-        return ctx.args
+        ctx.args = args
+        return args
 
 
 def _forward(context: typer.Context) -> None:
-    commands = entry_points(group="lorabench.commands", name=context.info_name)
+    name = context.command.name or ""
+    commands = entry_points(group="lorabench.commands", name=name)
     if not commands:
-        raise UserError(f"`lorabench {context.info_name}` needs the package lora-advice: pip install lora-advice")
+        raise UserError(f"`lorabench {name}` needs the package lora-advice: pip install lora-advice")
     [command] = commands
-    command.load()([context.info_name, *context.args], "lorabench")
+    command.load()([name, *context.args], "lorabench")
 
 
 def add_advice(app: typer.Typer) -> None:

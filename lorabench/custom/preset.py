@@ -45,8 +45,6 @@ _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
-_VARIANT_STARTS = {"rslora": 0.24, "lora_plus": 0.13, "pissa": 0.24, "olora": 0.31}
-"""About the best LR of a variant over that of LoRA at rank 32 (studies/variants), where its sweep starts."""
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
 

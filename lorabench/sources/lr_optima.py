@@ -270,7 +270,7 @@ def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
 
 
 def measured_optima(tables: Tables) -> pd.DataFrame:
-    """Return the optimal LRs of supervised runs, of full fine-tuning and of the LoRA to use, for `lora-advice recommend`.
+    """Return the optimal LRs of supervised runs, of FullFT and of the LoRA to use, which `lora-advice` reads.
 
     Returns:
         The columns of `optima_table`, without a source, and the ends `lr_low` and `lr_high` of the 95% interval, the

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lora_advice.cli import app as advice
+from peft import LoraConfig, get_peft_model
 from typer.main import get_command
 
 from lorabench.claims.judge import judge_claims
@@ -24,7 +26,6 @@ from lorabench.models.specs import shipped_folder
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 
-from ..check.conftest import save_adapter
 from ..conftest import MARGINS, REPOSITORY
 from ..custom.conftest import write_rows
 from ..forks import run_forked
@@ -35,6 +36,7 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(REPOSITORY.glob("docs/**/*.md")),
     *REPOSITORY.glob("studies/*/README.md"),
+    *sorted(REPOSITORY.glob("advice/**/*.md")),
 ]
 
 ELSEWHERE = {
@@ -52,7 +54,8 @@ ELSEWHERE = {
         "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
-    "lorabench check --adapter ADAPTER": "it needs a server; tests/check/test_served.py starts one",
+    "lora-advice check ADAPTER": "it needs a server; advice/tests/check/test_served.py starts one",
+    'pip install "lora-advice': "the suite's tests have it installed",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }
 """The beginnings of commands that are not run here, and why."""
@@ -77,7 +80,9 @@ def folder(tmp_path_factory) -> Path:
     write_frame(judge_claims(Tables.read(laptop)), "claims", laptop)
     (clone / "margins.yaml").write_text(yaml.safe_dump(MARGINS))
     shutil.copytree(shipped_folder("llama-128"), clone / "path/to/model")
-    save_adapter(load_model(find_model("llama-128").spec), clone / "path/to/adapter")
+    adapter = get_peft_model(load_model(find_model("llama-128").spec), LoraConfig(target_modules="all-linear"))
+    adapter.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight.data.normal_(std=0.02)
+    adapter.save_pretrained(clone / "path/to/adapter")
     write_rows(clone / "my.jsonl", 50)
     (clone / "path/to/config.yaml").write_text("base_model: my/model-1b\nlearning_rate: 2.0e-5\ndatasets: []\n")
     problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
@@ -89,12 +94,12 @@ def test_every_command_is_run_here_or_named():
     lines = commands()
     assert all(any(line.startswith(start) for line in lines) for start in ELSEWHERE)
     programs = {shlex.split(line)[0] for line in lines if not line.startswith(tuple(ELSEWHERE))}
-    assert programs == {"lorabench", "snakemake"}
+    assert programs == {"lorabench", "lora-advice", "snakemake"}
 
 
 def test_commands_in_the_text_exist_with_their_options():
     """Commands within sentences and in blocks of text, too; `run` and `step` pass options on."""
-    commands = get_command(app).commands
+    commands = get_command(app).commands | get_command(advice).commands
     known = {name: {option for each in command.params for option in each.opts} for name, command in commands.items()}
     wrong = []
     for page in PAGES:
@@ -102,7 +107,7 @@ def test_commands_in_the_text_exist_with_their_options():
         lines = [line for block in re.findall(fence, text, re.M | re.S) for line in block.splitlines()]
         inline = re.findall(r"`([^`]+)`", re.sub(fence, "", text, flags=re.M | re.S))
         for line in [*lines, *(" ".join(code.split()) for code in inline)]:
-            for name, rest in re.findall(r"^lorabench ([a-z-]+)([^#|]*)", line):
+            for name, rest in re.findall(r"^(?:lorabench|lora-advice) ([a-z-]+)([^#|]*)", line):
                 options = set() if name in ("run", "step") else set(re.findall(r"--[a-z-]+", rest))
                 if name not in known or options - known[name]:
                     wrong.append(f"{page.name}: {line}")
@@ -119,7 +124,7 @@ def run(line: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_lorabench_commands_run_in_the_order_of_the_pages(folder):
     for line in commands():
-        if line.startswith("lorabench ") and not line.startswith(tuple(ELSEWHERE)):
+        if line.startswith(("lorabench ", "lora-advice ")) and not line.startswith(tuple(ELSEWHERE)):
             output = run(line, folder)
             assert "Traceback" not in output, line
     assert (folder / "my.yaml").is_file()

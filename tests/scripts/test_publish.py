@@ -22,12 +22,10 @@ from lorabench.errors import UserError
 from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.report.evidence import evidence_tables
 from lorabench.report.freeze import freeze, write_frozen
-from lorabench.sources.lr_optima import optima_of_table
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
 from lorabench.store.published import PUBLISHED, evidence_folders, published_folders, read_provenance
-from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.markdown import table
 from pages import SOURCES, pages, results_part
 from publish import publish, publish_held_out
@@ -252,7 +250,6 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
 @pytest.mark.slow
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
-    assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
     columns = [name for name in optima if name != "rank"]
     pd.testing.assert_frame_equal(
         evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6

@@ -85,12 +85,12 @@ def test_optima_of_own_runs_have_their_model_and_interval():
     unknown = [row | {"model": "other"} for row in make_sweep(rank=None)]
     table = measured_optima(Tables.of({"runs": runs_table([*rows, *unknown])}))
     assert list(table["method"]) == ["fullft", "lora"]
-    for row in table.to_dict("records"):
-        assert (row["family"], row["width"], row["parameters"]) == ("llama", 128, 828_288)
-        assert row["model"] == row["weights"] == '{"weights": "1"}'
-        assert 0 < row["lr_low"] < row["lr"] < row["lr_high"]
-        assert row["error"] >= math.log(1.15)
-        assert row["counts"]
+    for optimum in table.to_dict("records"):
+        assert (optimum["family"], optimum["width"], optimum["parameters"]) == ("llama", 128, 828_288)
+        assert optimum["model"] == optimum["weights"] == '{"weights": "1"}'
+        assert 0 < optimum["lr_low"] < optimum["lr"] < optimum["lr_high"]
+        assert optimum["error"] >= math.log(1.15)
+        assert optimum["counts"]
     assert table["remark"].tolist() == ["fitted", "fitted, not resolved"]
     assert table["matches"].tolist()[0] == ""
     assert measured_optima(Tables.of({"runs": runs_table(unknown)})).empty

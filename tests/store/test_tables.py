@@ -186,6 +186,7 @@ def test_good_tables_are_accepted_with_and_without_each_column(tmp_path: Path):
         tables = Tables.read(write(tmp_path / kind, RUNS, kind))
         check_table(tables.runs)
         check_curves(tables.curves)
+        assert sorted(tables.runs["run_id"]) == sorted(RUNS["run_id"])
     for column in RUNS.columns:
         check_table(RUNS.drop(columns=column))
         check_table(RUNS.drop(columns=list({"run_id", column})))

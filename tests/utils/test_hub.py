@@ -335,6 +335,9 @@ def commands(*words):
 NO_CONNECTION = "can't be fetched at main: no connection to http://127.0.0.1:"
 
 
+INIT = "init mine.yaml --model nosuch/model --data own.jsonl"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "words", "reason"),

@@ -55,6 +55,6 @@ def test_the_report_answers_for_this_model_and_data(finished):
 
 def test_recommendations_use_the_measured_runs(finished):
     folder, _ = finished
-    seen = json.loads(shell("lorabench recommend --model tiny --json 2>/dev/null", folder))["seen"]
+    seen = json.loads(shell("lorabench recommend tiny --json 2>/dev/null", folder))["seen"]
     assert [optimum["rank"] for optimum in seen] == [None, 8]
     assert all(optimum["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for optimum in seen)

@@ -1,4 +1,4 @@
-"""Judge all shipped sources beside the published presets; write the evidence and the pages that show it.
+"""Judge all shipped sources beside the published presets; write the evidence, its pages, and lora-advice's facts.
 
 Run it from the root of the repository: `python workflow/scripts/evidence.py`.
 """
@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 import typer
 
+from facts import write_facts
 from lorabench.cli.common import in_one_sentence
 from lorabench.report.evidence import evidence_tables, write_evidence
 from lorabench.sources.measurements import read_own
 from lorabench.store.published import PUBLISHED, evidence_folders
-from pages import check_places, write_pages
+from pages import check_places, make_smaller, write_pages
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
         folders = evidence_folders(Path())
         own = [read_own(folder, folder.name) for folder in folders]
         publish_evidence(evidence_tables(own=own, presets=folders), Path())
+        write_facts(Path())
 
 
 def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
@@ -33,7 +35,10 @@ def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
         UserError: a page has no place for its part; then nothing is changed.
     """
     check_places(root)
-    write_evidence(tables, root / PUBLISHED / "evidence")
+    folder = root / PUBLISHED / "evidence"
+    write_evidence(tables, folder)
+    for path in (folder / "matrix.svg", folder / "forest.svg"):
+        make_smaller(path)
     write_pages(root)
 
 

@@ -30,21 +30,11 @@ from studies.lr_ratio.predictions import DEFAULT
 
 _COPIED = ("lr_optima.csv", "lr_evidence.json")
 # What lora-advice reads of a configuration.
-_CONFIG = [
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "tie_word_embeddings",
-]
+_CONFIG = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "moe_intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "num_local_experts", "num_experts_per_tok", "tie_word_embeddings"),
+)
 
 
 def write_facts(root: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scour import scour
 
 from answers import QUESTIONS, answer, count_of_core
 from lorabench.analysis.rules import DECIDED
@@ -33,6 +34,16 @@ SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
 _RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
+
+
+def make_smaller(picture: Path) -> None:
+    """Take from an SVG file what does not change the picture, since the repository keeps every version."""
+    options = scour.sanitizeOptions()
+    options.strip_ids, options.shorten_ids, options.digits = True, True, 5
+    options.indent_type, options.newlines, options.strip_comments = "none", False, True
+    text = scour.scourString(picture.read_text(encoding="utf-8"), options)
+    with atomic_path(picture) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_pages(root: Path) -> None:

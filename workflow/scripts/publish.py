@@ -24,7 +24,7 @@ from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
 from lorabench.utils.files import atomic_path, write_json
-from pages import check_places, write_pages
+from pages import check_places, make_smaller, write_pages
 
 _FIGURE_KINDS = (".svg", ".csv")
 """The suffixes of a figure's published files: the picture, and the table of what it shows."""
@@ -81,6 +81,8 @@ def _copy(figures: Iterable[Path], claims: pd.DataFrame, made: Mapping[str, Any]
     for path in figures:
         with atomic_path(folder / path.name) as unfinished:
             shutil.copyfile(path, unfinished)
+        if path.suffix == ".svg":
+            make_smaller(folder / path.name)
     for path in set(folder.glob("*.*")) - kept:
         path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")

@@ -51,7 +51,8 @@ def audit(
         3 note parameters
     """
     from lora_advice.audit.config import Knowledge
-    from lora_advice.audit.files import SECONDS, read_paths
+    from lora_advice.audit.files import read_paths
+    from lora_advice.audit.limits import SECONDS
     from lora_advice.audit.output import Report
 
     if not paths or "" in paths:

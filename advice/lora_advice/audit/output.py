@@ -111,21 +111,20 @@ class Report:
 
 def heading(config: TrainingConfig) -> str:
     """Return the line that says how a run was understood, and what the file does not say."""
-    missing = [
-        name
-        for name, value in (
-            ("task", config.task),
-            ("model", config.model),
-            ("method", config.method),
-            ("LR", config.lr),
-            ("batch size", config.batch_size),
-            ("steps or epochs", config.steps or config.epochs),
-        )
-        if value is None
-    ]
-    parts = [" ".join(part for part in _kind(config) if part)]
+    known = {
+        "task": config.task,
+        "model": config.model,
+        "method": config.method,
+        "LR": config.lr,
+        "batch size": config.batch_size,
+        "steps or epochs": config.steps or config.epochs,
+    }
+    kind = f"{config.format}: {_TASKS[config.task] if config.task else 'training'}"
+    kind += f" of {config.model}" if config.model else ""
+    parts = [kind + (f" by {_METHODS[config.method]}" if config.method else "")]
     if config.lr is not None:
-        parts.append(f"LR {lr(config.lr)}{_default(config, 'lr')}{_optional(' (', config.schedule, ')')}")
+        schedule = f" ({config.schedule})" if config.schedule is not None else ""
+        parts.append(f"LR {lr(config.lr)}{_default(config, 'lr')}{schedule}")
     if config.batch_size is not None:
         alone = config.devices is None and config.global_batch is None
         parts.append(f"batch {config.batch_size}{' per device' if alone else ''}")
@@ -136,7 +135,9 @@ def heading(config: TrainingConfig) -> str:
     if config.method == "lora":
         for name, value in (("rank", config.rank), ("alpha", config.alpha)):
             parts.append(f"{name} not said" if value is None else f"{name} {value:g}{_default(config, name)}")
-        parts.append(f"on {_targets(config)}")
+        targets = [*(config.targets or ()), *config.target_parameters]
+        where = "all linear layers" if targets == ["all-linear"] else " ".join(targets)
+        parts.append(f"on {'the default modules' if config.targets is None and not targets else where}")
         parts += [word for word, on in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if on]
         parts += [f"LoRA+ with ratio {config.lr_ratio:g}"] if "lora_plus" in config.variants else []
         parts += [config.variant] if config.variant else []
@@ -144,31 +145,13 @@ def heading(config: TrainingConfig) -> str:
         parts.append(config.optimizer)
     if config.bits is not None:
         parts.append(f"{config.bits}-bit base")
-    if missing:
+    if missing := [name for name, value in known.items() if value is None]:
         parts.append(f"not known: {', '.join(missing)}")
     return f"{config.where}: {', '.join(parts)}"
 
 
-def _kind(config: TrainingConfig) -> Iterator[str | None]:
-    yield f"{config.format}:"
-    yield _TASKS[config.task] if config.task else "training"
-    yield f"of {config.model}" if config.model else None
-    yield f"by {_METHODS[config.method]}" if config.method else None
-
-
-def _targets(config: TrainingConfig) -> str:
-    targets = [*(config.targets or ()), *config.target_parameters]
-    if config.targets is None and not targets:
-        return "the default modules"
-    return "all linear layers" if targets == ["all-linear"] else " ".join(targets)
-
-
 def _default(config: TrainingConfig, name: str) -> str:
     return "" if name in config.lines else " (default)"
-
-
-def _optional(before: str, value: object, after: str) -> str:
-    return "" if value is None else f"{before}{value}{after}"
 
 
 def _line(finding: Finding, indent: str) -> str:

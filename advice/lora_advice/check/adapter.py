@@ -33,9 +33,8 @@ _DIRECTION = 1e-5
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
-_SHOWN = 5
-_LONGEST = 1000
-"""Characters of the longest name of a tensor."""
+_SHOWN, _LONGEST = 5, 1000
+"""The most names of a list in a message, and the characters of the longest name of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,6 @@ class ModuleUpdate:
     """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
     first_share: float
     """Share of the squared norm that lies in the strongest direction."""
-
-    @property
-    def kind(self) -> str:
-        """The last part of the module's name, such as `q_proj`."""
-        return _plain(self.module).rpartition(".")[2]
 
     @property
     def limit(self) -> int:
@@ -117,7 +111,7 @@ def read_adapter(folder: Path) -> Adapter:
             whole[name] = math.prod(shape)
             not_finite += [] if _finite(tensors.read(key)) else [name]
     modules, findings = list[ModuleUpdate](), list[Finding]()
-    scales = config.scales([*map(_plain, factors)])
+    scales = config.scales([*map(plain, factors)])
     for module, keys in factors.items():
         if len(keys) < 2:
             continue
@@ -125,7 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
         if not _finite(a) or not _finite(b):
             not_finite.append(module)
             continue
-        update = _update(module, a, b, config, scales[_plain(module)], "lora_embedding_" in keys["A"])
+        update = _update(module, a, b, config, *scales[plain(module)], "lora_embedding_" in keys["A"])
         if isinstance(update, Finding):
             findings.append(update)
         else:
@@ -133,12 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not_finite:
         message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
         findings.append(_finding("not-finite", "error", message))
-    findings += _finding_keys(config, factors, foreign, whole)
-    findings += _finding_effects(modules, len(factors))
-    dtypes = Counter(dtype for dtype, _ in tensors.shapes.values())
-    if len(dtypes) > 1:
-        types = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
-        findings.append(_finding("dtype", "note", f"the tensors have several types: {types}"))
+    findings += [*_finding_keys(config, factors, foreign, whole), *_finding_effects(modules, len(factors))]
     return Adapter(
         str(folder),
         config.base_model_name_or_path,
@@ -150,7 +139,7 @@ def read_adapter(folder: Path) -> Adapter:
         config.init_lora_weights,
         config.targets,
         tuple(sorted(config.target_parameters or ())),
-        dict(dtypes),
+        dict(Counter(dtype for dtype, _ in tensors.shapes.values())),
         sum(math.prod(shape) for _, shape in tensors.shapes.values()),
         tuple(modules),
         whole,
@@ -168,9 +157,7 @@ class _Tensors:
             raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
         try:
             # It checks that the header and the length of the file agree.
-            with safe_open(path, "numpy"):
-                pass
-            with path.open("rb") as file:
+            with safe_open(path, "numpy"), path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
@@ -192,20 +179,26 @@ class _Tensors:
 
 
 def _update(
-    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, rank_and_scale: tuple[int, float], embedding: bool
+    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, rank: int, scale: float, embedding: bool
 ) -> ModuleUpdate | Finding:
     """Describe the update of a module by its factors, A (r, d_in) and B (d_out, r), or say why they can't be right."""
-    rank, scale = rank_and_scale
     sized = a.ndim == b.ndim == 2 and a.size and b.size
-    experts = len(a) // rank if sized and config.parameters_in(_plain(module)) else 1
+    experts = len(a) // rank if sized and config.parameters_in(plain(module)) else 1
     if not sized or len(a) != b.shape[1] or len(a) != experts * rank:
         shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
         return _finding("shape", "error", f"{module} has {shapes}, and the configuration gives it rank {rank}")
+    energy, first, numerical, effective = 0.0, 0.0, [], []
     # PEFT keeps the rows of A by expert, and the columns of B by direction.
-    by_expert = zip(a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True)
-    spectra = np.array([_singular_values(own_a, own_b) for own_a, own_b in by_expert])
-    energy = float((spectra**2).sum())
-    effective, numerical = zip(*map(_ranks, spectra), strict=True)
+    for own_a, own_b in zip(
+        a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True
+    ):
+        right, left = (np.asarray(np.linalg.qr(part.astype(np.float64), mode="r")) for part in (own_a.T, own_b))
+        values = np.linalg.svd(left @ right.T, compute_uv=False)
+        energy += float((values**2).sum())
+        first += float(values[0] ** 2)
+        shares = values[values > 0] / (values.sum() or 1.0)
+        numerical.append(int((values > _DIRECTION * values[0]).sum()))
+        effective.append(float(np.exp(-(shares * np.log(shares)).sum())) if values[0] else 0.0)
     initial = None
     if config.init_lora_weights is True and not embedding:
         initial = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1]))
@@ -221,24 +214,8 @@ def _update(
         scale * math.sqrt(energy),
         min(numerical),
         float(np.mean(effective)),
-        float((spectra[:, 0] ** 2).sum() / energy) if energy else 0.0,
+        first / energy if energy else 0.0,
     )
-
-
-def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the singular values of B A, of which there are at most r, in descending order."""
-    right: np.ndarray = np.linalg.qr(a.T.astype(np.float64), mode="r")  # type: ignore[assignment]
-    left: np.ndarray = np.linalg.qr(b.astype(np.float64), mode="r")  # type: ignore[assignment]
-    values: np.ndarray = np.linalg.svd(left @ right.T, compute_uv=False)
-    return np.pad(values, (0, len(a) - len(values)))
-
-
-def _ranks(values: np.ndarray) -> tuple[float, int]:
-    """Return the effective rank and the numerical rank that singular values show; both are 0 if all values are."""
-    if not values[0]:
-        return 0.0, 0
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum())), int((values > _DIRECTION * values[0]).sum())
 
 
 def _finite(values: np.ndarray) -> bool:
@@ -247,7 +224,7 @@ def _finite(values: np.ndarray) -> bool:
         return bool(np.isfinite(values.astype(np.float32)).all())
 
 
-def _plain(module: str) -> str:
+def plain(module: str) -> str:
     """Return the name without what PEFT adds for the second parameter of a module."""
     return re.sub(r"(\.base_layer)+$", "", module)
 
@@ -275,20 +252,20 @@ def _finding_keys(
     if foreign:
         message = f"{len(foreign)} names are not of the form `{PREFIX}MODULE.lora_A.weight`, so PEFT ignores them"
         yield _finding("keys", "error", f"{message}: {listed(foreign)}")
-    plain = {module: _plain(module) for module in factors}
-    targeted = config.targeted([*plain.values()])
-    unnamed = [module for module, name in plain.items() if name not in targeted]
+    names = {module: plain(module) for module in factors}
+    targeted = config.targeted([*names.values()])
+    unnamed = [module for module, name in names.items() if name not in targeted]
     if unnamed and (config.targets is not None or config.target_parameters):
         message = f"{len(unnamed)} modules in the file are not among the targets of {NAME}, so PEFT ignores them"
         yield _finding("keys", "error", f"{message}: {listed(unnamed)}")
     if not isinstance(config.targets, str):
-        used = set(config.targets or ()).intersection(end for module in plain.values() for end in ends(module))
+        used = set(config.targets or ()).intersection(end for name in names.values() for end in ends(name))
         unused = [name for name in config.targets or () if name not in used]
         if unused:
             message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
     by_kind: dict[str, set[int]] = defaultdict(set)
-    for name in set(plain.values()):
+    for name in set(names.values()):
         if match := _LAYER.search(f".{name}."):
             by_kind[f".{name}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
     layers = set().union(*by_kind.values())
@@ -297,18 +274,9 @@ def _finding_keys(
     if count and config.layers_to_transform is None:
         shown = listed([*islice(gaps, _SHOWN)], count)
         yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
-    # PEFT also trains single tokens of an embedding.
-    named, trained, saved = set(config.modules_to_save or ()), list[str](), list[str]()
-    for name in whole:
-        is_named = "token_adapter" in name or not named.isdisjoint(ends(name.rpartition(".")[0]))
-        (trained if is_named else saved).append(name)
-    if trained:
-        count = sum(whole[name] for name in trained)
-        yield _finding("whole", "note", f"trained whole beside LoRA, with {count:,} parameters: {listed(trained)}")
-    if saved:
-        message = f"the file holds {sum(whole[name] for name in saved):,} parameters that are no LoRA and not in "
-        message += f"modules_to_save, such as PEFT's copy of an embedding with LoRA: {listed(saved)}"
-        yield _finding("whole", "note", message)
+    if whole:
+        message = f"the file also holds {sum(whole.values()):,} parameters that are no LoRA, of modules_to_save or"
+        yield _finding("whole", "note", f"{message} PEFT's copy of an embedding: {listed([*whole])}")
 
 
 def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:

@@ -110,23 +110,22 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
     if own is not None:
         dtype, computed = _own_logits(own, probe)
         with adapted(probe.base, probe.adapter, DTYPES[dtype]) as (unmerged, _):
-            apart = logits(unmerged, probe.ids)
-        row = _row(probe, str(own), dtype, computed, apart)
+            row = _row(probe, str(own), dtype, computed, logits(unmerged, probe.ids))
         rows.append(row)
         findings += [] if row.same else [finding("merged", "error", row.verdict)]
-    base_nll, adapter_nll = (
+    nll, adapter_nll = (
         float(token_nlls(computed, probe.ids).mean()) for computed in (probe.base_logits, probe.adapter_logits)
     )
     about = (probe.model.name, str(probe.adapter), len(probe.ids))
-    return Merging(*about, base_nll, adapter_nll, effect, tuple(rows), tuple(findings))
+    return Merging(*about, nll, adapter_nll, effect, tuple(rows), tuple(findings))
 
 
 def _difference(reference: Tensor, other: Tensor) -> Difference | None:
     if not (torch.isfinite(reference).all() and torch.isfinite(other).all()):
         return None
     gap = (other - reference).abs()
-    logs = [computed.log_softmax(-1) for computed in (reference, other)]
-    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return Difference(float(gap.max()), float(gap.mean(dtype=torch.float64)), max(0.0, float(kl.mean())))
 
 
@@ -154,9 +153,8 @@ def _row(probe: Probe, name: str, dtype: str, computed: Tensor, apart: Tensor) -
     finite = bool(torch.isfinite(in_type).all())
     kept = effect_share(probe.base_logits, probe.adapter_logits, computed, in_type) if finite else None
     far, lost = off.mean > allowed, kept is not None and abs(kept - 1) > _LOST
-    if far or not lost:
-        sentence = f"{what} is {'NOT ' if far else ''}the same as the adapter within the rounding of {dtype}"
-    else:
+    sentence = f"{what} is {'NOT ' if far else ''}the same as the adapter within the rounding of {dtype}"
+    if lost and not far:
         sentence = f"{what} has NOT the adapter's effect, which is smaller than the rounding of {dtype}"
     sentence += f": its logits differ by {off.mean:.2g} on average"
     if rounding and rounding.mean:

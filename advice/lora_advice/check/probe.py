@@ -16,13 +16,13 @@ from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 from lora_advice.models import ModelFacts
 from lora_advice.patterns import matching
-from lora_advice.user_model import shipped_base
 
 try:
     import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 except ImportError as error:
     raise UserError(f"comparing models needs {error.name}: pip install 'lora-advice[models]'") from error
 
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).with_name("probe.txt")
 """The text that is probed with if the user names none: prose, a dialogue, code, numbers and other languages."""
 _MOST_TOKENS, _FEWEST_TOKENS = 512, 8
-_WIDEST = 8
-"""Up to so many times a model's width a rank is not a mistake."""
-_PACKED = 16
-"""The most weights that one number of a file holds: 16 of 2 bits."""
+_WIDEST, _PACKED = 8, 16
+"""Up to so many times a model's width a rank is not a mistake, and so many weights one number of a file may hold."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,6 @@ def probe(model: ModelFacts, adapter: Path, text: Path | None) -> Probe:
     Raises:
         UserError: the model, the adapter or the text can't be read, or the adapter does not fit the model.
     """
-    if shipped_base(model.name):
-        raise UserError(f"{model.name} is a base of the suite, whose weights are not here; name its folder")
     try:
         content = (text or TEXT).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -106,6 +102,7 @@ def load_model(model: ModelFacts, dtype: torch.dtype | str) -> PreTrainedModel:
     if model.sizes and model.parameters and model.sizes.parameters > _PACKED * model.parameters:
         message = f"model {model.name!r} has a config.json for {model.sizes.parameters:,} parameters and files with "
         raise UserError(f"{message}{model.parameters:,}; allowed: {_PACKED} times as many, as in 2 bits")
+    logging.disable_progress_bar()
     with one_sentence(f"model {model.name!r} can't be loaded"):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.name, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -127,10 +124,7 @@ def token_nlls(computed: Tensor, ids: Tensor) -> Tensor:
 
 
 def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a copy of a model with weights in another type.
-
-    Buffers keep theirs, since transformers computes the angles of positions in fp32 whatever the type of the weights.
-    """
+    """Return a copy of a model with weights in another type; transformers computes positions in fp32 whatever it is."""
     copied = copy.deepcopy(base)
     for parameter in copied.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -152,10 +146,8 @@ def adapted(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Iterator
         model = PeftModel.from_pretrained(in_dtype(base, dtype), str(folder))
         result: Any = model.load_adapter(str(folder), "default")
         # The names as the adapter's file has them.
-        ignored, missing = (
-            sorted({key.replace(".default", "") for key in keys})
-            for keys in (result.unexpected_keys, result.missing_keys)
-        )
+        keys = (result.unexpected_keys, result.missing_keys)
+        ignored, missing = (sorted({key.replace(".default", "") for key in some}) for some in keys)
         findings = []
         if ignored:
             message = f"{len(ignored)} weights of the adapter match no module of the model, and PEFT ignores them "

@@ -15,22 +15,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from http.client import HTTPException
 from threading import Thread
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lora_advice.check.merging import effect_share
 from lora_advice.check.probe import Probe, finding, token_nlls
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
-from lora_advice.foreign import Foreign, typed
 
-T = TypeVar("T", bound=Foreign)
-# Rounding may make the logarithm of 1 a little more than 0.
-_LogProb = Annotated[float, Field(ge=-1e5, le=1e-3)]
 _SECONDS, _MOST_BYTES, _MOST_MODELS = 300.0, 4_000_000, 100
+_CHOICES = "choices: allowed: a list of answers with log-probabilities, at most 0"
 _NEAR = 0.25
 """A model is the adapter or the base if it is at most this far from it, as a share of the way."""
 _NOISE = 0.1
@@ -65,35 +61,6 @@ class ServedModels:
     findings: tuple[Finding, ...]
 
 
-class _Model(Foreign):
-    id: str = Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
-
-
-class _Models(Foreign):
-    data: list[_Model] = Field(
-        min_length=1,
-        max_length=_MOST_MODELS,
-        description=f"1 to {_MOST_MODELS} models with an `id`; --served-model names one",
-    )
-
-
-class _TokenLogprob(Foreign):
-    logprob: _LogProb
-
-
-class _Logprobs(Foreign):
-    token_logprobs: list[_LogProb | None] | None = None
-
-
-class _Choice(Foreign):
-    logprobs: _Logprobs | None = None
-    prompt_logprobs: list[dict[str, _TokenLogprob] | None] | None = None
-
-
-class _Completion(Foreign):
-    choices: list[_Choice] = Field(min_length=1, description="a list of answers with log-probabilities, at most 0")
-
-
 def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SECONDS) -> ServedModels:
     """Compare what a server computes with base and adapter.
 
@@ -107,7 +74,7 @@ def check_served(probe: Probe, url: str, name: str | None, seconds: float = _SEC
         UserError: the server can't be reached, or does not answer with log-probabilities of the text.
     """
     root, until = url.rstrip("/").removesuffix("/v1"), time.monotonic() + seconds
-    names = [name] if name else [model.id for model in _ask(_Models, f"{root}/v1/models", None, until).data]
+    names = [name] if name else _models(f"{root}/v1/models", until)
     rows = [_compare(probe, each, torch.tensor(_nlls(root, each, probe.ids.tolist(), until))) for each in names]
     findings = list(probe.findings)
     if not any(row.serves == "adapter" for row in rows):
@@ -132,26 +99,38 @@ def _compare(probe: Probe, name: str, nlls: Tensor) -> Served:
             serves = "adapter" if abs(strength - 1) <= _NEAR else "base" if abs(strength) <= _NEAR else "neither"
         sentence = f"model {name!r} serves {'neither of them' if serves == 'neither' else f'the {serves}'}"
         sentence += f": it has {strength:.0%} of the adapter's effect, and {rest:.2g} nats per token besides"
-    means = (float(values.mean()) for values in (nlls, base, full))
-    return Served(name, serves, strength, *means, sentence)
+    own_nll, base_nll, adapter_nll = (float(values.mean()) for values in (nlls, base, full))
+    return Served(name, serves, strength, own_nll, base_nll, adapter_nll, sentence)
 
 
 def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
+def _models(url: str, until: float) -> list[str]:
+    """Return the names of a server's models."""
+    models = _ask(url, None, until).get("data")
+    models = models if isinstance(models, list) else []
+    names = [model.get("id") if isinstance(model, dict) else None for model in models]
+    if not 0 < len(names) <= _MOST_MODELS or not all(isinstance(name, str) and name.isprintable() for name in names):
+        allowed = f"1 to {_MOST_MODELS} models with an `id`; --served-model names one"
+        raise UserError(f"the answer of {url}: data: allowed: {allowed}")
+    return [str(name) for name in names]
+
+
 def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     """Return a served model's NLL of each token but the first."""
     asked = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0}
     url = f"{root}/v1/completions"
-    choice = _ask(_Completion, url, asked | {"echo": True, "logprobs": 1}, until).choices[0]
-    values = (choice.logprobs and choice.logprobs.token_logprobs) or []
+    choice = _choice(url, asked | {"echo": True, "logprobs": 1}, until)
+    logprobs = choice.get("logprobs")
+    values = _numbers(url, logprobs.get("token_logprobs") if isinstance(logprobs, dict) else logprobs)
     if len(values) < len(ids):
         # vLLM's own field, for servers that refuse or ignore `echo`.
-        choice = _ask(_Completion, url, asked | {"prompt_logprobs": 1}, until).choices[0]
-        by_token = zip(ids, choice.prompt_logprobs or [], strict=False)
-        entries = ((tokens or {}).get(str(token)) for token, tokens in by_token)
-        values = [None if entry is None else entry.logprob for entry in entries]
+        tokens = _choice(url, asked | {"prompt_logprobs": 1}, until).get("prompt_logprobs")
+        entries = [*zip(ids, tokens, strict=False)] if isinstance(tokens, list) else []
+        own = [entry.get(str(token)) if isinstance(entry, dict) else entry for token, entry in entries]
+        values = _numbers(url, [entry.get("logprob") if isinstance(entry, dict) else entry for entry in own])
     known = [value for value in values[1 : len(ids)] if value is not None]
     if len(known) != len(ids) - 1:
         raise UserError(
@@ -161,6 +140,26 @@ def _nlls(root: str, name: str, ids: list[int], until: float) -> list[float]:
     return [-value for value in known]
 
 
+def _choice(url: str, content: dict[str, Any], until: float) -> dict[str, Any]:
+    """Return the first choice of a completion."""
+    choices = _ask(url, content, until).get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise UserError(f"the answer of {url}: {_CHOICES}")
+    first: dict[str, Any] = choices[0]
+    return first
+
+
+def _numbers(url: str, values: Any) -> list[float | None]:
+    """Return log-probabilities, of which some may be null."""
+    # Rounding may make the logarithm of 1 a little more than 0.
+    values = [] if values is None else values
+    if not isinstance(values, list) or not all(
+        value is None or (type(value) in (int, float) and -1e5 <= value <= 1e-3) for value in values
+    ):
+        raise UserError(f"the answer of {url}: {_CHOICES}")
+    return values
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Makes a redirect an error, since it may lead to any address."""
 
@@ -168,22 +167,26 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) -> T:
-    """Return an answer as typed data; without content the request is a GET."""
+def _ask(url: str, content: dict[str, Any] | None, until: float) -> dict[str, Any]:
+    """Return an answer in JSON; without content the request is a GET."""
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--served {url!r}: must begin with http:// or https://")
     data = None if content is None else json.dumps(content).encode()
     seconds, answer = until - time.monotonic(), Future[bytes]()
 
-    def request() -> None:
+    def fetch() -> bytes:
+        asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
             with urllib.request.build_opener(_NoRedirects).open(asked, timeout=max(1e-3, seconds)) as response:
-                answer.set_result(response.read(_MOST_BYTES + 1))
+                return bytes(response.read(_MOST_BYTES + 1))
         except urllib.error.HTTPError as error:
             said = f"({error.reason}): {' '.join(error.read(500).decode(errors='replace').split())}"
             said = "".join(char for char in said if char.isprintable()).rstrip(": ")
-            answer.set_exception(UserError(f"server {url} answers with status {error.code} {said}"))
+            raise UserError(f"server {url} answers with status {error.code} {said}") from error
+
+    def request() -> None:
+        try:
+            answer.set_result(fetch())
         except Exception as error:
             answer.set_exception(error)
 
@@ -197,4 +200,10 @@ def _ask(kind: type[T], url: str, content: dict[str, Any] | None, until: float) 
         raise UserError(f"server {url} can't be asked: {getattr(error, 'reason', None) or repr(error)}") from error
     if len(body) > _MOST_BYTES:
         raise UserError(f"server {url} answers with more than {_MOST_BYTES / 1e6:g} MB")
-    return typed(kind, body, f"the answer of {url}")
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the answer of {url} is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"the answer of {url} is not a mapping")
+    return parsed

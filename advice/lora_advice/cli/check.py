@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ from lora_advice import formats
 from lora_advice.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_advice.check.adapter import Adapter, ModuleUpdate
+    from lora_advice.check.adapter import Adapter
     from lora_advice.check.merging import Difference, Merging
     from lora_advice.check.served import ServedModels
 
@@ -43,10 +42,13 @@ def check(
 
     if model is None and (served is not None or merged is not None):
         raise UserError(f"{'--served' if served else '--merged'} needs --model, the model the adapter was trained on")
-    shown: Adapter | Merging | ServedModels = read_adapter(adapter)
+    described = read_adapter(adapter)
+    shown: Adapter | Merging | ServedModels = described
     # What the files say is said first, since it takes no weights; with broken ones nothing can be computed.
-    findings = list(shown.findings)
-    if model is not None and not any(finding.code in ("not-finite", "shape") for finding in findings):
+    findings = list(described.findings)
+    if model is None or any(finding.code in ("not-finite", "shape") for finding in findings):
+        table = _adapter_table(described)
+    else:
         from lora_advice.check.probe import probe
         from lora_advice.user_model import find_model
 
@@ -54,16 +56,20 @@ def check(
         if served is not None:
             from lora_advice.check.served import check_served
 
-            shown = check_served(computed, served, served_model)
+            shown = answers = check_served(computed, served, served_model)
+            table = _served_table(answers)
         else:
             from lora_advice.check.merging import check_merging
 
-            shown = check_merging(computed, [dtype.strip() for dtype in dtypes.split(",") if dtype.strip()], merged)
+            chosen = [dtype.strip() for dtype in dtypes.split(",") if dtype.strip()]
+            shown = merging = check_merging(computed, chosen, merged)
+            table = _merging_table(merging)
         findings += shown.findings
     if as_json:
         print(json.dumps(asdict(shown) | {"findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
-        _print(shown)
+        title, columns, rows, notes = table
+        formats.print_table(columns, rows, columns[2:], title, notes)
         for finding in findings:
             print(f"{finding.level} {finding.code}: {finding.message}")
         if not findings:
@@ -74,50 +80,31 @@ def check(
         raise typer.Exit(1)
 
 
-def _print(shown: Adapter | Merging | ServedModels) -> None:
-    if hasattr(shown, "modules"):
-        _print_adapter(shown)
-    elif hasattr(shown, "merged"):
-        _print_merging(shown)
-    else:
-        rows = [
-            (row.name, row.serves, formats.number(row.strength), *map(_nll, (row.nll, row.base_nll, row.adapter_nll)))
-            for row in shown.models
-        ]
-        columns = ("model", "serves", "strength", "NLL", "NLL of the base", "NLL of the adapter")
-        title = f"{shown.url} on a text of {shown.tokens} tokens, against {shown.adapter}"
-        formats.print_table(columns, rows, columns[2:], title, [row.verdict for row in shown.models])
+_Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], list[str]]
+"""A title, columns, rows and sentences."""
 
 
-def _print_adapter(adapter: Adapter) -> None:
-    kind = "rsLoRA" if adapter.rslora else "DoRA" if adapter.dora else "LoRA"
-    types = ", ".join(f"{count} tensors in {dtype}" for dtype, count in sorted(adapter.dtypes.items()))
-    print(f"{adapter.folder}: {kind} of {adapter.base_model}")
-    print(f"rank {adapter.rank}, alpha {adapter.alpha:g}, scale {adapter.scale:g}")
-    print(f"{len(adapter.modules)} modules with {adapter.parameters:,} parameters, {types}")
-    by_kind: dict[str, list[ModuleUpdate]] = defaultdict(list)
+def _adapter_table(adapter: Adapter) -> _Table:
+    from lora_advice.check.adapter import plain
+
+    by_kind = defaultdict(list)
     for module in adapter.modules:
-        by_kind[module.kind].append(module)
+        by_kind[plain(module.module).rpartition(".")[2]].append(module)
+    rows = []
+    for kind, modules in sorted(by_kind.items()):
+        initial = [module.a_scale for module in modules if module.a_scale is not None]
+        names = ("rank", "effective_rank", "first_share", "b_norm", "norm")
+        medians = [median(getattr(module, name) for module in modules) for name in names]
+        cells = map(formats.number, [*medians, median(initial) if initial else None])
+        rows.append((kind, str(len(modules)), *cells))
+    title = f"{adapter.folder}: {'rsLoRA' if adapter.rslora else 'DoRA' if adapter.dora else 'LoRA'} of "
+    title += f"{adapter.base_model}, rank {adapter.rank}, alpha {adapter.alpha:g}, scale {adapter.scale:g}, "
+    title += f"{len(adapter.modules)} modules with {adapter.parameters:,} parameters in {', '.join(adapter.dtypes)}"
     columns = ("modules", "number", "rank", "effective rank", "first direction", "norm of B", "norm of the update", "A")
-    rows = [(kind, str(len(modules)), *_medians(modules)) for kind, modules in sorted(by_kind.items())]
-    notes = ["medians; the update is scale B A, and A is its size over that of PEFT's initialization"]
-    formats.print_table(columns, rows, columns[1:], notes=notes)
+    return title, columns, rows, ["medians; the update is scale B A, and A is its size over PEFT's initialization"]
 
 
-def _medians(modules: Sequence[ModuleUpdate]) -> tuple[str, ...]:
-    """Return the medians over some modules, as the columns of a row."""
-    initial = [module.a_scale for module in modules if module.a_scale is not None]
-    return (
-        formats.number(median(module.rank for module in modules)),
-        formats.number(median(module.effective_rank for module in modules)),
-        f"{median(module.first_share for module in modules):.0%}",
-        formats.number(median(module.b_norm for module in modules)),
-        formats.number(median(module.norm for module in modules)),
-        formats.number(median(initial) if initial else None),
-    )
-
-
-def _print_merging(merging: Merging) -> None:
+def _merging_table(merging: Merging) -> _Table:
     rows = [
         ("base", "fp32", _nll(merging.base_nll), *_differences(None), ""),
         ("adapter", "fp32", _nll(merging.adapter_nll), *_differences(merging.effect), "the base"),
@@ -128,7 +115,17 @@ def _print_merging(merging: Merging) -> None:
             rows.append(("adapter", row.dtype, _nll(None), *_differences(row.rounding), "the adapter in fp32"))
     columns = ("model", "type", "NLL", "largest", "mean", "KL", "difference from")
     title = f"{merging.adapter} on {merging.model}: logits on a text of {merging.tokens} tokens"
-    formats.print_table(columns, rows, columns[2:6], title, [row.verdict for row in merging.merged])
+    return title, columns, rows, [row.verdict for row in merging.merged]
+
+
+def _served_table(served: ServedModels) -> _Table:
+    rows = [
+        (row.name, row.serves, formats.number(row.strength), *map(_nll, (row.nll, row.base_nll, row.adapter_nll)))
+        for row in served.models
+    ]
+    columns = ("model", "serves", "strength", "NLL", "NLL of the base", "NLL of the adapter")
+    title = f"{served.url} on a text of {served.tokens} tokens, against {served.adapter}"
+    return title, columns, rows, [row.verdict for row in served.models]
 
 
 def _differences(difference: Difference | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The commands `recommend`, `convert` and `trainer`: settings to start from, a learning rate elsewhere, and a folder."""
+"""The commands `recommend`, `convert` and `trainer`: settings to start from, and a folder with them."""
 
 from __future__ import annotations
 

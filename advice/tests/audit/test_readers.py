@@ -10,8 +10,8 @@ from lora_advice.audit import check_run
 from lora_advice.audit.config import Knowledge, TrainingConfig
 from lora_advice.audit.files import READERS, Reading
 from lora_advice.audit.output import Report
-from lora_advice.audit.readers import adapter, torchtune, trl, trl_options, trl_python
-from lora_advice.audit.readers.options import Options, names_of
+from lora_advice.audit.readers import adapter, torchtune, trl
+from lora_advice.audit.readers.options import defaults, names_of
 from lora_advice.audit.readers.shell import UNKNOWN, read_commands
 from lora_advice.errors import UserError
 
@@ -94,19 +94,21 @@ def test_options_and_defaults_are_those_of_the_installed_classes():
     import transformers
     import trl as installed
 
-    classes = {name: getattr(installed, name, None) or getattr(transformers, name) for name in trl_options.DEFAULT_LRS}
+    names = [
+        name
+        for name in defaults()
+        if name.endswith(("Config", "Arguments")) and name not in ("ModelConfig", "LoraConfig")
+    ]
+    classes = {name: getattr(installed, name, None) or getattr(transformers, name) for name in names}
     fields = {name: {field.name: field for field in dataclasses.fields(cls)} for name, cls in classes.items()}
     for name, own in fields.items():
-        options = Options()
-        trl_options.set_defaults(options, name)
-        values = {option: value for option, value in options.values.items() if value is not None}
-        assert values == {option: own[option].default for option in values}
+        assert defaults()[name] == {option: own[option].default for option in defaults()[name]}
     model = {field.name: field.default for field in dataclasses.fields(installed.ModelConfig)}
-    assert model | trl._MODEL_CONFIG_DEFAULTS == model
+    assert model | defaults()["ModelConfig"] == model
     assert model["use_peft"] is False
     assert {*names_of("trl_lora").values()} <= set(model)
     lora = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
-    assert lora | trl_python._LORA_CONFIG_DEFAULTS == lora
+    assert lora | defaults()["LoraConfig"] == lora
     of_earlier_versions = {"max_seq_length", "max_prompt_length", "warmup_ratio", "torch_dtype"}
     every = set(model) | {name for own in fields.values() for name in own} | of_earlier_versions
     assert {name for names in names_of("trl").values() for name in names.split()} <= every

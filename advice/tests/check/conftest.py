@@ -6,24 +6,15 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
-
-from lorabench.config.fields import Placement
-from lorabench.custom.model import find_model
-from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora
-from lorabench.models.passes import trained_parameters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Write = Callable[..., Path]
 LAYER = "base_model.model.model.layers"
+SHIPPED = Path(__file__).parents[3] / "lorabench/models/shipped"
 
 
 def factors(d_in: int = 12, d_out: int = 10, rank: int = 4) -> dict[str, np.ndarray]:
@@ -52,11 +43,26 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, std: float = 0.02, placement: Placement = "all") -> Path:
-    """Put LoRA with random B on a base, save it as PEFT does, and return its folder; the base stays as it was."""
-    adapted = add_lora(model, 8, placement, 32.0, True, seed=0)
+def load(name: str) -> Any:
+    """Return a model of a folder or of a shipped base, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(SHIPPED / name, dtype=torch.float32).eval()
+
+
+def save_adapter(model: Any, folder: Path, std: float = 0.02) -> Path:
+    """Put LoRA with random B on a model, save it as PEFT does, and return its folder; the model stays as it was."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "Moe" in type(model).__name__ else None
+    names = [name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=sorted({*names} - {"gate"}), target_parameters=stacks)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in trained_parameters(adapted).items():
+        for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=std)
     adapted.save_pretrained(folder, save_embedding_layers=False)
@@ -70,8 +76,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @cache
     def make(name: str, std: float = 0.02) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        return save_adapter(load_model(find_model(name).spec), folder, std)
+        return save_adapter(load(name), tmp_path_factory.mktemp(name), std)
 
     return make
 

@@ -8,26 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorabench.check.adapter import read_adapter
-from lorabench.check.merging import check_merging
-from lorabench.check.probe import probe
+from lora_advice.check.adapter import read_adapter
+from lora_advice.check.merging import check_merging
+from lora_advice.check.probe import probe
+from lora_advice.cli import app
+from lora_advice.errors import UserError
+from lora_advice.user_model import find_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from lorabench.cli.commands import app
-from lorabench.custom.model import find_model
-from lorabench.errors import UserError
-from lorabench.models.base import load_model
-from lorabench.models.nf4 import nf4
-from lorabench.models.specs import shipped_folder
-
-from .conftest import save_adapter
+from .conftest import SHIPPED, load, save_adapter
 
 
 def merging(name: str, adapter: Path, text: Path, dtypes=("fp32",), own: Path | None = None):
-    return check_merging(probe(find_model(name), adapter, text), dtypes, own)
+    return check_merging(probe(find_model(str(SHIPPED / name)), adapter, text), dtypes, own)
 
 
 def levels(result) -> list[tuple[str, str]]:
@@ -44,7 +40,7 @@ def test_a_merged_model_differs_by_rounding_alone(name, adapters, text):
     assert exact.difference.mean < 1e-5
     assert exact.kept == pytest.approx(1, abs=1e-5)
     # Logits of the mixture of experts move twice as far as those of its base, merged or not.
-    assert 100 * exact.difference.mean < rounded.difference.mean < 1.5 * rounded.rounding.mean
+    assert 100 * exact.difference.mean < rounded.difference.mean < 2 * rounded.rounding.mean
     assert exact.same
     assert rounded.same
     assert rounded.nll == pytest.approx(result.adapter_nll, abs=0.05)
@@ -57,7 +53,7 @@ def test_peft_gets_no_regular_expression_that_would_take_years(adapters, text, t
     (folder / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": r"(\w+\.?)+!"}))
     assert read_adapter(folder).findings == ()
     with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on \d+ names of modules$"):
-        probe(find_model("llama-64"), folder, text)
+        probe(find_model(str(SHIPPED / "llama-64")), folder, text)
 
 
 def test_what_would_take_all_memory_is_refused(adapters, text, tmp_path):
@@ -65,8 +61,8 @@ def test_what_would_take_all_memory_is_refused(adapters, text, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"embed_tokens": 60_000}}))
     with pytest.raises(UserError, match=r"has rank 60,000; allowed: up to 512, 8 times the width$"):
-        probe(find_model("llama-64"), folder, text)
-    model = shutil.copytree(shipped_folder("llama-64"), tmp_path / "model")
+        probe(find_model(str(SHIPPED / "llama-64")), folder, text)
+    model = shutil.copytree(SHIPPED / "llama-64", tmp_path / "model")
     large = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1000}
     (model / "config.json").write_text(json.dumps(large))
     with pytest.raises(UserError, match=r"has a config.json for [\d,]+ parameters and files with [\d,]+; allowed"):
@@ -76,27 +72,18 @@ def test_what_would_take_all_memory_is_refused(adapters, text, tmp_path):
 
 
 def test_what_peft_does_not_foresee_is_one_sentence(adapters, text, tmp_path):
-    for number, (key, value) in enumerate((("alora_invocation_tokens", 64), ("arrow_config", 1), ("task_type", "-1"))):
+    for number, (key, value) in enumerate((("arrow_config", 1), ("task_type", "-1"))):
         folder = Path(shutil.copytree(adapters("llama-64"), tmp_path / str(number)))
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError, match=r"^adapter .* does not fit the model: [^\n]+$"):
-            probe(find_model("llama-64"), folder, text)
-
-
-def test_weights_of_4_bits_are_those_of_bitsandbytes():
-    """The numbers are what bitsandbytes 0.50.2 computes, with one block a row; the second block has 6 weights."""
-    weight = torch.cat([torch.linspace(-2, 1, 64), torch.tensor([0.5, 0.1, -0.1, 0.02, 0.0, -0.4])]).view(10, 7)
-    rounded = nf4(weight).flatten()
-    levels = [-2.0, -1.392386, -1.050146, -0.789835, -0.568883, -0.369547, -0.1821, 0.0, 0.159161, 0.32186, 0.492225]
-    assert rounded[:64].unique().tolist() == pytest.approx([*levels, 0.67583, 0.88142], abs=1e-6)
-    assert rounded[64:].tolist() == pytest.approx([0.5, 0.080465, -0.092387, 0.03979, 0.0, -0.348096], abs=1e-6)
+            probe(find_model(str(SHIPPED / "llama-64")), folder, text)
 
 
 def test_the_numbers_are_those_of_the_definitions(adapters, text):
-    probed = probe(find_model("llama-64"), adapters("llama-64"), text)
+    probed = probe(find_model(str(SHIPPED / "llama-64")), adapters("llama-64"), text)
     with torch.no_grad():
-        model = load_model(find_model("llama-64").spec).eval()
+        model = load("llama-64")
         ids = probed.ids[None]
         base_nll = model(ids, labels=ids).loss
         with_adapter = PeftModel.from_pretrained(model, adapters("llama-64"))(ids, labels=ids)
@@ -111,7 +98,7 @@ def test_the_numbers_are_those_of_the_definitions(adapters, text):
 def test_a_model_that_was_merged_at_half_the_scale_is_caught(adapters, text, tmp_path):
     adapter = adapters("llama-64")
     for name, scale in (("right", 1.0), ("wrong", 0.5)):
-        model = PeftModel.from_pretrained(load_model(find_model("llama-64").spec), adapter)
+        model = PeftModel.from_pretrained(load("llama-64"), adapter)
         for module in model.modules():
             if hasattr(module, "set_scale"):
                 module.set_scale("default", scale)
@@ -131,7 +118,7 @@ def test_an_update_that_bf16_rounds_away_is_caught(adapters, text):
     exact, rounded = result.merged
     assert exact.same
     assert exact.kept == pytest.approx(1, abs=0.05)
-    assert abs(rounded.kept) < 0.7
+    assert abs(rounded.kept - 1) > 0.2
     assert levels(result) == [("merged", "warning")]
     assert "NOT the adapter's effect" in rounded.verdict
 
@@ -153,12 +140,12 @@ def test_keys_that_match_no_module_are_caught(adapters, text, tmp_path):
 
 def test_another_models_adapter_is_refused(adapters, text):
     with pytest.raises(UserError, match=r"does not fit the model: .*size mismatch"):
-        probe(find_model("qwen-128"), adapters("llama-64"), text)
+        probe(find_model(str(SHIPPED / "qwen-128")), adapters("llama-64"), text)
 
 
 def test_a_tied_matrix_that_merging_changes_is_caught(tmp_path, text):
     folder = tmp_path / "tied"
-    shutil.copytree(shipped_folder("llama-64"), folder)
+    shutil.copytree(SHIPPED / "llama-64", folder)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=1024, tie_word_embeddings=True, **sizes)
@@ -172,7 +159,7 @@ def test_a_tied_matrix_that_merging_changes_is_caught(tmp_path, text):
 
 def trained_by_peft(folder: Path, **settings) -> Path:
     """Save an adapter of llama-64 with settings of PEFT's, each trained weight moved, and return its folder."""
-    model = load_model(find_model("llama-64").spec)
+    model = load("llama-64")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **settings))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -202,13 +189,12 @@ def test_an_adapter_that_peft_can_not_merge_is_an_error(tmp_path, text):
 
 
 def test_the_command_prints_all_of_it(adapters, text):
-    arguments = ["check", "--adapter", str(adapters("llama-64")), "--model", "llama-64", "--text", str(text)]
+    arguments = ["check", str(adapters("llama-64")), "--model", str(SHIPPED / "llama-64"), "--text", str(text)]
     result = CliRunner().invoke(app, [*arguments, "--dtypes", "fp32", "--json"])
     assert result.exit_code == 0, result.output
     assert [row["dtype"] for row in json.loads(result.stdout)["merged"]] == ["fp32"]
     shown = CliRunner().invoke(app, [*arguments, "--dtypes", "fp32,bf16"])
     assert "the merged model in bf16 is the same as the adapter" in shown.stdout
-    assert "on weights of 4 bits (NF4, as QLoRA trains) the NLL is" in shown.stdout
     refused = CliRunner().invoke(app, [*arguments, "--dtypes", "int8"])
     assert refused.exit_code == 2
 
@@ -218,6 +204,6 @@ def test_nothing_is_computed_with_an_adapter_of_nan(adapters, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     next(iter(tensors.values())).fill_(float("nan"))
     save_file(tensors, folder / "adapter_model.safetensors")
-    result = CliRunner().invoke(app, ["check", "--adapter", str(folder), "--model", "llama-64"])
+    result = CliRunner().invoke(app, ["check", str(folder), "--model", str(SHIPPED / "llama-64")])
     assert result.exit_code == 1
-    assert result.stdout.startswith("error not-finite: 1 modules have weights that are NaN")
+    assert "error not-finite: 1 modules have weights that are NaN" in result.stdout

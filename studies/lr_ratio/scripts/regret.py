@@ -7,8 +7,8 @@ published preset in which LoRA has a grid of LRs and the optimal LR of full fine
 
 - ten and fifteen times FullFT's optimal LR, at alpha 32;
 - `movement`: as many times as the theory of the page says;
-- `recommend`: the LR that is pooled from all other sources, as in advice/benchmarks/lr_left_out.py, where nothing of FullFT is
-  known.
+- `recommend`: the LR that is pooled from all other sources, as in advice/benchmarks/lr_left_out.py, where nothing of
+  FullFT is known.
 
 Losses are interpolated in ln LR (monotone cubic); beyond the grid, the cost is at least that of its edge. The published
 sweep of the paper's authors has no FullFT, whose LR is then that of their law.

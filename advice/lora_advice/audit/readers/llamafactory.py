@@ -8,32 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, at, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, defaults, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import Word, is_script, read_commands, read_flags
 from lora_advice.finding import Finding, Level
 
-_DEFAULTS = {
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "linear",
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3,
-    "cutoff_len": 2048,
-    "lora_rank": 8,
-    "lora_dropout": 0.0,
-    "lora_target": "all",
-}
-_DEFAULTS_V1 = {
-    "learning_rate": 1e-4,
-    "bf16": True,
-    "micro_batch_size": 1,
-    "num_train_epochs": 3,
-    "cutoff_len": 2048,
-    "peft_config.r": 8,
-    "peft_config.lora_alpha": 16,
-    "peft_config.lora_dropout": 0.05,
-    "peft_config.target_modules": "all",
-}
 _STAGES: dict[str, Task] = {
     "pt": "pretraining",
     "sft": "sft",
@@ -100,7 +78,7 @@ def _first(path: Path, shown: str, name: str, options: Options, findings: list[F
     elif continued is not None:
         reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"
         findings = options.without_effect(_LORA, reason, "warning") + findings
-    options.fill(_DEFAULTS)
+    options.fill(defaults()["llamafactory"])
     rank, packing = options.count("lora_rank"), bool(options.flag("packing") or options.flag("neat_packing"))
     bf16 = options.flag("bf16") or options.flag("pure_bf16")
     chosen = (optimizer for optimizer in _OPTIMIZERS if options.flag(f"use_{optimizer}"))
@@ -133,7 +111,7 @@ def _second(path: Path, shown: str, name: str, options: Options, findings: list[
     kind, method = options.text("peft_config.name"), None
     if kind == "lora" or not options.has("peft_config"):
         method = "lora" if kind == "lora" else "fullft"
-    options.fill(_DEFAULTS_V1)
+    options.fill(defaults()["llamafactory_v1"])
     return record(
         shown,
         "llamafactory",

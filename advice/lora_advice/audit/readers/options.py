@@ -49,6 +49,14 @@ def names_of(framework: str) -> dict[str, str]:
         return {row["field"]: row[framework] for row in csv.DictReader(file) if row[framework]}
 
 
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return what the frameworks take where a file says nothing, by class or framework."""
+    text = Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8")
+    values: dict[str, dict[str, Any]] = load(text)[0]
+    return values
+
+
 def at(data: Any, key: str) -> Any:
     """Return the value of a mapping at a key, or null of what is none."""
     return data.get(key) if isinstance(data, Mapping) else None
@@ -96,7 +104,7 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def variant_of(initialization: str | None) -> str | None:
     """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
 
-    A then starts larger, which by the theory `movement` matters in short runs alone (docs/audit-codes.md, lr).
+    A then starts larger, which by the theory `movement` matters in short runs alone (advice/docs/audit-codes.md, lr).
     """
     return None if initialization == "gaussian" else initialization
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, examples, names_of, read_yaml, record
-
-_LORA_DEFAULTS = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-"""Of all builders of torchtune."""
+from lora_advice.audit.readers.options import Options, defaults, examples, names_of, read_yaml, record
 
 
 def matches(path: Path, text: str) -> bool:
@@ -40,10 +38,10 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         # A model of text and pictures says for each part what is trained; with a frozen decoder it is neither.
         method = None
     if method == "lora":
-        options.fill({f"{role}.{name}": value for name, value in _LORA_DEFAULTS.items()})
+        options.fill({f"{role}.{name}": value for name, value in defaults()["torchtune"].items()})
     precision, packing = options.text(keys["precision"]), bool(options.flag(keys["packing"]))
     schedule = re.sub(r"^get_|_schedule_with_warmup$", "", _component(options, keys["schedule"]) or "")
-    batch: dict[str, float | None] = {"global_batch": None, "group_size": None, "steps": None}
+    batch: dict[str, Any] = {"global_batch": None, "group_size": None, "steps": None}
     if task == "rl":
         batch = _rl_batch(options, keys)
     elif task == "sft" and not packing:

@@ -19,9 +19,19 @@ from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import (
+    CERTAIN,
+    THE_FILE,
+    Options,
+    at,
+    defaults,
+    examples,
+    names_of,
+    read_yaml,
+    record,
+)
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_options import plain_fields, set_defaults, task_of
+from lora_advice.audit.readers.trl_options import plain_fields, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
@@ -35,7 +45,6 @@ _CLASSES = {
     "rloo": "RLOOConfig",
 }
 """By the word that says the task."""
-_MODEL_CONFIG_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 """A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
 _TRAINING = (*("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps"),)
@@ -239,9 +248,9 @@ def _config(
         line = options.lines.get("lora_target_modules")
         findings.append(Finding("no-effect", level, message, THE_FILE, sure, line=line))
     if kind == "command":
-        set_defaults(options, config_class or "")
+        options.fill(defaults()[config_class] if config_class else {})
         if method == "lora":
-            options.fill(_MODEL_CONFIG_DEFAULTS)
+            options.fill(defaults()["ModelConfig"])
     return record(
         shown,
         "trl",

@@ -8,26 +8,6 @@ from typing import Any
 from lora_advice.audit.config import Task
 from lora_advice.audit.readers.options import Options
 
-DEFAULT_LRS = {
-    "SFTConfig": 2e-5,
-    "GRPOConfig": 1e-6,
-    "RLOOConfig": 1e-6,
-    "DPOConfig": 1e-6,
-    "KTOConfig": 1e-6,
-    "RewardConfig": 1e-4,
-    "TrainingArguments": 5e-5,
-    "Seq2SeqTrainingArguments": 5e-5,
-}
-"""Of TRL 1.16 and transformers 5.24, by class."""
-_DEFAULTS = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "lr_scheduler_type": "linear",
-}
-"""Of all these classes."""
-_DEFAULT_GENERATIONS = {"GRPOConfig": 8, "RLOOConfig": 2}
-
 _TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
     ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),
@@ -45,13 +25,6 @@ def task_of(*names: str) -> tuple[Task | None, str]:
                 if word in words or (class_name != name and words[-1].endswith(word)):
                     return task, word
     return None, ""
-
-
-def set_defaults(options: Options, config_class: str) -> None:
-    """Set what is not said to the defaults of a class, if it is known."""
-    if config_class in DEFAULT_LRS:
-        generations = _DEFAULT_GENERATIONS.get(config_class)
-        options.fill({"learning_rate": DEFAULT_LRS[config_class], "num_generations": generations, **_DEFAULTS})
 
 
 def plain_fields(options: Options, task: Task | None) -> dict[str, Any]:

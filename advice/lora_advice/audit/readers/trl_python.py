@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lora_advice.audit.config import Method, TrainingConfig
-from lora_advice.audit.readers.options import Options, names_of, record
-from lora_advice.audit.readers.trl_options import DEFAULT_LRS, plain_fields, set_defaults, task_of
+from lora_advice.audit.readers.options import THE_FILE, Options, defaults, names_of, record
+from lora_advice.audit.readers.trl_options import plain_fields, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -27,7 +27,6 @@ CALL = re.compile(
 
 _CLASS = re.compile(CALL.pattern.removesuffix(r"\("))
 _NEW_LORA = ("get_peft_model", "add_adapter")
-_LORA_CONFIG_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 _NOT_SAID = object()
 
 
@@ -112,11 +111,11 @@ def read(shown: str, code: str, lines: Sequence[int]) -> list[TrainingConfig]:
     runs: list[tuple[ast.Call, ast.Call | None, Options]] = []
     for call in settings:
         options = module.options(call)
-        trainer = next((one for one in trainers if call in module.resolve(_argument(one, "args", 1))), None)
+        trainer = next((made for made in trainers if call in module.resolve(_argument(made, "args", 1))), None)
         if trainer is not None or "learning_rate" in options:
             runs.append((call, trainer, options))
     for trainer in trainers:  # without settings, all are defaults
-        of_trl = re.sub(r"Trainer$", "Config", _name(trainer)) in DEFAULT_LRS
+        of_trl = re.sub(r"Trainer$", "Config", _name(trainer)) in defaults()
         complete = all(keyword.arg for keyword in trainer.keywords) and _argument(trainer, "model", 0) is not None
         if of_trl and complete and _argument(trainer, "args", 1) is None:
             runs.append((trainer, trainer, Options()))
@@ -178,16 +177,16 @@ def _argument(call: ast.Call, name: str, position: int) -> ast.expr | None:
 
 
 def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | None, options: Options) -> TrainingConfig:
-    task, _ = task_of(*[_name(one) for one in (trainer, call) if one is not None])
+    task, _ = task_of(*[_name(made) for made in (trainer, call) if made is not None])
     if all(keyword.arg for keyword in call.keywords) and (call is trainer or not call.args):
-        set_defaults(options, re.sub(r"(?<=.)Trainer$", "Config", _name(call)))
+        options.fill(defaults().get(re.sub(r"(?<=.)Trainer$", "Config", _name(call)), {}))
     model, bits, unsloth = _model(module, trainer)
     method, lora = _lora(module, trainer)
     keys = dict(names_of("trl"))
     if lora is not None:
         settings = module.options(lora)
         if _is_lora(lora) and not lora.args and all(keyword.arg for keyword in lora.keywords):
-            settings.fill(_LORA_CONFIG_DEFAULTS)
+            settings.fill(defaults()["LoraConfig"])
         options.update(settings.below("peft"))
         keys |= {field: f"peft.{name}" for field, name in names_of("peft").items()}
     if (optimizer := _loraplus(module, trainer)) is not None:
@@ -257,7 +256,7 @@ def _lora(module: _Module, trainer: ast.Call | None) -> tuple[Method | None, ast
     if given is None or (isinstance(given, ast.Constant) and given.value is None):
         for call in made:
             given_to_call = [*call.args, *(keyword.value for keyword in call.keywords)]
-            configs = [one for argument in given_to_call for one in module.resolve(argument) if _is_lora(one)]
+            configs = [value for argument in given_to_call for value in module.resolve(argument) if _is_lora(value)]
             if len(configs) == 1:
                 return "lora", cast("ast.Call", configs[0])
             if any(keyword.arg == "r" for keyword in call.keywords):
@@ -283,19 +282,15 @@ def _is_lora(node: ast.expr) -> bool:
 
 def _unused_lora(module: _Module, trainer: ast.Call | None) -> list[Finding]:
     """Find a LoraConfig that no line uses, in a file that makes a trainer."""
+    if trainer is None:
+        return []
+    unused = [(name, values) for name, values in module.assigned.items() if name not in module.loaded]
     findings = []
-    for name, values in module.assigned.items():
-        for value in values:
-            if trainer is not None and _is_lora(value) and name not in module.loaded:
-                findings.append(
-                    Finding(
-                        code="no-effect",
-                        level="error",
-                        message=f"The LoraConfig {name} is not used: {_name(trainer)} does not get it as peft_config, "
-                        "and no get_peft_model does",
-                        source="the file alone",
-                        sure="certain, unless another file imports it",
-                        line=module.lines[value.lineno - 1],
-                    )
-                )
+    for name, value in ((name, value) for name, values in unused for value in values if _is_lora(value)):
+        made = _name(trainer)
+        message = (
+            f"The LoraConfig {name} is not used: {made} does not get it as peft_config, and no get_peft_model does"
+        )
+        sure, line = "certain, unless another file imports it", module.lines[value.lineno - 1]
+        findings.append(Finding("no-effect", "error", message, THE_FILE, sure, line=line))
     return findings
