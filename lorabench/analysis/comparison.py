@@ -18,8 +18,7 @@ from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedErro
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins
-from lorabench.config.predictions import Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 
 MIN_LRS = 3

@@ -34,8 +34,7 @@ from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
 from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.rules_hash import rules_sha256
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import Predictions, default_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.analysis.estimate import N_DRAWS
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import Predictions, default_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.utils.files import digest
 from lorabench.utils.studies import studies
 

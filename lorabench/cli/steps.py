@@ -39,7 +39,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     from lorabench.config.inputs import FileDataset, FileProblems
-    from lorabench.data.files import tally_of
+    from lorabench.data.files import file_chats, file_problems
     from lorabench.data.problems import make_problems, write_problems
     from lorabench.data.sft import build_dataset
     from lorabench.utils.files import write_json
@@ -48,7 +48,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     _, layout = plan_and_layout(preset)
     spec, fetched_file = entry(layout.preset.sources, name, "dataset"), layout.fetched_data(name)
     if isinstance(spec, FileDataset | FileProblems):
-        tally = tally_of(spec)
+        _, tally = file_problems(spec) if isinstance(spec, FileProblems) else file_chats(spec)
         print(f"{spec.path}: {tally}", file=sys.stderr)
         write_json(tally.plain(), layout.tally(name))
     fetched = read_fetched(fetched_file) if fetched_file else {}
@@ -67,15 +67,15 @@ def tokens(
 ) -> None:
     """Tokenize a dataset for a model."""
     from lorabench.config.inputs import HubDataset
-    from lorabench.data.tokens import Limits, write_tokens
+    from lorabench.data.tokens import write_tokens
     from lorabench.models.base import load_tokenizer, max_length
 
     _, layout = plan_and_layout(preset)
     entry(layout.preset.models, model, "model")
     data, spec = entry(layout.preset.datasets, dataset, "dataset"), layout.model(model)
-    limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
+    max_tokens = data.max_tokens if isinstance(data, HubDataset) else None
     source, target = layout.dataset(dataset), layout.tokens(model, dataset)
-    write_tokens(source, load_tokenizer(spec), target, limits, processes)
+    write_tokens(source, load_tokenizer(spec), target, max_length(spec), max_tokens, processes)
 
 
 @steps.command("fetch-model")

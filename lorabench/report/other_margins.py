@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.config.margins import Margins
-from lorabench.config.predictions import Predictions
+from lorabench.config.margins import Margins, Predictions
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
 

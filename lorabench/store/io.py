@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
-from lorabench.utils.checked_parquet import add_checksum, check_parquet
-from lorabench.utils.files import atomic_path
+from lorabench.utils.files import add_checksum, atomic_path, check_parquet
 
 ROWS_AT_ONCE = 2**20
 """Rows that are held in memory while a large table is written; they become a row group of the parquet file."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import ChatDataset, ModelSpec, TinyModel
 from lorabench.data.sft import build_dataset
-from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
+from lorabench.data.tokens import cache_key, read_tokens, write_tokens
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model, load_tokenizer, skeleton
 from lorabench.models.lora import add_lora, use_fast_products
@@ -67,7 +67,7 @@ def make_data(folder: Path, max_chars: int) -> Path:
     """Write a small instruction mixture (80 train, 8 validation, 8 test examples) and its tokens."""
     spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=max_chars)
     build_dataset(spec, folder / "data.parquet")
-    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", Limits(512))
+    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", 512)
     return folder
 
 
@@ -155,7 +155,7 @@ def built(tmp_path_factory):
         dataset, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
         if not (folder / "dataset").exists():
             build_dataset(layout.preset.datasets["instruct"], folder / "dataset")
-            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", Limits(512))
+            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", 512)
         dataset.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "dataset", dataset)
         tokens.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lorabench.claims.judge import judge_claims
-from lorabench.data.groups import has_groups
+from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
