@@ -13,13 +13,10 @@ Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLo
 base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was. QLoRA
 rounds the base to 4 bits.
 
-PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers. The products
-with A and B are added to the base's result in place, and the backward pass is explicit, so that no product of the size
+PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers, but of no fused
+experts or sharded models. The products with A and B are added to the base's result in place, and no product of the size
 of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
-fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts and sharded models keep
-PEFT's own forward pass. DoRA's norms are computed in fp32 from merged weights, in each pass.
-
-Weights that were published in bf16 need no more than that under autocast: `hold_in_bf16` stores them so.
+fewer FLOPs. With autocast the frozen weights are cast once. DoRA's norms are computed in fp32 from merged weights.
 """
 
 from __future__ import annotations
@@ -45,13 +42,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OPTIONS: dict[Method, dict[str, Any]] = {
-    "lora": {},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "qlora": {},
 }
-"""What PEFT's LoraConfig is told of each variant beyond LoRA's own options."""
+"""What PEFT's LoraConfig is told of a variant beyond LoRA's own options."""
 
 
 def in_expert(name: str) -> bool:
@@ -91,14 +86,6 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     return modules, stacks
 
 
-def expert_rank(model: PreTrainedModel, rank: int) -> int:
-    """Return the rank of an expert's LoRA: the total rank over the number of active experts, at least 1."""
-    active = getattr(model.config, "num_experts_per_tok", None)
-    if not active:
-        raise UserError(f"the config of {type(model).__name__} lacks num_experts_per_tok, by which the rank is divided")
-    return max(1, rank // int(active))
-
-
 def add_lora(
     model: PreTrainedModel,
     rank: int,
@@ -112,17 +99,13 @@ def add_lora(
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
     PiSSA, OLoRA and QLoRA change the base's weights, which `.unload()` leaves changed, and the former two give a tied
-    unembedding weights of its own.
+    unembedding weights of its own. UserError says that the model has no such layers, or PEFT put LoRA on others.
 
     Args:
         rank: the rank; in a mixture of experts the total rank of the active experts.
         alpha: the numerator of the scaling alpha/r.
-        include_unembedding: whether the unembedding carries LoRA too.
         seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
-
-    Raises:
-        UserError: the model has no such layers, or PEFT put LoRA on other layers.
     """
     from peft import LoraConfig, get_peft_model
     from tqdm import tqdm
@@ -138,17 +121,24 @@ def add_lora(
     if from_weights and include_unembedding and head.weight is model.get_input_embeddings().weight:
         # The embedding would change with it.
         head.weight = nn.Parameter(head.weight.detach().clone())
+    ranks = {}
+    if any(map(in_expert, names)):
+        active = getattr(model.config, "num_experts_per_tok", None)
+        if not active:
+            name = type(model).__name__
+            raise UserError(f"the config of {name} lacks num_experts_per_tok, by which the rank is divided")
+        # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
+        ranks[r"experts\..+"] = max(1, rank // int(active))
     config = LoraConfig(
         r=rank,
-        # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
-        rank_pattern={r"experts\..+": expert_rank(model, rank)} if any(map(in_expert, names)) else {},
+        rank_pattern=ranks,
         lora_alpha=alpha,
         target_modules=modules,
         target_parameters=stacks or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        **_OPTIONS[method],
+        **_OPTIONS.get(method, {}),
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -180,12 +170,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
     """Save a trained adapter for the base model as it was before training.
 
     PiSSA and OLoRA have W' = W + s (B A - B0 A0), where s is the scaling and B0 A0 what was taken out of the base. They
-    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself.
-
-    Args:
-        model: a model with the adapter `default`, which is not used after this.
-        folder: where PEFT's files are written.
-        state: the trained weights by name, where the model is sharded.
+    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself. The model
+    is not used after this; `state` has the trained weights of one that is sharded.
     """
     doubled = {name: layer for name, layer in model.named_modules() if hasattr(layer, "initial_factors")}
     if doubled:
@@ -254,11 +240,8 @@ def hold_in_bf16(model: PreTrainedModel) -> None:
 def use_fast_products(model: nn.Module, keep_cast: bool = True) -> None:
     """Replace the forward pass of a model's LoRA layers; `model.unload()` returns the base as it was.
 
-    Args:
-        model: a model with the adapter `default`.
-        keep_cast: whether to keep, with autocast, the cast frozen weights, which take half the memory of the base.
-            Otherwise they are cast in every pass with gradients, and kept until the backward pass or, where activations
-            are recomputed, only while a layer is computed; passes without gradients keep them until the next with.
+    With autocast, `keep_cast` keeps the cast frozen weights, which take half the memory of the base. Otherwise they are
+    cast in every pass with gradients; passes without gradients keep them until the next with.
     """
     from peft.tuners.lora import Linear
 

@@ -1,8 +1,7 @@
 """A preset's model before it is loaded: what identifies it, and the sizes of its matrices, for the estimates of cost.
 
-It imports no torch. The sizes come from the model's configuration alone: `architectures/NAME.json` holds the public
-configurations of the presets' models; a local folder and the tiny bases have their own. tests/models/test_big_models.py
-compares the counts with those of models on the meta device.
+It imports no torch. The sizes come from the model's configuration: `architectures/NAME.json` holds those of the
+presets' models. tests/models/test_big_models.py compares the counts with those of models on the meta device.
 """
 
 from __future__ import annotations
@@ -161,24 +160,18 @@ class Dimensions:
         """The number of parameters of the linear layers of one decoder layer."""
         return sum(m.parameters for m in self.matrices if m.part != "unembedding") // self.layers
 
-    def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
-        """Return the number of LoRA's parameters, and of those that a token passes."""
+    def lora(
+        self, placement: Placement, rank: int, include_unembedding: bool, part: str | None = None
+    ) -> tuple[int, int]:
+        """Return the number of LoRA's parameters, in all layers or in one part, and of those that a token passes."""
         total = active = 0
         for m in self.adapted(placement, include_unembedding):
-            # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
-            own = max(1, rank // self.active_experts) if m.part == "experts" else rank
-            total += m.count * own * (m.d_in + m.d_out)
-            active += m.active * own * (m.d_in + m.d_out)
+            if part in (None, m.part):
+                # As in `lorabench.models.lora`, the total rank is divided by the active experts.
+                own = max(1, rank // self.active_experts) if m.part == "experts" else rank
+                total += m.count * own * (m.d_in + m.d_out)
+                active += m.active * own * (m.d_in + m.d_out)
         return total, active
-
-    def carrying(self, placement: Placement, include_unembedding: bool) -> int:
-        """Return the number of parameters of the linear layers with LoRA, without experts."""
-        adapted = self.adapted(placement, include_unembedding)
-        return sum(m.parameters for m in adapted if m.part != "experts")
-
-    def smallest(self, placement: Placement, include_unembedding: bool) -> int:
-        """Return the smallest dimension of the linear layers with LoRA."""
-        return min(min(m.d_in, m.d_out) for m in self.adapted(placement, include_unembedding))
 
     def held_in_bf16(self) -> int:
         """Return the number of frozen parameters that `lorabench.models.lora.hold_in_bf16` stores in bf16."""
@@ -220,15 +213,9 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def of(cls, content: bytes | str | Mapping[str, Any], where: str) -> Self:
-        """Return the configuration in JSON, or in an object that was read from it.
-
-        Raises:
-            ModelError: it is not valid; the sentence begins with `where`.
-        """
+        """Return the configuration in JSON or an object; ModelError, beginning with `where`, if invalid."""
         try:
-            if isinstance(content, Mapping):
-                return cls.model_validate(content)
-            return cls.model_validate_json(content)
+            return (cls.model_validate if isinstance(content, Mapping) else cls.model_validate_json)(content)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             key = f"{problem['loc'][0]}: " if problem["loc"] else ""
@@ -240,10 +227,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
-    try:
-        return ModelConfig.of(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error}") from error
+    return ModelConfig.of(path.read_bytes(), str(path))
 
 
 @cache
@@ -255,26 +239,25 @@ def architectures() -> dict[str, ModelConfig]:
 def dimensions_of_config(config: ModelConfig) -> Dimensions:
     """Return the sizes in a Hugging Face configuration; KeyError names what one of an unknown family lacks."""
 
-    def size(key: str) -> int:
-        value = getattr(config, key)
-        if not isinstance(value, int):
-            raise KeyError(key)
-        return value
-
     experts = config.num_experts or config.num_local_experts or 0
-    hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
+    keys = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"]
+    sizes = {key: getattr(config, key) for key in [*keys, *(["num_experts_per_tok"] if experts else [])]}
+    for key, size in sizes.items():
+        if not isinstance(size, int):
+            raise KeyError(key)
+    hidden, heads, intermediate, layers, vocabulary, *active = sizes.values()
     return Dimensions(
         hidden=hidden,
-        layers=size("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=config.num_key_value_heads or heads,
         head_dim=config.head_dim or hidden // heads,
         intermediate=(config.moe_intermediate_size or intermediate) if experts else intermediate,
-        vocabulary=size("vocab_size"),
+        vocabulary=vocabulary,
         tied=config.tie_word_embeddings or False,
         query_key_norms=(config.model_type or "").startswith("qwen3"),
         experts=experts,
-        active_experts=size("num_experts_per_tok") if experts else 0,
+        active_experts=active[0] if experts else 0,
         in_bf16=(config.dtype or config.torch_dtype) == "bfloat16",
     )
 

@@ -87,7 +87,7 @@ def bf16_parameters(
     head = preset.protocol.include_unembedding
     # What PiSSA and OLoRA leave of a weight, and one of QLoRA in 4 bits, is not exact in bf16.
     if not sizes.in_bf16 or method in CHANGES_BASE:
-        return 0, sizes.carrying(placement, head)
+        return 0, sum(matrix.parameters for matrix in sizes.adapted(placement, head) if matrix.part != "experts")
     return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
 

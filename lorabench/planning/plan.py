@@ -232,7 +232,8 @@ def _check_variant(preset: Preset, condition: Condition) -> None:
         raise UserError(f"{name} of {condition.model}: a mixture of experts can only have LoRA; allowed: dense models")
     if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
         raise UserError(f"{name} of {condition.model}: execution.sampler = vllm takes plain LoRA only; allowed: own")
-    smallest = sizes.smallest(condition.placement, preset.protocol.include_unembedding)
+    adapted = sizes.adapted(condition.placement, preset.protocol.include_unembedding)
+    smallest = min(min(matrix.d_in, matrix.d_out) for matrix in adapted)
     if condition.method in FROM_WEIGHTS and condition.rank > smallest:
         raise UserError(
             f"{name} of {condition.model}: rank {condition.rank} is more than the smallest dimension of a layer, "

@@ -1,8 +1,7 @@
 """Losses in pieces, and the loss of SFT, the NLL in nats summed over scored tokens, with its micro-batches.
 
-Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time, so that those
-of a whole batch are never held at once. The decoder and the unembedding are called as modules, so that LoRA on either
-takes effect.
+Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time. The decoder
+and the unembedding are called as modules, so that LoRA on either takes effect.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> lis
     Args:
         lengths: tokens of each example of the batch, (examples,).
         max_tokens: limit of rows times longest row of a micro-batch; a single example always fits.
-        pass_tokens: fixed cost of a pass through the model, in tokens.
 
     Returns:
         The positions within the batch of each micro-batch's examples, short examples first.
     """
     order = np.argsort(lengths, kind="stable")
+    # By the number of examples, shortest first: the least cost, and where the last micro-batch then starts.
     costs, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
     for end, longest in enumerate(lengths[order].tolist(), 1):
         first = min(end - 1, max(0, end - max_tokens // max(1, longest)))
@@ -127,24 +126,21 @@ def backward_in_pieces(
         autocast: the type of autocast; None for fp32.
         at_once: the most tokens whose logits are computed at once.
     """
-
-    def cast() -> torch.autocast:
-        return torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
-
+    cast = torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
     if len(tokens) <= at_once or isinstance(model, FSDPModule):
-        with cast():
+        with cast:
             numbers = call_as_forward(model, of_tokens, inputs, tokens, compute, at_once)
         total = loss(numbers, slice(None))
         total.backward()
         return total.detach(), numbers.detach()
-    with cast():
-        hidden = _hidden(model, inputs, tokens)
+    with cast:
+        hidden = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[tokens]
     # The backward pass goes through the unembedding piece by piece, then once through the decoder.
     leaf, head = hidden.detach().requires_grad_(), without_peft(model).get_output_embeddings()
     total, parts = torch.zeros((), device=tokens.device), []
     for start in range(0, len(tokens), at_once):
         piece = slice(start, start + at_once)
-        with cast():
+        with cast:
             numbers = compute(head(leaf[piece]), piece)
         part = loss(numbers, piece)
         part.backward()
@@ -163,7 +159,8 @@ def of_tokens(
     unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
     pieces.
     """
-    hidden, head = _hidden(model, inputs, tokens), without_peft(model).get_output_embeddings()
+    hidden = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[tokens]
+    head = without_peft(model).get_output_embeddings()
     if len(hidden) <= at_once:
         return compute(head(hidden), slice(None))
     forward = head.forward
@@ -183,12 +180,6 @@ def of_tokens(
     return whole
 
 
-def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
-    hidden: Tensor = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[tokens]
-
-
 def tokens_at_once(model: nn.Module, max_logits: int) -> int:
     """Return the number of tokens that have at most `max_logits` logits, at least 1."""
     return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
@@ -204,16 +195,13 @@ def add_gradient(
         autocast: the type of autocast; None for fp32.
         max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit.
     """
-    tokens, targets = _scored(batch)
+    inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
     at_once = len(tokens) if max_logits is None else tokens_at_once(model, max_logits)
-
-    def loss(nlls: Tensor, _: slice) -> Tensor:
-        return nlls.sum() / divisor
-
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
-        nll, _ = backward_in_pieces(model, {"input_ids": batch.inputs}, tokens, _nlls(targets), loss, autocast, at_once)
-    return nll
+        return backward_in_pieces(
+            model, inputs, tokens, _nlls(targets), lambda nlls, _: nlls.sum() / divisor, autocast, at_once
+        )[0]
 
 
 def batch_gradient(
@@ -229,10 +217,10 @@ def batch_gradient(
     """
     processes, device, lengths = machine.processes, machine.device, split.lengths()
     share = examples[processes.share(lengths[examples])]
-    tokens = int(processes.total(lengths[share].sum()))
     parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
     batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
-    scored = int(processes.total(sum(batch.scored for batch in batches)))
+    counts = [lengths[share].sum(), sum(batch.scored for batch in batches)]
+    tokens, scored = processes.gather(counts).sum(0).astype(int).tolist()
 
     def add() -> float:
         nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -241,7 +229,7 @@ def batch_gradient(
         return nll.item()
 
     nll = deterministically(add, model.zero_grad, machine)
-    return processes.total(nll), tokens, scored
+    return float(processes.gather([nll]).sum()), tokens, scored
 
 
 @torch.no_grad()

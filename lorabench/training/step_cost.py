@@ -54,23 +54,17 @@ def measure_compute(
 ) -> pd.DataFrame:
     """Measure a step of FullFT and of LoRA on all layers at each rank, on random tokens that are all scored.
 
-    - `linear_flops` counts the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As
-      in the formula, every layer computes the gradient of its input. In training LoRA needs no such gradient below the
-      first adapted layer, so the output of the embedding is made to require one, in both arms and for the count alone.
-      `total_flops` also counts the products of attention in full, without the saving of a causal mask. FLOPs are
+    The rows of the table `compute` that this returns, FullFT first, have in the columns
+
+    - `linear_flops` the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As in the
+      formula, every layer computes the gradient of its input: the output of the embedding is made to require one, for
+      the count alone. `total_flops` also has the products of attention, without the saving of a causal mask. FLOPs are
       counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
-    - `step_s` is the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
+    - `step_s` the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
       changes of the machine's speed affect all arms alike.
-    - `peak_mem_bytes` is the size of parameters, buffers and optimizer state, plus the most that other tensors
-      (gradients, activations, temporaries) take at any time in a step. On a GPU the latter is read from the allocator,
-      on a CPU from the lifetime of every tensor's storage; neither includes the memory of libraries.
-
-    Args:
-        name: name of the model in the table.
-        threads: number of CPU threads.
-
-    Returns:
-        Rows of the table `compute`, FullFT first.
+    - `peak_mem_bytes` the size of parameters, buffers and optimizer state, plus the most that other tensors take at any
+      time in a step. On a GPU the latter is read from the allocator, on a CPU from the lifetime of every tensor's
+      storage; neither includes the memory of libraries.
 
     Raises:
         UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
@@ -96,9 +90,8 @@ def measure_compute(
         "device": machine_state(device)["device"],
         "threads": torch.get_num_threads(),
     }
-    generator, shape = torch.Generator().manual_seed(0), (experiment.batch_size, length)
-    tokens = (torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2))
-    batch = Batch(*tokens)
+    generator, shape = torch.Generator().manual_seed(0), (2, experiment.batch_size, length)
+    batch = Batch(*torch.randint(base.config.vocab_size, shape, generator=generator).to(device))
     rows: list[dict[str, Any]] = []
     steps = []
     for rank in (None, *experiment.ranks):
@@ -186,12 +179,7 @@ def training_step(model: Any, batch: Batch, protocol: Protocol) -> tuple[Callabl
     """
     autocast = torch.bfloat16 if protocol.precision == "bf16" else None
     optimizer = torch.optim.AdamW(
-        trained_parameters(model).values(),
-        lr=0.0,
-        betas=(protocol.betas[0], protocol.betas[1]),
-        eps=protocol.eps,
-        weight_decay=protocol.weight_decay,
-        fused=True,
+        trained_parameters(model).values(), lr=0.0, weight_decay=protocol.weight_decay, fused=True
     )
 
     def step() -> None:
@@ -212,7 +200,7 @@ def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: 
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
-    """Return the most bytes that a step had allocated at any time beyond those allocated before it."""
+    """Return the most bytes that a step had allocated at any time beyond those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -231,19 +219,17 @@ class NewStorages(TorchDispatchMode):
         self.bytes, self.peak = 0, 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
+    def _add(self, size: int) -> None:
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def storages(tree: Any) -> list[Any]:
-            return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-        def freed(size: int) -> None:
-            self.bytes -= size
-
-        self._seen.update(storages((args, kwargs)))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._seen.update(tensor.untyped_storage() for tensor in given)
         out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage not in self._seen:
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, freed, storage.nbytes())
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return out

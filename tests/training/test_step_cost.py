@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -57,6 +60,20 @@ def test_square_layers_cost_the_papers_formula_and_the_table_is_as_documented(sq
     # 32 tokens go through 2 x 7 layers and the unembedding: three products each, two FLOPs per multiply-add.
     assert table["linear_flops"][0] == 32 * 15 * 3 * 2 * N * N
     assert ratios(table) == pytest.approx({rank: 2 / 3 + 2 * rank / N for rank in RANKS}, rel=1e-12)
+
+
+def test_growth_is_that_of_the_allocator(square, tmp_path):
+    """The reference is torch.profiler, which records every block of the CPU's allocator."""
+    model, batch = step_cost.load_model(square), torch.arange(32).reshape(2, 16)
+    step, _ = step_cost.training_step(model, Batch(batch, batch), Protocol())
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    blocks = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    peak = max(np.cumsum([size for _, size in blocks]))
+    assert step_cost.growth(step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
 
 
 def test_flops_are_counted_without_computing(square):
