@@ -6,12 +6,11 @@ imply.
 
 In a mixture of experts each expert has a LoRA of its own, whose rank is the total rank divided by the number of active
 experts, at least 1 (the paper, "Layers where LoRA is applied"), and whose scaling is alpha over that rank. The router
-has none. Where a model keeps its experts fused in one parameter (gate and up as one matrix, all experts stacked), gate
-and up share an A, so that there are fewer LoRA parameters than with separate matrices.
+has none. Where experts are fused in one parameter (gate and up as one matrix, experts stacked), gate and up share an A.
 
 Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLoRA take a part of each weight out of the
-base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was. QLoRA
-rounds the base to 4 bits.
+base and start the adapter with it. QLoRA rounds the base to 4 bits (NF4), but holds it as other weights, so that no
+memory is saved; in fp32, bitsandbytes trains with the same results.
 
 PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers, but of no fused
 experts or sharded models. The products with A and B are added to the base's result in place, and no product of the size
@@ -34,7 +33,6 @@ from torch.autograd.function import once_differentiable
 
 from lorabench.config.fields import FROM_WEIGHTS, ROUTERS, SUFFIXES, Method, Placement, placement_of
 from lorabench.errors import UserError
-from lorabench.models.nf4 import round_to_nf4
 from lorabench.models.specs import merging_is_cheaper
 
 if TYPE_CHECKING:
@@ -49,13 +47,21 @@ _OPTIONS: dict[Method, dict[str, Any]] = {
 """What PEFT's LoraConfig is told of a variant beyond LoRA's own options."""
 
 
+_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The levels of NF4 (Dettmers et al., 2023, appendix E), in units of the largest absolute value of 64 numbers."""
+
+
 def in_expert(name: str) -> bool:
     """Return whether a module or parameter belongs to an expert, judging by its full name."""
     return "experts" in name.split(".")[:-1]
 
 
 def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> tuple[list[str], list[str]]:
-    """Return the full names of the layers that carry LoRA: linear layers, and parameters that are a stack of experts.
+    """Return the full names of the linear layers, and of the stacks of experts, that carry LoRA.
 
     UserError says that the model has no such layer under a known name, or that some would silently get no LoRA.
     """
@@ -166,6 +172,19 @@ def add_lora(
     return peft_model
 
 
+def round_to_nf4(model: PreTrainedModel) -> None:
+    """Round the weights of all linear layers but the unembedding, which transformers does not quantize either."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            weight = module.weight.data
+            blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+            scales = blocks.abs().amax(1, keepdim=True)
+            levels = torch.tensor(_LEVELS, dtype=weight.dtype, device=weight.device)
+            relative = blocks / scales.clamp(min=torch.finfo(weight.dtype).tiny)
+            nearest = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+            module.weight.data = (levels[nearest] * scales).flatten()[: weight.numel()].view_as(weight)
+
+
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Save a trained adapter for the base model as it was before training.
 
@@ -222,9 +241,9 @@ def tie_beneath(model: PeftModel) -> None:
 def hold_in_bf16(model: PreTrainedModel) -> None:
     """Store the weights of a base's linear layers in bf16 where that changes none, before it gets LoRA.
 
-    Under autocast to bf16 all results are the same, bit for bit, since it would cast these weights to bf16 itself.
-    Other weights stay in fp32: those that bf16 would round, that of an unembedding which is also the embedding, whose
-    results are added to in fp32, and those of norms and experts, which compute in fp32. `model.float()` undoes it.
+    Under autocast to bf16 all results are the same, bit for bit, since it would cast these weights itself. Those that
+    bf16 would round, those of an embedding, and those of norms and experts, which compute in fp32, stay in fp32.
+    `model.float()` undoes it.
     """
     embedding: Any = model.get_input_embeddings()
     for layer in model.modules():

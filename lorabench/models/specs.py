@@ -173,11 +173,6 @@ class Dimensions:
                 active += m.active * own * (m.d_in + m.d_out)
         return total, active
 
-    def held_in_bf16(self) -> int:
-        """Return the number of frozen parameters that `lorabench.models.lora.hold_in_bf16` stores in bf16."""
-        parts = {"attn", "mlp"} | (set() if self.tied else {"unembedding"})
-        return sum(matrix.parameters for matrix in self.matrices if matrix.part in parts) if self.in_bf16 else 0
-
     def adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
         """Return the linear layers with LoRA."""
         parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
@@ -262,17 +257,6 @@ def dimensions_of_config(config: ModelConfig) -> Dimensions:
     )
 
 
-def guessed_dimensions(parameters: int, hidden: int) -> Dimensions:
-    """Return the sizes of a Llama with this number of parameters and width, for a model of unknown sizes."""
-    heads = max(1, hidden // 128)
-    # A small model has a small vocabulary too.
-    vocabulary = min(128_000, max(1, parameters // (4 * hidden)))
-    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
-    one_layer = Dimensions(hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
-    layers = round((parameters - vocabulary * hidden) / one_layer.layer_parameters)
-    return replace(one_layer, layers=max(1, layers))
-
-
 @cache
 def dimensions(model: ModelSpec) -> Dimensions:
     """Return the sizes of a preset's model: from a configuration with as many parameters within 2%, else guessed."""
@@ -290,7 +274,13 @@ def dimensions(model: ModelSpec) -> Dimensions:
             if abs(known.parameters / model.parameters - 1) <= 0.02:
                 # A dequantized file has weights that bf16 would round.
                 return replace(known, in_bf16=known.in_bf16 and not isinstance(model, GgufModel))
-    return guessed_dimensions(model.parameters, model.hidden_size)
+    # The sizes of a Llama of this width. A small model has a small vocabulary too.
+    parameters, hidden = model.parameters, model.hidden_size
+    heads, vocabulary = max(1, hidden // 128), min(128_000, max(1, parameters // (4 * hidden)))
+    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
+    one_layer = Dimensions(hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
+    layers = round((parameters - vocabulary * hidden) / one_layer.layer_parameters)
+    return replace(one_layer, layers=max(1, layers))
 
 
 MAX_BLOCK_QUERIES = 80

@@ -56,19 +56,16 @@ def measure_compute(
 
     The rows of the table `compute` that this returns, FullFT first, have in the columns
 
-    - `linear_flops` the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As in the
-      formula, every layer computes the gradient of its input: the output of the embedding is made to require one, for
-      the count alone. `total_flops` also has the products of attention, without the saving of a causal mask. FLOPs are
-      counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
+    - `linear_flops` the products of the linear layers, with 2 FLOPs per multiply-add, and in `total_flops` those of
+      attention too, without the saving of a causal mask. They are counted while PEFT computes LoRA; time and memory are
+      measured with the layers that runs are trained with.
     - `step_s` the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
       changes of the machine's speed affect all arms alike.
     - `peak_mem_bytes` the size of parameters, buffers and optimizer state, plus the most that other tensors take at any
-      time in a step. On a GPU the latter is read from the allocator, on a CPU from the lifetime of every tensor's
-      storage; neither includes the memory of libraries.
+      time in a step, without the memory of libraries.
 
-    Raises:
-        UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
-            takes fewer tokens than the experiment's sequences have.
+    UserError says that the model cannot be read, has experts (to which the formula does not apply), changes its logits,
+    or takes fewer tokens.
     """
     bf16, cuda = protocol.precision == "bf16", device.type == "cuda"
     torch.set_num_threads(threads)
@@ -151,8 +148,8 @@ def effective_width(model: PreTrainedModel, include_unembedding: bool) -> float:
 def count_flops(model: Any, batch: Batch, bf16: bool) -> tuple[int, int]:
     """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total.
 
-    Nothing is computed: the tensors have shapes and types but no content. Only the plain attention kernel has its
-    products counted on every device, and at lengths of thousands of tokens its scores would not fit into a GPU.
+    As in the formula, every layer computes the gradient of its input. Nothing is computed: the tensors have no content,
+    since the scores of the plain attention kernel, the only one that is counted everywhere, might not fit into a GPU.
     """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -53,17 +53,6 @@ class ResponseGroup:
         responses = [self.responses[row] for row in rows]
         return ResponseGroup(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
 
-    def distinct(self) -> ResponseGroup:
-        """Return the group with equal responses merged: short answers are often drawn several times."""
-        seen: dict[tuple[bytes, bytes, float], int] = {}
-        first = [
-            seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), row)
-            for row, (response, reward) in enumerate(zip(self.responses, self.rewards, strict=True))
-        ]
-        rows = list(seen.values())
-        times = np.bincount(first, self.times, len(first))[rows]
-        return replace(self.part(rows), times=times)
-
 
 # What a process without any row computes while other processes have rows.
 _NOTHING = ResponseGroup.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
@@ -153,9 +142,9 @@ def row_parts(
 ) -> Iterator[list[ResponseGroup]]:
     """Split groups into rows, and this process's share of the rows into parts with little padding.
 
-    Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
+    A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
-    rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
+    rows = [row for group in groups for row in _rows(group, max_tokens)]
     lengths = np.array([_length(row) for row in rows])
     share = processes.share(lengths)
     # Rows with a mask and rows without are not computed together.
@@ -164,7 +153,15 @@ def row_parts(
 
 
 def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
-    """Fill rows with responses up to the limit of shared rows; a response that is longer has a row of its own."""
+    """Fill rows with the distinct responses, up to the limit of shared rows; a longer one has a row of its own."""
+    # Short answers are often drawn several times.
+    seen: dict[tuple[bytes, bytes, float], int] = {}
+    first = [
+        seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), place)
+        for place, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True))
+    ]
+    distinct = list(seen.values())
+    group = replace(group.part(distinct), times=np.bincount(first, group.times, len(first))[distinct])
     limit = row_limit(len(group.prompt) + max(len(response.tokens) for response in group.responses), max_tokens)
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
     for index, response in enumerate(group.responses[1:], 1):

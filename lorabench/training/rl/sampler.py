@@ -252,16 +252,11 @@ def _logits_at_end(
 
     The attention mask is (rows, all tokens) or (rows, 1, tokens, all tokens). The cache grows by all new tokens.
     """
-    rows, length = ids.shape
-    with computing_only(model, torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()):
-        logits: Tensor = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            logits_to_keep=last,
-            **{cache_argument(without_peft(model)): cache},
-        ).logits
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, -last:].flatten()
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    inputs |= {cache_argument(without_peft(model)): cache}
+    with computing_only(model, places):
+        logits: Tensor = model(**inputs, use_cache=True, logits_to_keep=last).logits
     return logits
 
 
