@@ -59,8 +59,8 @@ class SweepContext:
 
     def checkpoint(self, run: Run) -> Checkpoint:
         """Return the checkpoint of a run."""
-        machine = self.machine
-        return Checkpoint(self.folder(run).checkpoint, run.run_id, machine.checkpoint_seconds, machine.processes)
+        path, machine = self.folder(run).checkpoint, self.machine
+        return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
     @cached_property
     def recomputed_layers(self) -> tuple[int, int]:

@@ -115,9 +115,10 @@ def train_sft(
     condition, train = run.condition, data["train"]
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
-    # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
     # The weights of DoRA and full fine-tuning are no base plus a product of two factors.
-    probe = AdapterProbe(adapter_pairs(model)) if condition.method in ("lora", *CHANGES_BASE) else None
+    pairs = adapter_pairs(model) if condition.method in ("lora", *CHANGES_BASE) else {}
+    # A checkpoint, which is loaded below, has another A.
+    initial_a = {name: a.detach().clone() for name, (a, _, _) in pairs.items()}
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
     probe_at = validate_at | {round(step) for step in np.geomspace(1, condition.steps, protocol.probe_points or 0)}
@@ -151,13 +152,11 @@ def train_sft(
             )
         if step * condition.batch_size <= len(train):
             epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
-        probed = probe if step in probe_at else None
-        if probed:
-            probed.before_step()
         set_lr(optimizer, step, condition.steps, protocol)
-        optimizer.step()
-        if probed:
-            record(step, "train", probed.after_step())
+        if pairs and step in probe_at:
+            record(step, "train", measured_step(pairs, initial_a, optimizer))
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         if step == condition.steps:
             point, valid = validation.last(model, machine)
@@ -192,58 +191,43 @@ Pair = tuple[Tensor, Tensor, float]
 """The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
 
 
-class AdapterProbe:
-    """Measures single optimizer steps of a LoRA adapter, given the factors of `lorabench.models.lora.adapter_pairs`.
+@torch.no_grad()
+def measured_step(
+    pairs: Mapping[str, Pair], initial_a: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """Make an optimizer step of a LoRA adapter, given its pairs by layer, and return measures of the step by name.
 
-    The measures need no matrix of the layer's size: with U of few columns and V of few rows, ||U V||_F^2 is the sum
-    over entries of (U^T U) * (V V^T), and the singular values of U are the square roots of the eigenvalues of U^T U.
+    - a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
+    - update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
+    - b_over_a: share of layers whose B has a larger spectral norm than A.
+    - descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
 
-    Construct the probe before the first step, since it remembers the initial A. Call `before_step()` when the batch's
-    gradients are computed, and clipped where they are, and `after_step()` after the update.
+    They need no matrix of the layer's size: with U of few columns and V of few rows, ||U V||_F^2 is the sum over
+    entries of (U^T U) * (V V^T), and the singular values of U are the square roots of the eigenvalues of U^T U.
     """
-
-    def __init__(self, pairs: Mapping[str, Pair]) -> None:
-        self._pairs = dict(pairs)
-        self._initial_a = {name: a.detach().clone() for name, (a, _, _) in self._pairs.items()}
-        self._before: dict[str, list[Tensor]] = {}
-
-    def before_step(self) -> None:
-        """Copy the factors and gradients that the step will change."""
-        for name, (a, b, _) in self._pairs.items():
-            gradients = (torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in (a, b))
-            self._before[name] = [tensor.detach().clone() for tensor in (a, b, *gradients)]
-
-    @torch.no_grad()
-    def after_step(self) -> dict[str, float]:
-        """Return the measures of the step since `before_step()` by name; none if no layer carries LoRA.
-
-        - a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
-        - update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
-        - b_over_a: share of layers whose B has a larger spectral norm than A.
-        - descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
-        """
-        if not self._pairs:
-            return {}
-        layers = []
-        for name, (a, b, scaling) in self._pairs.items():
-            initial_a = full_tensor(self._initial_a[name])
-            old_a, old_b, a_grad, b_grad = map(full_tensor, self._before.pop(name))
-            a, b = full_tensor(a), full_tensor(b)
-            a_step, b_step = (a - old_a).double(), (b - old_b).double()
-            descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
-            # B'A' - BA = (B' - B) A' + B (A' - A).
-            left = torch.cat([b_step, old_b.double()], dim=1)
-            right = torch.cat([a.double(), a_step], dim=0)
-            update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
-            moved = (a - initial_a).double().norm() / initial_a.double().norm()
-            grams = torch.stack([a.double() @ a.double().T, b.double().T @ b.double()])
-            # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
-            largest = torch.linalg.eigvalsh(torch.nan_to_num(grams))[:, -1]
-            layers.append(torch.stack([moved, update, descent, (largest[1] > largest[0]).double()]))
-        # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
-        moved, update, descent, larger = torch.stack(layers).T
-        measures = torch.stack([moved.mean(), update.sum().clamp(min=0).sqrt(), larger.mean(), descent.sum()])
-        return dict(zip(("a_moved", "update_norm", "b_over_a", "descent"), measures.tolist(), strict=True))
+    before = {name: (full_tensor(a).clone(), full_tensor(b).clone()) for name, (a, b, _) in pairs.items()}
+    optimizer.step()
+    layers = []
+    for name, (own_a, own_b, scaling) in pairs.items():
+        (old_a, old_b), a, b = before.pop(name), full_tensor(own_a), full_tensor(own_b)
+        a_step, b_step = (a - old_a).double(), (b - old_b).double()
+        gradients = (torch.zeros_like(own) if own.grad is None else own.grad for own in (own_a, own_b))
+        a_grad, b_grad = map(full_tensor, gradients)
+        descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
+        # B'A' - BA = (B' - B) A' + B (A' - A).
+        left = torch.cat([b_step, old_b.double()], dim=1)
+        right = torch.cat([a.double(), a_step], dim=0)
+        update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
+        initial = full_tensor(initial_a[name])
+        moved = (a - initial).double().norm() / initial.double().norm()
+        grams = torch.stack([a.double() @ a.double().T, b.double().T @ b.double()])
+        # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
+        largest = torch.linalg.eigvalsh(torch.nan_to_num(grams))[:, -1]
+        layers.append(torch.stack([moved, update, descent, (largest[1] > largest[0]).double()]))
+    # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
+    moved, update, descent, larger = torch.stack(layers).T
+    measures = torch.stack([moved.mean(), update.sum().clamp(min=0).sqrt(), larger.mean(), descent.sum()])
+    return dict(zip(("a_moved", "update_norm", "b_over_a", "descent"), measures.tolist(), strict=True))
 
 
 class SftTrainer:
