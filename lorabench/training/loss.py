@@ -167,11 +167,6 @@ def of_tokens(
     return whole
 
 
-def tokens_at_once(model: nn.Module, max_logits: int) -> int:
-    """Return the number of tokens that have at most `max_logits` logits, at least 1."""
-    return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
-
-
 def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
@@ -181,7 +176,7 @@ def add_gradient(
     `MAX_LOGITS`) may be None for no limit.
     """
     inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
-    at_once = len(tokens) if max_logits is None else tokens_at_once(model, max_logits)
+    at_once = len(tokens) if max_logits is None else max(1, max_logits // without_peft(model).config.vocab_size)
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
         return backward_in_pieces(
@@ -218,7 +213,8 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
     """Return the NLL of each example of a split over its scored tokens, in nats: (examples,), in all processes."""
     processes, kind = machine.processes, machine.device.type
     counts, share = scored_by_example(split), processes.share(split.lengths())
-    nats, owners, at_once = [np.zeros(0)], [share[:0]], tokens_at_once(model, MAX_LOGITS[kind])
+    nats, owners = [np.zeros(0)], [share[:0]]
+    at_once = max(1, MAX_LOGITS[kind] // without_peft(model).config.vocab_size)
     parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
         batch = collate(split, examples, machine.device)

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -41,9 +41,6 @@ from lorabench.store.schemas import COMPUTE
 from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient, check_plain_head
 from lorabench.training.run import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Steps before time is measured: the optimizer's state is allocated and caches fill.
 _WARM_UP = 2
@@ -78,11 +75,16 @@ def measure_compute(
     longest = base.config.max_position_embeddings
     if length > longest:
         raise UserError(f"sequence_length = {length}: model {name!r} takes at most {longest} tokens")
+    if getattr(base.config, "num_experts_per_tok", None):
+        raise UserError(f"{type(base).__name__} has experts; the count of FLOPs is that of a dense model")
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)}
+    chosen = [layers[name] for name in targets(base, "all", protocol.include_unembedding)[0]]
+    products = sum(layer.in_features * layer.out_features for layer in layers.values())
     common = {
         "model": name,
         "batch_size": experiment.batch_size,
         "sequence_length": length,
-        "effective_width": effective_width(base, protocol.include_unembedding),
+        "effective_width": 2 * products / sum(layer.in_features + layer.out_features for layer in chosen),
         "base_params": base_parameters(base),
         "device": machine_state(device)["device"],
         "threads": torch.get_num_threads(),
@@ -129,20 +131,6 @@ def measure_compute(
                 measured.append(time.perf_counter() - start)
     table = pd.DataFrame(rows).assign(step_s=[median(measured) for measured in seconds])
     return table.reindex(columns=COMPUTE.names).astype({"rank": "Int64"})
-
-
-def effective_width(model: PreTrainedModel, include_unembedding: bool) -> float:
-    """Return N of the formula in the module's docstring, for LoRA on all layers.
-
-    Raises:
-        UserError: the model has experts, each of which computes only some of the tokens.
-    """
-    chosen, _ = targets(model, "all", include_unembedding)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    if getattr(model.config, "num_experts_per_tok", None):
-        raise UserError(f"{type(model).__name__} has experts; the count of FLOPs is that of a dense model")
-    products = sum(layer.in_features * layer.out_features for layer in layers.values())
-    return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen)
 
 
 def count_flops(model: Any, batch: Batch, bf16: bool) -> tuple[int, int]:

@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config.experiments import ComputeExperiment, Protocol
-from lorabench.config.inputs import PathModel
+from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
 from lorabench.training.loss import Batch
-from lorabench.training.step_cost import effective_width, measure_compute
+from lorabench.training.step_cost import measure_compute
 
 RANKS = [1, 8, 64]
 N = 64
@@ -100,7 +100,5 @@ def test_the_formula_has_the_gradients_that_a_frozen_embedding_saves(square, mon
 def test_what_can_not_be_measured_is_said(square):
     with pytest.raises(UserError, match="sequence_length = 65: model 'it' takes at most 64 tokens"):
         measured(square, sequence_length=65)
-    model = step_cost.load_model(square)
-    model.config.num_experts_per_tok = 2
-    with pytest.raises(UserError, match="LlamaForCausalLM has experts"):
-        effective_width(model, include_unembedding=True)
+    with pytest.raises(UserError, match="Qwen3MoeForCausalLM has experts"):
+        measured(TinyModel(kind="tiny", name="moe-128"))

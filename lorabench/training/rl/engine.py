@@ -126,21 +126,6 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 
-def handover_folder(needed: int) -> Path:
-    """Return this machine's folder for files of `needed` bytes, in memory if it has room; UserError if none has."""
-    folders = [*([MEMORY] if os.access(MEMORY, os.W_OK) else []), Path(tempfile.gettempdir())]
-    free = {folder: shutil.disk_usage(folder).free for folder in folders}
-    for folder, space in free.items():
-        if space >= needed:
-            return folder
-    there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
-    raise UserError(
-        f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are {there} free; "
-        "make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR name a larger folder of "
-        "this machine, or set execution.sampler to own"
-    )
-
-
 class PolicyEngine(AbstractContextManager["PolicyEngine"]):
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
@@ -158,11 +143,27 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         self._folders = [self._caches]
 
     def make_room(self, needed: int) -> None:
-        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this."""
-        if needed > self._room:
-            made = [machine_folder(handover_folder(needed))] if self._processes.first else []
-            [self._folder] = self._processes.gather_objects(made)[0]
-            self._folders, self._room = [*self._folders, *made], needed
+        """Choose the folder through which policies of `needed` bytes are handed over, in memory if it has room.
+
+        Every process must call this. UserError says that no folder of this machine has room.
+        """
+        if needed <= self._room:
+            return
+        made = []
+        if self._processes.first:
+            folders = [*([MEMORY] if os.access(MEMORY, os.W_OK) else []), Path(tempfile.gettempdir())]
+            free = {folder: shutil.disk_usage(folder).free for folder in folders}
+            parent = next((folder for folder, space in free.items() if space >= needed), None)
+            if parent is None:
+                there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
+                raise UserError(
+                    f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are "
+                    f"{there} free; make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR "
+                    "name a larger folder of this machine, or set execution.sampler to own"
+                )
+            made = [machine_folder(parent)]
+        [self._folder] = self._processes.gather_objects(made)[0]
+        self._folders, self._room = [*self._folders, *made], needed
 
     def __exit__(self, *error: Any) -> None:
         self._stop()

@@ -22,7 +22,7 @@ from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
-from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, tokens_at_once
+from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens
 from lorabench.training.rl.sampler import Request, Response, packed, window
 from lorabench.training.run import Machine
 
@@ -247,7 +247,7 @@ def _compute(
         mask.masked_fill_(~visible, -math.inf)
         del visible
         inputs |= {"position_ids": layout.positions, "attention_mask": mask}
-    at_once = tokens_at_once(model, MAX_LOGITS[sources.device.type])
+    at_once = max(1, MAX_LOGITS[sources.device.type] // without_peft(model).config.vocab_size)
 
     def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:
         distribution = torch.log_softmax(logits.float(), -1)
