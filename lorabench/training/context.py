@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,11 +123,11 @@ class SweepContext:
                 staged = RunFolder(staging.parent, staging.name)
                 write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
-                if keep and condition.method == "fullft":
-                    model.save_pretrained(staged.weights, state_dict=state)
-                elif keep:
-                    save_adapter(model, staged.weights, state)
                 if keep:
+                    if condition.method == "fullft":
+                        model.save_pretrained(staged.weights, state_dict=state)
+                    else:
+                        save_adapter(model, staged.weights, state)
                     card = model_card(record, self.layout.model(condition.model))
                     (staged.weights / "README.md").write_text(card, encoding="utf-8")
         processes.wait()
@@ -209,16 +209,18 @@ def code_state(patches: Path) -> dict[str, str | None]:
         command = ["git", "-C", str(_REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
-    state: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
-    with suppress(OSError, subprocess.SubprocessError):
+    unknown: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
+    try:
         if Path(os.fsdecode(git("rev-parse", "--show-toplevel").strip())).resolve() != _REPOSITORY.resolve():
-            return state
+            return unknown
         sha = git("rev-parse", "HEAD").decode().strip()
         # Other tracked files, such as figures, do not affect a run.
         diff = git("diff", "HEAD", "--", "lorabench", "workflow")
-        state = {"git_sha": sha, "git_dirty_patch": hashlib.sha256(diff).hexdigest()[:16] if diff else None}
-        path = patches / f"{state['git_dirty_patch']}.patch"
-        if diff and not path.exists():
-            with atomic_path(path) as partial:
-                partial.write_bytes(diff)
-    return state
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    patch = hashlib.sha256(diff).hexdigest()[:16] if diff else None
+    path = patches / f"{patch}.patch"
+    if diff and not path.exists():
+        with atomic_path(path) as partial:
+            partial.write_bytes(diff)
+    return {"git_sha": sha, "git_dirty_patch": patch}
