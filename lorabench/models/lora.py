@@ -250,7 +250,7 @@ def hold_in_bf16(model: PreTrainedModel) -> None:
         if not isinstance(layer, nn.Linear) or layer.weight is embedding.weight or layer.weight.dtype != torch.float32:
             continue
         rounded = layer.weight.detach().bfloat16()
-        if bool((rounded.float() == layer.weight).all()):
+        if torch.equal(rounded.float(), layer.weight):
             layer.weight.data = rounded
             # PEFT creates A and B in this type rather than in that of the weight, which would round A.
             layer.compute_dtype = torch.float32  # type: ignore[assignment]

@@ -210,7 +210,9 @@ class ModelConfig(BaseModel):
     def of(cls, content: bytes | str | Mapping[str, Any], where: str) -> Self:
         """Return the configuration in JSON or an object; ModelError, beginning with `where`, if invalid."""
         try:
-            return (cls.model_validate if isinstance(content, Mapping) else cls.model_validate_json)(content)
+            if isinstance(content, Mapping):
+                return cls.model_validate(content)
+            return cls.model_validate_json(content)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             key = f"{problem['loc'][0]}: " if problem["loc"] else ""
