@@ -195,7 +195,7 @@ class Base:
 def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
     """Return a base model with the new adapter of a run."""
     condition, head = run.condition, context.plan.preset.protocol.include_unembedding
-    sizes: Any = condition.rank, condition.placement, condition.alpha
+    sizes: tuple[Any, Any, Any] = condition.rank, condition.placement, condition.alpha
     return add_lora(model, *sizes, head, run.seed, condition.init_a or 1.0, condition.method)
 
 

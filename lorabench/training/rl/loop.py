@@ -269,8 +269,8 @@ def train_rl(
             # mean of what the last steps drew from the same policy is expected of them.
             scores, expected = evaluated(condition.steps), {"reward": 0.0}
             for metric in ("response_length", "truncated", "reflection", "entropy"):
-                values = [point.value for point in _train_points(outcome.curve, metric)[-COLLAPSED_STEPS:]]
-                expected[metric] = float(np.mean([math.nan if value is None else value for value in values]))
+                last = [point.value for point in _train_points(outcome.curve, metric)[-COLLAPSED_STEPS:]]
+                expected[metric] = float(np.mean([math.nan if value is None else value for value in last]))
             for later in range(step, condition.steps + 1):
                 record(later, "train", expected)
                 for split, values in scores.items() if later in evaluate_at else ():
@@ -335,9 +335,9 @@ def train_rl(
         finish(step)
 
     for metric in ("entropy", "truncated"):
-        values = [point.value for point in _train_points(outcome.curve, metric)]
-        last = [value for value in values[-math.ceil(len(values) / 10) :] if value is not None]
-        setattr(outcome, f"final_{metric}", float(np.mean(last)) if last else None)
+        points = _train_points(outcome.curve, metric)
+        ends = [point.value for point in points[-math.ceil(len(points) / 10) :] if point.value is not None]
+        setattr(outcome, f"final_{metric}", float(np.mean(ends)) if ends else None)
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
