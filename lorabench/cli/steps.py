@@ -131,7 +131,9 @@ def train(
     run: Annotated[str | None, Option(help="Train only the run with this id, of a job of a single sweep.")] = None,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
-    from lorabench.training.distributed import errors_to_launcher, is_worker, launch
+    from torch.distributed import is_torchelastic_launched
+
+    from lorabench.training.distributed import errors_to_launcher, launch
 
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def train(
         contexts.push(log_error)
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
-        if not is_worker():
+        if not is_torchelastic_launched():
             contexts.enter_context(own_gpus(planned, processes))
             if processes > 1:
                 launch(processes, [*_AGAIN, *sys.argv[1:]])
@@ -161,7 +163,7 @@ def train(
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join() if is_worker() else SINGLE_PROCESS
+        group = join() if is_torchelastic_launched() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             done, expected, _ = finished_runs(planned, layout)

@@ -172,8 +172,7 @@ def transformers_model(
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
-    from lorabench.models.lora import tie_beneath
-    from lorabench.models.nf4 import round_to_nf4
+    from lorabench.models.lora import round_to_nf4, tie_beneath
 
     source, adapter = _trained_model(spec, record, layout)
     model: Any = load_model(source)

@@ -76,8 +76,11 @@ def bf16_parameters(
     head = preset.protocol.include_unembedding
     # What PiSSA and OLoRA leave of a weight, and one of QLoRA in 4 bits, is not exact in bf16.
     if not sizes.in_bf16 or method in CHANGES_BASE:
-        return 0, sizes.carrying(placement, head)
-    return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
+        return 0, sum(matrix.parameters for matrix in sizes.adapted(placement, head) if matrix.part != "experts")
+    # As in `lorabench.models.lora.hold_in_bf16`.
+    parts = {"attn", "mlp"} | (set() if sizes.tied else {"unembedding"})
+    held = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in parts)
+    return held, sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:

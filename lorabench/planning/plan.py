@@ -189,7 +189,8 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
                 raise UserError(f"{title}: a mixture of experts can only have LoRA; allowed: dense models")
             if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
                 raise UserError(f"{title}: execution.sampler = vllm takes plain LoRA only; allowed: own")
-            smallest = sizes.smallest(condition.placement, preset.protocol.include_unembedding)
+            adapted = sizes.adapted(condition.placement, preset.protocol.include_unembedding)
+            smallest = min(min(matrix.d_in, matrix.d_out) for matrix in adapted)
             if condition.method in FROM_WEIGHTS and condition.rank > smallest:
                 raise UserError(
                     f"{title}: rank {condition.rank} is more than the smallest dimension of a layer, "

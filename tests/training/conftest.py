@@ -36,6 +36,10 @@ from lorabench.training.run import Machine
 from lorabench.training.sft import ValidationCurve, train_sft
 
 TINY, CPU = TinyModel(kind="tiny"), torch.device("cpu")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {
@@ -130,7 +134,7 @@ def train(
         head, init_a = protocol.include_unembedding, condition.init_a or 1.0
         arm = condition.rank, condition.placement, condition.alpha
         model = add_lora(model, *arm, head, seed, init_a, condition.method)
-        if not processes.sharded:
+        if processes.count == 1:
             use_fast_products(model)
     model = processes.shard(model)
     # B of a new adapter is zero.
