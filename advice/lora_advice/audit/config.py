@@ -47,8 +47,6 @@ class TrainingConfig:
     lr: float | None = None
     schedule: str | None = None
     """The framework's own word, such as `cosine`."""
-    warmup: float | None = None
-    """Steps of warm-up; a share of all steps if below 1."""
     optimizer: str | None = None
     """The framework's own word, such as `adamw_torch`."""
     micro_batch: int | None = None

@@ -79,7 +79,7 @@ def _count(value: Any) -> int | None:
     return int(read) if read is not None and read == int(read) and read > 0 else None
 
 
-def text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Return text in one line; null of what is empty or a place to fill in, such as `${MODEL}` or `<model>`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
@@ -88,44 +88,43 @@ def text(value: Any) -> str | None:
     return None if empty or any(mark in said for mark in ("${", "{{", "$(")) else said
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: Any) -> bool | None:
     """Return whether an option is on; words count as YAML and command lines write them."""
     if isinstance(value, str):
         return value.strip().lower() in ("true", "yes", "on", "1")
-    return bool(value) and not isinstance(value, Mapping | list)
+    return None if value is None else bool(value) and not isinstance(value, Mapping | list)
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
     """Return the names of a list; a text is one name."""
     items = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-    return tuple(name for item in items if (name := text(item)) is not None) or None
+    return tuple(name for item in items if (name := text_of(item)) is not None) or None
 
 
-def variant_of(initialization: str | None) -> str | None:
+def _variant(value: Any) -> str | None:
     """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
 
     A then starts larger, which by the theory `movement` matters in short runs alone (docs/audit-codes.md, lr).
     """
-    return None if initialization == "gaussian" else initialization
+    return None if value == "gaussian" else text_of(value)
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("model", "schedule", "optimizer", "precision"), text),
-    **dict.fromkeys(("lr", "warmup", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
+    **dict.fromkeys(("model", "schedule", "optimizer", "precision"), text_of),
+    **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
     **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch"), _count),
     **dict.fromkeys(("max_length", "rank"), _count),
-    **dict.fromkeys(("packing", "rslora", "dora"), lambda value: None if value is None else _flag(value)),
+    **dict.fromkeys(("packing", "rslora", "dora"), _flag),
     **dict.fromkeys(("targets", "target_parameters", "saved_modules"), _names),
-    "variant": lambda value: variant_of(text(value)),
+    "variant": _variant,
 }
 """How the value of a field of a record is read."""
-LORA_FIELDS = frozenset(
+_LORA_FIELDS = frozenset(
     [
         *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
         *("targets", "target_parameters", "saved_modules"),
     ]
 )
-_NEVER_NULL = {"rslora": False, "dora": False, "target_parameters": (), "saved_modules": ()}
 
 
 @dataclasses.dataclass
@@ -156,13 +155,6 @@ class Options:
         """Set the values of names that are not there, without a line, which marks a default."""
         self.values = {**defaults, **self.values}
 
-    def below(self, section: str) -> Options:
-        """Return the options with names below a section."""
-        return Options(
-            {f"{section}.{name}": value for name, value in self.values.items()},
-            {f"{section}.{name}": line for name, line in self.lines.items()},
-        )
-
     def get(self, names: str) -> Any:
         """Return the value of the first of some names that has one."""
         return next((self.values[name] for name in names.split() if self.values.get(name) is not None), None)
@@ -181,12 +173,11 @@ class Options:
 
     def text(self, names: str) -> str | None:
         """Return a text in one line."""
-        return text(self.get(names))
+        return text_of(self.get(names))
 
     def flag(self, names: str) -> bool | None:
         """Return whether an option is on; null if that is not said."""
-        value = self.get(names)
-        return None if value is None else _flag(value)
+        return _flag(self.get(names))
 
     def names(self, names: str) -> tuple[str, ...] | None:
         """Return a list of names; a text is one name."""
@@ -196,10 +187,6 @@ class Options:
         """Return the line of the first of some names that has a value."""
         name = next((name for name in names.split() if self.values.get(name) is not None), "")
         return self.lines.get(name)
-
-    def fields(self, keys: Mapping[str, str]) -> dict[str, Any]:
-        """Return fields of a record, from the names under which a format has them."""
-        return {name: kind(self.get(keys[name])) for name, kind in _KINDS.items() if name in keys}
 
     def without_effect(self, names: Sequence[str], reason: str, level: Level) -> list[Finding]:
         """Return the finding that those of some options that are set have no effect, since `reason`."""
@@ -214,10 +201,10 @@ class Options:
 
     def set_twice(self, effect: str) -> list[Finding]:
         """Return a finding for each name that a file sets more than once; `effect` says what the framework does."""
+        said = {name: f"{name} is set more than once: {effect}" for name in self.repeated}
         return [
-            Finding("repeated", "warning", f"{name} is set more than once: {effect}", THE_FILE, CERTAIN, "", "", line)
-            for name in self.repeated
-            for line in [self.lines.get(name)]
+            Finding("repeated", "warning", message, THE_FILE, CERTAIN, line=self.lines.get(name))
+            for name, message in said.items()
         ]
 
     def resolved(self) -> Options:
@@ -243,28 +230,27 @@ class Options:
 
 
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
-    """Return the options of a YAML file by dotted name; what has aliases of aliases may be refused.
+    """Return the options of a YAML file by dotted name, in which a list is a value.
 
     Raises:
-        UserError: it is not valid, or no mapping.
+        UserError: it is not valid, no mapping, or has too many options, such as by aliases of aliases.
     """
-    data, lines = load(content, as_omegaconf=as_omegaconf)
+    data, lines, repeated = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):
         raise UserError("it has no options: it is not a mapping")
-    return Options(flatten(data), lines, lines.repeated)
-
-
-def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name; a list is a value."""
     flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-        if len(flat) > _MOST_OPTIONS:
-            raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
-    return flat
+
+    def flatten(data: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in data.items():
+            if isinstance(value, Mapping):
+                flatten(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+            if len(flat) > _MOST_OPTIONS:
+                raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
+
+    flatten(data, "")
+    return Options(flat, lines, repeated)
 
 
 def record(
@@ -290,16 +276,13 @@ def record(
         lora: whether the fields of LoRA count, if the method is not full fine-tuning.
         said: further fields, and those that are not what their options say.
     """
-    fields = options.fields(keys) | said
-    if not lora or fields.get("method") == "fullft":
-        fields = {field: value for field, value in fields.items() if field not in LORA_FIELDS}
-    for field, value in _NEVER_NULL.items():
-        if fields.get(field) is None:
-            fields[field] = value
-    lines = {field: line for field, names in keys.items() if (line := options.line(names)) is not None}
-    lines = {field: line for field, line in lines.items() if fields.get(field) is not None}
-    steps, method = fields.get("steps") or 0, fields.get("method")
-    unused = {*(("epochs",) if steps > 0 else ()), *(LORA_FIELDS if method != "lora" else ())}
+    fields = {field: kind(options.get(keys[field])) for field, kind in _KINDS.items() if field in keys} | said
+    left_out = _LORA_FIELDS if not lora or fields.get("method") == "fullft" else ()
+    fields = {field: value for field, value in fields.items() if value is not None and field not in left_out}
+    lines = {field: line for field in fields if (line := options.line(keys.get(field, ""))) is not None}
+    unused = {"epochs"} if fields.get("steps", 0) > 0 else set()
+    if fields.get("method") != "lora":
+        unused |= _LORA_FIELDS
     wrong = list[Finding]()
     for field, (noun, low, high, kind) in _NUMBERS.items():
         value = options.get(keys.get(field, ""))
@@ -314,7 +297,7 @@ def record(
         if not allowed:
             message = f"the {noun} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
             wrong.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=options.line(keys[field])))
-            fields[field] = None
+            fields.pop(field, None)
     return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
 
 
@@ -326,7 +309,7 @@ def examples(config: Path, files: Any) -> int | None:
     """
     lines, left = 0, _LARGEST_DATA
     for name in files if isinstance(files, list) else [files]:
-        said = text(name) or ""
+        said = text_of(name) or ""
         try:
             file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
             if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
