@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from lora_advice.audit import check_run, compare_runs
-from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit import check_run
+from lora_advice.audit.config import TrainingConfig
 from lora_advice.audit.files import read_paths
 from lora_advice.audit.lr import judge
 from lora_advice.audit.regret import shipped_evidence
+from lora_advice.audit.settings import compare_runs
 from lora_advice.finding import Finding
 from lora_advice.models import facts
 from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
 def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the runs that a framework's examples state, and the findings above a note, one row each."""
     configs = read_paths([folder]).configs
-    alone = [finding for config in configs for finding in check_run(config, Knowledge())]
+    alone = [finding for config in configs for finding in check_run(config)]
     findings = alone + compare_runs(configs)
     about = {"framework": framework.name, "repository": framework.repository, "commit": framework.commit}
     runs = pd.DataFrame([about | _run(config, folder, findings) for config in configs])

@@ -14,14 +14,7 @@ Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]
 
 
-@dataclass(frozen=True)
-class Knowledge:
-    """What the user says about the runs and no file does."""
-
-    completion_tokens: float | None = None
-    """Mean number of scored tokens of an example."""
-    hub: bool = False
-    """Whether models that are not known here may be looked up on the hub."""
+METHODS: dict[Method, str] = {"lora": "LoRA", "fullft": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,6 @@ class TrainingConfig:
     epochs: float | None = None
     examples: int | None = None
     """Training examples, where the file or what lies beside it says so."""
-    max_length: int | None = None
-    """The longest sequence in tokens."""
-    packing: bool | None = None
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
@@ -98,6 +88,11 @@ class TrainingConfig:
         if self.micro_batch is not None:
             return self.micro_batch * (self.accumulation or 1) * (self.devices or 1)
         return None
+
+    @property
+    def per_device(self) -> bool:
+        """Whether the batch size is that of a device, of which the file does not say how many there are."""
+        return self.devices is None and self.global_batch is None and self.micro_batch is not None
 
     @property
     def variants(self) -> tuple[Variant, ...]:

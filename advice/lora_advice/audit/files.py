@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.limits import SECONDS, in_limits
+from lora_advice.audit.limits import SECONDS, SECONDS_WITH_HUB, in_limits
 from lora_advice.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
@@ -57,7 +57,7 @@ def read_paths(
     file_format: str | None = None,
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
-    seconds: float = SECONDS,
+    hub: bool = False,
 ) -> Reading:
     """Return the training runs that files state, in the order of the paths and then by name.
 
@@ -66,22 +66,22 @@ def read_paths(
         file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
         check: what is to be found of a run.
         skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
-        seconds: that reading and checking a file may take.
+        hub: whether a check may wait for the hub.
 
     Raises:
         UserError: a path or the format is not there.
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
-    files, not_read = dict[str, tuple[Path, bool]](), list[NotRead]()
+    files, reading = dict[str, tuple[Path, bool]](), Reading([], [], [])
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
         try:
-            for file in _files(path, not_read):
+            for file in _files(path, reading.not_read):
                 files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
         except RecursionError:
-            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+            reading.not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
         configs = _read(item[0], file_format, named=item[1])
@@ -90,21 +90,18 @@ def read_paths(
             "findings": [asdict(finding) for config in configs for finding in check(config)],
         }
 
-    reading = Reading([], not_read, [])
-    for (file, _), said in zip(files.values(), in_limits(answer, list(files.values()), seconds), strict=True):
+    answers = in_limits(answer, list(files.values()), SECONDS_WITH_HUB if hub else SECONDS)
+    for (file, _), said in zip(files.values(), answers, strict=True):
         if isinstance(said, UserError):
-            not_read.append(NotRead(file.as_posix(), str(said)))
-        else:
-            reading.configs.extend(map(_config, said["configs"]))
-            reading.findings.extend(Finding(**finding) for finding in said["findings"])
+            reading.not_read.append(NotRead(file.as_posix(), str(said)))
+            continue
+        for plain in said["configs"]:
+            # In plain data, tuples have become lists.
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+            fields["findings"] = tuple(Finding(**finding) for finding in plain["findings"])
+            reading.configs.append(TrainingConfig(**fields))
+        reading.findings.extend(Finding(**finding) for finding in said["findings"])
     return reading
-
-
-def _config(said: dict[str, Any]) -> TrainingConfig:
-    """Return a record from plain data, in which tuples have become lists."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    fields["findings"] = tuple(Finding(**finding) for finding in said["findings"])
-    return TrainingConfig(**fields)
 
 
 def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:

@@ -61,13 +61,15 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if options.flag("lora_target_linear"):
         keys = keys | {"targets": "lora_target_linear"}
         targets = ("all-linear", *(name for name in targets or () if name in ("lm_head", "embed_tokens")))
+    elif targets is None and options.names("lora_target_parameters"):
+        targets = ()
     initialization = options.get("peft_init_lora_weights")
     if isinstance(initialization, str):
         variant = None if initialization == "gaussian" else initialization
     else:
         variant = "loftq" if options.has("peft.loftq_config") else "relora" if options.flag("relora") else None
-    packing, datasets = bool(options.flag("sample_packing")), options.get("datasets")
-    datasets = datasets if isinstance(datasets, list) else []
+    datasets = options.get("datasets") if isinstance(options.get("datasets"), list) else []
+    packing = options.flag("sample_packing")
     return [
         record(
             shown,
@@ -85,7 +87,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             rounded=precision == "bf16" and not sharded and not (options.text("optimizer") or "").startswith("optimi"),
             schedule=options.text("lr_scheduler") or "cosine",
             epochs=options.number("num_epochs") or 1.0,
-            packing=packing,
             micro_batch=micro,
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.

@@ -73,7 +73,7 @@ def _run(path: Path, shown: str, options: Options, name: str) -> list[TrainingCo
     options.fill(defaults()["llamafactory"])
     methods: dict[str, Method] = {"lora": "lora", "full": "fullft"}
     rank, steps = options.count("lora_rank"), options.number("max_steps") or 0
-    packing = bool(options.flag("packing") or options.flag("neat_packing"))
+    packing = options.flag("packing") or options.flag("neat_packing")
     bf16 = options.flag("bf16") or options.flag("pure_bf16")
     targets: tuple[str, ...] | None = _split(options.names("lora_target"))
     if targets == ("all",):
@@ -95,7 +95,6 @@ def _run(path: Path, shown: str, options: Options, name: str) -> list[TrainingCo
             rounded=bool(options.flag("pure_bf16")) and not options.has("deepspeed"),
             optimizer=next((own for own in _OPTIMIZERS if options.flag(f"use_{own}")), options.text("optim")),
             steps=steps if steps > 0 else None,
-            packing=packing,
             examples=None if packing or name else _examples(path, options),
             alpha=options.number("lora_alpha") or (None if rank is None else 2.0 * rank),
             # KTransformers holds the experts itself; which of its layers have LoRA is not said.

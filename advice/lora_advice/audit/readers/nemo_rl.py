@@ -68,8 +68,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         "global_batch": "policy.train_global_batch_size",
         "steps": f"{section}.max_num_steps",
         "epochs": f"{section}.max_num_epochs",
-        "max_length": "policy.max_total_sequence_length",
-        "packing": "policy.sequence_packing.enabled",
         "precision": "policy.precision",
         "method": f"{lora}enabled",
         "rank": f"{lora}dim",

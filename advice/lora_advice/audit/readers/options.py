@@ -112,9 +112,8 @@ def _variant(value: Any) -> str | None:
 _KINDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("model", "schedule", "optimizer", "precision"), text_of),
     **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
-    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch"), _count),
-    **dict.fromkeys(("max_length", "rank"), _count),
-    **dict.fromkeys(("packing", "rslora", "dora"), _flag),
+    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), _count),
+    **dict.fromkeys(("rslora", "dora"), _flag),
     **dict.fromkeys(("targets", "target_parameters", "saved_modules"), _names),
     "variant": _variant,
 }

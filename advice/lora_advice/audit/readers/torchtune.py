@@ -41,7 +41,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         method = None
     if method == "lora":
         options.fill({f"{role}.{name}": value for name, value in defaults()["torchtune"].items()})
-    precision, packing = options.text(keys["precision"]), bool(options.flag(keys["packing"]))
+    precision = options.text(keys["precision"])
     model: str | None = re.sub(r"^q?lora_", "", builder)
     # A builder without a size, such as `llama2`, has its sizes in further options.
     if not re.search(r"\d+b|mini", str(model)):
@@ -59,7 +59,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             micro = prompts if prompts is None or group is None else prompts * group
             steps = options.number(keys["steps"])
             batch = {"epochs": None, "global_batch": None, "micro_batch": micro, "steps": steps}
-    elif task == "sft" and not packing:
+    elif task == "sft" and not options.flag("dataset.packed"):
         batch["examples"] = examples(path, options.get("dataset.data_files"))
     # The names of transformers are what other parts of the audit know.
     targets = ["o_proj" if name == "output_proj" else name for name in options.names(keys["targets"]) or ()]
@@ -84,7 +84,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             rounded=precision == "bf16",
             schedule=re.sub(r"^get_|_schedule_with_warmup$", "", scheduler) or "constant",
             optimizer=optimizer or None,
-            packing=packing,
             targets=tuple(targets),
             # The builder of Llama 4 gives each expert LoRA of its own.
             target_parameters=("experts.gate_up_proj", "experts.down_proj") if mlp and "llama4" in builder else (),

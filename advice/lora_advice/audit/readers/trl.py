@@ -86,7 +86,7 @@ def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
         task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
     config = _config(path, shown, "", options, task, "yaml")
     datasets = options.get("datasets")
-    if config.packing or not isinstance(datasets, list):
+    if options.flag("packing") or not isinstance(datasets, list):
         return config
     return replace(config, examples=examples(path, [at(dataset, "data_files") for dataset in datasets]))
 

@@ -50,16 +50,12 @@ def plain_fields(options: Options, task: Task | None) -> dict[str, Any]:
     steps = options.number("max_steps")
     # Steps count before epochs, also those of a variable that is not known.
     epochs_count = "max_steps" not in options or (steps is not None and steps <= 0)
-    length, completion = options.count("max_length max_seq_length"), options.count("max_completion_length")
-    if length is None and completion is not None:
-        length = completion + (options.count("max_prompt_length") or 0)
     dtype = options.text("dtype torch_dtype") or ""
     precision = "bf16" if options.flag("bf16") else "fp16" if options.flag("fp16") else None
     return {
         "group_size": options.count("num_generations") if task == "rl" else None,
         "steps": steps if steps is not None and steps > 0 else None,
         "epochs": options.number("num_train_epochs") if epochs_count else None,
-        "max_length": length,
         "precision": precision or {"bfloat16": "bf16", "float16": "fp16"}.get(dtype),
         "rounded": dtype == "bfloat16",
     }

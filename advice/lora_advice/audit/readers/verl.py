@@ -69,13 +69,10 @@ def _config(shown: str, options: Options, task: Task, words: Sequence[Word], fin
     # verl has -1 for what is not set.
     steps = next((steps for name in keys["steps"].split() if (steps := options.number(name) or 0) > 0), None)
     epochs = options.number(keys["epochs"]) if steps is None else None
-    max_length = options.count(keys.get("max_length", ""))
     if task == "rl":
         train, batch = options.count("data.train_batch_size"), options.count(keys["global_batch"])
         if steps is not None and train is not None and batch:
             steps *= max(1, train / batch)
-        prompt, response = options.count("data.max_prompt_length"), options.count("data.max_response_length")
-        max_length = None if prompt is None or response is None else prompt + response
     per_node, nodes = options.count("trainer.n_gpus_per_node"), options.count("trainer.nnodes")
     for text in texts:
         if match := re.fullmatch(r"--nproc[-_]per[-_]node=(\d+)", text):
@@ -94,6 +91,5 @@ def _config(shown: str, options: Options, task: Task, words: Sequence[Word], fin
         method=method,
         steps=steps,
         epochs=epochs,
-        max_length=max_length,
         devices=None if per_node is None else per_node * (nodes or 1),
     )
