@@ -76,7 +76,7 @@ FRAMEWORKS = (
 
 SAID = (
     *("task", "method", "model", "bits", "lr", "schedule", "optimizer"),
-    *("micro_batch", "accumulation", "devices", "global_batch", "group_size", "steps", "epochs", "examples"),
+    *("micro_batch", "accumulation", "devices", "global_batch", "group_size", "steps", "epochs"),
     *("rank", "alpha", "rslora", "dora", "lr_ratio", "variant"),
 )
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
@@ -107,7 +107,7 @@ def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
 
 def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the runs that a framework's examples state, and the findings above a note, one row each."""
-    configs = read_paths([folder]).configs
+    configs, _, _ = read_paths([folder])
     alone = [finding for config in configs for finding in check_run(config)]
     findings = alone + compare_runs(configs)
     about = {"framework": framework.name, "repository": framework.repository, "commit": framework.commit}

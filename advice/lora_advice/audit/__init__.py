@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -47,8 +48,11 @@ def audit(*paths: str | Path, file_format: str | None = None, hub: bool = False,
     """
     if not paths or "" in paths:
         raise UserError("audit: no path is given; a file or a folder is needed, and an empty path is neither")
-    reading = read_paths([*map(Path, paths)], file_format, lambda run: check_run(run, hub), skip_unknown, hub)
-    return Report.of(reading, compare_runs(reading.configs))
+    check = partial(check_run, hub=hub)
+    configs, findings, not_read = read_paths([*map(Path, paths)], file_format, check, skip_unknown, hub)
+    findings += compare_runs(configs)
+    levels = [finding.level for finding in findings]
+    return Report(configs, findings, not_read, {level: levels.count(level) for level in get_args(Level)})
 
 
 def check_run(config: TrainingConfig, hub: bool = False) -> list[Finding]:

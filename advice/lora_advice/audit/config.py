@@ -33,8 +33,6 @@ class TrainingConfig:
     """The id on the hub or the path of the base model."""
     bits: int | None = None
     """Bits of a quantized base, 4 or 8 (QLoRA)."""
-    precision: str | None = None
-    """`bf16`, `fp16` or `fp32`, of weights or autocast."""
     rounded: bool = False
     """Whether full fine-tuning holds its weights in bf16 and in nothing finer, so that each step is rounded."""
     lr: float | None = None
@@ -52,8 +50,6 @@ class TrainingConfig:
     """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
     steps: float | None = None
     epochs: float | None = None
-    examples: int | None = None
-    """Training examples, where the file or what lies beside it says so."""
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None

@@ -41,25 +41,14 @@ class NotRead:
     """A sentence in which the file is `it`."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was found at some paths."""
-
-    configs: list[TrainingConfig]
-    not_read: list[NotRead]
-    """Files that the user named, and files of a known format, that could not be read."""
-    findings: list[Finding]
-    """Of each run alone, in the order of the runs."""
-
-
 def read_paths(
     paths: Sequence[Path],
     file_format: str | None = None,
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
     hub: bool = False,
-) -> Reading:
-    """Return the training runs that files state, in the order of the paths and then by name.
+) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
+    """Return the runs that files state, by path and name, what is found of each alone, and the files not read.
 
     Args:
         paths: files and folders.
@@ -73,35 +62,34 @@ def read_paths(
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
-    files, reading = dict[str, tuple[Path, bool]](), Reading([], [], [])
+    files = dict[str, tuple[Path, bool]]()
+    configs, findings, not_read = list[TrainingConfig](), list[Finding](), list[NotRead]()
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
         try:
-            for file in _files(path, reading.not_read):
+            for file in _files(path, not_read):
                 files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
         except RecursionError:
-            reading.not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
-        configs = _read(item[0], file_format, named=item[1])
-        return {
-            "configs": [asdict(config) for config in configs],
-            "findings": [asdict(finding) for config in configs for finding in check(config)],
-        }
+        runs = _read(item[0], file_format, named=item[1])
+        found = [finding for run in runs for finding in check(run)]
+        return {"configs": [*map(asdict, runs)], "findings": [*map(asdict, found)]}
 
     answers = in_limits(answer, list(files.values()), SECONDS_WITH_HUB if hub else SECONDS)
     for (file, _), said in zip(files.values(), answers, strict=True):
         if isinstance(said, UserError):
-            reading.not_read.append(NotRead(file.as_posix(), str(said)))
+            not_read.append(NotRead(file.as_posix(), str(said)))
             continue
         for plain in said["configs"]:
             # In plain data, tuples have become lists.
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
             fields["findings"] = tuple(Finding(**finding) for finding in plain["findings"])
-            reading.configs.append(TrainingConfig(**fields))
-        reading.findings.extend(Finding(**finding) for finding in said["findings"])
-    return reading
+            configs.append(TrainingConfig(**fields))
+        findings.extend(Finding(**finding) for finding in said["findings"])
+    return configs, findings, not_read
 
 
 def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:

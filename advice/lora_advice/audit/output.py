@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
 from lora_advice.audit.config import METHODS, TrainingConfig
-from lora_advice.audit.files import NotRead, Reading
+from lora_advice.audit.files import NotRead
 from lora_advice.finding import Finding, Level
 from lora_advice.formats import lr, printable
 
@@ -28,18 +28,10 @@ class Report:
     configs: list[TrainingConfig]
     findings: list[Finding]
     not_read: list[NotRead]
-    counts: dict[Level, int] = field(default_factory=dict)
+    counts: dict[Level, int]
     """Number of findings by level."""
     version: int = 2
     """It is raised when a field changes its meaning or goes."""
-
-    @classmethod
-    def of(cls, reading: Reading, findings: Sequence[Finding]) -> Report:
-        """Return the report of a reading and of what was found beside it, of runs compared with each other."""
-        all_findings = [*reading.findings, *findings]
-        counted = Counter(finding.level for finding in all_findings)
-        counts = {level: counted[level] for level in get_args(Level)}
-        return cls(reading.configs, all_findings, reading.not_read, counts)
 
     def lines(self, show_all: bool) -> Iterator[str]:
         """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
@@ -130,15 +122,9 @@ def heading(config: TrainingConfig) -> str:
         parts.append(config.optimizer)
     if config.bits is not None:
         parts.append(f"{config.bits}-bit base")
-    known = {
-        "task": config.task,
-        "model": config.model,
-        "method": config.method,
-        "LR": config.lr,
-        "batch size": config.batch_size,
-        "steps or epochs": config.steps or config.epochs,
-    }
-    if missing := [name for name, value in known.items() if value is None]:
+    values = (config.task, config.model, config.method, config.lr, config.batch_size, config.steps or config.epochs)
+    nouns = ("task", "model", "method", "LR", "batch size", "steps or epochs")
+    if missing := [noun for noun, value in zip(nouns, values, strict=True) if value is None]:
         parts.append(f"not known: {', '.join(missing)}")
     return f"{config.where}: {', '.join(parts)}"
 

@@ -7,8 +7,8 @@ up to REACH, and from there on as much more per e-fold as there; in RL the accur
 curvature c for LRs that are too low and one for those that are too high. It is pooled from measured grids, and ln c of
 a further run is normal.
 
-What was pooled is shipped in one file, so that an audit needs no pandas, no scipy and no fit, which would take longer
-than all else that it does. `python -m benchmarks.audit_regret` writes it, and holds predicted regrets to measured ones.
+What was pooled is shipped in one file, since a fit would take longer than all else that an audit does.
+`python -m advice.benchmarks.audit_regret` writes it, and holds predicted regrets to measured ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
-
-Unit = Literal["share", "loss"]
 
 REACH = math.log(6)
 """Curvatures are those up to this distance from the optimum, in ln LR."""
@@ -51,17 +49,13 @@ class Interval(NamedTuple):
 class Place(NamedTuple):
     """Where a learning rate is used; NaN where it is not known."""
 
-    family: str
-    """The transformers model type."""
+    family: str  # the transformers model type
     width: float
-    method: str
-    """`lora` or `fullft`."""
+    method: str  # `lora` or `fullft`
     rl: bool
-    batch_size: float
-    """Examples per step, in RL responses."""
+    batch_size: float  # examples per step, in RL responses
     steps: float
-    width_error: float = 0.0
-    """The standard error of the logarithm of the width."""
+    width_error: float = 0.0  # the standard error of the logarithm of the width
 
     @property
     def task(self) -> str:
@@ -200,7 +194,7 @@ class LrEvidence:
         logs = [base + exponent * math.log(law["pivot"] / known) for exponent in exponents]
         return sum(logs) / len(logs), math.hypot((max(logs) - min(logs)) / 2, error * max(exponents))
 
-    def _regrets(self, x: np.ndarray, place: Place, unit: Unit) -> np.ndarray:
+    def _regrets(self, x: np.ndarray, place: Place, unit: Literal["share", "loss"]) -> np.ndarray:
         """Return equally probable regrets at equally probable distances."""
         below, above = (self._curvatures[place.task, f"{unit}_{side}"] for side in ("below", "above"))
         return regret(x[:, None], np.where(x[:, None] < 0, below, above), saturates=place.rl or unit == "share")

@@ -23,11 +23,9 @@ from lora_advice.layers import FUSED, Kind, module_kind
 from lora_advice.models import ModelFacts
 from lora_advice.patterns import PatternError, SlowPatternError, matching
 
-QUERIES_AND_VALUES = frozenset(
-    [
-        *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-        *("opt", "gptj", "gpt_neo"),
-    ]
+QUERIES_AND_VALUES = (
+    *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+    *("opt", "gptj", "gpt_neo"),
 )
 """The families of which PEFT adapts `q_proj` and `v_proj` where no targets are said."""
 
@@ -80,7 +78,7 @@ class Adapted:
 
 
 def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | SlowPatternError | None:
-    """Return which layers have LoRA, the error of a target that takes too long, or None if there are none or unknown."""
+    """Return which layers have LoRA, the error of a slow target, or None if there are none or unknown."""
     if config.method != "lora":
         return None
     if config.targets is None:
@@ -132,8 +130,8 @@ def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[F
         lora = None
     fused = None
     if lora is not None and model is not None:
-        if experts := _experts(config, model, lora):
-            yield experts
+        if model.mixture and (missed := _missed(config, model, lora)):
+            yield missed
         if fused := _fused(config, model, lora):
             yield fused
     dense = model is None or not model.mixture
@@ -150,23 +148,11 @@ def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[F
         yield from _parameters(config, model, model.parameters, lora)
 
 
-def _experts(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
-    """Return whether LoRA misses the experts of a mixture, or PEFT refuses to put it there."""
-    if not model.mixture:
+def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
+    """Return the finding that no expert of a mixture has LoRA; None if they have it, or if that is not known."""
+    if "experts" in lora.kinds:
         return None
-    line, reached = config.line("targets", "target_parameters", "method"), "experts" in lora.kinds
-    if not reached and (missed := _missed(config, model, lora, line)):
-        return missed
-    # Axolotl leaves out dropout on experts, and a finished adapter was trained.
-    if config.dropout and config.format in ("llamafactory", "trl"):
-        former = families().get(model.family, Family()).former_modules
-        if reached or (former and (lora.all_linear or lora.names & {*former})):
-            return say("dropout", line, model=model.name, dropout=config.dropout)
-    return None
-
-
-def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted, line: int | None = None) -> Finding | None:
-    """Return the finding that no expert has LoRA; None if they have it, or if that is not known."""
+    line = config.line("targets", "target_parameters", "method")
     in_peft = config.format in _PEFT and model.fused_experts
     right = ""
     if in_peft and config.format == "llamafactory":
@@ -177,7 +163,7 @@ def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted, line: int 
         right = f"; {option} with experts.{first} and experts.down_proj would train them"
     experts = f"none of the {f'{model.experts} ' if model.experts else ''}experts of {model.name}"
     values = {"names": listed(lora.names), "model": model.name, "right": right, "rest": "", "experts": experts}
-    if not lora.kinds & {"mlp", "experts"} and None not in lora.kinds:
+    if "mlp" not in lora.kinds and None not in lora.kinds:
         return say("no-experts", line, **values)
     family, stated = families().get(model.family), {name for name in lora.names if module_kind(name) == "mlp"}
     if family is None or not in_peft or not (lora.all_linear or stated):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 import yaml
@@ -27,21 +26,20 @@ _OmegaConfLoader.add_implicit_resolver(
 )
 
 
-def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int], tuple[str, ...]]:
+def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int]]:
     """Return the data of a YAML file.
 
     Args:
         as_omegaconf: read numbers as OmegaConf does.
 
     Returns:
-        The data, the lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`, and the keys that their
-        mapping has more than once: PyYAML takes the last, OmegaConf refuses the file.
+        The data, and the lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`.
 
     Raises:
         UserError: it is not YAML, has several documents, or uses tags or templates that need a program.
     """
     loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
-    lines, repeated, seen = dict[str, int](), list[str](), set[int]()
+    lines, seen = dict[str, int](), set[int]()
 
     def note_keys(node: yaml.Node, prefix: str) -> None:
         # What an alias repeats is listed where it stands first, so that aliases of aliases cannot make the list long.
@@ -51,8 +49,6 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int],
         children = list[tuple[str, yaml.Node, yaml.Node]]()
         if isinstance(node, yaml.MappingNode):
             children = [(str(key.value), key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
-            counts = Counter(name for name, _, _ in children)
-            repeated.extend(prefix + name for name, number in counts.items() if number > 1 and name != "<<")
         elif isinstance(node, yaml.SequenceNode):
             children = [(str(number), item, item) for number, item in enumerate(node.value)]
         for name, marked, child in children:
@@ -63,9 +59,9 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int],
     try:
         node = loader.get_single_node()
         if node is None:
-            return None, {}, ()
+            return None, {}
         note_keys(node, "")
-        return loader.construct_document(node), lines, tuple(repeated)
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         if re.search(r"^[ \t]*\{%|\{\{", text, re.MULTILINE):
             raise UserError("it is a Jinja template, with {% ... %} or {{ ... }}: render it first") from error

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lora_advice.adapter_config import NAME, OtherMethodError, parse_adapter
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, names_of, record
-from lora_advice.finding import Finding
+from lora_advice.audit.readers.options import Options, names_of, record
+from lora_advice.audit.texts import say
 
 _OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
 """Options that alter where LoRA is, or how large, and that a record does not hold."""
@@ -36,6 +36,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         if others := [name for name in _OTHER_PATTERNS if options.get(name)]:
             message = f"{', '.join(others)} of the adapter is not known to the checks, which take its rank and modules"
             about = others[0]
-    findings = [Finding("not-read", "note", message, THE_FILE, CERTAIN, line=lines.get(about))] if message else []
+    findings = [say("not-known", lines.get(about), what=message)] if message else []
     method = "lora" if options.values else None
     return [record(shown, "peft", options, names_of("peft"), findings, method=method)]

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, names_of, read_yaml, record
+from lora_advice.audit.texts import say
 from lora_advice.finding import Finding, Level
 
 _LORA = (
@@ -37,7 +38,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         method = "lora"
     elif adapter is None and not any(map(options.has, _PARTIAL)):
         method = "fullft"
-    findings = _lr_findings(options) + options.set_twice("the last one counts")
+    findings = _lr_findings(options)
     if adapter is None:
         reason = "`adapter` is not set: all weights are trained"
         level: Level = "error" if options.has("lora_r") else "warning"
@@ -50,12 +51,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         # `batch_size` is that of a device; a file sets only one of the two.
         accumulation = max(1, (options.count("batch_size") or micro) // micro)
     bits = 4 if options.flag("load_in_4bit") or options.flag("gptq") else 8 if options.flag("load_in_8bit") else None
-    precision = "fp32" if options.get("bf16") is False else None
     # `auto` is bf16 on every GPU since Ampere; `full` evaluates in bf16 too.
-    if any(options.get(name) in ("auto", "full") or options.flag(name) for name in ("bf16", "bfloat16")):
-        precision = "bf16"
-    elif options.flag("fp16") or options.flag("float16"):
-        precision = "fp16"
+    bf16 = any(options.get(name) in ("auto", "full") or options.flag(name) for name in ("bf16", "bfloat16"))
     sharded = any(map(options.has, ("deepspeed", "fsdp", "fsdp_config")))
     keys, targets = names_of("axolotl"), options.names("lora_target_modules")
     if options.flag("lora_target_linear"):
@@ -69,7 +66,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     else:
         variant = "loftq" if options.has("peft.loftq_config") else "relora" if options.flag("relora") else None
     datasets = options.get("datasets") if isinstance(options.get("datasets"), list) else []
-    packing = options.flag("sample_packing")
     return [
         record(
             shown,
@@ -81,17 +77,15 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             task=_task(options, datasets),
             method=method,
             bits=bits,
-            precision=precision,
             # The model is loaded in bf16. DeepSpeed keeps an fp32 copy, FSDP in accelerate holds what is trained in
             # fp32, and optimi's optimizers add what rounding loses to the next step.
-            rounded=precision == "bf16" and not sharded and not (options.text("optimizer") or "").startswith("optimi"),
+            rounded=bf16 and not sharded and not (options.text("optimizer") or "").startswith("optimi"),
             schedule=options.text("lr_scheduler") or "cosine",
             epochs=options.number("num_epochs") or 1.0,
             micro_batch=micro,
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.
             group_size=options.count("trl.num_generations") if options.text("rl") in ("grpo", "gdpo") else None,
-            examples=None if packing else examples(path, [at(dataset, "path") for dataset in datasets]),
             dropout=options.number("lora_dropout") or 0.0,
             targets=targets,
             variant=variant,
@@ -119,13 +113,7 @@ def _lr_findings(options: Options) -> list[Finding]:
         return []
     number = options.number("learning_rate")
     if number is None:
-        message = f"learning_rate: {value!r} is no number, so Axolotl cannot start"
-        return [Finding("lr-text", "error", message, THE_FILE, CERTAIN, line=line)]
+        return [say("no-number", line, value=value)]
     # YAML 1.1 asks for a dot, and a sign of the exponent.
     mantissa, exponent = f"{number:e}".split("e")
-    message = (
-        f"YAML reads learning_rate: {value} as text, since it has no dot or its exponent no sign; Axolotl makes it a "
-        f"number, and other programs may not: {float(mantissa)}e{exponent[0]}{int(exponent[1:])} is a number to all of "
-        "them"
-    )
-    return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]
+    return [say("text-number", line, value=value, number=f"{float(mantissa)}e{exponent[0]}{int(exponent[1:])}")]

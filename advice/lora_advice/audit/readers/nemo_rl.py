@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, read_yaml, record, text_of
+from lora_advice.audit.readers.options import Options, at, read_yaml, record, text_of
+from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
-from lora_advice.finding import Finding
 
 _TASKS: dict[str, Task | None] = {
     "grpo": "rl",
@@ -26,7 +26,6 @@ _TASKS: dict[str, Task | None] = {
 """By the section that has the options of the algorithm."""
 _SECTION = re.compile(rf"^(policy|{'|'.join(_TASKS)}) *:", re.MULTILINE)
 _BASE = re.compile(r"^defaults *:|^ +model_name *:", re.MULTILINE)
-_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _NO_LIMIT = 1e5
 """Steps that NeMo-RL's own files set where the epochs decide."""
 
@@ -45,18 +44,18 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         return []
     findings = []
     if missing:
-        note = f"{missing}, from which the file inherits, is not there: what it sets is not known"
-        findings.append(Finding("not-read", "note", note, THE_FILE, CERTAIN))
+        what = f"{missing}, from which the file inherits, is not there: what it sets is not known"
+        findings.append(say("not-known", what=what))
     section = next((name for name in _TASKS if any(key.startswith(f"{name}.") for key in options.values)), "")
     task, megatron = _TASKS.get(section), options.flag("policy.megatron_cfg.enabled")
     if megatron is None and missing:  # the file that is not there may set it
         of_megatron = ("policy.megatron_cfg.peft.", "policy.megatron_cfg.optimizer.")
         megatron = any(key.startswith(of_megatron) for key in options.values)
-    lora, other, backend = "policy.dtensor_cfg.lora_cfg.", "policy.megatron_cfg.peft.", "policy.dtensor_cfg"
+    lora = "policy.dtensor_cfg.lora_cfg."
     optimizer = {"lr": "policy.optimizer.kwargs.lr", "optimizer": "policy.optimizer.name"}
     if megatron:
-        lora, other, backend = other, lora, "policy.megatron_cfg"
-        optimizer = {"lr": f"{backend}.optimizer.lr", "optimizer": f"{backend}.optimizer.optimizer"}
+        lora, section_of = "policy.megatron_cfg.peft.", "policy.megatron_cfg.optimizer"
+        optimizer = {"lr": f"{section_of}.lr", "optimizer": f"{section_of}.optimizer"}
         schedule = options.text("policy.megatron_cfg.scheduler.lr_decay_style")
     else:
         parts = options.get("policy.scheduler")
@@ -68,7 +67,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         "global_batch": "policy.train_global_batch_size",
         "steps": f"{section}.max_num_steps",
         "epochs": f"{section}.max_num_epochs",
-        "precision": "policy.precision",
         "method": f"{lora}enabled",
         "rank": f"{lora}dim",
         "alpha": f"{lora}alpha",
@@ -78,15 +76,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     enabled = options.flag(f"{lora}enabled")
     # What no file says is off, if all files are there.
     method: Method | None = "lora" if enabled else "fullft" if enabled is False or not missing else None
-    said, line = "", None
-    if method != "lora" and options.flag(f"{other}enabled"):
-        said = f"{other}enabled has no effect, since the run uses {backend}: all weights are trained"
-        line = options.lines.get(f"{other}enabled")
-    elif method == "fullft" and f"{lora}dim" in options.lines and f"{lora}enabled" not in options.lines:
-        said = f"{lora}dim has no effect, since {lora}enabled is off: all weights are trained"
-        line = options.lines[f"{lora}dim"]
-    if said:
-        findings.append(Finding("no-effect", "error", said, THE_FILE, CERTAIN, line=line))
     batch, group = options.count(keys["global_batch"]), options.count(keys["group_size"])
     if product := re.fullmatch(r"\$\{mul: *(\d+), *(\d+)\}", str(options.get(keys["global_batch"]))):
         batch = int(product[1]) * int(product[2])
@@ -117,7 +106,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             lora=method == "lora",
             task=task,
             method=method,
-            precision=_PRECISIONS.get(options.text("policy.precision") or ""),
             schedule=schedule,
             optimizer=(options.text(keys["optimizer"]) or "").rpartition(".")[2] or None,
             devices=None if per_node is None else per_node * (nodes or 1),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -17,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.texts import say
 from lora_advice.audit.yaml_lines import LONGEST, load
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
-THE_FILE = "the file alone"
-CERTAIN = "certain"
 _MOST_OPTIONS = 200_000
-_LARGEST_DATA = 1 << 26
-"""Bytes of data that can be counted in time from a slow disk."""
 
 _COUNT = (1, 1e9, "whole numbers")
 _NUMBERS = {
@@ -110,7 +106,7 @@ def _variant(value: Any) -> str | None:
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("model", "schedule", "optimizer", "precision"), text_of),
+    **dict.fromkeys(("model", "schedule", "optimizer"), text_of),
     **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
     **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), _count),
     **dict.fromkeys(("rslora", "dora"), _flag),
@@ -118,12 +114,10 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "variant": _variant,
 }
 """How the value of a field of a record is read."""
-_LORA_FIELDS = frozenset(
-    [
-        *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
-        *("targets", "target_parameters", "saved_modules"),
-    ]
-)
+_LORA_FIELDS = {
+    *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
+    *("targets", "target_parameters", "saved_modules"),
+}
 
 
 @dataclasses.dataclass
@@ -132,8 +126,6 @@ class Options:
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
-    repeated: tuple[str, ...] = ()
-    """Names that a file sets more than once."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -195,16 +187,8 @@ class Options:
         value = self.text(stated[0])
         first = stated[0] if value is None else f"{stated[0]}: {value}"
         others = f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
-        message = f"{first} has no effect{others}, since {reason}"
-        return [Finding("no-effect", level, message, THE_FILE, CERTAIN, line=self.lines.get(stated[0]))]
-
-    def set_twice(self, effect: str) -> list[Finding]:
-        """Return a finding for each name that a file sets more than once; `effect` says what the framework does."""
-        said = {name: f"{name} is set more than once: {effect}" for name in self.repeated}
-        return [
-            Finding("repeated", "warning", message, THE_FILE, CERTAIN, line=self.lines.get(name))
-            for name, message in said.items()
-        ]
+        values = {"first": first, "others": others, "reason": reason}
+        return [say("no-options", self.lines.get(stated[0]), level=level, **values)]
 
     def resolved(self) -> Options:
         """Return options with references such as `${base.dir}` replaced by the values that they name."""
@@ -225,7 +209,7 @@ class Options:
                 done[value, depth] = said if len(str(said)) <= LONGEST else value
             return done[value, depth]
 
-        return Options({name: resolve(value, 0) for name, value in self.values.items()}, self.lines, self.repeated)
+        return Options({name: resolve(value, 0) for name, value in self.values.items()}, self.lines)
 
 
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
@@ -234,7 +218,7 @@ def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
     Raises:
         UserError: it is not valid, no mapping, or has too many options, such as by aliases of aliases.
     """
-    data, lines, repeated = load(content, as_omegaconf=as_omegaconf)
+    data, lines = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):
         raise UserError("it has no options: it is not a mapping")
     flat: dict[str, Any] = {}
@@ -249,7 +233,7 @@ def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
                 raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
 
     flatten(data, "")
-    return Options(flat, lines, repeated)
+    return Options(flat, lines)
 
 
 def record(
@@ -266,18 +250,15 @@ def record(
     """Return the record of a run, in which numbers without meaning, such as rank 0, are findings and no values.
 
     Args:
-        shown: the file, for people.
-        file_format: its format.
-        options: what it says.
         keys: the names that the format has for the fields of a record.
-        findings: what the reader has found.
-        name: which run of the file it is.
         lora: whether the fields of LoRA count, if the method is not full fine-tuning.
         said: further fields, and those that are not what their options say.
     """
     fields = {field: kind(options.get(keys[field])) for field, kind in _KINDS.items() if field in keys} | said
     left_out = _LORA_FIELDS if not lora or fields.get("method") == "fullft" else ()
     fields = {field: value for field, value in fields.items() if value is not None and field not in left_out}
+    if "accumulation" not in fields and any(name in options for name in keys.get("accumulation", "").split()):
+        fields.pop("micro_batch", None)  # the batch is not known if a factor of it is not
     lines = {field: line for field in fields if (line := options.line(keys.get(field, ""))) is not None}
     unused = {"epochs"} if fields.get("steps", 0) > 0 else set()
     if fields.get("method") != "lora":
@@ -294,27 +275,7 @@ def record(
         except OverflowError:
             allowed = False
         if not allowed:
-            message = f"the {noun} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
-            wrong.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=options.line(keys[field])))
+            values = {"noun": noun, "value": f"{value!s:.40}", "kind": kind, "low": low, "high": high}
+            wrong.append(say("number", options.line(keys[field]), **values))
             fields.pop(field, None)
     return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
-
-
-def examples(config: Path, files: Any) -> int | None:
-    """Return the number of examples in files of JSON lines that a configuration names.
-
-    Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
-    or all are large.
-    """
-    lines, left = 0, _LARGEST_DATA
-    for name in files if isinstance(files, list) else [files]:
-        said = text_of(name) or ""
-        try:
-            file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
-            if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
-                return None
-            with file.open("rb") as rows:
-                lines += sum(not row.isspace() for row in rows)
-        except OSError:
-            return None
-    return lines or None

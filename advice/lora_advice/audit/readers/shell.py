@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options
+from lora_advice.audit.readers.options import Options
+from lora_advice.audit.texts import say
 from lora_advice.audit.yaml_lines import LONGEST
 from lora_advice.finding import Finding
 
@@ -116,11 +117,7 @@ def read_overrides(words: list[Word]) -> Options:
 
 def cut_off(word: Word) -> Finding:
     """Say that the options from a word on are not part of the command before it."""
-    message = (
-        f"{word.text} and the options after it are not part of the command: the line before does not end with a "
-        "backslash, or a comment stands between"
-    )
-    return Finding("no-effect", "error", message, THE_FILE, CERTAIN, line=word.line)
+    return say("cut-off", word.line, word=word.text)
 
 
 def read_commands(text: str, first_line: int = 1) -> list[list[Word]]:
@@ -173,7 +170,8 @@ class _Script:
                     words = [*words[:-1], words[-1] + "".join(values[:1]), *values[1:]]
                 elif part.lastgroup != "joined":
                     words[-1] += part[0][1:] if part.lastgroup == "escape" else part[0]
-            return words
+            # Quotes with nothing in them are a word; an expansion that becomes nothing is none.
+            return None if words == [""] and piece != '""' else words
         values = [piece[1:-1] if kind == "literal" else piece[1:] if kind == "escape" else piece]
         if kind == "expansion":
             values = self._value(piece)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import defaults, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import defaults, names_of, read_yaml, record
 
 
 def matches(path: Path, text: str) -> bool:
@@ -41,7 +41,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         method = None
     if method == "lora":
         options.fill({f"{role}.{name}": value for name, value in defaults()["torchtune"].items()})
-    precision = options.text(keys["precision"])
     model: str | None = re.sub(r"^q?lora_", "", builder)
     # A builder without a size, such as `llama2`, has its sizes in further options.
     if not re.search(r"\d+b|mini", str(model)):
@@ -59,8 +58,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             micro = prompts if prompts is None or group is None else prompts * group
             steps = options.number(keys["steps"])
             batch = {"epochs": None, "global_batch": None, "micro_batch": micro, "steps": steps}
-    elif task == "sft" and not options.flag("dataset.packed"):
-        batch["examples"] = examples(path, options.get("dataset.data_files"))
     # The names of transformers are what other parts of the audit know.
     targets = ["o_proj" if name == "output_proj" else name for name in options.names(keys["targets"]) or ()]
     mlp = bool(options.flag(f"{role}.apply_lora_to_mlp"))
@@ -74,14 +71,12 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             "torchtune",
             options,
             keys,
-            options.set_twice("OmegaConf, which reads it, refuses the file"),
             lora=method == "lora",
             task=task,
             method=method,
             model=model,
             bits=4 if builder.startswith("qlora_") or options.flag(keys["bits"]) else None,
-            precision=precision,
-            rounded=precision == "bf16",
+            rounded=options.text(keys["rounded"]) == "bf16",
             schedule=re.sub(r"^get_|_schedule_with_warmup$", "", scheduler) or "constant",
             optimizer=optimizer or None,
             targets=tuple(targets),

@@ -19,21 +19,12 @@ from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import (
-    CERTAIN,
-    THE_FILE,
-    Options,
-    at,
-    defaults,
-    examples,
-    names_of,
-    read_yaml,
-    record,
-)
+from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
 from lora_advice.audit.readers.trl_python import plain_fields, task_of
+from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
-from lora_advice.finding import Finding, Level
+from lora_advice.finding import Level
 
 _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
@@ -66,7 +57,11 @@ def matches(path: Path, text: str) -> bool:
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the runs that a file states."""
     if path.suffix in (".yaml", ".yml"):
-        return [_yaml(path, shown, text)]
+        options = read_yaml(text)
+        task, _ = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
+        if task is None:
+            task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
+        return [_config(path, shown, "", options, task, "yaml")]
     if path.suffix == ".ipynb":
         code, numbers = _notebook(text)
         return trl_python.read(shown, trl_python.parse(code), numbers)
@@ -77,18 +72,6 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             configs += _in_text(path, shown, lines[: node.end_lineno], node.lineno - 1)
     return configs + trl_python.read(shown, tree, range(1, text.count("\n") + 2))
-
-
-def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
-    options = read_yaml(text)
-    task, _ = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
-    if task is None:
-        task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
-    config = _config(path, shown, "", options, task, "yaml")
-    datasets = options.get("datasets")
-    if options.flag("packing") or not isinstance(datasets, list):
-        return config
-    return replace(config, examples=examples(path, [at(dataset, "data_files") for dataset in datasets]))
 
 
 def _in_text(path: Path, shown: str, lines: list[str], start: int) -> list[TrainingConfig]:
@@ -194,25 +177,16 @@ def _config(
     findings = []
     first = next((option for option in names_of("trl_lora").values() if option in options), None)
     if method == "fullft" and first is not None:
-        level: Level = "warning" if kind == "yaml" else "error"
-        message = f"{first} has no effect without use_peft: TRL then trains all weights"
-        sure = "certain if the program takes TRL's ModelConfig, as TRL's own do"
-        sure = "certain unless the command line adds --use_peft" if kind == "yaml" else sure
-        line = options.lines.get(first)
-        findings.append(Finding("no-effect", level, message, "TRL's get_peft_config", sure, line=line))
+        text = "no-peft-in-yaml" if kind == "yaml" else "no-peft"
+        findings.append(say(text, options.lines.get(first), option=first))
     targets = options.names("lora_target_modules") if method != "fullft" else None
     if kind == "script" and targets is not None and len(targets) == 1:  # another program may take them as one text
         targets = tuple(name for name in targets[0].split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
-        message = (
-            f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module is called so; "
-            "a command line separates names by spaces"
-        )
-        level, sure = "error", CERTAIN
-        if kind == "script":
-            level, sure = "warning", "certain unless the program removes the commas"
+        level: Level = "warning" if kind == "script" else "error"
+        sure = "certain unless the program removes the commas" if kind == "script" else "certain"
         line = options.lines.get("lora_target_modules")
-        findings.append(Finding("no-effect", level, message, THE_FILE, sure, line=line))
+        findings.append(say("commas", line, level=level, names=" ".join(with_comma), sure=sure))
     if kind == "command":
         config_class = f"{task_of(program)[1]}config"
         options.fill(next((own for made, own in defaults().items() if made.lower() == config_class), {}))

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import THE_FILE, Options, defaults, names_of, record
+from lora_advice.audit.readers.options import Options, defaults, names_of, record
+from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 
@@ -50,14 +51,11 @@ def plain_fields(options: Options, task: Task | None) -> dict[str, Any]:
     steps = options.number("max_steps")
     # Steps count before epochs, also those of a variable that is not known.
     epochs_count = "max_steps" not in options or (steps is not None and steps <= 0)
-    dtype = options.text("dtype torch_dtype") or ""
-    precision = "bf16" if options.flag("bf16") else "fp16" if options.flag("fp16") else None
     return {
         "group_size": options.count("num_generations") if task == "rl" else None,
         "steps": steps if steps is not None and steps > 0 else None,
         "epochs": options.number("num_train_epochs") if epochs_count else None,
-        "precision": precision or {"bfloat16": "bf16", "float16": "fp16"}.get(dtype),
-        "rounded": dtype == "bfloat16",
+        "rounded": options.text("dtype torch_dtype") == "bfloat16",
     }
 
 
@@ -124,27 +122,12 @@ class _Module:
         return _NOT_SAID
 
     def options(self, call: ast.Call) -> Options:
-        """Return the keyword arguments of a call; `**name` counts where the name is a dictionary of literals."""
+        """Return the keyword arguments of a call."""
         options = Options()
         for keyword in call.keywords:
-            pairs = [(keyword.arg, keyword.value)]
-            if keyword.arg is None:
-                pairs = []
-                for node in self.resolve(keyword.value):
-                    if isinstance(node, ast.Dict):
-                        names = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
-                        pairs += [
-                            (name, value)
-                            for name, value in zip(names, node.values, strict=True)
-                            if isinstance(name, str)
-                        ]
-                    elif isinstance(node, ast.Call) and _name(node) == "dict":
-                        pairs += [(item.arg, item.value) for item in node.keywords]
-            for key, item in pairs:
-                if key is not None:
-                    value = self.literal(item)
-                    twice = keyword.arg is None and key in options and options.values[key] != value
-                    options.set(key, None if value is _NOT_SAID or twice else value, self.lines[item.lineno - 1])
+            if keyword.arg is not None:
+                value = self.literal(keyword.value)
+                options.set(keyword.arg, None if value is _NOT_SAID else value, self.lines[keyword.value.lineno - 1])
         return options
 
 
@@ -206,11 +189,8 @@ def _config(shown: str, module: _Module, call: ast.Call, trainer: ast.Call | Non
         unused = [(name, values) for name, values in module.assigned.items() if name not in module.loaded]
         for name, value in ((name, value) for name, values in unused for value in values):
             if _name(value) == "LoraConfig":
-                made = _name(trainer)
-                message = f"The LoraConfig {name} is not used: {made} does not get it as peft_config, and no "
-                message += "get_peft_model does"
-                sure, line = "certain, unless another file imports it", module.lines[value.lineno - 1]
-                findings.append(Finding("no-effect", "error", message, THE_FILE, sure, line=line))
+                line = module.lines[value.lineno - 1]
+                findings.append(say("unused-lora", line, name=name, trainer=_name(trainer)))
     own = trainer is not None and _argument(trainer, "optimizers") is not None
     if own or any(_name(made) == "create_loraplus_optimizer" for made in module.calls):
         # The learning rate is that of the optimizer, which another function makes.

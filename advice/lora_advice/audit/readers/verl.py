@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, is_script, read_commands, read_overrides
+from lora_advice.audit.texts import say
 from lora_advice.finding import Finding
 
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
@@ -63,9 +64,7 @@ def _config(shown: str, options: Options, task: Task, words: Sequence[Word], fin
         method = None
     stated = [key for key in f"{keys['alpha']} {keys['targets']}".split() if options.get(key)]
     if method == "fullft" and words and stated and not any(key in options for key in ranks):
-        message = f"{stated[0]} has no effect: all weights are trained, since {ranks[0]} is 0 unless it is set"
-        line = options.lines.get(stated[0])
-        findings = [*findings, Finding("no-effect", "error", message, THE_FILE, CERTAIN, line=line)]
+        findings = [*findings, say("no-rank", options.lines.get(stated[0]), option=stated[0], rank=ranks[0])]
     # verl has -1 for what is not set.
     steps = next((steps for name in keys["steps"].split() if (steps := options.number(name) or 0) > 0), None)
     epochs = options.number(keys["epochs"]) if steps is None else None
@@ -73,6 +72,8 @@ def _config(shown: str, options: Options, task: Task, words: Sequence[Word], fin
         train, batch = options.count("data.train_batch_size"), options.count(keys["global_batch"])
         if steps is not None and train is not None and batch:
             steps *= max(1, train / batch)
+        elif keys["global_batch"] in options:
+            steps = None
     per_node, nodes = options.count("trainer.n_gpus_per_node"), options.count("trainer.nnodes")
     for text in texts:
         if match := re.fullmatch(r"--nproc[-_]per[-_]node=(\d+)", text):
