@@ -1,19 +1,24 @@
-"""One training run as a user's file states it, whatever the framework. Readers make it, checks read it."""
+"""One training run as a user's file states it, whatever the framework: readers make it, checks read it.
+
+What is found of runs is said by a text of `texts.yaml`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from lora_advice.finding import Finding
 from lora_advice.variants import Variant
 
 Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]
-
-
 METHODS: dict[Method, str] = {"lora": "LoRA", "fullft": "full fine-tuning"}
 
 
@@ -118,3 +123,16 @@ class TrainingConfig:
     def where(self) -> str:
         """The file, and which run of it."""
         return f"{self.path} ({self.name})" if self.name else self.path
+
+
+@cache
+def _texts() -> dict[str, dict[str, str]]:
+    texts: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
+    return texts
+
+
+def say(name: str, line: int | None = None, /, **values: Any) -> Finding:
+    """Return the finding of a text with values filled in; `level` among them takes the place of its own."""
+    text = _texts()[name]
+    filled = {field: text[field].format(**values) for field in ("message", "source", "sure")}
+    return Finding(text["code"], values.get("level", text["level"]), line=line, **filled)

@@ -12,8 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from lora_advice import formats
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.texts import say
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.finding import Finding, Level
 from lora_advice.variants import VARIANT_NAMES, lr_factor
 

@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from lora_advice import formats
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.texts import say
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.finding import Finding, Level
 from lora_advice.layers import FUSED, Kind, module_kind
 from lora_advice.models import ModelFacts

@@ -10,9 +10,8 @@ from random import Random
 import pytest
 import yaml
 from lora_advice.audit import check_run, structure
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.audit.settings import check_settings, compare_runs
-from lora_advice.audit.texts import say
 from lora_advice.models import facts
 
 PUBLISHED = Path(__file__).parents[3] / "paper_figures/published"

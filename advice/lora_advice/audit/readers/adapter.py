@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from lora_advice.adapter_config import NAME, OtherMethodError, parse_adapter
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.audit.readers.options import Options, names_of, record
-from lora_advice.audit.texts import say
 
 _OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
 """Options that alter where LoRA is, or how large, and that a record does not hold."""

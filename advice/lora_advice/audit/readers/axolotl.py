@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers.options import Options, at, names_of, read_yaml, record
-from lora_advice.audit.texts import say
 from lora_advice.finding import Finding, Level
 
 _LORA = (

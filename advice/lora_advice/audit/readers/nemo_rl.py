@@ -10,9 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers.options import Options, at, read_yaml, record, text_of
-from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
 
 _TASKS: dict[str, Task | None] = {

@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.texts import say
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.audit.yaml_lines import LONGEST, load
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level

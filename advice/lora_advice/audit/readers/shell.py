@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_advice.audit.config import say
 from lora_advice.audit.readers.options import Options
-from lora_advice.audit.texts import say
 from lora_advice.audit.yaml_lines import LONGEST
 from lora_advice.finding import Finding
 

@@ -17,12 +17,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers import trl_python
 from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
 from lora_advice.audit.readers.trl_python import plain_fields, task_of
-from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
 

@@ -12,9 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers.options import Options, defaults, names_of, record
-from lora_advice.audit.texts import say
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
 

@@ -10,10 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers.options import Options, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, is_script, read_commands, read_overrides
-from lora_advice.audit.texts import say
 from lora_advice.finding import Finding
 
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
