@@ -85,7 +85,7 @@ def read_paths(
             continue
         for plain in said["configs"]:
             # In plain data, tuples have become lists.
-            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
             fields["findings"] = tuple(Finding(**finding) for finding in plain["findings"])
             configs.append(TrainingConfig(**fields))
         findings.extend(Finding(**finding) for finding in said["findings"])

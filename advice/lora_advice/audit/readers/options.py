@@ -96,21 +96,14 @@ def _names(value: Any) -> tuple[str, ...] | None:
     return tuple(name for item in items if (name := text_of(item)) is not None) or None
 
 
-def _variant(value: Any) -> str | None:
-    """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
-
-    A then starts larger, which by the theory `movement` matters in short runs alone (docs/audit-codes.md, lr).
-    """
-    return None if value == "gaussian" else text_of(value)
-
-
 _KINDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("model", "schedule", "optimizer"), text_of),
     **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
     **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), _count),
     **dict.fromkeys(("rslora", "dora"), _flag),
     **dict.fromkeys(("targets", "target_parameters", "saved_modules"), _names),
-    "variant": _variant,
+    # With `gaussian` A starts larger, which by the theory `movement` matters in short runs alone.
+    "variant": lambda value: None if value == "gaussian" else text_of(value),
 }
 """How the value of a field of a record is read."""
 _LORA_FIELDS = {
