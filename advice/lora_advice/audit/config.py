@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,14 +124,11 @@ class TrainingConfig:
         return f"{self.path} ({self.name})" if self.name else self.path
 
 
-@cache
-def _texts() -> dict[str, dict[str, str]]:
-    texts: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
-    return texts
+_TEXTS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
 
 
 def say(name: str, line: int | None = None, /, **values: Any) -> Finding:
     """Return the finding of a text with values filled in; `level` among them takes the place of its own."""
-    text = _texts()[name]
+    text = _TEXTS[name]
     filled = {field: text[field].format(**values) for field in ("message", "source", "sure")}
     return Finding(text["code"], values.get("level", text["level"]), line=line, **filled)

@@ -39,18 +39,6 @@ _TYPICAL_WEIGHT = 0.02
 """The standard deviation of the weights of large language models, roughly."""
 
 
-def kept_in_bf16(lr: float, size: float = _TYPICAL_WEIGHT) -> float:
-    """Return the share of steps of size `lr` that is left if weights are rounded to bf16, which has 8 significant bits.
-
-    Args:
-        lr: the learning rate; a step of Adam is about as large.
-        size: the standard deviation of the weights, which are taken to be normal.
-    """
-    weights = np.array([NormalDist(0, size).inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
-    spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
-    return float(np.mean(np.round(lr / spacing) * spacing) / lr)
-
-
 def _moved(alpha: float, to: float) -> str:
     """Return in words by what factor the optimal learning rate moves from one alpha to another."""
     low, middle, high = (max(alpha / to, to / alpha) ** exponent for exponent in ALPHA_EXPONENTS)
@@ -96,7 +84,11 @@ def _precision(config: TrainingConfig) -> Iterator[Finding]:
     if config.bits in (4, 8):
         yield say("quantized", line, bits=config.bits)
     elif config.rounded and config.lr is not None and 0 < config.lr < _TYPICAL_WEIGHT:
-        kept = kept_in_bf16(config.lr)
+        # A step of Adam is about as large as the learning rate; bf16 has 8 significant bits.
+        normal = NormalDist(0, _TYPICAL_WEIGHT)
+        weights = np.array([normal.inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
+        spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
+        kept = float(np.mean(np.round(config.lr / spacing) * spacing) / config.lr)
         level: Level = "warning" if kept < _FEW else "note"
         if kept < _MOST:
             yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)

@@ -64,7 +64,19 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         variant = None if initialization == "gaussian" else initialization
     else:
         variant = "loftq" if options.has("peft.loftq_config") else "relora" if options.flag("relora") else None
-    datasets = options.get("datasets") if isinstance(options.get("datasets"), list) else []
+    task: Task | None = "sft"
+    objective, datasets = options.text("rl"), options.get("datasets")
+    if objective in ("grpo", "gdpo", "ebft"):
+        task = "rl"
+    elif objective in _PREFERENCE or options.flag("reward_model"):
+        task = "preference"
+    elif objective is not None or options.flag("process_reward_model"):
+        task = None
+    elif options.has("pretraining_dataset") or (
+        # Of plain texts, every token is scored.
+        isinstance(datasets, list) and datasets and all(at(dataset, "type") == "completion" for dataset in datasets)
+    ):
+        task = "pretraining"
     return [
         record(
             shown,
@@ -73,7 +85,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             keys,
             findings,
             lora=method == "lora" and continued is None,
-            task=_task(options, datasets),
+            task=task,
             method=method,
             bits=bits,
             # The model is loaded in bf16. DeepSpeed keeps an fp32 copy, FSDP in accelerate holds what is trained in
@@ -84,25 +96,12 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             micro_batch=micro,
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.
-            group_size=options.count("trl.num_generations") if options.text("rl") in ("grpo", "gdpo") else None,
+            group_size=options.count("trl.num_generations") if objective in ("grpo", "gdpo") else None,
             dropout=options.number("lora_dropout") or 0.0,
             targets=targets,
             variant=variant,
         )
     ]
-
-
-def _task(options: Options, datasets: list[object]) -> Task | None:
-    objective = options.text("rl")
-    if objective in ("grpo", "gdpo", "ebft"):
-        return "rl"
-    if objective in _PREFERENCE or options.flag("reward_model"):
-        return "preference"
-    if objective is not None or options.flag("process_reward_model"):
-        return None
-    # Of plain texts, every token is scored.
-    plain = bool(datasets) and all(at(dataset, "type") == "completion" for dataset in datasets)
-    return "pretraining" if plain or options.has("pretraining_dataset") else "sft"
 
 
 def _lr_findings(options: Options) -> list[Finding]:

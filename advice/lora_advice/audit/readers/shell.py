@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_advice.audit.config import say
 from lora_advice.audit.readers.options import Options
 from lora_advice.audit.yaml_lines import LONGEST
-from lora_advice.finding import Finding
 
 UNKNOWN = "\0"
 """Stands in a word for the part that only the running script knows."""
@@ -113,11 +111,6 @@ def read_overrides(words: list[Word]) -> Options:
                 value = said.strip("'\"")
             options.set(match[1], value, word.line)
     return options
-
-
-def cut_off(word: Word) -> Finding:
-    """Say that the options from a word on are not part of the command before it."""
-    return say("cut-off", word.line, word=word.text)
 
 
 def read_commands(text: str, first_line: int = 1) -> list[list[Word]]:

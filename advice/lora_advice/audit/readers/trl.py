@@ -20,7 +20,7 @@ from pathlib import Path
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers import trl_python
 from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
-from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
+from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, is_script, read_commands, read_flags
 from lora_advice.audit.readers.trl_python import plain_fields, task_of
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
@@ -119,7 +119,9 @@ def _from_commands(path: Path, shown: str, commands: list[list[Word]]) -> list[T
     before = None
     for words in commands:
         if before is not None and words[0].text.startswith("--"):
-            configs[-1] = before = replace(before, findings=(*before.findings, cut_off(words[0])))
+            configs[-1] = before = replace(
+                before, findings=(*before.findings, say("cut-off", words[0].line, word=words[0].text))
+            )
         elif (before := _from_command(path, shown, words)) is not None:
             configs.append(before)
     return configs

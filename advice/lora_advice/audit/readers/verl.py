@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers.options import Options, names_of, read_yaml, record
-from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, is_script, read_commands, read_overrides
+from lora_advice.audit.readers.shell import UNKNOWN, Word, is_script, read_commands, read_overrides
 from lora_advice.finding import Finding
 
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
@@ -45,7 +45,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         elif any(_SFT_TRAINER.search(word.text) for word in words) and options.values:
             task = "sft"
         if task is not None and not _DOTTED.match(words[0].text):
-            cut = [cut_off(following[0])] if following and _DOTTED.match(following[0].text) else []
+            after = following[0] if following and _DOTTED.match(following[0].text) else None
+            cut = [] if after is None else [say("cut-off", after.line, word=after.text)]
             configs.append(_config(shown, options, task, words, cut))
     return configs
 
