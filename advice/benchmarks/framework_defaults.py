@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from lora_advice.audit import check_run, compare_runs
-from lora_advice.audit.config import Knowledge, TrainingConfig
+from lora_advice.audit import check_run
+from lora_advice.audit.config import TrainingConfig
 from lora_advice.audit.files import read_paths
 from lora_advice.audit.lr import judge
 from lora_advice.audit.regret import shipped_evidence
+from lora_advice.audit.settings import compare_runs
 from lora_advice.finding import Finding
 from lora_advice.models import facts
 from matplotlib.figure import Figure
@@ -75,7 +76,7 @@ FRAMEWORKS = (
 
 SAID = (
     *("task", "method", "model", "bits", "lr", "schedule", "optimizer"),
-    *("micro_batch", "accumulation", "devices", "global_batch", "group_size", "steps", "epochs", "examples"),
+    *("micro_batch", "accumulation", "devices", "global_batch", "group_size", "steps", "epochs"),
     *("rank", "alpha", "rslora", "dora", "lr_ratio", "variant"),
 )
 """What a row has of the record of a run: all that the verdict on its learning rate rests on."""
@@ -106,8 +107,8 @@ def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
 
 def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the runs that a framework's examples state, and the findings above a note, one row each."""
-    configs = read_paths([folder]).configs
-    alone = [finding for config in configs for finding in check_run(config, Knowledge())]
+    configs, _, _ = read_paths([folder])
+    alone = [finding for config in configs for finding in check_run(config)]
     findings = alone + compare_runs(configs)
     about = {"framework": framework.name, "repository": framework.repository, "commit": framework.commit}
     runs = pd.DataFrame([about | _run(config, folder, findings) for config in configs])

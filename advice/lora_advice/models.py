@@ -206,36 +206,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
-def dimensions_of_config(config: ModelConfig) -> Dimensions:
-    """Return the sizes in a Hugging Face configuration.
-
-    Raises:
-        KeyError: the configuration is not of a known family.
-    """
-
-    def size(key: str) -> int:
-        value = getattr(config, key)
-        if not isinstance(value, int):
-            raise KeyError(key)
-        return value
-
-    experts = config.num_experts or config.num_local_experts or 0
-    hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
-    return Dimensions(
-        family=config.model_type or "",
-        hidden=hidden,
-        layers=size("num_hidden_layers"),
-        heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=config.head_dim or hidden // heads,
-        intermediate=(config.moe_intermediate_size or intermediate) if experts else intermediate,
-        vocabulary=size("vocab_size"),
-        tied=config.tie_word_embeddings or False,
-        experts=experts,
-        active_experts=size("num_experts_per_tok") if experts else 0,
-    )
-
-
 @cache
 def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> ModelFacts | None:
     """Return what is known of a base model; None if nothing is.
@@ -270,23 +240,36 @@ def facts_of_config(config: ModelConfig, name: str, source: str = "its config.js
     # Gemma ties them where its configuration does not say.
     ties = (config.tie_word_embeddings, text.tie_word_embeddings, family.startswith("gemma"))
     tied = next(tie for tie in ties if tie is not None)
-    sizes = None
-    if family in GATED:
-        with suppress(KeyError):
-            sizes = replace(dimensions_of_config(text), family=family, tied=tied)
+    layers, heads, intermediate = text.num_hidden_layers, text.num_attention_heads, text.intermediate_size
+    experts, active, sizes = text.num_experts or text.num_local_experts or 0, text.num_experts_per_tok or 0, None
+    complete = family in GATED and (active or not experts)
+    if complete and layers and heads and isinstance(intermediate, int) and text.vocab_size:
+        sizes = Dimensions(
+            family=family,
+            hidden=text.hidden_size,
+            layers=layers,
+            heads=heads,
+            kv_heads=text.num_key_value_heads or heads,
+            head_dim=text.head_dim or text.hidden_size // heads,
+            intermediate=(text.moe_intermediate_size or intermediate) if experts else intermediate,
+            vocabulary=text.vocab_size,
+            tied=tied,
+            experts=experts,
+            active_experts=active if experts else 0,
+        )
     return ModelFacts(
         name,
         family,
         text.hidden_size,
         source,
         parameters=sizes.parameters if sizes else None,
-        layers=text.num_hidden_layers,
+        layers=layers,
         vocabulary=text.vocab_size,
         max_length=text.max_position_embeddings,
         tied=tied,
         mixture=text.experts > 0,
         experts=text.experts,
-        active_experts=text.num_experts_per_tok or 0,
+        active_experts=active,
         sizes=sizes,
     )
 
@@ -348,7 +331,12 @@ def _estimate(name: str, words: str) -> ModelFacts | None:
     passed = float(active["size"]) * 1e9 if active else total / max(1, int(stated["experts"] or 1))
     if not passed > 0:
         return None
-    slope, intercept, error = _width_by_size()
+    # The width of known dense models by their number of parameters, both as logarithms.
+    dense = [model for _, model in public_models() if not model.mixture and model.parameters]
+    x = [math.log(model.parameters or 1) for model in dense]
+    y = [math.log(model.width) for model in dense]
+    slope, intercept = statistics.linear_regression(x, y)
+    error = statistics.stdev(b - intercept - slope * a for a, b in zip(x, y, strict=True))
     return ModelFacts(
         name,
         next((lineage for lineage in _LINEAGES if lineage in words), ""),
@@ -358,18 +346,3 @@ def _estimate(name: str, words: str) -> ModelFacts | None:
         mixture=bool(active or stated["experts"]),
         width_error=error,
     )
-
-
-@cache
-def _width_by_size() -> tuple[float, float, float]:
-    """Fit the width of known dense models to their number of parameters, both as logarithms.
-
-    Returns:
-        Slope, intercept and the standard deviation of the residuals.
-    """
-    dense = [model for _, model in public_models() if not model.mixture and model.parameters]
-    x = [math.log(model.parameters or 1) for model in dense]
-    y = [math.log(model.width) for model in dense]
-    slope, intercept = statistics.linear_regression(x, y)
-    residuals = [b - intercept - slope * a for a, b in zip(x, y, strict=True)]
-    return slope, intercept, statistics.stdev(residuals)

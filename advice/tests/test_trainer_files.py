@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from lora_advice.audit import check_run, compare_runs
-from lora_advice.audit.config import Knowledge
+from lora_advice.audit import check_run
 from lora_advice.audit.files import read_paths
+from lora_advice.audit.settings import compare_runs
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.recommend import recommend
@@ -83,8 +83,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 def audit(configs):
     """Return all findings in configurations."""
-    known = Knowledge()
-    return [*(finding for config in configs for finding in check_run(config, known)), *compare_runs(configs)]
+    return [*(finding for config in configs for finding in check_run(config)), *compare_runs(configs)]
 
 
 def written(trainer, folder, model, *options):

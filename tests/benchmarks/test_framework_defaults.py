@@ -26,7 +26,7 @@ def test_verdicts_follow_from_what_the_rows_say():
     compared = 0
     for row in runs.to_dict("records"):
         said: dict[str, Any] = {name: row[name] for name in SAID if row[name]}
-        whole = ("bits", "micro_batch", "accumulation", "devices", "global_batch", "group_size", "examples", "rank")
+        whole = ("bits", "micro_batch", "accumulation", "devices", "global_batch", "group_size", "rank")
         said |= {name: int(float(said[name])) for name in whole if name in said}
         said |= {name: float(said[name]) for name in ("lr", "alpha", "steps", "epochs", "lr_ratio") if name in said}
         said |= {name: said[name] == "True" for name in ("rslora", "dora") if name in said}

@@ -1,27 +1,24 @@
-"""One training run as a user's file states it, whatever the framework. Readers make it, checks read it."""
+"""One training run as a user's file states it, whatever the framework: readers make it, checks read it.
+
+What is found of runs is said by a text of `texts.yaml`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from lora_advice.finding import Finding
 from lora_advice.variants import Variant
 
 Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What the user says about the runs and no file does."""
-
-    completion_tokens: float | None = None
-    """Mean number of scored tokens of an example."""
-    hub: bool = False
-    """Whether models that are not known here may be looked up on the hub."""
+METHODS: dict[Method, str] = {"lora": "LoRA", "fullft": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,11 @@ class TrainingConfig:
     """The id on the hub or the path of the base model."""
     bits: int | None = None
     """Bits of a quantized base, 4 or 8 (QLoRA)."""
-    precision: str | None = None
-    """`bf16`, `fp16` or `fp32`, of weights or autocast."""
     rounded: bool = False
     """Whether full fine-tuning holds its weights in bf16 and in nothing finer, so that each step is rounded."""
     lr: float | None = None
     schedule: str | None = None
     """The framework's own word, such as `cosine`."""
-    warmup: float | None = None
-    """Steps of warm-up; a share of all steps if below 1."""
     optimizer: str | None = None
     """The framework's own word, such as `adamw_torch`."""
     micro_batch: int | None = None
@@ -61,11 +54,6 @@ class TrainingConfig:
     """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
     steps: float | None = None
     epochs: float | None = None
-    examples: int | None = None
-    """Training examples, where the file or what lies beside it says so."""
-    max_length: int | None = None
-    """The longest sequence in tokens."""
-    packing: bool | None = None
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
@@ -102,6 +90,11 @@ class TrainingConfig:
         return None
 
     @property
+    def per_device(self) -> bool:
+        """Whether the batch size is that of a device, of which the file does not say how many there are."""
+        return self.devices is None and self.global_batch is None and self.micro_batch is not None
+
+    @property
     def variants(self) -> tuple[Variant, ...]:
         """The variants of LoRA that the run combines, of those whose best learning rate is known here."""
         if self.method != "lora":
@@ -129,3 +122,13 @@ class TrainingConfig:
     def where(self) -> str:
         """The file, and which run of it."""
         return f"{self.path} ({self.name})" if self.name else self.path
+
+
+_TEXTS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
+
+
+def say(name: str, line: int | None = None, /, **values: Any) -> Finding:
+    """Return the finding of a text with values filled in; `level` among them takes the place of its own."""
+    text = _TEXTS[name]
+    filled = {field: text[field].format(**values) for field in ("message", "source", "sure")}
+    return Finding(text["code"], values.get("level", text["level"]), line=line, **filled)

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.limits import SECONDS, in_limits
+from lora_advice.audit.limits import SECONDS, SECONDS_WITH_HUB, in_limits
 from lora_advice.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
@@ -41,39 +41,29 @@ class NotRead:
     """A sentence in which the file is `it`."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was found at some paths."""
-
-    configs: list[TrainingConfig]
-    not_read: list[NotRead]
-    """Files that the user named, and files of a known format, that could not be read."""
-    findings: list[Finding]
-    """Of each run alone, in the order of the runs."""
-
-
 def read_paths(
     paths: Sequence[Path],
     file_format: str | None = None,
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
-    seconds: float = SECONDS,
-) -> Reading:
-    """Return the training runs that files state, in the order of the paths and then by name.
+    hub: bool = False,
+) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
+    """Return the runs that files state, by path and name, what is found of each alone, and the files not read.
 
     Args:
         paths: files and folders.
         file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
         check: what is to be found of a run.
         skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
-        seconds: that reading and checking a file may take.
+        hub: whether a check may wait for the hub.
 
     Raises:
         UserError: a path or the format is not there.
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
-    files, not_read = dict[str, tuple[Path, bool]](), list[NotRead]()
+    files = dict[str, tuple[Path, bool]]()
+    configs, findings, not_read = list[TrainingConfig](), list[Finding](), list[NotRead]()
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
@@ -84,27 +74,22 @@ def read_paths(
             not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
-        configs = _read(item[0], file_format, named=item[1])
-        return {
-            "configs": [asdict(config) for config in configs],
-            "findings": [asdict(finding) for config in configs for finding in check(config)],
-        }
+        runs = _read(item[0], file_format, named=item[1])
+        found = [finding for run in runs for finding in check(run)]
+        return {"configs": [*map(asdict, runs)], "findings": [*map(asdict, found)]}
 
-    reading = Reading([], not_read, [])
-    for (file, _), said in zip(files.values(), in_limits(answer, list(files.values()), seconds), strict=True):
+    answers = in_limits(answer, list(files.values()), SECONDS_WITH_HUB if hub else SECONDS)
+    for (file, _), said in zip(files.values(), answers, strict=True):
         if isinstance(said, UserError):
             not_read.append(NotRead(file.as_posix(), str(said)))
-        else:
-            reading.configs.extend(map(_config, said["configs"]))
-            reading.findings.extend(Finding(**finding) for finding in said["findings"])
-    return reading
-
-
-def _config(said: dict[str, Any]) -> TrainingConfig:
-    """Return a record from plain data, in which tuples have become lists."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    fields["findings"] = tuple(Finding(**finding) for finding in said["findings"])
-    return TrainingConfig(**fields)
+            continue
+        for plain in said["configs"]:
+            # In plain data, tuples have become lists.
+            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+            fields["findings"] = tuple(Finding(**finding) for finding in plain["findings"])
+            configs.append(TrainingConfig(**fields))
+        findings.extend(Finding(**finding) for finding in said["findings"])
+    return configs, findings, not_read
 
 
 def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:

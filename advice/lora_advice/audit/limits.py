@@ -20,7 +20,7 @@ from lora_advice.errors import UserError
 
 T = TypeVar("T")
 
-SECONDS = 5
+SECONDS, SECONDS_WITH_HUB = 5, 60
 """Of CPU time for a file, which usually takes a hundredth of one; a limit by the clock would fail on a busy machine."""
 _WALL_PER_CPU_SECOND = 6
 MEMORY = 700_000_000
@@ -34,33 +34,28 @@ def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: float = SEC
     """Return for each item what `work` returns of it as plain data, or the UserError that says why there is nothing."""
     answers = list[Any]()
     while len(answers) < len(items):
-        answers += _of_one_process(work, items[len(answers) :], seconds)
-    return answers
-
-
-def _of_one_process(work: Callable[[T], Any], items: Sequence[T], seconds: float) -> list[Any]:
-    """Return the answers up to the item that ended the process, if one did."""
-    reading, writing = os.pipe()
-    process, status = os.fork(), 0
-    if process == 0:
-        _answer(work, items, seconds, writing)
-    os.close(writing)
-    lines = list[bytes]()
-    try:
-        with open(reading, "rb") as pipe:
-            # Another fork of the caller may hold the pipe open, so its end is not waited for.
-            while len(lines) < len(items) and (line := pipe.readline()).endswith(b"\n"):
-                lines.append(line)
-    finally:
-        with suppress(ProcessLookupError, ChildProcessError):  # the caller may have asked the system to reap
-            os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
-    answers = [UserError(answer) if isinstance(answer, str) else answer for answer in map(json.loads, lines)]
-    if len(answers) < len(items):
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        late = f"it takes more than {seconds:g} s to read"
-        reasons = {signal.SIGPROF: late, signal.SIGALRM: late, 0: _TOO_MUCH}
-        answers.append(UserError(reasons.get(number, f"reading it ended with {signal.strsignal(number)}")))
+        left = items[len(answers) :]
+        reading, writing = os.pipe()
+        process, status = os.fork(), 0
+        if process == 0:
+            _answer(work, left, seconds, writing)
+        os.close(writing)
+        lines = list[bytes]()
+        try:
+            with open(reading, "rb") as pipe:
+                # Another fork of the caller may hold the pipe open, so its end is not waited for.
+                while len(lines) < len(left) and (line := pipe.readline()).endswith(b"\n"):
+                    lines.append(line)
+        finally:
+            with suppress(ProcessLookupError, ChildProcessError):  # the caller may have asked the system to reap
+                os.kill(process, signal.SIGKILL)
+                _, status = os.waitpid(process, 0)
+        answers += [UserError(answer) if isinstance(answer, str) else answer for answer in map(json.loads, lines)]
+        if len(lines) < len(left):
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            late = f"it takes more than {seconds:g} s to read"
+            reasons = {signal.SIGPROF: late, signal.SIGALRM: late, 0: _TOO_MUCH}
+            answers.append(UserError(reasons.get(number, f"reading it ended with {signal.strsignal(number)}")))
     return answers
 
 
@@ -71,7 +66,11 @@ def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: float, writin
         for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM, signal.SIGPROF])
-        _limit_memory()
+        with suppress(OSError):  # without /proc there is no limit of memory
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit, (soft, hard) = pages * resource.getpagesize() + MEMORY, resource.getrlimit(resource.RLIMIT_AS)
+            if soft == resource.RLIM_INFINITY or soft > limit:
+                resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         with open(writing, "wb") as pipe:
             for item in items:
                 signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -83,14 +82,6 @@ def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: float, writin
                 pipe.flush()
     finally:
         os._exit(0)
-
-
-def _limit_memory() -> None:
-    with suppress(OSError):  # without /proc there is no limit
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit, (soft, hard) = pages * resource.getpagesize() + MEMORY, resource.getrlimit(resource.RLIMIT_AS)
-        if soft == resource.RLIM_INFINITY or soft > limit:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _line(work: Callable[[T], Any], item: T) -> str:

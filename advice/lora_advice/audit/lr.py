@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import get_args
 
-from lora_advice.audit.config import Knowledge, TrainingConfig
-from lora_advice.audit.regret import LrEvidence, Place, Verdict, shipped_evidence
+from lora_advice.audit.config import METHODS, TrainingConfig
+from lora_advice.audit.regret import LrEvidence, Place, Verdict
 from lora_advice.finding import Finding, Level
-from lora_advice.models import ModelFacts, facts
+from lora_advice.models import ModelFacts
 from lora_advice.variants import VARIANT_NAMES, measured_factor
 
 SURE = 0.9
@@ -19,16 +18,9 @@ outside of the 95% interval an error if runs may diverge there."""
 MOST_DEVICES = 8
 """A finding must hold from one to this number of devices where the file does not say how many there are."""
 
-_METHODS = {"lora": "LoRA", "fullft": "full fine-tuning"}
 _TASKS = {False: "supervised fine-tuning", True: "reinforcement learning"}
-_UNITS = {False: "nats per token", True: "of accuracy"}
 # Optimizers whose LR is that of Adam, by what their names hold, and those that only sound like it.
 _ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adamax")
-
-
-def check_lr(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return what a run's learning rate would cost by the shipped evidence."""
-    return lr_findings(config, facts(config.model, Path(config.path).parent, known.hub), shipped_evidence())
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
@@ -51,14 +43,15 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         sft = place._replace(rl=False, batch_size=math.nan, steps=math.nan)
         if not _verdict(config, sft, evidence).outside_80:
             code, message = "rl-lr", f"{message}; it would be usual in {_TASKS[False]}"
-    assumed = []
+    recommended, assumed = verdict.recommended, list[str]()
+    assumed.append(f"95% interval of the optimal learning rate {recommended.low:.2g} to {recommended.high:.2g}")
     if model is None:
         assumed.append("the model is not known")
     elif model.width_error:
         assumed.append(f"the model's width is an estimate by {model.source}")
     if math.isnan(place.batch_size):
         assumed.append("the batch size is not said")
-    elif _devices_matter(config):
+    elif config.per_device:
         assumed.append(f"the number of devices is not said, and 1 to {MOST_DEVICES} are allowed for")
     if math.isnan(place.steps):
         assumed.append("the number of steps is not said")
@@ -67,10 +60,8 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
     if place.rl and measured:
         names = " and ".join(VARIANT_NAMES[variant] for variant in measured)
         assumed.append(f"the learning rate of {names} over LoRA's was measured in {_TASKS[False]}")
-    recommended = verdict.recommended
-    sure = f"95% interval of the optimal learning rate {recommended.low:.2g} to {recommended.high:.2g}"
     source = f"optimal learning rates of {evidence.sources(place)} sources (docs/other-runs.md)"
-    return [Finding(code, level(verdict), message, source, "; ".join([sure, *assumed]), line=line)]
+    return [Finding(code, level(verdict), message, source, "; ".join(assumed), line=line)]
 
 
 def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> tuple[Verdict, Place] | str:
@@ -78,21 +69,6 @@ def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence
 
     Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES.
     """
-    if why := _not_covered(config):
-        return why
-    verdicts: list[tuple[Verdict, Place]] = []
-    for devices in (1, MOST_DEVICES) if _devices_matter(config) else (1,):
-        place = _place(config, model, devices)
-        if far := evidence.unmeasured(place):
-            return f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}"
-        verdicts.append((_verdict(config, place, evidence), place))
-        if level(verdicts[-1][0]) == "note":
-            break
-    return max(verdicts, key=lambda judged: (get_args(Level).index(level(judged[0])), -judged[0].share.mean))
-
-
-def _not_covered(config: TrainingConfig) -> str:
-    """Return why the evidence does not cover a run; an empty string if it does."""
     optimizer = (config.optimizer or _ADAM).lower()
     if config.task is None:
         return "the file does not say whether this is supervised fine-tuning or reinforcement learning"
@@ -106,11 +82,15 @@ def _not_covered(config: TrainingConfig) -> str:
         return "the file does not say the rank, on which the learning rate of rsLoRA depends"
     if config.variant and not {"pissa", "olora"} & {*config.variants}:
         return f"no source has measured learning rates of the variant {config.variant}"
-    return ""
-
-
-def _devices_matter(config: TrainingConfig) -> bool:
-    return config.devices is None and config.global_batch is None and config.micro_batch is not None
+    verdicts: list[tuple[Verdict, Place]] = []
+    for devices in (1, MOST_DEVICES) if config.per_device else (1,):
+        place = _place(config, model, devices)
+        if far := evidence.unmeasured(place):
+            return f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}"
+        verdicts.append((_verdict(config, place, evidence), place))
+        if level(verdicts[-1][0]) == "note":
+            break
+    return max(verdicts, key=lambda judged: (get_args(Level).index(level(judged[0])), -judged[0].share.mean))
 
 
 def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Place:
@@ -119,11 +99,9 @@ def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Pl
     # Of RL, a global batch counts prompts, and a batch per device responses.
     group = config.group_size if rl else 1
     if config.batch_size is not None and (group or config.global_batch is None):
-        batch = float(config.batch_size * (devices if _devices_matter(config) else 1))
+        batch = float(config.batch_size * (devices if config.per_device else 1))
     if config.steps is not None and config.steps > 0:
         steps = float(config.steps)
-    elif config.epochs and config.examples and group and math.isfinite(batch):
-        steps = max(1.0, config.epochs * config.examples * group / batch)
     place = Place("", math.nan, str(config.method), rl, batch, steps)
     if model is None:
         return place
@@ -157,11 +135,13 @@ def level(verdict: Verdict) -> Level:
 def _message(config: TrainingConfig, verdict: Verdict, variant_factor: float) -> str:
     factor = math.exp(abs(verdict.log_factor))
     size = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
-    distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than" if factor > 1.05 else "about"
+    distance, comparison = "about", ""
+    if factor > 1.05:
+        distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than"
+        comparison = f" (the recommended one {verdict.recommended_share:.0%})"
     share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
-    unit = _UNITS[config.task == "rl"]
-    comparison = f" (the recommended one {verdict.recommended_share:.0%})" if factor > 1.05 else ""
-    method, recommended = _METHODS[config.method or ""], f"{verdict.recommended.mean:.2g}"
+    unit = "of accuracy" if config.task == "rl" else "nats per token"
+    method, recommended = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
     if config.variants:
         method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
         recommended += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.files import NotRead, Reading
+from lora_advice.audit.config import METHODS, TrainingConfig
+from lora_advice.audit.files import NotRead
 from lora_advice.finding import Finding, Level
-from lora_advice.formats import lr
+from lora_advice.formats import lr, printable
 
 FEW = 10
 """Up to so many runs are shown in full."""
 _TASKS = {"sft": "SFT", "rl": "RL", "preference": "preference training", "pretraining": "pretraining"}
-_METHODS = {"lora": "LoRA", "fullft": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,10 @@ class Report:
     configs: list[TrainingConfig]
     findings: list[Finding]
     not_read: list[NotRead]
-    counts: dict[Level, int] = field(default_factory=dict)
+    counts: dict[Level, int]
     """Number of findings by level."""
-    version: int = 1
+    version: int = 2
     """It is raised when a field changes its meaning or goes."""
-
-    @classmethod
-    def of(cls, reading: Reading, findings: Sequence[Finding]) -> Report:
-        """Return the report of a reading and of what was found beside it, of runs compared with each other."""
-        all_findings = [*reading.findings, *findings]
-        counted = Counter(finding.level for finding in all_findings)
-        counts = {level: counted[level] for level in get_args(Level)}
-        return cls(reading.configs, all_findings, reading.not_read, counts)
-
-    def json(self) -> dict[str, Any]:
-        """Return it as `--json` prints it."""
-        return asdict(self)
 
     def lines(self, show_all: bool) -> Iterator[str]:
         """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
@@ -54,34 +41,30 @@ class Report:
         Args:
             show_all: show also the notes, and the runs without findings, where there are many runs.
         """
-        for line in self._lines(show_all):
-            shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-            yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", shown)
+        for line in self._lines(show_all or len(self.configs) <= FEW):
+            yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", printable(line))
 
-    def _lines(self, show_all: bool) -> Iterator[str]:
-        full = show_all or len(self.configs) <= FEW
-        by_run: dict[tuple[str, str], list[Finding]] = {(config.path, config.name): [] for config in self.configs}
-        elsewhere = [finding for finding in self.findings if (finding.path, finding.run) not in by_run]
-        for finding in self.findings:
-            by_run.get((finding.path, finding.run), []).append(finding)
+    def _lines(self, full: bool) -> Iterator[str]:
+        shown = [finding for finding in self.findings if full or finding.level != "note"]
+        by_run = defaultdict[tuple[str, str], list[Finding]](list)
+        for finding in shown:
+            by_run[finding.path, finding.run].append(finding)
         hidden = 0
         for config in self.configs:
             findings = by_run.pop((config.path, config.name), [])
-            if not full and all(finding.level == "note" for finding in findings):
+            if not full and not findings:
                 hidden += 1
                 continue
             yield heading(config)
-            yield from (_line(finding, "  ") for finding in findings if full or finding.level != "note")
-        for finding in elsewhere:
-            if full or finding.level != "note":
-                place = finding.path if finding.line is None else f"{finding.path}:{finding.line}"
-                yield f"{place or 'all files'}"
-                yield _line(finding, "  ")
+            for finding in findings:
+                line = f"line {finding.line}: " if finding.line is not None else ""
+                said = f"{line}{finding.message} [{finding.source}; {finding.sure}]"
+                yield f"  {finding.level} {finding.code}: {said}"
         if hidden:
             yield f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)"
-        reasons: dict[str, list[str]] = {}
+        reasons = defaultdict[str, list[str]](list)
         for missing in self.not_read:
-            reasons.setdefault(missing.reason, []).append(missing.path)
+            reasons[missing.reason].append(missing.path)
         for reason, paths in reasons.items():
             others = "" if len(paths) == 1 else f" and {_count(len(paths) - 1, 'other file')}"
             yield f"{paths[0]}{others}: not read: {reason}"
@@ -91,50 +74,44 @@ class Report:
 
     def sarif(self) -> dict[str, Any]:
         """Return it as SARIF 2.1.0, which code hosts show beside the lines."""
+        results = []
+        for finding in self.findings:
+            location: dict[str, Any] = {"artifactLocation": {"uri": quote(os.fsencode(finding.path))}}
+            if finding.line is not None:
+                location["region"] = {"startLine": finding.line}
+            text = f"{finding.message} (source: {finding.source}; {finding.sure})"
+            result = {"ruleId": finding.code, "level": finding.level, "message": {"text": text}}
+            results.append(result | {"locations": [{"physicalLocation": location}]})
+        rules = [{"id": code} for code in sorted({finding.code for finding in self.findings})]
+        driver = {"name": "lora-advice audit", "version": version("lora-advice"), "rules": rules}
         return {
             "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
             "version": "2.1.0",
-            "runs": [
-                {
-                    "tool": {
-                        "driver": {
-                            "name": "lora-advice audit",
-                            "version": version("lora-advice"),
-                            "rules": [{"id": code} for code in sorted({finding.code for finding in self.findings})],
-                        }
-                    },
-                    "results": [_result(finding) for finding in self.findings],
-                }
-            ],
+            "runs": [{"tool": {"driver": driver}, "results": results}],
         }
 
 
 def heading(config: TrainingConfig) -> str:
     """Return the line that says how a run was understood, and what the file does not say."""
-    known = {
-        "task": config.task,
-        "model": config.model,
-        "method": config.method,
-        "LR": config.lr,
-        "batch size": config.batch_size,
-        "steps or epochs": config.steps or config.epochs,
-    }
+
+    def default(name: str) -> str:
+        return "" if name in config.lines else " (default)"
+
     kind = f"{config.format}: {_TASKS[config.task] if config.task else 'training'}"
     kind += f" of {config.model}" if config.model else ""
-    parts = [kind + (f" by {_METHODS[config.method]}" if config.method else "")]
+    parts = [kind + (f" by {METHODS[config.method]}" if config.method else "")]
     if config.lr is not None:
         schedule = f" ({config.schedule})" if config.schedule is not None else ""
-        parts.append(f"LR {lr(config.lr)}{_default(config, 'lr')}{schedule}")
+        parts.append(f"LR {lr(config.lr)}{default('lr')}{schedule}")
     if config.batch_size is not None:
-        alone = config.devices is None and config.global_batch is None
-        parts.append(f"batch {config.batch_size}{' per device' if alone else ''}")
+        parts.append(f"batch {config.batch_size}{' per device' if config.per_device else ''}")
     if config.steps is not None and config.steps > 0:
         parts.append(f"{config.steps:g} steps")
     elif config.epochs is not None:
         parts.append(_count(config.epochs, "epoch"))
     if config.method == "lora":
         for name, value in (("rank", config.rank), ("alpha", config.alpha)):
-            parts.append(f"{name} not said" if value is None else f"{name} {value:g}{_default(config, name)}")
+            parts.append(f"{name} not said" if value is None else f"{name} {value:g}{default(name)}")
         targets = [*(config.targets or ()), *config.target_parameters]
         where = "all linear layers" if targets == ["all-linear"] else " ".join(targets)
         parts.append(f"on {'the default modules' if config.targets is None and not targets else where}")
@@ -145,33 +122,12 @@ def heading(config: TrainingConfig) -> str:
         parts.append(config.optimizer)
     if config.bits is not None:
         parts.append(f"{config.bits}-bit base")
-    if missing := [name for name, value in known.items() if value is None]:
+    values = (config.task, config.model, config.method, config.lr, config.batch_size, config.steps or config.epochs)
+    nouns = ("task", "model", "method", "LR", "batch size", "steps or epochs")
+    if missing := [noun for noun, value in zip(nouns, values, strict=True) if value is None]:
         parts.append(f"not known: {', '.join(missing)}")
     return f"{config.where}: {', '.join(parts)}"
 
 
-def _default(config: TrainingConfig, name: str) -> str:
-    return "" if name in config.lines else " (default)"
-
-
-def _line(finding: Finding, indent: str) -> str:
-    line = f"line {finding.line}: " if finding.line is not None else ""
-    return f"{indent}{finding.level} {finding.code}: {line}{finding.message} [{finding.source}; {finding.sure}]"
-
-
 def _count(number: float, noun: str) -> str:
     return f"{number:g} {noun}{'' if number == 1 else 's'}"
-
-
-def _result(finding: Finding) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "ruleId": finding.code,
-        "level": finding.level,
-        "message": {"text": f"{finding.message} (source: {finding.source}; {finding.sure})"},
-    }
-    if finding.path:
-        location: dict[str, Any] = {"artifactLocation": {"uri": quote(os.fsencode(finding.path))}}
-        if finding.line is not None:
-            location["region"] = {"startLine": finding.line}
-        result["locations"] = [{"physicalLocation": location}]
-    return result

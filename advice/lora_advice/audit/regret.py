@@ -7,8 +7,8 @@ up to REACH, and from there on as much more per e-fold as there; in RL the accur
 curvature c for LRs that are too low and one for those that are too high. It is pooled from measured grids, and ln c of
 a further run is normal.
 
-What was pooled is shipped in one file, so that an audit needs no pandas, no scipy and no fit, which would take longer
-than all else that it does. `python -m benchmarks.audit_regret` writes it, and holds predicted regrets to measured ones.
+What was pooled is shipped in one file, since a fit would take longer than all else that an audit does.
+`python -m advice.benchmarks.audit_regret` writes it, and holds predicted regrets to measured ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ import numpy as np
 
 EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
 
-Unit = Literal["share", "loss"]
-
 REACH = math.log(6)
 """Curvatures are those up to this distance from the optimum, in ln LR."""
 
@@ -35,13 +33,9 @@ NEAR = 4.0
 """A width, batch size or length is near what was measured up to this factor."""
 
 
-def _equally_probable(count: int) -> np.ndarray:
-    """Return values of equal probability of the standard normal distribution."""
-    return np.array([NormalDist().inv_cdf((part + 0.5) / count) for part in range(count)])
-
-
-# The values that stand for a normal distribution of the mixture, and for a curvature; those that stand for an optimum.
-_NORMAL, _PROBABILITIES = _equally_probable(100), (np.arange(200) + 0.5) / 200
+# Values of equal probability that stand for a normal distribution, such as a curvature, and those for an optimum.
+_NORMAL = np.array([NormalDist().inv_cdf((part + 0.5) / 100) for part in range(100)])
+_PROBABILITIES = (np.arange(200) + 0.5) / 200
 
 
 class Interval(NamedTuple):
@@ -55,17 +49,13 @@ class Interval(NamedTuple):
 class Place(NamedTuple):
     """Where a learning rate is used; NaN where it is not known."""
 
-    family: str
-    """The transformers model type."""
+    family: str  # the transformers model type
     width: float
-    method: str
-    """`lora` or `fullft`."""
+    method: str  # `lora` or `fullft`
     rl: bool
-    batch_size: float
-    """Examples per step, in RL responses."""
+    batch_size: float  # examples per step, in RL responses
     steps: float
-    width_error: float = 0.0
-    """The standard error of the logarithm of the width."""
+    width_error: float = 0.0  # the standard error of the logarithm of the width
 
     @property
     def task(self) -> str:
@@ -103,7 +93,7 @@ class LrEvidence:
     """All that is known of optimal LRs and of what other LRs lose."""
 
     def __init__(self, pooled: Mapping[str, Any]) -> None:
-        """Take the content of the file of evidence, as `benchmarks.audit_regret.evidence` makes it."""
+        """Take the content of the file of evidence, as `advice.benchmarks.audit_regret.evidence` makes it."""
         self._pooled = pooled
         self.alpha_exponent = float(pooled["alpha_exponent"])
         """The optimal LR of LoRA goes as alpha to this power."""
@@ -116,18 +106,16 @@ class LrEvidence:
 
     def sources(self, place: Place) -> int:
         """Return the number of sources of optima."""
-        return int(self._pool(place)["sources"])
+        return int(self._pooled["optima"][place.task][place.method]["sources"])
 
     def unmeasured(self, place: Place) -> list[str]:
         """Return what of a place is far from all that was measured of its method and task, with its value."""
-        names = {"width": "width", "batch_size": "batch size", "steps": "length in steps"}
-        values = {field: getattr(place, field) for field in names}
-        measured = self._pool(place)["measured"]
-        return [
-            f"a {names[field]} near {value:,.0f}"
-            for field, value in values.items()
-            if math.isfinite(value) and min(abs(math.log(other / value)) for other in measured[field]) > math.log(NEAR)
-        ]
+        measured, far = self._pooled["optima"][place.task][place.method]["measured"], []
+        for field, noun in (("width", "width"), ("batch_size", "batch size"), ("steps", "length in steps")):
+            value = getattr(place, field)
+            if math.isfinite(value) and min(abs(math.log(other / value)) for other in measured[field]) > math.log(NEAR):
+                far.append(f"a {noun} near {value:,.0f}")
+        return far
 
     def shift(self, alpha: float | None, rank: int | None) -> tuple[float, float]:
         """Return what states a log LR of LoRA at the optima's alpha and a high rank, and the standard error of that.
@@ -153,7 +141,7 @@ class LrEvidence:
         low, low_80, high_80, high = np.interp((0.025, 0.1, 0.9, 0.975), _PROBABILITIES, optima).tolist()
         outside_95, margin = not low <= at <= high, float(self._pooled["margins"][place.task])
         x = at - optima
-        shares, losses = (self._regrets(x, place, unit) for unit in ("share", "loss"))
+        shares, losses = self._regrets(x, place, "share"), self._regrets(x, place, "loss")
         may_diverge = float((x > REACH).mean()) > 0.025
         intervals = []
         for regrets in (shares, losses):
@@ -175,7 +163,8 @@ class LrEvidence:
     def optimum(self, place: Place, error: float = 0.0) -> tuple[np.ndarray, float]:
         """Return values of equal probability of the optimal log LR of a further source, and their mean."""
         if (place, error) not in self._optima:
-            pool, reference, unknown = self._pool(place), self._pooled["reference"], self._pooled["unknown"]
+            pool = self._pooled["optima"][place.task][place.method]
+            reference, unknown = self._pooled["reference"], self._pooled["unknown"]
             law, law_error = self._law(place)
             terms, variance = [1.0], law_error**2 + error**2
             for field in ("batch_size", "steps"):
@@ -193,23 +182,19 @@ class LrEvidence:
             self._optima[place, error] = quantiles, float(shares @ means)
         return self._optima[place, error]
 
-    def _pool(self, place: Place) -> Mapping[str, Any]:
-        pool: Mapping[str, Any] = self._pooled["optima"][place.task][place.method]
-        return pool
-
     def _law(self, place: Place) -> tuple[float, float]:
         """Return the law's log LR and its error, as `analysis.pooled_lr.Place.at` does, and that of an unsure width."""
         law = self._pooled["law"]
         exponents = [e for name, e in law["exponents"].items() if place.family.lower().startswith(name)]
         exponents = exponents or list(law["exponents"].values())
-        known, error = (
-            (law["pivot"], law["unknown_width"]) if math.isnan(place.width) else (place.width, place.width_error)
-        )
+        known, error = place.width, place.width_error
+        if math.isnan(known):
+            known, error = law["pivot"], law["unknown_width"]
         base = math.log(law["base"] * (law["multiplier"] if place.method == "lora" else 1.0))
         logs = [base + exponent * math.log(law["pivot"] / known) for exponent in exponents]
         return sum(logs) / len(logs), math.hypot((max(logs) - min(logs)) / 2, error * max(exponents))
 
-    def _regrets(self, x: np.ndarray, place: Place, unit: Unit) -> np.ndarray:
+    def _regrets(self, x: np.ndarray, place: Place, unit: Literal["share", "loss"]) -> np.ndarray:
         """Return equally probable regrets at equally probable distances."""
         below, above = (self._curvatures[place.task, f"{unit}_{side}"] for side in ("below", "above"))
         return regret(x[:, None], np.where(x[:, None] < 0, below, above), saturates=place.rl or unit == "share")

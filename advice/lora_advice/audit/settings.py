@@ -12,8 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from lora_advice import formats
-from lora_advice.audit.config import Knowledge, TrainingConfig
-from lora_advice.audit.texts import say
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.finding import Finding, Level
 from lora_advice.variants import VARIANT_NAMES, lr_factor
 
@@ -34,34 +33,10 @@ ALPHA_EXPONENTS = (0.5, 0.75, 1.0)
 FAR = 10.0
 """The factor between two learning rates of the same setting from which one of them must be wrong."""
 
-# Preference training is several tasks, such as DPO and reward models, with learning rates of their own.
-_COMPARED = ("sft", "rl")
-
 _MOST, _FEW = 0.8, 0.05
 """The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
 _TYPICAL_WEIGHT = 0.02
 """The standard deviation of the weights of large language models, roughly."""
-
-
-def kept_in_bf16(lr: float, size: float = _TYPICAL_WEIGHT) -> float:
-    """Return the share of steps of size `lr` that is left if weights are rounded to bf16, which has 8 significant bits.
-
-    Args:
-        lr: the learning rate; a step of Adam is about as large.
-        size: the standard deviation of the weights, which are taken to be normal.
-    """
-    weights = np.array([NormalDist(0, size).inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
-    spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
-    return float(np.mean(np.round(lr / spacing) * spacing) / lr)
-
-
-def effective_alpha(config: TrainingConfig) -> float | None:
-    """Return the alpha by which alpha / rank scales LoRA as much as it is; null if that is not known or not above 0."""
-    if config.alpha is None or not 0 < config.alpha < math.inf:
-        return None
-    if not config.rslora:
-        return config.alpha
-    return config.alpha * math.sqrt(config.rank) if config.rank and config.rank > 0 else None
 
 
 def _moved(alpha: float, to: float) -> str:
@@ -70,83 +45,74 @@ def _moved(alpha: float, to: float) -> str:
     return f"{middle:.2g} ({low:.2g} to {high:.2g}) times {'lower' if to > alpha else 'higher'}"
 
 
-def check_scale(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return what is odd about LoRA's scale: none at all, or an extreme alpha."""
+def check_settings(config: TrainingConfig) -> Iterator[Finding]:
+    """Yield what is found of LoRA's scale and variants, of the length and batch of its runs, and of the precision."""
+    if config.method == "fullft":
+        yield from _precision(config)
     if config.method != "lora":
-        return []
-    line = config.line("alpha", "rank")
-    if config.alpha == 0 or config.rank == 0:
-        return [say("zero", line, what="alpha" if config.alpha == 0 else "rank")]
-    alpha = effective_alpha(config)
-    if not alpha or config.rslora or ALPHAS[0] <= alpha <= ALPHAS[1]:
-        return []
-    return [say("alpha", line, alpha=alpha, moved=_moved(ALPHA, alpha))]
-
-
-def check_variants(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return what is known of the best learning rate of each variant of LoRA that a run with a learning rate uses."""
-    findings = []
+        return
+    alpha, line = config.alpha, config.line("alpha", "rank")
+    if alpha == 0 or config.rank == 0:
+        yield say("zero", line, what="alpha" if alpha == 0 else "rank")
+    if alpha is not None and not 0 < alpha < math.inf:
+        alpha = None
+    elif alpha and config.rank != 0 and not config.rslora and not ALPHAS[0] <= alpha <= ALPHAS[1]:
+        yield say("alpha", line, alpha=alpha, moved=_moved(ALPHA, alpha))
     for variant in config.variants if config.lr else ():
-        alpha, scale = config.alpha, effective_alpha(config)
-        if variant == "rslora":
-            if alpha and scale:
-                values = {"rank": config.rank, "scale": formats.number(scale), "moved": _moved(alpha, scale)}
-                findings.append(say("rslora", config.line("rslora"), alpha=alpha, **values))
+        if variant == "rslora" and alpha and config.rank and config.rank > 0:
+            scale = alpha * math.sqrt(config.rank)
+            values = {"rank": config.rank, "scale": formats.number(scale), "moved": _moved(alpha, scale)}
+            yield say("rslora", config.line("rslora"), alpha=alpha, **values)
         elif variant == "lora_plus":
             ratio = config.lr_ratio or 1.0
-            findings.append(say("lora_plus", config.line("lr_ratio"), ratio=ratio, moved=_moved(1.0, ratio)))
-        elif variant != "qlora":  # its best learning rate is that of LoRA
+            yield say("lora_plus", config.line("lr_ratio"), ratio=ratio, moved=_moved(1.0, ratio))
+        elif variant in ("dora", "pissa", "olora"):  # the best learning rate of QLoRA is that of LoRA
             factor = lr_factor(variant, config.rank)
             advice = "LoRA's can be kept" if factor.value == 1 else "it depends on the weights, so try lower and higher"
             line = config.line(variant if variant == "dora" else "variant")
-            findings.append(say("variant", line, name=VARIANT_NAMES[variant], factor=factor, advice=advice))
-    return findings
+            yield say("variant", line, name=VARIANT_NAMES[variant], factor=factor, advice=advice)
+    if config.task == "sft":
+        if config.steps is not None and 1 < config.steps < SHORT:
+            yield say("short", config.line("steps"), steps=config.steps)
+        if (config.batch_size or 0) >= LARGE_BATCH:
+            yield say("batch", config.line("global_batch", "micro_batch", "accumulation"), batch=config.batch_size)
 
 
-def check_short_run(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return whether LoRA runs so briefly that its learning rate is not ten times that of full fine-tuning."""
-    steps = config.steps
-    if steps is None and config.examples and config.epochs and config.batch_size:
-        steps = max(1.0, config.examples * config.epochs // config.batch_size)
-    if config.method != "lora" or config.task != "sft" or steps is None or not 1 < steps < SHORT:
-        return []
-    return [say("short", config.line("steps", "epochs"), steps=steps)]
-
-
-def check_batch(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return whether the batch is so large that LoRA may fall behind full fine-tuning."""
-    if config.method != "lora" or config.task != "sft" or (config.batch_size or 0) < LARGE_BATCH:
-        return []
-    return [say("batch", config.line("global_batch", "micro_batch", "accumulation"), batch=config.batch_size)]
-
-
-def check_precision(config: TrainingConfig, known: Knowledge) -> list[Finding]:
-    """Return whether weights are trained that can't be, or in which updates are lost."""
-    if config.method != "fullft":
-        return []
-    line = config.line("bits", "precision")
+def _precision(config: TrainingConfig) -> Iterator[Finding]:
+    """Yield whether full fine-tuning trains weights that can't be trained, or in which updates are lost."""
+    line = config.line("bits", "rounded")
     if config.bits in (4, 8):
-        return [say("quantized", line, bits=config.bits)]
-    if not config.rounded or config.lr is None or not 0 < config.lr < _TYPICAL_WEIGHT:
-        return []
-    kept = kept_in_bf16(config.lr)
-    level: Level = "warning" if kept < _FEW else "note"
-    finding = say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
-    return [finding] if kept < _MOST else []
+        yield say("quantized", line, bits=config.bits)
+    elif config.rounded and config.lr is not None and 0 < config.lr < _TYPICAL_WEIGHT:
+        # A step of Adam is about as large as the learning rate; bf16 has 8 significant bits.
+        normal = NormalDist(0, _TYPICAL_WEIGHT)
+        weights = np.array([normal.inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
+        spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
+        kept = float(np.mean(np.round(config.lr / spacing) * spacing) / config.lr)
+        level: Level = "warning" if kept < _FEW else "note"
+        if kept < _MOST:
+            yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
 
 
-CHECKS = (check_scale, check_variants, check_short_run, check_batch, check_precision)
-
-
-def check_same_lr(configs: Sequence[TrainingConfig]) -> list[Finding]:
-    """Return LoRA runs with the learning rate of a full fine-tuning of the same model and task."""
-    full: dict[Hashable, TrainingConfig] = {}
+def compare_runs(configs: Sequence[TrainingConfig]) -> list[Finding]:
+    """Return LoRA runs with the learning rate of full fine-tuning, and like runs with rates a factor of ten apart."""
+    findings = list[Finding]()
+    full, alike = dict[Hashable, TrainingConfig](), defaultdict[Hashable, list[TrainingConfig]](list)
+    comparable = []
     for config in configs:
-        if config.method == "fullft" and config.lr and config.model and config.task in _COMPARED:
-            full.setdefault((config.format, _model(config), config.task, config.lr), config)
-    findings = []
-    for config in configs:
-        other = full.get((config.format, _model(config), config.task, config.lr))
+        # Preference training is several tasks, such as DPO and reward models, with learning rates of their own.
+        if config.lr and config.model and config.task in ("sft", "rl"):
+            # A model's name without its owner and the folder that it is in.
+            model = re.split(r"[/\\]", config.model.rstrip("/\\"))[-1].lower()
+            comparable.append((config, (config.format, model, config.task)))
+    for config, key in comparable:
+        if config.method == "fullft":
+            full.setdefault((*key, config.lr), config)
+        elif config.method == "lora":
+            settings = (config.batch_size, config.optimizer, config.rank, config.alpha, config.rslora, config.dora)
+            alike[*key, *settings, config.lr_ratio, config.variant].append(config)
+    for config, key in comparable:
+        other = full.get((*key, config.lr))
         # The best learning rate of some variants may be near that of full fine-tuning.
         moved = any(lr_factor(variant, config.rank).value != 1 for variant in config.variants)
         if config.method == "lora" and other is not None and not moved:
@@ -156,52 +122,9 @@ def check_same_lr(configs: Sequence[TrainingConfig]) -> list[Finding]:
                 values = {"level": "note", "ratio": "several times as high", "sure": sure}
             finding = say("same-lr", config.line("lr"), lr=config.lr, where=other.where, **values)
             findings.append(replace(finding, path=config.path, run=config.name))
-    return findings
-
-
-def check_alpha_lr(configs: Sequence[TrainingConfig]) -> list[Finding]:
-    """Return LoRA runs that are alike but for alpha, at the same learning rate."""
-    findings = []
-    for group in _alike(configs, "lr", "steps", "epochs", "bits", "targets", "dora", "lr_ratio", "variant"):
-        first, *others = sorted(group, key=lambda config: effective_alpha(config) or 0)
-        alpha = effective_alpha(first)
-        for other in others:
-            to = effective_alpha(other)
-            if alpha and to and to >= 2 * alpha:
-                level: Level = "warning" if to >= 4 * alpha else "note"
-                values = {"where": first.where, "first": _alpha(first), "lr": other.lr, "moved": _moved(alpha, to)}
-                finding = say("alpha-lr", other.line("alpha", "rank"), level=level, alpha=_alpha(other), **values)
-                findings.append(replace(finding, path=other.path, run=other.name))
-    return findings
-
-
-def check_lr_differs(configs: Sequence[TrainingConfig]) -> list[Finding]:
-    """Return runs that are alike and have learning rates a factor of ten or more apart."""
-    findings = []
-    for group in _alike(configs, "rank", "alpha", "rslora", "dora", "lr_ratio", "variant"):
+    for group in alike.values():
         low, high = (pick(group, key=lambda config: config.lr or 0) for pick in (min, max))
         if low.lr and high.lr and high.lr / low.lr >= FAR:
             finding = say("lr-differs", high.line("lr"), lr=high.lr, ratio=high.lr / low.lr, where=low.where)
             findings.append(replace(finding, path=high.path, run=high.name))
     return findings
-
-
-def _alike(configs: Sequence[TrainingConfig], *fields: str) -> Iterator[list[TrainingConfig]]:
-    """Yield the groups of LoRA runs of one format that share model, task, batch size, optimizer and further fields."""
-    groups: dict[Hashable, list[TrainingConfig]] = defaultdict(list)
-    for config in configs:
-        if config.method == "lora" and config.lr and config.model and config.task in _COMPARED:
-            common = (config.format, _model(config), config.task, config.batch_size, config.optimizer)
-            groups[common, *(getattr(config, field) for field in fields)].append(config)
-    yield from (group for group in groups.values() if len(group) > 1)
-
-
-def _model(config: TrainingConfig) -> str | None:
-    """Return a model's name without its owner and the folder that it is in."""
-    if config.model is None:
-        return None
-    return re.split(r"[/\\]", config.model.rstrip("/\\"))[-1].lower()
-
-
-def _alpha(config: TrainingConfig) -> str:
-    return f"{config.alpha:g} at rank {config.rank}" + (" with rsLoRA" if config.rslora else "")

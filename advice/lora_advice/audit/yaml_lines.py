@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 import yaml
 
 from lora_advice.errors import UserError
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
-
-
 LONGEST = 100_000
 """Characters that references may make of a value."""
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
 
 
 class _OmegaConfLoader(_Loader):  # type: ignore[misc]
@@ -28,34 +26,45 @@ _OmegaConfLoader.add_implicit_resolver(
 )
 
 
-class Lines(dict[str, int]):
-    """Lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`."""
-
-    repeated: tuple[str, ...] = ()
-    """Keys that their mapping has more than once; PyYAML takes the last, OmegaConf refuses the file."""
-
-
-def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
-    """Return the data of a YAML file, and the lines of its keys.
+def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int]]:
+    """Return the data of a YAML file.
 
     Args:
         as_omegaconf: read numbers as OmegaConf does.
 
+    Returns:
+        The data, and the lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`.
+
     Raises:
-        UserError: it is not YAML, has several documents, or uses tags or Jinja statements that need a program.
+        UserError: it is not YAML, has several documents, or uses tags or templates that need a program.
     """
-    text = re.sub(r"^.*\{\{.*$", _quoted_place, text, flags=re.MULTILINE)
     loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
-    lines = Lines()
+    lines, seen = dict[str, int](), set[int]()
+
+    def note_keys(node: yaml.Node, prefix: str) -> None:
+        # What an alias repeats is listed where it stands first, so that aliases of aliases cannot make the list long.
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        children = list[tuple[str, yaml.Node, yaml.Node]]()
+        if isinstance(node, yaml.MappingNode):
+            children = [(str(key.value), key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        elif isinstance(node, yaml.SequenceNode):
+            children = [(str(number), item, item) for number, item in enumerate(node.value)]
+        for name, marked, child in children:
+            # The last of several is the one that counts.
+            lines[prefix + name] = marked.start_mark.line + 1
+            note_keys(child, f"{prefix}{name}.")
+
     try:
         node = loader.get_single_node()
         if node is None:
-            return None, lines
-        _note_keys(node, "", set(), lines)
+            return None, {}
+        note_keys(node, "")
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        if re.search(r"^[ \t]*\{%", text, re.MULTILINE):  # a text in YAML, such as a chat template, may have such lines
-            raise UserError("it is a Jinja template with statements ({% ... %}): render it first") from error
+        if re.search(r"^[ \t]*\{%|\{\{", text, re.MULTILINE):
+            raise UserError("it is a Jinja template, with {% ... %} or {{ ... }}: render it first") from error
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"it is not valid YAML: {error.problem or error.context}{place}") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -63,33 +72,3 @@ def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, Lines]:
         raise UserError(f"it is not valid YAML: {str(error).splitlines()[0]}") from error
     finally:
         loader.dispose()
-
-
-def _quoted_place(line: re.Match[str]) -> str:
-    """Return a line with its place to fill in as text, since an unquoted {{ name }} would be a mapping of a mapping."""
-    before = re.search(r"(?:^|[:-])[ \t]+(?=\{\{)", line[0])
-    rest = line[0][before.end() :] if before else ""
-    end = rest.partition("'")[0].rfind("}}")
-    value = rest[end:].partition("#")[0].rstrip(" \t")
-    if before is None or end < 0 or "'" in value:
-        return line[0]
-    end += len(value)
-    return f"{line[0][: before.end()]}'{rest[:end]}'{rest[end:]}"
-
-
-def _note_keys(node: yaml.Node, prefix: str, seen: set[int], lines: Lines) -> None:
-    # What an alias repeats is listed where it stands first, so that aliases of aliases cannot make the list long.
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    children = list[tuple[str, yaml.Node, yaml.Node]]()
-    if isinstance(node, yaml.MappingNode):
-        children = [(str(key.value), key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
-        counts = Counter(name for name, _, _ in children)
-        lines.repeated += tuple(prefix + name for name, number in counts.items() if number > 1 and name != "<<")
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(str(number), item, item) for number, item in enumerate(node.value)]
-    for name, marked, child in children:
-        # The last of several is the one that counts.
-        lines[prefix + name] = marked.start_mark.line + 1
-        _note_keys(child, f"{prefix}{name}.", seen, lines)

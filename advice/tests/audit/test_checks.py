@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 import yaml
-from lora_advice.audit import check_run, compare_runs, settings, structure
-from lora_advice.audit.config import Knowledge, TrainingConfig
-from lora_advice.audit.texts import say
+from lora_advice.audit import check_run, structure
+from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.audit.settings import check_settings, compare_runs
 from lora_advice.models import facts
 
 PUBLISHED = Path(__file__).parents[3] / "paper_figures/published"
@@ -39,8 +39,8 @@ def changed(changes):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["about"])
 def test_what_is_said_of_runs(case):
-    runs, known = [changed(run) for run in case["runs"]], Knowledge(case.get("completion_tokens"))
-    findings = [finding for run in runs for finding in check_run(run, known)] + compare_runs(runs)
+    runs = [changed(run) for run in case["runs"]]
+    findings = [finding for run in runs for finding in check_run(run)] + compare_runs(runs)
     assert [
         f"{finding.level} {finding.code} {finding.path} {finding.line}: {finding.message} "
         f"[{finding.source}; {finding.sure}]"
@@ -52,8 +52,7 @@ def test_what_is_said_of_runs(case):
 def test_a_regular_expression_that_would_take_years_is_one_sentence():
     hostile = replace(LLAMA, targets=("q_proj", r"(\w+\.?)+!"))
     started = time.monotonic()
-    assert structure.adapted(hostile, None) is None
-    (finding,) = structure.check_patterns(hostile, Knowledge())
+    (finding,) = structure.check_layers(hostile, None)
     assert time.monotonic() - started < 20
     assert (finding.code, finding.level, finding.line) == ("not-read", "warning", 7)
     assert finding.message == (
@@ -62,20 +61,19 @@ def test_a_regular_expression_that_would_take_years_is_one_sentence():
     )
 
 
-def test_parameters_of_llama_are_those_of_the_paper():
-    counted = structure.trained_parameters(
-        replace(LLAMA, rank=256, targets=("all-linear", "lm_head")), facts(LLAMA.model)
-    )
-    assert counted == {"attention": 851_968 * 256, "mlp": 1_769_472 * 256, "unembedding": 132_352 * 256}
+def counted(run):
+    model = facts(run.model)
+    return structure.trained_parameters(run, model, structure.adapted(run, model))
 
 
-def test_parameters_of_experts_are_those_of_peft():
-    model = facts("Qwen/Qwen3-30B-A3B")
-    moe = replace(LLAMA, model=model.name, rank=2, targets=("q_proj", *MLP))
+def test_parameters_are_those_of_the_paper_and_of_peft():
+    llama = replace(LLAMA, rank=256, targets=("all-linear", "lm_head"))
+    assert counted(llama) == {"attention": 851_968 * 256, "mlp": 1_769_472 * 256, "unembedding": 132_352 * 256}
+    moe = replace(LLAMA, model="Qwen/Qwen3-30B-A3B", rank=2, targets=("q_proj", *MLP))
     experts = 48 * 128 * (2 * 2 * (2048 + 2 * 768) + 2 * (768 + 2048))
-    assert structure.trained_parameters(moe, model) == {"attention": 48 * 2 * (2048 + 4096), "experts": experts}
+    assert counted(moe) == {"attention": 48 * 2 * (2048 + 4096), "experts": experts}
     by_parameter = replace(moe, targets=(), target_parameters=("mlp.experts.down_proj",))
-    assert structure.trained_parameters(by_parameter, model) == {"experts": 48 * 128 * 2 * (768 + 2048)}
+    assert counted(by_parameter) == {"experts": 48 * 128 * 2 * (768 + 2048)}
 
 
 def test_measured_numbers_are_those_that_are_published():
@@ -119,11 +117,11 @@ def test_no_value_stops_the_checks():
         "format": ("axolotl", "trl", "llamafactory", "torchtune"),
     }
     random = Random(1)
-    base = replace(LLAMA, examples=10, epochs=1.0, max_length=8, packing=True, saved_modules=("lm_head",))
+    base = replace(LLAMA, epochs=1.0, saved_modules=("lm_head",))
     odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(2000)]
     for config in odd:
         # Those of learning rates read tables, and have tests of their own.
-        for check in (*structure.CHECKS, *settings.CHECKS):
-            assert all(finding.message for finding in check(config, Knowledge(completion_tokens=5.0)))
+        found = [*structure.check_layers(config, facts(config.model)), *check_settings(config)]
+        assert all(finding.message for finding in found)
         compared = compare_runs([config, odd[0], replace(config, path="c.yaml", alpha=64.0)])
         assert all(finding.message for finding in compared)

@@ -35,12 +35,6 @@ def test_numbers_are_read_as_the_framework_reads_them(text, pyyaml, omegaconf):
     assert load(f"lr: {text}", as_omegaconf=True)[0] == {"lr": omegaconf}
 
 
-def test_the_last_of_repeated_keys_counts_and_is_named():
-    data, lines = load("a: 1\nb: {c: 1, c: 2}\na: 3\n")
-    assert data == {"a": 3, "b": {"c": 2}}
-    assert (lines.repeated, lines["a"]) == (("a", "b.c"), 3)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,6 +43,7 @@ def test_the_last_of_repeated_keys_counts_and_is_named():
         ("a: !include other.yaml", "not valid YAML: could not determine a constructor for the tag '!include'"),
         ("a: &a [*a]\n" + "[" * 5000, "not valid YAML"),
         ("{% if x %}\na: 1\n{% endif %}", "Jinja template"),
+        ("lr: {{ lr }}", "Jinja template"),
     ],
 )
 def test_what_is_no_yaml_is_one_sentence(text, message):
@@ -61,21 +56,6 @@ def test_aliases_of_aliases_are_read_at_once():
     data, lines = load("\n".join(["l0: &l0 [1]", *layers]))
     assert len(data["l39"]) == 9
     assert lines["l39"] == 40
-
-
-@pytest.mark.parametrize(
-    ("line", "value"),
-    [
-        ("lr: {{ lr }}  # filled in", "{{ lr }}"),
-        ("lr: {{ lr }} of {{ unit }} ", "{{ lr }} of {{ unit }}"),
-        ("lr: {{ lr }}  # don't {{ omit }}", "{{ lr }}"),
-        ("lr: {{ a }} # {{ b }}", "{{ a }} # {{ b }}"),
-        ("lr: '{{ lr }}'", "{{ lr }}"),
-        ("lr:\n  - {{ lr }}", ["{{ lr }}"]),
-    ],
-)
-def test_places_to_fill_in_are_kept_as_text(line, value):
-    assert load(line)[0] == {"lr": value}
 
 
 def test_simple_references_are_resolved():
@@ -101,13 +81,13 @@ def test_a_folder_is_read_without_what_is_hidden_or_large(tmp_path, monkeypatch)
     (tmp_path / "configs/bad.yaml").write_text(AXOLOTL + "a: [")
     os.symlink(tmp_path / "configs", tmp_path / "configs/loop")
     os.symlink(tmp_path / "nowhere", tmp_path / "configs/broken.yaml")
-    reading = read_paths([tmp_path.joinpath("configs").relative_to(tmp_path)])
-    assert [config.path for config in reading.configs] == ["configs/a.yaml", "configs/b/run.yml"]
-    (bad,) = reading.not_read
+    configs, _, not_read = read_paths([tmp_path.joinpath("configs").relative_to(tmp_path)])
+    assert [config.path for config in configs] == ["configs/a.yaml", "configs/b/run.yml"]
+    (bad,) = not_read
     assert bad.path == "configs/bad.yaml"
     assert bad.reason.startswith("it is not valid YAML")
     # A file that is named twice is read once.
-    assert len(read_paths([tmp_path / "configs", tmp_path / "configs/a.yaml"]).configs) == 2
+    assert len(read_paths([tmp_path / "configs", tmp_path / "configs/a.yaml"])[0]) == 2
 
 
 def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
@@ -118,7 +98,7 @@ def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
         ("- 1", "axolotl", "it has no options"),
     ):
         file.write_text(text)
-        (missing,) = read_paths([file], file_format).not_read
+        _, _, (missing,) = read_paths([file], file_format)
         assert missing.reason.startswith(reason)
 
 

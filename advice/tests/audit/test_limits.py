@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "tag.yml": (f"{AXOLOTL}x: !!timestamp foo\n", "it is not valid YAML"),
     "digits.yml": (f"{AXOLOTL}x: 1{'0' * 5000}\n", "it is not valid YAML: Exceeds the limit"),
     "small-lr.yml": (AXOLOTL.replace("0.0002", "1.0e-320"), None),
-    "places.yml": (AXOLOTL + "x: " + "{{" * 60_000 + "'\n", "it is not valid YAML: exceeded maximum nesting"),
+    "places.yml": (AXOLOTL + "x: " + "{{" * 60_000 + "'\n", "it is a Jinja template"),
     "keys.yml": (AXOLOTL + "".join(f"k{number}: 1\n" for number in range(20_000)), None),
     "repeated.yml": (AXOLOTL + "k: 1\n" * 20_000, None),
     "references.yaml": ("".join(f"z{n}: ${{z{n + 1}}}${{z{n + 1}}}{{}}\n" for n in range(40)) + VERL, None),
@@ -84,7 +85,7 @@ def test_every_file_stands_on_its_own(once_failed):
         assert reasons.get(name, "").startswith(reason or ""), name
         assert (name in reasons, name in read) == (bool(reason), reason is None), name
     assert next(finding.code for finding in report.findings if finding.path.endswith("right.yml")) == "no-effect"
-    assert json.dumps(report.json(), allow_nan=False)
+    assert json.dumps(asdict(report), allow_nan=False)
 
 
 @pytest.mark.parametrize("value", ["0", "-5", ".nan", ".inf", "1" + "0" * 400])
@@ -121,7 +122,7 @@ def test_every_format_has_the_numbers_checked(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     report = audit(tmp_path)
     assert [f.message[: len(message)] for f in report.findings if f.code == "number"] == [message]
-    assert json.dumps(report.json(), allow_nan=False)
+    assert json.dumps(asdict(report), allow_nan=False)
 
 
 def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):

@@ -45,10 +45,8 @@ def schema() -> str:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with one right and one wrong configuration, and one that is not understood; only readers find things."""
-    for module in ("structure", "settings"):
-        monkeypatch.setattr(f"lora_advice.audit.{module}.CHECKS", ())
-    monkeypatch.setattr("lora_advice.audit.lr.check_lr", lambda config, known: [])
-    monkeypatch.setattr("lora_advice.audit.compare_runs", lambda configs: [])
+    for name in ("lr_findings", "check_layers", "check_settings", "compare_runs"):
+        monkeypatch.setattr(f"lora_advice.audit.{name}", lambda *arguments: [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yml").write_text(AXOLOTL.replace("2e-4", "0.0002"))
     (tmp_path / "wrong.yml").write_text(AXOLOTL.replace("adapter: qlora", "adapter:"))

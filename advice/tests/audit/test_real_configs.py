@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from lora_advice.audit import check_run
-from lora_advice.audit.config import Knowledge, TrainingConfig
 from lora_advice.audit.files import read_paths
 
 CASES = yaml.safe_load(Path(__file__).with_name("real_configs.yaml").read_text(encoding="utf-8"))
@@ -83,25 +81,17 @@ def write(case, folder):
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
 def test_real_config(case, tmp_path):
-    reading = read_paths([write(case, tmp_path)])
+    configs, _, not_read = read_paths([write(case, tmp_path)])
     if "record" not in case:
-        assert reading.configs == []
-        assert "states no training run" in reading.not_read[0].reason
+        assert configs == []
+        assert "states no training run" in not_read[0].reason
         return
-    (config,) = reading.configs
+    (config,) = configs
     assert config.format == case["format"]
     for field, value in case["record"].items():
         expected = tuple(value) if isinstance(value, list) else value
         assert (field, getattr(config, field)) == (field, expected)
-    findings = check_run(config, Knowledge())
+    findings = check_run(config)
     said = {f"{finding.code} {finding.level}" for finding in findings} | {finding.code for finding in findings}
     assert set(case.get("says", ())) - said == set()
     assert set(case["silent"]) & said == set()
-
-
-def test_the_cases_are_many_and_well_formed():
-    repositories = {case["from"]["repo"] for case in CASES if "repo" in case["from"]}
-    assert len(CASES) >= 40
-    assert len(repositories) >= 25
-    known = {field.name for field in fields(TrainingConfig)} | {"batch_size"}
-    assert {field for case in CASES for field in case.get("record", ())} <= known

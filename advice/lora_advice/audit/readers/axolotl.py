@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import CERTAIN, THE_FILE, Options, at, examples, names_of, read_yaml, record
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
+from lora_advice.audit.readers.options import Options, at, names_of, read_yaml, record
 from lora_advice.finding import Finding, Level
 
 _LORA = (
@@ -31,14 +31,13 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     options = read_yaml(text)
     if not any(name in options for name in ("learning_rate", "datasets", "pretraining_dataset", "adapter")):
         return []
-    adapter, optimizer = options.text("adapter"), options.text("optimizer") or ""
+    adapter, continued = options.text("adapter"), options.text("lora_model_dir")
     method: Method | None = None
     if adapter in ("lora", "qlora"):
         method = "lora"
     elif adapter is None and not any(map(options.has, _PARTIAL)):
         method = "fullft"
-    continued = options.text("lora_model_dir")
-    findings = _lr_findings(options) + options.set_twice("the last one counts")
+    findings = _lr_findings(options)
     if adapter is None:
         reason = "`adapter` is not set: all weights are trained"
         level: Level = "error" if options.has("lora_r") else "warning"
@@ -50,79 +49,59 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     if accumulation is None:
         # `batch_size` is that of a device; a file sets only one of the two.
         accumulation = max(1, (options.count("batch_size") or micro) // micro)
-    precision, packing = _precision(options), bool(options.flag("sample_packing"))
+    bits = 4 if options.flag("load_in_4bit") or options.flag("gptq") else 8 if options.flag("load_in_8bit") else None
+    # `auto` is bf16 on every GPU since Ampere; `full` evaluates in bf16 too.
+    bf16 = any(options.get(name) in ("auto", "full") or options.flag(name) for name in ("bf16", "bfloat16"))
     sharded = any(map(options.has, ("deepspeed", "fsdp", "fsdp_config")))
-    datasets = options.get("datasets") if isinstance(options.get("datasets"), list) else []
+    keys, targets = names_of("axolotl"), options.names("lora_target_modules")
+    if options.flag("lora_target_linear"):
+        keys = keys | {"targets": "lora_target_linear"}
+        targets = ("all-linear", *(name for name in targets or () if name in ("lm_head", "embed_tokens")))
+    elif targets is None and options.names("lora_target_parameters"):
+        targets = ()
+    initialization = options.get("peft_init_lora_weights")
+    if isinstance(initialization, str):
+        variant = None if initialization == "gaussian" else initialization
+    else:
+        variant = "loftq" if options.has("peft.loftq_config") else "relora" if options.flag("relora") else None
+    task: Task | None = "sft"
+    objective, datasets = options.text("rl"), options.get("datasets")
+    if objective in ("grpo", "gdpo", "ebft"):
+        task = "rl"
+    elif objective in _PREFERENCE or options.flag("reward_model"):
+        task = "preference"
+    elif objective is not None or options.flag("process_reward_model"):
+        task = None
+    elif options.has("pretraining_dataset") or (
+        # Of plain texts, every token is scored.
+        isinstance(datasets, list) and datasets and all(at(dataset, "type") == "completion" for dataset in datasets)
+    ):
+        task = "pretraining"
     return [
         record(
             shown,
             "axolotl",
             options,
-            names_of("axolotl") | ({"targets": "lora_target_linear"} if options.flag("lora_target_linear") else {}),
+            keys,
             findings,
             lora=method == "lora" and continued is None,
-            task=_task(options, datasets),
+            task=task,
             method=method,
-            bits=4
-            if options.flag("load_in_4bit") or options.flag("gptq")
-            else 8
-            if options.flag("load_in_8bit")
-            else None,
-            precision=precision,
+            bits=bits,
             # The model is loaded in bf16. DeepSpeed keeps an fp32 copy, FSDP in accelerate holds what is trained in
             # fp32, and optimi's optimizers add what rounding loses to the next step.
-            rounded=precision == "bf16" and not sharded and not optimizer.startswith("optimi"),
+            rounded=bf16 and not sharded and not (options.text("optimizer") or "").startswith("optimi"),
             schedule=options.text("lr_scheduler") or "cosine",
             epochs=options.number("num_epochs") or 1.0,
-            packing=packing,
             micro_batch=micro,
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.
-            group_size=options.count("trl.num_generations") if options.text("rl") in ("grpo", "gdpo") else None,
-            examples=None if packing else examples(path, [at(dataset, "path") for dataset in datasets]),
+            group_size=options.count("trl.num_generations") if objective in ("grpo", "gdpo") else None,
             dropout=options.number("lora_dropout") or 0.0,
-            targets=_targets(options),
-            variant=_variant(options),
+            targets=targets,
+            variant=variant,
         )
     ]
-
-
-def _task(options: Options, datasets: list[object]) -> Task | None:
-    objective = options.text("rl")
-    if objective in ("grpo", "gdpo", "ebft"):
-        return "rl"
-    if objective in _PREFERENCE or options.flag("reward_model"):
-        return "preference"
-    if objective is not None or options.flag("process_reward_model"):
-        return None
-    # Of plain texts, every token is scored.
-    plain = bool(datasets) and all(at(dataset, "type") == "completion" for dataset in datasets)
-    return "pretraining" if plain or options.has("pretraining_dataset") else "sft"
-
-
-def _precision(options: Options) -> str | None:
-    # `auto` is bf16 on every GPU since Ampere; `full` evaluates in bf16 too.
-    if any(options.get(name) in ("auto", "full") or options.flag(name) for name in ("bf16", "bfloat16")):
-        return "bf16"
-    if options.flag("fp16") or options.flag("float16"):
-        return "fp16"
-    return "fp32" if options.get("bf16") is False else None
-
-
-def _targets(options: Options) -> tuple[str, ...] | None:
-    targets = options.names("lora_target_modules")
-    if options.flag("lora_target_linear"):
-        return ("all-linear", *(name for name in targets or () if name in ("lm_head", "embed_tokens")))
-    return () if targets is None and options.names("lora_target_parameters") else targets
-
-
-def _variant(options: Options) -> str | None:
-    initialization = options.get("peft_init_lora_weights")
-    if isinstance(initialization, str):
-        return None if initialization == "gaussian" else initialization
-    if options.has("peft.loftq_config"):
-        return "loftq"
-    return "relora" if options.flag("relora") else None
 
 
 def _lr_findings(options: Options) -> list[Finding]:
@@ -132,13 +111,7 @@ def _lr_findings(options: Options) -> list[Finding]:
         return []
     number = options.number("learning_rate")
     if number is None:
-        message = f"learning_rate: {value!r} is no number, so Axolotl cannot start"
-        return [Finding("lr-text", "error", message, THE_FILE, CERTAIN, line=line)]
+        return [say("no-number", line, value=value)]
     # YAML 1.1 asks for a dot, and a sign of the exponent.
     mantissa, exponent = f"{number:e}".split("e")
-    message = (
-        f"YAML reads learning_rate: {value} as text, since it has no dot or its exponent no sign; Axolotl makes it a "
-        f"number, and other programs may not: {float(mantissa)}e{exponent[0]}{int(exponent[1:])} is a number to all of "
-        "them"
-    )
-    return [Finding("lr-text", "note", message, THE_FILE, CERTAIN, line=line)]
+    return [say("text-number", line, value=value, number=f"{float(mantissa)}e{exponent[0]}{int(exponent[1:])}")]

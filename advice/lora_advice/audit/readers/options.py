@@ -9,23 +9,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.audit.yaml_lines import LONGEST, load
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
-THE_FILE = "the file alone"
-CERTAIN = "certain"
 _MOST_OPTIONS = 200_000
-_LARGEST_DATA = 1 << 26
-"""Bytes of data that can be counted in time from a slow disk."""
 
 _COUNT = (1, 1e9, "whole numbers")
 _NUMBERS = {
@@ -79,7 +74,7 @@ def _count(value: Any) -> int | None:
     return int(read) if read is not None and read == int(read) and read > 0 else None
 
 
-def text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Return text in one line; null of what is empty or a place to fill in, such as `${MODEL}` or `<model>`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
@@ -88,44 +83,33 @@ def text(value: Any) -> str | None:
     return None if empty or any(mark in said for mark in ("${", "{{", "$(")) else said
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: Any) -> bool | None:
     """Return whether an option is on; words count as YAML and command lines write them."""
     if isinstance(value, str):
         return value.strip().lower() in ("true", "yes", "on", "1")
-    return bool(value) and not isinstance(value, Mapping | list)
+    return None if value is None else bool(value) and not isinstance(value, Mapping | list)
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
     """Return the names of a list; a text is one name."""
     items = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-    return tuple(name for item in items if (name := text(item)) is not None) or None
-
-
-def variant_of(initialization: str | None) -> str | None:
-    """Return the variant of LoRA that PEFT's `init_lora_weights` names; null for LoRA, as which `gaussian` counts.
-
-    A then starts larger, which by the theory `movement` matters in short runs alone (advice/docs/audit-codes.md, lr).
-    """
-    return None if initialization == "gaussian" else initialization
+    return tuple(name for item in items if (name := text_of(item)) is not None) or None
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("model", "schedule", "optimizer", "precision"), text),
-    **dict.fromkeys(("lr", "warmup", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
-    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch"), _count),
-    **dict.fromkeys(("max_length", "rank"), _count),
-    **dict.fromkeys(("packing", "rslora", "dora"), lambda value: None if value is None else _flag(value)),
+    **dict.fromkeys(("model", "schedule", "optimizer"), text_of),
+    **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
+    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), _count),
+    **dict.fromkeys(("rslora", "dora"), _flag),
     **dict.fromkeys(("targets", "target_parameters", "saved_modules"), _names),
-    "variant": lambda value: variant_of(text(value)),
+    # With `gaussian` A starts larger, which by the theory `movement` matters in short runs alone.
+    "variant": lambda value: None if value == "gaussian" else text_of(value),
 }
 """How the value of a field of a record is read."""
-LORA_FIELDS = frozenset(
-    [
-        *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
-        *("targets", "target_parameters", "saved_modules"),
-    ]
-)
-_NEVER_NULL = {"rslora": False, "dora": False, "target_parameters": (), "saved_modules": ()}
+_LORA_FIELDS = {
+    *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
+    *("targets", "target_parameters", "saved_modules"),
+}
 
 
 @dataclasses.dataclass
@@ -134,8 +118,6 @@ class Options:
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
-    repeated: tuple[str, ...] = ()
-    """Names that a file sets more than once."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -156,13 +138,6 @@ class Options:
         """Set the values of names that are not there, without a line, which marks a default."""
         self.values = {**defaults, **self.values}
 
-    def below(self, section: str) -> Options:
-        """Return the options with names below a section."""
-        return Options(
-            {f"{section}.{name}": value for name, value in self.values.items()},
-            {f"{section}.{name}": line for name, line in self.lines.items()},
-        )
-
     def get(self, names: str) -> Any:
         """Return the value of the first of some names that has one."""
         return next((self.values[name] for name in names.split() if self.values.get(name) is not None), None)
@@ -181,12 +156,11 @@ class Options:
 
     def text(self, names: str) -> str | None:
         """Return a text in one line."""
-        return text(self.get(names))
+        return text_of(self.get(names))
 
     def flag(self, names: str) -> bool | None:
         """Return whether an option is on; null if that is not said."""
-        value = self.get(names)
-        return None if value is None else _flag(value)
+        return _flag(self.get(names))
 
     def names(self, names: str) -> tuple[str, ...] | None:
         """Return a list of names; a text is one name."""
@@ -197,10 +171,6 @@ class Options:
         name = next((name for name in names.split() if self.values.get(name) is not None), "")
         return self.lines.get(name)
 
-    def fields(self, keys: Mapping[str, str]) -> dict[str, Any]:
-        """Return fields of a record, from the names under which a format has them."""
-        return {name: kind(self.get(keys[name])) for name, kind in _KINDS.items() if name in keys}
-
     def without_effect(self, names: Sequence[str], reason: str, level: Level) -> list[Finding]:
         """Return the finding that those of some options that are set have no effect, since `reason`."""
         stated = [name for name in names if self.values.get(name)]
@@ -209,16 +179,8 @@ class Options:
         value = self.text(stated[0])
         first = stated[0] if value is None else f"{stated[0]}: {value}"
         others = f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
-        message = f"{first} has no effect{others}, since {reason}"
-        return [Finding("no-effect", level, message, THE_FILE, CERTAIN, line=self.lines.get(stated[0]))]
-
-    def set_twice(self, effect: str) -> list[Finding]:
-        """Return a finding for each name that a file sets more than once; `effect` says what the framework does."""
-        return [
-            Finding("repeated", "warning", f"{name} is set more than once: {effect}", THE_FILE, CERTAIN, "", "", line)
-            for name in self.repeated
-            for line in [self.lines.get(name)]
-        ]
+        values = {"first": first, "others": others, "reason": reason}
+        return [say("no-options", self.lines.get(stated[0]), level=level, **values)]
 
     def resolved(self) -> Options:
         """Return options with references such as `${base.dir}` replaced by the values that they name."""
@@ -239,32 +201,31 @@ class Options:
                 done[value, depth] = said if len(str(said)) <= LONGEST else value
             return done[value, depth]
 
-        return Options({name: resolve(value, 0) for name, value in self.values.items()}, self.lines, self.repeated)
+        return Options({name: resolve(value, 0) for name, value in self.values.items()}, self.lines)
 
 
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
-    """Return the options of a YAML file by dotted name; what has aliases of aliases may be refused.
+    """Return the options of a YAML file by dotted name, in which a list is a value.
 
     Raises:
-        UserError: it is not valid, or no mapping.
+        UserError: it is not valid, no mapping, or has too many options, such as by aliases of aliases.
     """
     data, lines = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):
         raise UserError("it has no options: it is not a mapping")
-    return Options(flatten(data), lines, lines.repeated)
-
-
-def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by dotted name; a list is a value."""
     flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-        if len(flat) > _MOST_OPTIONS:
-            raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
-    return flat
+
+    def flatten(data: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in data.items():
+            if isinstance(value, Mapping):
+                flatten(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+            if len(flat) > _MOST_OPTIONS:
+                raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
+
+    flatten(data, "")
+    return Options(flat, lines)
 
 
 def record(
@@ -281,25 +242,19 @@ def record(
     """Return the record of a run, in which numbers without meaning, such as rank 0, are findings and no values.
 
     Args:
-        shown: the file, for people.
-        file_format: its format.
-        options: what it says.
         keys: the names that the format has for the fields of a record.
-        findings: what the reader has found.
-        name: which run of the file it is.
         lora: whether the fields of LoRA count, if the method is not full fine-tuning.
         said: further fields, and those that are not what their options say.
     """
-    fields = options.fields(keys) | said
-    if not lora or fields.get("method") == "fullft":
-        fields = {field: value for field, value in fields.items() if field not in LORA_FIELDS}
-    for field, value in _NEVER_NULL.items():
-        if fields.get(field) is None:
-            fields[field] = value
-    lines = {field: line for field, names in keys.items() if (line := options.line(names)) is not None}
-    lines = {field: line for field, line in lines.items() if fields.get(field) is not None}
-    steps, method = fields.get("steps") or 0, fields.get("method")
-    unused = {*(("epochs",) if steps > 0 else ()), *(LORA_FIELDS if method != "lora" else ())}
+    fields = {field: kind(options.get(keys[field])) for field, kind in _KINDS.items() if field in keys} | said
+    left_out = _LORA_FIELDS if not lora or fields.get("method") == "fullft" else ()
+    fields = {field: value for field, value in fields.items() if value is not None and field not in left_out}
+    if "accumulation" not in fields and any(name in options for name in keys.get("accumulation", "").split()):
+        fields.pop("micro_batch", None)  # the batch is not known if a factor of it is not
+    lines = {field: line for field in fields if (line := options.line(keys.get(field, ""))) is not None}
+    unused = {"epochs"} if fields.get("steps", 0) > 0 else set()
+    if fields.get("method") != "lora":
+        unused |= _LORA_FIELDS
     wrong = list[Finding]()
     for field, (noun, low, high, kind) in _NUMBERS.items():
         value = options.get(keys.get(field, ""))
@@ -312,27 +267,7 @@ def record(
         except OverflowError:
             allowed = False
         if not allowed:
-            message = f"the {noun} is {value!s:.40}; allowed: {kind} from {low:g} to {high:g}"
-            wrong.append(Finding("number", "error", message, THE_FILE, CERTAIN, line=options.line(keys[field])))
-            fields[field] = None
+            values = {"noun": noun, "value": f"{value!s:.40}", "kind": kind, "low": low, "high": high}
+            wrong.append(say("number", options.line(keys[field]), **values))
+            fields.pop(field, None)
     return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
-
-
-def examples(config: Path, files: Any) -> int | None:
-    """Return the number of examples in files of JSON lines that a configuration names.
-
-    Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
-    or all are large.
-    """
-    lines, left = 0, _LARGEST_DATA
-    for name in files if isinstance(files, list) else [files]:
-        said = text(name) or ""
-        try:
-            file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
-            if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
-                return None
-            with file.open("rb") as rows:
-                lines += sum(not row.isspace() for row in rows)
-        except OSError:
-            return None
-    return lines or None

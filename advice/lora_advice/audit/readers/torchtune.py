@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, defaults, examples, names_of, read_yaml, record
+from lora_advice.audit.readers.options import defaults, names_of, read_yaml, record
 
 
 def matches(path: Path, text: str) -> bool:
@@ -28,8 +28,10 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     keys = {field: f"{training}{name} {name}" for field, name in names_of("torchtune").items()}
     # What is said of the model is below `model`, or `policy_model` in PPO.
     keys |= {field: f"{role}.{name}" for field, name in names_of("torchtune_model").items()}
-    builder = _component(options, keys["model"]) or ""
-    loss = _component(options, keys["task"]) or ""
+    # The last parts of the names of components, such as `lora_llama3_8b`.
+    builder, loss, scheduler, optimizer = (
+        (options.text(keys[field]) or "").rpartition(".")[2] for field in ("model", "task", "schedule", "optimizer")
+    )
     task: Task = "rl" if "GRPO" in loss or "PPO" in loss else "sft"
     if any(name in loss for name in ("DPO", "RSO", "SimPO")):
         task = "preference"
@@ -39,72 +41,47 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         method = None
     if method == "lora":
         options.fill({f"{role}.{name}": value for name, value in defaults()["torchtune"].items()})
-    precision, packing = options.text(keys["precision"]), bool(options.flag(keys["packing"]))
-    schedule = re.sub(r"^get_|_schedule_with_warmup$", "", _component(options, keys["schedule"]) or "")
+    model: str | None = re.sub(r"^q?lora_", "", builder)
+    # A builder without a size, such as `llama2`, has its sizes in further options.
+    if not re.search(r"\d+b|mini", str(model)):
+        folder = options.text("training.checkpointer.checkpoint_dir checkpointer.checkpoint_dir")
+        model = None if folder is None else folder.rstrip("/")
     batch: dict[str, Any] = {"global_batch": None, "group_size": None, "steps": None}
     if task == "rl":
-        batch = _rl_batch(options, keys)
-    elif task == "sft" and not packing:
-        batch["examples"] = examples(path, options.get("dataset.data_files"))
+        group = options.count(keys["group_size"])
+        if options.count(keys["global_batch"]):
+            # PPO: `batch_size` counts the responses of a rollout, and `num_steps` all responses.
+            batch = {"epochs": None, "group_size": group, "micro_batch": None, "accumulation": None, "steps": None}
+        else:
+            # In GRPO `batch_size` counts prompts.
+            prompts = options.count(keys["micro_batch"])
+            micro = prompts if prompts is None or group is None else prompts * group
+            steps = options.number(keys["steps"])
+            batch = {"epochs": None, "global_batch": None, "micro_batch": micro, "steps": steps}
+    # The names of transformers are what other parts of the audit know.
+    targets = ["o_proj" if name == "output_proj" else name for name in options.names(keys["targets"]) or ()]
     mlp = bool(options.flag(f"{role}.apply_lora_to_mlp"))
+    if mlp:
+        targets += ["gate_proj", "up_proj", "down_proj"]
+    if options.flag(f"{role}.apply_lora_to_output"):
+        targets.append("lm_head")
     return [
         record(
             shown,
             "torchtune",
             options,
             keys,
-            options.set_twice("OmegaConf, which reads it, refuses the file"),
             lora=method == "lora",
             task=task,
             method=method,
-            model=_model(builder, options),
+            model=model,
             bits=4 if builder.startswith("qlora_") or options.flag(keys["bits"]) else None,
-            precision=precision,
-            rounded=precision == "bf16",
-            schedule=schedule or "constant",
-            optimizer=_component(options, keys["optimizer"]),
-            packing=packing,
-            targets=_targets(options, role, mlp),
+            rounded=options.text(keys["rounded"]) == "bf16",
+            schedule=re.sub(r"^get_|_schedule_with_warmup$", "", scheduler) or "constant",
+            optimizer=optimizer or None,
+            targets=tuple(targets),
             # The builder of Llama 4 gives each expert LoRA of its own.
             target_parameters=("experts.gate_up_proj", "experts.down_proj") if mlp and "llama4" in builder else (),
             **batch,
         )
     ]
-
-
-def _component(options: Options, names: str) -> str | None:
-    """Return the last part of the name of a component, such as `lora_llama3_8b`."""
-    name = options.text(names)
-    return None if name is None else name.rpartition(".")[2]
-
-
-def _rl_batch(options: Options, keys: dict[str, str]) -> dict[str, float | None]:
-    """Return the fields about steps and batches in RL."""
-    group, ppo = options.count(keys["group_size"]), options.count(keys["global_batch"])
-    if ppo:
-        # `batch_size` counts the responses of a rollout, and `num_steps` all responses.
-        return {"epochs": None, "group_size": group, "micro_batch": None, "accumulation": None, "steps": None}
-    # In GRPO `batch_size` counts prompts.
-    prompts = options.count(keys["micro_batch"])
-    micro = prompts * group if prompts is not None and group is not None else prompts
-    return {"epochs": None, "global_batch": None, "micro_batch": micro, "steps": options.number(keys["steps"])}
-
-
-def _model(builder: str, options: Options) -> str | None:
-    name = re.sub(r"^q?lora_", "", builder)
-    # A builder without a size, such as `llama2`, has its sizes in further options.
-    if re.search(r"\d+b|mini", name):
-        return name
-    folder = options.text("training.checkpointer.checkpoint_dir checkpointer.checkpoint_dir")
-    return None if folder is None else folder.rstrip("/")
-
-
-def _targets(options: Options, role: str, mlp: bool) -> tuple[str, ...]:
-    # The names of transformers are what other parts of the audit know.
-    attention = options.names(f"{role}.lora_attn_modules") or ()
-    output = options.flag(f"{role}.apply_lora_to_output")
-    return (
-        *("o_proj" if name == "output_proj" else name for name in attention),
-        *(("gate_proj", "up_proj", "down_proj") if mlp else ()),
-        *(("lm_head",) if output else ()),
-    )

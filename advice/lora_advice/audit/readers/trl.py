@@ -10,48 +10,27 @@ transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then s
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import (
-    CERTAIN,
-    THE_FILE,
-    Options,
-    at,
-    defaults,
-    examples,
-    names_of,
-    read_yaml,
-    record,
-)
-from lora_advice.audit.readers.shell import UNKNOWN, Word, cut_off, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_options import plain_fields, task_of
+from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
+from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, is_script, read_commands, read_flags
+from lora_advice.audit.readers.trl_python import plain_fields, task_of
 from lora_advice.errors import UserError
-from lora_advice.finding import Finding, Level
+from lora_advice.finding import Level
 
 _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
-_CLASSES = {
-    "sft": "SFTConfig",
-    "grpo": "GRPOConfig",
-    "dpo": "DPOConfig",
-    "kto": "KTOConfig",
-    "reward": "RewardConfig",
-    "rloo": "RLOOConfig",
-}
-"""By the word that says the task."""
 _OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
 """A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
-_TRAINING = (*("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps"),)
+_TRAINING = ("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps")
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-# Python's command lines take the beginning of an option for it, and other programs have the shorter name of the model.
-_MODEL = "model_name_or_path model_name"
 _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("num_generations", "reward_funcs", "reward_weights")),
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
@@ -77,45 +56,37 @@ def matches(path: Path, text: str) -> bool:
 def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the runs that a file states."""
     if path.suffix in (".yaml", ".yml"):
-        return [_yaml(path, shown, text)]
-    if path.suffix == ".py":
-        in_strings = [
-            config for string, line in trl_python.strings(text) for config in _in_text(path, shown, string, line)
-        ]
-        return [*in_strings, *trl_python.read(shown, text, range(1, text.count("\n") + 2))]
+        options = read_yaml(text)
+        task, _ = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
+        if task is None:
+            task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
+        return [_config(path, shown, "", options, task, "yaml")]
     if path.suffix == ".ipynb":
-        return trl_python.read(shown, *_notebook(text))
-    return _from_commands(path, shown, read_commands(text))
+        code, numbers = _notebook(text)
+        return trl_python.read(shown, trl_python.parse(code), numbers)
+    if path.suffix != ".py":
+        return _from_commands(path, shown, read_commands(text))
+    tree, lines, configs = trl_python.parse(text), text.splitlines(), list[TrainingConfig]()
+    for node in tree.body:  # commands in strings that stand as statements, such as the docstring
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            configs += _in_text(path, shown, lines[: node.end_lineno], node.lineno - 1)
+    return configs + trl_python.read(shown, tree, range(1, text.count("\n") + 2))
 
 
-def _yaml(path: Path, shown: str, text: str) -> TrainingConfig:
-    options = read_yaml(text)
-    task, word = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
-    if task is None:
-        task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
-    config = _config(path, shown, "", options, task, _CLASSES.get(word), "yaml")
-    datasets = options.get("datasets")
-    if config.packing or not isinstance(datasets, list):
-        return config
-    return replace(config, examples=examples(path, [at(dataset, "data_files") for dataset in datasets]))
-
-
-def _in_text(path: Path, shown: str, text: str, first_line: int) -> list[TrainingConfig]:
+def _in_text(path: Path, shown: str, lines: list[str], start: int) -> list[TrainingConfig]:
     """Read the commands that stand in a text, each from a line that begins as one to the last that is continued."""
     configs = []
-    lines = text.splitlines()
-    at = 0
-    while at < len(lines):
-        start = at
-        if _IN_TEXT.match(lines[at]):
-            while lines[at].rstrip().endswith("\\") and at + 1 < len(lines):
-                at += 1
-            while at + 1 < len(lines) and re.match(r"\s*--[a-z]", lines[at + 1]):  # the backslash is missing
-                at += 1
-            block = "\n".join(lines[start : at + 1]).strip().removeprefix("$ ")
+    while start < len(lines):
+        end = start + 1
+        if _IN_TEXT.match(lines[start]):
+            while end < len(lines) and lines[end - 1].rstrip().endswith("\\"):
+                end += 1
+            while end < len(lines) and re.match(r"\s*--[a-z]", lines[end]):  # the backslash is missing
+                end += 1
+            block = "\n".join(lines[start:end]).strip().removeprefix("$ ")
             block = re.sub(r"<\w[^<>\n]*>", UNKNOWN, block)
-            configs += _from_commands(path, shown, read_commands(block, first_line + start))
-        at += 1
+            configs += _from_commands(path, shown, read_commands(block, start + 1))
+        start = end
     return configs
 
 
@@ -129,19 +100,17 @@ def _notebook(text: str) -> tuple[str, list[int]]:
         sources = ["".join(source) for source in cells]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError("it is not a notebook with cells") from error
-    code, lines, at, number = "", list[int](), 0, 1
+    code, lines, place, number = "", list[int](), 0, 1
     for source in sources:
         plain = re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.MULTILINE)
-        try:
+        with suppress(UserError):
             trl_python.parse(plain)
-        except UserError:
-            continue
-        code += plain + "\n"
-        for line in source.split("\n"):
-            if (found := text.find(json.dumps(line, ensure_ascii=False)[1:-1], at)) >= 0:
-                number += text.count("\n", at, found)
-                at = found
-            lines.append(number)
+            code += plain + "\n"
+            for line in source.split("\n"):
+                if (found := text.find(json.dumps(line, ensure_ascii=False)[1:-1], place)) >= 0:
+                    number += text.count("\n", place, found)
+                    place = found
+                lines.append(number)
     return code, lines
 
 
@@ -150,74 +119,56 @@ def _from_commands(path: Path, shown: str, commands: list[list[Word]]) -> list[T
     before = None
     for words in commands:
         if before is not None and words[0].text.startswith("--"):
-            configs[-1] = replace(before, findings=(*before.findings, cut_off(words[0])))
-            before = configs[-1]
-            continue
-        before = _from_command(path, shown, words)
-        if before is not None:
+            configs[-1] = before = replace(
+                before, findings=(*before.findings, say("cut-off", words[0].line, word=words[0].text))
+            )
+        elif (before := _from_command(path, shown, words)) is not None:
             configs.append(before)
     return configs
 
 
 def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig | None:
     texts = [word.text for word in words]
-    start, name, own = _program(texts)
-    if start is None:
-        return None
-    program = find_file(path, texts[start]) if texts[start].endswith(".py") else None
-    if own and program is not None and "ModelConfig" not in program.read_text(encoding="utf-8", errors="replace"):
-        own = False  # only its name is that of a program of TRL
+    start, name, own = -1, "", False
+    for place, (text, following) in enumerate(zip(texts, [*texts[1:], ""], strict=True)):
+        if (text == "trl" and following in _COMMANDS) or (text == "-m" and following.startswith("trl.scripts.")):
+            start, name, own = place + 1, following.removeprefix("trl.scripts."), True
+        elif text.endswith(".py"):
+            start, name = place, Path(text).stem
+            own = name in _COMMANDS or "examples/scripts/" in text
+            program = find_file(path, text)
+            if program is not None and "ModelConfig" not in program.read_text(encoding="utf-8", errors="replace"):
+                own = False  # only its name is that of a program of TRL
+        if start >= 0:
+            break
     launcher, options = read_flags(words[:start]), read_flags(words[start + 1 :])
-    said = options.text("config")
-    if said is not None and (config_file := find_file(path, said)) is not None:
-        from_file = Options(_values(config_file))
-        from_file.update(options)
-        options = from_file
-    if any(option in options for option in _OTHER_FRAMEWORKS):
+    from_file = _named_file(path, options.text("config"))
+    from_file.update(options)
+    options = from_file
+    trained = texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)
+    if start < 0 or not options.values or not trained or any(option in options for option in _OTHER_FRAMEWORKS):
         return None
-    if not options.values or not (texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)):
-        return None
-    for option, value in launcher.values.items():
-        options.values.setdefault(option, value)
-    task, word = task_of(name)
-    line = f"line {words[0].line}"
+    options.fill(launcher.values)
+    for before, text in zip(texts[start + 1 :], texts[start + 2 :], strict=False):
+        if text == UNKNOWN and (not before.startswith("--") or "=" in before):
+            # A variable that is not known may hold any options.
+            options.fill({"use_peft": None})
     return _config(
-        path, shown, line, options, task, _CLASSES.get(word) if own else None, "command" if own else "script"
+        path, shown, f"line {words[0].line}", options, task_of(name)[0], "command" if own else "script", name
     )
 
 
-def _program(texts: list[str]) -> tuple[int | None, str, bool]:
-    """Return where the program stands in a command, its name, and whether it is one of TRL's own."""
-    for place, text in enumerate(texts):
-        if text == "trl" and place + 1 < len(texts) and texts[place + 1] in _COMMANDS:
-            return place + 1, texts[place + 1], True
-        if text == "-m" and place + 1 < len(texts) and texts[place + 1].startswith("trl.scripts."):
-            return place + 1, texts[place + 1].removeprefix("trl.scripts."), True
-        if text.endswith(".py"):
-            stem = Path(text).stem
-            return place, stem, stem in _COMMANDS or "examples/scripts/" in text
-    return None, "", False
-
-
-def _devices(path: Path, options: Options) -> int | None:
-    processes, per_node = options.count("num_processes"), options.count("nproc_per_node")
-    if processes is None and per_node is not None:
-        processes = per_node * (options.count("nnodes") or 1)
-    said = options.text("config_file accelerate_config")
-    if processes is None and said is not None and (file := find_file(path, said)) is not None:
-        processes = Options(_values(file)).count("num_processes")
-    return processes
-
-
-def _values(file: Path) -> dict[str, Any]:
-    """Return the options of another file that a command names, if it is one of options."""
-    with suppress(UserError):
-        return read_yaml(file.read_text(encoding="utf-8", errors="replace")).values
-    return {}
+def _named_file(path: Path, said: str | None) -> Options:
+    """Return the options of another file that a command names, without lines; none if it is no such file."""
+    file = None if said is None else find_file(path, said)
+    if file is not None:
+        with suppress(UserError):
+            return Options(read_yaml(file.read_text(encoding="utf-8", errors="replace")).values)
+    return Options()
 
 
 def _config(
-    path: Path, shown: str, name: str, options: Options, task: Task | None, config_class: str | None, kind: str
+    path: Path, shown: str, name: str, options: Options, task: Task | None, kind: str, program: str = ""
 ) -> TrainingConfig:
     """Make a record; `kind` is `command` for one of TRL's own, `script` for an other script, or `yaml`."""
     peft = options.flag("use_peft")
@@ -225,43 +176,40 @@ def _config(
         peft = False
     method: Method | None = None if peft is None else "lora" if peft else "fullft"
     findings = []
-    if method == "fullft" and (
-        first := next((option for option in names_of("trl_lora").values() if option in options), None)
-    ):
-        level: Level = "warning" if kind == "yaml" else "error"
-        message = f"{first} has no effect without use_peft: TRL then trains all weights"
-        sure = "certain if the program takes TRL's ModelConfig, as TRL's own do"
-        sure = "certain unless the command line adds --use_peft" if kind == "yaml" else sure
-        line = options.lines.get(first)
-        findings.append(Finding("no-effect", level, message, "TRL's get_peft_config", sure, line=line))
+    first = next((option for option in names_of("trl_lora").values() if option in options), None)
+    if method == "fullft" and first is not None:
+        text = "no-peft-in-yaml" if kind == "yaml" else "no-peft"
+        findings.append(say(text, options.lines.get(first), option=first))
     targets = options.names("lora_target_modules") if method != "fullft" else None
     if kind == "script" and targets is not None and len(targets) == 1:  # another program may take them as one text
         targets = tuple(name for name in targets[0].split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
-        message = (
-            f"LoRA is not put on {' '.join(with_comma)}: the commas are part of the names, and no module is called so; "
-            "a command line separates names by spaces"
-        )
-        level, sure = "error", CERTAIN
-        if kind == "script":
-            level, sure = "warning", "certain unless the program removes the commas"
+        level: Level = "warning" if kind == "script" else "error"
+        sure = "certain unless the program removes the commas" if kind == "script" else "certain"
         line = options.lines.get("lora_target_modules")
-        findings.append(Finding("no-effect", level, message, THE_FILE, sure, line=line))
+        findings.append(say("commas", line, level=level, names=" ".join(with_comma), sure=sure))
     if kind == "command":
-        options.fill(defaults()[config_class] if config_class else {})
+        config_class = f"{task_of(program)[1]}config"
+        options.fill(next((own for made, own in defaults().items() if made.lower() == config_class), {}))
         if method == "lora":
             options.fill(defaults()["ModelConfig"])
+    processes, per_node = options.count("num_processes"), options.count("nproc_per_node")
+    if processes is None and per_node is not None:
+        processes = per_node * (options.count("nnodes") or 1)
+    if processes is None:
+        processes = _named_file(path, options.text("config_file accelerate_config")).count("num_processes")
     return record(
         shown,
         "trl",
         options,
-        {**names_of("trl"), **names_of("trl_lora"), "model": _MODEL, "method": "use_peft"},
+        # Python's command lines take the beginning of an option for it, and other programs have a shorter name.
+        names_of("trl") | names_of("trl_lora") | {"model": "model_name_or_path model_name", "method": "use_peft"},
         findings,
         name=name,
         task=task,
         method=method,
         bits=4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None,
-        devices=_devices(path, options),
+        devices=processes,
         targets=targets,
         **plain_fields(options, task),
     )
