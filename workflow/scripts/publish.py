@@ -50,9 +50,8 @@ def main(
 def publish(layout: Layout, root: Path) -> None:
     """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
-    Raises:
-        UserError: the preset has held-out seeds, a page has no place for its part, the figure of the verdicts has not
-            been drawn, or the table claims is from another version; then nothing is changed.
+    Nothing is changed if the preset has held-out seeds, a page has no place for its part, the figure of the verdicts
+    has not been drawn, or the table claims is from another version (UserError).
     """
     if layout.preset.first_seed:
         raise UserError(
@@ -94,13 +93,11 @@ def publish_held_out(path: Path, root: Path) -> str:
 
     They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
     explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
+    Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page
+    has no place for its part (UserError).
 
     Returns:
         A sentence that counts the verdicts that came out again.
-
-    Raises:
-        UserError: the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page has no
-            place for its part; then nothing is changed.
     """
     frozen = read_frozen(path)
     layout = Layout.of(frozen.preset)
