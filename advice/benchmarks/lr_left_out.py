@@ -138,7 +138,7 @@ def _rows(optimum: LrOptimum, pooled: PooledLr, own: LrOptimum | None, fullft: P
         fullft: the optima of full fine-tuning of the other sources.
     """
     stated = pooled_optimum(optimum)
-    place, shift = stated.place, stated.shift
+    place, shift = stated.pooled.place, stated.shift
     measured, error = (stated.pooled.log_lr, stated.pooled.error) if optimum.counts else (math.nan, 0.0)
     intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])

@@ -163,13 +163,9 @@ class KnownOptima:
     def recommend(
         self, method: str, batch_size: float, steps: float, rl: bool = False
     ) -> tuple[tuple[float, float, float], LrSources]:
-        """Recommend the LR of a method for the model.
+        """Recommend the LR of a method, `lora` at ALPHA or `fullft`, for the model.
 
-        Args:
-            method: `lora`, at ALPHA, or `fullft`.
-            batch_size: examples per step; in RL, responses per step.
-            steps: NaN if they are not known.
-            rl: whether the runs are of RL.
+        The batch size is in examples per step, in RL in responses; steps that are not known are NaN.
 
         Returns:
             The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and

@@ -114,11 +114,7 @@ class PooledLr:
     """The optima of one method, pooled."""
 
     def __init__(self, optima: Sequence[Optimum]) -> None:
-        """Fit the optima.
-
-        Raises:
-            ValueError: there are fewer than two sources, or an error is not above 0.
-        """
+        """Fit the optima of at least two sources, each with an error above 0 (else ValueError)."""
         self.sources = sorted({optimum.source for optimum in optima})
         if len(self.sources) < 2:
             raise ValueError(f"pooling needs two sources; there are {len(self.sources)}")
@@ -148,19 +144,11 @@ class PooledLr:
         self.shares = likelihood / likelihood.sum()
 
     def predict(
-        self,
-        place: Place,
-        probability: float = 0.8,
-        measured: tuple[str, str] | None = None,
-        error: float = 0.0,
+        self, place: Place, probability: float = 0.8, measured: tuple[str, str] | None = None, error: float = 0.0
     ) -> Prediction:
-        """Predict the optimum of a further condition.
+        """Predict the optimum of a further condition, of a further source or of a `measured` source and model.
 
-        Args:
-            place: the condition.
-            probability: that of the interval.
-            measured: the condition's source and model, if the optima have them; by default a further source.
-            error: the standard error with which the optimum will be measured, which widens the interval.
+        The standard error with which the optimum will be measured widens the interval.
         """
         terms = place.terms
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)

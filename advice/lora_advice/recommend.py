@@ -101,15 +101,11 @@ def recommend(
     steps: int | None = None,
     results: Path = Path("results"),
 ) -> Recommendation:
-    """Recommend settings for a model.
+    """Recommend settings for a model as from `find_model`, the name that it takes, or the content of a `config.json`.
 
-    Args:
-        model: a model as from `find_model`, or the name that it takes, or the content of a `config.json`.
-        tokens: the number of scored tokens of the training data; None if unknown.
-        examples: the number of training examples; None if unknown.
-        batch_size: the number of examples per step; None for the recommended one.
-        steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
-        results: the folder of your own finished presets, whose optimal learning rates count too.
+    The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
+    size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
+    optimal learning rates of your own finished presets in the folder `results` count too.
 
     Raises:
         UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
@@ -190,14 +186,8 @@ def convert(
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-
-    Args:
-        model: the model, as from `find_model`.
-        lr: the LR that is known to be good; None for the recommended one of LoRA at alpha 32.
-        here: the run that it is from; what is None is as there.
-        there: the run to convert it to, whose length is needed.
-        tokens: the scored tokens of the data, by which rank and batch size are recommended where none is given.
-        results: see `recommend`.
+    An LR of None is the recommended one of LoRA at alpha 32. The scored tokens of the data decide on a rank and a batch
+    size where none is given; `results` is that of `recommend`.
 
     Raises:
         UserError: the number of steps is not known, or a table in `results` can't be read.

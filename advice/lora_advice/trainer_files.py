@@ -79,19 +79,10 @@ def write_folder(
     data: UserData | str,
     choices: Choices,
 ) -> str:
-    """Write a new folder with a trainer's configuration, and the data in a form that it reads.
+    """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
-    Args:
-        trainer: a key of TRAINERS.
-        folder: the folder to write.
-        model: the model, of a folder or the hub.
-        recommendation: the settings.
-        data: examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
-            configuration names a file that the user has to write.
-        choices: what differs from the recommendation.
-
-    Returns:
-        The command that starts the training.
+    The data are examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
+    configuration names a file that the user has to write.
 
     Raises:
         UserError: the folder exists, or the trainer does not support the model or the data.
@@ -139,28 +130,27 @@ def write_folder(
     for line in _rendered(name, values).splitlines():
         # The comment is what follows the last `#`.
         setting, mark, comment = line.rpartition("  # ")
-        lines.append(f"{setting:<{_COMMENTS_FROM}}{mark}{comment}")
+        lines.append(f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line)
     write_text("\n".join(lines) + "\n", folder / name)
     return command
 
 
 def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str, choices: Choices) -> None:
     """Raise a UserError if a trainer does not support a model, its data or a choice."""
+    grader, problems = choices.grader, data if isinstance(data, UserData) and choices.grader else None
     if shipped_base(model.name):
         raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
-    if (trainer == "verl") != (choices.grader is not None and isinstance(data, UserData)):
+    if (trainer == "verl") != (problems is not None):
         raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
-    if choices.grader and isinstance(data, UserData) and (data.form in CHATS or data.form == "text"):
-        raise UserError(f"{data.path}: problems have the columns question and answer; these are {data.form}")
-    if choices.grader and choices.grader not in RESPONSE_TOKENS:
-        raise UserError(f"grader {choices.grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
+    if problems and (problems.form in CHATS or problems.form == "text"):
+        raise UserError(f"{problems.path}: problems have the columns question and answer; these are {problems.form}")
+    if grader and grader not in RESPONSE_TOKENS:
+        raise UserError(f"grader {grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
     if choices.lr is None and (choices.rank or choices.alpha):
         raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
     if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
-        raise UserError(
-            f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: --full trains them, and in SFT "
-            "trl and axolotl reach them"
-        )
+        reached = "--full trains them, and in SFT trl and axolotl reach them"
+        raise UserError(f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: {reached}")
     if template and trainer == "verl":
         raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
 
@@ -253,21 +243,16 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     """Return problems as verl reads them, by the name of their file; a fifth of them is held out for the test."""
     rows = []
     for question, answer in examples(data.path, data.form):
-        solution = answer["content"].strip()
+        solution, prompt = answer["content"].strip(), question["content"].strip()
         boxes, (_, mark, last) = _BOX.findall(solution), solution.rpartition("####")
         short = boxes[-1].strip() if boxes else last.strip().replace(",", "") if mark else solution
-        prompt = question["content"].strip()
         if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
             raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
         prompt += "" if grader == "number" or r"\boxed" in prompt else r" Write your answer in \boxed{} format."
-        rows.append(
-            {
-                # verl grades this set of problems by the last box of a response.
-                "data_source": "number" if grader == "number" else "lighteval/MATH",
-                "prompt": [{"role": "user", "content": prompt}],
-                "reward_model": {"style": "rule", "ground_truth": short},
-            }
-        )
+        # verl grades the second set of problems by the last box of a response.
+        row: dict[str, Any] = {"data_source": "number" if grader == "number" else "lighteval/MATH"}
+        row |= {"prompt": [{"role": "user", "content": prompt}]}
+        rows.append(row | {"reward_model": {"style": "rule", "ground_truth": short}})
     Random(0).shuffle(rows)
     held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
     return {"train": rows[held_out:], "test": rows[:held_out]}

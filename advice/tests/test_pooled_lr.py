@@ -1,4 +1,4 @@
-"""The pooled optimal LR, against made-up sources and a Gibbs sampler."""
+"""The pooled optimal LR, against made-up sources."""
 
 from __future__ import annotations
 
@@ -51,51 +51,6 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
     # The flat priors of the deviations err on the wide side.
     assert 0.7 < np.mean(inside[0.8]) < 0.92
     assert np.mean(inside[0.95]) > 0.9
-
-
-def gibbs_predictions(optima, place, draws):
-    """Draw the optimum of a further source at a place by a Gibbs sampler of all coefficients, effects and their SDs."""
-    rng = np.random.default_rng(5)
-    pairs = sorted({(optimum.source, optimum.model) for optimum in optima})
-    sources = sorted({source for source, _ in pairs})
-    columns = [
-        [1.0, math.log(at.place.batch_size / 128), math.log(at.place.steps / 780)]
-        + [at.source == name for name in sources]
-        + [(at.source, at.model) == pair for pair in pairs]
-        for at in optima
-    ]
-    design = np.array(columns, float)
-    values = np.array([optimum.log_lr - optimum.place.log_law for optimum in optima])
-    precision = np.array([optimum.error**-2 for optimum in optima])
-    means = np.array([0.0, PRIORS["batch_size"].mean, PRIORS["steps"].mean, *np.zeros(len(sources) + len(pairs))])
-    grids = {name: np.linspace(1e-3, top, 1000) for name, top in (("between", 3.0), ("within", 1.2))}
-    between, within, drawn = 1.0, 0.5, []
-    for _ in range(draws):
-        sds = [5.0, PRIORS["batch_size"].sd, PRIORS["steps"].sd] + [between] * len(sources) + [within] * len(pairs)
-        posterior = (design.T * precision) @ design + np.diag(np.array(sds) ** -2.0)
-        root = np.linalg.cholesky(posterior)
-        mean = np.linalg.solve(posterior, design.T @ (precision * values) + means / np.array(sds) ** 2)
-        theta = mean + np.linalg.solve(root.T, rng.normal(size=len(mean)))
-        effects, deviations = np.split(theta[3:], [len(sources)])
-        new = []
-        for grid, numbers in ((grids["between"], effects), (grids["within"], deviations)):
-            log_density = -len(numbers) * np.log(grid) - (numbers**2).sum() / (2 * grid**2)
-            density = np.exp(log_density - log_density.max())
-            new.append(float(rng.choice(grid, p=density / density.sum())))
-        between, within = new
-        terms = np.array([1.0, math.log(place.batch_size / 128), math.log(place.steps / 780)])
-        drawn.append(place.log_law + terms @ theta[:3] + rng.normal(0, math.hypot(between, within)))
-    return np.array(drawn[draws // 10 :])
-
-
-@pytest.mark.slow
-def test_predictions_are_those_of_a_gibbs_sampler():
-    optima = made(np.random.default_rng(3), 7, 0.7, offset=0.4, within=0.3, error=0.15, each=4)
-    place = replace(HERE, batch_size=16.0, steps=3000.0)
-    predicted = PooledLr(optima).predict(place, 0.8)
-    low, middle, high = np.quantile(gibbs_predictions(optima, place, 20_000), [0.1, 0.5, 0.9])
-    assert predicted.mean == pytest.approx(middle, abs=0.03)
-    assert (predicted.low, predicted.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
 
 
 def test_a_source_that_measured_the_place_pulls_its_own_prediction():

@@ -137,12 +137,7 @@ def probe(model: ModelFacts, adapter: Path, text: Path | None) -> Probe:
 
 
 def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) -> Merging:
-    """Merge an adapter in some types and compare what the merged models compute.
-
-    Args:
-        probe: what base and adapter compute.
-        dtypes: names of `DTYPES`.
-        own: the folder of a model that was merged elsewhere, which is compared too.
+    """Merge an adapter in some of DTYPES and compare what the merged models compute, and one that was merged elsewhere.
 
     Raises:
         UserError: the merged model can't be loaded, or has other weights than the base.
