@@ -13,7 +13,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -110,7 +110,9 @@ def write_folder(
     if trainer == "torchtune":
         values |= _torchtune_model(model)
     if isinstance(data, UserData):
-        files = _problems(data, choices.grader) if choices.grader else {"train": _rows(data, form)}
+        files: Mapping[str, Iterable[dict[str, Any]]] = {"train": _rows(data, form)}
+        if choices.grader:
+            files = _problems(data, choices.grader)
         for name, rows in files.items():
             write_text("".join(json.dumps(row) + "\n" for row in rows), folder / f"{name}.jsonl")
         if choices.grader == "number":

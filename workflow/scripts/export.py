@@ -110,7 +110,7 @@ def _exported(frame: pd.DataFrame, name: str, preset: str) -> pa.Table:
     """Return a table in the exported columns; the names of machines are left out, since they are private."""
     schema = _schema(name)
     unknown = [column for column in schema.names if column not in frame or column == "host"]
-    frame = frame.assign(**dict.fromkeys(unknown), preset=preset)
+    frame = frame.assign(**dict.fromkeys(unknown) | {"preset": preset})
     return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
 
 
