@@ -208,16 +208,11 @@ def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
     assert module.norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
-        ("adapter_config.json", '{"peft_type": "LOHA"}', "peft_type 'LOHA'; allowed: LORA"),
-        ("adapter_config.json", "{", "adapter_config.json is not valid JSON"),
-        ("adapter_model.safetensors", "no", "is not a safetensors file"),
-    ],
-)
-def test_what_cannot_be_read_is_said(write: Write, file, text, words):
+def test_what_cannot_be_read_is_said(write: Write):
     folder = write(factors())
-    (folder / file).write_text(text)
-    with pytest.raises(UserError, match=words):
+    (folder / "adapter_model.safetensors").write_text("no")
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(UserError, match="peft_type 'LOHA'; allowed: LORA"):
         read_adapter(folder)
