@@ -40,9 +40,8 @@ class Question(NamedTuple):
     """By what the numbers of the table are multiplied."""
 
 
-QUESTIONS = tuple(
-    Question(claim_id, **about) for claim_id, about in read_yaml(Path(__file__).with_name("questions.yaml")).items()
-)
+_QUESTIONS = read_yaml(Path(__file__).with_name("questions.yaml"))
+QUESTIONS = tuple(Question(claim_id, **about) for claim_id, about in _QUESTIONS.items())
 
 
 def answer(question: Question, cells: pd.DataFrame) -> str:

@@ -53,7 +53,16 @@ def write_facts(root: Path) -> None:
         "short_ratio": SHORT_RATIO,
     }
     (folder / "theory.json").write_text(json.dumps(theory, indent=2) + "\n")
-    (folder / "bases.json").write_text(json.dumps(_bases(), indent=2) + "\n")
+    known: dict[str, Any] = {}
+    for name, fields in model_catalogue().items():
+        if fields["kind"] == "tiny":
+            spec = TinyModel.model_validate(fields)
+            config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
+            weights = json.dumps(weights_sha256(spec), sort_keys=True)
+            kept = {key: config[key] for key in _CONFIG if key in config}
+            base = known.setdefault(spec.name, {"names": [], "weights": weights, "config": kept})
+            base["names"] += [name] if name != spec.name else []
+    (folder / "bases.json").write_text(json.dumps(known, indent=2) + "\n")
     files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=2) + "\n")
@@ -76,20 +85,6 @@ def _write_variants(path: Path, published: Path) -> None:
         table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
         table.writeheader()
         table.writerows([*rows, *others])
-
-
-def _bases() -> dict[str, Any]:
-    """Return the shipped bases by name: other names in presets, a part of the configuration, and hashes of weights."""
-    known: dict[str, Any] = {}
-    for name, fields in model_catalogue().items():
-        if fields["kind"] == "tiny":
-            spec = TinyModel.model_validate(fields)
-            config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
-            weights = json.dumps(weights_sha256(spec), sort_keys=True)
-            kept = {key: config[key] for key in _CONFIG if key in config}
-            base = known.setdefault(spec.name, {"names": [], "weights": weights, "config": kept})
-            base["names"] += [name] if name != spec.name else []
-    return known
 
 
 if __name__ == "__main__":

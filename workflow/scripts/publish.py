@@ -26,18 +26,11 @@ from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
 from lorabench.utils.files import atomic_path, write_json
 from pages import check_places, make_smaller, write_pages
 
-_FIGURE_KINDS = (".svg", ".csv")
-"""The suffixes of a figure's published files: the picture, and the table of what it shows."""
+_HELD_OUT = "A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
 
 
 def main(
-    preset: PresetOption = "laptop",
-    held_out: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
-        ),
-    ] = None,
+    preset: PresetOption = "laptop", held_out: Annotated[Path | None, typer.Option(help=_HELD_OUT)] = None
 ) -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
@@ -67,8 +60,8 @@ def publish(layout: Layout, root: Path) -> None:
 
 
 def _drawn(layout: Layout) -> list[Path]:
-    """Return the files of a finished preset's figures."""
-    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
+    """Return the files of a finished preset's figures: the pictures, and the tables of what they show."""
+    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in (".svg", ".csv"))
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
     return drawn

@@ -41,11 +41,8 @@ from saved_runs import saved_tables
 
 PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/published")
 ANSWERS = PUBLISHED / "rejudged.csv"
-ANSWER_COLUMNS = ("preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds")
+ANSWER_COLUMNS = ["preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds"]
 """The columns of the committed answers on saved runs."""
-
-TOLERANCE = 1e-9
-"""The relative difference of two numbers that counts as none."""
 
 
 def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +79,7 @@ def differences(new_file: Path, old_file: Path) -> list[str]:
         for row in old.index[new[column].ne(old[column])]:
             now, before = new.loc[row, column], old.loc[row, column]
             numbers = pd.to_numeric(pd.Series([now, before]), errors="coerce")
-            if not math.isclose(*numbers, rel_tol=TOLERANCE):
+            if not math.isclose(*numbers, rel_tol=1e-9):
                 place = " ".join(filter(None, old.loc[row, keys]))
                 lines.append(f"{new_file.name}, row {row}, {place}: {column} was {before!r}, is {now!r}")
     return lines
@@ -102,7 +99,7 @@ def main() -> int:
     answers = pd.concat(claims)
     write_csv(answers, out / ANSWERS.name)
     if arguments.write:
-        write_csv(answers[[*ANSWER_COLUMNS]], ANSWERS)
+        write_csv(answers[ANSWER_COLUMNS], ANSWERS)
     print("judging the sources", file=sys.stderr)
     folders = evidence_folders(Path())
     tables = evidence_tables((), [read_own(folder, folder.name) for folder in folders], folders)
