@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_advice import lr_ratio
 
 from studies.lr_ratio.conditions import rms_factors
 from studies.lr_ratio.predictions import DEFAULT, MovementTheory, Predictions
@@ -57,6 +58,17 @@ def test_a_learning_rate_is_converted_as_the_theory_predicts_both(lr, steps, alp
         lora.append(fullft * ratios(setting, lr=fullft)["movement"])
     assert converted_lr(lora[0], here, there, theory, 2.0) == pytest.approx(lora[1])
     assert converted_lr(lora[0], here, here, theory) == pytest.approx(lora[0])
+
+
+@given(lr=st.floats(1e-6, 1e-1), steps=st.sampled_from([25, 800]), alpha=st.sampled_from([8.0, 128.0]))
+def test_the_theory_that_lora_advice_ships_is_that_of_the_study(lr, steps, alpha):
+    conditions = (512, 100, 32.0, 16, 0.5), (512, steps, alpha, 1, 1.0)
+    ours = [Setting(width, steps, 8, alpha, rank=rank, mean_lr=mean) for width, steps, alpha, rank, mean in conditions]
+    theirs = [lr_ratio.Setting(*condition) for condition in conditions]
+    for own, shipped in zip(ours, theirs, strict=True):
+        assert lr_ratio.movement_ratio(shipped, lr) == pytest.approx(ratios(own, lr=lr)["movement"])
+    expected = converted_lr(lr, *ours, DEFAULT.movement, 2.0)
+    assert lr_ratio.converted_lr(lr, *theirs, 2.0) == pytest.approx(expected)
 
 
 def test_theories_are_silent_where_they_say_nothing():

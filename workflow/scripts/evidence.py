@@ -29,11 +29,7 @@ def main() -> None:
 
 
 def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
-    """Write the evidence to where a repository shows it, and the generated parts of its pages.
-
-    Raises:
-        UserError: a page has no place for its part; then nothing is changed.
-    """
+    """Write the evidence to where a repository shows it, and the parts of its pages, if all have their place."""
     check_places(root)
     folder = root / PUBLISHED / "evidence"
     write_evidence(tables, folder)
