@@ -75,7 +75,9 @@ def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placem
     assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False)[0]}
 
 
-@pytest.mark.parametrize(("name", "placement", "rank"), zip(BIG, (None, "attn", "all"), (None, 1, 64), strict=True))
+@pytest.mark.parametrize(
+    ("name", "placement", "rank"), list(zip(BIG, (None, "attn", "all"), (None, 1, 64), strict=True))
+)
 def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counted(name, placement, rank):
     sizes = dimensions_of_config(architectures()[name])
     with torch.device("meta"):
