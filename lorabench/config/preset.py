@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
-from lorabench.config.experiments import Experiments, Protocol, Racing, RlExperiment, SftExperiment
+from lorabench.config.experiments import Block, Experiments, Protocol, Racing, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, NotNegative, Strict
 from lorabench.config.inputs import (
     DatasetSpec,
@@ -59,12 +59,12 @@ class Preset(Strict):
     def _can_be_planned(self) -> Self:
         arms, runs = 0, 0
         for blocks in self.experiments.trained().values():
-            for block in blocks:
-                if isinstance(block, SftExperiment):
-                    data = len(block.datasets) * len(block.batch_sizes)
+            for sized in blocks:
+                if isinstance(sized, SftExperiment):
+                    data = len(sized.datasets) * len(sized.batch_sizes)
                 else:
-                    data = len(block.problems)
-                more_arms, more_runs = block.size(len(block.models) * data)
+                    data = len(sized.problems)
+                more_arms, more_runs = sized.size(len(sized.models) * data)
                 arms, runs = arms + more_arms, runs + more_runs
         if arms > MOST_ARMS or runs > MOST_RUNS:
             raise ValueError(
@@ -105,7 +105,7 @@ class Preset(Strict):
         problems = {name: changed(spec) for name, spec in self.problems.items()}
         return self.model_copy(update={"datasets": datasets, "problems": problems})
 
-    def _check_data(self, block: SftExperiment | RlExperiment, where: str) -> None:
+    def _check_data(self, block: Block, where: str) -> None:
         if isinstance(block, SftExperiment):
             _known(block.datasets, self.datasets, f"{where}.datasets")
             for dataset, batch_size in product(block.datasets, block.batch_sizes):
@@ -113,6 +113,7 @@ class Preset(Strict):
                 if train * block.epochs < batch_size:
                     what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
                     raise ValueError(f"{where}.batch_sizes: {what}")
+        if not isinstance(block, RlExperiment):
             return
         _known(block.problems, self.problems, f"{where}.problems")
         _known(block.held_out, self.problems, f"{where}.held_out")

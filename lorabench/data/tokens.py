@@ -26,7 +26,7 @@ from lorabench.data.chat import SPLITS, Messages, Split, is_text
 from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
-from lorabench.utils.files import atomic_path, file_sha256
+from lorabench.utils.files import atomic_path, damage_explained, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -225,3 +225,18 @@ def count_left_out(path: Path) -> dict[Split, int]:
 def left_out_of_test(path: Path) -> set[int]:
     """Return the numbers, in the dataset's test split, of the examples that a cache lacks since they are too long."""
     return set(json.loads(read_header(path).get("left_out_of_test", "[]")))
+
+
+def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:
+    """Return the group of each test example of a dataset's file with groups, in the order of a run's losses.
+
+    Those that are too long for the runs' model are missing in its `tokens`, None where no example is. UserError says
+    that the dataset's file is damaged.
+    """
+    if not dataset.is_file():
+        raise UserError(f"{dataset} is missing, which names the groups of its test examples: make it again")
+    with damage_explained(dataset), pq.ParquetFile(dataset) as file:
+        rows = file.read(["split", "source"]).to_pylist()
+    groups = [row["source"] for row in rows if row["split"] == "test"]
+    left_out = left_out_of_test(tokens) if tokens is not None else set()
+    return [group for number, group in enumerate(groups) if number not in left_out]

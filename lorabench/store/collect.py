@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
 from lorabench.config.preset import Preset
-from lorabench.data.identity import groups_of_tests, has_groups
+from lorabench.data.identity import has_groups
+from lorabench.data.tokens import groups_of_tests
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep

@@ -215,8 +215,10 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
         gated = f"is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
         unknown = "is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
         # The last class is that of the client's HTTP library, which differs between versions of the client.
-        no_connection = (ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError)
-        no_connection += (errors.HTTPError,)  # type: ignore[attr-defined]
+        no_connection = (
+            *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
+            errors.HTTPError,  # type: ignore[attr-defined]
+        )
         # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
         reasons: list[tuple[Any, str]] = [
             (errors.GatedRepoError, f"{wanted} {gated}"),

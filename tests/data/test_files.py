@@ -26,9 +26,10 @@ from lorabench.data.files import (
     usable,
     usable_chats,
 )
-from lorabench.data.identity import dataset_id, groups_of_tests, has_groups
+from lorabench.data.identity import dataset_id, has_groups
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
+from lorabench.data.tokens import groups_of_tests
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import write_tensors
 
